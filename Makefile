@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine with Python and make:
+#   make demo   train a small model on two ranks and watch its metrics
+#   make test   run the whole test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint bench clean
+.DEFAULT_GOAL := test
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "==> installing metricfold and its development tools into $(VENV) (first time: a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet -c constraints.txt --group dev -e ".[torch,console,tensorboard,wandb]"
+	@touch $@
+
+demo: $(STAMP)  ## train a small language model on two ranks; DEMO_ARGS="--ranks 4" and the like pass through
+	@echo "==> metricfold demo: two ranks train a small language model"
+	@$(BIN)/metricfold demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	@echo "==> the whole test suite, in random order, warnings as errors"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@echo "==> ruff format, ruff check, mypy --strict"
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(STAMP)
+	@echo "==> benchmarks: ratios measured side by side in one run"
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

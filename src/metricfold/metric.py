@@ -1,0 +1,132 @@
+"""What is measured: one `Metric` per value, tagged with where it came from and how it combines.
+
+    Metric("alpaca", "tokens_seen", 512, AggregationType.SUM)
+    Metric("alpaca", "loss", 2.31, AggregationType.MEAN, weight=512)
+
+Metrics are made by the million in data-loading workers, so `Metric` is a named tuple: the cheapest
+immutable record that Python has to create and to pickle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple, TypeAlias
+
+__all__ = [
+    "AggregationType",
+    "Metric",
+    "MetricState",
+    "TypeLike",
+    "check_name",
+    "resolve_type",
+    "type_label",
+]
+
+
+class AggregationType(Enum):
+    """How the values of one metric combine, over samples and over ranks.
+
+    A member of your own `Enum`, or a string, is as good a type: register a handler for it with
+    `MetricsAggregator.register_handler`.
+    """
+
+    SUM = "sum"
+    """Total of the values."""
+    MEAN = "mean"
+    """Weighted mean, sum(w * x) / sum(w)."""
+    MAX = "max"
+    """Largest value."""
+    MIN = "min"
+    """Smallest value."""
+    DISTRIBUTION = "distribution"
+    """Mean, std, extrema and percentiles of the recent values, pooled over ranks."""
+    CATEGORICAL_COUNT = "categorical_count"
+    """How often each category occurred; categories are compared as text."""
+    RATE = "rate"
+    """Total of the values per second of wall time, by the slowest rank's clock."""
+    CUSTOM = "custom"
+    """Yours: has no handler until you register one."""
+
+    # Members are singletons, so identity is a valid hash; Enum's own is a slow Python function.
+    __hash__ = object.__hash__
+
+
+TypeLike: TypeAlias = AggregationType | Enum | str
+"""What names an aggregation: a built-in type, a member of the user's own `Enum`, or a string."""
+
+_BUILT_IN = {member.value: member for member in AggregationType}
+
+
+class Metric(NamedTuple):
+    """One value of one sample (or step).
+
+    Args:
+        dataset_name: the dataset that the value belongs to; not empty.
+        name: the metric's name; may hold ``/``.
+        value: a number, or any one-element array; for CATEGORICAL_COUNT the category.
+        agg_type: how values combine: an `AggregationType`, your own `Enum` member, or a string.
+        weight: how much the value counts in MEAN and DISTRIBUTION, at least 0. Weight 0
+            contributes nothing, not even a NaN. Other types ignore it.
+
+    >>> Metric("alpaca", "tokens_seen", 512, AggregationType.SUM).weight
+    1.0
+    """
+
+    dataset_name: str
+    name: str
+    value: Any
+    agg_type: TypeLike
+    weight: Any = 1.0
+
+
+@dataclass(slots=True)
+class MetricState:
+    """What a metric has accumulated, as an `AggregationHandler` sees it.
+
+    Args:
+        dataset_name: the dataset that the metric belongs to.
+        metric_name: the metric's name.
+        value: the result so far.
+        agg_type: the metric's aggregation; decides which handler combines it over ranks.
+        metadata: whatever else the handler needs to go on.
+    """
+
+    dataset_name: str
+    metric_name: str
+    value: Any
+    agg_type: TypeLike
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def resolve_type(agg_type: object) -> TypeLike:
+    """Return the aggregation that `agg_type` names: ``"mean"`` is ``AggregationType.MEAN``."""
+    if isinstance(agg_type, str) and not isinstance(agg_type, Enum):
+        if not agg_type:
+            raise ValueError("the aggregation type is an empty string: name one, such as 'mean'")
+        return _BUILT_IN.get(agg_type, agg_type)
+    if isinstance(agg_type, Enum):
+        return agg_type
+    raise TypeError(
+        f"{agg_type!r} is not an aggregation type: use an AggregationType such as "
+        "AggregationType.MEAN, a member of your own Enum, or a string"
+    )
+
+
+def type_label(agg_type: TypeLike) -> str:
+    """Return the text that stands for `agg_type` on the wire and in checkpoints."""
+    if isinstance(agg_type, AggregationType):
+        return str(agg_type.value)
+    if isinstance(agg_type, Enum):
+        return f"{type(agg_type).__module__}.{type(agg_type).__qualname__}.{agg_type.name}"
+    return agg_type
+
+
+def check_name(what: str, name: object) -> None:
+    """Refuse a name that could not be printed as part of one key on one line."""
+    if not isinstance(name, str):
+        raise TypeError(f"{what} must be a string, but is {name!r}")
+    if not name:
+        raise ValueError(f"{what} is empty: give it a name")
+    if not name.isprintable():
+        raise ValueError(f"{what} {name!r} holds a line break or another unprintable character")
