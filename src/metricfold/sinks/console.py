@@ -1,0 +1,324 @@
+"""Metrics in the terminal: a live table per prefix, or plain aligned lines when piped.
+
+     train · step 150 · 12:03:11
+                            all   python_code   python_docs
+     loss                 2.310         2.104         2.512
+     tokens_seen        120,000        80,000        40,000
+
+Keys are read as ``{prefix}_{dataset}/{name}`` and ``{prefix}/{name}``: one table per prefix, one
+column per dataset (``all`` for what has none), one row per name. What has no ``/`` joins the table
+of the keys it came with.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from metricfold.sinks.record import Record
+from metricfold.sinks.selection import SelectiveSink, require
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+    from rich.table import Table
+
+__all__ = ["ConsoleSink"]
+
+
+class ConsoleSink(SelectiveSink):
+    """Shows the latest metrics of each dataset in the terminal.
+
+    On a terminal the tables are updated in place, below what the program prints. They share it with
+    a `rich` progress bar on the same `console`. Output that is piped or redirected gets plain lines
+    instead, each of which starts with its step, so that ``grep`` shows how a metric went. What is
+    NaN or infinite stands out in both.
+
+    Args:
+        console: the `rich.console.Console` to write to; by default a new one on stdout.
+        live: update in place; by default if the console is an interactive terminal. Give ``False``
+            when something other than rich, such as tqdm, draws on the same terminal.
+        select: see `SelectiveSink`.
+        key_format: see `SelectiveSink`.
+
+    Raises `ImportError` without the ``rich`` package.
+    """
+
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        live: bool | None = None,
+        select: str | Sequence[str] = "*",
+        key_format: str | Callable[[str], str] = "{key}",
+    ) -> None:
+        super().__init__(select=select, key_format=key_format)
+        require("rich", sink="ConsoleSink", extra="console")
+        self._console = console
+        self._wants_live = live
+        self._live: Live | None = None
+        self._boards: dict[str, _Board] = {}  # prefix -> what its table shows
+        self._widths: dict[str, dict[str, int]] = {}  # prefix -> column -> widest cell so far
+
+    def __repr__(self) -> str:
+        return "ConsoleSink()"
+
+    def flush(self) -> None:
+        """Do nothing: `write` holds nothing back."""
+
+    def close(self) -> None:
+        """Leave the last tables where they are and give the terminal back."""
+        if self._live is not None:
+            # Printing the tables for good, above whatever else is live on this console, leaves no
+            # gap; stopping a display that shows them would print them twice and scroll.
+            self._live.update("", refresh=True)
+            self._live.transient = True
+            self._live.stop()
+            self._live = None
+            self._opened().print(self._tables())
+
+    def rewind(self, step: int) -> None:
+        """Clear the tables of the steps after `step`; lines that were printed stay."""
+        self._boards = {name: one for name, one in self._boards.items() if one.step <= step}
+        if self._live is not None:
+            self._draw(self._live)
+
+    def _write(self, record: Record) -> None:
+        console = self._opened()
+        live = self._is_live(console)
+        for board in _boards_of(record):
+            shown = self._boards.get(board.prefix)
+            laid_out = self._boards[board.prefix] = board.over(shown) if shown else board
+            if not live:
+                self._print(console, board, laid_out.columns)
+        if not live:
+            return
+        if self._live is None:
+            from rich.live import Live  # noqa: PLC0415
+
+            self._live = Live(console=console, auto_refresh=False)
+            self._live.start()
+        self._draw(self._live)
+
+    def _opened(self) -> Console:
+        if self._console is None:
+            from rich.console import Console  # noqa: PLC0415
+
+            self._console = Console()
+        return self._console
+
+    def _is_live(self, console: Console) -> bool:
+        return console.is_interactive if self._wants_live is None else self._wants_live
+
+    def _tables(self, height: int | None = None) -> RenderableType:
+        """Return all tables, cut to `height` lines in all if given."""
+        from rich.console import Group  # noqa: PLC0415
+
+        width = self._opened().width
+        boards = list(self._boards.values())
+        limits = _shares([len(board.rows) for board in boards], height)
+        tables = (_table(*each, width) for each in zip(boards, limits, strict=True))
+        return Group(*tables)
+
+    def _draw(self, live: Live) -> None:
+        # A live display taller than the terminal could not be updated in place; some lines are
+        # left for a progress bar.
+        live.update(self._tables(self._opened().height - 3), refresh=True)
+
+    def _print(self, console: Console, board: _Board, columns: list[str]) -> None:
+        widths = self._widths.setdefault(board.prefix, {})
+        for line in _lines(board, columns, widths):
+            console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
+@dataclass(slots=True)
+class _Board:
+    """What the table of one prefix shows: a cell per (row, column), in order of appearance."""
+
+    prefix: str
+    step: int
+    wall_time: float
+    columns: list[str] = field(default_factory=list)
+    rows: list[str] = field(default_factory=list)
+    cells: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def put(self, row: str, column: str, cell: str) -> None:
+        if row not in self.rows:
+            self.rows.append(row)
+        if column not in self.columns:
+            self.columns.append(column)
+        self.cells[row, column] = cell
+
+    def over(self, shown: _Board) -> _Board:
+        """Return this board laid out as the one `shown` before it, so that nothing jumps."""
+        cells = {**shown.cells, **self.cells} if shown.step == self.step else self.cells
+        rows = [*shown.rows, *(row for row in self.rows if row not in shown.rows)]
+        columns = [*shown.columns, *(one for one in self.columns if one not in shown.columns)]
+        return _Board(self.prefix, self.step, self.wall_time, _ordered(columns), rows, cells)
+
+
+_ALL = "all"
+_MISSING = "-"
+_LOUD = re.compile(r"!(NaN|-?INF)")
+_STATISTIC = re.compile(r"(?P<name>.+)_stat_(?P<statistic>mean|std|min|max|count|p\d+)")
+
+
+def _boards_of(record: Record) -> list[_Board]:
+    """Sort the flat keys of `record` into one board per prefix."""
+    groups: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
+    loose: list[tuple[str, float]] = []  # keys without a "/"
+    for key, value in record.metrics.items():
+        group, slash, name = key.partition("/")
+        if not slash:
+            loose.append((key, value))
+            continue
+        prefix, _, dataset = group.partition("_")
+        match = _STATISTIC.fullmatch(name)
+        name, statistic = (match["name"], match["statistic"]) if match else (name, "")
+        metrics = groups.setdefault(prefix, {})
+        metrics.setdefault((name, dataset or _ALL), {})[statistic] = value
+    home = groups.setdefault(next(iter(groups)) if len(groups) == 1 else "", {})
+    for key, value in loose:
+        home[key, _ALL] = {"": value}
+
+    boards = []
+    for prefix, metrics in groups.items():
+        board = _Board(prefix, record.step, record.wall_time)
+        for (name, column), values in metrics.items():
+            for row, cell in _rows(name, values):
+                board.put(row, column, cell)
+        board.columns = _ordered(board.columns)
+        boards.append(board)
+    return [board for board in boards if board.rows]
+
+
+def _rows(name: str, values: dict[str, float]) -> Iterable[tuple[str, str]]:
+    """Fold the statistics of one distribution into the few rows in which they are read."""
+    if "" in values:
+        yield name, _number(values[""])
+    if "mean" in values:
+        spread = f" ± {_number(values['std'])}" if "std" in values else ""
+        yield f"{name} mean ± std", _number(values["mean"]) + spread
+    if "min" in values and "max" in values:
+        yield f"{name} min … max", f"{_number(values['min'])} … {_number(values['max'])}"
+    percentiles = [one for one in values if one.startswith("p")]
+    if percentiles:
+        numbers = " · ".join(_number(values[one]) for one in percentiles)
+        yield f"{name} {' · '.join(percentiles)}", numbers
+    if "count" in values:
+        yield f"{name} count", _number(values["count"])
+
+
+def _ordered(columns: list[str]) -> list[str]:
+    return sorted(columns, key=lambda column: column != _ALL)
+
+
+def _number(value: float) -> str:
+    """Return four significant digits, whole numbers in full, and what is not finite loudly."""
+    if math.isnan(value):
+        return "!NaN"
+    if math.isinf(value):
+        return "!INF" if value > 0 else "!-INF"
+    magnitude = abs(value)
+    if value == int(value) and magnitude < 1e15:
+        return f"{int(value):,}"
+    if magnitude < 0.01:
+        return f"{value:.3g}"
+    if magnitude < 1000:
+        return f"{value:#.4g}"
+    return f"{value:,.1f}" if magnitude < 1e9 else f"{value:.3e}"
+
+
+_FRAME = 6  # lines of a table that are not rows
+
+
+def _shares(needs: list[int], height: int | None) -> list[int]:
+    """Return how many rows each table may show; small tables leave what they spare to large ones."""
+    if height is None:
+        return needs
+    left = height - _FRAME * len(needs)
+    shares = dict.fromkeys(range(len(needs)), 0)
+    for served, index in enumerate(sorted(shares, key=needs.__getitem__)):
+        shares[index] = min(needs[index], max(3, left // (len(needs) - served)))
+        left -= shares[index]
+    return list(shares.values())
+
+
+def _table(board: _Board, max_rows: int, width: int) -> Table:
+    from rich import box  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    def is_loud(row: str) -> bool:
+        return any(_LOUD.search(board.cells.get((row, column), "")) for column in board.columns)
+
+    # What is not finite is shown whatever else has to make room.
+    kept = set(sorted(board.rows, key=lambda row: not is_loud(row))[:max_rows])
+    rows = [row for row in board.rows if row in kept]
+    columns: list[str] = []
+    room = width - 2 - max(len(row) for row in rows)
+    for column in sorted(board.columns, key=lambda column: column != _ALL):
+        cells = [board.cells.get((row, column), _MISSING) for row in rows]
+        room -= 3 + max(len(column), *(len(cell) for cell in cells))
+        if room < 0 and columns:
+            break
+        columns.append(column)
+    hidden = [
+        f"{count} more {what}{'s' * (count > 1)}"
+        for count, what in (
+            (len(board.rows) - len(rows), "row"),
+            (len(board.columns) - len(columns), "column"),
+        )
+        if count
+    ]
+    clock = time.strftime("%H:%M:%S", time.localtime(board.wall_time))
+    table = Table(
+        title=Text.assemble(
+            (board.prefix or "metrics", "bold cyan"),
+            (f"  step {board.step:,}", "bold"),
+            (f"  {clock}", "dim"),
+        ),
+        title_justify="left",
+        caption=f"… {' and '.join(hidden)}: select= chooses" if hidden else None,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(Text(column, "bold"), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            Text(row), *(_cell(board.cells.get((row, column), _MISSING)) for column in columns)
+        )
+    return table
+
+
+def _cell(cell: str) -> RenderableType:
+    from rich.text import Text  # noqa: PLC0415
+
+    text = Text(cell, "dim" if cell == _MISSING else "")
+    text.highlight_regex(_LOUD, "bold white on red")
+    return text
+
+
+def _lines(board: _Board, columns: list[str], widths: dict[str, int]) -> list[str]:
+    """Return a line per row; `widths` is kept from record to record, so that columns stay put."""
+    names = ["step", "row", *columns]
+    grid = [[f"step {board.step}", board.prefix, *columns]]
+    for row in board.rows:
+        values = [board.cells.get((row, column), _MISSING) for column in columns]
+        grid.append([f"step {board.step}", row, *values])
+    for name, cells in zip(names, zip(*grid, strict=True), strict=True):
+        widths[name] = max(widths.get(name, 0), *(len(cell) for cell in cells))
+    return [
+        "  ".join(
+            [cell.ljust(widths[name]) for name, cell in zip(names[:2], cells[:2], strict=True)]
+            + [cell.rjust(widths[name]) for name, cell in zip(names[2:], cells[2:], strict=True)]
+        )
+        for cells in grid
+    ]

@@ -1,0 +1,306 @@
+"""`MetricsLogger`: every rank calls `log`, rank 0 writes, and the training waits for nobody."""
+
+from __future__ import annotations
+
+import logging
+import numbers
+import operator
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, cast, runtime_checkable
+
+import numpy as np
+
+from metricfold.metric import check_name
+from metricfold.sinks.pipeline import Entry, Pipeline, Reduced
+from metricfold.sinks.record import Sink
+from metricfold.sinks.shutdown import unwatch, watch
+from metricfold.sinks.worker import error_of
+from metricfold.snapshot import Snapshot, WindowLike, check_window
+
+if TYPE_CHECKING:
+    from metricfold.aggregator import MetricsAggregator
+
+__all__ = ["MetricsLogger"]
+
+_log = logging.getLogger("metricfold")
+
+_METHODS = ("write", "flush", "close", "rewind")
+
+_PATIENCE = 30.0  # seconds in which a sink must get something done for close() to go on waiting
+_DYING_PATIENCE = 5.0
+_DYING_SECONDS = 10.0  # in all after SIGTERM; schedulers send SIGKILL after 30 or so
+_GRACE_AFTER_ERROR = 2.0  # seconds for a reduction that other ranks may never join
+
+
+class MetricsLogger:
+    """Hands metrics to sinks, in the background and on one rank only.
+
+        with MetricsLogger([ConsoleSink(), JSONLSink("run.jsonl")]) as logger:
+            logger.log(step, aggregator, prefix="train", extra={"lr": 3e-4})
+
+    `log` starts the reduction and returns; numbers are finished and written on other threads. A
+    sink that is slow or fails is left to itself: the others, and the training, go on. What was
+    accepted is written before `close` returns, on exit, and on SIGTERM, after which the handler
+    that was there before is called (only where the logger was made in the main thread, which is
+    the only one that Python lets handle signals).
+
+    Args:
+        sinks: where records go; objects with the four methods of `Sink`. Every rank makes the same
+            ones.
+        queue_size: how many records may wait for each sink; further ones are refused, counted and
+            reported, since the alternatives are to stall the training or to fill its memory.
+
+    Raises `TypeError` for something that is not a sink, `ValueError` for a `queue_size` below 1.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], *, queue_size: int = 1000) -> None:
+        if not isinstance(sinks, Sequence):
+            raise TypeError(f"sinks must be a list of sinks, but is {sinks!r}: write [sink]")
+        for sink in sinks:
+            _check_sink(sink)
+        if operator.index(queue_size) < 1:
+            raise ValueError(f"queue_size is {queue_size}, but must be at least 1")
+        self._sinks = tuple(sinks)
+        self._queue_size = queue_size
+        self._pid = os.getpid()
+        self._rank = 0
+        self._pipeline: Pipeline | None = None  # made by the first call on the rank that writes
+        self._reductions: dict[int, tuple[object, Future[Any]]] = {}  # the last of each aggregator
+        self._closed = False
+        watch(self)
+
+    def __enter__(self) -> MetricsLogger:  # noqa: PYI034 - typing.Self needs Python 3.11
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._close(grace=_GRACE_AFTER_ERROR)
+
+    def log(
+        self,
+        step: SupportsIndex,
+        source: MetricsAggregator | Snapshot | Mapping[str, float],
+        *,
+        prefix: str | None = None,
+        window: WindowLike = "auto",
+        extra: Mapping[str, float] | None = None,
+    ) -> None:
+        """Log the metrics of `source` at `step`; every rank calls it, global rank 0 writes.
+
+        An aggregator is reduced, which closes its interval. The call does not wait for other ranks,
+        unless the reduction of the `log` before it is still under way.
+
+        Args:
+            step: the training step, at least 0.
+            source: an aggregator, a `Snapshot`, or numbers by key. Only rank 0's snapshot or
+                numbers are looked at.
+            prefix: what keys start with, such as ``"train"``. Needed for an aggregator and for a
+                `Snapshot`; keys of a dict are used as they are, or as ``{prefix}/{key}``.
+            window: see `MetricsAggregator.get_metrics_for_logging`; a dict has none.
+            extra: further numbers, such as a learning rate, with their keys as they are. Only
+                rank 0's are looked at.
+
+        Raises the error of this aggregator's reduction before, on every rank alike; `TypeError` and
+        `ValueError` for arguments of the wrong kind.
+        """
+        self._check_open()
+        wall_time = time.time()
+        step = _checked_step(step)
+        if prefix is not None:
+            check_name("prefix", prefix)
+        check_window(window)
+        if isinstance(source, _Reducible):
+            _check_prefix_given(prefix, source)
+            self._raise_error_of(source)
+            entry_source: Mapping[str, float] | Future[Reduced] = source.reduce_async(step=step)
+            self._reductions[id(source)] = (source, cast("Future[Reduced]", entry_source))
+            if not self._writes():
+                return
+        elif isinstance(source, _SnapshotLike):
+            _check_prefix_given(prefix, source)
+            if not self._writes():
+                return
+            entry_source = Future()
+            entry_source.set_result(source)
+        elif isinstance(source, Mapping):
+            if not self._writes():
+                return
+            entry_source = {
+                key if prefix is None else f"{prefix}/{key}": value
+                for key, value in _numbers("source", source).items()
+            }
+        else:
+            raise TypeError(
+                f"cannot log {source!r}: give an aggregator, a Snapshot, or a dict of numbers"
+            )
+        # Only now that this rank has joined the reduction may what rank 0 alone was given be
+        # refused: the other ranks would wait for it.
+        entry = Entry(
+            step, wall_time, entry_source, prefix or "", window, _numbers("extra", extra or {})
+        )
+        self._opened().submit(entry)
+
+    def rewind(self, step: SupportsIndex) -> None:
+        """Take back what sinks hold of the steps after `step`: call it after loading a checkpoint.
+
+        Training goes on at ``step + 1``, and no step is shown twice: `JSONLSink` cuts its file,
+        `TensorBoardSink` tells TensorBoard to drop the later steps; of other sinks see `rewind`
+        there. Every rank calls it, global rank 0 acts.
+        """
+        self._check_open()
+        step = _checked_step(step, least=-1)
+        if self._writes():
+            self._opened().rewind(step)
+
+    def flush(self) -> bool:
+        """Wait until everything logged so far is where its sinks put it, and return whether it is.
+
+        A sink that gets nothing done in half a minute is waited for no longer.
+        """
+        self._check_open()
+        if self._pipeline is None:
+            return True
+        return self._pipeline.flush(grace=None, patience=_PATIENCE, deadline=None)
+
+    def close(self) -> None:
+        """Write everything logged, close the sinks, and raise the error of a failed reduction."""
+        errors = self._close(grace=None)
+        for error in errors[1:]:
+            _log.warning("a further reduction failed: %s: %s", type(error).__name__, error)
+        if errors:
+            raise errors[0]
+
+    def end_on_exit(self) -> None:
+        """Close, when the interpreter exits without anyone having done so."""
+        after_error = sys.exc_info()[0] is not None or hasattr(sys, "last_value")
+        for error in self._close(grace=_GRACE_AFTER_ERROR if after_error else None):
+            _log.warning("the last reduction failed: %s: %s", type(error).__name__, error)
+
+    def end_on_signal(self, *, dying: bool) -> None:
+        """Write, within seconds, everything logged; close as well if the process is about to die."""
+        deadline = time.monotonic() + _DYING_SECONDS
+        if dying:
+            self._close(grace=_DYING_PATIENCE, patience=_DYING_PATIENCE, deadline=deadline)
+        elif self._pipeline is not None:
+            self._pipeline.flush(grace=_DYING_PATIENCE, patience=_DYING_PATIENCE, deadline=deadline)
+
+    def _close(
+        self, *, grace: float | None, patience: float = _PATIENCE, deadline: float | None = None
+    ) -> list[BaseException]:
+        """Close once, and return the errors of reductions that nobody has been told of."""
+        if self._closed or self._pid != os.getpid():
+            return []
+        reductions = [future for _, future in self._reductions.values()]
+        # On ranks that write nothing too: a rank that leaves would fail the reduction of the rest.
+        wait(reductions, timeout=grace)
+        if self._pipeline is not None:
+            self._pipeline.close(grace=grace, patience=patience, deadline=deadline)
+        else:
+            self._close_unused_sinks()
+        self._closed = True
+        self._reductions.clear()
+        unwatch(self)
+        finished = (future for future in reductions if future.done() and not future.cancelled())
+        return [error for future in finished if (error := future.exception()) is not None]
+
+    def _close_unused_sinks(self) -> None:
+        for sink in self._sinks:
+            if (error := error_of(sink.close)) is not None:
+                _log.warning("%r could not be closed: %s: %s", sink, type(error).__name__, error)
+
+    def _raise_error_of(self, source: object) -> None:
+        # Waits for the reduction, as the aggregator would: only so do all ranks raise in the same
+        # call, and none is alone in the next reduction.
+        _, future = self._reductions.pop(id(source), (None, None))
+        if future is not None and (error := future.exception()) is not None:
+            raise error
+
+    def _writes(self) -> bool:
+        from metricfold.communicator import global_rank  # noqa: PLC0415
+
+        # A rank that was not the first stays silent when the process group is gone, where every
+        # rank looks like the first.
+        self._rank = max(self._rank, global_rank())
+        return self._rank == 0
+
+    def _opened(self) -> Pipeline:
+        if self._pipeline is None:
+            self._pipeline = Pipeline(self._sinks, self._queue_size)
+        return self._pipeline
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this MetricsLogger is closed: make a new one, or close it later")
+        if self._pid != os.getpid():
+            raise RuntimeError(
+                "this MetricsLogger belongs to the process that made it, and this is a fork of "
+                "that: log there, or make a logger here"
+            )
+
+
+@runtime_checkable
+class _Reducible(Protocol):
+    def reduce_async(self, step: int | None = None) -> Future[Any]: ...
+
+
+@runtime_checkable
+class _SnapshotLike(Reduced, Protocol):
+    pass
+
+
+def _check_sink(sink: object) -> None:
+    if isinstance(sink, type):
+        raise TypeError(f"{sink!r} is a class, not a sink: write {sink.__name__}(...)")
+    lacking = [name for name in _METHODS if not callable(getattr(sink, name, None))]
+    if lacking:
+        raise TypeError(f"{sink!r} is not a sink: it lacks the methods {', '.join(lacking)}")
+
+
+def _checked_step(step: SupportsIndex, least: int = 0) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        raise TypeError(f"step is {step!r}, but must be a whole number") from None
+    if number < least:
+        raise ValueError(f"step is {number}, but must be at least {least}")
+    return number
+
+
+def _check_prefix_given(prefix: str | None, source: object) -> None:
+    if prefix is None:
+        raise TypeError(
+            f"log() of a {type(source).__name__} needs a prefix for its keys, such as "
+            "prefix='train'"
+        )
+
+
+def _numbers(what: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Return a copy of `values` as floats, or raise an error that names what is not a number."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{what} must be a dict of numbers, but is {values!r}")
+    numbers_by_key: dict[str, float] = {}
+    for key, value in values.items():
+        check_name(f"a key of {what}", key)
+        if not isinstance(value, numbers.Real | np.bool_):
+            raise TypeError(
+                f"{what}[{key!r}] is {value!r} of type {type(value).__name__}, which is not a "
+                "number: convert it with float(), or record it in an aggregator, which reads "
+                "arrays without making the device wait"
+            )
+        try:
+            numbers_by_key[key] = float(value)
+        except OverflowError:
+            raise ValueError(f"{what}[{key!r}] is too large for a float") from None
+    return numbers_by_key

@@ -1,0 +1,203 @@
+"""From a source to the sinks, on threads that the training never waits for.
+
+    log() -> [entry] -> finalising thread -> [record] -> worker thread -> sink
+                                          -> [record] -> worker thread -> sink
+
+Entries stay in order: each waits for its reduction, becomes a record, and is offered to every sink.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from metricfold.histogram import Histogram
+from metricfold.sinks.record import Record, Sink
+from metricfold.sinks.worker import SinkWorker
+from metricfold.snapshot import WindowLike
+
+__all__ = ["Entry", "Pipeline", "Reduced"]
+
+_log = logging.getLogger("metricfold")
+
+
+class Reduced(Protocol):
+    """What a logger needs of a `Snapshot`."""
+
+    def as_dict(
+        self, prefix: str = ..., window: WindowLike = ..., *, rollup: bool = ...
+    ) -> dict[str, float]:
+        """Return the metrics by key."""
+
+    def histograms(self, prefix: str = ..., window: WindowLike = ...) -> dict[str, Histogram]:
+        """Return the histograms of the DISTRIBUTION metrics by key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What one `log` call accepted.
+
+    Args:
+        step: the training step.
+        wall_time: when `log` was called, in Unix seconds.
+        source: numbers by key, or the result, perhaps still to come, of a reduction.
+        prefix: what keys of a reduction start with.
+        window: what its numbers speak about.
+        extra: further numbers by key.
+    """
+
+    step: int
+    wall_time: float
+    source: Mapping[str, float] | Future[Reduced]
+    prefix: str
+    window: WindowLike
+    extra: Mapping[str, float]
+
+
+class Pipeline:
+    """The threads of one logger; made on the rank that writes.
+
+    Args:
+        sinks: where records go.
+        queue_size: how many entries may wait, and how many records for each sink.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], queue_size: int) -> None:
+        self._workers = [SinkWorker(sink, queue_size) for sink in sinks]
+        self._queue_size = queue_size
+        # A SimpleQueue may be used in a signal handler that interrupts a `put` to the same queue.
+        self._inbox: queue.SimpleQueue[Entry | _Rewind | _Barrier | None] = queue.SimpleQueue()
+        self._refused = 0
+        self._clashes: set[str] = set()
+        self._hurry: Future[None] = Future()  # done: wait for no reduction any more
+        self._thread = threading.Thread(target=self._run, name="metricfold log", daemon=True)
+        self._thread.start()
+
+    def submit(self, entry: Entry) -> None:
+        """Accept `entry`, or refuse and count it if too many wait already."""
+        if self._inbox.qsize() < self._queue_size:
+            self._inbox.put(entry)
+            return
+        self._refused += 1
+        if self._refused == 1:
+            _log.warning(
+                "%d records wait to be made, and that of step %d is the first to be left out. Log "
+                "less often, or give MetricsLogger a larger queue_size",
+                self._queue_size,
+                entry.step,
+            )
+
+    def rewind(self, step: int) -> None:
+        """Rewind all sinks to `step`, after everything accepted so far."""
+        self._inbox.put(_Rewind(step))
+
+    def flush(self, *, grace: float | None, patience: float, deadline: float | None) -> bool:
+        """Wait until what was accepted is flushed, and return whether it is.
+
+        Args:
+            grace: seconds to wait for reductions that are under way; None: as long as they take.
+            patience: seconds without progress after which a sink is waited for no longer.
+            deadline: on the monotonic clock, when to stop waiting in any case.
+        """
+        made = self._made(grace)
+        flushes = [(worker, worker.flush()) for worker in self._workers]
+        answers = [
+            worker.wait(done, patience=patience, deadline=deadline) for worker, done in flushes
+        ]
+        return made and all(answers)
+
+    def close(self, *, grace: float | None, patience: float, deadline: float | None) -> None:
+        """Write and flush what was accepted, close the sinks, and end the threads.
+
+        The arguments are those of `flush`. What could not be written in time is reported.
+        """
+        if not self._made(grace):
+            if not self._hurry.done():
+                self._hurry.set_result(None)
+            self._made(patience)
+        self._inbox.put(None)
+        closings = [(worker, worker.close()) for worker in self._workers]
+        for worker, done in closings:
+            worker.wait(done, patience=patience, deadline=deadline)
+            worker.report_unwritten()
+        if self._refused:
+            _log.warning("%d records were left out: too many waited to be made", self._refused)
+
+    def _made(self, seconds: float | None) -> bool:
+        """Wait until the entries accepted so far are records, and return whether they are."""
+        barrier = _Barrier(threading.Event())
+        self._inbox.put(barrier)
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while not barrier.passed.wait(0.05):
+            if not self._thread.is_alive():
+                return barrier.passed.is_set()
+            if deadline is not None and time.monotonic() > deadline:
+                return False
+        return True
+
+    def _run(self) -> None:
+        while (item := self._inbox.get()) is not None:
+            match item:
+                case Entry():
+                    self._make(item)
+                case _Rewind(step):
+                    for worker in self._workers:
+                        worker.rewind(step)
+                case _Barrier(passed):
+                    passed.set()
+
+    def _make(self, entry: Entry) -> None:
+        if isinstance(entry.source, Future):
+            either: list[Future[Any]] = [entry.source, self._hurry]
+            wait(either, return_when=FIRST_COMPLETED)
+            if not entry.source.done():
+                _log.warning(
+                    "the metrics of step %d are lost: their reduction was still waiting for other "
+                    "ranks when this process ended",
+                    entry.step,
+                )
+                return
+            if entry.source.cancelled() or entry.source.exception() is not None:
+                return  # the logger raises it where the training can see it
+        try:
+            record = self._record(entry)
+        except Exception:  # noqa: BLE001 - training must not die of it, least of all on one rank
+            _log.exception("the metrics of step %d are left out", entry.step)
+            return
+        for worker in self._workers:
+            worker.offer(record)
+
+    def _record(self, entry: Entry) -> Record:
+        histograms: dict[str, Histogram] = {}
+        if isinstance(entry.source, Future):
+            reduced = entry.source.result()
+            metrics = reduced.as_dict(entry.prefix, entry.window, rollup=True)
+            histograms = reduced.histograms(entry.prefix, entry.window)
+        else:
+            metrics = dict(entry.source)
+        extra = {key: value for key, value in entry.extra.items() if key not in metrics}
+        clashes = entry.extra.keys() - extra.keys() - self._clashes
+        if clashes:
+            self._clashes |= clashes
+            _log.warning(
+                "extra= names %s, which are metrics of their own: the metrics are kept and the "
+                "extra values left out; give these another name",
+                ", ".join(repr(key) for key in sorted(clashes)),
+            )
+        return Record(entry.step, entry.wall_time, {**metrics, **extra}, histograms)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rewind:
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Barrier:
+    passed: threading.Event

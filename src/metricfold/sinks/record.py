@@ -1,0 +1,49 @@
+"""What a logger hands to a sink, and what a sink is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from metricfold.histogram import Histogram
+
+__all__ = ["Record", "Sink"]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The metrics of one `MetricsLogger.log`.
+
+    Args:
+        step: the training step.
+        wall_time: when `log` was called, in seconds since 1970 (Unix time).
+        metrics: a number for each key, such as ``"train_alpaca/loss"``.
+        histograms: a histogram for each DISTRIBUTION metric, such as ``"train_alpaca/seq_len"``.
+    """
+
+    step: int
+    wall_time: float
+    metrics: dict[str, float]
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Anything with these four methods; subclass `SelectiveSink` for ``select=`` and ``key_format=``.
+
+    All four are called from one thread, which belongs to this sink alone. A method that raises is
+    called again with the same argument, so one that fails should leave nothing half-written. Every
+    rank makes the same sinks and rank 0 alone writes: open files in `write`, not in ``__init__``.
+    """
+
+    def write(self, record: Record) -> None:
+        """Take in one record; it is shared with the other sinks and must not be altered."""
+
+    def flush(self) -> None:
+        """Bring what was written to where it survives the process."""
+
+    def close(self) -> None:
+        """Flush, and let go of files and connections; called once, also when nothing was written."""
+
+    def rewind(self, step: int) -> None:
+        """Take back what was written for the steps after `step`: training goes on from there."""

@@ -1,0 +1,113 @@
+"""Which keys a sink takes, and what it calls them: ``select=`` and ``key_format=`` for all backends."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from typing import TypeVar
+
+from metricfold.sinks.record import Record
+
+__all__ = ["SelectiveSink"]
+
+_Value = TypeVar("_Value")
+
+
+class SelectiveSink(ABC):
+    """A sink that takes some of the keys, under names of its choice.
+
+    Args:
+        select: a glob, or several of which one must match, over whole keys: ``"*/loss"``,
+            ``["train_*", "val_*"]``. Upper and lower case differ, and ``*`` matches ``/`` too.
+        key_format: what a key is called in this backend: a format string that holds ``{key}``, such
+            as ``"run7/{key}"``, or a function from key to key.
+
+    A record of which no key is selected is not written at all.
+    """
+
+    def __init__(
+        self,
+        *,
+        select: str | Sequence[str] = "*",
+        key_format: str | Callable[[str], str] = "{key}",
+    ) -> None:
+        self._patterns = (select,) if isinstance(select, str) else tuple(select)
+        if not self._patterns or not all(isinstance(one, str) and one for one in self._patterns):
+            raise ValueError(
+                f"select={select!r} names no key: use a glob such as '*/loss', or several of them"
+            )
+        self._format = key_format if callable(key_format) else _formatter(key_format)
+        self._names: dict[str, str | None] = {}  # key -> its name here, or None: not selected
+
+    def write(self, record: Record) -> None:
+        """Write what is selected of `record`."""
+        metrics = self._renamed(record.metrics)
+        histograms = self._renamed(record.histograms)
+        if metrics or histograms:
+            self._write(Record(record.step, record.wall_time, metrics, histograms))
+
+    @abstractmethod
+    def _write(self, record: Record) -> None:
+        """Write `record`, which holds selected keys under their names in this backend."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Bring what was written to where it survives the process."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Flush, and let go of files and connections."""
+
+    @abstractmethod
+    def rewind(self, step: int) -> None:
+        """Take back what was written for the steps after `step`."""
+
+    def _renamed(self, values: Mapping[str, _Value]) -> dict[str, _Value]:
+        renamed: dict[str, _Value] = {}
+        for key, value in values.items():
+            if key not in self._names:
+                self._names[key] = self._name(key)
+            name = self._names[key]
+            if name is None:
+                continue
+            if name in renamed:
+                clash = sorted(other for other in values if self._names.get(other) == name)
+                raise ValueError(
+                    f"key_format makes {name!r} of each of {clash}: choose one that keeps keys apart"
+                )
+            renamed[name] = value
+        return renamed
+
+    def _name(self, key: str) -> str | None:
+        if not any(fnmatchcase(key, pattern) for pattern in self._patterns):
+            return None
+        name = self._format(key)
+        if not isinstance(name, str):
+            raise TypeError(f"key_format makes {name!r} of {key!r}, which is not a string")
+        return name
+
+
+def _formatter(key_format: str) -> Callable[[str], str]:
+    try:
+        probes = key_format.format(key="a"), key_format.format(key="b")
+    except (AttributeError, IndexError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"key_format={key_format!r} is not a format of {{key}} alone: "
+            f"use one such as 'run7/{{key}}', or a function from key to key"
+        ) from error
+    if probes[0] == probes[1]:
+        raise ValueError(
+            f"key_format={key_format!r} makes the same name of every key: it must hold {{key}}"
+        )
+    return lambda key: key_format.format(key=key)
+
+
+def require(package: str, *, sink: str, extra: str) -> None:
+    """Raise an `ImportError` that says what to install, without importing `package`."""
+    if find_spec(package) is None:
+        raise ImportError(
+            f"{sink} needs the package {package!r}, which is not installed: "
+            f"pip install metricfold[{extra}]"
+        )

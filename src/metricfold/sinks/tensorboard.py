@@ -1,0 +1,141 @@
+"""TensorBoard event files, written with TensorBoard's own package; TensorFlow is not needed.
+
+TensorBoard keeps scalars as float32: totals beyond 2^24 are rounded there (not in `JSONLSink`).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metricfold.sinks.buckets import coarsened
+from metricfold.sinks.files import AppendFile
+from metricfold.sinks.record import Record
+from metricfold.sinks.selection import SelectiveSink, require
+
+if TYPE_CHECKING:
+    from metricfold.histogram import Histogram
+
+__all__ = ["TensorBoardSink"]
+
+# TensorBoard draws about 30; checksums in pure Python make every further bucket cost CPU time.
+_MAX_BUCKETS = 512
+
+
+class TensorBoardSink(SelectiveSink):
+    """Writes scalars and histograms to an event file that ``tensorboard --logdir`` shows.
+
+    Args:
+        logdir: the folder for event files, a local path, made at the first record. TensorBoard
+            follows only the newest file of a folder: give each sink a folder of its own.
+        select: see `SelectiveSink`.
+        key_format: see `SelectiveSink`.
+
+    Raises `ImportError` without the ``tensorboard`` package, `ValueError` when `logdir` is a URL.
+    """
+
+    def __init__(
+        self,
+        logdir: str | os.PathLike[str],
+        *,
+        select: str | Sequence[str] = "*",
+        key_format: str | Callable[[str], str] = "{key}",
+    ) -> None:
+        super().__init__(select=select, key_format=key_format)
+        if "://" in os.fspath(logdir):
+            raise ValueError(
+                f"logdir={os.fspath(logdir)!r} is a URL: give a folder, such as a mounted bucket"
+            )
+        require("tensorboard", sink="TensorBoardSink", extra="tensorboard")
+        self.logdir = Path(logdir)
+        self._file: AppendFile | None = None
+
+    def __repr__(self) -> str:
+        return f"TensorBoardSink({str(self.logdir)!r})"
+
+    def flush(self) -> None:
+        """Do nothing: `write` holds nothing back."""
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def rewind(self, step: int) -> None:
+        """Start a new event file that tells TensorBoard to drop all steps after `step`."""
+        self.close()
+        if not any(self.logdir.glob("events.out.tfevents.*")):
+            return
+        from tensorboard.compat.proto import event_pb2  # noqa: PLC0415
+
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._append(event_pb2.Event(step=step + 1, wall_time=time.time(), session_log=start))
+
+    def _write(self, record: Record) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: PLC0415
+
+        values = [
+            summary_pb2.Summary.Value(tag=key, simple_value=value)
+            for key, value in record.metrics.items()
+        ]
+        values += [
+            summary_pb2.Summary.Value(tag=key, histo=_proto(histogram))
+            for key, histogram in record.histograms.items()
+            if histogram.counts.any()
+        ]
+        # One event for the whole record: it is written whole or not at all.
+        summary = summary_pb2.Summary(value=values)
+        event = event_pb2.Event(step=record.step, wall_time=record.wall_time, summary=summary)
+        self._append(event)
+
+    def _append(self, event: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: PLC0415
+
+        if self._file is None:
+            self._file = self._new_file()
+        RecordWriter(self._file).write(event.SerializeToString())
+
+    def _new_file(self) -> AppendFile:
+        from tensorboard.compat.proto import event_pb2  # noqa: PLC0415
+        from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: PLC0415
+
+        file = AppendFile(_next_path(self.logdir))
+        version = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
+        RecordWriter(file).write(version.SerializeToString())
+        return file
+
+
+def _next_path(logdir: Path) -> Path:
+    """Return a path whose name sorts after those of all event files in `logdir`.
+
+    TensorBoard reads event files in the order of their names, which start with a time in seconds.
+    A file that rewinds must come after those that it rewinds, although it may be made in the same
+    second, by another process, or on a host whose clock is behind.
+    """
+    second = int(time.time())
+    for path in logdir.glob("events.out.tfevents.*"):
+        made = path.name.split(".")[3]
+        if made.isdecimal():
+            second = max(second, int(made) + 1)
+    name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.metricfold"
+    return logdir / name
+
+
+def _proto(histogram: Histogram) -> Any:
+    from tensorboard.compat.proto import summary_pb2  # noqa: PLC0415
+
+    counts, edges = coarsened(histogram, _MAX_BUCKETS)
+    return summary_pb2.HistogramProto(
+        min=histogram.minimum,
+        max=histogram.maximum,
+        num=float(histogram.counts.sum()),
+        sum=histogram.total,
+        sum_squares=histogram.total_squares,
+        bucket_limit=edges[1:].tolist(),
+        bucket=counts.tolist(),
+    )
