@@ -1,0 +1,57 @@
+"""metricfold folds training metrics over samples, datasets, devices and ranks."""
+
+from metricfold.aggregator import MetricsAggregator
+from metricfold.communicator import MissingRanksError
+from metricfold.data import MetricBatch, MetricsCollator
+from metricfold.handlers import (
+    AggregationHandler,
+    CategoricalCountAggHandler,
+    DistributionAggHandler,
+    LaneHandler,
+    MaxAggHandler,
+    MeanAggHandler,
+    MinAggHandler,
+    RateAggHandler,
+    SumAggHandler,
+)
+from metricfold.metric import AggregationType, Metric, MetricState
+from metricfold.sinks import (
+    ConsoleSink,
+    JSONLSink,
+    MetricsLogger,
+    TensorBoardSink,
+    WandbSink,
+    read_jsonl,
+)
+from metricfold.snapshot import Snapshot
+from metricfold.transform import DefaultTrainingMetricTransform, MetricTransform
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AggregationHandler",
+    "AggregationType",
+    "CategoricalCountAggHandler",
+    "ConsoleSink",
+    "DefaultTrainingMetricTransform",
+    "DistributionAggHandler",
+    "JSONLSink",
+    "LaneHandler",
+    "MaxAggHandler",
+    "MeanAggHandler",
+    "Metric",
+    "MetricBatch",
+    "MetricState",
+    "MetricTransform",
+    "MetricsAggregator",
+    "MetricsCollator",
+    "MetricsLogger",
+    "MinAggHandler",
+    "MissingRanksError",
+    "RateAggHandler",
+    "Snapshot",
+    "SumAggHandler",
+    "TensorBoardSink",
+    "WandbSink",
+    "read_jsonl",
+]

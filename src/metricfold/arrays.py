@@ -1,0 +1,171 @@
+"""Device arrays as metric values: kept without a wait, read all at once.
+
+A training loop must not wait for its device because of a metric, so an array is not read when it
+comes in. It is *held* (torch: a detached clone, because callers reuse buffers and a graph must not
+stay alive; JAX arrays are immutable: the array itself), and all that are held are *read* in one
+transfer per device when a reduction needs them.
+
+No framework is imported here: an array can only come from a framework that its owner has imported
+already, so `sys.modules` tells which ones to ask.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["backend_of", "hold", "lost", "read"]
+
+
+class ArrayBackend(ABC):
+    """What holds and reads the arrays of one framework."""
+
+    framework: str
+    """The module whose presence means that arrays of this kind may come in."""
+
+    @abstractmethod
+    def owns(self, value: object) -> bool: ...
+
+    @abstractmethod
+    def hold(self, value: Any) -> Any:
+        """Return a 0-d array that the caller cannot change any more, without waiting for it."""
+
+    def lost(self, value: Any) -> str | None:
+        """Return why a held value cannot be read any more, or None if it can."""
+        return None
+
+    @abstractmethod
+    def start(self, values: Sequence[Any]) -> Callable[[], list[Any]]:
+        """Enqueue the transfer; what is returned waits for it and gives Python numbers."""
+
+
+class TorchArrays(ArrayBackend):
+    framework = "torch"
+
+    def owns(self, value: object) -> bool:
+        return isinstance(value, sys.modules["torch"].Tensor)
+
+    def hold(self, value: Any) -> Any:
+        if value.numel() != 1:
+            raise ValueError(f"a tensor of shape {tuple(value.shape)} is not one value")
+        if value.is_complex():
+            raise ValueError("a complex tensor is not a number to aggregate")
+        return value.detach().clone().reshape(())
+
+    def start(self, values: Sequence[Any]) -> Callable[[], list[Any]]:
+        torch = sys.modules["torch"]
+        groups: dict[Any, dict[Any, list[int]]] = {}
+        for index, value in enumerate(values):
+            groups.setdefault(value.device, {}).setdefault(value.dtype, []).append(index)
+        reads: list[tuple[Any, Any, list[tuple[Any, list[int]]]]] = []
+        for device, by_dtype in groups.items():
+            # MPS has no float64; everywhere else float64 holds every dtype that we take.
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            stacks = [
+                torch.stack([values[i] for i in indices]).to(wide) for indices in by_dtype.values()
+            ]
+            together = torch.cat(stacks)
+            ready = None
+            if device.type == "cuda":
+                ready = torch.cuda.Event()
+                ready.record(torch.cuda.current_stream(device))
+            reads.append((together, ready, list(by_dtype.items())))
+
+        def finish() -> list[Any]:
+            numbers: list[Any] = [None] * len(values)
+            for together, ready, by_dtype in reads:
+                if ready is not None:
+                    ready.synchronize()
+                host = iter(together.cpu().tolist())
+                for dtype, indices in by_dtype:
+                    kind = bool if dtype == torch.bool else _number_kind(dtype.is_floating_point)
+                    for index in indices:
+                        numbers[index] = kind(next(host))
+            return numbers
+
+        return finish
+
+
+class JaxArrays(ArrayBackend):
+    framework = "jax"
+
+    def owns(self, value: object) -> bool:
+        return isinstance(value, sys.modules["jax"].Array)
+
+    def hold(self, value: Any) -> Any:
+        jax = sys.modules["jax"]
+        if isinstance(value, jax.core.Tracer):
+            raise TypeError(
+                "a traced value has no number yet: return it from the jitted function and record "
+                "the result"
+            )
+        if value.size != 1:
+            raise ValueError(f"an array of shape {value.shape} is not one value")
+        return value
+
+    def lost(self, value: Any) -> str | None:
+        if not value.is_deleted():
+            return None
+        return (
+            "the JAX array was donated or deleted before it was read: record a copy (jnp.copy), "
+            "or do not donate it"
+        )
+
+    def start(self, values: Sequence[Any]) -> Callable[[], list[Any]]:
+        jax = sys.modules["jax"]
+        for value in values:
+            value.copy_to_host_async()
+        return lambda: [host.item() for host in jax.device_get(list(values))]
+
+
+_BACKENDS = (TorchArrays(), JaxArrays())
+
+
+def _number_kind(is_float: bool) -> type:
+    return float if is_float else int
+
+
+def backend_of(value: object) -> ArrayBackend | None:
+    """Return what handles `value` if it is a device array, else None."""
+    for backend in _BACKENDS:
+        if backend.framework in sys.modules and backend.owns(value):
+            return backend
+    return None
+
+
+def hold(value: object) -> object | None:
+    """Return a 0-d array to be read later if `value` is a device array, else None."""
+    backend = backend_of(value)
+    return None if backend is None else backend.hold(value)
+
+
+def lost(value: object) -> str | None:
+    """Return why a held array cannot be read any more, or None if it can."""
+    backend = backend_of(value)
+    return None if backend is None else backend.lost(value)
+
+
+def read(values: Sequence[Any]) -> Callable[[], list[Any]]:
+    """Enqueue the transfer of held arrays; call the result, on any thread, for the numbers."""
+    by_backend: dict[ArrayBackend, list[int]] = {}
+    for index, value in enumerate(values):
+        backend = backend_of(value)
+        assert backend is not None
+        by_backend.setdefault(backend, []).append(index)
+    finishers = [
+        (backend.start([values[i] for i in indices]), indices)
+        for backend, indices in by_backend.items()
+    ]
+
+    def finish() -> list[Any]:
+        numbers: list[Any] = [None] * len(values)
+        for finisher, indices in finishers:
+            for index, number in zip(indices, finisher(), strict=True):
+                numbers[index] = number
+        return numbers
+
+    return finish

@@ -1,0 +1,58 @@
+"""Who the other ranks are, and how to talk to them.
+
+Frameworks are found by looking in `sys.modules`: ranks can only be connected by a framework that
+the training script has imported and initialised itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from typing import Any
+
+from metricfold.communicator.base import Communicator, LocalCommunicator, MissingRanksError
+
+__all__ = [
+    "Communicator",
+    "LocalCommunicator",
+    "MissingRanksError",
+    "connect",
+    "global_rank",
+]
+
+
+def connect(
+    name: str, process_group: Any, timeout: timedelta | None, generation: int
+) -> Communicator:
+    """Return a communicator over `process_group`, or over all ranks.
+
+    Args:
+        name: pairs aggregators across ranks.
+        process_group: a torch process group, one dimension of a `DeviceMesh`, or None for all.
+        timeout: how long to wait for missing ranks; None: as long as the training group does.
+        generation: how often this aggregator has been bound before.
+    """
+    if _torch_is_initialized():
+        from metricfold.communicator.torch import TorchCommunicator  # noqa: PLC0415
+
+        return TorchCommunicator(name, process_group, timeout, generation)
+    if process_group is not None:
+        raise RuntimeError(
+            "a process_group was given, but torch.distributed is not initialised (any more): call "
+            "torch.distributed.init_process_group() first"
+        )
+    return LocalCommunicator()
+
+
+def global_rank() -> int:
+    """Return this process's rank in the whole job; 0 when there is only one."""
+    if _torch_is_initialized():
+        return int(sys.modules["torch.distributed"].get_rank())
+    return 0
+
+
+def _torch_is_initialized() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return (
+        distributed is not None and distributed.is_available() and distributed.is_initialized()
+    )

@@ -1,0 +1,110 @@
+"""The seam between folding and whatever moves bytes between ranks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from metricfold.handlers import FloatArray
+
+__all__ = ["Communicator", "LocalCommunicator", "MissingRanksError"]
+
+# 48 bits are exact in a float64, and add up exactly where all ranks but one send zero.
+_BYTES_PER_FLOAT = 6
+
+
+class MissingRanksError(RuntimeError):
+    """Some ranks did not take part in a collective call before its timeout.
+
+    Attributes:
+        missing: the ranks that did not come, ascending.
+    """
+
+    def __init__(self, message: str, missing: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+
+
+class Communicator(ABC):
+    """Collectives over float64 vectors, which all ranks call in the same order.
+
+    Attributes:
+        rank: this rank, in 0..world_size - 1.
+        world_size: the number of ranks.
+        collectives: how many collectives this communicator has issued.
+    """
+
+    rank: int
+    world_size: int
+    collectives: int = 0
+
+    def all_gather(self, vector: FloatArray) -> FloatArray:
+        """Return everyone's `vector`, shape (n,), as rows of shape (world_size, n)."""
+        self.collectives += 1
+        return self._all_gather(vector)
+
+    def all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray:
+        """Return the elementwise sum or maximum of everyone's `vector`, shape (n,)."""
+        self.collectives += 1
+        return self._all_reduce(vector, op)
+
+    def all_gather_bytes(self, data: bytes, sizes: Sequence[int]) -> list[bytes]:
+        """Return everyone's `data`; `sizes`, known to all, has its length on each rank.
+
+        One all-reduce of as many bytes as there are in all: every rank writes to its own place in
+        a vector of zeros. A rank whose bytes others have already got may send none.
+        """
+        lanes = [-(-size // _BYTES_PER_FLOAT) for size in sizes]
+        ends = np.cumsum(lanes)
+        vector = np.zeros(int(ends[-1]))
+        mine = slice(int(ends[self.rank]) - lanes[self.rank], int(ends[self.rank]))
+        vector[mine] = _to_floats(data)
+        gathered = self.all_reduce(vector, "sum")
+        return [
+            _to_bytes(gathered[int(end) - lane : int(end)], size)
+            for end, lane, size in zip(ends, lanes, sizes, strict=True)
+        ]
+
+    @abstractmethod
+    def _all_gather(self, vector: FloatArray) -> FloatArray: ...
+
+    @abstractmethod
+    def _all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray: ...
+
+    def current(self) -> bool:
+        """Return whether the ranks that this communicator connects are still the ones to ask."""
+        return True
+
+    def close(self) -> None:
+        """Give the connection back."""
+
+
+class LocalCommunicator(Communicator):
+    """A world of one rank."""
+
+    rank = 0
+    world_size = 1
+
+    def all_gather(self, vector: FloatArray) -> FloatArray:
+        return vector[np.newaxis]
+
+    def all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray:
+        return vector
+
+    _all_gather = all_gather
+    _all_reduce = all_reduce
+
+
+def _to_floats(data: bytes) -> FloatArray:
+    padded = data + bytes(-len(data) % _BYTES_PER_FLOAT)
+    words = np.zeros((len(padded) // _BYTES_PER_FLOAT, 8), dtype=np.uint8)
+    words[:, :_BYTES_PER_FLOAT] = np.frombuffer(padded, np.uint8).reshape(-1, _BYTES_PER_FLOAT)
+    return words.view("<u8").ravel().astype(np.float64)
+
+
+def _to_bytes(vector: FloatArray, size: int) -> bytes:
+    words = vector.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :_BYTES_PER_FLOAT]
+    return words.tobytes()[:size]

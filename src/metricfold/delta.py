@@ -1,0 +1,168 @@
+"""What one rank has accumulated since its last reduction."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from metricfold import arrays
+from metricfold.data.batch import Column, Late, fold_numbers
+from metricfold.handlers import (
+    AggregationHandler,
+    CategoricalCountAggHandler,
+    LaneHandler,
+    State,
+    WindowState,
+)
+from metricfold.naming import show
+from metricfold.packing import Key
+
+__all__ = ["Delta"]
+
+# A plain running sum drifts by one rounding per addition. Folding the sums away after this many
+# keeps the drift of a million updates below 1e-12 of the sum of magnitudes.
+_ADDITIONS = 1024
+
+
+class Delta:
+    """States per key, values that still lie on a device, and the time they took.
+
+    A reduction takes the whole delta away (`cut`) and, if it fails, puts it back (`restore`).
+    """
+
+    def __init__(self) -> None:
+        self.states: dict[Key, State] = {}
+        self.late: list[Late] = []
+        self.seconds = 0.0
+        self._late_keys: set[Key] = set()
+        self._settled: dict[Key, State] = {}
+        self._additions = 0
+        self._since = time.monotonic()
+
+    def add(self, columns: Iterable[tuple[Column, LaneHandler]]) -> None:
+        """Take in folded columns and the handlers that folded them; cannot fail."""
+        states = self.states
+        for column, handler in columns:
+            key, state = column.key, column.state
+            assert state is not None
+            if key in self._late_keys and isinstance(state, WindowState):
+                # A window is in order of arrival: these queue behind what is still on the device.
+                self.late.extend(_one_by_one(column, state))
+            else:
+                known = states.get(key)
+                if known is None:
+                    known = states[key] = handler.empty()
+                known.merge(state)
+            if column.late:
+                self.late.extend(column.late)
+                self._late_keys.add(key)
+        self._additions += 1
+        if self._additions >= _ADDITIONS:
+            _merge_into(self._settled, states)
+            self.states, self._additions = {}, 0
+
+    def drop(self, key: Key) -> int:
+        """Forget `key`; returns how many values it had."""
+        states = [states.pop(key, None) for states in (self.states, self._settled)]
+        late = sum(entry.key == key for entry in self.late)
+        self.late = [entry for entry in self.late if entry.key != key]
+        return late + sum(int(state.sums[0]) for state in states if state is not None)
+
+    def cut(self) -> CutDelta:
+        """Return what has accumulated, and begin anew."""
+        now = time.monotonic()
+        taken = CutDelta(self._together(), self.late, self.seconds + now - self._since)
+        self.states, self._settled, self._additions = {}, {}, 0
+        self.late, self._late_keys = [], set()
+        self.seconds, self._since = 0.0, now
+        return taken
+
+    def restore(self, taken: CutDelta) -> None:
+        """Put back what a failed reduction took; it comes before what has come since."""
+        _merge_into(taken.states, self._together())
+        self.states, self._settled = taken.states, {}
+        self.seconds += taken.seconds
+
+    def _together(self) -> dict[Key, State]:
+        if not self._settled:
+            return self.states
+        _merge_into(self._settled, self.states)
+        return self._settled
+
+
+class CutDelta:
+    """A delta that no longer grows; its values on devices are on their way to the host."""
+
+    def __init__(self, states: dict[Key, State], late: list[Late], seconds: float) -> None:
+        self.states = states
+        self.seconds = seconds
+        self.errors: list[str] = []
+        self._late: list[Late] = []
+        for entry in late:
+            reason = arrays.lost(entry.value) or arrays.lost(entry.weight)
+            if reason:
+                self.errors.append(f"{show(entry.key)}: {reason}")
+            else:
+                self._late.append(entry)
+        # Enqueued here, on the thread that computed the values; waited for where they are needed.
+        self._numbers: Callable[[], list[Any]] = arrays.read(
+            [
+                array
+                for entry in self._late
+                for array in (entry.value, entry.weight)
+                if arrays.backend_of(array) is not None
+            ]
+        )
+
+    def settle(self, handlers: Mapping[Key, AggregationHandler]) -> None:
+        """Wait for values on their way and fold them.
+
+        One that cannot be folded, because its weight is not valid, is dropped and reported in
+        `errors`.
+        """
+        numbers = iter(self._numbers())
+        by_key: dict[Key, tuple[list[Any], list[float]]] = {}
+        for late in self._late:
+            value, weight = (
+                array if arrays.backend_of(array) is None else next(numbers)
+                for array in (late.value, late.weight)
+            )
+            if not 0 <= weight < math.inf:
+                self.errors.append(
+                    f"{show(late.key)}: the weight {weight!r} is not a finite number of 0 or more"
+                )
+                continue
+            values, weights = by_key.setdefault(late.key, ([], []))
+            values.append(value)
+            weights.append(weight)
+        self._late = []
+        for key, (values, weights) in by_key.items():
+            handler = handlers[key]
+            assert isinstance(handler, LaneHandler)
+            if isinstance(handler, CategoricalCountAggHandler):
+                state: State = handler.fold_categories(map(str, values))
+            else:
+                state = fold_numbers(key, handler, values, weights)
+            self.states.setdefault(key, handler.empty()).merge(state)
+
+
+def _one_by_one(column: Column, state: WindowState) -> list[Late]:
+    values, weights = state.newest()
+    pairs = zip(
+        values.tolist(),
+        [1.0] * values.size if weights is None else weights.tolist(),
+        strict=True,
+    )
+    return [Late(column.key, column.agg_type, value, weight) for value, weight in pairs]
+
+
+def _merge_into(target: dict[Key, State], newer: Mapping[Key, State]) -> None:
+    for key, state in newer.items():
+        known = target.get(key)
+        if known is None:
+            target[key] = state.copy()
+        else:
+            known.merge(state)
+

@@ -1,0 +1,656 @@
+"""How values combine: one handler per aggregation.
+
+A built-in handler is four words. *Identity*: zero in every SUM lane, minus infinity in every MAX
+lane. *Merge*: SUM lanes add, MAX lanes take the maximum; both are associative and commutative, so
+values may be split over workers, ranks and restarts in any way. *Fold*: many values at once become
+lanes. *Result*: the lanes of everyone become a number, and only then is anything divided, rooted
+or ranked.
+
+    class MeanAggHandler(LaneHandler):
+        sum_lanes = ("weighted_sum", "weight")
+
+        def sums_of(self, values, weights): ...            # fold
+        def result(self, lanes):                           # result
+            return lanes["weighted_sum"] / lanes["weight"]
+
+A handler of your own either declares lanes like that, and then rides in the one packed collective,
+or implements the four methods of `AggregationHandler`, which may keep any state it likes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from metricfold.metric import AggregationType, Metric, MetricState, TypeLike
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+__all__ = [
+    "AggregationHandler",
+    "CategoricalCountAggHandler",
+    "CategoryState",
+    "DistributionAggHandler",
+    "LaneHandler",
+    "LaneState",
+    "MaxAggHandler",
+    "MeanAggHandler",
+    "MinAggHandler",
+    "RateAggHandler",
+    "ReducedState",
+    "State",
+    "SumAggHandler",
+    "WindowState",
+    "built_in_handlers",
+    "percentile_name",
+    "quantiles",
+]
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+COUNT, NANS = 0, 1
+"""The two SUM lanes that every state begins with: values received, and how many were NaN."""
+COMMON_LANES = ("count", "nans")
+
+
+# -- States: what accumulates between two reductions ---------------------------------------------
+
+
+class LaneState:
+    """Fixed-width accumulators: SUM lanes add, MAX lanes take the maximum."""
+
+    __slots__ = ("maxs", "sums")
+
+    def __init__(self, sums: FloatArray, maxs: FloatArray) -> None:
+        self.sums = sums
+        self.maxs = maxs
+
+    def merge(self, other: LaneState) -> None:
+        self.sums += other.sums
+        if self.maxs.size:
+            np.maximum(self.maxs, other.maxs, out=self.maxs)
+
+    def copy(self) -> LaneState:
+        return LaneState(self.sums.copy(), self.maxs.copy())
+
+
+class WindowState(LaneState):
+    """Counting lanes, and the most recent finite values in order of arrival, in chunks."""
+
+    __slots__ = ("chunks", "limit", "size")
+
+    def __init__(
+        self,
+        sums: FloatArray,
+        chunks: Iterable[tuple[FloatArray, FloatArray | None]] = (),
+        limit: int | None = None,
+    ) -> None:
+        super().__init__(sums, np.empty(0))
+        self.limit = limit
+        self.size = 0
+        self.chunks: deque[tuple[FloatArray, FloatArray | None]] = deque()
+        for chunk in chunks:
+            self._append(chunk)
+
+    def _append(self, chunk: tuple[FloatArray, FloatArray | None]) -> None:
+        if not chunk[0].size:
+            return
+        self.chunks.append(chunk)
+        self.size += chunk[0].size
+        if self.limit is not None:
+            while self.size - self.chunks[0][0].size >= self.limit:
+                self.size -= self.chunks.popleft()[0].size
+
+    def merge(self, other: LaneState) -> None:
+        assert isinstance(other, WindowState)
+        self.sums += other.sums
+        for chunk in other.chunks:
+            self._append(chunk)
+
+    def copy(self) -> WindowState:
+        return WindowState(self.sums.copy(), self.chunks, self.limit)
+
+    @property
+    def weighted(self) -> bool:
+        return any(weights is not None for _, weights in self.chunks)
+
+    def newest(self) -> tuple[FloatArray, FloatArray | None]:
+        """Return the newest `limit` values, oldest first, and their weights if any has one."""
+        if not self.chunks:
+            return np.empty(0), None
+        keep = slice(None if self.limit is None else -self.limit, None)
+        values = np.concatenate([values for values, _ in self.chunks])[keep]
+        if not self.weighted:
+            return values, None
+        weights = [np.ones(v.size) if w is None else w for v, w in self.chunks]
+        return values, np.concatenate(weights)[keep]
+
+
+class CategoryState(LaneState):
+    """A total count, and one count per category."""
+
+    __slots__ = ("counts",)
+
+    def __init__(self, sums: FloatArray, counts: dict[str, int]) -> None:
+        super().__init__(sums, np.empty(0))
+        self.counts = counts
+
+    def merge(self, other: LaneState) -> None:
+        assert isinstance(other, CategoryState)
+        self.sums += other.sums
+        counts = self.counts
+        for category, count in other.counts.items():
+            counts[category] = counts.get(category, 0) + count
+
+    def copy(self) -> CategoryState:
+        return CategoryState(self.sums.copy(), dict(self.counts))
+
+
+State: TypeAlias = LaneState
+
+
+@dataclass(slots=True)
+class ReducedState:
+    """Everyone's state of one key, as a handler finalises it.
+
+    Args:
+        sums: the SUM lanes, first the count of values received and how many of them were NaN.
+        maxs: the MAX lanes.
+        seconds: wall time that the state speaks about, by the slowest rank's clock.
+        values: the pooled recent values of a DISTRIBUTION.
+        weights: their weights, or None if all are 1.
+        categories: the categories of a CATEGORICAL_COUNT, in the order of their SUM lanes.
+    """
+
+    sums: FloatArray
+    maxs: FloatArray
+    seconds: float = 0.0
+    values: FloatArray = field(default_factory=lambda: np.empty(0))
+    weights: FloatArray | None = None
+    categories: tuple[str, ...] = ()
+
+
+# -- The contract --------------------------------------------------------------------------------
+
+
+class AggregationHandler(ABC):
+    """How the values of one aggregation type combine.
+
+    Four methods, in the order of a metric's life. The state may hold anything in ``value`` and
+    ``metadata``. Because the contract has no merge, a handler keeps, on each rank, one state for
+    the run and one for the interval; each reduction gathers what `finalize_local_agg` returns.
+    Declare lanes (`LaneHandler`) to ride in the packed collective instead.
+    """
+
+    @abstractmethod
+    def initialize_metric_state(
+        self, dataset_name: str, metric_name: str, agg_type: TypeLike
+    ) -> MetricState:
+        """Return the state of a metric that has seen no value yet."""
+
+    @abstractmethod
+    def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+        """Take one value into the state, in place."""
+
+    @abstractmethod
+    def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+        """Return this rank's results; each is combined by the handler of its own type."""
+
+    @abstractmethod
+    def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> MetricState:
+        """Combine the ranks' results of one name into one; not called for a single result."""
+
+    def serialize_metadata(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Return `metadata` as JSON can hold it, for a checkpoint."""
+        return metadata
+
+    def deserialize_metadata(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Return what `serialize_metadata` was given."""
+        return metadata
+
+
+class LaneHandler(AggregationHandler):
+    """A handler whose state is a few float64 lanes, each combined by SUM or by MAX.
+
+    Declare the lanes by name, fold values into them, and compute the result from the merged
+    lanes. ``count``, ``nans`` and ``seconds`` are there in every result. A minimum is the MAX of
+    the negative.
+
+    Args:
+        on_nan: ``"propagate"`` reports NaN when one came in; ``"skip"`` leaves NaN out and
+            reports how many as ``{name}_nan_count``.
+
+    >>> class RMS(LaneHandler):
+    ...     sum_lanes = ("squares",)
+    ...
+    ...     def sums_of(self, values, weights):
+    ...         return (float(values @ values),)
+    ...
+    ...     def result(self, lanes):
+    ...         return (lanes["squares"] / (lanes["count"] - lanes["nans"])) ** 0.5
+    """
+
+    sum_lanes: ClassVar[tuple[str, ...]] = ()
+    max_lanes: ClassVar[tuple[str, ...]] = ()
+    weighted: ClassVar[bool] = False
+    """Whether weights matter; then values of weight 0 never reach the fold."""
+    initial: ClassVar[float] = 0.0
+    """What `MetricState.value` is before the first value."""
+
+    def __init__(self, *, on_nan: str = "propagate") -> None:
+        self.on_nan = check_on_nan(on_nan)
+
+    # What a subclass says.
+
+    def sums_of(self, values: FloatArray, weights: FloatArray | None) -> tuple[float, ...]:
+        """Return the SUM lanes of `values`, shape (n,), without NaN; n may be 0."""
+        return ()
+
+    def maxs_of(self, values: FloatArray) -> tuple[float, ...]:
+        """Return the MAX lanes of `values`, shape (n,), without NaN, n > 0."""
+        return ()
+
+    def result(self, lanes: Mapping[str, float]) -> float:
+        """Return the metric's value from everyone's merged lanes."""
+        raise TypeError(f"{type(self).__name__} declares lanes, but defines no result()")
+
+    # What follows from it.
+
+    @property
+    def sum_width(self) -> int:
+        return len(COMMON_LANES) + len(self.sum_lanes)
+
+    @property
+    def max_width(self) -> int:
+        return len(self.max_lanes)
+
+    def empty(self) -> State:
+        """Return the identity of the merge."""
+        return LaneState(np.zeros(self.sum_width), np.full(self.max_width, -np.inf))
+
+    def fold(self, values: FloatArray, weights: FloatArray | None) -> State:
+        """Return the state of `values`, shape (n,), with `weights`, or None if all are 1."""
+        if not self.weighted:
+            weights = None
+        elif weights is not None and not weights.all():
+            kept = weights != 0
+            values, weights = values[kept], weights[kept]
+        count, nans = values.size, 0
+        # A sum is NaN if a value is (or if infinities cancel): one pass instead of two.
+        if math.isnan(values.sum()):
+            bad = np.isnan(values)
+            nans = int(bad.sum())
+            values = values[~bad]
+            weights = None if weights is None else weights[~bad]
+        sums = np.array((count, nans, *self.sums_of(values, weights)), dtype=np.float64)
+        if values.size:
+            return LaneState(sums, np.array(self.maxs_of(values), dtype=np.float64))
+        return LaneState(sums, np.full(self.max_width, -np.inf))
+
+    def suffixes(self) -> tuple[str, ...]:
+        """Return what this handler may append to a metric's name; `*` stands for any text."""
+        return ("", "_nan_count") if self.on_nan == "skip" else ("",)
+
+    def finalize(self, state: ReducedState) -> dict[str, float]:
+        """Return what to report, by the suffix that the metric's name takes; may be empty."""
+        count, nans = float(state.sums[COUNT]), float(state.sums[NANS])
+        reported: dict[str, float] = {}
+        if nans and self.on_nan == "propagate":
+            return {"": math.nan}
+        if count > nans:
+            names = (*COMMON_LANES, *self.sum_lanes, *self.max_lanes)
+            lanes = dict(zip(names, (*state.sums.tolist(), *state.maxs.tolist()), strict=True))
+            lanes["seconds"] = state.seconds
+            reported[""] = float(self.result(lanes))
+        if nans:
+            reported["_nan_count"] = nans
+        return reported
+
+    # The contract, for those who call a handler themselves or return a state of a built-in type
+    # from a handler of their own.
+
+    def initialize_metric_state(
+        self, dataset_name: str, metric_name: str, agg_type: TypeLike
+    ) -> MetricState:
+        metadata = self._metadata(self.empty())
+        return MetricState(dataset_name, metric_name, self.initial, agg_type, metadata)
+
+    def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+        weights = None if metric.weight == 1.0 else np.array([metric.weight], dtype=np.float64)
+        state = self.empty()
+        state.merge(self._state_of(local_agg_metric))
+        state.merge(self.fold(np.array([metric.value], dtype=np.float64), weights))
+        self._store(state, local_agg_metric)
+
+    def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+        return [local_agg_metric]
+
+    def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> MetricState:
+        first = local_agg_metrics[0]
+        merged = self._state_of(first)
+        for state in local_agg_metrics[1:]:
+            merged.merge(self._state_of(state))
+        result = MetricState(first.dataset_name, first.metric_name, 0.0, first.agg_type)
+        self._store(merged, result)
+        return result
+
+    def _store(self, state: State, target: MetricState) -> None:
+        target.metadata.update(self._metadata(state))
+        seconds = target.metadata.get("seconds", math.nan)
+        reported = self.finalize(ReducedState(state.sums, state.maxs, seconds))
+        target.value = reported.get("", self.initial)
+
+    def _metadata(self, state: State) -> dict[str, Any]:
+        names = (*COMMON_LANES, *self.sum_lanes, *self.max_lanes)
+        return dict(zip(names, (*state.sums.tolist(), *state.maxs.tolist()), strict=True))
+
+    def _state_of(self, state: MetricState) -> State:
+        """Return the state's lanes; a state that carries only a value counts as that one value."""
+        if COMMON_LANES[COUNT] not in state.metadata:
+            return self.fold(np.array([state.value], dtype=np.float64), None)
+        return LaneState(
+            np.array([state.metadata[lane] for lane in (*COMMON_LANES, *self.sum_lanes)], float),
+            np.array([state.metadata[lane] for lane in self.max_lanes], float),
+        )
+
+
+# -- The built-ins -------------------------------------------------------------------------------
+
+
+class SumAggHandler(LaneHandler):
+    """Total of the values; integers are exact up to 2^53."""
+
+    sum_lanes = ("sum",)
+
+    def sums_of(self, values: FloatArray, weights: FloatArray | None) -> tuple[float, ...]:
+        return (float(values.sum()),)
+
+    def result(self, lanes: Mapping[str, float]) -> float:
+        return lanes["sum"]
+
+
+class RateAggHandler(SumAggHandler):
+    """Total of the values per second of wall time, by the slowest rank's clock."""
+
+    def result(self, lanes: Mapping[str, float]) -> float:
+        return lanes["sum"] / lanes["seconds"] if lanes["seconds"] else math.nan
+
+
+class MeanAggHandler(LaneHandler):
+    """Weighted mean: sum(w * x) / sum(w) over the values of all ranks."""
+
+    sum_lanes = ("weighted_sum", "weight")
+    weighted = True
+
+    def sums_of(self, values: FloatArray, weights: FloatArray | None) -> tuple[float, ...]:
+        if weights is None:
+            return float(values.sum()), float(values.size)
+        return float((values * weights).sum()), float(weights.sum())
+
+    def result(self, lanes: Mapping[str, float]) -> float:
+        return lanes["weighted_sum"] / lanes["weight"]
+
+
+class MaxAggHandler(LaneHandler):
+    """Largest value."""
+
+    max_lanes = ("max",)
+    initial = -math.inf
+
+    def maxs_of(self, values: FloatArray) -> tuple[float, ...]:
+        return (float(values.max()),)
+
+    def result(self, lanes: Mapping[str, float]) -> float:
+        return lanes["max"]
+
+
+class MinAggHandler(LaneHandler):
+    """Smallest value, kept as the MAX of the negative."""
+
+    max_lanes = ("negative_min",)
+    initial = math.inf
+
+    def maxs_of(self, values: FloatArray) -> tuple[float, ...]:
+        return (-float(values.min()),)
+
+    def result(self, lanes: Mapping[str, float]) -> float:
+        return -lanes["negative_min"]
+
+
+class DistributionAggHandler(LaneHandler):
+    """Mean, std, extrema and percentiles of the recent values, pooled over all ranks.
+
+    NaN and infinities are left out of the statistics and counted. ``std`` is the sample standard
+    deviation: absent for one value, 0.0 when all are equal. With weights, ``mean`` is
+    sum(w * x) / sum(w), the variance is unbiased for weights that say how reliable a value is,
+    and percentiles interpolate between values placed by cumulative weight, which is NumPy's
+    ``linear`` rule when all weights are equal. ``count`` is the number of values that the other
+    statistics speak about.
+
+    Args:
+        window_size: how many of its most recent values each rank keeps.
+        percentiles: which percentiles to report, ascending, each in 0..100.
+    """
+
+    sum_lanes = ("infinities",)
+    weighted = True
+
+    def __init__(
+        self, window_size: int = 1000, percentiles: Sequence[float] = (5, 50, 95)
+    ) -> None:
+        super().__init__()
+        self.window_size = check_window_size(window_size)
+        self.percentiles = check_percentiles(percentiles)
+        names = [percentile_name(p) for p in self.percentiles]
+        statistics = ["mean", "min", "max", "std", *names, "count", "nan_count", "inf_count"]
+        self._suffixes = tuple(f"_stat_{statistic}" for statistic in statistics)
+
+    def empty(self) -> WindowState:
+        return WindowState(np.zeros(self.sum_width), limit=self.window_size)
+
+    def fold(self, values: FloatArray, weights: FloatArray | None) -> WindowState:
+        if weights is not None and not weights.all():
+            kept = weights != 0
+            values, weights = values[kept], weights[kept]
+        count, nans, infinities = values.size, 0, 0
+        if not math.isfinite(values.sum()):
+            finite = np.isfinite(values)
+            nans = int(np.isnan(values).sum())
+            infinities = int(count - finite.sum() - nans)
+            values = values[finite]
+            weights = None if weights is None else weights[finite]
+        sums = np.array((count, nans, infinities), dtype=np.float64)
+        return WindowState(sums, [(values, weights)])
+
+    def suffixes(self) -> tuple[str, ...]:
+        return self._suffixes
+
+    def finalize(self, state: ReducedState) -> dict[str, float]:
+        values, weights = state.values, state.weights
+        reported: dict[str, float] = {}
+        if values.size:
+            low, high = float(values.min()), float(values.max())
+            mean, std = _moments(values, weights)
+            reported["_stat_mean"] = min(max(mean, low), high)
+            reported["_stat_min"] = low
+            reported["_stat_max"] = high
+            if values.size > 1:
+                reported["_stat_std"] = 0.0 if low == high else std
+            ranks = quantiles(values, weights, np.array(self.percentiles) / 100.0)
+            for percentile, value in zip(self.percentiles, ranks.tolist(), strict=True):
+                reported[f"_stat_{percentile_name(percentile)}"] = value
+            reported["_stat_count"] = float(values.size)
+        if state.sums[NANS]:
+            reported["_stat_nan_count"] = float(state.sums[NANS])
+        if state.sums[2]:
+            reported["_stat_inf_count"] = float(state.sums[2])
+        return reported
+
+    def _store(self, state: State, target: MetricState) -> None:
+        assert isinstance(state, WindowState)
+        values, weights = state.newest()
+        reported = self.finalize(
+            ReducedState(state.sums, state.maxs, values=values, weights=weights)
+        )
+        target.metadata.update(self._metadata(state))
+        target.metadata["statistics"] = {k.removeprefix("_stat_"): v for k, v in reported.items()}
+        target.value = reported.get("_stat_mean", self.initial)
+
+    def _metadata(self, state: State) -> dict[str, Any]:
+        assert isinstance(state, WindowState)
+        values, weights = state.newest()
+        lanes = dict(zip((*COMMON_LANES, *self.sum_lanes), state.sums.tolist(), strict=True))
+        return {
+            **lanes,
+            "values": values.tolist(),
+            "weights": None if weights is None else weights.tolist(),
+        }
+
+    def _state_of(self, state: MetricState) -> WindowState:
+        if COMMON_LANES[COUNT] not in state.metadata:
+            return self.fold(np.array([state.value], dtype=np.float64), None)
+        sums = [state.metadata[lane] for lane in (*COMMON_LANES, *self.sum_lanes)]
+        weights = state.metadata["weights"]
+        chunk = (
+            np.array(state.metadata["values"], dtype=np.float64),
+            None if weights is None else np.array(weights, dtype=np.float64),
+        )
+        return WindowState(np.array(sums, dtype=np.float64), [chunk])
+
+
+class CategoricalCountAggHandler(LaneHandler):
+    """How often each category occurred, reported as ``{name}_count_{category}``."""
+
+    def empty(self) -> CategoryState:
+        return CategoryState(np.zeros(self.sum_width), {})
+
+    def fold_categories(self, categories: Iterable[str]) -> CategoryState:
+        """Return the state of `categories`."""
+        counts: dict[str, int] = {}
+        for category in categories:
+            counts[category] = counts.get(category, 0) + 1
+        return CategoryState(np.array((sum(counts.values()), 0.0)), counts)
+
+    def suffixes(self) -> tuple[str, ...]:
+        return ("_count_*",)
+
+    def finalize(self, state: ReducedState) -> dict[str, float]:
+        counts = state.sums[len(COMMON_LANES) :].tolist()
+        return {
+            f"_count_{category}": count
+            for category, count in zip(state.categories, counts, strict=True)
+            if count
+        }
+
+    def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+        state = self._state_of(local_agg_metric)
+        state.merge(self.fold_categories([str(metric.value)]))
+        self._store(state, local_agg_metric)
+
+    def _store(self, state: State, target: MetricState) -> None:
+        target.metadata.update(self._metadata(state))
+        target.value = float(state.sums[COUNT])
+
+    def _metadata(self, state: State) -> dict[str, Any]:
+        assert isinstance(state, CategoryState)
+        return {"count": float(state.sums[COUNT]), "counts": dict(state.counts)}
+
+    def _state_of(self, state: MetricState) -> CategoryState:
+        if COMMON_LANES[COUNT] not in state.metadata:
+            return self.fold_categories([str(state.value)])
+        counts = state.metadata["counts"]
+        return CategoryState(np.array((float(sum(counts.values())), 0.0)), dict(counts))
+
+
+def built_in_handlers(
+    window_size: int = 1000,
+    percentiles: Sequence[float] = (5, 50, 95),
+    on_nan: str = "propagate",
+) -> dict[TypeLike, AggregationHandler]:
+    """Return a handler for every type that has one from the start."""
+    return {
+        AggregationType.SUM: SumAggHandler(on_nan=on_nan),
+        AggregationType.MEAN: MeanAggHandler(on_nan=on_nan),
+        AggregationType.MAX: MaxAggHandler(on_nan=on_nan),
+        AggregationType.MIN: MinAggHandler(on_nan=on_nan),
+        AggregationType.DISTRIBUTION: DistributionAggHandler(window_size, percentiles),
+        AggregationType.CATEGORICAL_COUNT: CategoricalCountAggHandler(),
+        AggregationType.RATE: RateAggHandler(on_nan=on_nan),
+    }
+
+
+# -- Statistics of pooled values -----------------------------------------------------------------
+
+
+def quantiles(values: FloatArray, weights: FloatArray | None, q: FloatArray) -> FloatArray:
+    """Return the quantiles `q`, each in 0..1, of `values`, shape (n,), n > 0.
+
+    NumPy's ``linear`` rule; with weights, value k in ascending order stands at
+    S[k] / (S[k] + R[k]), where S is the weight below it and R the weight above it.
+    """
+    if weights is None or (weights == weights[0]).all():
+        return np.quantile(values, q)
+    order = np.argsort(values, kind="stable")
+    values, weights = values[order], weights[order]
+    # Scale first: the sums of huge or tiny weights must neither overflow nor vanish.
+    weights = weights / weights.max()
+    through = np.cumsum(weights)
+    below = through - weights
+    place = below / np.maximum(through[-1] - weights, np.finfo(float).tiny)
+    return np.interp(q, np.minimum(place, 1.0), values)
+
+
+def _moments(values: FloatArray, weights: FloatArray | None) -> tuple[float, float]:
+    # Scale to 1 so that squares of huge values stay finite.
+    scale = float(np.abs(values).max()) or 1.0
+    scaled = values / scale
+    if weights is None:
+        mean = scaled.mean()
+        square = ((scaled - mean) ** 2).sum() / max(values.size - 1, 1)
+    else:
+        weights = weights / weights.max()
+        total = weights.sum()
+        mean = (weights * scaled).sum() / total
+        freedom = total - (weights**2).sum() / total
+        square = (weights * (scaled - mean) ** 2).sum() / freedom if freedom > 0 else 0.0
+    return float(mean * scale), float(math.sqrt(square) * scale)
+
+
+def percentile_name(percentile: float) -> str:
+    """Return ``p05`` for 5, ``p50`` for 50 and ``p99.9`` for 99.9."""
+    whole, _, fraction = f"{percentile:.10g}".partition(".")
+    return f"p{int(whole):02d}.{fraction}" if fraction else f"p{int(whole):02d}"
+
+
+# -- Checks --------------------------------------------------------------------------------------
+
+
+def check_window_size(size: object) -> int:
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size <= 0:
+        raise ValueError(
+            f"the window size is {size!r}: give the number of recent values that each rank keeps, "
+            "1 or more"
+        )
+    return int(size)
+
+
+def check_percentiles(percentiles: Sequence[float]) -> tuple[float, ...]:
+    checked = tuple(float(p) for p in percentiles)
+    if any(not 0 <= p <= 100 for p in checked):
+        raise ValueError(f"percentiles={percentiles!r}: each must lie in 0..100")
+    if list(checked) != sorted(set(checked)):
+        raise ValueError(f"percentiles={percentiles!r}: give them ascending, each once")
+    return checked
+
+
+def check_on_nan(on_nan: str) -> str:
+    if on_nan not in ("propagate", "skip"):
+        raise ValueError(f"on_nan={on_nan!r}: use 'propagate' or 'skip'")
+    return on_nan

@@ -1,0 +1,233 @@
+"""Which keys an aggregator knows, with the type, handler and printed names of each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from metricfold.data.batch import Column, MetricBatch, check_same_type, fold_metrics
+from metricfold.handlers import AggregationHandler, LaneHandler, built_in_handlers
+from metricfold.metric import TypeLike, resolve_type, type_label
+from metricfold.naming import Claims, show
+from metricfold.packing import Entry, Key, Schema
+
+__all__ = ["Admission", "KeyTable"]
+
+_logger = logging.getLogger("metricfold")
+_STOCK = {agg_type: type(handler) for agg_type, handler in built_in_handlers().items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Columns that may be taken in, and the keys that are new with them."""
+
+    lanes: list[tuple[Column, LaneHandler]]
+    custom: list[tuple[Column, AggregationHandler]]
+    new: dict[Key, tuple[TypeLike, AggregationHandler]]
+    claims: Claims
+
+
+class KeyTable:
+    """Types, handlers and names; the aggregator's side of `reduction.Registry`.
+
+    Attributes:
+        handlers: what handles each type.
+        of_key: each key's handler. A key keeps the handler that it began with.
+    """
+
+    def __init__(self, handlers: dict[TypeLike, AggregationHandler]) -> None:
+        self.handlers = handlers
+        self.of_key: dict[Key, AggregationHandler] = {}
+        self._types: dict[Key, TypeLike] = {}
+        self._claims = Claims()
+        self._unhandled: dict[Key, str] = {}
+
+    # -- Types
+
+    def register(self, agg_type: TypeLike, handler: AggregationHandler) -> None:
+        """Let `handler` handle `agg_type` from now on."""
+        agg_type = resolve_type(agg_type)
+        if not isinstance(handler, AggregationHandler):
+            raise TypeError(
+                f"register_handler() takes an AggregationHandler, but {handler!r} is none: "
+                "subclass AggregationHandler and pass an instance"
+            )
+        label = type_label(agg_type)
+        in_use = [show(key) for key, known in self._types.items() if known == agg_type]
+        if in_use:
+            _logger.warning(
+                "Replacing handler for %s: metrics that it already handles keep the old one (%s); "
+                "metrics seen from now on take the new one",
+                label,
+                ", ".join(in_use[:5]) + (", ..." if len(in_use) > 5 else ""),
+            )
+        self.handlers[agg_type] = handler
+        for key, missing in list(self._unhandled.items()):
+            if missing == label:
+                self._types[key], self.of_key[key] = agg_type, handler
+                del self._unhandled[key]
+
+    def by_label(self) -> dict[str, AggregationHandler]:
+        return {type_label(agg_type): handler for agg_type, handler in self.handlers.items()}
+
+    def type_of_label(self, label: str) -> TypeLike:
+        """Return the registered type of that label; raises KeyError if there is none."""
+        return {type_label(agg_type): agg_type for agg_type in self.handlers}[label]
+
+    # -- Taking columns in
+
+    def columns_of(self, batch: MetricBatch) -> list[Column]:
+        """Return the columns of a batch that was folded elsewhere, as the handlers here need."""
+        columns: list[Column] = []
+        for column in batch.columns:
+            handler = self.handlers.get(column.agg_type)
+            if column.state is None and isinstance(handler, LaneHandler):
+                columns += fold_metrics(column.metrics, self.handlers, wait=False)
+                continue
+            if column.state is not None and type(handler) is not _STOCK[column.agg_type]:
+                raise ValueError(
+                    f"{show(column.key)} was folded by MetricsCollator, which knows the built-in "
+                    f"handlers only, but this aggregator has another handler for "
+                    f"{type_label(column.agg_type)!r}: register yours for a type of its own "
+                    "(AggregationType.CUSTOM, your own Enum member or a string)"
+                )
+            columns.append(column)
+        return columns
+
+    def admit(self, columns: Iterable[Column]) -> Admission:
+        """Check columns against what is known; changes nothing. Raises ValueError on a clash."""
+        admission = Admission([], [], {}, self._claims)
+        copied = False
+        for column in columns:
+            key = column.key
+            known = self._types.get(key)
+            if known is None:
+                handler = self._handler_for(key, column.agg_type)
+                if not copied:
+                    admission = Admission(
+                        admission.lanes, admission.custom, {}, self._claims.copy()
+                    )
+                    copied = True
+                admission.claims.add(key, _suffixes(handler))
+                admission.new[key] = (column.agg_type, handler)
+            else:
+                if known is not column.agg_type:
+                    check_same_type(key, known, column.agg_type)
+                handler = self.of_key[key]
+            if isinstance(handler, LaneHandler):
+                admission.lanes.append((column, handler))
+            else:
+                admission.custom.append((column, handler))
+        return admission
+
+    def _handler_for(self, key: Key, agg_type: TypeLike) -> AggregationHandler:
+        handler = self.handlers.get(agg_type)
+        if handler is None:
+            known = ", ".join(sorted(self.by_label()))
+            raise ValueError(
+                f"{show(key)} has the aggregation type {type_label(agg_type)!r}, for which no "
+                f"handler is registered: call register_handler() first, or use one of {known}"
+            )
+        return handler
+
+    def commit(self, admission: Admission) -> None:
+        """Take over what `admit` found new."""
+        if not admission.new:
+            return
+        for key, (agg_type, handler) in admission.new.items():
+            self._types[key], self.of_key[key] = agg_type, handler
+        self._claims = admission.claims
+
+    def derive(self, name: str) -> None:
+        self._claims.derive(name)
+
+    # -- What a reduction asks (reduction.Registry)
+
+    def handler(self, key: Key) -> AggregationHandler:
+        return self.of_key[key]
+
+    def type_label(self, key: Key) -> str:
+        return type_label(self._types[key])
+
+    def suffixes(self, entry: Entry) -> tuple[str, ...]:
+        handler = self.by_label().get(entry.type)
+        return ("",) if handler is None else _suffixes(handler)
+
+    def adopt(self, schema: Schema) -> tuple[list[Key], str]:
+        """Take over what the ranks have agreed on.
+
+        Returns the keys that had to go, because the others hold them otherwise, and what this
+        rank cannot do with the rest.
+        """
+        claims = self._claims.without_keys()
+        for entry in schema:
+            claims.add(entry.key, self.suffixes(entry))
+        losers = []
+        for key in self._types:
+            agreed = schema.entries.get(key)
+            if agreed is None:
+                try:
+                    claims.add(key, _suffixes(self.of_key[key]))
+                except ValueError:
+                    losers.append(key)
+            elif agreed.type != self.type_label(key):
+                losers.append(key)
+        for key in losers:
+            del self._types[key], self.of_key[key]
+        for entry in schema:
+            if entry.key not in self._types:
+                self._take_over(entry)
+        self._claims = claims
+        return losers, self.trouble()
+
+    def _take_over(self, entry: Entry) -> None:
+        try:
+            agg_type = self.type_of_label(entry.type)
+        except KeyError:
+            self._unhandled[entry.key] = entry.type
+            return
+        self._types[entry.key], self.of_key[entry.key] = agg_type, self.handlers[agg_type]
+
+    def trouble(self) -> str:
+        """Return why this rank cannot take part in a reduction, or nothing."""
+        return "; ".join(
+            f"{show(key)} has the aggregation type {label!r}, for which no handler is registered "
+            "here: call register_handler() on every rank"
+            for key, label in self._unhandled.items()
+        )
+
+    def check_saved(
+        self, entries: Iterable[Entry], custom_types: Iterable[tuple[Key, str]]
+    ) -> Admission:
+        """Check the keys of a checkpoint; changes nothing. Raises ValueError if one cannot be."""
+        columns: list[Column] = []
+        labels = [(entry.key, entry.type) for entry in entries]
+        for key, label in dict.fromkeys([*labels, *custom_types]):
+            try:
+                agg_type = self.type_of_label(label)
+            except KeyError:
+                raise ValueError(
+                    f"the state holds {show(key)} of type {label!r}, for which no handler is "
+                    "registered: call register_handler() before load_state_dict()"
+                ) from None
+            columns.append(Column(key, agg_type, None))
+        admission = self.admit(columns)
+        for entry in entries:
+            handler = self.of_key.get(entry.key) or admission.new[entry.key][1]
+            lanes = isinstance(handler, LaneHandler)
+            widths = (handler.sum_width, handler.max_width) if lanes else (0, 0)
+            if widths != (entry.sums, entry.maxs):
+                raise ValueError(
+                    f"the state holds {show(entry.key)} with {entry.sums} SUM and {entry.maxs} "
+                    f"MAX lanes, but {type(handler).__name__} has {widths[0]} and {widths[1]}: "
+                    "register the handler that saved it"
+                )
+        return admission
+
+
+def _suffixes(handler: AggregationHandler) -> tuple[str, ...]:
+    # What a handler without lanes will call its results is known only when it finalises.
+    return handler.suffixes() if isinstance(handler, LaneHandler) else ("",)
+
+

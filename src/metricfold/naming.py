@@ -1,0 +1,115 @@
+"""Which printed names each key claims, so that no two metrics ever print the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+__all__ = ["Claims", "printed", "show"]
+
+Key = tuple[str, str]
+
+
+def printed(key: Key) -> str:
+    """Return what follows the prefix when `key` is logged: ``_alpaca/loss``, or ``/loss``."""
+    dataset, name = key
+    return f"_{dataset}/{name}" if dataset else f"/{name}"
+
+
+class Claims:
+    """The names in use, each with the key that it belongs to.
+
+    A key claims its name with every suffix that its handler may append; a suffix that ends in
+    ``*`` claims all names that begin so. A key with a dataset also claims the name without it,
+    where the sum over datasets is printed.
+    """
+
+    def __init__(self) -> None:
+        self._exact: dict[str, Key] = {}
+        self._open: dict[str, Key] = {}
+        self._derived: set[str] = set()
+
+    def copy(self) -> Claims:
+        other = self.without_keys()
+        other._exact = dict(self._exact)
+        other._open = dict(self._open)
+        return other
+
+    def add(self, key: Key, suffixes: Iterable[str]) -> None:
+        """Claim the names of `key`; raises ValueError, and claims none, if one is taken."""
+        dataset, name = key
+        owners = [key, ("*", name)] if dataset else [key]
+        texts = [(owner, suffix) for owner in owners for suffix in suffixes]
+        for owner, suffix in texts:
+            self._check(key, owner, _text(owner, suffix))
+        for suffix in suffixes:
+            self._check_derived(key, name + suffix)
+        for owner, suffix in texts:
+            text = _text(owner, suffix)
+            if text.endswith("*"):
+                self._open[text[:-1]] = owner
+            else:
+                self._exact[text] = owner
+
+    def without_keys(self) -> Claims:
+        """Return the claims of derived metrics alone."""
+        other = Claims()
+        other._derived = set(self._derived)
+        return other
+
+    def derive(self, name: str) -> None:
+        """Claim `name`, in every dataset, for a derived metric."""
+        if name in self._derived:
+            raise ValueError(f"a derived metric {name!r} is defined already")
+        for text, owner in self._exact.items():
+            if text.split("/", 1)[1] == name or text.endswith(f"/{name}"):
+                raise ValueError(
+                    f"a derived metric cannot be called {name!r}: {show(owner)} prints that name"
+                )
+        self._derived.add(name)
+
+    def _check(self, key: Key, owner: Key, text: str) -> None:
+        for taken, other in self._clashes(text):
+            if other != owner:
+                raise ValueError(
+                    f"{show(key)} would print {text.lstrip('_')!r}, which {show(other)} claims "
+                    f"already (as {taken.lstrip('_')!r}): give one of them another name"
+                )
+
+    def _check_derived(self, key: Key, printed_name: str) -> None:
+        for name in self._derived:
+            if name == printed_name or (
+                printed_name.endswith("*") and name.startswith(printed_name[:-1])
+            ):
+                raise ValueError(
+                    f"{show(key)} would print the name of the derived metric {name!r}: give one "
+                    "of them another name"
+                )
+
+    def _clashes(self, text: str) -> Iterator[tuple[str, Key]]:
+        if text.endswith("*"):
+            start = text[:-1]
+            for taken, other in self._exact.items():
+                if taken.startswith(start):
+                    yield taken, other
+            for taken, other in self._open.items():
+                if taken.startswith(start) or start.startswith(taken):
+                    yield taken + "*", other
+            return
+        if text in self._exact:
+            yield text, self._exact[text]
+        for taken, other in self._open.items():
+            if text.startswith(taken):
+                yield taken + "*", other
+
+
+def _text(owner: Key, suffix: str) -> str:
+    dataset, name = owner
+    return printed(("" if dataset == "*" else dataset, name)) + suffix
+
+
+def show(owner: Key) -> str:
+    """Return how messages speak of a key."""
+    dataset, name = owner
+    if dataset == "*":
+        return f"metric {name!r}, over all its datasets,"
+    return f"metric {name!r} of dataset {dataset!r}" if dataset else f"metric {name!r}"

@@ -1,0 +1,329 @@
+"""Schema and lanes <-> one float64 vector.
+
+Every rank packs ``[header | MAX lanes | SUM lanes | windows]``. The header says what the rank is
+doing; the rest holds the keys of the *agreed schema*, in its order, with identities where the rank
+has nothing. Sizes depend on the schema alone, and all ranks hold the same schema, because it only
+changes by an exchange that all take part in: a vector of another size would abort the process.
+
+`README.md` in the folder `communicator` tells the whole protocol.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from metricfold.handlers import CategoryState, FloatArray, State, WindowState
+
+__all__ = ["HEADER_SIZE", "Entry", "Field", "Key", "Kind", "Schema", "Window", "digest"]
+
+Key = tuple[str, str]
+"""(dataset name, metric name); the dataset of a step's metric is empty."""
+
+PROTOCOL = 1
+
+
+class Kind(IntEnum):
+    """Which call a rank is in."""
+
+    REDUCE = 1
+    STATE_DICT = 2
+
+    @property
+    def label(self) -> str:
+        return {Kind.REDUCE: "a reduction", Kind.STATE_DICT: "state_dict()"}[self]
+
+
+class Field(IntEnum):
+    """Where each number of the header stands."""
+
+    PROTOCOL = 0
+    KIND = 1
+    SEQUENCE = 2
+    STEP = 3
+    """The caller's step, or -1."""
+    SCHEMA = 4
+    """Hash of the agreed schema."""
+    GENERATION = 5
+    """How often state was loaded or reset."""
+    RUN = 6
+    """Hash of the run total."""
+    PENDING = 7
+    """1 if the rank holds something that the schema has no place for."""
+    BLOB_HASH = 8
+    BLOB_SIZE = 9
+    """Hash and size of what is pending, or of the error."""
+    ERROR = 10
+    """1 if the rank has failed and takes part with identities."""
+    SECONDS = 11
+    """Wall time since the rank's last reduction."""
+    CUSTOM_SIZE = 12
+    """Size of the results of handlers without lanes."""
+
+
+HEADER_SIZE = 16
+"""A few more than there are fields, for later versions."""
+
+
+def digest(data: bytes) -> int:
+    """Return 52 bits of a hash of `data`: a float64 holds them exactly."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 12
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """How one key travels.
+
+    Args:
+        key: (dataset name, metric name).
+        type: what `type_label` says of its aggregation type.
+        sums: SUM lanes, without those of categories; 0 for a handler without lanes.
+        maxs: MAX lanes.
+        capacity: places for recent values; grows by doubling.
+        weighted: whether those carry weights.
+        categories: each has a SUM lane of its own.
+    """
+
+    key: Key
+    type: str
+    sums: int
+    maxs: int
+    capacity: int = 0
+    weighted: bool = False
+    categories: tuple[str, ...] = ()
+
+    @property
+    def sum_width(self) -> int:
+        return self.sums + len(self.categories)
+
+    @property
+    def window_width(self) -> int:
+        # How many values, how many of them belong to the open interval, then values and weights.
+        return 2 + self.capacity * (2 if self.weighted else 1) if self.capacity else 0
+
+    @property
+    def custom(self) -> bool:
+        return self.sums == 0
+
+    def joined(self, other: Entry) -> Entry:
+        """Return the smallest entry with room for both; associative and commutative."""
+        if self == other:
+            return self
+        return replace(
+            self,
+            capacity=max(self.capacity, other.capacity),
+            weighted=self.weighted or other.weighted,
+            categories=tuple(sorted({*self.categories, *other.categories})),
+        )
+
+    def compatible(self, other: Entry) -> bool:
+        return (self.type, self.sums, self.maxs) == (other.type, other.sums, other.maxs)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Recent values of one rank, oldest first.
+
+    Args:
+        values: shape (n,).
+        weights: shape (n,), or None if all are 1.
+        fresh: how many of them, at the end, came in during the interval that is still open.
+    """
+
+    values: FloatArray
+    weights: FloatArray | None = None
+    fresh: int = 0
+
+    @classmethod
+    def empty(cls) -> Window:
+        return cls(np.empty(0))
+
+    def followed_by(self, newer: WindowState, limit: int) -> Window:
+        """Return the newest `limit` of these values and the `newer` ones."""
+        values, weights = newer.newest()
+        if weights is not None or self.weights is not None:
+            ones = np.ones(self.values.size) if self.weights is None else self.weights
+            new_ones = np.ones(values.size) if weights is None else weights
+            weights = np.concatenate((ones, new_ones))[-limit:]
+        fresh = min(self.fresh + values.size, limit)
+        return Window(np.concatenate((self.values, values))[-limit:], weights, fresh)
+
+
+class Schema:
+    """The ordered keys that all ranks have agreed on, and where each stands in the vector."""
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self.entries: dict[Key, Entry] = {
+            entry.key: entry for entry in sorted(entries, key=lambda entry: entry.key)
+        }
+        self.sums: dict[Key, slice] = {}
+        self.maxs: dict[Key, slice] = {}
+        self.windows: dict[Key, slice] = {}
+        for places, width in (
+            (self.sums, lambda entry: entry.sum_width),
+            (self.maxs, lambda entry: entry.maxs),
+            (self.windows, lambda entry: entry.window_width),
+        ):
+            _place(self.entries, places, width)
+        self.sum_width = _end(self.sums)
+        self.max_width = _end(self.maxs)
+        self.window_width = _end(self.windows)
+        self._max_start = HEADER_SIZE
+        self._sum_start = self._max_start + self.max_width
+        self._window_start = self._sum_start + self.sum_width
+        self.size = self._window_start + self.window_width
+        self.hash = digest(self.to_json().encode())
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.entries
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries.values())
+
+    @cached_property
+    def has_custom(self) -> bool:
+        """Whether a key's handler has no lanes, so that its results travel as bytes."""
+        return any(entry.custom for entry in self)
+
+    def to_json(self) -> str:
+        return json.dumps([asdict(entry) for entry in self], separators=(",", ":"))
+
+    @staticmethod
+    def entries_from_json(text: str) -> list[Entry]:
+        return [
+            Entry(
+                **{
+                    **entry,
+                    "key": tuple(entry["key"]),
+                    "categories": tuple(entry["categories"]),
+                }
+            )
+            for entry in json.loads(text)
+        ]
+
+    def beyond(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return those of `entries` that this schema has no room for."""
+        missing = []
+        for entry in entries:
+            agreed = self.entries.get(entry.key)
+            if agreed is None or not agreed.compatible(entry) or agreed.joined(entry) != agreed:
+                missing.append(entry)
+        return missing
+
+    def joined(self, entries: Iterable[Entry]) -> Schema:
+        """Return this schema with room for `entries`, which must be compatible."""
+        together = dict(self.entries)
+        for entry in entries:
+            agreed = together.get(entry.key)
+            together[entry.key] = entry if agreed is None else agreed.joined(entry)
+        return Schema(together.values())
+
+    # -- The vector
+
+    def pack(
+        self,
+        header: Mapping[Field, float],
+        states: Mapping[Key, State],
+        windows: Mapping[Key, Window],
+    ) -> FloatArray:
+        """Return the vector of one rank; what `states` lacks is sent as the identity."""
+        vector = np.zeros(self.size)
+        for name, number in header.items():
+            vector[name] = number
+        maxs = vector[self._max_start : self._sum_start]
+        sums = vector[self._sum_start : self._window_start]
+        maxs[:] = -np.inf
+        for key, state in states.items():
+            entry = self.entries.get(key)
+            if entry is None:
+                continue
+            place = self.sums[key]
+            if isinstance(state, CategoryState):
+                if state.counts.keys() <= set(entry.categories):
+                    self._pack_categories(sums, entry, state)
+                continue
+            sums[place] = state.sums
+            if entry.maxs:
+                maxs[self.maxs[key]] = state.maxs
+        for key, window in windows.items():
+            entry = self.entries.get(key)
+            if entry is not None and window.values.size <= entry.capacity:
+                self._pack_window(vector, entry, window)
+        return vector
+
+    def _pack_categories(self, sums: FloatArray, entry: Entry, state: CategoryState) -> None:
+        start = self.sums[entry.key].start
+        sums[start : start + entry.sums] = state.sums
+        counts = state.counts
+        sums[start + entry.sums : start + entry.sum_width] = [
+            counts.get(category, 0) for category in entry.categories
+        ]
+
+    def _pack_window(self, vector: FloatArray, entry: Entry, window: Window) -> None:
+        size = window.values.size
+        start = self._window_start + self.windows[entry.key].start
+        vector[start], vector[start + 1] = size, window.fresh
+        start += 2
+        vector[start : start + size] = window.values
+        if entry.weighted:
+            start += entry.capacity
+            vector[start : start + size] = 1.0 if window.weights is None else window.weights
+
+    def split(self, rows: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Return the SUM lanes, MAX lanes and windows of rows of shape (world_size, size)."""
+        return (
+            rows[:, self._sum_start : self._window_start],
+            rows[:, self._max_start : self._sum_start],
+            rows[:, self._window_start :],
+        )
+
+    def window_of(self, row: FloatArray, key: Key) -> Window:
+        """Return one rank's window out of its row of the windows' part."""
+        entry = self.entries[key]
+        place = row[self.windows[key]]
+        if not place.size:
+            return Window.empty()
+        size, fresh = int(place[0]), int(place[1])
+        values = place[2 : 2 + size]
+        if not entry.weighted:
+            return Window(values, None, fresh)
+        start = 2 + entry.capacity
+        return Window(values, place[start : start + size], fresh)
+
+    # -- From one schema to the next
+
+    def lanes_from(self, older: Schema) -> tuple[Any, Any]:
+        """Return where the SUM and the MAX lanes of `older`, a part of this schema, stand here."""
+        sums = np.zeros(older.sum_width, dtype=np.intp)
+        maxs = np.zeros(older.max_width, dtype=np.intp)
+        for old in older:
+            new = self.entries[old.key]
+            start = self.sums[old.key].start
+            lanes = list(range(start, start + old.sums))
+            if old.categories:
+                lane_of = {c: start + new.sums + i for i, c in enumerate(new.categories)}
+                lanes += [lane_of[category] for category in old.categories]
+            sums[older.sums[old.key]] = lanes
+            place = self.maxs[old.key]
+            maxs[older.maxs[old.key]] = range(place.start, place.stop)
+        return sums, maxs
+
+
+def _place(
+    entries: Mapping[Key, Entry], places: dict[Key, slice], width: Callable[[Entry], int]
+) -> None:
+    start = 0
+    for key, entry in entries.items():
+        places[key] = slice(start, start + width(entry))
+        start += width(entry)
+
+
+def _end(places: Mapping[Key, slice]) -> int:
+    return next(reversed(places.values())).stop if places else 0

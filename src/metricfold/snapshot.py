@@ -1,0 +1,470 @@
+"""`Snapshot`: the result of one reduction, to be looked at from any side.
+
+    snapshot = aggregator.reduce()
+    snapshot.as_dict("train", window="interval")
+    snapshot.owner("alpaca", "grad_norm")       # which rank had the maximum
+    snapshot.lacking("alpaca", "loss")          # which ranks had nothing
+
+Nothing is finalised before it is asked for: a rank that does not look does not pay.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from metricfold.handlers import (
+    COUNT,
+    AggregationHandler,
+    CategoricalCountAggHandler,
+    DistributionAggHandler,
+    FloatArray,
+    LaneHandler,
+    MeanAggHandler,
+    RateAggHandler,
+    ReducedState,
+    SumAggHandler,
+)
+from metricfold.histogram import Histogram
+from metricfold.metric import check_name
+from metricfold.naming import printed, show
+from metricfold.packing import Entry, Key
+from metricfold.reduction import Reduced
+from metricfold.totals import NOBODY, Totals
+
+__all__ = ["Derived", "Handlers", "Snapshot", "WindowLike", "check_window"]
+
+View: TypeAlias = Literal["run", "interval"]
+WindowLike: TypeAlias = str | Mapping[str, str]
+"""``"run"``, ``"interval"``, ``"auto"``, or a mapping from metric names to those."""
+
+Derived: TypeAlias = Callable[[Mapping[str, float]], float]
+_WINDOWS = ("run", "interval", "auto")
+_BUCKETS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """What finalises each key of a snapshot.
+
+    Args:
+        of_key: the handler of each key.
+        of_type: the handler of each type, by its label, for results of custom handlers.
+        derived: functions of a dataset's metrics, by the name that they print.
+        warned: derived metrics whose failure has been reported.
+    """
+
+    of_key: Mapping[Key, AggregationHandler]
+    of_type: Mapping[str, AggregationHandler]
+    derived: Mapping[str, Derived]
+    warned: set[str]
+
+
+class Snapshot:
+    """What all ranks had accumulated when they reduced; immutable, and the same on every rank.
+
+    Attributes:
+        world_size: the number of ranks that took part.
+        seconds: wall time of the interval, by the slowest rank's clock.
+        run_seconds: wall time of the run.
+    """
+
+    def __init__(self, reduced: Reduced, handlers: Handlers) -> None:
+        self._reduced = reduced
+        self._handlers = handlers
+
+    @property
+    def world_size(self) -> int:
+        return self._reduced.world_size
+
+    @property
+    def seconds(self) -> float:
+        return self._reduced.interval.seconds
+
+    @property
+    def run_seconds(self) -> float:
+        return self._reduced.run.seconds
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing at all came in during the interval."""
+        return not self._reduced.interval.sums.any() and not self._custom("interval")
+
+    def as_dict(
+        self,
+        prefix: str = "data",
+        window: WindowLike = "run",
+        *,
+        rollup: bool = False,
+        macro: bool = False,
+    ) -> dict[str, float]:
+        """Return every metric's value, keyed ``{prefix}_{dataset}/{name}``.
+
+        Args:
+            prefix: what keys begin with; a metric without a dataset is ``{prefix}/{name}``.
+            window: ``"run"``: everything since the start (a DISTRIBUTION: each rank's most recent
+                values). ``"interval"``: what came in since the reduction before; names only keys
+                that received something. ``"auto"``: totals (SUM, CATEGORICAL_COUNT) over the run,
+                everything else over the interval. A mapping chooses per metric name; names that
+                it lacks are ``"auto"``.
+            rollup: report ``{prefix}/{name}`` too, over all datasets, for names that occur in
+                more than one: an exact merge of their states, not a mean of their results.
+            macro: report ``{prefix}/{name}_macro`` for such names of type MEAN: the plain mean of
+                the datasets' means.
+
+        Raises:
+            ValueError: an empty prefix or an unknown window.
+        """
+        check_name("the prefix", prefix)
+        check_window(window)
+        if window != "run":
+            self._warn_if_empty()
+        groups: dict[str, dict[str, float]] = {}
+        for key, view in self._views(window):
+            values = self._finalized(key, view)
+            group = groups.setdefault(key[0], {})
+            group.update({key[1] + suffix: value for suffix, value in values.items()})
+        for view in ("run", "interval"):
+            for (dataset, name), value in self._custom(view).items():
+                if _choose(window, name, total=False) == view:
+                    groups.setdefault(dataset, {})[name] = value
+        if rollup or macro:
+            self._roll_up(window, groups.setdefault("", {}), rollup=rollup, macro=macro)
+        self._derive(groups)
+        return {
+            prefix + printed((dataset, name)): value
+            for dataset, group in sorted(groups.items())
+            for name, value in group.items()
+        }
+
+    def histograms(
+        self, prefix: str = "data", window: WindowLike = "auto"
+    ) -> dict[str, Histogram]:
+        """Return the histogram of every DISTRIBUTION that has values, keyed as in `as_dict`."""
+        check_name("the prefix", prefix)
+        check_window(window)
+        found: dict[str, Histogram] = {}
+        for key, view in self._views(window):
+            if isinstance(self._handlers.of_key[key], DistributionAggHandler):
+                state = self._state(key, view)
+                if state.values.size:
+                    found[prefix + printed(key)] = _histogram(state.values, state.weights)
+        return found
+
+    def histogram(
+        self, dataset: str | None, name: str, window: View = "run"
+    ) -> Histogram:
+        """Return how the values of one DISTRIBUTION spread: edges, counts and moments.
+
+        Raises:
+            KeyError: there is no such metric.
+            ValueError: it is not a DISTRIBUTION, or the view has no values of it.
+        """
+        key = self._key(dataset, name)
+        if not isinstance(self._handlers.of_key[key], DistributionAggHandler):
+            raise ValueError(f"{show(key)} is no DISTRIBUTION, so it has no histogram")
+        state = self._state(key, _check_view(window))
+        if not state.values.size:
+            raise ValueError(f"{show(key)} has no values in the {window} view")
+        return _histogram(state.values, state.weights)
+
+    # -- Per rank
+
+    def per_rank(self, dataset: str | None, name: str) -> list[float | None]:
+        """Return what each rank's own values of the interval give; None where it had none.
+
+        A DISTRIBUTION gives its mean, a CATEGORICAL_COUNT its count of values.
+
+        Raises:
+            KeyError: there is no such metric.
+            ValueError: its handler has no lanes.
+        """
+        key = self._key(dataset, name)
+        handler = self._handlers.of_key[key]
+        if not isinstance(handler, LaneHandler):
+            raise ValueError(f"{show(key)} has a handler without lanes: no values per rank")
+        return [self._rank_value(key, handler, rank) for rank in range(self.world_size)]
+
+    def owner(
+        self, dataset: str | None, name: str, window: View = "interval"
+    ) -> int | None:
+        """Return the rank that the MAX or MIN came from, the lowest of several.
+
+        None if the view has no value, or if its owner was not recorded.
+
+        Raises:
+            KeyError: there is no such metric.
+            ValueError: it is neither MAX nor MIN.
+        """
+        key = self._key(dataset, name)
+        place = self._reduced.schema.maxs[key]
+        if place.stop - place.start != 1:
+            raise ValueError(f"{show(key)} is neither a MAX nor a MIN, so no rank owns it")
+        totals = self._totals(_check_view(window))
+        owner = int(totals.owners[place][0])
+        return None if owner == NOBODY else owner
+
+    def lacking(self, dataset: str | None, name: str) -> list[int]:
+        """Return the ranks that had no value of this metric in the interval, ascending.
+
+        Raises:
+            KeyError: there is no such metric.
+            ValueError: its handler has no lanes.
+        """
+        key = self._key(dataset, name)
+        place = self._reduced.schema.sums[key]
+        if place.start == place.stop:
+            raise ValueError(f"{show(key)} has a handler without lanes: it is not known per rank")
+        counts = self._reduced.rows.sums[:, place.start + COUNT]
+        return [int(rank) for rank in np.flatnonzero(counts == 0)]
+
+    # -- Inside
+
+    def _key(self, dataset: str | None, name: str) -> Key:
+        key = (dataset or "", name)
+        if key not in self._reduced.schema:
+            known = ", ".join(sorted(printed(key).lstrip("_/") for key in self._handlers.of_key))
+            raise KeyError(f"there is no {show(key)}; there are: {known or 'none'}")
+        return key
+
+    def _totals(self, view: View) -> Totals:
+        return self._reduced.run if view == "run" else self._reduced.interval
+
+    def _views(self, window: WindowLike) -> Iterator[tuple[Key, View]]:
+        """Yield each key with lanes that its view has values of."""
+        for entry in self._reduced.schema:
+            if entry.custom:
+                continue
+            handler = self._handlers.of_key[entry.key]
+            view = _choose(window, entry.key[1], total=_is_total(handler))
+            if self._totals(view).sums[self._reduced.schema.sums[entry.key].start + COUNT]:
+                yield entry.key, view
+
+    def _state(self, key: Key, view: View) -> ReducedState:
+        """Return the merged state of one key."""
+        entry, totals = self._reduced.schema.entries[key], self._totals(view)
+        lanes = self._reduced.schema.sums[key]
+        values, weights = self._pool(entry, view)
+        return ReducedState(
+            totals.sums[lanes] + totals.lost[lanes],
+            totals.maxs[self._reduced.schema.maxs[key]],
+            totals.seconds,
+            values,
+            weights,
+            entry.categories,
+        )
+
+    def _pool(
+        self, entry: Entry, view: View
+    ) -> tuple[FloatArray, FloatArray | None]:
+        if not entry.capacity:
+            return np.empty(0), None
+        windows = [self._reduced.schema.window_of(row, entry.key) for row in self._reduced.windows]
+        kept = [
+            slice(window.values.size - window.fresh, None) if view == "interval" else slice(None)
+            for window in windows
+        ]
+        pairs = list(zip(windows, kept, strict=True))
+        values = np.concatenate([window.values[keep] for window, keep in pairs])
+        if not entry.weighted:
+            return values, None
+        return values, np.concatenate(
+            [window.weights[keep] for window, keep in pairs if window.weights is not None]
+        )
+
+    def _finalized(self, key: Key, view: View) -> dict[str, float]:
+        handler = self._handlers.of_key[key]
+        assert isinstance(handler, LaneHandler)
+        return handler.finalize(self._state(key, view))
+
+    def _rank_value(self, key: Key, handler: LaneHandler, rank: int) -> float | None:
+        schema, rows = self._reduced.schema, self._reduced.rows
+        sums = rows.sums[rank, schema.sums[key]]
+        if not sums[COUNT]:
+            return None
+        if isinstance(handler, CategoricalCountAggHandler):
+            return float(sums[COUNT])
+        if isinstance(handler, DistributionAggHandler):
+            window = schema.window_of(self._reduced.windows[rank], key)
+            fresh = slice(window.values.size - window.fresh, None)
+            weights = None if window.weights is None else window.weights[fresh]
+            state = ReducedState(sums, np.empty(0), 0.0, window.values[fresh], weights)
+            return handler.finalize(state).get("_stat_mean")
+        state = ReducedState(sums, rows.maxs[rank, schema.maxs[key]], self.seconds)
+        return handler.finalize(state).get("")
+
+    def _custom(self, view: View) -> dict[Key, float]:
+        return self._reduced.custom.combined(view, self._handler_of_type)
+
+    def _handler_of_type(self, label: str) -> AggregationHandler:
+        handler = self._handlers.of_type.get(label)
+        if handler is None:
+            raise ValueError(
+                f"a handler finalised to type {label!r}, for which no handler is registered: call "
+                "register_handler() on every rank"
+            )
+        return handler
+
+    def _roll_up(
+        self, window: WindowLike, group: dict[str, float], *, rollup: bool, macro: bool
+    ) -> None:
+        """Add the metrics over all datasets to the group without a dataset."""
+        by_name: dict[str, list[tuple[Key, View]]] = {}
+        for key, view in self._views(window):
+            if key[0]:
+                by_name.setdefault(key[1], []).append((key, view))
+        entries = self._reduced.schema.entries
+        for name, members in by_name.items():
+            handler = self._handlers.of_key[members[0][0]]
+            assert isinstance(handler, LaneHandler)
+            # The same name may be another aggregation in another dataset: those do not add up.
+            if len(members) < 2 or len({entries[key].type for key, _ in members}) > 1:
+                continue
+            if rollup:
+                merged = _merged([self._state(key, view) for key, view in members])
+                for suffix, value in handler.finalize(merged).items():
+                    group[name + suffix] = value
+            if macro and isinstance(handler, MeanAggHandler):
+                means = [self._finalized(key, view).get("", np.nan) for key, view in members]
+                group[f"{name}_macro"] = float(np.mean(means))
+
+    def _derive(self, groups: Mapping[str, dict[str, float]]) -> None:
+        for name, function in self._handlers.derived.items():
+            missing: set[str] = set()
+            derived_any = False
+            for dataset, group in groups.items():
+                try:
+                    group[name] = float(function(_Recorded(group)))
+                    derived_any = True
+                except _MissingError as error:
+                    missing.add(error.args[0])
+                except Exception as error:  # noqa: BLE001 - the user's function; isolated, named
+                    derived_any = True
+                    where = f"dataset {dataset!r}" if dataset else "all datasets together"
+                    self._warn_once(
+                        name,
+                        f"the derived metric {name!r} failed for {where} and is left out: "
+                        f"{error!r}",
+                    )
+            known = self._printable_names()
+            unknown = [metric for metric in sorted(missing) if not known(metric)]
+            if unknown and not derived_any:
+                self._warn_once(
+                    name,
+                    f"the derived metric {name!r} needs {', '.join(map(repr, unknown))}, which no "
+                    f"dataset has; there are: {', '.join(sorted({key[1] for key in self._keys()}))}",
+                )
+
+    def _printable_names(self) -> Callable[[str], bool]:
+        """Return what tells whether some key may print a name, now or in another interval."""
+        names = [
+            name + suffix
+            for (_, name), handler in self._handlers.of_key.items()
+            for suffix in (handler.suffixes() if isinstance(handler, LaneHandler) else ("*",))
+        ]
+        return lambda wanted: any(
+            wanted.startswith(name[:-1]) if name.endswith("*") else wanted == name
+            for name in names
+        )
+
+    def _keys(self) -> Iterator[Key]:
+        return iter(self._handlers.of_key)
+
+    def _warn_if_empty(self) -> None:
+        if self.empty and self._reduced.run.sums.any():
+            self._warn_once(
+                "",
+                "the interval is empty: nothing came in since the reduction before. For two views "
+                "of one interval, take both from one snapshot = aggregator.reduce()",
+            )
+
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._handlers.warned:
+            self._handlers.warned.add(about)
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+class _MissingError(KeyError):
+    """A derived metric asked for a metric that its dataset does not have."""
+
+
+class _Recorded(dict[str, float]):
+    def __missing__(self, name: str) -> float:
+        raise _MissingError(name)
+
+
+def _is_total(handler: AggregationHandler) -> bool:
+    total = isinstance(handler, SumAggHandler | CategoricalCountAggHandler)
+    return total and not isinstance(handler, RateAggHandler)
+
+
+def check_window(window: WindowLike) -> None:
+    """Refuse a window that is none."""
+    chosen = [window] if isinstance(window, str) else list(window.values())
+    for one in chosen:
+        if one not in _WINDOWS:
+            raise ValueError(
+                f"window={one!r}: use 'run', 'interval', 'auto', or a dict from metric names to "
+                "those"
+            )
+
+
+def _check_view(window: str) -> View:
+    if window not in ("run", "interval"):
+        raise ValueError(f"window={window!r}: use 'run' or 'interval'")
+    return "run" if window == "run" else "interval"
+
+
+def _choose(window: WindowLike, name: str, *, total: bool) -> View:
+    chosen = window if isinstance(window, str) else window.get(name, "auto")
+    if chosen == "auto":
+        return "run" if total else "interval"
+    return _check_view(chosen)
+
+
+def _merged(states: list[ReducedState]) -> ReducedState:
+    """Merge the states of several datasets."""
+    categories = tuple(sorted({category for s in states for category in s.categories}))
+    fixed = len(states[0].sums) - len(states[0].categories)
+    sums = np.sum([state.sums[:fixed] for state in states], axis=0)
+    if categories:
+        counts: dict[str, float] = dict.fromkeys(categories, 0.0)
+        for state in states:
+            for category, count in zip(state.categories, state.sums[fixed:], strict=True):
+                counts[category] += float(count)
+        sums = np.concatenate((sums, list(counts.values())))
+    weights = None
+    if any(state.weights is not None for state in states):
+        weights = np.concatenate(
+            [np.ones(s.values.size) if s.weights is None else s.weights for s in states]
+        )
+    return ReducedState(
+        sums,
+        np.max([state.maxs for state in states], axis=0),
+        states[0].seconds,
+        np.concatenate([state.values for state in states]),
+        weights,
+        categories,
+    )
+
+
+def _histogram(values: FloatArray, weights: FloatArray | None) -> Histogram:
+    low, high = float(values.min()), float(values.max())
+    # Fewer than so many floats between the extremes cannot be cut into buckets.
+    narrow = high - low <= _BUCKETS * np.spacing(max(abs(low), abs(high)))
+    counts, edges = np.histogram(
+        values, bins=1 if narrow else _BUCKETS, range=(low, high), weights=weights
+    )
+    weighed: Any = 1.0 if weights is None else weights
+    return Histogram(
+        edges=edges.astype(np.float64),
+        counts=counts.astype(np.float64),
+        minimum=low,
+        maximum=high,
+        total=float((values * weighed).sum()),
+        total_squares=float((values * values * weighed).sum()),
+    )
