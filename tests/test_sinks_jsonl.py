@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 
@@ -226,17 +225,17 @@ def test_a_full_disk_leaves_no_half_line(tmp_path):
 import resource, signal
 from metricfold.sinks import JSONLSink, Record
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
 sink = JSONLSink({str(path)!r})
 sink.write(Record(1, 1.0, {{"a": 1.0}}))
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
 try:
     sink.write(Record(2, 1.0, {{"a": 1.0}}))
 except OSError as error:
     print(error.errno)
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_FSIZE, before)
 sink.write(Record(3, 1.0, {{"a": 1.0}}))
 """
-    assert resource.RLIM_INFINITY == resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(errno.EFBIG)
     assert steps(path) == [1, 3]

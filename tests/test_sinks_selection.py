@@ -149,7 +149,6 @@ print(sorted({{"rich", "tensorboard", "wandb", "torch", "jax"}} & set(sys.module
 )
 def test_a_missing_package_is_named_with_what_to_install(package, extra, make, monkeypatch):
     monkeypatch.setattr(sys, "path", [])
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=rf"pip install metricfold\[{extra}\]"):

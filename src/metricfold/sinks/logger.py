@@ -11,12 +11,12 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
 from metricfold.metric import check_name
-from metricfold.sinks.pipeline import Entry, Pipeline, Reduced
+from metricfold.sinks.pipeline import Entry, Pipeline
 from metricfold.sinks.record import Sink
 from metricfold.sinks.shutdown import unwatch, watch
 from metricfold.sinks.worker import error_of
@@ -121,23 +121,24 @@ class MetricsLogger:
         if prefix is not None:
             check_name("prefix", prefix)
         check_window(window)
+        values: Mapping[str, float] | Future[Snapshot]
         if isinstance(source, _Reducible):
             _check_prefix_given(prefix, source)
             self._raise_error_of(source)
-            entry_source: Mapping[str, float] | Future[Reduced] = source.reduce_async(step=step)
-            self._reductions[id(source)] = (source, cast("Future[Reduced]", entry_source))
+            values = source.reduce_async(step=step)
+            self._reductions[id(source)] = (source, values)
             if not self._writes():
                 return
-        elif isinstance(source, _SnapshotLike):
+        elif isinstance(source, Snapshot):
             _check_prefix_given(prefix, source)
             if not self._writes():
                 return
-            entry_source = Future()
-            entry_source.set_result(source)
+            values = Future()
+            values.set_result(source)
         elif isinstance(source, Mapping):
             if not self._writes():
                 return
-            entry_source = {
+            values = {
                 key if prefix is None else f"{prefix}/{key}": value
                 for key, value in _numbers("source", source).items()
             }
@@ -147,9 +148,7 @@ class MetricsLogger:
             )
         # Only now that this rank has joined the reduction may what rank 0 alone was given be
         # refused: the other ranks would wait for it.
-        entry = Entry(
-            step, wall_time, entry_source, prefix or "", window, _numbers("extra", extra or {})
-        )
+        entry = Entry(step, wall_time, values, prefix or "", window, _numbers("extra", extra or {}))
         self._opened().submit(entry)
 
     def rewind(self, step: SupportsIndex) -> None:
@@ -252,12 +251,7 @@ class MetricsLogger:
 
 @runtime_checkable
 class _Reducible(Protocol):
-    def reduce_async(self, step: int | None = None) -> Future[Any]: ...
-
-
-@runtime_checkable
-class _SnapshotLike(Reduced, Protocol):
-    pass
+    def reduce_async(self, step: int | None = None) -> Future[Snapshot]: ...
 
 
 def _check_sink(sink: object) -> None:

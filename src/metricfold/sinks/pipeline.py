@@ -15,28 +15,16 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from metricfold.histogram import Histogram
 from metricfold.sinks.record import Record, Sink
 from metricfold.sinks.worker import SinkWorker
-from metricfold.snapshot import WindowLike
+from metricfold.snapshot import Snapshot, WindowLike
 
-__all__ = ["Entry", "Pipeline", "Reduced"]
+__all__ = ["Entry", "Pipeline"]
 
 _log = logging.getLogger("metricfold")
-
-
-class Reduced(Protocol):
-    """What a logger needs of a `Snapshot`."""
-
-    def as_dict(
-        self, prefix: str = ..., window: WindowLike = ..., *, rollup: bool = ...
-    ) -> dict[str, float]:
-        """Return the metrics by key."""
-
-    def histograms(self, prefix: str = ..., window: WindowLike = ...) -> dict[str, Histogram]:
-        """Return the histograms of the DISTRIBUTION metrics by key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +42,7 @@ class Entry:
 
     step: int
     wall_time: float
-    source: Mapping[str, float] | Future[Reduced]
+    source: Mapping[str, float] | Future[Snapshot]
     prefix: str
     window: WindowLike
     extra: Mapping[str, float]
@@ -176,9 +164,9 @@ class Pipeline:
     def _record(self, entry: Entry) -> Record:
         histograms: dict[str, Histogram] = {}
         if isinstance(entry.source, Future):
-            reduced = entry.source.result()
-            metrics = reduced.as_dict(entry.prefix, entry.window, rollup=True)
-            histograms = reduced.histograms(entry.prefix, entry.window)
+            snapshot = entry.source.result()
+            metrics = snapshot.as_dict(entry.prefix, entry.window, rollup=True)
+            histograms = snapshot.histograms(entry.prefix, entry.window)
         else:
             metrics = dict(entry.source)
         extra = {key: value for key, value in entry.extra.items() if key not in metrics}
