@@ -165,19 +165,22 @@ class TorchCommunicator(Communicator):
 
     def _diagnosed(self, error: RuntimeError, started: float) -> RuntimeError:
         """Find out which ranks are missing after a collective has failed."""
-        in_time = time.monotonic() - started < self._timeout.total_seconds()
         try:
-            self._record(self._call)
+            if time.monotonic() - started >= self._timeout.total_seconds():
+                # Who waited that long has recorded itself long ago.
+                return self._given_up(self._absent(self._call))
+            # The others may have given up because this rank is late: then they say so by now.
             time.sleep(_GRACE)
             self._raise_if_poisoned()
+            self._record(self._call)
+            time.sleep(_GRACE)
             missing = self._absent(self._call)
+            return self._given_up(missing, f"the connection to them broke ({error})")
         except MissingRanksError as known:
             return known
         except RuntimeError:
             # The store is gone too, and with it the rank that served it.
             return self._missing([], f"the connection to the other ranks broke ({error})")
-        how = f"the connection to them broke ({error})" if in_time else ""
-        return self._given_up(missing, how)
 
     def _given_up(self, missing: list[int], how: str = "") -> MissingRanksError:
         """Record the verdict, the first rank's for all, and return it as an error."""
