@@ -1,10 +1,10 @@
 """`MetricsAggregator`: takes metrics in, folds them over ranks, and gives results and checkpoints.
 
-    aggregator = MetricsAggregator()
-    aggregator.update(batch.pop("metrics"))                # per-sample metrics, any dataset
-    aggregator.record("loss", loss, weight=num_tokens)     # a step's metric; nothing waits
-    snapshot = aggregator.reduce()                         # every rank calls it
-    state = aggregator.state_dict()                        # every rank calls it; anyone may save it
+aggregator = MetricsAggregator()
+aggregator.update(batch.pop("metrics"))                # per-sample metrics, any dataset
+aggregator.record("loss", loss, weight=num_tokens)     # a step's metric; nothing waits
+snapshot = aggregator.reduce()                         # every rank calls it
+state = aggregator.state_dict()                        # every rank calls it; anyone may save it
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from metricfold.delta import CutDelta, Delta
 from metricfold.handlers import (
     AggregationHandler,
     DistributionAggHandler,
-    check_on_nan,
     built_in_handlers,
+    check_on_nan,
 )
 from metricfold.keys import Admission, KeyTable
 from metricfold.metric import Metric, TypeLike, check_name, resolve_type
@@ -433,9 +433,7 @@ class MetricsAggregator:
             for one in late:
                 value = one.value if arrays.backend_of(one.value) is None else next(numbers)
                 metric = Metric(*one.key, value, one.agg_type, one.weight)
-                self._custom.update(
-                    [(one.key, self._keys.of_key[one.key], one.agg_type, [metric])]
-                )
+                self._custom.update([(one.key, self._keys.of_key[one.key], one.agg_type, [metric])])
         except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
             return f"a custom handler failed to update: {failure!r}"
         return ""
@@ -612,4 +610,3 @@ def _leave_parent_behind() -> None:
 
 atexit.register(_drain_at_exit)
 os.register_at_fork(after_in_child=_leave_parent_behind)
-

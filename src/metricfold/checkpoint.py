@@ -90,7 +90,9 @@ def decode(state: object) -> Saved:
         )
     payload = state["payload"]
     if not isinstance(payload, str):
-        raise ValueError(f"the state's payload is {type(payload).__name__}, not text: it is damaged")
+        raise ValueError(
+            f"the state's payload is {type(payload).__name__}, not text: it is damaged"
+        )
     content = _checked_content(payload)
     schema = Schema(Schema.entries_from_json(json.dumps(content["entries"])))
     return Saved(

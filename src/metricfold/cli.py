@@ -13,27 +13,134 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from metricfold import __version__
+
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command with `arguments` (default: those of the process); return its exit code."""
-    chosen = _parser().parse_args(arguments)
-    from metricfold.demo.run import run_demo  # noqa: PLC0415 - brings NumPy
+    """Run the command with `arguments` (default: the process's own) and return its exit code."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    if chosen.command is None:
+        parser.print_help()
+        return 2
+    return _demo(chosen)
+
+
+def _demo(chosen: argparse.Namespace) -> int:
+    from metricfold.demo.run import run_demo  # noqa: PLC0415 - see above
     from metricfold.demo.texts import DemoError  # noqa: PLC0415
 
     try:
         run_demo(
             ranks=chosen.ranks,
             steps=chosen.steps,
-            data=_by_name(chosen.data),
+            data=dict(chosen.data),
             out=chosen.out,
             resume=chosen.resume,
         )
     except DemoError as error:
-        print(f"metricfold demo: {error}", file=sys.stderr)  # noqa: T201
-        return 1
+        return _say(str(error), 1)
     except KeyboardInterrupt:
-        print("metricfold demo: stopped", file=sys.stderr)  # noqa: T201
-        return 130
+        return _say("stopped, with all its ranks; --resume goes on from the last checkpoint", 130)
     return 0
+
+
+def _say(message: str, exit_code: int) -> int:
+    print(f"metricfold demo: {message}", file=sys.stderr)  # noqa: T201 - what a command does
+    return exit_code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers a mistake with one sentence, and not with the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="metricfold",
+        description="Fold training metrics over samples, datasets, devices and ranks.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"metricfold {__version__}")
+    commands = parser.add_subparsers(dest="command", parser_class=_Parser, metavar="command")
+    demo = commands.add_parser(
+        "demo",
+        help="train a small language model on several ranks and watch its metrics",
+        description=(
+            "Train a small byte-level language model on several ranks, on this machine's CPU, and "
+            "watch its metrics per dataset in the terminal, in TensorBoard files and in a JSONL "
+            "file. At the end the logged numbers are counted again from the data, and the run goes "
+            "on for a few steps on another number of ranks."
+        ),
+        allow_abbrev=False,
+    )
+    demo.add_argument(
+        "--ranks", type=_positive, default=2, metavar="N", help="processes that train (default: 2)"
+    )
+    demo.add_argument(
+        "--steps", type=_positive, default=200, metavar="N", help="steps to train (default: 200)"
+    )
+    demo.add_argument(
+        "--data",
+        type=_dataset,
+        action=_Dataset,
+        default=[],
+        metavar="NAME=PATH",
+        help=(
+            "train on this dataset instead of Python's documentation and library: a .txt file, a "
+            ".jsonl file with a field 'text', or a folder of such files; may be given repeatedly"
+        ),
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="folder of the run (default: runs/demo); an earlier demo in it is replaced",
+    )
+    demo.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in --out"
+    )
+    return parser
+
+
+class _Dataset(argparse.Action):
+    """Collect datasets, whose names must differ."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        assert isinstance(values, tuple)
+        collected = getattr(namespace, self.dest)
+        if values[0] in dict(collected):
+            parser.error(f"--data names {values[0]!r} twice: give each dataset its own name")
+        setattr(namespace, self.dest, [*collected, values])
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _dataset(text: str) -> tuple[str, Path]:
+    name, separator, path = text.partition("=")
+    if not separator or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=PATH")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise argparse.ArgumentTypeError(
+            f"{name!r} cannot name a dataset: use letters, digits, '_', '-' and '.'"
+        )
+    return name, Path(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

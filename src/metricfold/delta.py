@@ -165,4 +165,3 @@ def _merge_into(target: dict[Key, State], newer: Mapping[Key, State]) -> None:
             target[key] = state.copy()
         else:
             known.merge(state)
-

@@ -442,9 +442,7 @@ class DistributionAggHandler(LaneHandler):
     sum_lanes = ("infinities",)
     weighted = True
 
-    def __init__(
-        self, window_size: int = 1000, percentiles: Sequence[float] = (5, 50, 95)
-    ) -> None:
+    def __init__(self, window_size: int = 1000, percentiles: Sequence[float] = (5, 50, 95)) -> None:
         super().__init__()
         self.window_size = check_window_size(window_size)
         self.percentiles = check_percentiles(percentiles)

@@ -215,8 +215,9 @@ class KeyTable:
         admission = self.admit(columns)
         for entry in entries:
             handler = self.of_key.get(entry.key) or admission.new[entry.key][1]
-            lanes = isinstance(handler, LaneHandler)
-            widths = (handler.sum_width, handler.max_width) if lanes else (0, 0)
+            widths = (0, 0)
+            if isinstance(handler, LaneHandler):
+                widths = (handler.sum_width, handler.max_width)
             if widths != (entry.sums, entry.maxs):
                 raise ValueError(
                     f"the state holds {show(entry.key)} with {entry.sums} SUM and {entry.maxs} "
@@ -229,5 +230,3 @@ class KeyTable:
 def _suffixes(handler: AggregationHandler) -> tuple[str, ...]:
     # What a handler without lanes will call its results is known only when it finalises.
     return handler.suffixes() if isinstance(handler, LaneHandler) else ("",)
-
-

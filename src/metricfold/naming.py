@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 __all__ = ["Claims", "printed", "show"]
 
@@ -23,16 +24,19 @@ class Claims:
     where the sum over datasets is printed.
     """
 
-    def __init__(self) -> None:
-        self._exact: dict[str, Key] = {}
-        self._open: dict[str, Key] = {}
-        self._derived: set[str] = set()
+    def __init__(
+        self,
+        exact: Mapping[str, Key] = MappingProxyType({}),
+        beginnings: Mapping[str, Key] = MappingProxyType({}),
+        derived: Iterable[str] = (),
+    ) -> None:
+        self._exact = dict(exact)
+        self._open = dict(beginnings)
+        self._derived = set(derived)
 
     def copy(self) -> Claims:
-        other = self.without_keys()
-        other._exact = dict(self._exact)
-        other._open = dict(self._open)
-        return other
+        """Return claims that change on their own."""
+        return Claims(self._exact, self._open, self._derived)
 
     def add(self, key: Key, suffixes: Iterable[str]) -> None:
         """Claim the names of `key`; raises ValueError, and claims none, if one is taken."""
@@ -52,9 +56,7 @@ class Claims:
 
     def without_keys(self) -> Claims:
         """Return the claims of derived metrics alone."""
-        other = Claims()
-        other._derived = set(self._derived)
-        return other
+        return Claims(derived=self._derived)
 
     def derive(self, name: str) -> None:
         """Claim `name`, in every dataset, for a derived metric."""

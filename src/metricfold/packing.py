@@ -326,4 +326,4 @@ def _place(
 
 
 def _end(places: Mapping[Key, slice]) -> int:
-    return next(reversed(places.values())).stop if places else 0
+    return max((int(place.stop) for place in places.values()), default=0)

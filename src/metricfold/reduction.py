@@ -8,7 +8,7 @@ the agreed schema has no place for; then all take the same further steps. `READM
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -159,9 +159,7 @@ class Reducer:
         self._rows = None
         self._sequence = 0
 
-    def reduce(
-        self, communicator: Communicator, mine: Contribution, registry: Registry
-    ) -> Reduced:
+    def reduce(self, communicator: Communicator, mine: Contribution, registry: Registry) -> Reduced:
         """Take part in one reduction.
 
         Raises on all ranks alike if one disagrees or has failed; then nothing is merged.
@@ -248,7 +246,7 @@ class Reducer:
         _check_agreement(rows)
         if rows[:, Field.ERROR].any():
             texts = self._exchange_blobs(communicator, rows, blob)
-            failed = np.flatnonzero(rows[:, Field.ERROR])
+            failed = np.flatnonzero(rows[:, Field.ERROR]).tolist()
             raise RuntimeError(
                 f"the reduction was given up, and nothing is lost: {_ranks(failed)} could not "
                 f"take part: {'; '.join(dict.fromkeys(texts[rank].decode() for rank in failed))}"
@@ -269,9 +267,7 @@ class Reducer:
 
     # -- Agreeing on keys
 
-    def _windows_with(
-        self, states: Mapping[Key, State], registry: Registry
-    ) -> dict[Key, Window]:
+    def _windows_with(self, states: Mapping[Key, State], registry: Registry) -> dict[Key, Window]:
         windows = dict(self.windows)
         for key, state in states.items():
             if isinstance(state, WindowState):
@@ -287,41 +283,33 @@ class Reducer:
         """Return what this rank holds beyond the schema."""
         known = self.schema.entries
         pending: dict[Key, Entry] = {}
+
+        def add(entry: Entry) -> None:
+            earlier = pending.get(entry.key)
+            pending[entry.key] = entry if earlier is None else earlier.joined(entry)
+
         if self.run.schema is not self.schema:
             for entry in self.schema.beyond((*self.run.schema, *self.interval.schema)):
-                earlier = pending.get(entry.key)
-                pending[entry.key] = entry if earlier is None else earlier.joined(entry)
+                add(entry)
         for key, state in mine.states.items():
-            entry = known.get(key)
-            if entry is not None and not isinstance(state, CategoryState):
-                continue
-            if isinstance(state, CategoryState):
-                categories = tuple(sorted(state.counts))
-                if entry is not None and set(entry.categories).issuperset(categories):
-                    continue
-            else:
-                categories = ()
-            found = self._entry(key, registry, categories=categories)
-            earlier = pending.get(key)
-            pending[key] = found if earlier is None else earlier.joined(found)
+            agreed = known.get(key)
+            categories = state.counts.keys() if isinstance(state, CategoryState) else ()
+            if agreed is None or not set(agreed.categories).issuperset(categories):
+                add(self._entry(key, registry, categories=tuple(sorted(categories))))
         for key, window in windows.items():
-            entry = known.get(key)
+            agreed = known.get(key)
             size, weighted = window.values.size, window.weights is not None
-            if entry is None or size > entry.capacity or weighted > entry.weighted:
+            if agreed is None or size > agreed.capacity or weighted > agreed.weighted:
                 handler = registry.handler(key)
                 assert isinstance(handler, DistributionAggHandler)
                 capacity = _SMALLEST_CAPACITY
                 while capacity < size:
                     capacity *= 2
-                capacity = min(capacity, handler.window_size)
-                found = replace(
-                    self._entry(key, registry), capacity=capacity, weighted=weighted
-                )
-                earlier = pending.get(key)
-                pending[key] = found if earlier is None else earlier.joined(found)
+                entry = self._entry(key, registry)
+                add(replace(entry, capacity=min(capacity, handler.window_size), weighted=weighted))
         for key in mine.custom_keys:
             if key not in known:
-                pending[key] = Entry(key, registry.type_label(key), 0, 0)
+                add(Entry(key, registry.type_label(key), 0, 0))
         return list(pending.values())
 
     @staticmethod
@@ -398,7 +386,8 @@ def _check_agreement(rows: FloatArray) -> None:
         if (numbers == numbers[0]).all():
             continue
         groups = {
-            number: np.flatnonzero(numbers == number) for number in dict.fromkeys(numbers.tolist())
+            number: np.flatnonzero(numbers == number).tolist()
+            for number in dict.fromkeys(numbers.tolist())
         }
         raise RuntimeError(complaint(groups))
 
@@ -469,7 +458,7 @@ _COMPLAINTS: tuple[tuple[Field, Callable[[_Groups], str]], ...] = (
 )
 
 
-def _ranks(ranks: Sequence[int] | FloatArray) -> str:
+def _ranks(ranks: Iterable[int]) -> str:
     """Return ``rank 3``, or ``ranks 0-2, 5``."""
     numbers = sorted(int(rank) for rank in ranks)
     spans: list[list[int]] = []

@@ -141,9 +141,7 @@ class Snapshot:
             for name, value in group.items()
         }
 
-    def histograms(
-        self, prefix: str = "data", window: WindowLike = "auto"
-    ) -> dict[str, Histogram]:
+    def histograms(self, prefix: str = "data", window: WindowLike = "auto") -> dict[str, Histogram]:
         """Return the histogram of every DISTRIBUTION that has values, keyed as in `as_dict`."""
         check_name("the prefix", prefix)
         check_window(window)
@@ -155,9 +153,7 @@ class Snapshot:
                     found[prefix + printed(key)] = _histogram(state.values, state.weights)
         return found
 
-    def histogram(
-        self, dataset: str | None, name: str, window: View = "run"
-    ) -> Histogram:
+    def histogram(self, dataset: str | None, name: str, window: View = "run") -> Histogram:
         """Return how the values of one DISTRIBUTION spread: edges, counts and moments.
 
         Raises:
@@ -189,9 +185,7 @@ class Snapshot:
             raise ValueError(f"{show(key)} has a handler without lanes: no values per rank")
         return [self._rank_value(key, handler, rank) for rank in range(self.world_size)]
 
-    def owner(
-        self, dataset: str | None, name: str, window: View = "interval"
-    ) -> int | None:
+    def owner(self, dataset: str | None, name: str, window: View = "interval") -> int | None:
         """Return the rank that the MAX or MIN came from, the lowest of several.
 
         None if the view has no value, or if its owner was not recorded.
@@ -258,9 +252,7 @@ class Snapshot:
             entry.categories,
         )
 
-    def _pool(
-        self, entry: Entry, view: View
-    ) -> tuple[FloatArray, FloatArray | None]:
+    def _pool(self, entry: Entry, view: View) -> tuple[FloatArray, FloatArray | None]:
         if not entry.capacity:
             return np.empty(0), None
         windows = [self._reduced.schema.window_of(row, entry.key) for row in self._reduced.windows]
@@ -367,8 +359,7 @@ class Snapshot:
             for suffix in (handler.suffixes() if isinstance(handler, LaneHandler) else ("*",))
         ]
         return lambda wanted: any(
-            wanted.startswith(name[:-1]) if name.endswith("*") else wanted == name
-            for name in names
+            wanted.startswith(name[:-1]) if name.endswith("*") else wanted == name for name in names
         )
 
     def _keys(self) -> Iterator[Key]:

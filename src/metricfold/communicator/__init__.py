@@ -53,6 +53,4 @@ def global_rank() -> int:
 
 def _torch_is_initialized() -> bool:
     distributed = sys.modules.get("torch.distributed")
-    return (
-        distributed is not None and distributed.is_available() and distributed.is_initialized()
-    )
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()

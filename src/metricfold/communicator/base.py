@@ -78,7 +78,7 @@ class Communicator(ABC):
         """Return whether the ranks that this communicator connects are still the ones to ask."""
         return True
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to give back
         """Give the connection back."""
 
 

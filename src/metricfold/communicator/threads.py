@@ -1,6 +1,6 @@
 """Ranks as threads of one process: the real protocol, where processes would be too slow to start.
 
-    worlds = thread_world(4)      # four communicators; use each from a thread of its own
+worlds = thread_world(4)      # four communicators; use each from a thread of its own
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class ThreadCommunicator(Communicator):
 
     def _all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray:
         stacked = np.stack(self._meeting.gather(self.rank, vector))
-        return np.add.reduce(stacked, axis=0) if op == "sum" else stacked.max(axis=0)
+        reduced: FloatArray = np.add.reduce(stacked) if op == "sum" else stacked.max(axis=0)
+        return reduced
 
 
 def thread_world(world_size: int, timeout: float = 30.0) -> list[ThreadCommunicator]:

@@ -56,8 +56,9 @@ class TorchCommunicator(Communicator):
         self._timeout = _timeout_of(given or self._default_group) if timeout is None else timeout
         members = "-".join(map(str, ranks)) if given is not None else "all"
         # A clone has a connection of its own: one that waits does not hold up the job's.
-        self._store = dist.PrefixStore(
-            f"metricfold/{name}/{members}/{generation}", c10d._get_default_store().clone()
+        job_store: Any = c10d._get_default_store()
+        self._store = c10d.PrefixStore(
+            f"metricfold/{name}/{members}/{generation}", job_store.clone()
         )
         self._calls = 0
         self._group: Any = self._connect()
@@ -82,7 +83,7 @@ class TorchCommunicator(Communicator):
     def _all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray:
         reduced = vector.copy()
         options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
         self._run(lambda: self._group.allreduce([torch.from_numpy(reduced)], options))
         return reduced
 
