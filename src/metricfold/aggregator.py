@@ -32,6 +32,7 @@ from metricfold.handlers import (
     DistributionAggHandler,
     built_in_handlers,
     check_on_nan,
+    quiet,
 )
 from metricfold.keys import Admission, KeyTable
 from metricfold.metric import Metric, TypeLike, check_name, resolve_type
@@ -126,15 +127,17 @@ class MetricsAggregator:
                 already, its name clashes with another, its value or weight is of the wrong kind.
                 Then nothing has changed, not even for the metrics before it.
         """
-        if isinstance(metrics, MetricBatch):
-            columns = self._keys.columns_of(metrics)
-        elif isinstance(metrics, list | tuple) and not isinstance(metrics, Metric):
-            columns = fold_metrics(metrics, self._keys.handlers, wait=False)
-        else:
-            raise TypeError(
-                f"update() takes a list of Metric or a MetricBatch, not {type(metrics).__name__}"
-            )
-        self._take(columns)
+        with quiet():
+            if isinstance(metrics, MetricBatch):
+                columns = self._keys.columns_of(metrics)
+            elif isinstance(metrics, list | tuple) and not isinstance(metrics, Metric):
+                columns = fold_metrics(metrics, self._keys.handlers, wait=False)
+            else:
+                raise TypeError(
+                    "update() takes a list of Metric or a MetricBatch, not "
+                    f"{type(metrics).__name__}"
+                )
+            self._take(columns)
 
     def record(
         self,
@@ -164,7 +167,8 @@ class MetricsAggregator:
             check_name(f"the dataset of metric {name!r}", dataset)
         agg_type = resolve_type(agg)
         key = (dataset or "", name)
-        self._take([fold_value(key, agg_type, value, weight, self._keys.handlers)])
+        with quiet():
+            self._take([fold_value(key, agg_type, value, weight, self._keys.handlers)])
 
     def _take(self, columns: Sequence[Column]) -> None:
         with self._lock:
@@ -382,9 +386,10 @@ class MetricsAggregator:
         """Take part in the reduction; if it fails, put everything back."""
         mine = begun.mine
         try:
-            begun.cut.settle(self._keys.of_key)
-            mine.error = "; ".join([*([mine.error] if mine.error else []), *begun.cut.errors])
-            reduced = self._reducer.reduce(begun.communicator, mine, _Agreement(self))
+            with quiet():
+                begun.cut.settle(self._keys.of_key)
+                mine.error = "; ".join(filter(None, (mine.error, *begun.cut.errors)))
+                reduced = self._reducer.reduce(begun.communicator, mine, _Agreement(self))
         except BaseException as error:
             with self._lock:
                 self._delta.restore(begun.cut)

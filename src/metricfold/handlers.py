@@ -51,6 +51,7 @@ __all__ = [
     "built_in_handlers",
     "percentile_name",
     "quantiles",
+    "quiet",
 ]
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
@@ -58,6 +59,14 @@ FloatArray: TypeAlias = npt.NDArray[np.float64]
 COUNT, NANS = 0, 1
 """The two SUM lanes that every state begins with: values received, and how many were NaN."""
 COMMON_LANES = ("count", "nans")
+
+
+def quiet() -> np.errstate:
+    """Return a context in which sums may overflow to inf, or inf - inf be NaN, without a warning.
+
+    Such results are reported as what they are; a warning for each would drown them.
+    """
+    return np.errstate(over="ignore", invalid="ignore")
 
 
 # -- States: what accumulates between two reductions ---------------------------------------------

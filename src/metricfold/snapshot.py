@@ -28,6 +28,7 @@ from metricfold.handlers import (
     RateAggHandler,
     ReducedState,
     SumAggHandler,
+    quiet,
 )
 from metricfold.histogram import Histogram
 from metricfold.metric import check_name
@@ -271,7 +272,8 @@ class Snapshot:
     def _finalized(self, key: Key, view: View) -> dict[str, float]:
         handler = self._handlers.of_key[key]
         assert isinstance(handler, LaneHandler)
-        return handler.finalize(self._state(key, view))
+        with quiet():
+            return handler.finalize(self._state(key, view))
 
     def _rank_value(self, key: Key, handler: LaneHandler, rank: int) -> float | None:
         schema, rows = self._reduced.schema, self._reduced.rows
@@ -317,9 +319,10 @@ class Snapshot:
             if len(members) < 2 or len({entries[key].type for key, _ in members}) > 1:
                 continue
             if rollup:
-                merged = _merged([self._state(key, view) for key, view in members])
-                for suffix, value in handler.finalize(merged).items():
-                    group[name + suffix] = value
+                with quiet():
+                    merged = _merged([self._state(key, view) for key, view in members])
+                    results = handler.finalize(merged)
+                group.update({name + suffix: value for suffix, value in results.items()})
             if macro and isinstance(handler, MeanAggHandler):
                 means = [self._finalized(key, view).get("", np.nan) for key, view in members]
                 group[f"{name}_macro"] = float(np.mean(means))

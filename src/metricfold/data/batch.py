@@ -22,6 +22,7 @@ from metricfold.handlers import (
     LaneState,
     WindowState,
     built_in_handlers,
+    quiet,
 )
 from metricfold.metric import (
     AggregationType,
@@ -33,7 +34,13 @@ from metricfold.metric import (
 )
 from metricfold.naming import show
 
-__all__ = ["Column", "Late", "MetricBatch", "check_same_type", "fold_metrics", "fold_numbers",
+__all__ = [
+    "Column",
+    "Late",
+    "MetricBatch",
+    "check_same_type",
+    "fold_metrics",
+    "fold_numbers",
     "fold_value",
 ]
 
@@ -102,7 +109,8 @@ class MetricBatch:
         Raises:
             ValueError, TypeError: a metric is not valid; names the metric and says what to do.
         """
-        return cls(fold_metrics(metrics, _BUILT_IN, wait=True))
+        with quiet():
+            return cls(fold_metrics(metrics, _BUILT_IN, wait=True))
 
     def to(self: Self, *args: object, **kwargs: object) -> Self:
         return self
