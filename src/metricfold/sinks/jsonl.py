@@ -174,7 +174,7 @@ def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
     except ValueError:
         parsed = None
     if not isinstance(parsed, dict) or not isinstance(parsed.get("step"), int):
-        raise ValueError(  # noqa: TRY004 - what is wrong is the file's text, not a caller's type
+        raise ValueError(
             f"{path}, line {number} is not a record of JSONLSink: {line[:60]!r}; "
             "remove the line, or give the path of a file that JSONLSink wrote"
         )

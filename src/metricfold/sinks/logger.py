@@ -6,7 +6,6 @@ import logging
 import numbers
 import operator
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -181,9 +180,8 @@ class MetricsLogger:
         if errors:
             raise errors[0]
 
-    def end_on_exit(self) -> None:
+    def end_on_exit(self, *, after_error: bool) -> None:
         """Close, when the interpreter exits without anyone having done so."""
-        after_error = sys.exc_info()[0] is not None or hasattr(sys, "last_value")
         for error in self._close(grace=_GRACE_AFTER_ERROR if after_error else None):
             _log.warning("the last reduction failed: %s: %s", type(error).__name__, error)
 

@@ -8,21 +8,23 @@ own handler is called, and the default action still ends the process as killed b
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread  # noqa: F401 - its exit hook must be older than ours: last in, first out
 import os
 import signal
+import sys
 import threading
 from multiprocessing import parent_process, util
 from types import FrameType
 from typing import Protocol
 
-__all__ = ["Endable", "go_first_at_exit", "unwatch", "watch"]
+__all__ = ["Endable", "unwatch", "watch"]
 
 
 class Endable(Protocol):
     """Something that must be told when the process ends."""
 
-    def end_on_exit(self) -> None:
-        """Finish: the interpreter is about to go."""
+    def end_on_exit(self, *, after_error: bool) -> None:
+        """Finish: the interpreter is about to go, perhaps because of an exception."""
 
     def end_on_signal(self, *, dying: bool) -> None:
         """Finish in a few seconds if `dying`; otherwise make sure, as quickly, of what there is."""
@@ -40,10 +42,7 @@ def watch(one: Endable) -> None:
     if _pid != os.getpid():
         _pid = os.getpid()
         _watched.clear()
-        go_first_at_exit()
-        if parent_process() is not None:
-            # Children of multiprocessing, such as spawned ranks, end without atexit.
-            util.Finalize(None, _at_exit, exitpriority=100)
+        _hook_exit()
     _watched.append(one)
     _install()
 
@@ -56,10 +55,15 @@ def unwatch(one: Endable) -> None:
         signal.signal(signal.SIGTERM, _chained)
 
 
-def go_first_at_exit() -> None:
-    """Run before the exit hooks that exist now, such as that of a backend opened lazily."""
-    atexit.unregister(_at_exit)
-    atexit.register(_at_exit)
+def _hook_exit() -> None:
+    if parent_process() is not None:
+        # Children of multiprocessing, such as spawned ranks, end without atexit.
+        util.Finalize(None, _at_exit, exitpriority=100)
+        return
+    # What concurrent.futures uses: atexit is too late for a backend that has only just got its
+    # first record, since nothing can start threads by then, and what it registered itself went.
+    hook = getattr(threading, "_register_atexit", atexit.register)
+    hook(_at_exit)
 
 
 def _install() -> None:
@@ -93,9 +97,12 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> None:
 
 
 def _at_exit() -> None:
+    error = sys.exc_info()[1] or getattr(sys, "last_value", None)
+    if isinstance(error, SystemExit) and not error.code:
+        error = None
     if _pid == os.getpid():
         for one in _watched.copy():
-            one.end_on_exit()
+            one.end_on_exit(after_error=error is not None)
 
 
 def _in_main_thread() -> bool:

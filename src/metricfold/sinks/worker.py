@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from metricfold.sinks.record import Record, Sink
-from metricfold.sinks.shutdown import go_first_at_exit
 
 __all__ = ["SinkWorker", "error_of"]
 
@@ -42,7 +41,6 @@ class SinkWorker:
         self._refused = 0
         self._set_aside = False
         self._handled = 0
-        self._has_written = False
         self._flush_due: float | None = None  # on the monotonic clock; None: all is flushed
         self._thread = threading.Thread(target=self._run, name=f"metricfold {sink!r}", daemon=True)
         self._thread.start()
@@ -142,11 +140,6 @@ class SinkWorker:
         self._attempt(partial(self._sink.write, record), f"write() of step {record.step}")
         if self._flush_due is None:
             self._flush_due = time.monotonic() + FLUSH_SECONDS
-        if not self._has_written:
-            # The backend may have been opened, and have registered an exit hook, just now; it must
-            # not be gone when the last records are written.
-            self._has_written = True
-            go_first_at_exit()
 
     def _flush(self) -> None:
         if self._flush_due is not None:
