@@ -41,15 +41,10 @@ class TorchCommunicator(Communicator):
     def __init__(
         self, name: str, process_group: Any, timeout: timedelta | None, generation: int
     ) -> None:
-        given = _as_group(process_group)
         self._default_group = c10d._get_default_group()
+        given = _as_group(process_group)
         ranks = dist.get_process_group_ranks(given or self._default_group)
         self.rank = dist.get_rank(given)
-        if self.rank < 0:
-            raise ValueError(
-                f"this rank is not in the process_group of aggregator {name!r} (ranks {ranks}): "
-                "make the aggregator on the ranks of the group only"
-            )
         self.world_size = len(ranks)
         self._ranks = ranks
         self._name = name
@@ -61,7 +56,7 @@ class TorchCommunicator(Communicator):
             f"metricfold/{name}/{members}/{generation}", job_store.clone()
         )
         self._calls = 0
-        self._group: Any = self._connect()
+        self._group: Any = None
 
     def current(self) -> bool:
         return dist.is_initialized() and c10d._get_default_group() is self._default_group
@@ -88,6 +83,8 @@ class TorchCommunicator(Communicator):
         return reduced
 
     def _run(self, issue: Callable[[], Any]) -> None:
+        if self._group is None:
+            self._group = self._connect()
         self._calls += 1
         try:
             work = issue()
@@ -98,27 +95,23 @@ class TorchCommunicator(Communicator):
     # -- Missing ranks
 
     def _connect(self) -> Any:
-        """Build the group; all ranks meet here, so here too some may be missing."""
+        """Build the group; all ranks meet here first, so that missing ones can be named."""
         self._record("met")
         everyone = [f"met/{rank}" for rank in range(self.world_size)]
-        for attempt, seconds in enumerate(self._waits()):
-            try:
-                self._store.wait(everyone, timedelta(seconds=seconds))
-            except RuntimeError:
-                missing = self._absent("met")
-            else:
-                break
-            if attempt == 0:
+        started = time.monotonic()
+        first, rest = self._waits()
+        pause, warned = 0.001, False
+        while not self._store.check(everyone):
+            waited = time.monotonic() - started
+            if waited >= first + rest:
+                raise self._given_up(self._absent("met"))
+            if waited >= first and not warned:
                 self._raise_if_poisoned()
-                self._warn(missing)
-        else:
-            raise self._given_up(missing)
-        return dist.ProcessGroupGloo(
-            self._store,
-            self.rank,
-            self.world_size,
-            self._timeout,
-        )
+                self._warn(self._absent("met"))
+                warned = True
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+        return c10d.ProcessGroupGloo(self._store, self.rank, self.world_size, self._timeout)
 
     def _wait(self, work: Any) -> None:
         started = time.monotonic()
@@ -233,6 +226,11 @@ def _as_group(process_group: Any) -> Any:
                 f"them, such as mesh[{(process_group.mesh_dim_names or ('data',))[0]!r}]"
             )
         return process_group.get_group()
+    if process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in the process_group: make the aggregator on the ranks "
+            "of the group only"
+        )
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
             f"process_group={process_group!r}: pass a torch.distributed group, or one dimension "
