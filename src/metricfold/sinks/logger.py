@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
@@ -69,7 +69,9 @@ class MetricsLogger:
         self._pid = os.getpid()
         self._rank = 0
         self._pipeline: Pipeline | None = None  # made by the first call on the rank that writes
-        self._reductions: dict[int, tuple[object, Future[Any]]] = {}  # the last of each aggregator
+        self._reductions: dict[
+            int, tuple[object, Future[Snapshot]]
+        ] = {}  # the last of each aggregator
         self._closed = False
         watch(self)
 
@@ -85,7 +87,7 @@ class MetricsLogger:
         if error is None:
             self.close()
         else:
-            self._close(grace=_GRACE_AFTER_ERROR)
+            _report(self._close(grace=_GRACE_AFTER_ERROR))
 
     def log(
         self,
@@ -168,30 +170,29 @@ class MetricsLogger:
         A sink that gets nothing done in half a minute is waited for no longer.
         """
         self._check_open()
-        if self._pipeline is None:
-            return True
-        return self._pipeline.flush(grace=None, patience=_PATIENCE, deadline=None)
+        wait(self._running())
+        return self._pipeline is None or self._pipeline.flush(patience=_PATIENCE)
 
     def close(self) -> None:
         """Write everything logged, close the sinks, and raise the error of a failed reduction."""
         errors = self._close(grace=None)
-        for error in errors[1:]:
-            _log.warning("a further reduction failed: %s: %s", type(error).__name__, error)
+        _report(errors[1:])
         if errors:
             raise errors[0]
 
     def end_on_exit(self, *, after_error: bool) -> None:
         """Close, when the interpreter exits without anyone having done so."""
-        for error in self._close(grace=_GRACE_AFTER_ERROR if after_error else None):
-            _log.warning("the last reduction failed: %s: %s", type(error).__name__, error)
+        _report(self._close(grace=_GRACE_AFTER_ERROR if after_error else None))
 
     def end_on_signal(self, *, dying: bool) -> None:
         """Write, within seconds, everything logged; close as well if the process is about to die."""
         deadline = time.monotonic() + _DYING_SECONDS
         if dying:
             self._close(grace=_DYING_PATIENCE, patience=_DYING_PATIENCE, deadline=deadline)
-        elif self._pipeline is not None:
-            self._pipeline.flush(grace=_DYING_PATIENCE, patience=_DYING_PATIENCE, deadline=deadline)
+        else:
+            wait(self._running(), timeout=_DYING_PATIENCE)
+            if self._pipeline is not None:
+                self._pipeline.flush(patience=_DYING_PATIENCE, deadline=deadline)
 
     def _close(
         self, *, grace: float | None, patience: float = _PATIENCE, deadline: float | None = None
@@ -199,11 +200,11 @@ class MetricsLogger:
         """Close once, and return the errors of reductions that nobody has been told of."""
         if self._closed or self._pid != os.getpid():
             return []
-        reductions = [future for _, future in self._reductions.values()]
+        reductions = self._running()
         # On ranks that write nothing too: a rank that leaves would fail the reduction of the rest.
-        wait(reductions, timeout=grace)
+        unfinished = wait(reductions, timeout=grace).not_done
         if self._pipeline is not None:
-            self._pipeline.close(grace=grace, patience=patience, deadline=deadline)
+            self._pipeline.close(hurry=bool(unfinished), patience=patience, deadline=deadline)
         else:
             self._close_unused_sinks()
         self._closed = True
@@ -211,6 +212,9 @@ class MetricsLogger:
         unwatch(self)
         finished = (future for future in reductions if future.done() and not future.cancelled())
         return [error for future in finished if (error := future.exception()) is not None]
+
+    def _running(self) -> list[Future[Snapshot]]:
+        return [future for _, future in self._reductions.values()]
 
     def _close_unused_sinks(self) -> None:
         for sink in self._sinks:
@@ -250,6 +254,11 @@ class MetricsLogger:
 @runtime_checkable
 class _Reducible(Protocol):
     def reduce_async(self, step: int | None = None) -> Future[Snapshot]: ...
+
+
+def _report(errors: Sequence[BaseException]) -> None:
+    for error in errors:
+        _log.warning("the reduction of the last log failed: %s: %s", type(error).__name__, error)
 
 
 def _check_sink(sink: object) -> None:

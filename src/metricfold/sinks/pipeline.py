@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 
 from metricfold.histogram import Histogram
 from metricfold.sinks.record import Record, Sink
-from metricfold.sinks.worker import SinkWorker
+from metricfold.sinks.worker import SinkWorker, wait_for
 from metricfold.snapshot import Snapshot, WindowLike
 
 __all__ = ["Entry", "Pipeline"]
@@ -53,94 +52,87 @@ class Pipeline:
 
     Args:
         sinks: where records go.
-        queue_size: how many entries may wait, and how many records for each sink.
+        queue_size: how many records may wait for each sink.
     """
 
     def __init__(self, sinks: Sequence[Sink], queue_size: int) -> None:
         self._workers = [SinkWorker(sink, queue_size) for sink in sinks]
-        self._queue_size = queue_size
         # A SimpleQueue may be used in a signal handler that interrupts a `put` to the same queue.
-        self._inbox: queue.SimpleQueue[Entry | _Rewind | _Barrier | None] = queue.SimpleQueue()
-        self._refused = 0
+        self._inbox: queue.SimpleQueue[_Accepted | _Rewind | _Barrier | None] = queue.SimpleQueue()
+        self._handled = 0
         self._clashes: set[str] = set()
         self._hurry: Future[None] = Future()  # done: wait for no reduction any more
         self._thread = threading.Thread(target=self._run, name="metricfold log", daemon=True)
         self._thread.start()
 
     def submit(self, entry: Entry) -> None:
-        """Accept `entry`, or refuse and count it if too many wait already."""
-        if self._inbox.qsize() < self._queue_size:
-            self._inbox.put(entry)
-            return
-        self._refused += 1
-        if self._refused == 1:
-            _log.warning(
-                "%d records wait to be made, and that of step %d is the first to be left out. Log "
-                "less often, or give MetricsLogger a larger queue_size",
-                self._queue_size,
-                entry.step,
-            )
+        """Accept `entry` for every sink for which not too many wait already."""
+        workers = [worker for worker in self._workers if worker.reserve(entry.step)]
+        if workers:
+            self._inbox.put(_Accepted(entry, workers))
 
     def rewind(self, step: int) -> None:
         """Rewind all sinks to `step`, after everything accepted so far."""
         self._inbox.put(_Rewind(step))
 
-    def flush(self, *, grace: float | None, patience: float, deadline: float | None) -> bool:
+    def flush(self, *, patience: float, deadline: float | None = None) -> bool:
         """Wait until what was accepted is flushed, and return whether it is.
 
         Args:
-            grace: seconds to wait for reductions that are under way; None: as long as they take.
-            patience: seconds without progress after which a sink is waited for no longer.
+            patience: seconds without progress after which a thread is waited for no longer.
             deadline: on the monotonic clock, when to stop waiting in any case.
         """
-        made = self._made(grace)
+        made = self._made(patience, deadline)
         flushes = [(worker, worker.flush()) for worker in self._workers]
         answers = [
             worker.wait(done, patience=patience, deadline=deadline) for worker, done in flushes
         ]
         return made and all(answers)
 
-    def close(self, *, grace: float | None, patience: float, deadline: float | None) -> None:
+    def close(self, *, hurry: bool, patience: float, deadline: float | None = None) -> None:
         """Write and flush what was accepted, close the sinks, and end the threads.
 
-        The arguments are those of `flush`. What could not be written in time is reported.
+        What could not be written in time is reported.
+
+        Args:
+            hurry: do not wait for reductions that are still under way.
+            patience: seconds without progress after which a thread is waited for no longer.
+            deadline: on the monotonic clock, when to stop waiting in any case.
         """
-        if not self._made(grace):
-            if not self._hurry.done():
-                self._hurry.set_result(None)
-            self._made(patience)
+        if hurry and not self._hurry.done():
+            self._hurry.set_result(None)
+        self._made(patience, deadline)
         self._inbox.put(None)
         closings = [(worker, worker.close()) for worker in self._workers]
         for worker, done in closings:
             worker.wait(done, patience=patience, deadline=deadline)
             worker.report_unwritten()
-        if self._refused:
-            _log.warning("%d records were left out: too many waited to be made", self._refused)
 
-    def _made(self, seconds: float | None) -> bool:
+    def _made(self, patience: float, deadline: float | None) -> bool:
         """Wait until the entries accepted so far are records, and return whether they are."""
         barrier = _Barrier(threading.Event())
         self._inbox.put(barrier)
-        deadline = None if seconds is None else time.monotonic() + seconds
-        while not barrier.passed.wait(0.05):
-            if not self._thread.is_alive():
-                return barrier.passed.is_set()
-            if deadline is not None and time.monotonic() > deadline:
-                return False
-        return True
+        return wait_for(barrier.passed, self._thread, lambda: self._handled, patience, deadline)
 
     def _run(self) -> None:
         while (item := self._inbox.get()) is not None:
             match item:
-                case Entry():
-                    self._make(item)
+                case _Accepted(entry, workers):
+                    record = self._made_of(entry)
+                    for worker in workers:
+                        if record is None:
+                            worker.release()
+                        else:
+                            worker.put(record)
                 case _Rewind(step):
                     for worker in self._workers:
                         worker.rewind(step)
                 case _Barrier(passed):
                     passed.set()
+            self._handled += 1
 
-    def _make(self, entry: Entry) -> None:
+    def _made_of(self, entry: Entry) -> Record | None:
+        """Return the record of `entry`, once its reduction is done; None if there is none."""
         if isinstance(entry.source, Future):
             either: list[Future[Any]] = [entry.source, self._hurry]
             wait(either, return_when=FIRST_COMPLETED)
@@ -150,16 +142,14 @@ class Pipeline:
                     "ranks when this process ended",
                     entry.step,
                 )
-                return
+                return None
             if entry.source.cancelled() or entry.source.exception() is not None:
-                return  # the logger raises it where the training can see it
+                return None  # the logger raises it where the training can see it
         try:
-            record = self._record(entry)
+            return self._record(entry)
         except Exception:  # noqa: BLE001 - training must not die of it, least of all on one rank
             _log.exception("the metrics of step %d are left out", entry.step)
-            return
-        for worker in self._workers:
-            worker.offer(record)
+            return None
 
     def _record(self, entry: Entry) -> Record:
         histograms: dict[str, Histogram] = {}
@@ -179,6 +169,12 @@ class Pipeline:
                 ", ".join(repr(key) for key in sorted(clashes)),
             )
         return Record(entry.step, entry.wall_time, {**metrics, **extra}, histograms)
+
+
+@dataclass(frozen=True, slots=True)
+class _Accepted:
+    entry: Entry
+    workers: list[SinkWorker]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from functools import partial
 
 from metricfold.sinks.record import Record, Sink
 
-__all__ = ["SinkWorker", "error_of"]
+__all__ = ["SinkWorker", "error_of", "wait_for"]
 
 _log = logging.getLogger("metricfold")
 
@@ -24,9 +24,10 @@ class SinkWorker:
     """Hands records to one sink, in order, on a thread of its own.
 
     The queue is bounded: while it is full, records are refused, counted and reported, because the
-    alternatives are to stall the training or to fill its memory. What was accepted is written, and
-    flushed within `FLUSH_SECONDS`. A call that raises is made three times in all; after that the
-    sink is set aside, with one warning, and nothing more is asked of it.
+    alternatives are to stall the training or to fill its memory. That is decided once, by
+    `reserve`, before a record is even made: what was accepted is written, and flushed within
+    `FLUSH_SECONDS`. A call that raises is made three times in all; after that the sink is set
+    aside, with one warning, and nothing more is asked of it.
 
     Args:
         sink: the sink; called from this thread only.
@@ -38,30 +39,46 @@ class SinkWorker:
         self._queue_size = queue_size
         # A SimpleQueue may be used in a signal handler that interrupts a `put` to the same queue.
         self._inbox: queue.SimpleQueue[Record | _Rewind | _Flush | _Close] = queue.SimpleQueue()
+        # Of `_reserved` and `_refused`; reentrant, since a signal handler may log.
+        self._lock = threading.RLock()
+        self._reserved = 0
         self._refused = 0
-        self._set_aside = False
+        self._released = 0  # belongs to the thread that makes records
+        self._written = 0  # this and the rest belong to this worker's thread
         self._handled = 0
+        self._set_aside = False
         self._flush_due: float | None = None  # on the monotonic clock; None: all is flushed
         self._thread = threading.Thread(target=self._run, name=f"metricfold {sink!r}", daemon=True)
         self._thread.start()
 
-    def offer(self, record: Record) -> None:
-        """Accept `record`, or refuse and count it if the queue is full."""
+    def reserve(self, step: int) -> bool:
+        """Accept the record of `step`, which is to follow, or refuse it if too many wait."""
         if self._set_aside:
-            return
-        if self._inbox.qsize() < self._queue_size:
-            self._inbox.put(record)
-            return
-        self._refused += 1
-        if self._refused == 1:
-            _log.warning(
-                "%r is slower than the training: %d records wait for it, and that of step %d is "
-                "the first to be left out. Log less often, or give MetricsLogger a larger "
-                "queue_size; how many were left out is reported in the end",
-                self._sink,
-                self._queue_size,
-                record.step,
-            )
+            return False
+        with self._lock:
+            if self._reserved - self._written - self._released < self._queue_size:
+                self._reserved += 1
+                return True
+            self._refused += 1
+            if self._refused > 1:
+                return False
+        _log.warning(
+            "%r is slower than the training: %d records wait for it, and that of step %d is the "
+            "first to be left out. Log less often, or give MetricsLogger a larger queue_size; how "
+            "many were left out is reported in the end",
+            self._sink,
+            self._queue_size,
+            step,
+        )
+        return False
+
+    def put(self, record: Record) -> None:
+        """Take over a record that was accepted."""
+        self._inbox.put(record)
+
+    def release(self) -> None:
+        """Take note that a record that was accepted will not come."""
+        self._released += 1
 
     def rewind(self, step: int) -> None:
         """Rewind the sink to `step`, after everything accepted so far."""
@@ -80,20 +97,8 @@ class SinkWorker:
         return close.done
 
     def wait(self, done: threading.Event, *, patience: float, deadline: float | None) -> bool:
-        """Wait for `done`: as long as there is progress every `patience` seconds, to `deadline`.
-
-        The deadline is on the monotonic clock. Returns whether the event came.
-        """
-        handled, stalled_at = self._handled, time.monotonic() + patience
-        while not done.wait(0.05):
-            now = time.monotonic()
-            if handled != self._handled:
-                handled, stalled_at = self._handled, now + patience
-            if not self._thread.is_alive():
-                return done.is_set()
-            if now > stalled_at or (deadline is not None and now > deadline):
-                return False
-        return True
+        """Wait for `done` as `wait_for` does."""
+        return wait_for(done, self._thread, lambda: self._handled, patience, deadline)
 
     def report_unwritten(self) -> None:
         """Log what was left out, and what still waits although nobody waits for it any more."""
@@ -103,12 +108,12 @@ class SinkWorker:
                 self._sink,
                 self._refused,
             )
-        if self._thread.is_alive() and (waiting := self._inbox.qsize()):
+        if self._thread.is_alive():
             _log.warning(
-                "%r has not answered: up to %d records are lost. Its thread is still in a call, "
-                "such as a write to a file system that does not respond",
+                "%r has not answered: what it holds and %d more records may be lost. Its thread is "
+                "still in a call, such as a write to a file system that does not respond",
                 self._sink,
-                waiting,
+                self._reserved - self._written - self._released,
             )
 
     def _run(self) -> None:
@@ -121,6 +126,7 @@ class SinkWorker:
             match item:
                 case Record():
                     self._write(item)
+                    self._written += 1
                 case _Rewind(step):
                     self._attempt(partial(self._sink.rewind, step), f"rewind({step})")
                     self._flush_due = self._flush_due or time.monotonic()
@@ -174,6 +180,34 @@ class SinkWorker:
         )
         # What it holds, such as the terminal, is given back if it can be.
         error_of(self._sink.close)
+
+
+def wait_for(
+    done: threading.Event,
+    thread: threading.Thread,
+    progress: Callable[[], int],
+    patience: float,
+    deadline: float | None,
+) -> bool:
+    """Wait until `thread` sets `done`, and return whether it did.
+
+    Args:
+        done: what to wait for.
+        thread: what sets it; if it has ended, there is nothing to wait for.
+        progress: a number that moves while the thread gets something done.
+        patience: seconds without progress after which to give up.
+        deadline: on the monotonic clock, when to give up in any case; None: never.
+    """
+    seen, give_up_at = progress(), time.monotonic() + patience
+    while not done.wait(0.02):
+        now = time.monotonic()
+        if seen != progress():
+            seen, give_up_at = progress(), now + patience
+        if not thread.is_alive():
+            return done.is_set()
+        if now > give_up_at or (deadline is not None and now > deadline):
+            return False
+    return True
 
 
 def error_of(call: Callable[[], object]) -> Exception | None:

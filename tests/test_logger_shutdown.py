@@ -1,0 +1,387 @@
+"""Nothing that a logger accepted is lost on exit or SIGTERM: real processes, really ended."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from metricfold.sinks import JSONLSink, MetricsLogger, TensorBoardSink, read_jsonl
+
+# A sink that is behind, and that loses everything if it is not flushed.
+PRELUDE = """
+import os, signal, sys, threading, time
+from metricfold.sinks import JSONLSink, MetricsLogger, TensorBoardSink
+
+class Lazy(JSONLSink):
+    def __init__(self, path):
+        super().__init__(path)
+        self.held = []
+    def write(self, record):
+        time.sleep(0.002)
+        self.held.append(record)
+    def flush(self):
+        for record in self.held:
+            super().write(record)
+        self.held = []
+
+folder = sys.argv[1]
+def sinks():
+    return [Lazy(folder + "/lazy.jsonl"), JSONLSink(folder + "/run.jsonl"),
+            TensorBoardSink(folder + "/board")]
+
+def train(logger, last=10**9, first=0):
+    for step in range(first, last):
+        logger.log(step, {"x": float(step)})
+        os.write(1, b"%d\\n" % step)  # accepted
+        time.sleep(0.0005)
+"""
+
+
+@contextmanager
+def running(code, folder):
+    """Run a script that imports what PRELUDE does; kill it if the test leaves it running."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + code, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def read_until(process, line):
+    seen = []
+    for one in process.stdout:
+        seen.append(one.strip())
+        if seen[-1] == line:
+            return seen
+    raise AssertionError(f"{line!r} did not come: {process.stderr.read()}")
+
+
+def finish(process, timeout=60):
+    out, err = process.communicate(timeout=timeout)
+    return out.split("\n")[:-1], err
+
+
+def steps(path):
+    return [record.step for record in read_jsonl(path)]
+
+
+def board_steps(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder / "board"), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return [event.step for event in accumulator.Scalars("x")]
+
+
+def check_all_written(folder, accepted):
+    """Everything that was accepted is there, and at most the one record being accepted besides."""
+    for written in (
+        steps(folder / "lazy.jsonl"),
+        steps(folder / "run.jsonl"),
+        board_steps(folder),
+    ):
+        assert written == list(range(len(written)))
+        assert len(accepted) <= len(written) <= len(accepted) + 1
+
+
+def test_sigterm_loses_nothing_and_still_kills(tmp_path):
+    with running("train(MetricsLogger(sinks()))", tmp_path) as process:
+        accepted = read_until(process, "300")
+        process.terminate()
+        rest, errors = finish(process)
+    assert process.returncode == -signal.SIGTERM
+    assert errors == ""
+    check_all_written(tmp_path, accepted + rest)
+
+
+def test_the_users_handler_is_called_after_everything_is_flushed_and_the_run_goes_on(tmp_path):
+    code = """
+stop = False
+def handler(signum, frame):
+    global stop
+    stop = True
+    from metricfold.sinks import read_jsonl
+    at_least = len(read_jsonl(folder + "/lazy.jsonl"))
+    os.write(1, b"handler %d %d\\n" % (signum, at_least))
+signal.signal(signal.SIGTERM, handler)
+with MetricsLogger(sinks()) as logger:
+    step = 0
+    while not stop:
+        train(logger, step + 1, step)
+        step += 1
+    train(logger, step + 50, step)
+assert signal.getsignal(signal.SIGTERM) is handler
+"""
+    with running(code, tmp_path) as process:
+        accepted = read_until(process, "300")
+        process.terminate()
+        rest, errors = finish(process)
+    assert (process.returncode, errors) == (0, "")
+    handled = next(number for number, line in enumerate(rest) if line.startswith("handler"))
+    _, number, at_least = rest.pop(handled).split()
+    assert int(number) == signal.SIGTERM
+    assert int(at_least) >= len(accepted) + handled
+    check_all_written(tmp_path, accepted + rest)
+
+
+def test_a_handler_that_exits_is_as_good(tmp_path):
+    code = """
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(17))
+train(MetricsLogger(sinks()))
+"""
+    with running(code, tmp_path) as process:
+        accepted = read_until(process, "300")
+        process.terminate()
+        rest, errors = finish(process)
+    assert (process.returncode, errors) == (17, "")
+    check_all_written(tmp_path, accepted + rest)
+
+
+def test_an_ignored_sigterm_stays_ignored(tmp_path):
+    code = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with MetricsLogger(sinks()) as logger:
+    train(logger, 600)
+"""
+    with running(code, tmp_path) as process:
+        accepted = read_until(process, "300")
+        process.terminate()
+        rest, errors = finish(process)
+    assert (process.returncode, errors) == (0, "")
+    check_all_written(tmp_path, accepted + rest)
+
+
+def test_a_handler_may_log(tmp_path):
+    code = """
+with MetricsLogger(sinks()) as logger:
+    def handler(*_):
+        train(logger, last + 1, last)
+        sys.exit()
+    signal.signal(signal.SIGTERM, handler)
+    for last in range(10**9):
+        train(logger, last + 1, last)
+"""
+    with running(code, tmp_path) as process:
+        read_until(process, "100")
+        process.terminate()
+        _, errors = finish(process)
+    assert (process.returncode, errors) == (0, "")
+    assert steps(tmp_path / "lazy.jsonl") == steps(tmp_path / "run.jsonl")
+
+
+def test_two_loggers_are_both_written(tmp_path):
+    code = """
+first, second = MetricsLogger([Lazy(folder + "/1.jsonl")]), MetricsLogger([Lazy(folder + "/2.jsonl")])
+for step in range(10**9):
+    first.log(step, {"x": 1.0})
+    second.log(step, {"x": 1.0})
+    os.write(1, b"%d\\n" % step)
+    time.sleep(0.0005)
+"""
+    with running(code, tmp_path) as process:
+        accepted = read_until(process, "300")
+        process.terminate()
+        rest, errors = finish(process)
+    assert (process.returncode, errors) == (-signal.SIGTERM, "")
+    for name in ("1.jsonl", "2.jsonl"):
+        assert len(steps(tmp_path / name)) >= len(accepted + rest)
+
+
+STUCK = """
+class Stuck(JSONLSink):
+    def write(self, record):
+        time.sleep(120)
+logger = MetricsLogger([Stuck(folder + "/stuck.jsonl"), *sinks()])
+train(logger, 100)
+print("stuck", flush=True)
+time.sleep(120)
+"""
+
+
+def test_a_stuck_sink_delays_sigterm_for_seconds_and_costs_the_others_nothing(tmp_path):
+    with running(STUCK, tmp_path) as process:
+        *accepted, _ = read_until(process, "stuck")
+        start = time.monotonic()
+        process.terminate()
+        _, errors = finish(process)
+        assert time.monotonic() - start < 12
+    assert process.returncode == -signal.SIGTERM
+    assert "stuck.jsonl') has not answered" in errors
+    check_all_written(tmp_path, accepted)
+
+
+def test_a_second_sigterm_means_now(tmp_path):
+    with running(STUCK, tmp_path) as process:
+        read_until(process, "stuck")
+        start = time.monotonic()
+        process.terminate()
+        time.sleep(0.5)
+        process.terminate()
+        finish(process)
+        assert time.monotonic() - start < 3
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_sigterm_does_not_wait_long_for_a_reduction_that_no_other_rank_joins(tmp_path):
+    code = """
+from concurrent.futures import Future
+class Source:
+    def reduce_async(self, step=None):
+        return Future()
+logger = MetricsLogger(sinks())
+train(logger, 50)
+logger.log(50, Source(), prefix="t")
+train(logger, 100, 51)
+print("stuck", flush=True)
+time.sleep(120)
+"""
+    with running(code, tmp_path) as process:
+        read_until(process, "stuck")
+        start = time.monotonic()
+        process.terminate()
+        _, errors = finish(process)
+        assert time.monotonic() - start < 12
+    assert process.returncode == -signal.SIGTERM
+    assert "the metrics of step 50 are lost" in errors
+    expected = [step for step in range(100) if step != 50]
+    assert steps(tmp_path / "lazy.jsonl") == steps(tmp_path / "run.jsonl") == expected
+
+
+def test_a_forked_child_dies_of_sigterm_at_once_and_writes_nothing(tmp_path):
+    code = """
+logger = MetricsLogger(sinks())
+train(logger, 300)
+child = os.fork()
+if child == 0:
+    print("forked", flush=True)
+    time.sleep(120)
+start = time.monotonic()
+time.sleep(0.2)
+os.kill(child, signal.SIGTERM)
+_, status = os.waitpid(child, 0)
+assert os.WTERMSIG(status) == signal.SIGTERM
+assert time.monotonic() - start < 2
+logger.close()
+"""
+    with running(code, tmp_path) as process:
+        lines, errors = finish(process)
+    assert (process.returncode, errors) == (0, "")
+    lines.remove("forked")
+    check_all_written(tmp_path, lines)
+
+
+@pytest.mark.parametrize("ending", ["pass", "sys.exit(3)", "raise RuntimeError('mine')"])
+def test_nothing_is_lost_on_exit_without_close(tmp_path, ending):
+    code = f"""
+train(MetricsLogger(sinks()), 300)
+{ending}
+"""
+    with running(code, tmp_path) as process:
+        accepted, errors = finish(process)
+    assert process.returncode == {"pass": 0, "sys.exit(3)": 3}.get(ending, 1)
+    assert ("mine" in errors) == ("mine" in ending)
+    check_all_written(tmp_path, accepted)
+
+
+def test_sigkill_loses_no_line_that_was_written(tmp_path):
+    with running("train(MetricsLogger(sinks()))", tmp_path) as process:
+        accepted = read_until(process, "2000")
+        process.kill()
+        rest, _ = finish(process)
+    written = steps(tmp_path / "run.jsonl")
+    assert written == list(range(len(written)))
+    # The thread that writes lines keeps up with the one that logs them, but for a moment.
+    assert len(written) >= len(accepted + rest) - 500
+
+
+def _rank_without_close(folder, error):
+    logger = MetricsLogger([JSONLSink(folder / "run.jsonl"), TensorBoardSink(folder / "board")])
+    for step in range(300):
+        logger.log(step, {"x": float(step)})
+    if error:
+        raise SystemExit(5)
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+@pytest.mark.parametrize("error", [False, True])
+def test_nothing_is_lost_by_a_child_of_multiprocessing(tmp_path, method, error):
+    # Its end is not the end of an ordinary interpreter: exit hooks do not run.
+    context = multiprocessing.get_context(method)
+    child = context.Process(target=_rank_without_close, args=(tmp_path, error))
+    child.start()
+    child.join(60)
+    if child.is_alive():
+        child.kill()
+    assert child.exitcode == 5 * error
+    assert steps(tmp_path / "run.jsonl") == board_steps(tmp_path) == list(range(300))
+
+
+def test_the_handler_is_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    first, second = MetricsLogger([]), MetricsLogger([])
+    assert signal.getsignal(signal.SIGTERM) is not before
+    first.close()
+    assert signal.getsignal(signal.SIGTERM) is not before
+    second.close()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_handler_that_was_installed_later_is_left_alone():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def later(signum, frame):
+        pass
+
+    try:
+        with MetricsLogger([]):
+            signal.signal(signal.SIGTERM, later)
+        assert signal.getsignal(signal.SIGTERM) is later
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_outside_the_main_thread_no_handler_is_installed_and_logging_works(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def train():
+        with MetricsLogger([JSONLSink(tmp_path / "run.jsonl")]) as logger:
+            logger.log(1, {"x": 1.0})
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join(30)
+    assert seen == [before]
+    assert steps(tmp_path / "run.jsonl") == [1]
+
+
+def test_sigterm_while_a_logger_closes(tmp_path):
+    code = """
+logger = MetricsLogger(sinks())
+train(logger, 400)
+os.write(1, b"closing\\n")
+logger.close()
+time.sleep(120)
+"""
+    with running(code, tmp_path) as process:
+        *accepted, _ = read_until(process, "closing")
+        time.sleep(0.05)
+        os.kill(process.pid, signal.SIGTERM)
+        _, errors = finish(process)
+    assert (process.returncode, errors) == (-signal.SIGTERM, "")
+    check_all_written(tmp_path, accepted)
