@@ -87,4 +87,4 @@ class ProductHandler(AggregationHandler):
         return {"factors": [[factor, times] for factor, times in metadata["factors"].items()]}
 
     def deserialize_metadata(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        return {"factors": {factor: times for factor, times in metadata["factors"]}}
+        return {"factors": dict(metadata["factors"])}

@@ -6,6 +6,7 @@ import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -207,7 +208,7 @@ def test_float_sums_err_by_less_than_1e_12_of_the_sum_of_magnitudes(
 ) -> None:
     aggregator = MetricsAggregator()
     edges = [0, *sorted(min(cut, len(values)) for cut in cuts), len(values)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         for value in values[start:stop]:
             aggregator.record("total", value, "sum")
         aggregator.reduce()
