@@ -1,0 +1,1 @@
+"""What metricfold costs, measured side by side with what it is compared to, in one run."""

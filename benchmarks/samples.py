@@ -1,0 +1,68 @@
+"""What a sample costs in the data worker: transform, collate, and the way to the training process."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+from benchmarks.baselines import Aggregation, FrozenMetric
+from benchmarks.scale import Scale
+from benchmarks.table import Section, at_most, cost
+from benchmarks.timing import interleaved
+from metricfold import DefaultTrainingMetricTransform, MetricsCollator
+
+__all__ = ["measure"]
+
+_BUDGETS = {64: at_most(0.5)}
+"""By samples per batch."""
+
+
+def measure(scale: Scale) -> list[Section]:
+    """Return the cost per sample of 3 metrics, for batches of several sizes."""
+    section = Section("transform + collate + pickling both ways, per sample of 3 metrics")
+    for samples in (8, 64, 512):
+        times = _measure(samples, scale)
+        per_sample = {name: [t / samples for t in found] for name, found in times.items()}
+        section.rows.append(
+            cost(
+                f"batches of {samples} samples",
+                per_sample["ours"],
+                "3 frozen dataclasses",
+                per_sample["dataclasses"],
+                _BUDGETS.get(samples),
+            )
+        )
+    return [section]
+
+
+def _measure(samples: int, scale: Scale) -> dict[str, list[float]]:
+    transform = DefaultTrainingMetricTransform()
+    transform.set_dataset_name("alpaca")
+    collate = MetricsCollator(_no_tensors)
+    bare = [{"tokens": [0] * (16 + index % 100)} for index in range(samples)]
+    return interleaved(
+        {
+            "ours": lambda: _sent(collate([transform(sample) for sample in bare])),
+            "dataclasses": lambda: _sent([_frozen(sample) for sample in bare]),
+        },
+        scale.rounds,
+    )
+
+
+def _sent(batch: Any) -> Any:
+    """Return what arrives in the training process."""
+    return pickle.loads(pickle.dumps(batch))
+
+
+def _no_tensors(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collate nothing: only the metrics' share is of interest."""
+    return {}
+
+
+def _frozen(sample: dict[str, Any]) -> list[FrozenMetric]:
+    length = len(sample["tokens"])
+    return [
+        FrozenMetric("alpaca", "samples_seen", 1, Aggregation.SUM),
+        FrozenMetric("alpaca", "tokens_seen", length, Aggregation.SUM),
+        FrozenMetric("alpaca", "seq_len", length, Aggregation.DISTRIBUTION),
+    ]

@@ -1,0 +1,59 @@
+"""How much to measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["FULL", "QUICK", "Scale"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How many rounds, ranks and samples a run takes.
+
+    Args:
+        rounds: turns of each contender in one process.
+        logs: rounds of logs over ranks.
+        slow_every: contenders that take long have a turn in every so many of those.
+        world_sizes: numbers of ranks.
+        datasets: datasets of the large workload.
+        window: values of each of its distributions.
+        means: metrics of the small workload.
+        samples: numbers of samples seen before a log.
+        imports: interpreters started.
+    """
+
+    rounds: int
+    logs: int
+    slow_every: int
+    world_sizes: tuple[int, ...]
+    datasets: int
+    window: int
+    means: int
+    samples: tuple[int, ...]
+    imports: int
+
+
+FULL = Scale(
+    rounds=25,
+    logs=48,
+    slow_every=6,
+    world_sizes=(1, 2, 4, 8),
+    datasets=50,
+    window=1000,
+    means=100,
+    samples=(10**3, 10**4, 10**5, 10**6),
+    imports=11,
+)
+
+QUICK = Scale(
+    rounds=3,
+    logs=4,
+    slow_every=2,
+    world_sizes=(1, 2),
+    datasets=3,
+    window=50,
+    means=10,
+    samples=(10**3, 10**4),
+    imports=1,
+)

@@ -1,0 +1,75 @@
+"""`update` in the training process, per metric, against one Python handler call per metric."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+
+import numpy as np
+
+from benchmarks.baselines import Aggregation, FrozenMetric, MetricStates
+from benchmarks.scale import Scale
+from benchmarks.table import Budget, Section, at_least, speedup
+from benchmarks.timing import interleaved
+from metricfold import AggregationType, Metric, MetricBatch, MetricsAggregator
+
+__all__ = ["measure"]
+
+_DATASETS = ("alpaca", "orca")
+_METRICS = (("samples_seen", "sum"), ("tokens_seen", "sum"), ("seq_len", "distribution"))
+_WINDOW = 1000
+_BUDGETS: dict[int, Budget] = {64: at_least(10)}
+"""By samples per batch: what one rank takes in per step."""
+
+
+def measure(scale: Scale) -> list[Section]:
+    """Return how long `update` takes, for lists and collated batches of several sizes."""
+    section = Section("update, per metric: 3 metrics a sample, 2 datasets")
+    for samples in (8, 64, 512):
+        _measure(section, samples, scale)
+    return [section]
+
+
+def _measure(section: Section, samples: int, scale: Scale) -> None:
+    rows = list(_values(samples))
+    metrics = [
+        Metric(dataset, name, value, AggregationType(agg)) for dataset, name, value, agg in rows
+    ]
+    frozen = [
+        FrozenMetric(dataset, name, value, Aggregation(agg)) for dataset, name, value, agg in rows
+    ]
+    # As it comes out of a data worker.
+    batch = pickle.loads(pickle.dumps(MetricBatch.from_metrics(metrics)))
+    of_lists, of_batches = MetricsAggregator(_WINDOW), MetricsAggregator(_WINDOW)
+    handlers = MetricStates(_WINDOW)
+    times = interleaved(
+        {
+            "list": lambda: of_lists.update(metrics),
+            "batch": lambda: of_batches.update(batch),
+            "handlers": lambda: handlers.update(frozen),
+        },
+        scale.rounds,
+    )
+    per_metric = {name: [t / len(metrics) for t in found] for name, found in times.items()}
+    for name, what, budget in (
+        ("batch", "collated batch", _BUDGETS.get(samples)),
+        ("list", "list", None),
+    ):
+        section.rows.append(
+            speedup(
+                f"{what} of {samples} samples",
+                per_metric[name],
+                "a handler call each",
+                per_metric["handlers"],
+                budget,
+            )
+        )
+
+
+def _values(samples: int) -> Iterator[tuple[str, str, int, str]]:
+    random = np.random.default_rng(0)
+    lengths = random.integers(16, 2048, samples).tolist()
+    for index, length in enumerate(lengths):
+        dataset = _DATASETS[index % len(_DATASETS)]
+        for (name, agg), value in zip(_METRICS, (1, length, length), strict=True):
+            yield dataset, name, value, agg
