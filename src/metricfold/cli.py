@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(chosen: argparse.Namespace) -> int:
-    from metricfold.demo.run import run_demo  # noqa: PLC0415 - see above
+    from metricfold.demo.folder import RunFolder  # noqa: PLC0415 - see above
+    from metricfold.demo.run import run_demo  # noqa: PLC0415
     from metricfold.demo.texts import DemoError  # noqa: PLC0415
 
     try:
@@ -43,7 +44,9 @@ def _demo(chosen: argparse.Namespace) -> int:
     except DemoError as error:
         return _say(str(error), 1)
     except KeyboardInterrupt:
-        return _say("stopped, with all its ranks; --resume goes on from the last checkpoint", 130)
+        saved = RunFolder(chosen.out).checkpoint.exists()
+        hint = "; --resume goes on from the last checkpoint" if saved else ""
+        return _say(f"stopped, with all its ranks{hint}", 130)
     return 0
 
 

@@ -1,0 +1,129 @@
+"""The folder of a run: what it holds, and the checks before anything is written to it.
+
+demo.json       marks the folder as a demo's, and names its datasets
+data/           the texts, as read when the run began: a resumed run reads these
+metrics.jsonl   every record that was logged
+tensorboard/    the same for TensorBoard
+checkpoint.pt   model, optimiser, metrics and position
+ledger/         raw sums of every step and rank, for the proof at the end
+logs/           what the ranks but the first printed
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from metricfold.demo.mixture import Corpus, Mixture
+from metricfold.demo.texts import DemoError, Text
+
+__all__ = ["RunFolder"]
+
+
+class RunFolder:
+    """Paths and texts of one run.
+
+    Args:
+        path: the folder; made by `begin`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.marker = path / "demo.json"
+        self.data = path / "data"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoint = path / "checkpoint.pt"
+        self.ledger = path / "ledger"
+        self.logs = path / "logs"
+
+    def check_new(self) -> None:
+        """Refuse a folder that cannot be written or that holds someone's work.
+
+        Leaves the disk as it was. An earlier run of the demo may be there: `begin` replaces it.
+        """
+        if self.path.is_dir() and not self.marker.exists() and any(self.path.iterdir()):
+            raise DemoError(
+                f"--out {self.path} holds files that are not the demo's: give an empty or a new folder"
+            )
+        existing = self.path
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        _check_writable(self.path, existing)
+
+    def check_resumable(self) -> None:
+        """Refuse a folder without a run that can go on."""
+        if not self.marker.is_file():
+            raise DemoError(
+                f"--out {self.path} holds no run to resume: leave out --resume to begin one"
+            )
+        if not self.checkpoint.exists():
+            raise DemoError(
+                f"the run in {self.path} stopped before its first checkpoint: leave out --resume "
+                "to begin again"
+            )
+        if not zipfile.is_zipfile(self.checkpoint):
+            raise DemoError(
+                f"{self.checkpoint} is damaged or cut short: leave out --resume to begin again"
+            )
+        try:
+            self.read_mixture()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DemoError(
+                f"the texts in {self.data} cannot be read ({error}): leave out --resume to begin again"
+            ) from error
+        _check_writable(self.path, self.path)
+
+    def begin(self, texts: Mapping[str, list[Text]]) -> None:
+        """Make the folder, or clear it of an earlier run, and keep the texts in it."""
+        try:
+            self._begin(texts)
+        except OSError as error:
+            raise _unwritable(self.path, error.filename or self.path, error) from error
+
+    def _begin(self, texts: Mapping[str, list[Text]]) -> None:
+        self.data.mkdir(parents=True, exist_ok=True)
+        for folder in (self.data, self.tensorboard, self.ledger, self.logs):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.metrics, self.checkpoint):
+            file.unlink(missing_ok=True)
+        self.marker.write_text(json.dumps({"datasets": list(texts)}), encoding="utf-8")
+        self.data.mkdir()
+        for name, samples in texts.items():
+            with (self.data / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(text._asdict()) + "\n" for text in samples)
+
+    def begin_launch(self) -> None:
+        """Clear away what speaks about one launch of ranks only."""
+        for folder in (self.ledger, self.logs):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+
+    def read_mixture(self) -> Mixture:
+        """Return the texts that the run began with."""
+        names: list[str] = json.loads(self.marker.read_text(encoding="utf-8"))["datasets"]
+        return Mixture([Corpus.split(name, self._read(name)) for name in names])
+
+    def _read(self, name: str) -> list[Text]:
+        with (self.data / f"{name}.jsonl").open(encoding="utf-8") as lines:
+            return [Text(**json.loads(line)) for line in lines]
+
+
+def _check_writable(path: Path, existing: Path) -> None:
+    """Try to write in `existing`, the nearest folder that there is on the way to `path`."""
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise _unwritable(path, existing, error) from error
+
+
+def _unwritable(path: Path, where: object, error: OSError) -> DemoError:
+    return DemoError(
+        f"--out {path} cannot be written ({where}: {error.strerror}): "
+        "give a folder that you may write to"
+    )

@@ -1,0 +1,144 @@
+"""What ``metricfold demo`` prints besides the training itself."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from metricfold.demo.folder import RunFolder
+from metricfold.demo.proof import Proof, Row
+
+__all__ = ["print_opening", "print_proof", "print_resumed", "print_where_to_look"]
+
+
+def print_opening(console: Console, folder: RunFolder, ranks: int, steps: int) -> None:
+    """Say what is about to happen."""
+    console.print(
+        Text.assemble(
+            ("metricfold demo", "bold"),
+            f": {_count(ranks, 'rank')} {'train' if ranks > 1 else 'trains'} a small byte-level "
+            f"transformer for {_count(steps, 'step')}",
+        )
+    )
+    for corpus in folder.read_mixture().corpora:
+        megabytes = sum(len(text.text.encode()) for text in corpus.training) / 1e6
+        console.print(
+            f"  {corpus.name}: {len(corpus.training):,} texts, {megabytes:.2f} MB",
+            markup=False,
+            highlight=False,
+        )
+
+
+def print_proof(console: Console, proof: Proof) -> None:
+    """Show the numbers side by side, and what it cost to get them."""
+    first, last = proof.interval[0], proof.interval[-1]
+    table = Table(
+        title=f"The last log, counted again from the data (steps {first} to {last})",
+        title_style="bold",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        caption=(
+            "Ranks see different texts: batches are cut by length. Merging what the ranks have "
+            "counted gives the truth; averaging what each of them makes of it does not."
+        ),
+        caption_justify="left",
+    )
+    table.add_column("")
+    table.add_column("dataset")
+    table.add_column("ours", justify="right")
+    table.add_column("average over ranks", justify="right")
+    table.add_column("truth", justify="right")
+    shown = ""
+    for row in proof.rows:
+        if shown and row.metric != shown:
+            table.add_section()
+        label = _LABELS.get(row.metric, row.metric) if row.metric != shown else ""
+        shown = row.metric
+        table.add_row(
+            label,
+            Text(row.dataset),
+            Text(_number(row.ours), "bold green" if row.holds else "bold white on red"),
+            _averaged(row),
+            _number(row.truth),
+        )
+    console.print(table)
+    logs, collectives = len(proof.collectives), sum(proof.collectives)
+    rounds = sum(taken > 1 for taken in proof.collectives)
+    how = f"{_count(logs, 'log')} took {_count(collectives, 'collective')}: one each"
+    if rounds:
+        how += (
+            f", and {collectives - logs} for new keys and categories (in {_count(rounds, 'log')})"
+        )
+    lines = [
+        how,
+        f"reductions took {proof.reducing:.2%} of the wall time",
+        f"the largest gradient was rank {proof.gradient_rank}'s, of norm {proof.gradient_norm:.3g}",
+    ]
+    for line in lines:
+        console.print(f"  {line}.", highlight=False)
+
+
+def print_resumed(console: Console, proof: Proof, ranks: int) -> None:
+    """Show that every token counts once, although the number of ranks has changed."""
+    console.print()
+    console.print(f"After step {proof.interval[-1]}, now on {_count(ranks, 'rank')}:", style="bold")
+    for row in proof.rows:
+        if row.metric == "tokens_seen":
+            same = "=" if row.holds else "≠"
+            console.print(
+                Text.assemble(
+                    f"  tokens_seen of {row.dataset}: ",
+                    (_number(row.ours), "bold green" if row.holds else "bold white on red"),
+                    f" {same} {_number(row.truth)} counted from the data",
+                )
+            )
+
+
+def print_where_to_look(console: Console, folder: RunFolder) -> None:
+    """Print the command that opens TensorBoard, and the path of the JSONL file."""
+    console.print()
+    for label, what in (
+        ("TensorBoard", f"{_tensorboard()} --logdir {shlex.quote(str(folder.tensorboard))}"),
+        ("every record", str(folder.metrics)),
+        ("train on", f"metricfold demo --resume --out {shlex.quote(str(folder.path))}"),
+    ):
+        # Whole, so that it can be copied, however narrow the terminal.
+        console.print(f"  {label + ':':14}{what}", soft_wrap=True, markup=False, highlight=False)
+
+
+_LABELS = {"tokens_seen": "tokens_seen, whole run"}
+
+
+def _averaged(row: Row) -> Text:
+    error = row.averaged / row.truth - 1
+    if abs(error) < 5e-4:
+        return Text(f"{_number(row.averaged)}          ")
+    return Text.assemble(_number(row.averaged), (f"  {error:+7.1%}", "red"))
+
+
+def _number(value: float) -> str:
+    if value == int(value):
+        return f"{int(value):,}"
+    return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4f}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def _tensorboard() -> str:
+    if shutil.which("tensorboard"):
+        return "tensorboard"
+    beside = Path(sys.executable).with_name("tensorboard")
+    return shlex.quote(
+        os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
+    )

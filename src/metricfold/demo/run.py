@@ -1,0 +1,107 @@
+"""The command ``metricfold demo``: checks what was asked for, trains, proves, resumes, proves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from metricfold.demo.folder import RunFolder
+from metricfold.demo.launch import run_ranks
+from metricfold.demo.mixture import SAMPLES_PER_STEP
+from metricfold.demo.texts import BUILT_IN, DemoError, Text, read_texts
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["run_demo"]
+
+_RESUMED_STEPS = 10
+
+
+def run_demo(*, ranks: int, steps: int, data: Mapping[str, Path], out: Path, resume: bool) -> None:
+    """Train on `ranks` ranks, prove what was logged, and go on with another number of ranks.
+
+    Raises `DemoError`: before anything is written or started, if it cannot be done as asked;
+    later, if a rank fails or if a number that was logged is not what the data say.
+    """
+    _check_ranks(ranks)
+    _check_packages()
+    folder = RunFolder(out)
+    if resume:
+        if data:
+            raise DemoError(
+                "--data cannot go with --resume: a run goes on with the texts that it began with"
+            )
+        folder.check_resumable()
+    else:
+        folder.check_new()
+        folder.begin(_read(data))
+
+    # What follows needs the packages that have just been found.
+    from rich.console import Console  # noqa: PLC0415
+
+    console = Console()
+    try:
+        _train_and_prove(console, folder, ranks, steps, resume=resume)
+    finally:
+        # A rank that was killed in the middle of drawing has left the terminal without a cursor.
+        console.show_cursor()
+
+
+def _train_and_prove(
+    console: Console, folder: RunFolder, ranks: int, steps: int, *, resume: bool
+) -> None:
+    from metricfold.demo import report  # noqa: PLC0415 - needs rich
+    from metricfold.demo.proof import prove  # noqa: PLC0415
+
+    report.print_opening(console, folder, ranks, steps)
+    _train(folder, ranks, steps, resume=resume)
+    proof = prove(folder)
+    report.print_proof(console, proof)
+    proof.check()
+
+    others = ranks + 1 if ranks < SAMPLES_PER_STEP else ranks - 1
+    console.print(f"\nThe run stops here, and goes on from its checkpoint on {others} ranks.\n")
+    _train(folder, others, min(steps, _RESUMED_STEPS), resume=True)
+    proof = prove(folder)
+    report.print_resumed(console, proof, others)
+    proof.check()
+    report.print_where_to_look(console, folder)
+
+
+def _train(folder: RunFolder, ranks: int, steps: int, *, resume: bool) -> None:
+    folder.begin_launch()
+    arguments = [str(folder.path), "--steps", str(steps), *(["--resume"] if resume else [])]
+    run_ranks("metricfold.demo.train", arguments, ranks=ranks, logs=folder.logs)
+
+
+def _check_ranks(ranks: int) -> None:
+    if ranks > SAMPLES_PER_STEP:
+        raise DemoError(
+            f"--ranks {ranks} is too many: a step has {SAMPLES_PER_STEP} samples, and each rank "
+            f"needs one; give 1 to {SAMPLES_PER_STEP}"
+        )
+
+
+def _check_packages() -> None:
+    extras = {"torch": "torch", "rich": "console", "tensorboard": "tensorboard"}
+    missing = [package for package in extras if find_spec(package) is None]
+    if missing:
+        names = ",".join(extras[package] for package in missing)
+        raise DemoError(
+            f"the demo needs {' and '.join(missing)}: run pip install 'metricfold[{names}]'"
+        )
+
+
+def _read(data: Mapping[str, Path]) -> dict[str, list[Text]]:
+    if not data:
+        return {name: read() for name, read in BUILT_IN.items()}
+    texts = {}
+    for name, path in data.items():
+        try:
+            texts[name] = read_texts(path)
+        except DemoError as error:
+            raise DemoError(f"--data {name}: {error}") from error
+    return texts

@@ -1,0 +1,172 @@
+"""A training loop whose metrics are right on any number of ranks: the example to copy from.
+
+    torchrun --nproc-per-node 2 -m metricfold.demo.train runs/demo --steps 200
+
+trains in a folder that ``metricfold demo`` has made; that command runs this file in the same way.
+metricfold asks five things of a loop:
+
+1. samples carry metrics, and `MetricsCollator` keeps them with their batch (see `batches`);
+2. `aggregator.update` takes the metrics of each batch that is trained on;
+3. `aggregator.record` takes what only the step knows: tensors, which stay on their device;
+4. every rank logs at the same steps, and rank 0 alone writes;
+5. every rank calls `state_dict`, and what it returns is good for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - its name everywhere
+from torch.nn.parallel import DistributedDataParallel
+
+from metricfold import ConsoleSink, JSONLSink, MetricsAggregator, MetricsLogger, TensorBoardSink
+from metricfold.demo.batches import training_batches, validation_batches
+from metricfold.demo.folder import RunFolder
+from metricfold.demo.gradients import LocalGradientNorm
+from metricfold.demo.ledger import Ledger
+from metricfold.demo.mixture import Mixture
+from metricfold.demo.model import ByteTransformer
+
+LOG_EVERY = 10
+VALIDATE_EVERY = 50
+SAVE_EVERY = 50
+ON_SCREEN = [
+    *("*/loss", "*/perplexity", "*/grad_norm*", "*/tok*", "*/type*"),
+    *("*/seq_len_stat_mean", "*/seq_len_stat_std", "*/seq_len_stat_p50"),
+]
+
+
+def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
+    """Train for `steps` steps, from the beginning or from the last checkpoint."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    mixture = folder.read_mixture()
+    model = DistributedDataParallel(ByteTransformer())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3, betas=(0.9, 0.95))
+    gradient_norm = LocalGradientNorm(model)
+
+    aggregator = MetricsAggregator(name="train")
+    validation = MetricsAggregator(name="val")
+    for metrics in (aggregator, validation):
+        metrics.derive("perplexity", lambda values: math.exp(values["loss"]))
+
+    parts = {"model": model.module, "optimizer": optimizer, "train": aggregator, "val": validation}
+    start = load_checkpoint(folder.checkpoint, parts) if resume else 0
+    stop = start + steps
+    ledger = Ledger(folder.ledger, rank, start + 1)  # for the demo's proof; your loop needs none
+
+    console = Console()
+    sinks = [
+        ConsoleSink(console, select=ON_SCREEN),
+        JSONLSink(folder.metrics),
+        TensorBoardSink(folder.tensorboard),
+    ]
+    batches = training_batches(mixture, range(start + 1, stop + 1), rank, world_size)
+    progress = track(batches, "training", total=steps, console=console, disable=rank > 0)
+    with MetricsLogger(sinks) as logger:
+        logger.rewind(start)
+        for step, batch in enumerate(progress, start + 1):
+            aggregator.update(batch.pop("metrics"))
+
+            losses, tokens = losses_by_dataset(model, batch, len(mixture.names))
+            # Ranks hold different numbers of tokens and their gradients will be averaged: scaled
+            # like this, the average is the gradient of the mean over all ranks' tokens.
+            all_tokens = tokens.sum()
+            dist.all_reduce(all_tokens)
+            loss = losses.sum() * world_size / all_tokens
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+            # A dataset that is not in this batch has 0/0 as its loss, which counts with weight 0.
+            for name, mean, weight in zip(mixture.names, losses / tokens, tokens, strict=True):
+                aggregator.record("loss", mean, weight=weight, dataset=name)
+            aggregator.record("grad_norm", gradient_norm.pop(), agg="max")
+            aggregator.record("tokens_per_second", batch["mask"].sum(), agg="rate")
+            ledger.note(losses, tokens)
+
+            if step % LOG_EVERY == 0 or step == stop:
+                with ledger.reducing(aggregator):
+                    snapshot = aggregator.reduce(step)
+                whose = snapshot.owner(None, "grad_norm")
+                extra = {} if whose is None else {"train/grad_norm_rank": whose}
+                logger.log(step, snapshot, prefix="train", extra=extra)
+            if step % VALIDATE_EVERY == 0 or step == stop:
+                validate(model, mixture, validation)
+                logger.log(step, validation, prefix="val")
+            if step % SAVE_EVERY == 0 or step == stop:
+                save_checkpoint(folder.checkpoint, parts, step)
+    ledger.close()
+
+
+def losses_by_dataset(
+    model: nn.Module, batch: dict[str, torch.Tensor], datasets: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each dataset's sum of losses and number of predicted tokens, both (datasets,)."""
+    tokens, mask = batch["tokens"], batch["mask"][:, 1:]
+    logits = model(tokens[:, :-1])
+    losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none") * mask
+    zeros = losses.new_zeros(datasets)
+    return (
+        zeros.index_add(0, batch["dataset"], losses.sum(1)),
+        zeros.index_add(0, batch["dataset"], mask.sum(1, dtype=zeros.dtype)),
+    )
+
+
+@torch.no_grad()
+def validate(
+    model: DistributedDataParallel, mixture: Mixture, aggregator: MetricsAggregator
+) -> None:
+    """Record the losses on this rank's share of the texts that are not trained on."""
+    for batch in validation_batches(mixture, dist.get_rank(), dist.get_world_size()):
+        losses, tokens = losses_by_dataset(model.module, batch, len(mixture.names))
+        for name, mean, weight in zip(mixture.names, losses / tokens, tokens, strict=True):
+            aggregator.record("loss", mean, weight=weight, dataset=name)
+
+
+def save_checkpoint(path: Path, parts: dict[str, Any], step: int) -> None:
+    """Write all parts and the step; every rank calls it, since `state_dict` folds over ranks."""
+    state = {"step": step, **{name: part.state_dict() for name, part in parts.items()}}
+    if dist.get_rank() == 0:
+        unfinished = path.with_suffix(".unfinished")
+        torch.save(state, unfinished)
+        unfinished.replace(path)
+
+
+def load_checkpoint(path: Path, parts: dict[str, Any]) -> int:
+    """Load all parts, on every rank alike, and return the step that they were saved at."""
+    state = torch.load(path, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    step: int = state["step"]
+    return step
+
+
+def main() -> None:
+    """Run one rank."""
+    parser = argparse.ArgumentParser(prog="python -m metricfold.demo.train")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--resume", action="store_true")
+    arguments = parser.parse_args()
+    # Asked to end, leave in order: loader workers stop, files are closed, the cursor comes back.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    train(RunFolder(arguments.folder), arguments.steps, resume=arguments.resume)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
