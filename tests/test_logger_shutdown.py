@@ -316,6 +316,7 @@ def _rank_without_close(folder, error):
         raise SystemExit(5)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
 @pytest.mark.parametrize("error", [False, True])
 def test_nothing_is_lost_by_a_child_of_multiprocessing(tmp_path, method, error):
