@@ -44,9 +44,13 @@ def _log(numbers: tuple[int, ...], rounds: int) -> dict[int, list[float]]:
         for index in range(_BATCH)
         for name, aggregation in _METRICS
     )
+    # Caches are as cold after as many updates of anyone, so each log has as many before it.
+    bystander = MetricsAggregator()
     seconds: dict[int, list[float]] = {samples: [] for samples in numbers}
     for turn in range(-2, rounds):
         for samples, aggregator in aggregators.items():
+            for _ in range((numbers[-1] - samples) // _BATCH):
+                bystander.update(batch)
             for _ in range(samples // _BATCH):
                 aggregator.update(batch)
             began = time.perf_counter()
