@@ -45,7 +45,8 @@ class ConsoleSink(SelectiveSink):
         select: see `SelectiveSink`.
         key_format: see `SelectiveSink`.
 
-    Raises `ImportError` without the ``rich`` package.
+    Raises:
+        ImportError: the ``rich`` package is not installed.
     """
 
     def __init__(

@@ -96,8 +96,10 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
     """Return the records of a file that `JSONLSink` wrote.
 
     A last line that breaks off in the middle is left out: that is what a machine that went down
-    while writing leaves behind. Anything else that is not a record raises a `ValueError` that names
-    the file and the line.
+    while writing leaves behind.
+
+    Raises:
+        ValueError: anything else that is not a record; names the file and the line.
     """
     path = Path(path)
     return [_decoded(_parsed(line, path, number), path, number) for number, _, line in _lines(path)]

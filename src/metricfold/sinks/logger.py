@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, SupportsIndex, runtime_checkable
+from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 
@@ -54,7 +54,9 @@ class MetricsLogger:
         queue_size: how many records may wait for each sink; further ones are refused, counted and
             reported, since the alternatives are to stall the training or to fill its memory.
 
-    Raises `TypeError` for something that is not a sink, `ValueError` for a `queue_size` below 1.
+    Raises:
+        TypeError: something is not a sink.
+        ValueError: a `queue_size` below 1.
     """
 
     def __init__(self, sinks: Sequence[Sink], *, queue_size: int = 1000) -> None:
@@ -113,8 +115,10 @@ class MetricsLogger:
             extra: further numbers, such as a learning rate, with their keys as they are. Only
                 rank 0's are looked at.
 
-        Raises the error of this aggregator's reduction before, on every rank alike; `TypeError` and
-        `ValueError` for arguments of the wrong kind.
+        Raises:
+            TypeError: an argument of the wrong kind, such as a value that is not a number.
+            ValueError: a negative step, an empty prefix or an unknown window.
+            Exception: what this aggregator's reduction before has raised, on every rank alike.
         """
         self._check_open()
         wall_time = time.time()
@@ -123,26 +127,26 @@ class MetricsLogger:
             check_name("prefix", prefix)
         check_window(window)
         values: Mapping[str, float] | Future[Snapshot]
-        if isinstance(source, _Reducible):
-            _check_prefix_given(prefix, source)
-            self._raise_error_of(source)
-            values = source.reduce_async(step=step)
-            self._reductions[id(source)] = (source, values)
-            if not self._writes():
-                return
-        elif isinstance(source, Snapshot):
-            _check_prefix_given(prefix, source)
-            if not self._writes():
-                return
-            values = Future()
-            values.set_result(source)
-        elif isinstance(source, Mapping):
+        if isinstance(source, Mapping):
             if not self._writes():
                 return
             values = {
                 key if prefix is None else f"{prefix}/{key}": value
                 for key, value in _numbers("source", source).items()
             }
+        elif isinstance(source, Snapshot):
+            _check_prefix_given(prefix, source)
+            if not self._writes():
+                return
+            values = Future()
+            values.set_result(source)
+        elif hasattr(source, "reduce_async"):
+            _check_prefix_given(prefix, source)
+            self._raise_error_of(source)
+            values = source.reduce_async(step=step)
+            self._reductions[id(source)] = (source, values)
+            if not self._writes():
+                return
         else:
             raise TypeError(
                 f"cannot log {source!r}: give an aggregator, a Snapshot, or a dict of numbers"
@@ -158,6 +162,9 @@ class MetricsLogger:
         Training goes on at ``step + 1``, and no step is shown twice: `JSONLSink` cuts its file,
         `TensorBoardSink` tells TensorBoard to drop the later steps; of other sinks see `rewind`
         there. Every rank calls it, global rank 0 acts.
+
+        Args:
+            step: the last step that stays; -1 takes back everything.
         """
         self._check_open()
         step = _checked_step(step, least=-1)
@@ -251,11 +258,6 @@ class MetricsLogger:
             )
 
 
-@runtime_checkable
-class _Reducible(Protocol):
-    def reduce_async(self, step: int | None = None) -> Future[Snapshot]: ...
-
-
 def _report(errors: Sequence[BaseException]) -> None:
     for error in errors:
         _log.warning("the reduction of the last log failed: %s: %s", type(error).__name__, error)
@@ -294,7 +296,8 @@ def _numbers(what: str, values: Mapping[str, float]) -> dict[str, float]:
     numbers_by_key: dict[str, float] = {}
     for key, value in values.items():
         check_name(f"a key of {what}", key)
-        if not isinstance(value, numbers.Real | np.bool_):
+        # The exact types first: asking an abstract class is slow.
+        if type(value) not in (float, int) and not isinstance(value, numbers.Real | np.bool_):
             raise TypeError(
                 f"{what}[{key!r}] is {value!r} of type {type(value).__name__}, which is not a "
                 "number: convert it with float(), or record it in an aggregator, which reads "

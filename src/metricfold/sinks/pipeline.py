@@ -13,8 +13,7 @@ import queue
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from metricfold.histogram import Histogram
 from metricfold.sinks.record import Record, Sink
@@ -26,8 +25,7 @@ __all__ = ["Entry", "Pipeline"]
 _log = logging.getLogger("metricfold")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """What one `log` call accepted.
 
     Args:
@@ -171,17 +169,14 @@ class Pipeline:
         return Record(entry.step, entry.wall_time, {**metrics, **extra}, histograms)
 
 
-@dataclass(frozen=True, slots=True)
-class _Accepted:
+class _Accepted(NamedTuple):
     entry: Entry
     workers: list[SinkWorker]
 
 
-@dataclass(frozen=True, slots=True)
-class _Rewind:
+class _Rewind(NamedTuple):
     step: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Barrier:
+class _Barrier(NamedTuple):
     passed: threading.Event

@@ -8,12 +8,10 @@ own handler is called, and the default action still ends the process as killed b
 from __future__ import annotations
 
 import atexit
-import concurrent.futures.thread  # noqa: F401 - its exit hook must be older than ours: last in, first out
 import os
 import signal
 import sys
 import threading
-from multiprocessing import parent_process, util
 from types import FrameType
 from typing import Protocol
 
@@ -56,12 +54,17 @@ def unwatch(one: Endable) -> None:
 
 
 def _hook_exit() -> None:
+    # Imported late because most of those who import metricfold never make a logger.
+    import concurrent.futures.thread  # noqa: F401, PLC0415
+    from multiprocessing import parent_process, util  # noqa: PLC0415
+
     if parent_process() is not None:
         # Children of multiprocessing, such as spawned ranks, end without atexit.
         util.Finalize(None, _at_exit, exitpriority=100)
         return
-    # What concurrent.futures uses: atexit is too late for a backend that has only just got its
-    # first record, since nothing can start threads by then, and what it registered itself went.
+    # Not atexit: by then a backend that has only just got its first record could start no threads,
+    # and exit hooks that it registered itself would have run. concurrent.futures hooks in here
+    # too, and is imported above so that its hook is the older one: the last in is the first out.
     hook = getattr(threading, "_register_atexit", atexit.register)
     hook(_at_exit)
 

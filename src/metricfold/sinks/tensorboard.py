@@ -6,7 +6,7 @@ TensorBoard keeps scalars as float32: totals beyond 2^24 are rounded there (not 
 from __future__ import annotations
 
 import os
-import socket
+import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +35,9 @@ class TensorBoardSink(SelectiveSink):
         select: see `SelectiveSink`.
         key_format: see `SelectiveSink`.
 
-    Raises `ImportError` without the ``tensorboard`` package, `ValueError` when `logdir` is a URL.
+    Raises:
+        ImportError: the ``tensorboard`` package is not installed.
+        ValueError: `logdir` is a URL.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ def _next_path(logdir: Path) -> Path:
         made = path.name.split(".")[3]
         if made.isdecimal():
             second = max(second, int(made) + 1)
-    name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.metricfold"
+    name = f"events.out.tfevents.{second:010d}.{platform.node()}.{os.getpid()}.metricfold"
     return logdir / name
 
 

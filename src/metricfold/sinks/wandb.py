@@ -35,7 +35,9 @@ class WandbSink(SelectiveSink):
         key_format: see `SelectiveSink`.
         init: arguments for `wandb.init` of a new run, such as ``project="llm"`` or ``dir="out"``.
 
-    Raises `ImportError` without the ``wandb`` package, `TypeError` for both `run` and `init`.
+    Raises:
+        ImportError: the ``wandb`` package is not installed.
+        TypeError: both `run` and `init` are given.
     """
 
     def __init__(

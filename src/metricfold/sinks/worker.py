@@ -7,8 +7,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from metricfold.sinks.record import Record, Sink
 
@@ -219,16 +219,13 @@ def error_of(call: Callable[[], object]) -> Exception | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class _Rewind:
+class _Rewind(NamedTuple):
     step: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Flush:
+class _Flush(NamedTuple):
     done: threading.Event
 
 
-@dataclass(frozen=True, slots=True)
-class _Close:
+class _Close(NamedTuple):
     done: threading.Event
