@@ -19,6 +19,7 @@ __all__ = [
     "MetricState",
     "TypeLike",
     "check_name",
+    "is_name",
     "resolve_type",
     "type_label",
 ]
@@ -122,8 +123,13 @@ def type_label(agg_type: TypeLike) -> str:
     return agg_type
 
 
+def is_name(name: object) -> bool:
+    """Return whether `name` can be printed as part of one key on one line."""
+    return isinstance(name, str) and name != "" and name.isprintable()
+
+
 def check_name(what: str, name: object) -> None:
-    """Refuse a name that could not be printed as part of one key on one line."""
+    """Refuse a name that is none, and say why."""
     if not isinstance(name, str):
         raise TypeError(f"{what} must be a string, but is {name!r}")
     if not name:

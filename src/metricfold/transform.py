@@ -10,11 +10,12 @@ Subclass `MetricTransform` and return your own metrics from `_generate_metrics`.
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
+from metricfold.data.sample import with_metrics
 from metricfold.metric import AggregationType, Metric, check_name
 
 __all__ = ["DefaultTrainingMetricTransform", "MetricTransform"]
@@ -28,6 +29,15 @@ class MetricTransform(ABC):
     The result is a shallow copy of the sample whose ``"metrics"`` list is extended. The caller's
     sample stays as it is, so a dataset that caches its samples does not collect metrics of
     earlier epochs.
+
+    >>> class Words(MetricTransform):
+    ...     def _generate_metrics(self, sample):
+    ...         words = len(sample["text"].split())
+    ...         return [Metric(self.dataset_name, "words", words, AggregationType.SUM)]
+    >>> transform = Words()
+    >>> transform.set_dataset_name("alpaca")
+    >>> [metric.value for metric in transform({"text": "hello world"})["metrics"]]
+    [2]
     """
 
     dataset_name: str | None = None
@@ -38,7 +48,7 @@ class MetricTransform(ABC):
         Raises:
             ValueError: the name is empty, or another name was set before.
         """
-        check_name("the dataset name", dataset_name)
+        check_name(f"the dataset name of a {type(self).__name__}", dataset_name)
         if self.dataset_name not in (None, dataset_name):
             raise ValueError(
                 f"this {type(self).__name__} already belongs to dataset {self.dataset_name!r}: "
@@ -56,18 +66,26 @@ class MetricTransform(ABC):
                 f"{type(self).__name__} does not know its dataset: call set_dataset_name() before "
                 "the first sample"
             )
+        if type(sample) is not dict and not isinstance(sample, Mapping):
+            raise TypeError(
+                f"{type(self).__name__} takes samples that are mappings, such as a dict, but "
+                f"dataset {self.dataset_name!r} has a {type(sample).__name__}"
+            )
         metrics = self._generate_metrics(sample)
-        tagged: Any = copy.copy(sample)
-        tagged["metrics"] = [*sample.get("metrics", ()), *metrics]
-        result: Sample = tagged
-        return result
+        if not isinstance(metrics, list):
+            raise TypeError(
+                f"{type(self).__name__}._generate_metrics() returned a {type(metrics).__name__} "
+                f"for a sample of dataset {self.dataset_name!r}: return a list of Metric"
+            )
+        return with_metrics(sample, metrics)
 
 
 class DefaultTrainingMetricTransform(MetricTransform):
     """Counts samples and tokens, and watches sequence lengths.
 
-    Reads ``"tokens"``, else ``"input_ids"``: anything with a length. Emits ``samples_seen`` (SUM),
-    ``tokens_seen`` (SUM) and ``seq_len`` (DISTRIBUTION), lengths in tokens.
+    Reads ``"tokens"``, else ``"input_ids"``: the tokens of one sample, anything with a length.
+    Emits ``samples_seen`` (SUM), ``tokens_seen`` (SUM) and ``seq_len`` (DISTRIBUTION), lengths in
+    tokens. Raises ValueError for a sample that has neither, or an array that is not 1-d.
 
     >>> transform = DefaultTrainingMetricTransform()
     >>> transform.set_dataset_name("alpaca")
@@ -76,19 +94,42 @@ class DefaultTrainingMetricTransform(MetricTransform):
     """
 
     def _generate_metrics(self, sample: Mapping[str, Any]) -> list[Metric]:
+        dataset_name = self.dataset_name
+        assert dataset_name is not None
         tokens = sample.get("tokens")
         if tokens is None:
             tokens = sample.get("input_ids")
         if tokens is None:
             raise ValueError(
-                f"a sample of dataset {self.dataset_name!r} has neither 'tokens' nor 'input_ids'; "
-                f"its keys are {sorted(map(str, sample))}"
+                f"a sample of dataset {dataset_name!r} has neither 'tokens' nor 'input_ids'; its "
+                f"keys are {sorted(map(str, sample))}"
             )
-        dataset_name = self.dataset_name
-        assert dataset_name is not None
-        length = len(tokens)
-        return [
-            Metric(dataset_name, "samples_seen", 1, AggregationType.SUM),
-            Metric(dataset_name, "tokens_seen", length, AggregationType.SUM),
-            Metric(dataset_name, "seq_len", length, AggregationType.DISTRIBUTION),
-        ]
+        length = len(tokens) if type(tokens) is list else _length(dataset_name, tokens)
+        return [*_counts(dataset_name, length)]
+
+
+# Metrics are immutable and lengths recur, so most samples can share theirs.
+@lru_cache(maxsize=4096)
+def _counts(dataset_name: str, length: int) -> tuple[Metric, ...]:
+    return (
+        Metric(dataset_name, "samples_seen", 1, AggregationType.SUM),
+        Metric(dataset_name, "tokens_seen", length, AggregationType.SUM),
+        Metric(dataset_name, "seq_len", length, AggregationType.DISTRIBUTION),
+    )
+
+
+def _length(dataset_name: str, tokens: Any) -> int:
+    # A tokenizer that returns tensors gives them a batch axis: its length is not the sample's.
+    shape = getattr(tokens, "shape", None)
+    if shape is not None and len(shape) != 1:
+        raise ValueError(
+            f"the tokens of a sample of dataset {dataset_name!r} have the shape {tuple(shape)}: "
+            "give those of one sample, shape (n,)"
+        )
+    try:
+        return len(tokens)
+    except TypeError:
+        raise TypeError(
+            f"the tokens of a sample of dataset {dataset_name!r} are a {type(tokens).__name__}, "
+            "which has no length: give a list or an array of shape (n,)"
+        ) from None

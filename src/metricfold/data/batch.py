@@ -7,8 +7,12 @@ about one metric shrinks to a few numbers before it crosses to the training proc
 
 from __future__ import annotations
 
+import reprlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from enum import Enum
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +33,7 @@ from metricfold.metric import (
     Metric,
     TypeLike,
     check_name,
+    is_name,
     resolve_type,
     type_label,
 )
@@ -39,14 +44,16 @@ __all__ = [
     "Late",
     "MetricBatch",
     "check_same_type",
+    "checked_weights",
     "fold_metrics",
     "fold_numbers",
     "fold_value",
 ]
 
-Self = TypeVar("Self", bound="MetricBatch")
 Key = tuple[str, str]
+_METRIC = {Metric}
 _NUMBERS = {int, float, bool}
+_key_of = itemgetter(0, 1)
 
 
 class Late:
@@ -110,12 +117,12 @@ class MetricBatch:
             ValueError, TypeError: a metric is not valid; names the metric and says what to do.
         """
         with quiet():
-            return cls(fold_metrics(metrics, _BUILT_IN, wait=True))
+            return cls(fold_metrics(list(metrics), _BUILT_IN, wait=True))
 
-    def to(self: Self, *args: object, **kwargs: object) -> Self:
+    def to(self, *args: object, **kwargs: object) -> MetricBatch:
         return self
 
-    def pin_memory(self: Self, device: object = None) -> Self:
+    def pin_memory(self, device: object = None) -> MetricBatch:
         return self
 
     def __len__(self) -> int:
@@ -136,7 +143,7 @@ class MetricBatch:
 
 
 def fold_metrics(
-    metrics: Iterable[Metric],
+    metrics: Sequence[Metric],
     handlers: Mapping[TypeLike, AggregationHandler],
     *,
     wait: bool,
@@ -149,29 +156,13 @@ def fold_metrics(
         wait: read device arrays here (a data worker has no device to wait for) instead of
             holding them for the reduction.
     """
-    groups: dict[Key, tuple[TypeLike, list[Any], list[Any]]] = {}
-    try:
-        for dataset_name, name, value, agg_type, weight in metrics:
-            group = groups.get((dataset_name, name))
-            if group is None:
-                check_name("the dataset name of a metric", dataset_name)
-                check_name(f"the name of a metric of dataset {dataset_name!r}", name)
-                group = groups[dataset_name, name] = (resolve_type(agg_type), [], [])
-            elif group[0] is not agg_type:
-                check_same_type((dataset_name, name), group[0], resolve_type(agg_type))
-            group[1].append(value)
-            group[2].append(weight)
-    except (TypeError, ValueError) as error:
-        if "to unpack" not in str(error) and "unhashable" not in str(error):
-            raise
-        raise TypeError(
-            "update() takes Metric(dataset_name, name, value, agg_type, weight) objects or a "
-            f"MetricBatch, but found something else: {error}"
-        ) from None
-    return [
-        _fold_group(key, agg_type, values, weights, handlers.get(agg_type), wait)
-        for key, (agg_type, values, weights) in groups.items()
-    ]
+    columns = []
+    for key, group in _by_key(metrics).items():
+        _, _, values, types, weights = zip(*group, strict=True)
+        _check_key(key)
+        agg_type = _one_type(key, types)
+        columns.append(_fold_group(key, agg_type, values, weights, handlers.get(agg_type), wait))
+    return columns
 
 
 def fold_value(
@@ -182,25 +173,72 @@ def fold_value(
     handlers: Mapping[TypeLike, AggregationHandler],
 ) -> Column:
     """Return the column of a single value; device arrays are held."""
-    return _fold_group(key, agg_type, [value], [weight], handlers.get(agg_type), wait=False)
+    return _fold_group(key, agg_type, (value,), (weight,), handlers.get(agg_type), wait=False)
+
+
+def _by_key(metrics: Sequence[Metric]) -> dict[Key, list[Metric]]:
+    if not _METRIC.issuperset(map(type, metrics)):
+        _check_items(metrics)
+    groups: defaultdict[Key, list[Metric]] = defaultdict(list)
+    try:
+        for key, metric in zip(map(_key_of, metrics), metrics, strict=True):
+            groups[key].append(metric)
+    except TypeError:  # a name that is no string and cannot be hashed
+        for metric in metrics:
+            _check_key((metric.dataset_name, metric.name))
+        raise
+    return groups
+
+
+def _check_items(metrics: Sequence[object]) -> None:
+    for position, item in enumerate(metrics):
+        if not isinstance(item, Metric):
+            raise TypeError(
+                f"item {position} of the metrics is {_quote(item)}, which is no Metric: give "
+                "Metric(dataset_name, name, value, agg_type) objects"
+            )
+
+
+def _check_key(key: Key) -> None:
+    dataset_name, name = key
+    if is_name(dataset_name) and is_name(name):
+        return
+    check_name(f"the name of a metric of dataset {dataset_name!r}", name)
+    if dataset_name is None:
+        raise TypeError(
+            f"the dataset name of metric {name!r} is None: call set_dataset_name() on its "
+            "transform, or use record() for a metric that belongs to no dataset"
+        )
+    check_name(f"the dataset name of metric {name!r}", dataset_name)
+
+
+def _one_type(key: Key, types: Sequence[TypeLike]) -> TypeLike:
+    """Return the one aggregation type that all of `types` name."""
+    try:
+        agg_type = resolve_type(types[0])
+        if types.count(types[0]) < len(types):
+            for other in types:
+                check_same_type(key, agg_type, resolve_type(other))
+    except TypeError as error:
+        raise TypeError(f"{show(key)}: {error}") from None
+    return agg_type
 
 
 def _fold_group(
     key: Key,
     agg_type: TypeLike,
-    values: list[Any],
-    weights: list[Any],
+    values: Sequence[Any],
+    weights: Sequence[Any],
     handler: AggregationHandler | None,
     wait: bool,
 ) -> Column:
     if isinstance(handler, CategoricalCountAggHandler):
-        return _fold_categories(key, agg_type, values, handler, wait)
+        return _fold_categories(key, agg_type, values, weights, handler, wait)
     if not isinstance(handler, LaneHandler):
         return _keep_metrics(key, agg_type, values, weights, wait)
     late: list[Late] = []
-    if not _NUMBERS.issuperset(map(type, values)):
-        values, weights, late = _numbers(key, agg_type, values, weights, wait)
-    elif not _NUMBERS.issuperset(map(type, weights)):
+    # By type, not by value: comparing a device array with a number would wait for the device.
+    if not (_NUMBERS.issuperset(map(type, values)) and _NUMBERS.issuperset(map(type, weights))):
         values, weights, late = _numbers(key, agg_type, values, weights, wait)
     return Column(key, agg_type, fold_numbers(key, handler, values, weights), late=late)
 
@@ -209,94 +247,124 @@ def fold_numbers(
     key: Key, handler: LaneHandler, values: Sequence[float], weights: Sequence[float]
 ) -> LaneState:
     """Fold host numbers, after a check of the weights."""
-    try:
-        array = np.array(values, dtype=np.float64)
-    except OverflowError:
-        raise ValueError(f"{show(key)}: a value is too large for a 64-bit float") from None
-    return handler.fold(array, _checked_weights(key, weights))
+    return handler.fold(_floats(key, "a value", values), checked_weights(key, weights))
 
 
-def _checked_weights(key: Key, weights: Sequence[float]) -> FloatArray | None:
-    if list(weights).count(1.0) == len(weights):
+def checked_weights(key: Key, weights: Sequence[float]) -> FloatArray | None:
+    """Return host weights as an array, or None if all are 1.
+
+    Raises:
+        ValueError: one is negative, infinite or NaN.
+    """
+    if weights.count(1.0) == len(weights):
         return None
-    for weight in weights:
-        if not 0 <= weight < np.inf:
-            raise ValueError(
-                f"{show(key)}: the weight {weight!r} is not a finite number of 0 or more"
-            )
-    return np.array(weights, dtype=np.float64)
+    array = _floats(key, "a weight", weights)
+    if not (array.min() >= 0 and array.max() < np.inf):
+        bad = next(weight for weight in weights if not 0 <= weight < np.inf)
+        raise ValueError(f"{show(key)}: the weight {bad!r} is not a finite number of 0 or more")
+    return array
+
+
+def _floats(key: Key, what: str, numbers: Sequence[float]) -> FloatArray:
+    try:
+        return np.array(numbers, dtype=np.float64)
+    except OverflowError:
+        raise _too_large(key, what) from None
+
+
+def _too_large(key: Key, what: str) -> ValueError:
+    return ValueError(f"{show(key)}: {what} is too large for a 64-bit float: scale it down")
 
 
 def _fold_categories(
     key: Key,
     agg_type: TypeLike,
-    values: list[Any],
+    values: Sequence[Any],
+    weights: Sequence[Any],
     handler: CategoricalCountAggHandler,
     wait: bool,
 ) -> Column:
+    # They count for nothing here, but a weight that is none is a mistake all the same.
+    checked_weights(key, _host_weights(key, weights))
     late: list[Late] = []
     categories: list[str] = []
     for value in values:
         if type(value) is str:
             categories.append(value)
             continue
-        if value is None:
-            raise TypeError(f"{show(key)}: None is no category; give a text or a number")
         held = _hold(key, value, wait)
         if held is not None:
             late.append(Late(key, agg_type, held, 1.0))
-        else:
-            categories.append(str(_host_scalar(key, value)))
+            continue
+        category = _host_scalar(key, value)
+        if not isinstance(category, str | int | float | Enum):
+            raise TypeError(
+                f"{show(key)}: the value {_quote(value)} is no category: give a text, a number, an "
+                "Enum member, or an array of one element"
+            )
+        categories.append(str(category))
     return Column(key, agg_type, handler.fold_categories(categories), late=late)
 
 
 def _keep_metrics(
-    key: Key, agg_type: TypeLike, values: list[Any], weights: list[Any], wait: bool
+    key: Key, agg_type: TypeLike, values: Sequence[Any], weights: Sequence[Any], wait: bool
 ) -> Column:
     """Keep the metrics of a handler without lanes; what a value may be is its business."""
+    checked_weights(key, _host_weights(key, weights))
     metrics: list[Metric] = []
     late: list[Late] = []
     for value, weight in zip(values, weights, strict=True):
-        held = _hold(key, value, wait)
+        held, held_weight = _hold(key, value, wait), _hold(key, weight, wait)
         # Once one value is late the later ones queue behind it: such a handler may mind the order.
-        if held is not None or late:
-            late.append(Late(key, agg_type, value if held is None else held, weight))
+        if held is not None or held_weight is not None or late:
+            late.append(
+                Late(
+                    key,
+                    agg_type,
+                    value if held is None else held,
+                    weight if held_weight is None else held_weight,
+                )
+            )
         else:
-            metrics.append(Metric(*key, _host_scalar(key, value), agg_type, weight))
+            host = _host_scalar(key, value), agg_type, _host_scalar(key, weight)
+            metrics.append(Metric(*key, *host))
     return Column(key, agg_type, None, metrics, late)
 
 
+def _host_weights(key: Key, weights: Sequence[Any]) -> Sequence[float]:
+    """Return those of `weights` that can be looked at without waiting for a device."""
+    if _NUMBERS.issuperset(map(type, weights)):
+        return weights
+    return [_number(key, "weight", one) for one in weights if arrays.backend_of(one) is None]
+
+
 def _numbers(
-    key: Key, agg_type: TypeLike, values: list[Any], weights: list[Any], wait: bool
+    key: Key, agg_type: TypeLike, values: Sequence[Any], weights: Sequence[Any], wait: bool
 ) -> tuple[list[float], list[float], list[Late]]:
-    """Sort values into host numbers, and what is still on a device."""
+    """Split values into host numbers, and what has to wait for a device."""
     host: list[float] = []
     host_weights: list[float] = []
     late: list[Late] = []
     for value, weight in zip(values, weights, strict=True):
         held, held_weight = _hold(key, value, wait), _hold(key, weight, wait)
-        if held is None and held_weight is None:
-            host.append(_number(key, "value", value))
-            host_weights.append(_number(key, "weight", weight))
+        number = _number(key, "value", value) if held is None else held
+        factor = _number(key, "weight", weight) if held_weight is None else held_weight
+        # Once one value is late the later ones queue behind it: a window is in order of arrival.
+        if held is None and held_weight is None and not late:
+            host.append(number)
+            host_weights.append(factor)
             continue
-        late.append(
-            Late(
-                key,
-                agg_type,
-                _number(key, "value", value) if held is None else held,
-                _number(key, "weight", weight) if held_weight is None else held_weight,
-            )
-        )
         if held_weight is None:
-            _checked_weights(key, [late[-1].weight])
+            checked_weights(key, [factor])
+        late.append(Late(key, agg_type, number, factor))
     return host, host_weights, late
 
 
 def _hold(key: Key, value: Any, wait: bool) -> Any:
-    if type(value) in _NUMBERS:
+    if wait or type(value) in _NUMBERS:
         return None
     try:
-        return None if wait else arrays.hold(value)
+        return arrays.hold(value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{show(key)}: {error}") from None
 
@@ -304,15 +372,23 @@ def _hold(key: Key, value: Any, wait: bool) -> Any:
 def _number(key: Key, what: str, value: Any) -> float:
     """Return `value` as a float if it is a real number or holds exactly one."""
     scalar = _host_scalar(key, value)
-    if isinstance(scalar, int | float):
-        try:
-            return float(scalar)
-        except OverflowError:
-            raise ValueError(f"{show(key)}: {value!r} is too large for a 64-bit float") from None
-    raise TypeError(
-        f"{show(key)}: the {what} {value!r} ({type(value).__name__}) is not a number; give an "
-        "int, a float, or an array of one element"
-    )
+    if not isinstance(scalar, int | float | np.floating):
+        raise TypeError(
+            f"{show(key)}: the {what} {_quote(value)} is no number: give an int, a float, or an "
+            "array of one element"
+        )
+    try:
+        return float(scalar)
+    except OverflowError:
+        raise _too_large(key, f"the {what}") from None
+
+
+def _quote(value: object) -> str:
+    """Return how a message speaks of a value that may be anything, in a few words on one line."""
+    kind, shape = type(value).__name__, getattr(value, "shape", ())
+    if shape:
+        return f"({kind} of shape {tuple(shape)})"
+    return f"{' '.join(reprlib.repr(value).split())} ({kind})"
 
 
 def _host_scalar(key: Key, value: Any) -> Any:
@@ -347,41 +423,49 @@ def _pack_column(column: Column) -> tuple[Any, ...]:
     return (
         column.key,
         type_label(agg_type) if built_in else agg_type,
-        _pack_state(column.state),
-        tuple(column.metrics),
+        _pack_metrics(column.metrics) if column.state is None else _pack_state(column.state),
     )
 
 
-def _pack_state(state: LaneState | None) -> tuple[Any, ...] | None:
-    if state is None:
-        return None
+def _pack_metrics(metrics: Sequence[Metric]) -> tuple[Any, ...]:
+    return "m", [metric.value for metric in metrics], [metric.weight for metric in metrics]
+
+
+def _pack_state(state: LaneState) -> tuple[Any, ...]:
     sums = tuple(state.sums.tolist())
     if isinstance(state, CategoryState):
         return "c", sums, state.counts
     if isinstance(state, WindowState):
-        values, weights = state.newest()
-        return "w", sums, values.tobytes(), None if weights is None else weights.tobytes()
+        return "w", sums, [(v.tobytes(), _to_bytes(w)) for v, w in state.chunks]
     return "l", sums, tuple(state.maxs.tolist())
 
 
 def _unpack_batch(columns: Iterable[tuple[Any, ...]]) -> MetricBatch:
     return MetricBatch(
-        Column(key, resolve_type(agg_type), _unpack_state(state), metrics)
-        for key, agg_type, state, metrics in columns
+        _unpack_column(key, resolve_type(agg_type), *content) for key, agg_type, content in columns
     )
 
 
-def _unpack_state(packed: tuple[Any, ...] | None) -> LaneState | None:
-    if packed is None:
-        return None
-    kind, sums = packed[0], np.array(packed[1])
+def _unpack_column(key: Key, agg_type: TypeLike, kind: str, first: Any, second: Any) -> Column:
+    if kind == "m":
+        pairs = zip(first, second, strict=True)
+        metrics = [Metric(*key, value, agg_type, weight) for value, weight in pairs]
+        return Column(key, agg_type, None, metrics)
+    sums = np.array(first)
     if kind == "c":
-        return CategoryState(sums, packed[2])
+        return Column(key, agg_type, CategoryState(sums, second))
     if kind == "w":
-        values: FloatArray = np.frombuffer(packed[2])
-        weights = None if packed[3] is None else np.frombuffer(packed[3])
-        return WindowState(sums, [(values, weights)])
-    return LaneState(sums, np.array(packed[2]))
+        chunks = [(np.frombuffer(values), _from_bytes(weights)) for values, weights in second]
+        return Column(key, agg_type, WindowState(sums, chunks))
+    return Column(key, agg_type, LaneState(sums, np.array(second)))
+
+
+def _to_bytes(weights: FloatArray | None) -> bytes | None:
+    return None if weights is None else weights.tobytes()
+
+
+def _from_bytes(weights: bytes | None) -> FloatArray | None:
+    return None if weights is None else np.frombuffer(weights)
 
 
 _BUILT_IN = built_in_handlers()

@@ -10,16 +10,14 @@ stops, and are loaded again after it resumes, count once.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from metricfold.data.batch import MetricBatch
+from metricfold.data.sample import METRICS, take_metrics
 from metricfold.metric import Metric
 
 __all__ = ["MetricsCollator"]
-
-METRICS = "metrics"
 
 
 class MetricsCollator:
@@ -28,11 +26,10 @@ class MetricsCollator:
     Args:
         collate_fn: turns a list of samples into a batch; default: torch's ``default_collate``.
 
-    Samples are mappings, or tuples whose first item is one. ``"metrics"`` is taken out before
-    `collate_fn` sees the samples (they themselves stay as they are), and is the last entry of the
-    batch, which must be a mutable mapping, or a sequence whose first item is one. Samples without
-    metrics are welcome. Raises TypeError for anything else, and what `MetricBatch.from_metrics`
-    raises for a bad metric.
+    Samples are mappings, or tuples whose first item is one. `collate_fn` gets shallow copies
+    without ``"metrics"``, and returns a mutable mapping, or a list or tuple whose first item is
+    one; there ``"metrics"`` becomes the last entry. Samples without metrics are welcome. Raises
+    TypeError for anything else, and what `MetricBatch.from_metrics` raises for a bad metric.
 
     >>> from metricfold import AggregationType, Metric
     >>> collate = MetricsCollator(lambda samples: {"x": [sample["x"] for sample in samples]})
@@ -42,53 +39,59 @@ class MetricsCollator:
     """
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any] | None = None) -> None:
+        if collate_fn is not None and not callable(collate_fn):
+            raise TypeError(f"MetricsCollator takes a collate function, not {collate_fn!r}")
         self.collate_fn = collate_fn
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         metrics: list[Metric] = []
         bare = [_take_metrics(sample, metrics) for sample in samples]
         batch = MetricBatch.from_metrics(metrics)
-        collated = self._collate(bare)
-        _mapping_of(collated, "the collate function returned")[METRICS] = batch
+        collated = (self.collate_fn or _default_collate())(bare)
+        target = _mapping_of(collated)
+        # Batch movers and samplers look at the first entry to learn the size of a batch.
+        if not isinstance(target.pop(METRICS, batch), MetricBatch):
+            raise ValueError(
+                "the collate function returned an entry 'metrics' of its own, which would be "
+                "lost: give it another name"
+            )
+        target[METRICS] = batch
         return collated
-
-    def _collate(self, samples: list[Any]) -> Any:
-        if self.collate_fn is not None:
-            return self.collate_fn(samples)
-        from torch.utils.data import default_collate  # noqa: PLC0415 - torch is an extra
-
-        return default_collate(samples)
 
 
 def _take_metrics(sample: Any, metrics: list[Metric]) -> Any:
-    """Return `sample` without its metrics, which join the list."""
-    if isinstance(sample, tuple) and sample:
-        first = _take_metrics(sample[0], metrics)
-        if first is sample[0]:
-            return sample
-        # A named tuple takes its fields one by one.
-        rest = (first, *sample[1:])
-        return type(sample)(*rest) if hasattr(sample, "_fields") else rest
-    if not isinstance(sample, Mapping):
-        raise TypeError(
-            f"MetricsCollator takes samples that are mappings, or tuples whose first item is one, "
-            f"but got {type(sample).__name__}"
-        )
-    if METRICS not in sample:
-        return sample
-    metrics.extend(sample[METRICS])
-    if isinstance(sample, MutableMapping):
-        bare = copy.copy(sample)
-        del bare[METRICS]
+    """Return a copy of `sample` without its metrics, which join the list."""
+    if type(sample) is dict or isinstance(sample, Mapping):
+        bare, found = take_metrics(sample)
+        metrics += found
         return bare
-    return {key: value for key, value in sample.items() if key != METRICS}
+    if isinstance(sample, tuple) and sample:
+        items = (_take_metrics(sample[0], metrics), *sample[1:])
+        # A named tuple takes its fields one by one.
+        return type(sample)(*items) if hasattr(sample, "_fields") else items
+    raise TypeError(
+        "MetricsCollator takes samples that are mappings, or tuples whose first item is one, but "
+        f"got a {type(sample).__name__}"
+    )
 
 
-def _mapping_of(batch: Any, whose: str) -> MutableMapping[str, Any]:
-    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+def _mapping_of(collated: Any) -> MutableMapping[str, Any]:
+    first = collated[0] if isinstance(collated, list | tuple) and collated else collated
     if not isinstance(first, MutableMapping):
+        where = "" if first is collated else f"a {type(collated).__name__} that begins with "
         raise TypeError(
-            f"{whose} {type(first).__name__}, which has no place for metrics: return a dict (or a "
-            "tuple whose first item is one)"
+            f"the collate function returned {where}a {type(first).__name__}, which has no place "
+            "for metrics: return a dict, or a list or tuple whose first item is one"
         )
     return first
+
+
+def _default_collate() -> Callable[[list[Any]], Any]:
+    try:
+        from torch.utils.data import default_collate  # noqa: PLC0415 - torch is an extra
+    except ImportError:
+        raise ImportError(
+            "MetricsCollator() collates with PyTorch's default_collate, and PyTorch is not "
+            "installed: pip install 'metricfold[torch]', or give it a collate function"
+        ) from None
+    return default_collate
