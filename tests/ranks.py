@@ -61,7 +61,6 @@ def run_ranks(
             process = _context.Process(
                 target=_run_rank,
                 args=(function, rank, world_size, store.port, group_timeout, sender, args),
-                daemon=True,
             )
             process.start()
             sender.close()

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from metricfold import arrays
 from metricfold.checkpoint import Saved, decode, encode, share
@@ -333,6 +333,7 @@ class MetricsAggregator:
             self._drain()
             if self._worker is not None:
                 self._worker.stop()
+                self._worker = None
             if self._communicator is not None and self._own_communicator:
                 self._communicator.close()
             self._dead = self._dead or RuntimeError(
@@ -524,12 +525,14 @@ class _Begun:
         self.closed = closed
 
 
+_Task: TypeAlias = tuple[Callable[[], Snapshot], Future[Snapshot]]
+
+
 class _Worker:
     """A daemon thread that runs one task after the other."""
 
     def __init__(self, name: str) -> None:
-        self._tasks: queue.SimpleQueue[tuple[Callable[[], Snapshot], Future[Snapshot]] | None]
-        self._tasks = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[_Task | threading.Event | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, task: Callable[[], Snapshot]) -> Future[Snapshot]:
@@ -540,8 +543,17 @@ class _Worker:
     def stop(self) -> None:
         self._tasks.put(None)
 
+    def finish(self, timeout: float | None) -> bool:
+        """Wait until all tasks, and what their futures call, are done; returns whether they are."""
+        done = threading.Event()
+        self._tasks.put(done)
+        return done.wait(timeout)
+
     def _run(self) -> None:
         while (item := self._tasks.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
             task, future = item
             try:
                 result = task()
@@ -588,12 +600,9 @@ def _drain_at_exit() -> None:
     """Let reductions under way finish; after an exception, wait for them only a moment."""
     failed = getattr(sys, "last_value", None) is not None
     for aggregator in list(_alive):
-        future = aggregator._in_flight  # noqa: SLF001
-        if future is not None:
-            try:
-                future.exception(_EXIT_WAIT if failed else None)
-            except TimeoutError:
-                continue
+        worker = aggregator._worker  # noqa: SLF001
+        if worker is not None:
+            worker.finish(_EXIT_WAIT if failed else None)
 
 
 _leaked: list[Communicator] = []
@@ -608,7 +617,7 @@ def _leave_parent_behind() -> None:
         parent = aggregator._process  # noqa: SLF001
         aggregator._renew_locks()  # noqa: SLF001
         aggregator._process = parent  # noqa: SLF001
-        aggregator._in_flight = None  # noqa: SLF001
+        aggregator._in_flight = aggregator._worker = None  # noqa: SLF001
         if aggregator._communicator is not None:  # noqa: SLF001
             _leaked.append(aggregator._communicator)  # noqa: SLF001
 

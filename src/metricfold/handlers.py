@@ -599,8 +599,9 @@ def built_in_handlers(
 def quantiles(values: FloatArray, weights: FloatArray | None, q: FloatArray) -> FloatArray:
     """Return the quantiles `q`, each in 0..1, of `values`, shape (n,), n > 0.
 
-    NumPy's ``linear`` rule; with weights, value k in ascending order stands at
-    S[k] / (S[k] + R[k]), where S is the weight below it and R the weight above it.
+    NumPy's ``linear`` rule. With weights, its generalisation by A. Akinshin ("Weighted quantile
+    estimators", 2023): the mean of the weighted step function over a window of width 1 / n*, where
+    n* = sum(w)^2 / sum(w^2) is the effective sample size. Equal weights give the linear rule.
     """
     if weights is None or (weights == weights[0]).all():
         return np.quantile(values, q)
@@ -608,15 +609,20 @@ def quantiles(values: FloatArray, weights: FloatArray | None, q: FloatArray) -> 
     values, weights = values[order], weights[order]
     # Scale first: the sums of huge or tiny weights must neither overflow nor vanish.
     weights = weights / weights.max()
-    through = np.cumsum(weights)
-    below = through - weights
-    place = below / np.maximum(through[-1] - weights, np.finfo(float).tiny)
-    return np.interp(q, np.minimum(place, 1.0), values)
+    total = weights.sum()
+    effective = total * total / (weights * weights).sum()
+    through = np.concatenate(([0.0], np.cumsum(weights) / total))
+    starts = (effective - 1.0) * q / effective
+    covered = np.clip((through - starts[:, np.newaxis]) * effective, 0.0, 1.0)
+    covered[:, -1] = 1.0
+    estimates = np.diff(covered, axis=1) @ values
+    clipped: FloatArray = np.clip(estimates, values[0], values[-1])
+    return clipped
 
 
 def _moments(values: FloatArray, weights: FloatArray | None) -> tuple[float, float]:
-    # Scale to 1 so that squares of huge values stay finite.
-    scale = float(np.abs(values).max()) or 1.0
+    # Scale to 1, by a power of two so that nothing is rounded: squares of huge values stay finite.
+    scale = math.ldexp(1.0, min(math.frexp(float(np.abs(values).max()))[1], 1023))
     scaled = values / scale
     if weights is None:
         mean = scaled.mean()

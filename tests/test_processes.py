@@ -1,0 +1,181 @@
+"""Forks, pickles and exits: what becomes of an aggregator when processes come and go."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import time
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch.utils.data import DataLoader, Dataset
+
+from metricfold import (
+    DefaultTrainingMetricTransform,
+    MetricsAggregator,
+    MetricsCollator,
+)
+
+
+def test_pickling_or_copying_an_aggregator_raises() -> None:
+    aggregator = MetricsAggregator()
+    for duplicate in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"Save its state_dict\(\) instead"):
+            duplicate(aggregator)
+
+
+class Lengths(Dataset[dict[str, Any]]):
+    def __init__(self) -> None:
+        self.transform = DefaultTrainingMetricTransform()
+        self.transform.set_dataset_name("d")
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self.transform({"tokens": torch.arange(4)}))
+
+
+class Misused(Lengths):
+    def __init__(self, aggregator: MetricsAggregator) -> None:
+        super().__init__()
+        self.aggregator = aggregator
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.aggregator.record("x", 1)
+        return super().__getitem__(index)
+
+
+def fork_workers(rank: int) -> list[Any]:
+    aggregator = MetricsAggregator()
+    aggregator.record("before", 1, "sum")
+    aggregator.reduce()
+    pending = aggregator.reduce_async()
+    loader = DataLoader(
+        Lengths(),
+        batch_size=2,
+        num_workers=2,
+        collate_fn=MetricsCollator(),
+        multiprocessing_context="fork",
+    )
+    for batch in loader:
+        aggregator.update(batch.pop("metrics"))
+        aggregator.reduce()
+    pending.result()
+    misused = DataLoader(
+        Misused(aggregator),
+        batch_size=2,
+        num_workers=1,
+        collate_fn=MetricsCollator(),
+        multiprocessing_context="fork",
+    )
+    try:
+        next(iter(misused))
+        error = ""
+    except RuntimeError as raised:
+        error = str(raised)
+    pid = os.fork()
+    if pid == 0:
+        # The child of a thread-laden parent: it must neither hang nor take part.
+        try:
+            aggregator.reduce()
+        except RuntimeError as raised:
+            os._exit(7 if "inherited by a forked process" in str(raised) else 1)
+        os._exit(2)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return [aggregator.get_metrics_for_logging("t"), error, status]
+
+
+def test_workers_may_fork_and_using_the_aggregator_there_is_an_error() -> None:
+    for logged, error, status in run_ranks(fork_workers, 2):
+        assert logged["t_d/samples_seen"] == 16.0
+        assert logged["t_d/tokens_seen"] == 64.0
+        assert logged["t/before"] == 2.0
+        assert "inherited by a forked process" in error
+        assert "MetricsCollator" in error
+        assert status == 7
+
+
+EXIT = """
+import os, sys, time
+import torch.distributed as dist
+from metricfold import MetricsAggregator
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="tcp://127.0.0.1:" + sys.argv[2], rank=rank,
+                        world_size=2)
+aggregator = MetricsAggregator(timeout=20)
+aggregator.record("x", 1, "sum")
+aggregator.reduce()
+aggregator.record("x", 1, "sum")
+{body}
+"""
+
+
+def run_script(body: str) -> list[tuple[int, float, str]]:
+    """Run two ranks of a script; returns exit status, seconds until exit, and output of each."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    script = EXIT.format(body=textwrap.dedent(body))
+    started = time.monotonic()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(rank), str(port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    ended = []
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=60)
+            ended.append((process.returncode, time.monotonic() - started, output))
+    finally:
+        for process in processes:
+            process.kill()
+    return ended
+
+
+def test_a_clean_exit_lets_the_reduction_under_way_finish() -> None:
+    ended = run_script(
+        """
+        if rank == 1:
+            time.sleep(2)
+        future = aggregator.reduce_async()
+        future.add_done_callback(lambda f: print("total", f.result().as_dict("t"), flush=True))
+        """
+    )
+    for status, _, output in ended:
+        assert status == 0, output
+        assert "total {'t/x': 4.0}" in output
+
+
+def test_an_exit_after_an_exception_does_not_wait_for_missing_ranks() -> None:
+    ended = run_script(
+        """
+        if rank == 1:
+            time.sleep(12)
+            os._exit(0)
+        future = aggregator.reduce_async()
+        sys.excepthook = lambda *error: print("raised", flush=True)
+        import threading
+        threading.Thread(target=lambda: (time.sleep(9), print("still here", flush=True)),
+                         daemon=True).start()
+        raise SystemError("training failed")
+        """
+    )
+    status, _, output = ended[0]
+    assert status == 1
+    assert "raised" in output
+    # It was gone before the other rank, and before its own timeout.
+    assert "still here" not in output
