@@ -162,8 +162,8 @@ def test_a_live_table_is_updated_in_place_and_stays_when_closed():
     assert "\x1b[?25h" in file.getvalue(), "the cursor is given back"
     lines = screen(file.getvalue())
     assert sum("step" in line for line in lines) == 1
+    assert lines[0].startswith("train  step 59"), "the display leaves no gap where it was"
     text = "\n".join(lines)
-    assert "train  step 59" in text
     assert re.search(r"^ +all +docs +code$", text, re.MULTILINE)
     assert re.search(r"^ loss +0\.5900 +!NaN +-$", text, re.MULTILINE)
     # What the last record lacks is not passed off as current, and does not make the table jump.

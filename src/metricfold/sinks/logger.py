@@ -71,9 +71,8 @@ class MetricsLogger:
         self._pid = os.getpid()
         self._rank = 0
         self._pipeline: Pipeline | None = None  # made by the first call on the rank that writes
-        self._reductions: dict[
-            int, tuple[object, Future[Snapshot]]
-        ] = {}  # the last of each aggregator
+        # The last reduction of each aggregator, by the aggregator's id.
+        self._reductions: dict[int, tuple[object, Future[Snapshot]]] = {}
         self._closed = False
         watch(self)
 
