@@ -1,0 +1,199 @@
+"""Handlers called directly, as a user's own code or handler may."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from handlers_of_users import RMSHandler
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metricfold import (
+    AggregationHandler,
+    AggregationType,
+    CategoricalCountAggHandler,
+    DistributionAggHandler,
+    LaneHandler,
+    MaxAggHandler,
+    MeanAggHandler,
+    Metric,
+    MetricsAggregator,
+    MetricState,
+    MinAggHandler,
+    RateAggHandler,
+    SumAggHandler,
+)
+from metricfold.communicator import Communicator
+from metricfold.handlers import built_in_handlers, percentile_name, quantiles
+
+from ranks import run_threads  # isort: skip
+
+BUILT_IN: list[tuple[type[AggregationHandler], list[Any], Any]] = [
+    (SumAggHandler, [1, 2.5, -4], -0.5),
+    (MeanAggHandler, [1, 2, 6], 3.0),
+    (MaxAggHandler, [1, 9, -4], 9.0),
+    (MinAggHandler, [1, 9, -4], -4.0),
+    (DistributionAggHandler, [1, 2, 6], 3.0),
+    (CategoricalCountAggHandler, ["a", "b", "a"], 3.0),
+]
+
+
+def state_of(handler: AggregationHandler, values: list[Any]) -> MetricState:
+    state = handler.initialize_metric_state("d", "x", AggregationType.CUSTOM)
+    for value in values:
+        handler.update(state, Metric("d", "x", value, AggregationType.CUSTOM))
+    return state
+
+
+@pytest.mark.parametrize(("kind", "values", "expected"), BUILT_IN)
+def test_the_contract_works_by_hand_and_any_split_gives_the_same(
+    kind: type[AggregationHandler], values: list[Any], expected: float
+) -> None:
+    handler = kind()
+    whole = state_of(handler, values)
+    assert whole.value == expected
+    assert (whole.dataset_name, whole.metric_name) == ("d", "x")
+    assert handler.finalize_local_agg(whole)[0].value == expected
+    for cut in range(len(values) + 1):
+        parts = [state_of(handler, values[:cut]), state_of(handler, values[cut:])]
+        finalised = [result for part in parts for result in handler.finalize_local_agg(part)]
+        merged = handler.finalize_dist_agg(finalised)
+        assert merged.value == expected
+        assert merged.metadata == whole.metadata
+        # Merging changes no rank's own state.
+        assert parts[0].value == state_of(handler, values[:cut]).value
+        saved = handler.serialize_metadata(merged.metadata)
+        assert handler.deserialize_metadata(saved) == merged.metadata
+
+
+def test_a_distribution_by_hand_keeps_its_window_and_pools_all_of_it() -> None:
+    handler = DistributionAggHandler(window_size=3, percentiles=(50,))
+    first, second = state_of(handler, [1, 2, 3, 4]), state_of(handler, [10, 20, 30])
+    assert first.metadata["values"] == [2, 3, 4]
+    merged = handler.finalize_dist_agg([first, second])
+    assert merged.metadata["values"] == [2, 3, 4, 10, 20, 30]
+    assert merged.metadata["statistics"]["p50"] == 7.0
+    assert merged.metadata["statistics"]["count"] == 6.0
+
+
+def test_every_type_but_custom_has_a_handler_from_the_start() -> None:
+    assert set(built_in_handlers()) == set(AggregationType) - {AggregationType.CUSTOM}
+
+
+class Summary(RMSHandler):
+    """Finalises into several results, each routed by its own name and type."""
+
+    def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+        count = local_agg_metric.metadata["count"]
+        dataset, name = local_agg_metric.dataset_name, local_agg_metric.metric_name
+        return [
+            *super().finalize_local_agg(local_agg_metric),
+            MetricState(dataset, f"{name}_n", count, AggregationType.SUM),
+            MetricState(dataset, f"{name}_most", count, AggregationType.MAX),
+            MetricState(dataset, f"{name}_mean_n", count, AggregationType.MEAN),
+            MetricState(dataset, f"{name}_min_n", count, AggregationType.MIN),
+        ]
+
+
+def test_each_result_of_a_custom_handler_is_combined_by_the_handler_of_its_type() -> None:
+    def rank(communicator: Communicator) -> dict[str, float]:
+        aggregator = MetricsAggregator(communicator=communicator)
+        aggregator.register_handler("summary", Summary())
+        for _ in range(communicator.rank + 1):
+            aggregator.update([Metric("d", "x", 2, "summary")])
+        return aggregator.get_metrics_for_logging("t")
+
+    for logged in run_threads(rank, 3):
+        assert logged == {
+            "t_d/x": 2.0,
+            "t_d/x_n": 6.0,
+            "t_d/x_most": 3.0,
+            "t_d/x_mean_n": 2.0,
+            "t_d/x_min_n": 1.0,
+        }
+
+
+def test_finalize_dist_agg_is_not_called_for_a_single_result() -> None:
+    class Alone(RMSHandler):
+        def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> MetricState:
+            raise AssertionError("called for one result")
+
+    aggregator = MetricsAggregator()
+    aggregator.register_handler("rms", Alone())
+    aggregator.record("x", 3, "rms")
+    assert aggregator.get_metrics_for_logging("t") == {"t/x": 3.0}
+
+
+def test_a_result_that_is_no_number_is_refused_by_name() -> None:
+    class Wordy(RMSHandler):
+        def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+            local_agg_metric.value = "three"
+            return [local_agg_metric]
+
+    aggregator = MetricsAggregator()
+    aggregator.register_handler("wordy", Wordy())
+    aggregator.record("x", 3, "wordy")
+    with pytest.raises(TypeError, match="type 'wordy' finalised metric 'x' to 'three'"):
+        aggregator.get_metrics_for_logging("t")
+
+
+def test_a_lane_handler_without_a_result_says_so() -> None:
+    class Unfinished(LaneHandler):
+        sum_lanes = ("a",)
+
+        def sums_of(self, values: Any, weights: Any) -> tuple[float, ...]:
+            return (1.0,)
+
+    aggregator = MetricsAggregator()
+    aggregator.register_handler("unfinished", Unfinished())
+    aggregator.record("x", 3, "unfinished")
+    with pytest.raises(TypeError, match=r"Unfinished declares lanes, but defines no result\(\)"):
+        aggregator.get_metrics_for_logging("t")
+
+
+def test_a_rate_by_hand_needs_seconds() -> None:
+    state = state_of(RateAggHandler(), [10])
+    assert math.isnan(state.value)
+    state.metadata["seconds"] = 4.0
+    RateAggHandler().update(state, Metric("d", "x", 2, AggregationType.RATE))
+    assert state.value == 3.0
+
+
+@given(
+    values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30),
+    q=st.lists(st.floats(0, 1), min_size=1, max_size=5),
+    scale=st.floats(1e-3, 1e3),
+    data=st.data(),
+)
+def test_weighted_quantiles(values: list[float], q: list[float], scale: float, data: Any) -> None:
+    array, ranks = np.array(values), np.array(sorted(q))
+    plain = np.quantile(array, ranks)
+    # The linear rule at equal weights, whatever their size.
+    almost = np.full(array.size, scale)
+    almost[0] *= 1 + 1e-12
+    spread = 1e-9 * max(np.ptp(array), 1.0)
+    assert quantiles(array, almost, ranks) == pytest.approx(plain, abs=spread)
+    # Monotone, inside the values, and blind to the scale of the weights.
+    weights = np.array(
+        data.draw(st.lists(st.floats(0.01, 100), min_size=array.size, max_size=array.size))
+    )
+    found = quantiles(array, weights, ranks)
+    assert (np.diff(found) >= -spread).all()
+    assert ((found >= array.min()) & (found <= array.max())).all()
+    assert quantiles(array, weights * scale, ranks) == pytest.approx(found, abs=spread)
+
+
+def test_a_heavy_value_is_the_median() -> None:
+    values, weights = np.array([10.0, 20.0, 30.0]), np.array([98.0, 1.0, 1.0])
+    assert quantiles(values, weights, np.array([0.5]))[0] == pytest.approx(10, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("percentile", "name"),
+    [(5, "p05"), (50, "p50"), (99.9, "p99.9"), (2.5, "p02.5"), (0, "p00"), (100, "p100")],
+)
+def test_names_of_percentiles(percentile: float, name: str) -> None:
+    assert percentile_name(percentile) == name

@@ -1,0 +1,233 @@
+"""The wire protocol: vectors of one size on all ranks, whatever fails wherever."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from handlers_of_users import MyTypes, RMSHandler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_threads
+
+from metricfold import AggregationType, Metric, MetricsAggregator
+from metricfold.communicator import Communicator, LocalCommunicator
+from metricfold.handlers import CategoryState, LaneState, WindowState
+from metricfold.packing import HEADER_SIZE, Entry, Field, Schema, Window, digest
+
+# -- Whatever happens ----------------------------------------------------------------------------
+
+events = st.sampled_from(
+    [
+        "nothing",
+        "number",
+        "new key",
+        "same key as sum",
+        "same key as max",
+        "category",
+        "window",
+        "weighted window",
+        "custom",
+        "bad weight",
+        "names clash",
+        "reset",
+        "save instead",
+        "another step",
+    ]
+)
+
+
+def live(
+    communicator: Communicator, story: list[list[str]]
+) -> tuple[list[str], dict[str, float], float]:
+    """Go through a story of events, some of which raise; then reduce cleanly."""
+    rank = communicator.rank
+    aggregator = MetricsAggregator(8, communicator=communicator)
+    aggregator.register_handler(MyTypes.RMS, RMSHandler())
+    outcomes, recorded = [], 0.0
+    for round_number, chosen in enumerate(story):
+        event = chosen[rank]
+        call: Any = lambda step=round_number: aggregator.reduce(step=step)  # noqa: E731
+        try:
+            aggregator.record("steps", 1, "sum")
+            recorded += 1
+            if event == "number":
+                aggregator.record("loss", rank)
+            elif event == "new key":
+                aggregator.update([Metric(f"d{rank}", f"k{round_number}", 1, AggregationType.SUM)])
+            elif event == "same key as sum":
+                aggregator.update([Metric("d", f"either {round_number}", 1, AggregationType.SUM)])
+            elif event == "same key as max":
+                aggregator.update([Metric("d", f"either {round_number}", 1, AggregationType.MAX)])
+            elif event == "category":
+                aggregator.record("kind", f"{rank}-{round_number}", "categorical_count")
+            elif event in ("window", "weighted window"):
+                weight = 1.0 if event == "window" else 2.0
+                for value in range(round_number + 2):
+                    aggregator.record("len", value, "distribution", weight=weight)
+            elif event == "custom":
+                aggregator.update([Metric("d", "rms", rank + 1, MyTypes.RMS)])
+            elif event == "bad weight":
+                aggregator.record("loss", torch.tensor(1.0), weight=torch.tensor(-1.0))
+            elif event == "names clash":
+                name = "len_stat_p50" if rank else "late"
+                aggregator.record(name, 1.0, "sum" if rank else "distribution")
+            elif event == "reset":
+                recorded = 0.0
+                aggregator.reset()
+            elif event == "save instead":
+                call = aggregator.state_dict
+            elif event == "another step":
+                call = lambda: aggregator.reduce(step=-5)  # noqa: E731
+        except ValueError:
+            pass  # refused on this rank alone, which is as good as not having happened
+        try:
+            call()
+            outcomes.append("ok")
+        except (RuntimeError, ValueError) as error:
+            outcomes.append(str(error))
+    # Who has reset alone is told; once all have, everything works again.
+    if any("reset" in chosen for chosen in story):
+        for chosen in story:
+            if "reset" in chosen and chosen[rank] != "reset":
+                aggregator.reset()
+                recorded = 0.0
+    while True:
+        try:
+            snapshot = aggregator.reduce()
+        except ValueError:
+            continue
+        return outcomes, snapshot.as_dict("t"), recorded
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    world_size=st.integers(2, 4),
+    story=st.lists(st.lists(events, min_size=4, max_size=4), max_size=6),
+)
+def test_whatever_fails_all_ranks_raise_alike_and_go_on(
+    world_size: int, story: list[list[str]]
+) -> None:
+    # A vector of another size on some rank would fail inside the communicator.
+    results = run_threads(live, world_size, [chosen[:world_size] for chosen in story])
+    for outcomes, logged, _ in results:
+        assert outcomes == results[0][0]
+        assert repr(logged) == repr(results[0][1])
+    if not any("reset" in chosen for chosen in story):
+        expected = sum(recorded for _, _, recorded in results)
+        assert results[0][1].get("t/steps", 0) == expected
+
+
+# -- The pieces ----------------------------------------------------------------------------------
+
+lanes = Entry(("a", "lanes"), "x", 3, 1)
+window = Entry(("b", "window"), "distribution", 3, 0, capacity=4, weighted=True)
+kinds = Entry(("c", "kinds"), "categorical_count", 2, 0, categories=("x", "y"))
+custom = Entry(("d", "custom"), "mine", 0, 0)
+
+
+def test_a_vector_holds_identities_where_a_rank_has_nothing() -> None:
+    schema = Schema([kinds, window, lanes, custom])
+    empty = schema.pack({Field.STEP: 7}, {}, {})
+    assert empty.size == schema.size == HEADER_SIZE + 1 + (3 + 3 + 4) + (2 + 8)
+    sums, maxs, windows = schema.split(empty[np.newaxis])
+    assert not sums.any()
+    assert (maxs == -np.inf).all()
+    assert schema.window_of(windows[0], window.key).values.size == 0
+    assert empty[Field.STEP] == 7
+
+
+def test_what_is_packed_comes_out_again() -> None:
+    schema = Schema([lanes, window, kinds])
+    states = {
+        lanes.key: LaneState(np.array([1.0, 2.0, 3.0]), np.array([9.0])),
+        window.key: WindowState(np.array([2.0, 0.0, 0.0])),
+        kinds.key: CategoryState(np.array([5.0, 0.0]), {"y": 5}),
+        ("not", "agreed"): LaneState(np.ones(3), np.ones(1)),
+    }
+    kept = Window(np.array([1.5, 2.5]), np.array([1.0, 3.0]), fresh=1)
+    row = schema.pack({}, states, {window.key: kept})[np.newaxis]
+    sums, maxs, windows = schema.split(row)
+    assert sums[0, schema.sums[lanes.key]].tolist() == [1, 2, 3]
+    assert maxs[0].tolist() == [9]
+    assert sums[0, schema.sums[kinds.key]].tolist() == [5, 0, 0, 5]
+    out = schema.window_of(windows[0], window.key)
+    assert (out.values.tolist(), out.fresh) == ([1.5, 2.5], 1)
+    assert out.weights is not None
+    assert out.weights.tolist() == [1.0, 3.0]
+
+
+entries = st.builds(
+    Entry,
+    st.just(("d", "x")),
+    st.just("distribution"),
+    st.just(3),
+    st.just(0),
+    st.sampled_from([0, 16, 32, 1000]),
+    st.booleans(),
+    st.lists(st.sampled_from("abcd"), unique=True).map(lambda c: tuple(sorted(c))),
+)
+
+
+@given(a=entries, b=entries, c=entries)
+def test_joining_entries_is_associative_commutative_and_idempotent(
+    a: Entry, b: Entry, c: Entry
+) -> None:
+    assert a.joined(b) == b.joined(a)
+    assert a.joined(b).joined(c) == a.joined(b.joined(c))
+    assert a.joined(b).joined(b) == a.joined(b)
+
+
+def test_a_schema_survives_json_and_its_hash_tells_it_from_others() -> None:
+    schema = Schema([lanes, window, kinds, custom])
+    again = Schema(Schema.entries_from_json(schema.to_json()))
+    assert again.entries == schema.entries
+    assert again.hash == schema.hash
+    assert Schema([lanes]).hash != schema.hash
+    assert 0 <= schema.hash < 2**52
+    assert float(schema.hash) == schema.hash
+
+
+def test_a_digest_is_exact_in_a_float() -> None:
+    assert int(float(digest(b"metricfold"))) == digest(b"metricfold")
+
+
+@settings(max_examples=50, deadline=None)
+@given(blobs=st.lists(st.binary(max_size=40), min_size=1, max_size=4))
+def test_bytes_of_any_length_reach_every_rank(blobs: list[bytes]) -> None:
+    def gather(communicator: Communicator) -> list[bytes]:
+        return communicator.all_gather_bytes(blobs[communicator.rank], [len(b) for b in blobs])
+
+    assert run_threads(gather, len(blobs)) == [blobs] * len(blobs)
+
+
+def test_one_rank_is_a_world_without_collectives() -> None:
+    local = LocalCommunicator()
+    vector = np.array([1.0, math.nan])
+    assert local.all_gather(vector).shape == (1, 2)
+    assert local.all_reduce(vector, "max") is vector
+    assert local.collectives == 0
+
+
+def test_identical_news_from_many_ranks_travel_once() -> None:
+    sent: list[int] = []
+
+    def reduce(communicator: Communicator) -> None:
+        original = communicator.all_reduce
+
+        def watched(vector: Any, op: Any) -> Any:
+            sent.append(vector.size)
+            return original(vector, op)
+
+        communicator.all_reduce = watched  # type: ignore[method-assign]
+        aggregator = MetricsAggregator(communicator=communicator)
+        for index in range(50):
+            aggregator.record(f"metric {index}", 1.0)
+        aggregator.reduce()
+
+    run_threads(reduce, 2)
+    run_threads(reduce, 4)
+    assert sent[0] > 100
+    assert set(sent) == {sent[0]}
