@@ -21,12 +21,11 @@ from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, NoReturn, TypeAlias
 
-from metricfold import arrays
 from metricfold.checkpoint import Saved, decode, encode, share
 from metricfold.communicator import Communicator, MissingRanksError, connect
 from metricfold.custom import CustomStates
 from metricfold.data.batch import Column, Late, MetricBatch, fold_metrics, fold_value
-from metricfold.delta import CutDelta, Delta
+from metricfold.delta import CutDelta, Delta, InTransit
 from metricfold.handlers import (
     AggregationHandler,
     DistributionAggHandler,
@@ -36,6 +35,7 @@ from metricfold.handlers import (
 )
 from metricfold.keys import Admission, KeyTable
 from metricfold.metric import Metric, TypeLike, check_name, resolve_type
+from metricfold.naming import show
 from metricfold.packing import Key, Kind, Schema
 from metricfold.reduction import Contribution, Reduced, Reducer
 from metricfold.snapshot import Derived, Handlers, Snapshot, WindowLike, check_window
@@ -428,21 +428,14 @@ class MetricsAggregator:
     def _read_late_custom(self) -> str:
         """Hand over values that lay on a device to handlers without lanes; returns an error."""
         late, self._late_custom = self._late_custom, []
-        if not late:
-            return ""
-        lost = [reason for one in late if (reason := arrays.lost(one.value))]
-        if lost:
-            return lost[0]
-        held = [one.value for one in late if arrays.backend_of(one.value) is not None]
-        numbers = iter(arrays.read(held)())
-        try:
-            for one in late:
-                value = one.value if arrays.backend_of(one.value) is None else next(numbers)
-                metric = Metric(*one.key, value, one.agg_type, one.weight)
+        errors: list[str] = []
+        for one, value, weight in InTransit(late).arrive(errors):
+            metric = Metric(*one.key, value, one.agg_type, weight)
+            try:
                 self._custom.update([(one.key, self._keys.of_key[one.key], one.agg_type, [metric])])
-        except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
-            return f"a custom handler failed to update: {failure!r}"
-        return ""
+            except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
+                errors.append(f"{show(one.key)}: the handler failed: {failure!r}")
+        return "; ".join(errors)
 
     # -- Inside: state
 

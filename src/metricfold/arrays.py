@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["backend_of", "hold", "lost", "read"]
+__all__ = ["backend_of", "hold", "read"]
 
 
 class ArrayBackend(ABC):
@@ -50,11 +50,30 @@ class TorchArrays(ArrayBackend):
         return isinstance(value, sys.modules["torch"].Tensor)
 
     def hold(self, value: Any) -> Any:
+        value = self._local(value)
         if value.numel() != 1:
-            raise ValueError(f"a tensor of shape {tuple(value.shape)} is not one value")
+            raise ValueError(_not_one("tensor", value.shape))
         if value.is_complex():
-            raise ValueError("a complex tensor is not a number to aggregate")
+            raise ValueError("a complex tensor is no number: give its real part or its magnitude")
+        if value.is_meta:
+            raise ValueError("a tensor on the meta device has no number: give a real one")
         return value.detach().clone().reshape(())
+
+    @staticmethod
+    def _local(value: Any) -> Any:
+        """Return this rank's part of a `DTensor`, if that is the whole, and other tensors as is.
+
+        Reading any other one would be a collective, which no metric may begin unasked.
+        """
+        distributed = sys.modules.get("torch.distributed.tensor")
+        if distributed is None or not isinstance(value, distributed.DTensor):
+            return value
+        if not all(placement.is_replicate() for placement in value.placements):
+            raise ValueError(
+                f"a DTensor placed as {value.placements} has its value only once the ranks combine "
+                "it: give value.full_tensor(), on every rank"
+            )
+        return value.to_local()
 
     def start(self, values: Sequence[Any]) -> Callable[[], list[Any]]:
         torch = sys.modules["torch"]
@@ -104,7 +123,11 @@ class JaxArrays(ArrayBackend):
                 "the result"
             )
         if value.size != 1:
-            raise ValueError(f"an array of shape {value.shape} is not one value")
+            raise ValueError(_not_one("JAX array", value.shape))
+        numpy = jax.numpy
+        kinds = (numpy.bool_, numpy.integer, numpy.floating)
+        if not any(numpy.issubdtype(value.dtype, kind) for kind in kinds):
+            raise TypeError(f"an array of type {value.dtype} is no number to aggregate")
         return value
 
     def lost(self, value: Any) -> str | None:
@@ -125,6 +148,10 @@ class JaxArrays(ArrayBackend):
 _BACKENDS = (TorchArrays(), JaxArrays())
 
 
+def _not_one(kind: str, shape: Sequence[int]) -> str:
+    return f"a {kind} of shape {tuple(shape)} is not one value: reduce it first, such as by .mean()"
+
+
 def _number_kind(is_float: bool) -> type:
     return float if is_float else int
 
@@ -143,21 +170,18 @@ def hold(value: object) -> object | None:
     return None if backend is None else backend.hold(value)
 
 
-def lost(value: object) -> str | None:
-    """Return why a held array cannot be read any more, or None if it can."""
-    backend = backend_of(value)
-    return None if backend is None else backend.lost(value)
-
-
 def read(values: Sequence[Any]) -> Callable[[], list[Any]]:
-    """Enqueue the transfer of held arrays; call the result, on any thread, for the numbers."""
+    """Enqueue the transfer of held arrays; call the result, on any thread, for the numbers.
+
+    In the place of one that cannot be read stands the exception that says why.
+    """
     by_backend: dict[ArrayBackend, list[int]] = {}
     for index, value in enumerate(values):
         backend = backend_of(value)
         assert backend is not None
         by_backend.setdefault(backend, []).append(index)
     finishers = [
-        (backend.start([values[i] for i in indices]), indices)
+        (_start(backend, [values[i] for i in indices]), indices)
         for backend, indices in by_backend.items()
     ]
 
@@ -169,3 +193,31 @@ def read(values: Sequence[Any]) -> Callable[[], list[Any]]:
         return numbers
 
     return finish
+
+
+def _start(backend: ArrayBackend, values: Sequence[Any]) -> Callable[[], list[Any]]:
+    def one_by_one() -> list[Any]:
+        return [_read_alone(backend, value) for value in values]
+
+    try:
+        together = backend.start(values)
+    except Exception:  # noqa: BLE001 - one bad array spoils the transfer of all
+        return one_by_one
+
+    def finish() -> list[Any]:
+        try:
+            return together()
+        except Exception:  # noqa: BLE001 - as above
+            return one_by_one()
+
+    return finish
+
+
+def _read_alone(backend: ArrayBackend, value: Any) -> Any:
+    reason = backend.lost(value)
+    if reason is not None:
+        return ValueError(reason)
+    try:
+        return backend.start([value])()[0]
+    except Exception as error:  # noqa: BLE001 - whatever the framework says
+        return error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from metricfold import arrays
@@ -19,7 +19,7 @@ from metricfold.handlers import (
 from metricfold.naming import show
 from metricfold.packing import Key
 
-__all__ = ["Delta"]
+__all__ = ["CutDelta", "Delta", "InTransit"]
 
 # A plain running sum drifts by one rounding per addition. Folding the sums away after this many
 # keeps the drift of a million updates below 1e-12 of the sum of magnitudes.
@@ -92,60 +92,76 @@ class Delta:
         return self._settled
 
 
+class InTransit:
+    """Values and weights on their way from devices to the host."""
+
+    def __init__(self, late: Sequence[Late]) -> None:
+        self._late = late
+        # Enqueued here, on the thread that computed the values; waited for where they are needed.
+        self._numbers = arrays.read(
+            [
+                array
+                for one in late
+                for array in (one.value, one.weight)
+                if arrays.backend_of(array) is not None
+            ]
+        )
+
+    def arrive(self, errors: list[str]) -> Iterator[tuple[Late, Any, Any]]:
+        """Wait, and yield each with its value and weight; `errors` takes what cannot be used."""
+        numbers = iter(self._numbers())
+        for one in self._late:
+            value, weight = (
+                array if arrays.backend_of(array) is None else next(numbers)
+                for array in (one.value, one.weight)
+            )
+            failed = [item for item in (value, weight) if isinstance(item, Exception)]
+            if failed:
+                errors.append(f"{show(one.key)}: {failed[0]}")
+            elif not 0 <= weight < math.inf:
+                errors.append(
+                    f"{show(one.key)}: the weight {weight!r} is not a finite number of 0 or more"
+                )
+            else:
+                yield one, value, weight
+
+
 class CutDelta:
-    """A delta that no longer grows; its values on devices are on their way to the host."""
+    """A delta that no longer grows."""
 
     def __init__(self, states: dict[Key, State], late: list[Late], seconds: float) -> None:
         self.states = states
         self.seconds = seconds
         self.errors: list[str] = []
-        self._late: list[Late] = []
-        for entry in late:
-            reason = arrays.lost(entry.value) or arrays.lost(entry.weight)
-            if reason:
-                self.errors.append(f"{show(entry.key)}: {reason}")
-            else:
-                self._late.append(entry)
-        # Enqueued here, on the thread that computed the values; waited for where they are needed.
-        self._numbers: Callable[[], list[Any]] = arrays.read(
-            [
-                array
-                for entry in self._late
-                for array in (entry.value, entry.weight)
-                if arrays.backend_of(array) is not None
-            ]
-        )
+        self._late = InTransit(late)
 
     def settle(self, handlers: Mapping[Key, AggregationHandler]) -> None:
-        """Wait for values on their way and fold them.
+        """Wait for values on devices and fold them.
 
-        One that cannot be folded, because its weight is not valid, is dropped and reported in
-        `errors`.
+        What cannot be read or folded is dropped and reported in `errors`: this rank still takes
+        part in the reduction, so that the others do not wait for it.
         """
-        numbers = iter(self._numbers())
         by_key: dict[Key, tuple[list[Any], list[float]]] = {}
-        for late in self._late:
-            value, weight = (
-                array if arrays.backend_of(array) is None else next(numbers)
-                for array in (late.value, late.weight)
-            )
-            if not 0 <= weight < math.inf:
-                self.errors.append(
-                    f"{show(late.key)}: the weight {weight!r} is not a finite number of 0 or more"
-                )
-                continue
+        for late, value, weight in self._late.arrive(self.errors):
             values, weights = by_key.setdefault(late.key, ([], []))
             values.append(value)
             weights.append(weight)
-        self._late = []
+        self._late = InTransit(())
         for key, (values, weights) in by_key.items():
-            handler = handlers[key]
-            assert isinstance(handler, LaneHandler)
-            if isinstance(handler, CategoricalCountAggHandler):
-                state: State = handler.fold_categories(map(str, values))
-            else:
-                state = fold_numbers(key, handler, values, weights)
-            self.states.setdefault(key, handler.empty()).merge(state)
+            try:
+                self._fold(key, handlers[key], values, weights)
+            except Exception as error:  # noqa: BLE001 - the user's; raised on all ranks
+                self.errors.append(f"{show(key)}: the handler failed: {error!r}")
+
+    def _fold(
+        self, key: Key, handler: AggregationHandler, values: list[Any], weights: list[float]
+    ) -> None:
+        assert isinstance(handler, LaneHandler)
+        if isinstance(handler, CategoricalCountAggHandler):
+            state: State = handler.fold_categories(map(str, values))
+        else:
+            state = fold_numbers(key, handler, values, weights)
+        self.states.setdefault(key, handler.empty()).merge(state)
 
 
 def _one_by_one(column: Column, state: WindowState) -> list[Late]:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from operator import itemgetter
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -365,8 +365,8 @@ def _hold(key: Key, value: Any, wait: bool) -> Any:
         return None
     try:
         return arrays.hold(value)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{show(key)}: {error}") from None
+    except Exception as error:  # noqa: BLE001 - a framework's own may be of any kind
+        _refuse(key, error)
 
 
 def _number(key: Key, what: str, value: Any) -> float:
@@ -400,8 +400,15 @@ def _host_scalar(key: Key, value: Any) -> Any:
         return value
     try:
         return backend.hold(value).item()
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - a framework's own may be of any kind
+        _refuse(key, error)
+
+
+def _refuse(key: Key, error: Exception) -> NoReturn:
+    """Raise `error` again, with the metric's name."""
+    if isinstance(error, TypeError | ValueError):
         raise type(error)(f"{show(key)}: {error}") from None
+    raise ValueError(f"{show(key)}: the array cannot be taken as a value: {error}") from error
 
 
 def check_same_type(key: Key, registered: TypeLike, given: TypeLike) -> None:
@@ -432,12 +439,11 @@ def _pack_metrics(metrics: Sequence[Metric]) -> tuple[Any, ...]:
 
 
 def _pack_state(state: LaneState) -> tuple[Any, ...]:
-    sums = tuple(state.sums.tolist())
     if isinstance(state, CategoryState):
-        return "c", sums, state.counts
+        return "c", state.sums, state.counts
     if isinstance(state, WindowState):
-        return "w", sums, [(v.tobytes(), _to_bytes(w)) for v, w in state.chunks]
-    return "l", sums, tuple(state.maxs.tolist())
+        return "w", state.sums, [(v.tobytes(), _to_bytes(w)) for v, w in state.chunks]
+    return "l", state.sums, state.maxs
 
 
 def _unpack_batch(columns: Iterable[tuple[Any, ...]]) -> MetricBatch:
@@ -451,13 +457,12 @@ def _unpack_column(key: Key, agg_type: TypeLike, kind: str, first: Any, second: 
         pairs = zip(first, second, strict=True)
         metrics = [Metric(*key, value, agg_type, weight) for value, weight in pairs]
         return Column(key, agg_type, None, metrics)
-    sums = np.array(first)
     if kind == "c":
-        return Column(key, agg_type, CategoryState(sums, second))
+        return Column(key, agg_type, CategoryState(first, second))
     if kind == "w":
         chunks = [(np.frombuffer(values), _from_bytes(weights)) for values, weights in second]
-        return Column(key, agg_type, WindowState(sums, chunks))
-    return Column(key, agg_type, LaneState(sums, np.array(second)))
+        return Column(key, agg_type, WindowState(first, chunks))
+    return Column(key, agg_type, LaneState(first, second))
 
 
 def _to_bytes(weights: FloatArray | None) -> bytes | None:
