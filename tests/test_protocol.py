@@ -142,10 +142,10 @@ def test_a_vector_holds_identities_where_a_rank_has_nothing() -> None:
 def test_what_is_packed_comes_out_again() -> None:
     schema = Schema([lanes, window, kinds])
     states = {
-        lanes.key: LaneState(np.array([1.0, 2.0, 3.0]), np.array([9.0])),
-        window.key: WindowState(np.array([2.0, 0.0, 0.0])),
-        kinds.key: CategoryState(np.array([5.0, 0.0]), {"y": 5}),
-        ("not", "agreed"): LaneState(np.ones(3), np.ones(1)),
+        lanes.key: LaneState((1.0, 2.0, 3.0), (9.0,)),
+        window.key: WindowState((2.0, 0.0, 0.0)),
+        kinds.key: CategoryState((5.0, 0.0), {"y": 5}),
+        ("not", "agreed"): LaneState((1.0, 1.0, 1.0), (1.0,)),
     }
     kept = Window(np.array([1.5, 2.5]), np.array([1.0, 3.0]), fresh=1)
     row = schema.pack({}, states, {window.key: kept})[np.newaxis]

@@ -23,6 +23,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass, field
+from operator import add
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -55,6 +56,7 @@ __all__ = [
 ]
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
+Lanes: TypeAlias = tuple[float, ...]
 
 COUNT, NANS = 0, 1
 """The two SUM lanes that every state begins with: values received, and how many were NaN."""
@@ -73,21 +75,28 @@ def quiet() -> np.errstate:
 
 
 class LaneState:
-    """Fixed-width accumulators: SUM lanes add, MAX lanes take the maximum."""
+    """Fixed-width accumulators: SUM lanes add, MAX lanes take the maximum.
+
+    They are tuples: to add a few numbers, an array would take several times as long.
+    """
 
     __slots__ = ("maxs", "sums")
 
-    def __init__(self, sums: FloatArray, maxs: FloatArray) -> None:
+    def __init__(self, sums: Lanes, maxs: Lanes = ()) -> None:
         self.sums = sums
         self.maxs = maxs
 
     def merge(self, other: LaneState) -> None:
-        self.sums += other.sums
-        if self.maxs.size:
-            np.maximum(self.maxs, other.maxs, out=self.maxs)
+        self.sums = tuple(map(add, self.sums, other.sums))
+        if self.maxs:
+            self.maxs = tuple(map(_larger, self.maxs, other.maxs))
 
     def copy(self) -> LaneState:
-        return LaneState(self.sums.copy(), self.maxs.copy())
+        return LaneState(self.sums, self.maxs)
+
+
+def _larger(one: float, other: float) -> float:
+    return one if one >= other or math.isnan(one) else other
 
 
 class WindowState(LaneState):
@@ -97,11 +106,11 @@ class WindowState(LaneState):
 
     def __init__(
         self,
-        sums: FloatArray,
+        sums: Lanes,
         chunks: Iterable[tuple[FloatArray, FloatArray | None]] = (),
         limit: int | None = None,
     ) -> None:
-        super().__init__(sums, np.empty(0))
+        super().__init__(sums)
         self.limit = limit
         self.size = 0
         self.chunks: deque[tuple[FloatArray, FloatArray | None]] = deque()
@@ -119,12 +128,12 @@ class WindowState(LaneState):
 
     def merge(self, other: LaneState) -> None:
         assert isinstance(other, WindowState)
-        self.sums += other.sums
+        self.sums = tuple(map(add, self.sums, other.sums))
         for chunk in other.chunks:
             self._append(chunk)
 
     def copy(self) -> WindowState:
-        return WindowState(self.sums.copy(), self.chunks, self.limit)
+        return WindowState(self.sums, self.chunks, self.limit)
 
     @property
     def weighted(self) -> bool:
@@ -147,19 +156,19 @@ class CategoryState(LaneState):
 
     __slots__ = ("counts",)
 
-    def __init__(self, sums: FloatArray, counts: dict[str, int]) -> None:
-        super().__init__(sums, np.empty(0))
+    def __init__(self, sums: Lanes, counts: dict[str, int]) -> None:
+        super().__init__(sums)
         self.counts = counts
 
     def merge(self, other: LaneState) -> None:
         assert isinstance(other, CategoryState)
-        self.sums += other.sums
+        self.sums = tuple(map(add, self.sums, other.sums))
         counts = self.counts
         for category, count in other.counts.items():
             counts[category] = counts.get(category, 0) + count
 
     def copy(self) -> CategoryState:
-        return CategoryState(self.sums.copy(), dict(self.counts))
+        return CategoryState(self.sums, dict(self.counts))
 
 
 State: TypeAlias = LaneState
@@ -178,8 +187,8 @@ class ReducedState:
         categories: the categories of a CATEGORICAL_COUNT, in the order of their SUM lanes.
     """
 
-    sums: FloatArray
-    maxs: FloatArray
+    sums: Lanes
+    maxs: Lanes
     seconds: float = 0.0
     values: FloatArray = field(default_factory=lambda: np.empty(0))
     weights: FloatArray | None = None
@@ -282,7 +291,7 @@ class LaneHandler(AggregationHandler):
 
     def empty(self) -> State:
         """Return the identity of the merge."""
-        return LaneState(np.zeros(self.sum_width), np.full(self.max_width, -np.inf))
+        return LaneState((0.0,) * self.sum_width, (-math.inf,) * self.max_width)
 
     def fold(self, values: FloatArray, weights: FloatArray | None) -> State:
         """Return the state of `values`, shape (n,), with `weights`, or None if all are 1."""
@@ -298,10 +307,14 @@ class LaneHandler(AggregationHandler):
             nans = int(bad.sum())
             values = values[~bad]
             weights = None if weights is None else weights[~bad]
-        sums = np.array((count, nans, *self.sums_of(values, weights)), dtype=np.float64)
-        if values.size:
-            return LaneState(sums, np.array(self.maxs_of(values), dtype=np.float64))
-        return LaneState(sums, np.full(self.max_width, -np.inf))
+        sums = (float(count), float(nans), *map(float, self.sums_of(values, weights)))
+        maxs = tuple(map(float, self.maxs_of(values))) if values.size else self.empty().maxs
+        if len(sums) != self.sum_width or len(maxs) != self.max_width:
+            raise ValueError(
+                f"{type(self).__name__} declares {len(self.sum_lanes)} SUM and {self.max_width} "
+                f"MAX lanes, but sums_of() and maxs_of() returned {len(sums) - 2} and {len(maxs)}"
+            )
+        return LaneState(sums, maxs)
 
     def suffixes(self) -> tuple[str, ...]:
         """Return what this handler may append to a metric's name; `*` stands for any text."""
@@ -315,7 +328,7 @@ class LaneHandler(AggregationHandler):
             return {"": math.nan}
         if count > nans:
             names = (*COMMON_LANES, *self.sum_lanes, *self.max_lanes)
-            lanes = dict(zip(names, (*state.sums.tolist(), *state.maxs.tolist()), strict=True))
+            lanes = dict(zip(names, (*state.sums, *state.maxs), strict=True))
             lanes["seconds"] = state.seconds
             reported[""] = float(self.result(lanes))
         if nans:
@@ -358,15 +371,15 @@ class LaneHandler(AggregationHandler):
 
     def _metadata(self, state: State) -> dict[str, Any]:
         names = (*COMMON_LANES, *self.sum_lanes, *self.max_lanes)
-        return dict(zip(names, (*state.sums.tolist(), *state.maxs.tolist()), strict=True))
+        return dict(zip(names, (*state.sums, *state.maxs), strict=True))
 
     def _state_of(self, state: MetricState) -> State:
         """Return the state's lanes; a state that carries only a value counts as that one value."""
         if COMMON_LANES[COUNT] not in state.metadata:
             return self.fold(np.array([state.value], dtype=np.float64), None)
         return LaneState(
-            np.array([state.metadata[lane] for lane in (*COMMON_LANES, *self.sum_lanes)], float),
-            np.array([state.metadata[lane] for lane in self.max_lanes], float),
+            tuple(float(state.metadata[lane]) for lane in (*COMMON_LANES, *self.sum_lanes)),
+            tuple(float(state.metadata[lane]) for lane in self.max_lanes),
         )
 
 
@@ -460,7 +473,7 @@ class DistributionAggHandler(LaneHandler):
         self._suffixes = tuple(f"_stat_{statistic}" for statistic in statistics)
 
     def empty(self) -> WindowState:
-        return WindowState(np.zeros(self.sum_width), limit=self.window_size)
+        return WindowState((0.0,) * self.sum_width, limit=self.window_size)
 
     def fold(self, values: FloatArray, weights: FloatArray | None) -> WindowState:
         if weights is not None and not weights.all():
@@ -473,7 +486,7 @@ class DistributionAggHandler(LaneHandler):
             infinities = int(count - finite.sum() - nans)
             values = values[finite]
             weights = None if weights is None else weights[finite]
-        sums = np.array((count, nans, infinities), dtype=np.float64)
+        sums = (float(count), float(nans), float(infinities))
         return WindowState(sums, [(values, weights)])
 
     def suffixes(self) -> tuple[str, ...]:
@@ -513,7 +526,7 @@ class DistributionAggHandler(LaneHandler):
     def _metadata(self, state: State) -> dict[str, Any]:
         assert isinstance(state, WindowState)
         values, weights = state.newest()
-        lanes = dict(zip((*COMMON_LANES, *self.sum_lanes), state.sums.tolist(), strict=True))
+        lanes = dict(zip((*COMMON_LANES, *self.sum_lanes), state.sums, strict=True))
         return {
             **lanes,
             "values": values.tolist(),
@@ -523,33 +536,33 @@ class DistributionAggHandler(LaneHandler):
     def _state_of(self, state: MetricState) -> WindowState:
         if COMMON_LANES[COUNT] not in state.metadata:
             return self.fold(np.array([state.value], dtype=np.float64), None)
-        sums = [state.metadata[lane] for lane in (*COMMON_LANES, *self.sum_lanes)]
+        sums = tuple(float(state.metadata[lane]) for lane in (*COMMON_LANES, *self.sum_lanes))
         weights = state.metadata["weights"]
         chunk = (
             np.array(state.metadata["values"], dtype=np.float64),
             None if weights is None else np.array(weights, dtype=np.float64),
         )
-        return WindowState(np.array(sums, dtype=np.float64), [chunk])
+        return WindowState(sums, [chunk])
 
 
 class CategoricalCountAggHandler(LaneHandler):
     """How often each category occurred, reported as ``{name}_count_{category}``."""
 
     def empty(self) -> CategoryState:
-        return CategoryState(np.zeros(self.sum_width), {})
+        return CategoryState((0.0,) * self.sum_width, {})
 
     def fold_categories(self, categories: Iterable[str]) -> CategoryState:
         """Return the state of `categories`."""
         counts: dict[str, int] = {}
         for category in categories:
             counts[category] = counts.get(category, 0) + 1
-        return CategoryState(np.array((sum(counts.values()), 0.0)), counts)
+        return CategoryState((float(sum(counts.values())), 0.0), counts)
 
     def suffixes(self) -> tuple[str, ...]:
         return ("_count_*",)
 
     def finalize(self, state: ReducedState) -> dict[str, float]:
-        counts = state.sums[len(COMMON_LANES) :].tolist()
+        counts = state.sums[len(COMMON_LANES) :]
         return {
             f"_count_{category}": count
             for category, count in zip(state.categories, counts, strict=True)
@@ -573,7 +586,7 @@ class CategoricalCountAggHandler(LaneHandler):
         if COMMON_LANES[COUNT] not in state.metadata:
             return self.fold_categories([str(state.value)])
         counts = state.metadata["counts"]
-        return CategoryState(np.array((float(sum(counts.values())), 0.0)), dict(counts))
+        return CategoryState((float(sum(counts.values())), 0.0), dict(counts))
 
 
 def built_in_handlers(
@@ -638,7 +651,7 @@ def _moments(values: FloatArray, weights: FloatArray | None) -> tuple[float, flo
 
 def percentile_name(percentile: float) -> str:
     """Return ``p05`` for 5, ``p50`` for 50 and ``p99.9`` for 99.9."""
-    whole, _, fraction = f"{percentile:.10g}".partition(".")
+    whole, _, fraction = np.format_float_positional(percentile, trim="-").partition(".")
     return f"p{int(whole):02d}.{fraction}" if fraction else f"p{int(whole):02d}"
 
 

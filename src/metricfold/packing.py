@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
@@ -175,6 +176,7 @@ class Schema:
         self.sum_width = _end(self.sums)
         self.max_width = _end(self.maxs)
         self.window_width = _end(self.windows)
+        self._categories = {entry.key: frozenset(entry.categories) for entry in self}
         self._max_start = HEADER_SIZE
         self._sum_start = self._max_start + self.max_width
         self._window_start = self._sum_start + self.sum_width
@@ -237,34 +239,33 @@ class Schema:
         vector = np.zeros(self.size)
         for name, number in header.items():
             vector[name] = number
-        maxs = vector[self._max_start : self._sum_start]
-        sums = vector[self._sum_start : self._window_start]
-        maxs[:] = -np.inf
-        for key, state in states.items():
-            entry = self.entries.get(key)
-            if entry is None:
+        sums: list[float] = []
+        maxs: list[float] = []
+        for key, entry in self.entries.items():
+            state = states.get(key)
+            if state is None or not self.has_room(key, state):
+                sums += (0.0,) * entry.sum_width
+                maxs += (-math.inf,) * entry.maxs
                 continue
-            place = self.sums[key]
+            sums += state.sums
+            maxs += state.maxs
             if isinstance(state, CategoryState):
-                if state.counts.keys() <= set(entry.categories):
-                    self._pack_categories(sums, entry, state)
-                continue
-            sums[place] = state.sums
-            if entry.maxs:
-                maxs[self.maxs[key]] = state.maxs
+                counts = state.counts
+                sums += [counts.get(category, 0) for category in entry.categories]
+        vector[self._max_start : self._sum_start] = maxs
+        vector[self._sum_start : self._window_start] = sums
         for key, window in windows.items():
-            entry = self.entries.get(key)
-            if entry is not None and window.values.size <= entry.capacity:
-                self._pack_window(vector, entry, window)
+            agreed = self.entries.get(key)
+            if agreed is not None and window.values.size <= agreed.capacity:
+                self._pack_window(vector, agreed, window)
         return vector
 
-    def _pack_categories(self, sums: FloatArray, entry: Entry, state: CategoryState) -> None:
-        start = self.sums[entry.key].start
-        sums[start : start + entry.sums] = state.sums
-        counts = state.counts
-        sums[start + entry.sums : start + entry.sum_width] = [
-            counts.get(category, 0) for category in entry.categories
-        ]
+    def has_room(self, key: Key, state: State) -> bool:
+        """Return whether the lanes of `state` all have a place."""
+        if isinstance(state, CategoryState):
+            categories = self._categories.get(key)
+            return categories is not None and categories.issuperset(state.counts)
+        return key in self.entries
 
     def _pack_window(self, vector: FloatArray, entry: Entry, window: Window) -> None:
         size = window.values.size

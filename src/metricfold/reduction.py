@@ -292,9 +292,8 @@ class Reducer:
             for entry in self.schema.beyond((*self.run.schema, *self.interval.schema)):
                 add(entry)
         for key, state in mine.states.items():
-            agreed = known.get(key)
-            categories = state.counts.keys() if isinstance(state, CategoryState) else ()
-            if agreed is None or not set(agreed.categories).issuperset(categories):
+            if not self.schema.has_room(key, state):
+                categories = state.counts if isinstance(state, CategoryState) else ()
                 add(self._entry(key, registry, categories=tuple(sorted(categories))))
         for key, window in windows.items():
             agreed = known.get(key)

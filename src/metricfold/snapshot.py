@@ -24,6 +24,8 @@ from metricfold.handlers import (
     DistributionAggHandler,
     FloatArray,
     LaneHandler,
+    Lanes,
+    LaneState,
     MeanAggHandler,
     RateAggHandler,
     ReducedState,
@@ -46,6 +48,7 @@ WindowLike: TypeAlias = str | Mapping[str, str]
 Derived: TypeAlias = Callable[[Mapping[str, float]], float]
 _WINDOWS = ("run", "interval", "auto")
 _BUCKETS = 64
+_NOTHING = np.empty(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ class Snapshot:
     def __init__(self, reduced: Reduced, handlers: Handlers) -> None:
         self._reduced = reduced
         self._handlers = handlers
+        self._listed: dict[View, tuple[list[float], list[float]]] = {}
 
     @property
     def world_size(self) -> int:
@@ -93,7 +97,7 @@ class Snapshot:
     @property
     def empty(self) -> bool:
         """Whether nothing at all came in during the interval."""
-        return not self._reduced.interval.sums.any() and not self._custom("interval")
+        return not self._reduced.interval.sums.any() and not self._reduced.custom.has("interval")
 
     def as_dict(
         self,
@@ -236,18 +240,27 @@ class Snapshot:
                 continue
             handler = self._handlers.of_key[entry.key]
             view = _choose(window, entry.key[1], total=_is_total(handler))
-            if self._totals(view).sums[self._reduced.schema.sums[entry.key].start + COUNT]:
+            if self._lanes(view)[0][self._reduced.schema.sums[entry.key].start + COUNT]:
                 yield entry.key, view
+
+    def _lanes(self, view: View) -> tuple[list[float], list[float]]:
+        """Return the SUM and MAX lanes of a view as numbers, which is quicker key by key."""
+        listed = self._listed.get(view)
+        if listed is None:
+            totals = self._totals(view)
+            listed = self._listed[view] = (totals.exact_sums().tolist(), totals.maxs.tolist())
+        return listed
 
     def _state(self, key: Key, view: View) -> ReducedState:
         """Return the merged state of one key."""
-        entry, totals = self._reduced.schema.entries[key], self._totals(view)
-        lanes = self._reduced.schema.sums[key]
+        schema = self._reduced.schema
+        entry = schema.entries[key]
+        sums, maxs = self._lanes(view)
         values, weights = self._pool(entry, view)
         return ReducedState(
-            totals.sums[lanes] + totals.lost[lanes],
-            totals.maxs[self._reduced.schema.maxs[key]],
-            totals.seconds,
+            tuple(sums[schema.sums[key]]),
+            tuple(maxs[schema.maxs[key]]),
+            self._totals(view).seconds,
             values,
             weights,
             entry.categories,
@@ -255,7 +268,7 @@ class Snapshot:
 
     def _pool(self, entry: Entry, view: View) -> tuple[FloatArray, FloatArray | None]:
         if not entry.capacity:
-            return np.empty(0), None
+            return _NOTHING, None
         windows = [self._reduced.schema.window_of(row, entry.key) for row in self._reduced.windows]
         kept = [
             slice(window.values.size - window.fresh, None) if view == "interval" else slice(None)
@@ -277,18 +290,19 @@ class Snapshot:
 
     def _rank_value(self, key: Key, handler: LaneHandler, rank: int) -> float | None:
         schema, rows = self._reduced.schema, self._reduced.rows
-        sums = rows.sums[rank, schema.sums[key]]
+        sums: Lanes = tuple(rows.sums[rank, schema.sums[key]].tolist())
         if not sums[COUNT]:
             return None
         if isinstance(handler, CategoricalCountAggHandler):
-            return float(sums[COUNT])
+            return sums[COUNT]
         if isinstance(handler, DistributionAggHandler):
             window = schema.window_of(self._reduced.windows[rank], key)
             fresh = slice(window.values.size - window.fresh, None)
             weights = None if window.weights is None else window.weights[fresh]
-            state = ReducedState(sums, np.empty(0), 0.0, window.values[fresh], weights)
+            state = ReducedState(sums, (), 0.0, window.values[fresh], weights)
             return handler.finalize(state).get("_stat_mean")
-        state = ReducedState(sums, rows.maxs[rank, schema.maxs[key]], self.seconds)
+        maxs: Lanes = tuple(rows.maxs[rank, schema.maxs[key]].tolist())
+        state = ReducedState(sums, maxs, self.seconds)
         return handler.finalize(state).get("")
 
     def _custom(self, view: View) -> dict[Key, float]:
@@ -424,21 +438,23 @@ def _merged(states: list[ReducedState]) -> ReducedState:
     """Merge the states of several datasets."""
     categories = tuple(sorted({category for s in states for category in s.categories}))
     fixed = len(states[0].sums) - len(states[0].categories)
-    sums = np.sum([state.sums[:fixed] for state in states], axis=0)
+    merged = LaneState(states[0].sums[:fixed], states[0].maxs)
+    for state in states[1:]:
+        merged.merge(LaneState(state.sums[:fixed], state.maxs))
     if categories:
         counts: dict[str, float] = dict.fromkeys(categories, 0.0)
         for state in states:
             for category, count in zip(state.categories, state.sums[fixed:], strict=True):
-                counts[category] += float(count)
-        sums = np.concatenate((sums, list(counts.values())))
+                counts[category] += count
+        merged.sums += tuple(counts.values())
     weights = None
     if any(state.weights is not None for state in states):
         weights = np.concatenate(
             [np.ones(s.values.size) if s.weights is None else s.weights for s in states]
         )
     return ReducedState(
-        sums,
-        np.max([state.maxs for state in states], axis=0),
+        merged.sums,
+        merged.maxs,
         states[0].seconds,
         np.concatenate([state.values for state in states]),
         weights,
