@@ -256,6 +256,7 @@ class MetricsAggregator:
             begun = self._begin(Kind.REDUCE, step)
             if self._worker is None:
                 self._worker = _Worker(f"metricfold-{self.name}")
+                weakref.finalize(self, self._worker.stop).atexit = False
             self._in_flight = self._worker.submit(lambda: self._finish(begun))
             return self._in_flight
 
@@ -358,7 +359,7 @@ class MetricsAggregator:
         with self._lock:
             self._check_usable()
             if self._dead is not None:
-                raise self._dead
+                raise self._dead.with_traceback(None)
             if step is not None and (isinstance(step, bool) or not hasattr(step, "__index__")):
                 raise TypeError(f"step={step!r}: give the training step as an int")
             communicator = self._connect()

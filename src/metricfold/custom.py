@@ -151,6 +151,10 @@ class CustomResults:
                 self.saved[view] += saved[view]
             self.unsaved = self.unsaved or unsaved
 
+    def has(self, view: str) -> bool:
+        """Return whether any rank had a result."""
+        return bool(self._results[view])
+
     def combined(
         self, view: str, handler_of: Callable[[str], AggregationHandler]
     ) -> dict[Key, float]:
