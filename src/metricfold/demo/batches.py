@@ -52,6 +52,7 @@ def training_batches(
         batch_sampler=[mixture.shares(step, world_size)[rank] for step in steps],
         collate_fn=MetricsCollator(collate_fn=pad),
         num_workers=2,
+        timeout=60,  # seconds; a worker that cannot send its batch would be waited for forever
     )
 
 

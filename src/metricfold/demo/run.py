@@ -45,9 +45,12 @@ def run_demo(*, ranks: int, steps: int, data: Mapping[str, Path], out: Path, res
     console = Console()
     try:
         _train_and_prove(console, folder, ranks, steps, resume=resume)
-    finally:
-        # A rank that was killed in the middle of drawing has left the terminal without a cursor.
+    except BaseException:
+        # A rank that was killed while it drew has left no cursor, and the line it was drawing on.
         console.show_cursor()
+        if console.is_terminal:
+            console.print()
+        raise
 
 
 def _train_and_prove(

@@ -1,0 +1,167 @@
+"""The demo, for real: ranks train, what they log is the truth, and a resumed run counts on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from metricfold import read_jsonl
+from metricfold.demo.folder import RunFolder
+from metricfold.demo.mixture import SAMPLES_PER_STEP
+from metricfold.demo.proof import prove
+from metricfold.demo.texts import DemoError, Text
+
+pytestmark = pytest.mark.timeout(150)
+
+
+def demo(*arguments, timeout=120):
+    """Run the command as a user does, and end all its processes if it hangs."""
+    command = [sys.executable, "-m", "metricfold.cli", "demo", *map(str, arguments)]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "COLUMNS": "120"},
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0, out + err
+    assert err == ""
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on two ranks, which has gone on for as many steps on three."""
+    out = tmp_path_factory.mktemp("run") / "made" / "for it"
+    return RunFolder(out), demo("--steps", 6, "--out", out)
+
+
+def counted(folder, steps):
+    """Count tokens of the first steps from the texts alone."""
+    tokens = {}
+    mixture = folder.read_mixture()
+    for number in range(steps * SAMPLES_PER_STEP):
+        dataset, (text, _) = mixture.draw(number)
+        name = mixture.names[dataset]
+        tokens[name] = tokens.get(name, 0) + len(text.encode())
+    return tokens
+
+
+def last_log(folder):
+    return [one for one in read_jsonl(folder.metrics) if "train/grad_norm" in one.metrics][-1]
+
+
+def test_it_ends_with_a_table_in_which_ours_is_the_truth(run):
+    _, out = run
+    rows = re.findall(
+        r"(python_docs|python_code|all) +([\d.,]+) +([\d.,]+)[^\n]*? ([\d.,]+) *\n", out
+    )
+    assert len(rows) == 9
+    assert all(ours == truth for _, ours, _, truth in rows)
+    assert any(average != truth for _, _, average, truth in rows)
+
+
+def test_it_says_what_the_metrics_cost(run):
+    _, out = run
+    logs, collectives, rounds = map(
+        int, re.search(r"(\d+) logs? took (\d+) collectives: one each, and (\d+) for", out).groups()
+    )
+    assert collectives == logs + rounds
+    assert float(re.search(r"reductions took ([\d.]+)% of the wall time", out)[1]) < 50
+    assert re.search(r"the largest gradient was rank [01]'s", out)
+
+
+def test_totals_after_resuming_on_three_ranks_are_those_of_the_data(run):
+    folder, out = run
+    record, truth = last_log(folder), counted(folder, 12)
+    assert record.step == 12
+    for name, tokens in truth.items():
+        assert record.metrics[f"train_{name}/tokens_seen"] == tokens
+        assert f"tokens_seen of {name}: {tokens:,} = {tokens:,} counted" in out
+    assert record.metrics["train/tokens_seen"] == sum(truth.values())
+    assert record.metrics["train/samples_seen"] == 12 * SAMPLES_PER_STEP
+    assert record.metrics["train/grad_norm_rank"] in (0, 1, 2)
+
+
+def test_every_promised_metric_is_in_the_files(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, out = run
+    records = read_jsonl(folder.metrics)
+    train = last_log(folder).metrics
+    for name in ("python_docs", "python_code"):
+        for metric in ("loss", "perplexity", "tokens_seen", "samples_seen", "seq_len_stat_p50"):
+            assert np.isfinite(train[f"train_{name}/{metric}"])
+        assert train[f"train_{name}/perplexity"] == pytest.approx(
+            np.exp(train[f"train_{name}/loss"])
+        )
+    assert train["train_python_code/type_count_method"] > 0
+    assert train["train_python_docs/type_count_prose"] > 0
+    assert train["train/tokens_per_second"] > 0
+    assert train["train/grad_norm"] > 0
+    losses = [one.metrics["val/loss"] for one in records if "val/loss" in one.metrics]
+    assert len(losses) == 2
+    assert losses[1] < losses[0] < np.log(256)
+
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    assert [one.step for one in events.Scalars("train_python_code/loss")] == [
+        one.step for one in records if "train_python_code/loss" in one.metrics
+    ]
+    assert events.Histograms("train_python_code/seq_len")
+    assert f"tensorboard --logdir '{folder.tensorboard}'" in out
+    assert str(folder.metrics) in out
+
+
+def test_it_resumes_when_told_to_on_any_number_of_ranks(run, tmp_path):
+    shutil.copytree(run[0].path, tmp_path / "copy")
+    folder = RunFolder(tmp_path / "copy")
+    before = folder.metrics.read_bytes()
+    demo("--resume", "--ranks", 1, "--steps", 2, "--out", folder.path)
+    assert folder.metrics.read_bytes().startswith(before)
+    assert last_log(folder).step == 16
+    for name, tokens in counted(folder, 16).items():
+        assert last_log(folder).metrics[f"train_{name}/tokens_seen"] == tokens
+
+
+def test_a_single_short_text_of_ones_own_is_enough_and_replaces_an_earlier_run(tmp_path):
+    story = tmp_path / "story.txt"
+    story.write_text("once upon a time")
+    folder = RunFolder(tmp_path / "run")
+    folder.begin({"earlier": [Text("earlier", "prose")] * 9})
+    folder.metrics.write_text("earlier")
+    demo("--ranks", 1, "--steps", 2, "--data", f"story={story}", "--out", folder.path)
+    assert [one.step for one in read_jsonl(folder.metrics)] == [2, 2, 4, 4]
+    assert counted(folder, 4) == {"story": 4 * SAMPLES_PER_STEP * 16}
+    assert last_log(folder).metrics["train_story/tokens_seen"] == 4 * SAMPLES_PER_STEP * 16
+    assert not (folder.data / "earlier.jsonl").exists()
+
+
+def test_a_logged_number_that_is_not_the_truth_is_found(run, tmp_path):
+    folder, _ = run
+    forged = RunFolder(tmp_path)
+    for path in (folder.marker, folder.data, folder.ledger):
+        (tmp_path / path.name).symlink_to(path)
+    lines = folder.metrics.read_text().splitlines()
+    for i, line in enumerate(lines):
+        record = json.loads(line)
+        if "train/grad_norm" in record["metrics"]:
+            record["metrics"]["train/tokens_seen"] += 1
+        lines[i] = json.dumps(record)
+    forged.metrics.write_text("\n".join(lines) + "\n")
+    prove(folder).check()
+    with pytest.raises(DemoError, match="tokens_seen of all was logged as"):
+        prove(forged).check()
