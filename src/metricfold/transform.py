@@ -130,6 +130,6 @@ def _length(dataset_name: str, tokens: Any) -> int:
         return len(tokens)
     except TypeError:
         raise TypeError(
-            f"the tokens of a sample of dataset {dataset_name!r} are a {type(tokens).__name__}, "
-            "which has no length: give a list or an array of shape (n,)"
+            f"the tokens of a sample of dataset {dataset_name!r} are of type "
+            f"{type(tokens).__name__}, which has no length: give a list or an array of shape (n,)"
         ) from None
