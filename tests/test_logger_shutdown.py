@@ -263,6 +263,8 @@ time.sleep(120)
 
 def test_a_forked_child_dies_of_sigterm_at_once_and_writes_nothing(tmp_path):
     code = """
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads about: that is the test
 logger = MetricsLogger(sinks())
 train(logger, 300)
 child = os.fork()

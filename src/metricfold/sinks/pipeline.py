@@ -103,8 +103,8 @@ class Pipeline:
         self._inbox.put(None)
         closings = [(worker, worker.close()) for worker in self._workers]
         for worker, done in closings:
-            worker.wait(done, patience=patience, deadline=deadline)
-            worker.report_unwritten()
+            closed = worker.wait(done, patience=patience, deadline=deadline)
+            worker.report_unwritten(closed=closed)
 
     def _made(self, patience: float, deadline: float | None) -> bool:
         """Wait until the entries accepted so far are records, and return whether they are."""

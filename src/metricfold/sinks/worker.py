@@ -47,6 +47,7 @@ class SinkWorker:
         self._written = 0  # this and the rest belong to this worker's thread
         self._handled = 0
         self._set_aside = False
+        self._closed = threading.Event()
         self._flush_due: float | None = None  # on the monotonic clock; None: all is flushed
         self._thread = threading.Thread(target=self._run, name=f"metricfold {sink!r}", daemon=True)
         self._thread.start()
@@ -92,15 +93,15 @@ class SinkWorker:
 
     def close(self) -> threading.Event:
         """Return an event that is set when everything accepted is flushed and the sink is closed."""
-        close = _Close(threading.Event())
-        self._inbox.put(close)
-        return close.done
+        # A signal may ask for it again while it is under way: there is one answer for both.
+        self._inbox.put(_Close(self._closed))
+        return self._closed
 
     def wait(self, done: threading.Event, *, patience: float, deadline: float | None) -> bool:
         """Wait for `done` as `wait_for` does."""
         return wait_for(done, self._thread, lambda: self._handled, patience, deadline)
 
-    def report_unwritten(self) -> None:
+    def report_unwritten(self, *, closed: bool) -> None:
         """Log what was left out, and what still waits although nobody waits for it any more."""
         if self._refused:
             _log.warning(
@@ -108,7 +109,7 @@ class SinkWorker:
                 self._sink,
                 self._refused,
             )
-        if self._thread.is_alive():
+        if not closed:
             _log.warning(
                 "%r has not answered: what it holds and %d more records may be lost. Its thread is "
                 "still in a call, such as a write to a file system that does not respond",
