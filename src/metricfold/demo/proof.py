@@ -53,6 +53,7 @@ class Proof:
         reducing: the largest share of a rank's wall time that went into reductions.
         gradient_norm: the largest norm of one rank's gradient in the interval.
         gradient_rank: the rank that it was on.
+        losses: the logged loss over all datasets, by step, over the whole run.
     """
 
     interval: range
@@ -61,6 +62,7 @@ class Proof:
     reducing: float
     gradient_norm: float
     gradient_rank: int
+    losses: dict[int, float]
 
     def check(self) -> None:
         """Raise `DemoError` if anything that was logged is not what the data say."""
@@ -87,6 +89,8 @@ def prove(folder: RunFolder) -> Proof:
     before = max([record.step for record in logs[:-1] if record.step >= first], default=first - 1)
     interval = range(before + 1, step + 1)
     logged = logs[-1].metrics
+    # There is a number over all datasets where there is more than one.
+    loss = "train/loss" if len(mixture.names) > 1 else f"train_{mixture.names[0]}/loss"
     return Proof(
         interval,
         _rows(mixture, pages, interval, logged),
@@ -94,6 +98,7 @@ def prove(folder: RunFolder) -> Proof:
         max(page.reducing / page.seconds for page in pages),
         logged["train/grad_norm"],
         int(logged["train/grad_norm_rank"]),
+        {log.step: log.metrics[loss] for log in logs if loss in log.metrics},
     )
 
 

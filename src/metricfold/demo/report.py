@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich import box
@@ -71,20 +72,8 @@ def print_proof(console: Console, proof: Proof) -> None:
             _number(row.truth),
         )
     console.print(table)
-    logs, collectives = len(proof.collectives), sum(proof.collectives)
-    rounds = sum(taken > 1 for taken in proof.collectives)
-    how = f"{_count(logs, 'log')} took {_count(collectives, 'collective')}: one each"
-    if rounds:
-        how += (
-            f", and {collectives - logs} for new keys and categories (in {_count(rounds, 'log')})"
-        )
-    lines = [
-        how,
-        f"reductions took {proof.reducing:.2%} of the wall time",
-        f"the largest gradient was rank {proof.gradient_rank}'s, of norm {proof.gradient_norm:.3g}",
-    ]
-    for line in lines:
-        console.print(f"  {line}.", highlight=False)
+    for sentence in _sentences(proof):
+        console.print(f"  {sentence}.", highlight=False)
 
 
 def print_resumed(console: Console, proof: Proof, ranks: int) -> None:
@@ -116,6 +105,28 @@ def print_where_to_look(console: Console, folder: RunFolder) -> None:
 
 
 _LABELS = {"tokens_seen": "tokens_seen, whole run"}
+
+
+def _sentences(proof: Proof) -> Iterator[str]:
+    logged = list(proof.losses)
+    if len(logged) > 1:
+        first, last = logged[0], logged[-1]
+        yield (
+            f"The loss went from {proof.losses[first]:.2f} at step {first} "
+            f"to {proof.losses[last]:.2f} at step {last}"
+        )
+    logs, collectives = len(proof.collectives), sum(proof.collectives)
+    rounds = sum(taken > 1 for taken in proof.collectives)
+    agreed = f", and {collectives - logs} for new keys and categories (in {_count(rounds, 'log')})"
+    yield (
+        f"{_count(logs, 'log')} took {_count(collectives, 'collective')}: one each"
+        + (agreed if rounds else "")
+    )
+    yield f"Reductions took {proof.reducing:.2%} of the wall time"
+    yield (
+        f"The largest gradient of these steps was rank {proof.gradient_rank}'s, "
+        f"of norm {proof.gradient_norm:.3g}"
+    )
 
 
 def _averaged(row: Row) -> Text:
