@@ -6,6 +6,7 @@ the training script has imported and initialised itself.
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import timedelta
 from typing import Any
@@ -45,10 +46,14 @@ def connect(
 
 
 def global_rank() -> int:
-    """Return this process's rank in the whole job; 0 when there is only one."""
+    """Return this process's rank in the whole job; 0 when there is only one.
+
+    Before the job is initialised, and after it has been torn down, the launcher's word counts.
+    """
     if _torch_is_initialized():
         return int(sys.modules["torch.distributed"].get_rank())
-    return 0
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def _torch_is_initialized() -> bool:
