@@ -131,9 +131,9 @@ def _sentences(proof: Proof) -> Iterator[str]:
 
 def _averaged(row: Row) -> Text:
     error = row.averaged / row.truth - 1
-    if abs(error) < 5e-4:
-        return Text(f"{_number(row.averaged)}          ")
-    return Text.assemble(_number(row.averaged), (f"  {error:+7.1%}", "red"))
+    return Text.assemble(
+        _number(row.averaged), (f"  {error:+7.1%}", "red" if abs(error) > 5e-4 else "")
+    )
 
 
 def _number(value: float) -> str:
