@@ -109,8 +109,8 @@ def test_every_promised_metric_is_in_the_files(run):
         assert train[f"train_{name}/perplexity"] == pytest.approx(
             np.exp(train[f"train_{name}/loss"])
         )
-    assert train["train_python_code/type_count_method"] > 0
-    assert train["train_python_docs/type_count_prose"] > 0
+    assert train["train_python_code/kind_count_method"] > 0
+    assert train["train_python_docs/kind_count_prose"] > 0
     assert train["train/tokens_per_second"] > 0
     assert train["train/grad_norm"] > 0
     losses = [one.metrics["val/loss"] for one in records if "val/loss" in one.metrics]

@@ -39,7 +39,7 @@ class TestBatches:
         assert samples == 48
         assert seen["train_digits/samples_seen"] + seen["train_letters/samples_seen"] == 48
         assert seen["train_digits/tokens_seen"] + seen["train_letters/tokens_seen"] == tokens
-        assert seen["train_digits/type_count_up"] == seen["train_digits/samples_seen"]
+        assert seen["train_digits/kind_count_up"] == seen["train_digits/samples_seen"]
 
     def test_tokens_are_bytes_and_padding_is_masked(self, mixture):
         (batch,) = training_batches(mixture, range(1, 2), 0, 1)

@@ -284,3 +284,13 @@ def test_a_real_pipe_gets_lines_and_a_real_terminal_gets_a_table():
     lines = screen(output.decode().replace("\r\n", "\n"))
     assert any("train  step 7" in line for line in lines)
     assert "hello" in lines
+
+
+def test_a_row_that_appears_late_takes_its_place_among_the_others():
+    console, file = terminal()
+    sink = ConsoleSink(console, select=["*/loss", "*/kind*", "*"])
+    sink.write(Record(1, 0.0, {"t/loss": 1.0, "t/other": 2.0}))
+    sink.write(Record(2, 0.0, {"t/loss": 1.0, "t/other": 2.0, "t/kind_count_a": 1.0}))
+    sink.close()
+    rows = [line.split()[0] for line in screen(file.getvalue()) if line.startswith(" ")]
+    assert rows.index("loss") < rows.index("kind_count_a") < rows.index("other")

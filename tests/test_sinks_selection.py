@@ -153,3 +153,9 @@ def test_a_missing_package_is_named_with_what_to_install(package, extra, make, m
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=rf"pip install metricfold\[{extra}\]"):
         make()
+
+
+def test_keys_come_in_the_order_of_the_patterns_that_select_them():
+    metrics = {"t/accuracy": 1.0, "t/perplexity": 2.0, "t/loss": 3.0, "t_a/loss": 4.0}
+    (record,) = written(metrics, select=["*/loss", "*/perplexity", "*"])
+    assert list(record.metrics) == ["t/loss", "t_a/loss", "t/perplexity", "t/accuracy"]

@@ -29,7 +29,7 @@ class TextMetrics(DefaultTrainingMetricTransform):
     def _generate_metrics(self, sample: Mapping[str, Any]) -> list[Metric]:
         counts = super()._generate_metrics(sample)
         dataset = counts[0].dataset_name
-        kind = Metric(dataset, "type", sample["kind"], AggregationType.CATEGORICAL_COUNT)
+        kind = Metric(dataset, "kind", sample["kind"], AggregationType.CATEGORICAL_COUNT)
         return [*counts, kind]
 
 

@@ -41,8 +41,8 @@ LOG_EVERY = 10
 VALIDATE_EVERY = 50
 SAVE_EVERY = 50
 ON_SCREEN = [
-    *("*/loss", "*/perplexity", "*/grad_norm*", "*/tok*", "*/type*"),
-    *("*/seq_len_stat_mean", "*/seq_len_stat_std", "*/seq_len_stat_p50"),
+    *("*/loss", "*/perplexity", "*/grad_norm*", "*/tok*"),
+    *("*/seq_len_stat_mean", "*/seq_len_stat_std", "*/seq_len_stat_p50", "*/kind*"),
 ]
 
 

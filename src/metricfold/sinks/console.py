@@ -157,9 +157,21 @@ class _Board:
     def over(self, shown: _Board) -> _Board:
         """Return this board laid out as the one `shown` before it, so that nothing jumps."""
         cells = {**shown.cells, **self.cells} if shown.step == self.step else self.cells
-        rows = [*shown.rows, *(row for row in self.rows if row not in shown.rows)]
-        columns = [*shown.columns, *(one for one in self.columns if one not in shown.columns)]
+        rows = _inserted(shown.rows, self.rows)
+        columns = _inserted(shown.columns, self.columns)
         return _Board(self.prefix, self.step, self.wall_time, _ordered(columns), rows, cells)
+
+
+def _inserted(shown: list[str], wanted: list[str]) -> list[str]:
+    """Return `shown` with what is new in `wanted`, each behind the one that it follows there."""
+    result, place = list(shown), 0
+    for name in wanted:
+        if name in result:
+            place = result.index(name) + 1
+        else:
+            result.insert(place, name)
+            place += 1
+    return result
 
 
 _ALL = "all"

@@ -20,7 +20,8 @@ class SelectiveSink(ABC):
 
     Args:
         select: a glob, or several of which one must match, over whole keys: ``"*/loss"``,
-            ``["train_*", "val_*"]``. Upper and lower case differ, and ``*`` matches ``/`` too.
+            ``["train_*", "val_*"]``. Upper and lower case differ, and ``*`` matches ``/`` too. Keys
+            come in the order of the globs.
         key_format: what a key is called in this backend: a format string that holds ``{key}``, such
             as ``"run7/{key}"``, or a function from key to key.
 
@@ -39,7 +40,8 @@ class SelectiveSink(ABC):
                 f"select={select!r} names no key: use a glob such as '*/loss', or several of them"
             )
         self._format = key_format if callable(key_format) else _formatter(key_format)
-        self._names: dict[str, str | None] = {}  # key -> its name here, or None: not selected
+        # key -> its name here and the place of the pattern that selects it, or None: not selected
+        self._names: dict[str, tuple[str, int] | None] = {}
 
     def write(self, record: Record) -> None:
         """Write what is selected of `record`."""
@@ -65,28 +67,39 @@ class SelectiveSink(ABC):
         """Take back what was written for the steps after `step`."""
 
     def _renamed(self, values: Mapping[str, _Value]) -> dict[str, _Value]:
+        """Return what is selected, in the order of the patterns that select it."""
         renamed: dict[str, _Value] = {}
+        places: dict[str, int] = {}
         for key, value in values.items():
             if key not in self._names:
                 self._names[key] = self._name(key)
-            name = self._names[key]
-            if name is None:
+            named = self._names[key]
+            if named is None:
                 continue
+            name, place = named
             if name in renamed:
-                clash = sorted(other for other in values if self._names.get(other) == name)
+                clash = sorted(
+                    other
+                    for other in values
+                    if (known := self._names.get(other)) is not None and known[0] == name
+                )
                 raise ValueError(
                     f"key_format makes {name!r} of each of {clash}: choose one that keeps keys apart"
                 )
             renamed[name] = value
-        return renamed
+            places[name] = place
+        if len(self._patterns) == 1:
+            return renamed
+        return {name: renamed[name] for name in sorted(renamed, key=places.__getitem__)}
 
-    def _name(self, key: str) -> str | None:
-        if not any(fnmatchcase(key, pattern) for pattern in self._patterns):
+    def _name(self, key: str) -> tuple[str, int] | None:
+        place = next((i for i, p in enumerate(self._patterns) if fnmatchcase(key, p)), None)
+        if place is None:
             return None
         name = self._format(key)
         if not isinstance(name, str):
             raise TypeError(f"key_format makes {name!r} of {key!r}, which is not a string")
-        return name
+        return name, place
 
 
 def _formatter(key_format: str) -> Callable[[str], str]:
