@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	@$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	@$(BIN)/python -m pip install --quiet -c constraints.txt --group dev -e ".[torch,console,tensorboard,wandb]"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt --group dev -e ".[all]"
 	@touch $@
 
 demo: $(STAMP)  ## train a small language model on two ranks; DEMO_ARGS="--ranks 4" and the like pass through

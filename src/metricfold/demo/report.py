@@ -96,9 +96,9 @@ def print_where_to_look(console: Console, folder: RunFolder) -> None:
     """Print the command that opens TensorBoard, and the path of the JSONL file."""
     console.print()
     for label, what in (
-        ("TensorBoard", f"{_tensorboard()} --logdir {shlex.quote(str(folder.tensorboard))}"),
+        ("TensorBoard", f"{_command('tensorboard')} --logdir {shlex.quote(str(folder.tensorboard))}"),
         ("every record", str(folder.metrics)),
-        ("train on", f"metricfold demo --resume --out {shlex.quote(str(folder.path))}"),
+        ("train on", f"{_command('metricfold')} demo --resume --out {shlex.quote(str(folder.path))}"),
     ):
         # Whole, so that it can be copied, however narrow the terminal.
         console.print(f"  {label + ':':14}{what}", soft_wrap=True, markup=False, highlight=False)
@@ -146,10 +146,11 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
-def _tensorboard() -> str:
-    if shutil.which("tensorboard"):
-        return "tensorboard"
-    beside = Path(sys.executable).with_name("tensorboard")
+def _command(name: str) -> str:
+    """Return how to call a command of this environment from here."""
+    if shutil.which(name):
+        return name
+    beside = Path(sys.executable).with_name(name)
     return shlex.quote(
         os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
     )
