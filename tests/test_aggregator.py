@@ -16,6 +16,7 @@ from handlers_of_users import LaneRMS, MyTypes, RMSHandler
 
 from metricfold import (
     AggregationType,
+    LaneHandler,
     Metric,
     MetricBatch,
     MetricsAggregator,
@@ -425,6 +426,38 @@ def test_replacing_a_handler_in_use_warns_and_its_metrics_keep_the_old_one(
     assert len(caplog.records) == 1
     aggregator.update([Metric("d", "old", 1, SUM), Metric("d", "new", 1, SUM)])
     assert aggregator.get_metrics_for_logging("t") == {"t_d/old": 6.0, "t_d/new": 2.0}
+
+
+def test_values_are_folded_by_the_handler_that_their_metric_began_with() -> None:
+    class Squares(LaneHandler):
+        sum_lanes = ("sum", "squares")
+
+        def sums_of(self, values: Any, weights: Any) -> tuple[float, ...]:
+            return values.sum(), values @ values
+
+        def result(self, lanes: Any) -> float:
+            return lanes["squares"]
+
+    aggregator = MetricsAggregator()
+    aggregator.update([Metric("d", "old", 3, SUM)])
+    aggregator.register_handler(SUM, Squares())
+    aggregator.update([Metric("d", "old", 4, SUM), Metric("d", "new", 4, SUM)])
+    aggregator.update(MetricBatch.from_metrics([Metric("d", "old", 5, SUM)]))
+    aggregator.record("old", 6, "sum", dataset="d")
+    assert aggregator.get_metrics_for_logging("t") == {"t_d/old": 18.0, "t_d/new": 16.0}
+
+
+def test_a_handler_that_returns_other_lanes_than_it_declares_is_refused() -> None:
+    class Loose(LaneHandler):
+        sum_lanes = ("sum",)
+
+        def sums_of(self, values: Any, weights: Any) -> tuple[float, ...]:
+            return values.sum(), 1.0
+
+    aggregator = MetricsAggregator()
+    aggregator.register_handler("loose", Loose())
+    with pytest.raises(ValueError, match=r"Loose declares 1 SUM and 0 MAX lanes, .* 2 and 0"):
+        aggregator.record("x", 1, "loose")
 
 
 def test_what_is_no_handler_is_refused() -> None:

@@ -127,17 +127,16 @@ class MetricsAggregator:
                 already, its name clashes with another, its value or weight is of the wrong kind.
                 Then nothing has changed, not even for the metrics before it.
         """
-        with quiet():
-            if isinstance(metrics, MetricBatch):
-                columns = self._keys.columns_of(metrics)
-            elif isinstance(metrics, list | tuple) and not isinstance(metrics, Metric):
-                columns = fold_metrics(metrics, self._keys.handlers, wait=False)
-            else:
-                raise TypeError(
-                    "update() takes a list of Metric or a MetricBatch, not "
-                    f"{type(metrics).__name__}"
-                )
-            self._take(columns)
+        if isinstance(metrics, MetricBatch):
+            columns = self._keys.columns_of(metrics)
+        elif isinstance(metrics, list | tuple) and not isinstance(metrics, Metric):
+            with quiet():
+                columns = fold_metrics(metrics, self._keys.handler_of, wait=False)
+        else:
+            raise TypeError(
+                f"update() takes a list of Metric or a MetricBatch, not {type(metrics).__name__}"
+            )
+        self._take(columns)
 
     def record(
         self,
@@ -168,7 +167,7 @@ class MetricsAggregator:
         agg_type = resolve_type(agg)
         key = (dataset or "", name)
         with quiet():
-            self._take([fold_value(key, agg_type, value, weight, self._keys.handlers)])
+            self._take([fold_value(key, agg_type, value, weight, self._keys.handler_of)])
 
     def _take(self, columns: Sequence[Column]) -> None:
         with self._lock:
@@ -176,8 +175,9 @@ class MetricsAggregator:
             admission = self._keys.admit(columns)
             if admission.custom:
                 self._take_custom(admission)
-            self._keys.commit(admission)
-            self._delta.add(admission.lanes)
+            if admission.new:
+                self._keys.commit(admission)
+            self._delta.add(admission.lanes, self._keys.of_key)
 
     def _take_custom(self, admission: Admission) -> None:
         late_keys = {late.key for late in self._late_custom}

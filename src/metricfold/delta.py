@@ -41,23 +41,23 @@ class Delta:
         self._additions = 0
         self._since = time.monotonic()
 
-    def add(self, columns: Iterable[tuple[Column, LaneHandler]]) -> None:
-        """Take in folded columns and the handlers that folded them; cannot fail."""
-        states = self.states
-        for column, handler in columns:
+    def add(self, columns: Iterable[Column], handlers: Mapping[Key, AggregationHandler]) -> None:
+        """Take in folded columns; cannot fail."""
+        states, late_keys = self.states, self._late_keys
+        for column in columns:
             key, state = column.key, column.state
             assert state is not None
-            if key in self._late_keys and isinstance(state, WindowState):
+            if late_keys and key in late_keys and isinstance(state, WindowState):
                 # A window is in order of arrival: these queue behind what is still on the device.
                 self.late.extend(_one_by_one(column, state))
             else:
                 known = states.get(key)
                 if known is None:
-                    known = states[key] = handler.empty()
+                    known = states[key] = _empty(handlers[key])
                 known.merge(state)
             if column.late:
                 self.late.extend(column.late)
-                self._late_keys.add(key)
+                late_keys.add(key)
         self._additions += 1
         if self._additions >= _ADDITIONS:
             _merge_into(self._settled, states)
@@ -156,12 +156,17 @@ class CutDelta:
     def _fold(
         self, key: Key, handler: AggregationHandler, values: list[Any], weights: list[float]
     ) -> None:
-        assert isinstance(handler, LaneHandler)
         if isinstance(handler, CategoricalCountAggHandler):
             state: State = handler.fold_categories(map(str, values))
         else:
+            assert isinstance(handler, LaneHandler)
             state = fold_numbers(key, handler, values, weights)
-        self.states.setdefault(key, handler.empty()).merge(state)
+        self.states.setdefault(key, _empty(handler)).merge(state)
+
+
+def _empty(handler: AggregationHandler) -> State:
+    assert isinstance(handler, LaneHandler)
+    return handler.empty()
 
 
 def _one_by_one(column: Column, state: WindowState) -> list[Late]:

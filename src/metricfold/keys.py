@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from metricfold.data.batch import Column, MetricBatch, check_same_type, fold_metrics
-from metricfold.handlers import AggregationHandler, LaneHandler, built_in_handlers
+from metricfold.handlers import AggregationHandler, LaneHandler, built_in_handlers, quiet
 from metricfold.metric import TypeLike, resolve_type, type_label
 from metricfold.naming import Claims, show
 from metricfold.packing import Entry, Key, Schema
@@ -18,14 +18,16 @@ _logger = logging.getLogger("metricfold")
 _STOCK = {agg_type: type(handler) for agg_type, handler in built_in_handlers().items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(NamedTuple):
     """Columns that may be taken in, and the keys that are new with them."""
 
-    lanes: list[tuple[Column, LaneHandler]]
-    custom: list[tuple[Column, AggregationHandler]]
-    new: dict[Key, tuple[TypeLike, AggregationHandler]]
+    lanes: Sequence[Column]
+    custom: Sequence[tuple[Column, AggregationHandler]]
+    new: Mapping[Key, tuple[TypeLike, AggregationHandler]]
     claims: Claims
+
+
+_NOTHING_NEW: Mapping[Key, tuple[TypeLike, AggregationHandler]] = {}
 
 
 class KeyTable:
@@ -42,6 +44,8 @@ class KeyTable:
         self._types: dict[Key, TypeLike] = {}
         self._claims = Claims()
         self._unhandled: dict[Key, str] = {}
+        # Keys whose values fold here as they do in a data worker.
+        self._stock: set[Key] = set()
 
     # -- Types
 
@@ -65,7 +69,7 @@ class KeyTable:
         self.handlers[agg_type] = handler
         for key, missing in list(self._unhandled.items()):
             if missing == label:
-                self._types[key], self.of_key[key] = agg_type, handler
+                self._learn(key, agg_type, handler)
                 del self._unhandled[key]
 
     def by_label(self) -> dict[str, AggregationHandler]:
@@ -77,13 +81,22 @@ class KeyTable:
 
     # -- Taking columns in
 
-    def columns_of(self, batch: MetricBatch) -> list[Column]:
+    def handler_of(self, key: Key, agg_type: TypeLike) -> AggregationHandler | None:
+        """Return what folds values of `key`: the handler that it began with, else its type's."""
+        if self._types.get(key) == agg_type:
+            return self.of_key[key]
+        return self.handlers.get(agg_type)
+
+    def columns_of(self, batch: MetricBatch) -> Sequence[Column]:
         """Return the columns of a batch that was folded elsewhere, as the handlers here need."""
+        if self._stock.issuperset([column.key for column in batch.columns]):
+            return batch.columns
         columns: list[Column] = []
         for column in batch.columns:
-            handler = self.handlers.get(column.agg_type)
+            handler = self.handler_of(column.key, column.agg_type)
             if column.state is None and isinstance(handler, LaneHandler):
-                columns += fold_metrics(column.metrics, self.handlers, wait=False)
+                with quiet():
+                    columns += fold_metrics(column.metrics, self.handler_of, wait=False)
                 continue
             if column.state is not None and type(handler) is not _STOCK[column.agg_type]:
                 raise ValueError(
@@ -95,31 +108,34 @@ class KeyTable:
             columns.append(column)
         return columns
 
-    def admit(self, columns: Iterable[Column]) -> Admission:
+    def admit(self, columns: Sequence[Column]) -> Admission:
         """Check columns against what is known; changes nothing. Raises ValueError on a clash."""
-        admission = Admission([], [], {}, self._claims)
-        copied = False
+        types = self._types
+        unknown = []
         for column in columns:
-            key = column.key
-            known = self._types.get(key)
+            known = types.get(column.key)
             if known is None:
-                handler = self._handler_for(key, column.agg_type)
-                if not copied:
-                    admission = Admission(
-                        admission.lanes, admission.custom, {}, self._claims.copy()
-                    )
-                    copied = True
-                admission.claims.add(key, _suffixes(handler))
-                admission.new[key] = (column.agg_type, handler)
-            else:
-                if known is not column.agg_type:
-                    check_same_type(key, known, column.agg_type)
-                handler = self.of_key[key]
-            if isinstance(handler, LaneHandler):
-                admission.lanes.append((column, handler))
-            else:
-                admission.custom.append((column, handler))
-        return admission
+                unknown.append(column)
+            elif known is not column.agg_type:
+                check_same_type(column.key, known, column.agg_type)
+        claims, new = self._claims, _NOTHING_NEW
+        if unknown:
+            claims, new = claims.copy(), {}
+            for column in unknown:
+                if column.key in new:
+                    check_same_type(column.key, new[column.key][0], column.agg_type)
+                    continue
+                handler = self._handler_for(column.key, column.agg_type)
+                claims.add(column.key, _suffixes(handler))
+                new[column.key] = (column.agg_type, handler)
+        # A column without a state has a handler without lanes.
+        custom = [
+            (column, new[column.key][1] if column.key in new else self.of_key[column.key])
+            for column in columns
+            if column.state is None
+        ]
+        lanes = [column for column in columns if column.state is not None] if custom else columns
+        return Admission(lanes, custom, new, claims)
 
     def _handler_for(self, key: Key, agg_type: TypeLike) -> AggregationHandler:
         handler = self.handlers.get(agg_type)
@@ -136,8 +152,13 @@ class KeyTable:
         if not admission.new:
             return
         for key, (agg_type, handler) in admission.new.items():
-            self._types[key], self.of_key[key] = agg_type, handler
+            self._learn(key, agg_type, handler)
         self._claims = admission.claims
+
+    def _learn(self, key: Key, agg_type: TypeLike, handler: AggregationHandler) -> None:
+        self._types[key], self.of_key[key] = agg_type, handler
+        if type(handler) is _STOCK.get(agg_type):
+            self._stock.add(key)
 
     def derive(self, name: str) -> None:
         self._claims.derive(name)
@@ -175,6 +196,7 @@ class KeyTable:
                 losers.append(key)
         for key in losers:
             del self._types[key], self.of_key[key]
+            self._stock.discard(key)
         for entry in schema:
             if entry.key not in self._types:
                 self._take_over(entry)
@@ -187,7 +209,7 @@ class KeyTable:
         except KeyError:
             self._unhandled[entry.key] = entry.type
             return
-        self._types[entry.key], self.of_key[entry.key] = agg_type, self.handlers[agg_type]
+        self._learn(entry.key, agg_type, self.handlers[agg_type])
 
     def trouble(self) -> str:
         """Return why this rank cannot take part in a reduction, or nothing."""

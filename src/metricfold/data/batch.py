@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import reprlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from operator import itemgetter
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 Key = tuple[str, str]
+HandlerOf: TypeAlias = "Callable[[Key, TypeLike], AggregationHandler | None]"
 _METRIC = {Metric}
 _NUMBERS = {int, float, bool}
 _key_of = itemgetter(0, 1)
@@ -117,7 +118,7 @@ class MetricBatch:
             ValueError, TypeError: a metric is not valid; names the metric and says what to do.
         """
         with quiet():
-            return cls(fold_metrics(list(metrics), _BUILT_IN, wait=True))
+            return cls(fold_metrics(list(metrics), _built_in, wait=True))
 
     def to(self, *args: object, **kwargs: object) -> MetricBatch:
         return self
@@ -144,7 +145,7 @@ class MetricBatch:
 
 def fold_metrics(
     metrics: Sequence[Metric],
-    handlers: Mapping[TypeLike, AggregationHandler],
+    handler_of: HandlerOf,
     *,
     wait: bool,
 ) -> list[Column]:
@@ -152,7 +153,7 @@ def fold_metrics(
 
     Args:
         metrics: any number of metrics.
-        handlers: what folds each type; a type that is absent keeps its metrics.
+        handler_of: what folds a key of that type; None: nothing does, it keeps its metrics.
         wait: read device arrays here (a data worker has no device to wait for) instead of
             holding them for the reduction.
     """
@@ -161,7 +162,8 @@ def fold_metrics(
         _, _, values, types, weights = zip(*group, strict=True)
         _check_key(key)
         agg_type = _one_type(key, types)
-        columns.append(_fold_group(key, agg_type, values, weights, handlers.get(agg_type), wait))
+        handler = handler_of(key, agg_type)
+        columns.append(_fold_group(key, agg_type, values, weights, handler, wait))
     return columns
 
 
@@ -170,10 +172,10 @@ def fold_value(
     agg_type: TypeLike,
     value: Any,
     weight: Any,
-    handlers: Mapping[TypeLike, AggregationHandler],
+    handler_of: HandlerOf,
 ) -> Column:
     """Return the column of a single value; device arrays are held."""
-    return _fold_group(key, agg_type, (value,), (weight,), handlers.get(agg_type), wait=False)
+    return _fold_group(key, agg_type, (value,), (weight,), handler_of(key, agg_type), wait=False)
 
 
 def _by_key(metrics: Sequence[Metric]) -> dict[Key, list[Metric]]:
@@ -214,14 +216,18 @@ def _check_key(key: Key) -> None:
 
 def _one_type(key: Key, types: Sequence[TypeLike]) -> TypeLike:
     """Return the one aggregation type that all of `types` name."""
-    try:
-        agg_type = resolve_type(types[0])
-        if types.count(types[0]) < len(types):
-            for other in types:
-                check_same_type(key, agg_type, resolve_type(other))
-    except TypeError as error:
-        raise TypeError(f"{show(key)}: {error}") from None
+    agg_type = _resolved(key, types[0])
+    if types.count(types[0]) < len(types):
+        for other in types:
+            check_same_type(key, agg_type, _resolved(key, other))
     return agg_type
+
+
+def _resolved(key: Key, agg_type: TypeLike) -> TypeLike:
+    try:
+        return resolve_type(agg_type)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{show(key)}: {error}") from None
 
 
 def _fold_group(
@@ -474,3 +480,7 @@ def _from_bytes(weights: bytes | None) -> FloatArray | None:
 
 
 _BUILT_IN = built_in_handlers()
+
+
+def _built_in(key: Key, agg_type: TypeLike) -> AggregationHandler | None:
+    return _BUILT_IN.get(agg_type)
