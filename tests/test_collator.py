@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -462,5 +464,23 @@ class Faulty(Texts):
 
 def test_an_error_in_a_worker_arrives_with_its_message() -> None:
     loader = DataLoader(Faulty(), BATCH, num_workers=2, collate_fn=MetricsCollator(pad))
+    batches: Any = iter(loader)
     with pytest.raises(TypeError, match="'loss' of dataset 'alpaca': the value 'high'"):
-        next(iter(loader))
+        next(batches)
+    # Its traceback keeps the iterator alive until a garbage collection, in which torch would wait
+    # ten seconds for the workers.
+    batches._shutdown_workers()
+
+
+# -- The page about it ---------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+def test_the_examples_in_the_documentation_run() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "docs/data.md", "exec"), names)
+    assert {"Conversation", "new_loader"} <= names.keys()
