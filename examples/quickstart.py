@@ -10,6 +10,7 @@ import os
 import pydoc_data.topics
 import random
 import textwrap
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from metricfold import (
 
 if "RANK" in os.environ:
     dist.init_process_group("gloo")
-rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 # -- Two datasets, tagged -------------------------------------------------------------------------
@@ -39,7 +40,7 @@ def tagged(texts, name):
 
 
 docs = [part for topic in pydoc_data.topics.topics.values() for part in topic.split("\n\n")]
-code = open(textwrap.__file__).read().split("\n\n")
+code = Path(textwrap.__file__).read_text().split("\n\n")
 samples = tagged(docs, "docs") + tagged(code, "code") * 20
 random.Random(rank).shuffle(samples)
 

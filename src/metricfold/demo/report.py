@@ -96,9 +96,15 @@ def print_where_to_look(console: Console, folder: RunFolder) -> None:
     """Print the command that opens TensorBoard, and the path of the JSONL file."""
     console.print()
     for label, what in (
-        ("TensorBoard", f"{_command('tensorboard')} --logdir {shlex.quote(str(folder.tensorboard))}"),
+        (
+            "TensorBoard",
+            f"{_command('tensorboard')} --logdir {shlex.quote(str(folder.tensorboard))}",
+        ),
         ("every record", str(folder.metrics)),
-        ("train on", f"{_command('metricfold')} demo --resume --out {shlex.quote(str(folder.path))}"),
+        (
+            "train on",
+            f"{_command('metricfold')} demo --resume --out {shlex.quote(str(folder.path))}",
+        ),
     ):
         # Whole, so that it can be copied, however narrow the terminal.
         console.print(f"  {label + ':':14}{what}", soft_wrap=True, markup=False, highlight=False)
