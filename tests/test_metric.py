@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import inspect
+import math
 import multiprocessing
 import pickle
 import weakref
@@ -256,6 +257,18 @@ def test_a_window_is_in_the_order_of_arrival_wherever_its_values_lie() -> None:
         assert (results["data_d/m_stat_min"], results["data_d/m_stat_max"]) == (1.0, 2.0), values
 
 
+def test_nan_and_infinities_are_counted_wherever_the_values_lie() -> None:
+    values = [1.0, math.nan, math.inf, 2.0]
+    for lies in range(16):
+        aggregator = MetricsAggregator()
+        for i, value in enumerate(values):
+            held = torch.tensor(value) if lies >> i & 1 else value
+            aggregator.update([Metric("d", "m", held, DISTRIBUTION)])
+        results = aggregator.get_metrics_for_logging()
+        found = [results[f"data_d/m_stat_{name}"] for name in ("count", "nan_count", "inf_count")]
+        assert found == [2.0, 1.0, 1.0]
+
+
 # -- On a device: no wait, no graph, no buffer ---------------------------------------------------
 
 READS = Counter[str]()
@@ -337,6 +350,22 @@ def test_update_only_clones(agg_type: Any) -> None:
         aggregator.record("m", value, agg_type, dataset="d", weight=weight)
     assert set(operations.seen) <= {"detach", "clone", "view", "_unsafe_view", "alias"}
     assert operations.seen["clone"] >= 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_update_does_not_wait_for_a_gpu() -> None:
+    aggregator = MetricsAggregator()
+    loss = torch.full((1,), 2.0, device="cuda", requires_grad=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        aggregator.record("loss", loss, weight=loss)
+        aggregator.update(
+            [Metric("d", "len", loss, DISTRIBUTION), Metric("d", "kind", loss, CATEGORICAL)]
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    results = aggregator.get_metrics_for_logging()
+    assert (results["data/loss"], results["data_d/kind_count_2.0"]) == (2.0, 1.0)
 
 
 def test_a_thousand_values_cost_one_transfer_per_device() -> None:

@@ -49,12 +49,14 @@ class Delta:
             assert state is not None
             if late_keys and key in late_keys and isinstance(state, WindowState):
                 # A window is in order of arrival: these queue behind what is still on the device.
+                # NaN and infinities have no place in it and are merely counted.
                 self.late.extend(_one_by_one(column, state))
-            else:
-                known = states.get(key)
-                if known is None:
-                    known = states[key] = _empty(handlers[key])
-                known.merge(state)
+                count, *others = state.sums
+                state = WindowState((count - state.size, *others))
+            known = states.get(key)
+            if known is None:
+                known = states[key] = _empty(handlers[key])
+            known.merge(state)
             if column.late:
                 self.late.extend(column.late)
                 late_keys.add(key)
