@@ -122,5 +122,5 @@ def require(package: str, *, sink: str, extra: str) -> None:
     if find_spec(package) is None:
         raise ImportError(
             f"{sink} needs the package {package!r}, which is not installed: "
-            f"pip install metricfold[{extra}]"
+            f"pip install 'metricfold[{extra}]'"
         )
