@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -128,8 +128,7 @@ class Entry:
         return (self.type, self.sums, self.maxs) == (other.type, other.sums, other.maxs)
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """Recent values of one rank, oldest first.
 
     Args:
@@ -149,12 +148,18 @@ class Window:
     def followed_by(self, newer: WindowState, limit: int) -> Window:
         """Return the newest `limit` of these values and the `newer` ones."""
         values, weights = newer.newest()
+        if values.size >= limit:
+            return Window(values[-limit:], None if weights is None else weights[-limit:], limit)
         if weights is not None or self.weights is not None:
             ones = np.ones(self.values.size) if self.weights is None else self.weights
             new_ones = np.ones(values.size) if weights is None else weights
             weights = np.concatenate((ones, new_ones))[-limit:]
         fresh = min(self.fresh + values.size, limit)
         return Window(np.concatenate((self.values, values))[-limit:], weights, fresh)
+
+    def closed(self) -> Window:
+        """Return the same values, none of which belongs to the interval that now begins."""
+        return Window(self.values, self.weights, 0)
 
 
 class Schema:
@@ -235,7 +240,10 @@ class Schema:
         states: Mapping[Key, State],
         windows: Mapping[Key, Window],
     ) -> FloatArray:
-        """Return the vector of one rank; what `states` lacks is sent as the identity."""
+        """Return the vector of one rank; what `states` lacks is sent as the identity.
+
+        The schema must have room for them: what has none is pending, and waits for the exchange.
+        """
         vector = np.zeros(self.size)
         for name, number in header.items():
             vector[name] = number
@@ -243,13 +251,13 @@ class Schema:
         maxs: list[float] = []
         for key, entry in self.entries.items():
             state = states.get(key)
-            if state is None or not self.has_room(key, state):
+            if state is None:
                 sums += (0.0,) * entry.sum_width
                 maxs += (-math.inf,) * entry.maxs
                 continue
             sums += state.sums
             maxs += state.maxs
-            if isinstance(state, CategoryState):
+            if type(state) is CategoryState:
                 counts = state.counts
                 sums += [counts.get(category, 0) for category in entry.categories]
         vector[self._max_start : self._sum_start] = maxs

@@ -112,7 +112,7 @@ class Reduced:
             if entry.capacity:
                 found = [self.schema.window_of(row, entry.key) for row in self.windows]
                 windows[entry.key] = (
-                    found if interval_open else [replace(window, fresh=0) for window in found]
+                    found if interval_open else [window.closed() for window in found]
                 )
         if self.custom.unsaved:
             raise TypeError(self.custom.unsaved)
@@ -174,12 +174,13 @@ class Reducer:
         seconds = float(rows[:, Field.SECONDS].max())
         delta = Rows(schema, sums, maxs)
         # From here on nothing fails, and every rank does the same.
-        self.run = self.run.moved(schema).plus(delta, seconds)
-        interval = self.interval.moved(schema).plus(delta, seconds)
+        merged = delta.merged(seconds)
+        self.run = self.run.moved(schema).plus(merged)
+        interval = self.interval.moved(schema).plus(merged)
         interval_rows = delta if self._rows is None else self._rows.moved(schema).plus(delta)
         if mine.kind is Kind.REDUCE:
             self.interval, self._rows = Totals.empty(schema), None
-            windows = {key: replace(window, fresh=0) for key, window in windows.items()}
+            windows = {key: window.closed() for key, window in windows.items()}
         else:
             self.interval, self._rows = interval, interval_rows
         self.windows = windows
@@ -239,8 +240,9 @@ class Reducer:
             Field.SECONDS: mine.seconds,
             Field.CUSTOM_SIZE: len(mine.custom),
         }
-        states = {} if mine.error else mine.states
-        vector = self.schema.pack(header, states, {} if mine.error else windows)
+        # With a blob this vector is not the last one, or there is nothing to send.
+        states = {} if blob else mine.states
+        vector = self.schema.pack(header, states, {} if blob else windows)
         rows = communicator.all_gather(vector)
         self._sequence += 1
         _check_agreement(rows)
@@ -292,6 +294,8 @@ class Reducer:
             for entry in self.schema.beyond((*self.run.schema, *self.interval.schema)):
                 add(entry)
         for key, state in mine.states.items():
+            if key in known and type(state) is not CategoryState:
+                continue
             if not self.schema.has_room(key, state):
                 categories = state.counts if isinstance(state, CategoryState) else ()
                 add(self._entry(key, registry, categories=tuple(sorted(categories))))
@@ -380,6 +384,8 @@ def _join(
 
 def _check_agreement(rows: FloatArray) -> None:
     """Raise, on all ranks alike, if the ranks are not in the same call with the same state."""
+    if (rows[:, _AGREED] == rows[0, _AGREED]).all():
+        return
     for field, complaint in _COMPLAINTS:
         numbers = rows[:, field]
         if (numbers == numbers[0]).all():
@@ -455,6 +461,8 @@ _COMPLAINTS: tuple[tuple[Field, Callable[[_Groups], str]], ...] = (
         ),
     ),
 )
+
+_AGREED = [field for field, _ in _COMPLAINTS]
 
 
 def _ranks(ranks: Iterable[int]) -> str:

@@ -41,6 +41,13 @@ class Rows:
     def plus(self, other: Rows) -> Rows:
         return Rows(self.schema, self.sums + other.sums, np.maximum(self.maxs, other.maxs))
 
+    def merged(self, seconds: float) -> Totals:
+        """Merge the rows, in rank order, so that every rank comes to the same bits."""
+        sums: FloatArray = np.add.reduce(self.sums, axis=0)
+        maxs: FloatArray = np.maximum.reduce(self.maxs, axis=0)
+        owners = np.argmax(self.maxs, axis=0)
+        return Totals(self.schema, sums, np.zeros(sums.size), maxs, owners, seconds)
+
 
 @dataclass(frozen=True, slots=True)
 class Totals:
@@ -83,9 +90,9 @@ class Totals:
         moved.maxs[max_lanes], moved.owners[max_lanes] = self.maxs, self.owners
         return Totals(schema, moved.sums, moved.lost, moved.maxs, moved.owners, self.seconds)
 
-    def plus(self, rows: Rows, seconds: float) -> Totals:
-        """Add one reduction's rows, in rank order."""
-        added = np.add.reduce(rows.sums, axis=0)
+    def plus(self, newer: Totals) -> Totals:
+        """Add what one reduction has merged."""
+        added = newer.sums
         with np.errstate(invalid="ignore"):
             sums = self.sums + added
             small = np.where(
@@ -93,16 +100,14 @@ class Totals:
                 (self.sums - sums) + added,
                 (added - sums) + self.sums,
             )
-        maxs = np.max(rows.maxs, axis=0)
-        owners = np.argmax(rows.maxs, axis=0) if maxs.size else self.owners
         return Totals(
             self.schema,
             sums,
             # Once a sum is infinite its rounding has no meaning.
             self.lost + np.where(np.isfinite(sums), small, 0.0),
-            np.maximum(self.maxs, maxs),
-            np.where(maxs > self.maxs, owners, self.owners),
-            self.seconds + seconds,
+            np.maximum(self.maxs, newer.maxs),
+            np.where(newer.maxs > self.maxs, newer.owners, self.owners),
+            self.seconds + newer.seconds,
         )
 
     def exact_sums(self) -> FloatArray:
