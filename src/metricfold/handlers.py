@@ -473,6 +473,8 @@ class DistributionAggHandler(LaneHandler):
         self.window_size = check_window_size(window_size)
         self.percentiles = check_percentiles(percentiles)
         names = [percentile_name(p) for p in self.percentiles]
+        self._percentile_suffixes = [f"_stat_{name}" for name in names]
+        self._ranks = np.array(self.percentiles) / 100.0
         statistics = ["mean", "min", "max", "std", *names, "count", "nan_count", "inf_count"]
         self._suffixes = tuple(f"_stat_{statistic}" for statistic in statistics)
 
@@ -507,9 +509,8 @@ class DistributionAggHandler(LaneHandler):
             reported["_stat_max"] = high
             if values.size > 1:
                 reported["_stat_std"] = 0.0 if low == high else std
-            ranks = quantiles(values, weights, np.array(self.percentiles) / 100.0)
-            for percentile, value in zip(self.percentiles, ranks.tolist(), strict=True):
-                reported[f"_stat_{percentile_name(percentile)}"] = value
+            found = quantiles(values, weights, self._ranks).tolist()
+            reported.update(zip(self._percentile_suffixes, found, strict=True))
             reported["_stat_count"] = float(values.size)
         if state.sums[NANS]:
             reported["_stat_nan_count"] = float(state.sums[NANS])

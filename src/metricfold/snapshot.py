@@ -49,6 +49,7 @@ Derived: TypeAlias = Callable[[Mapping[str, float]], float]
 _WINDOWS = ("run", "interval", "auto")
 _BUCKETS = 64
 _NOTHING = np.empty(0)
+_TOTALS = (SumAggHandler, CategoricalCountAggHandler)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,22 +130,26 @@ class Snapshot:
         if window != "run":
             self._warn_if_empty()
         groups: dict[str, dict[str, float]] = {}
-        for key, view in self._views(window):
-            values = self._finalized(key, view)
-            group = groups.setdefault(key[0], {})
-            group.update({key[1] + suffix: value for suffix, value in values.items()})
+        with quiet():
+            for key, view in self._views(window):
+                dataset, name = key
+                group = groups.setdefault(dataset, {})
+                for suffix, value in self._finalized(key, view).items():
+                    group[name + suffix] = value
         for view in ("run", "interval"):
             for (dataset, name), value in self._custom(view).items():
-                if _choose(window, name, total=False) == view:
+                if _choose(window, name) == view:
                     groups.setdefault(dataset, {})[name] = value
         if rollup or macro:
-            self._roll_up(window, groups.setdefault("", {}), rollup=rollup, macro=macro)
+            with quiet():
+                self._roll_up(window, groups.setdefault("", {}), rollup=rollup, macro=macro)
         self._derive(groups)
-        return {
-            prefix + printed((dataset, name)): value
-            for dataset, group in sorted(groups.items())
-            for name, value in group.items()
-        }
+        named: dict[str, float] = {}
+        for dataset, group in sorted(groups.items()):
+            head = prefix + printed((dataset, ""))
+            for name, value in group.items():
+                named[head + name] = value
+        return named
 
     def histograms(self, prefix: str = "data", window: WindowLike = "auto") -> dict[str, Histogram]:
         """Return the histogram of every DISTRIBUTION that has values, keyed as in `as_dict`."""
@@ -239,7 +244,7 @@ class Snapshot:
             if entry.custom:
                 continue
             handler = self._handlers.of_key[entry.key]
-            view = _choose(window, entry.key[1], total=_is_total(handler))
+            view = _choose(window, entry.key[1], handler)
             if self._lanes(view)[0][self._reduced.schema.sums[entry.key].start + COUNT]:
                 yield entry.key, view
 
@@ -285,8 +290,7 @@ class Snapshot:
     def _finalized(self, key: Key, view: View) -> dict[str, float]:
         handler = self._handlers.of_key[key]
         assert isinstance(handler, LaneHandler)
-        with quiet():
-            return handler.finalize(self._state(key, view))
+        return handler.finalize(self._state(key, view))
 
     def _rank_value(self, key: Key, handler: LaneHandler, rank: int) -> float | None:
         schema, rows = self._reduced.schema, self._reduced.rows
@@ -333,9 +337,8 @@ class Snapshot:
             if len(members) < 2 or len({entries[key].type for key, _ in members}) > 1:
                 continue
             if rollup:
-                with quiet():
-                    merged = _merged([self._state(key, view) for key, view in members])
-                    results = handler.finalize(merged)
+                merged = _merged([self._state(key, view) for key, view in members])
+                results = handler.finalize(merged)
                 group.update({name + suffix: value for suffix, value in results.items()})
             if macro and isinstance(handler, MeanAggHandler):
                 means = [self._finalized(key, view).get("", np.nan) for key, view in members]
@@ -405,9 +408,8 @@ class _Recorded(dict[str, float]):
         raise _MissingError(name)
 
 
-def _is_total(handler: AggregationHandler) -> bool:
-    total = isinstance(handler, SumAggHandler | CategoricalCountAggHandler)
-    return total and not isinstance(handler, RateAggHandler)
+def _is_total(handler: AggregationHandler | None) -> bool:
+    return isinstance(handler, _TOTALS) and not isinstance(handler, RateAggHandler)
 
 
 def check_window(window: WindowLike) -> None:
@@ -427,10 +429,10 @@ def _check_view(window: str) -> View:
     return "run" if window == "run" else "interval"
 
 
-def _choose(window: WindowLike, name: str, *, total: bool) -> View:
+def _choose(window: WindowLike, name: str, handler: AggregationHandler | None = None) -> View:
     chosen = window if isinstance(window, str) else window.get(name, "auto")
     if chosen == "auto":
-        return "run" if total else "interval"
+        return "run" if _is_total(handler) else "interval"
     return _check_view(chosen)
 
 
