@@ -151,7 +151,7 @@ def test_a_missing_package_is_named_with_what_to_install(package, extra, make, m
     monkeypatch.setattr(sys, "path", [])
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match=rf"pip install metricfold\[{extra}\]"):
+    with pytest.raises(ImportError, match=rf"pip install 'metricfold\[{extra}\]"):
         make()
 
 
