@@ -27,6 +27,7 @@ __all__ = [
     "BARE",
     "CONTENDERS",
     "DICT",
+    "GATHER",
     "PICKLED",
     "REDUCE",
     "Contender",
@@ -40,6 +41,7 @@ _INTERVALS = 3
 REDUCE = "reduce()"
 DICT = "reduce() and rank 0's dict"
 BARE = "bare all_reduce"
+GATHER = "bare all_gather"
 PICKLED = "pickled states"
 
 
@@ -140,6 +142,18 @@ class BareAllReduce(Contender):
         dist.all_reduce(self._vector)
 
 
+class BareAllGather(BareAllReduce):
+    """The collective that `reduce` is made of, alone: the rest of its time is our own."""
+
+    def __init__(self, workload: Workload, rank: int, floats: int) -> None:
+        super().__init__(workload, rank, floats)
+        self._rows = torch.zeros(floats * dist.get_world_size(), dtype=torch.float64)
+
+    def log(self) -> None:
+        # The group's method, as newer versions of torch rename the public function.
+        dist.group.WORLD._allgather_base(self._rows, self._vector).wait()
+
+
 class PickledStates(Contender):
     """One `all_gather_object` of all state objects, and a merge of them on every rank."""
 
@@ -197,6 +211,7 @@ CONTENDERS: Sequence[Listed] = (
     Listed(REDUCE, Metricfold),
     Listed(DICT, MetricfoldDict),
     Listed(BARE, BareAllReduce, (REDUCE, DICT)),
+    Listed(GATHER, BareAllGather, (REDUCE,)),
     Listed(PICKLED, PickledStates, (REDUCE,), slow=True),
     Listed("pickled states and dict", PickledStatesDict, (DICT,), slow=True),
     Listed("pickled statistics", PickledStatistics, (REDUCE,), slow=True),

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from benchmarks.contenders import BARE, CONTENDERS, DICT, PICKLED, REDUCE, Contender, Metricfold
+from benchmarks.contenders import (
+    BARE,
+    CONTENDERS,
+    DICT,
+    GATHER,
+    PICKLED,
+    REDUCE,
+    Contender,
+    Metricfold,
+)
 from benchmarks.ranks import run_ranks
 from benchmarks.scale import Scale
 from benchmarks.table import Budget, Row, Section, amount, at_least, at_most, cost, speedup
@@ -77,7 +87,7 @@ def _rows(
         for own in listed.beside:
             ours, theirs = walls[own], walls[listed.name]
             turns = sorted(ours.keys() & theirs.keys())
-            compare = cost if listed.name == BARE else speedup
+            compare = cost if listed.name in (BARE, GATHER) else speedup
             rows.append(
                 compare(
                     f"{_ranks(world_size)}: {own}",
@@ -117,8 +127,8 @@ def _log(rank: int, workload: Workload, rounds: int, slow_every: int) -> Logged:
     names = list(contenders)
     turns: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in names}
     for turn in range(-1, rounds):
-        for place in range(len(names)):
-            name = names[(turn + place) % len(names)]
+        # Each leaves the caches as the next one finds them, so nobody always follows the same one.
+        for name in random.Random(turn).sample(names, len(names)):
             if name in slow and turn > 0 and turn % slow_every:
                 continue
             contender = contenders[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 
@@ -15,15 +16,14 @@ def interleaved(
 
     Args:
         contenders: what to call, by name.
-        rounds: how often each has a turn; the order rotates.
+        rounds: how often each has a turn; every round in another order.
         seconds: how long one turn lasts, about.
     """
     names = list(contenders)
     calls = {name: _calls_in(contenders[name], seconds) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
-        for place in range(len(names)):
-            name = names[(turn + place) % len(names)]
+        for name in random.Random(turn).sample(names, len(names)):
             times[name].append(_time(contenders[name], calls[name]) / calls[name])
     return times
 
