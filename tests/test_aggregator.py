@@ -6,6 +6,7 @@ import logging
 import math
 import time
 import warnings
+from datetime import timedelta
 from enum import Enum
 from typing import Any
 
@@ -300,6 +301,23 @@ def test_the_rollup_merges_the_states_of_all_datasets() -> None:
     assert "t/mixed" not in extra
 
 
+def test_the_rollup_is_there_when_only_one_of_its_datasets_got_values() -> None:
+    aggregator = MetricsAggregator()
+    aggregator.update([Metric("a", "loss", 1.0, MEAN), Metric("b", "loss", 3.0, MEAN)])
+    aggregator.reduce()
+    aggregator.update([Metric("a", "loss", 5.0, MEAN)])
+    logged = aggregator.reduce().as_dict("t", "auto", rollup=True)
+    assert logged == {"t/loss": 5.0, "t_a/loss": 5.0}
+
+
+def test_a_macro_mean_never_overwrites_a_metric() -> None:
+    aggregator = MetricsAggregator()
+    aggregator.update([Metric("a", "loss", 1.0, MEAN), Metric("b", "loss", 3.0, MEAN)])
+    aggregator.record("loss_macro", 7.0)
+    with pytest.raises(ValueError, match="loss_macro, which is a metric of its own"):
+        aggregator.reduce().as_dict("t", macro=True)
+
+
 def test_a_record_without_dataset_under_a_rolled_up_name_is_refused_either_way() -> None:
     aggregator = MetricsAggregator()
     aggregator.update([Metric("a", "loss", 1.0, MEAN)])
@@ -530,6 +548,8 @@ def test_a_custom_handler_that_fails_to_finalise_loses_nothing() -> None:
         ({"percentiles": (101,)}, "must lie in 0..100"),
         ({"on_nan": "ignore"}, "use 'propagate' or 'skip'"),
         ({"timeout": 0}, "a number of seconds above 0"),
+        ({"timeout": float("inf")}, "a number of seconds above 0"),
+        ({"timeout": timedelta(0)}, "a number of seconds above 0"),
         ({"name": ""}, "name is empty"),
     ],
 )
@@ -545,6 +565,8 @@ def test_bad_arguments_are_refused(arguments: dict[str, Any], complaint: str) ->
         ({"prefix": "a\nb"}, "line break"),
         ({"window": "epoch"}, "use 'run', 'interval', 'auto'"),
         ({"window": {"loss": "epoch"}}, "use 'run', 'interval', 'auto'"),
+        ({"window": None}, "window=None: use 'run'"),
+        ({"window": 5}, "window=5: use 'run'"),
     ],
 )
 def test_bad_arguments_of_a_log_do_not_close_the_interval(
@@ -558,7 +580,7 @@ def test_bad_arguments_of_a_log_do_not_close_the_interval(
 
 
 def test_a_step_that_is_no_int_is_refused() -> None:
-    with pytest.raises(TypeError, match="give the training step as an int"):
+    with pytest.raises(RuntimeError, match=r"step=1\.5: give the training step as an int"):
         MetricsAggregator().reduce(step=1.5)  # type: ignore[arg-type]
 
 

@@ -326,3 +326,16 @@ def test_a_state_that_json_cannot_hold_says_what_to_override() -> None:
     assert aggregator.get_metrics_for_logging("t") == {"t_d/rms": 3.0}
     with pytest.raises(TypeError, match=r"override serialize_metadata .* in Unserialisable"):
         aggregator.state_dict()
+
+
+def test_a_custom_state_that_cannot_be_restored_is_refused_and_changes_nothing() -> None:
+    class Forgetful(ProductHandler):
+        def deserialize_metadata(self, metadata: dict[str, Any]) -> dict[str, Any]:
+            raise OSError("boom")
+
+    aggregator = new_aggregator()
+    aggregator.register_handler(MyTypes.PRODUCT, Forgetful())
+    aggregator.record("x", 1, "sum")
+    with pytest.raises(ValueError, match=r"cannot be restored by Forgetful.*boom"):
+        aggregator.load_state_dict(good_state())
+    assert aggregator.get_metrics_for_logging("t") == {"t/x": 1.0}

@@ -136,8 +136,61 @@ def test_a_result_that_is_no_number_is_refused_by_name() -> None:
     aggregator = MetricsAggregator()
     aggregator.register_handler("wordy", Wordy())
     aggregator.record("x", 3, "wordy")
-    with pytest.raises(TypeError, match="type 'wordy' finalised metric 'x' to 'three'"):
-        aggregator.get_metrics_for_logging("t")
+    aggregator.record("fine", 1.0)
+    with pytest.warns(RuntimeWarning, match="type 'wordy' finalised metric 'x' to 'three'"):
+        assert aggregator.get_metrics_for_logging("t") == {"t/fine": 1.0}
+
+
+@pytest.mark.filterwarnings("ignore:metric 'x' is left out:RuntimeWarning")
+def test_a_custom_handler_that_fails_over_ranks_is_left_out_and_named() -> None:
+    class Broken(RMSHandler):
+        def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> MetricState:
+            raise OSError("no")
+
+    def rank(communicator: Communicator) -> dict[str, float]:
+        aggregator = MetricsAggregator(communicator=communicator)
+        aggregator.register_handler("broken", Broken())
+        aggregator.record("x", 3, "broken")
+        aggregator.record("fine", 1.0)
+        return aggregator.get_metrics_for_logging("t")
+
+    assert run_threads(rank, 2) == [{"t/fine": 1.0}] * 2
+
+
+def test_a_custom_result_never_overwrites_another_metric() -> None:
+    class Greedy(RMSHandler):
+        def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+            return [MetricState("d", "loss", 7.0, AggregationType.MEAN)]
+
+    aggregator = MetricsAggregator()
+    aggregator.register_handler("greedy", Greedy())
+    aggregator.update(
+        [Metric("d", "loss", 1.0, AggregationType.MEAN), Metric("d", "x", 1, "greedy")]
+    )
+    with pytest.warns(RuntimeWarning, match="name 'loss', which another metric"):
+        assert aggregator.get_metrics_for_logging("t") == {"t_d/loss": 1.0}
+
+
+def test_custom_results_of_a_type_that_expands_are_expanded() -> None:
+    class Spread(RMSHandler):
+        def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+            count = local_agg_metric.metadata["count"]
+            return [
+                MetricState("d", "n", count, AggregationType.DISTRIBUTION),
+                MetricState("d", "parity", count % 2, AggregationType.CATEGORICAL_COUNT),
+            ]
+
+    def rank(communicator: Communicator) -> dict[str, float]:
+        aggregator = MetricsAggregator(communicator=communicator)
+        aggregator.register_handler("spread", Spread())
+        for _ in range(communicator.rank + 1):
+            aggregator.update([Metric("d", "x", 1, "spread")])
+        return aggregator.get_metrics_for_logging("t")
+
+    logged = run_threads(rank, 3)[0]
+    assert logged["t_d/n_stat_mean"] == 2.0
+    assert logged["t_d/n_stat_p50"] == 2.0
+    assert (logged["t_d/parity_count_0"], logged["t_d/parity_count_1"]) == (1.0, 2.0)
 
 
 def test_a_lane_handler_without_a_result_says_so() -> None:

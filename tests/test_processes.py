@@ -160,14 +160,13 @@ def test_a_clean_exit_lets_the_reduction_under_way_finish() -> None:
         assert "total {'t/x': 4.0}" in output
 
 
-def test_an_exit_after_an_exception_does_not_wait_for_missing_ranks() -> None:
+def test_an_exit_after_an_error_does_not_wait_for_missing_ranks() -> None:
     ended = run_script(
         """
         if rank == 1:
             time.sleep(12)
             os._exit(0)
         future = aggregator.reduce_async()
-        sys.excepthook = lambda *error: print("raised", flush=True)
         import threading
         threading.Thread(target=lambda: (time.sleep(9), print("still here", flush=True)),
                          daemon=True).start()
@@ -176,6 +175,5 @@ def test_an_exit_after_an_exception_does_not_wait_for_missing_ranks() -> None:
     )
     status, _, output = ended[0]
     assert status == 1
-    assert "raised" in output
     # It was gone before the other rank, and before its own timeout.
     assert "still here" not in output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from typing import Any
 
@@ -126,6 +127,24 @@ def test_percentiles_are_of_the_pooled_values_however_uneven_the_ranks() -> None
     assert logged["t_d/mean"] == pytest.approx(np.mean(pooled))
 
 
+def nan_owner(rank: int) -> list[int | None]:
+    aggregator = MetricsAggregator()
+    aggregator.record("norm", float("nan") if rank == 2 else 5.0, "max")
+    first = aggregator.reduce().owner(None, "norm")
+    aggregator.record("norm", 5.0 + rank, "max")
+    second = aggregator.reduce()
+    resumed = MetricsAggregator()
+    resumed.load_state_dict(aggregator.state_dict())
+    resumed.record("norm", 1.0, "max")
+    third = resumed.reduce()
+    return [
+        first,
+        second.owner(None, "norm"),
+        second.owner(None, "norm", "run"),
+        third.owner(None, "norm", "run"),
+    ]
+
+
 def views_per_rank(rank: int) -> dict[str, Any]:
     aggregator = MetricsAggregator()
     for interval in range(2):
@@ -148,6 +167,7 @@ def views_per_rank(rank: int) -> dict[str, Any]:
         "means per rank": snapshot.per_rank("d", "loss"),
         "lengths per rank": snapshot.per_rank("d", "len"),
         "lacking": snapshot.lacking("d", "loss"),
+        "owner of a nan": nan_owner(rank),
         "no owner": attempt(lambda: snapshot.owner("d", "loss")),
         "unknown": attempt(lambda: snapshot.per_rank("d", "lost")),
     }
@@ -160,6 +180,7 @@ def test_a_snapshot_tells_owners_values_per_rank_and_ranks_that_lack_a_metric() 
     assert seen["owner"] == 3
     assert seen["owner of the run"] == 3
     assert seen["owner of the minimum"] == 0
+    assert seen["owner of a nan"] == [2, 3, None, None]
     assert seen["per rank"] == [3.0, 9.0, 9.0, 30.0]
     assert seen["means per rank"] == [None, 1.0, 2.0, None]
     assert seen["lengths per rank"] == [None, 10.0, 20.0, None]
@@ -299,6 +320,85 @@ def test_conflicting_types_are_an_error_once_and_do_not_wedge_the_run() -> None:
     assert seen["after"] == 9.0
 
 
+def different_handlers(rank: int) -> list[Any]:
+    """Ranks whose handlers claim different names: the schema must not depend on who is asked."""
+    seen = []
+    aggregator = MetricsAggregator(name="percentiles", percentiles=(5, 50) if rank else (50,))
+    if rank == 0:
+        aggregator.record("len_stat_p05", 1.0, "sum")
+    else:
+        aggregator.record("len", 1.0, "distribution")
+    seen += [attempt(aggregator.reduce), attempt(aggregator.reduce)]
+    other = MetricsAggregator(name="handlers")
+    if rank == 1:
+        other.register_handler("rms", LaneRMS(on_nan="skip"))
+        other.record("act", 3.0, "rms")
+    else:
+        other.record("act_nan_count", 1.0, "sum")
+    return [*seen, attempt(other.reduce), attempt(other.reduce)]
+
+
+def test_ranks_with_different_handlers_come_to_the_same_schema() -> None:
+    results = run_ranks(different_handlers, 2)
+    assert results[0] == results[1]
+    first, second, third, fourth = results[0]
+    assert first.startswith("ValueError: rank 1 held metric 'len' as 'distribution', but")
+    assert second == "ok"
+    assert third.startswith("ValueError: rank 1 held metric 'act' as 'rms', but")
+    assert fourth == "ok"
+
+
+def derived_on_one_rank(rank: int) -> list[Any]:
+    aggregator = MetricsAggregator()
+    if rank == 0:
+        aggregator.derive("ppl", lambda m: m["loss"] * 2)
+    else:
+        aggregator.record("ppl", 5.0)
+    aggregator.record("loss", 1.0)
+    return [aggregator.get_metrics_for_logging("t"), attempt(aggregator.reduce)]
+
+
+def test_a_derived_name_on_one_rank_yields_to_a_metric_of_the_others() -> None:
+    for seen in run_ranks(derived_on_one_rank, 2):
+        assert seen == [{"t/loss": 1.0, "t/ppl": 5.0}, "ok"]
+
+
+def late_conflict(rank: int) -> list[Any]:
+    aggregator = MetricsAggregator()
+    aggregator.record("fine", 1, "sum")
+    if rank == 0:
+        aggregator.record("x", 2, "sum")
+    future = aggregator.reduce_async()
+    if rank == 1:
+        # Taken in while the others agree that it is a sum.
+        aggregator.record("x", 5.0, "mean")
+    future.result()
+    aggregator.record("fine", 1, "sum")
+    seen = [attempt(aggregator.reduce), attempt(aggregator.reduce)]
+    return [*seen, aggregator.get_metrics_for_logging("t")]
+
+
+def test_a_conflict_that_arises_during_a_reduction_is_raised_by_the_next_on_all_ranks() -> None:
+    results = run_ranks(late_conflict, 2)
+    assert results[0] == results[1]
+    assert "rank 1 held metric 'x' as 'mean', but it is already registered" in results[0][0]
+    assert results[0][1] == "ok"
+    assert results[0][2] == {"t/fine": 4.0, "t/x": 2.0}
+
+
+def bad_step(rank: int) -> list[str]:
+    aggregator = MetricsAggregator()
+    aggregator.record("x", 1, "sum")
+    step: Any = "three" if rank == 1 else 3
+    return [attempt(lambda: aggregator.reduce(step)), attempt(lambda: aggregator.reduce(3))]
+
+
+def test_a_bad_step_on_one_rank_is_told_to_all() -> None:
+    for first, second in run_ranks(bad_step, 2):
+        assert "rank 1 could not take part: step='three': give the training step as an int" in first
+        assert second == "ok"
+
+
 def failing_rank(rank: int) -> dict[str, Any]:
     aggregator = MetricsAggregator()
     aggregator.record("tokens", 1, "sum")
@@ -416,6 +516,41 @@ def test_aggregators_pair_by_name() -> None:
     assert run_ranks(by_name, 2) == [[{"train/x": 2.0}, {"val/x": 20.0}]] * 2
 
 
+def namesakes(rank: int) -> list[Any]:
+    totals = []
+    for _ in range(4):
+        aggregator = MetricsAggregator(name="val", timeout=10)
+        aggregator.record("x", rank + 1, "sum")
+        totals.append(aggregator.get_metrics_for_logging("t")["t/x"])
+    return totals
+
+
+def test_aggregators_of_one_name_pair_in_the_order_in_which_they_are_made() -> None:
+    assert run_ranks(namesakes, 2) == [[3.0] * 4] * 2
+
+
+def before_and_after_the_job(rank: int, port: int) -> list[Any]:
+    dist.destroy_process_group()
+    aggregator = MetricsAggregator()
+    template = aggregator.state_dict()
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    aggregator.record("x", 1, "sum")
+    seen: list[Any] = [sorted(template), aggregator.get_metrics_for_logging("t")]
+    aggregator.record("x", 1, "sum")
+    dist.barrier()
+    dist.destroy_process_group()
+    return [*seen, attempt(aggregator.reduce), sorted(aggregator.state_dict(sync=False))]
+
+
+def test_an_aggregator_follows_the_job_and_never_answers_for_one_rank_alone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for seen in run_ranks(before_and_after_the_job, 2, port):
+        assert seen[0] == seen[3] == ["format", "payload", "version"]
+        assert seen[1] == {"t/x": 2.0}
+        assert "reduce before destroy_process_group()" in seen[2]
+
+
 def sub_groups(rank: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     group = dist.new_group([0, 3])
@@ -465,7 +600,7 @@ def replaced_group(rank: int, port: int) -> dict[str, Any]:
 
 
 def test_a_replaced_default_group_is_bound_anew() -> None:
-    with __import__("socket").create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     results = run_ranks(replaced_group, 2, port)
     assert results[0] == results[1]
@@ -591,6 +726,7 @@ def in_the_background(rank: int) -> list[Any]:
     third = aggregator.reduce_async()
     aggregator.state_dict()
     seen.append(third.done())
+    aggregator.reduce_async().cancel()
     aggregator.record("bad", torch.tensor(1.0), weight=torch.tensor(float("nan")))
     failed = aggregator.reduce_async()
     seen.append(type(failed.exception()).__name__)

@@ -9,21 +9,22 @@ state = aggregator.state_dict()                        # every rank calls it; an
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import os
-import queue
-import sys
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn
 
 from metricfold.checkpoint import Saved, decode, encode, share
-from metricfold.communicator import Communicator, MissingRanksError, connect
-from metricfold.custom import CustomStates
+from metricfold.communicator import (
+    Communicator,
+    LocalCommunicator,
+    MissingRanksError,
+    connect,
+)
+from metricfold.custom import CustomStates, restored
 from metricfold.data.batch import Column, Late, MetricBatch, fold_metrics, fold_value
 from metricfold.delta import CutDelta, Delta, InTransit
 from metricfold.handlers import (
@@ -33,10 +34,11 @@ from metricfold.handlers import (
     check_on_nan,
     quiet,
 )
-from metricfold.keys import Admission, KeyTable
-from metricfold.metric import Metric, TypeLike, check_name, resolve_type
+from metricfold.keys import Admission, Agreement, KeyTable
+from metricfold.metric import Metric, MetricState, TypeLike, check_name, resolve_type
 from metricfold.naming import show
-from metricfold.packing import Key, Kind, Schema
+from metricfold.packing import Key, Kind, Schema, Window
+from metricfold.processes import Worker, watch_forks
 from metricfold.reduction import Contribution, Reduced, Reducer
 from metricfold.snapshot import Derived, Handlers, Snapshot, WindowLike, check_window
 from metricfold.totals import Totals
@@ -44,9 +46,13 @@ from metricfold.totals import Totals
 __all__ = ["MetricsAggregator"]
 
 _order_of_creation = itertools.count()
-_alive: weakref.WeakSet[MetricsAggregator] = weakref.WeakSet()
-_EXIT_WAIT = 2.0
-"""How many seconds an exit after an exception waits for a reduction under way."""
+_namesakes: dict[str, itertools.count[int]] = {}
+
+_LONGEST_TIMEOUT = 1e8  # three years, in seconds; what comes after overflows in torch
+
+_leaked: list[Communicator] = []
+"""What forked children have inherited. A group's destructor would wait for threads that only the
+parent has, so it must not run there."""
 
 
 class MetricsAggregator:
@@ -94,8 +100,10 @@ class MetricsAggregator:
             check_name("the aggregator's name", name)
         self._timeout = _check_timeout(timeout)
         self.name = f"{next(_order_of_creation)}" if name is None else name
+        # A second aggregator of one name pairs with the second ones on the other ranks.
+        self._namesake = next(_namesakes.setdefault(self.name, itertools.count()))
+        self._named = name is not None
         self._process_group = process_group
-        self._derived: dict[str, Derived] = {}
         self._warned: set[str] = set()
         self._delta = Delta()
         self._custom = CustomStates()
@@ -103,16 +111,17 @@ class MetricsAggregator:
         self._reducer = Reducer()
         self._last: tuple[Reduced, Kind] | None = None
         self._loaded: Saved | None = None
-        self._unclaimed: Saved | None = None
+        self._unclaimed: _Unclaimed | None = None
         self._own_communicator = communicator is None
         self._communicator: Communicator | None = communicator
         self._generation = 0
         self._past_collectives = 0
         self._dead: Exception | None = None
-        self._worker: _Worker | None = None
+        self._worker: Worker | None = None
         self._in_flight: Future[Snapshot] | None = None
         self._renew_locks()
-        _alive.add(self)
+        self._process = os.getpid()
+        watch_forks(self)
 
     # -- Taking metrics in
 
@@ -177,7 +186,8 @@ class MetricsAggregator:
                 self._take_custom(admission)
             if admission.new:
                 self._keys.commit(admission)
-            self._delta.add(admission.lanes, self._keys.of_key)
+            if self._dead is None:  # else nothing can reduce it any more: do not pile it up
+                self._delta.add(admission.lanes, self._keys.of_key)
 
     def _take_custom(self, admission: Admission) -> None:
         late_keys = {late.key for late in self._late_custom}
@@ -189,7 +199,7 @@ class MetricsAggregator:
                     for metric in column.metrics
                 ]
             else:
-                now.append((column.key, handler, column.agg_type, column.metrics))
+                now.append((column.key, handler, column.metrics))
             late += column.late
         self._custom.update(now)
         self._late_custom += late
@@ -222,8 +232,7 @@ class MetricsAggregator:
         if not callable(fn):
             raise TypeError(f"derive({name!r}, ...) takes a function, not {fn!r}")
         with self._lock:
-            self._keys.derive(name)
-            self._derived[name] = fn
+            self._keys.derive(name, fn)
 
     # -- Results
 
@@ -255,8 +264,7 @@ class MetricsAggregator:
             self._drain()
             begun = self._begin(Kind.REDUCE, step)
             if self._worker is None:
-                self._worker = _Worker(f"metricfold-{self.name}")
-                weakref.finalize(self, self._worker.stop).atexit = False
+                self._worker = Worker(f"metricfold-{self.name}")
             self._in_flight = self._worker.submit(lambda: self._finish(begun))
             return self._in_flight
 
@@ -318,23 +326,22 @@ class MetricsAggregator:
                     for state in states
                 ]
                 admission = self._keys.check_saved(saved.run.schema.entries.values(), custom)
+                states = self._revived(saved, admission)
                 self._keys.commit(admission)
-                self._start_from(saved)
+                self._start_from(saved, states)
 
     def reset(self) -> None:
         """Forget every value; call it on every rank. Keys keep their aggregation types."""
         with self._calls:
             self._drain()
             with self._lock:
-                self._start_from(None)
+                self._start_from(None, {})
 
     def close(self) -> None:
         """Finish what is under way and give the connection back; the aggregator ends here."""
         with self._calls:
             self._drain()
-            if self._worker is not None:
-                self._worker.stop()
-                self._worker = None
+            self._worker = None
             if self._communicator is not None and self._own_communicator:
                 self._communicator.close()
             self._dead = self._dead or RuntimeError(
@@ -360,12 +367,13 @@ class MetricsAggregator:
             self._check_usable()
             if self._dead is not None:
                 raise self._dead.with_traceback(None)
-            if step is not None and (isinstance(step, bool) or not hasattr(step, "__index__")):
-                raise TypeError(f"step={step!r}: give the training step as an int")
             communicator = self._connect()
             self._claim_share(communicator)
             cut = self._delta.cut()
             error = self._read_late_custom() or self._keys.trouble()
+            if step is not None and (isinstance(step, bool) or not hasattr(step, "__index__")):
+                # The other ranks are on their way: join them, and say so there too.
+                step, error = None, f"step={step!r}: give the training step as an int"
             custom = b""
             if self._custom and not error:
                 try:
@@ -389,9 +397,9 @@ class MetricsAggregator:
         mine = begun.mine
         try:
             with quiet():
-                begun.cut.settle(self._keys.of_key)
-                mine.error = "; ".join(filter(None, (mine.error, *begun.cut.errors)))
-                reduced = self._reducer.reduce(begun.communicator, mine, _Agreement(self))
+                mine.error = "; ".join(filter(None, (mine.error, *self._settled(begun.cut))))
+                agreement = Agreement(self._keys, self._lock, self._forget)
+                reduced = self._reducer.reduce(begun.communicator, mine, agreement)
         except BaseException as error:
             with self._lock:
                 self._delta.restore(begun.cut)
@@ -403,9 +411,26 @@ class MetricsAggregator:
             self._last = (reduced, mine.kind)
             self._loaded = None
             handlers = Handlers(
-                dict(self._keys.of_key), self._keys.by_label(), dict(self._derived), self._warned
+                dict(self._keys.of_key),
+                self._keys.by_label(),
+                dict(self._keys.derived),
+                self._warned,
             )
         return Snapshot(reduced, handlers)
+
+    def _settled(self, cut: CutDelta) -> list[str]:
+        """Wait for values on devices; returns what went wrong, for all ranks to hear."""
+        try:
+            cut.settle(self._keys.of_key)
+        except Exception as failure:  # noqa: BLE001 - such as an error of the device
+            cut.errors.append(f"values could not be read from their device: {failure!r}")
+        return cut.errors
+
+    def _forget(self, key: Key) -> int:
+        """Drop what has accumulated of `key`; returns how many values that were."""
+        self._custom.drop(key)
+        self._late_custom = [late for late in self._late_custom if late.key != key]
+        return self._delta.drop(key)
 
     def _drain(self) -> None:
         """Wait for a reduction under way; what it raises is its future's to tell."""
@@ -415,16 +440,24 @@ class MetricsAggregator:
 
     def _connect(self) -> Communicator:
         """Return what connects the ranks now; a replaced process group is bound anew."""
-        if self._communicator is None or not self._communicator.current():
-            if self._communicator is not None:
-                self._past_collectives += self._communicator.collectives
-                self._communicator.close()
-                self._generation += 1
+        before = self._communicator
+        if before is None or (self._own_communicator and not before.current()):
+            generation = 0 if before is None else self._generation + 1
+            name = f"{self.name}/{self._namesake}" if self._namesake else self.name
+            now = connect(name, self._process_group, self._timeout, generation)
+            if before is not None:
+                if before.world_size > 1 and isinstance(now, LocalCommunicator):
+                    raise RuntimeError(
+                        f"the process group of aggregator {self.name!r} is gone, and with it the "
+                        "other ranks' share: reduce before destroy_process_group(). "
+                        "state_dict(sync=False) has the state as of the last reduction"
+                    )
+                self._past_collectives += before.collectives
+                before.close()
                 self._reducer.rebind()
-            self._communicator = connect(
-                self.name, self._process_group, self._timeout, self._generation
-            )
-        return self._communicator
+            self._communicator, self._generation = now, generation
+            return now
+        return before
 
     def _read_late_custom(self) -> str:
         """Hand over values that lay on a device to handlers without lanes; returns an error."""
@@ -433,7 +466,7 @@ class MetricsAggregator:
         for one, value, weight in InTransit(late).arrive(errors):
             metric = Metric(*one.key, value, one.agg_type, weight)
             try:
-                self._custom.update([(one.key, self._keys.of_key[one.key], one.agg_type, [metric])])
+                self._custom.update([(one.key, self._keys.of_key[one.key], [metric])])
             except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
                 errors.append(f"{show(one.key)}: the handler failed: {failure!r}")
         return "; ".join(errors)
@@ -452,13 +485,33 @@ class MetricsAggregator:
         reduced, kind = last
         return reduced.saved(interval_open=kind is Kind.STATE_DICT)
 
-    def _start_from(self, saved: Saved | None) -> None:
+    def _revived(self, saved: Saved, admission: Admission) -> dict[str, list[MetricState]]:
+        """Return the states of custom handlers; raises ValueError if one cannot be restored."""
+        revived: dict[str, list[MetricState]] = {}
+        for view, states in saved.custom.items():
+            revived[view] = []
+            for state in states:
+                key = (state["dataset"], state["name"])
+                handler = self._keys.of_key.get(key) or admission.new[key][1]
+                try:
+                    revived[view].append(
+                        restored(state, handler, self._keys.type_of_label(state["type"]))
+                    )
+                except Exception as failure:
+                    raise ValueError(
+                        f"the state of {show(key)} cannot be restored by "
+                        f"{type(handler).__name__}.deserialize_metadata: {failure!r}"
+                    ) from failure
+        return revived
+
+    def _start_from(self, saved: Saved | None, custom: dict[str, list[MetricState]]) -> None:
         """Replace everything that has accumulated; what the ranks have agreed on stays."""
         self._delta = Delta()
         self._custom = CustomStates()
         self._late_custom = []
         self._last = None
-        self._loaded = self._unclaimed = saved
+        self._loaded = saved
+        self._unclaimed = None if saved is None else _Unclaimed(saved.windows, custom)
         empty = Totals.empty(Schema())
         run, interval = (empty, empty) if saved is None else (saved.run, saved.interval)
         self._reducer.replace_totals(run, interval)
@@ -473,20 +526,21 @@ class MetricsAggregator:
             handler = self._keys.of_key[key]
             assert isinstance(handler, DistributionAggHandler)
             self._reducer.windows[key] = share(windows, rank, world_size, handler.window_size)
-        self._custom.inherit(
-            {view: states[rank::world_size] for view, states in saved.custom.items()},
-            lambda state: (
-                self._keys.of_key[state["dataset"], state["name"]],
-                self._keys.type_of_label(state["type"]),
-            ),
-        )
+        for view, states in saved.custom.items():
+            self._custom.inherit(view, states[rank::world_size])
 
     # -- Inside: processes
+
+    def leave_parent_behind(self) -> None:
+        """In a forked child: new locks, for ours may be held by a thread that is not here."""
+        self._renew_locks()
+        self._in_flight = self._worker = None
+        if self._communicator is not None:
+            _leaked.append(self._communicator)
 
     def _renew_locks(self) -> None:
         self._lock = threading.RLock()
         self._calls = threading.RLock()
-        self._process = os.getpid()
 
     def _check_usable(self) -> None:
         if self._process != os.getpid():
@@ -496,13 +550,20 @@ class MetricsAggregator:
                 "MetricsCollator, and update in the training process"
             )
         if self._dead is not None and not isinstance(self._dead, MissingRanksError):
-            raise self._dead
+            raise self._dead.with_traceback(None)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "a MetricsAggregator cannot be pickled or copied: it is bound to its process. Save "
             "its state_dict() instead"
         )
+
+
+class _Unclaimed(NamedTuple):
+    """What a checkpoint held that is shared out once the ranks are known."""
+
+    windows: Mapping[Key, Sequence[Window]]
+    custom: Mapping[str, Sequence[MetricState]]
 
 
 class _Begun:
@@ -519,102 +580,14 @@ class _Begun:
         self.closed = closed
 
 
-_Task: TypeAlias = tuple[Callable[[], Snapshot], Future[Snapshot]]
-
-
-class _Worker:
-    """A daemon thread that runs one task after the other."""
-
-    def __init__(self, name: str) -> None:
-        self._tasks: queue.SimpleQueue[_Task | threading.Event | None] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name=name, daemon=True).start()
-
-    def submit(self, task: Callable[[], Snapshot]) -> Future[Snapshot]:
-        future: Future[Snapshot] = Future()
-        self._tasks.put((task, future))
-        return future
-
-    def stop(self) -> None:
-        self._tasks.put(None)
-
-    def finish(self, timeout: float | None) -> bool:
-        """Wait until all tasks, and what their futures call, are done; returns whether they are."""
-        done = threading.Event()
-        self._tasks.put(done)
-        return done.wait(timeout)
-
-    def _run(self) -> None:
-        while (item := self._tasks.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
-                continue
-            task, future = item
-            try:
-                result = task()
-            except BaseException as error:  # noqa: BLE001 - the future's reader gets it
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-            # Hold neither while waiting for the next one.
-            del item, task, future
-
-
-class _Agreement:
-    """What a reduction asks an aggregator (reduction.Registry), under the aggregator's lock."""
-
-    def __init__(self, aggregator: MetricsAggregator) -> None:
-        self._aggregator = aggregator
-        keys = aggregator._keys  # noqa: SLF001 - its other half
-        self.handler = keys.handler
-        self.type_label = keys.type_label
-        self.suffixes = keys.suffixes
-
-    def adopt(self, schema: Schema) -> tuple[list[Key], str]:
-        aggregator = self._aggregator
-        with aggregator._lock:  # noqa: SLF001
-            losers, trouble = aggregator._keys.adopt(schema)  # noqa: SLF001
-            for key in losers:
-                aggregator._delta.drop(key)  # noqa: SLF001
-                aggregator._custom.drop(key)  # noqa: SLF001
-        return losers, trouble
-
-
 def _check_timeout(timeout: float | timedelta | None) -> timedelta | None:
-    if timeout is None or isinstance(timeout, timedelta):
-        return timeout
-    if isinstance(timeout, bool) or not timeout > 0:
-        raise ValueError(f"timeout={timeout!r}: give a number of seconds above 0")
-    return timedelta(seconds=float(timeout))
-
-
-# -- Exit and fork -------------------------------------------------------------------------------
-
-
-def _drain_at_exit() -> None:
-    """Let reductions under way finish; after an exception, wait for them only a moment."""
-    failed = getattr(sys, "last_value", None) is not None
-    for aggregator in list(_alive):
-        worker = aggregator._worker  # noqa: SLF001
-        if worker is not None:
-            worker.finish(_EXIT_WAIT if failed else None)
-
-
-_leaked: list[Communicator] = []
-
-
-def _leave_parent_behind() -> None:
-    """In a forked child: new locks (ours may be held by a thread that is not here) and no group.
-
-    The group's destructor would wait for threads that only the parent has, so it must not run.
-    """
-    for aggregator in list(_alive):
-        parent = aggregator._process  # noqa: SLF001
-        aggregator._renew_locks()  # noqa: SLF001
-        aggregator._process = parent  # noqa: SLF001
-        aggregator._in_flight = aggregator._worker = None  # noqa: SLF001
-        if aggregator._communicator is not None:  # noqa: SLF001
-            _leaked.append(aggregator._communicator)  # noqa: SLF001
-
-
-atexit.register(_drain_at_exit)
-os.register_at_fork(after_in_child=_leave_parent_behind)
+    if timeout is None:
+        return None
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise TypeError(f"timeout={timeout!r}: give a number of seconds, or a timedelta")
+    if not 0 < seconds <= _LONGEST_TIMEOUT:
+        raise ValueError(
+            f"timeout={timeout!r}: give a number of seconds above 0 and up to {_LONGEST_TIMEOUT:g}"
+        )
+    return timedelta(seconds=seconds)

@@ -162,19 +162,18 @@ def _encode_totals(totals: Totals) -> dict[str, Any]:
         "sums": _to_text(totals.sums),
         "lost": _to_text(totals.lost),
         "maxs": _to_text(totals.maxs),
-        "owners": totals.owners.tolist(),
         "seconds": totals.seconds,
     }
 
 
 def _decode_totals(schema: Schema, content: Mapping[str, Any]) -> Totals:
-    owners = np.array(content["owners"], dtype=np.int64)
     totals = Totals(
         schema,
         _to_array(content["sums"]),
         _to_array(content["lost"]),
         _to_array(content["maxs"]),
-        owners if owners.size else np.full(schema.max_width, NOBODY, dtype=np.int64),
+        # Ranks of another job would say nothing here.
+        np.full(schema.max_width, NOBODY, dtype=np.int64),
         float(content["seconds"]),
     )
     if (totals.sums.size, totals.maxs.size) != (schema.sum_width, schema.max_width):

@@ -10,31 +10,41 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from metricfold.handlers import AggregationHandler
+from metricfold.handlers import AggregationHandler, LaneHandler
 from metricfold.metric import Metric, MetricState, TypeLike, type_label
 from metricfold.naming import show
 from metricfold.packing import Key
 
-__all__ = ["CustomResults", "CustomStates", "SavedState"]
+__all__ = ["CustomResults", "CustomStates", "SavedState", "combined", "restored"]
 
 SavedState = dict[str, Any]
 """A state as plain JSON types, with its key and type."""
 
 
+_REPLAY = 256
+"""After so many values the states are copied anew, so that a failure replays no more than that."""
+
+
 @dataclass(slots=True)
 class _States:
-    """The states of one key: for each view the rank's own, and those it inherited."""
+    """The states of one key: for each view the rank's own, and those it inherited.
 
-    run: MetricState | None
-    interval: MetricState | None
-    inherited_run: list[MetricState]
-    inherited_interval: list[MetricState]
+    A handler may raise when it has changed its state halfway. Copying the state before every value
+    would cost as much as the state is large; so there is an older copy, and the values since.
+    """
+
+    run: MetricState | None = None
+    interval: MetricState | None = None
+    inherited_run: list[MetricState] = field(default_factory=list)
+    inherited_interval: list[MetricState] = field(default_factory=list)
+    older: tuple[MetricState | None, MetricState | None] = (None, None)
+    since: list[Metric] = field(default_factory=list)
 
     def of(self, view: str) -> list[MetricState]:
         own, inherited = (
@@ -43,6 +53,27 @@ class _States:
             else (self.interval, self.inherited_interval)
         )
         return [*inherited, *([] if own is None else [own])]
+
+    def take(self, handler: AggregationHandler, key: Key, metric: Metric) -> None:
+        """Hand one value to the handler, for both views."""
+        if self.run is None:
+            self.run = handler.initialize_metric_state(*key, metric.agg_type)
+        if self.interval is None:
+            self.interval = handler.initialize_metric_state(*key, metric.agg_type)
+        handler.update(self.run, metric)
+        handler.update(self.interval, metric)
+        self.since.append(metric)
+
+    def settle(self) -> None:
+        """Make the present states those that a failure goes back to."""
+        self.older, self.since = copy.deepcopy((self.run, self.interval)), []
+
+    def go_back(self, handler: AggregationHandler, key: Key, values: int) -> None:
+        """Undo everything but the first `values` values since the states were settled."""
+        kept, (self.run, self.interval) = self.since[:values], copy.deepcopy(self.older)
+        self.since = []
+        for metric in kept:
+            self.take(handler, key, metric)
 
 
 class CustomStates:
@@ -57,29 +88,25 @@ class CustomStates:
     def keys(self) -> Iterable[Key]:
         return self._states.keys()
 
-    def update(
-        self, work: Iterable[tuple[Key, AggregationHandler, TypeLike, Iterable[Metric]]]
-    ) -> None:
+    def update(self, work: Iterable[tuple[Key, AggregationHandler, Iterable[Metric]]]) -> None:
         """Hand each metric to its handler; if one raises, every state is as it was before."""
         work = list(work)
-        before = {key: copy.deepcopy(self._states.get(key)) for key, *_ in work}
+        new = [key for key, *_ in work if key not in self._states]
+        states = {key: self._states.setdefault(key, _States()) for key, *_ in work}
+        before = {key: len(one.since) for key, one in states.items()}
         try:
-            for key, handler, agg_type, metrics in work:
-                states = self._states.setdefault(key, _States(None, None, [], []))
-                if states.run is None:
-                    states.run = handler.initialize_metric_state(*key, agg_type)
-                if states.interval is None:
-                    states.interval = handler.initialize_metric_state(*key, agg_type)
+            for key, handler, metrics in work:
                 for metric in metrics:
-                    handler.update(states.run, metric)
-                    handler.update(states.interval, metric)
+                    states[key].take(handler, key, metric)
         except BaseException:
-            for key, states_before in before.items():
-                if states_before is None:
-                    self._states.pop(key, None)
-                else:
-                    self._states[key] = states_before
+            for key, handler, _ in work:
+                states[key].go_back(handler, key, before[key])
+            for key in new:
+                self._states.pop(key, None)
             raise
+        for one in states.values():
+            if len(one.since) >= _REPLAY:
+                one.settle()
 
     def results(self, handlers: Mapping[Key, AggregationHandler]) -> bytes:
         """Return this rank's results and states as bytes, for all ranks."""
@@ -99,40 +126,30 @@ class CustomStates:
                         unsaved = str(error)
         return pickle.dumps((results, saved, unsaved))
 
-    def close_interval(self) -> dict[Key, _States]:
+    def close_interval(self) -> dict[Key, list[MetricState]]:
         """Begin a new interval; what is returned can be put back with `reopen_interval`."""
         closed = {}
         for key, states in self._states.items():
-            closed[key] = replace(states, inherited_interval=states.of("interval"))
+            closed[key] = states.of("interval")
             states.interval, states.inherited_interval = None, []
+            states.settle()
         return closed
 
-    def reopen_interval(self, closed: Mapping[Key, _States]) -> None:
+    def reopen_interval(self, closed: Mapping[Key, list[MetricState]]) -> None:
         for key, states in closed.items():
             known = self._states.get(key)
             if known is not None:
-                known.inherited_interval = [
-                    *states.inherited_interval,
-                    *known.inherited_interval,
-                ]
+                known.inherited_interval = [*states, *known.inherited_interval]
 
     def drop(self, key: Key) -> None:
         self._states.pop(key, None)
 
-    def inherit(
-        self,
-        saved: Mapping[str, list[SavedState]],
-        handler_of: Callable[[SavedState], tuple[AggregationHandler, TypeLike]],
-    ) -> None:
+    def inherit(self, view: str, states: Iterable[MetricState]) -> None:
         """Take over states out of a checkpoint."""
-        for view, states in saved.items():
-            for state in states:
-                key = (state["dataset"], state["name"])
-                handler, agg_type = handler_of(state)
-                own = self._states.setdefault(key, _States(None, None, [], []))
-                target = own.inherited_run if view == "run" else own.inherited_interval
-                metadata = handler.deserialize_metadata(state["metadata"])
-                target.append(MetricState(*key, state["value"], agg_type, metadata))
+        for state in states:
+            key = (state.dataset_name, state.metric_name)
+            own = self._states.setdefault(key, _States())
+            (own.inherited_run if view == "run" else own.inherited_interval).append(state)
 
 
 class CustomResults:
@@ -155,27 +172,41 @@ class CustomResults:
         """Return whether any rank had a result."""
         return bool(self._results[view])
 
-    def combined(
-        self, view: str, handler_of: Callable[[str], AggregationHandler]
-    ) -> dict[Key, float]:
-        """Return the value of each name, all ranks' results combined by the handler of its type."""
+    def names(self, view: str) -> Iterator[tuple[Key, str, list[MetricState]]]:
+        """Yield each name with the label of its type and all ranks' results."""
         groups: dict[tuple[Key, str], list[MetricState]] = {}
         for result in self._results[view]:
             key = (result.dataset_name, result.metric_name)
-            groups.setdefault((key, str(result.agg_type)), []).append(copy.deepcopy(result))
-        values: dict[Key, float] = {}
+            groups.setdefault((key, str(result.agg_type)), []).append(result)
         for (key, label), results in groups.items():
-            combined = results[0]
-            if len(results) > 1:
-                combined = handler_of(label).finalize_dist_agg(results)
-            try:
-                values[key] = float(combined.value)
-            except (TypeError, ValueError):
-                raise TypeError(
-                    f"the handler of type {label!r} finalised {show(key)} to "
-                    f"{combined.value!r}, which is not a number"
-                ) from None
-        return values
+            yield key, label, copy.deepcopy(results)
+
+
+def combined(
+    key: Key, label: str, results: list[MetricState], handler: AggregationHandler | None
+) -> dict[str, float]:
+    """Return what the results of one name come to, by the suffix that the name takes."""
+    if handler is None:
+        raise ValueError(
+            f"{show(key)} was finalised to type {label!r}, for which no handler is registered: "
+            "call register_handler() on every rank"
+        )
+    result = results[0] if len(results) == 1 else handler.finalize_dist_agg(results)
+    if isinstance(handler, LaneHandler):
+        return handler.report(result)
+    try:
+        return {"": float(result.value)}
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"the handler of type {label!r} finalised {show(key)} to {result.value!r}, which is "
+            "not a number"
+        ) from None
+
+
+def restored(saved: SavedState, handler: AggregationHandler, agg_type: TypeLike) -> MetricState:
+    """Return the state that was saved."""
+    metadata = handler.deserialize_metadata(copy.deepcopy(saved["metadata"]))
+    return MetricState(saved["dataset"], saved["name"], saved["value"], agg_type, metadata)
 
 
 def _save(key: Key, handler: AggregationHandler, state: MetricState) -> SavedState:

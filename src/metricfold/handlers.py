@@ -367,11 +367,17 @@ class LaneHandler(AggregationHandler):
         self._store(merged, result)
         return result
 
+    def report(self, local_agg_metric: MetricState) -> dict[str, float]:
+        """Return what to report of a state, by the suffix that the metric's name takes."""
+        seconds = local_agg_metric.metadata.get("seconds", math.nan)
+        return self.finalize(self._reduced(self._state_of(local_agg_metric), seconds))
+
     def _store(self, state: State, target: MetricState) -> None:
         target.metadata.update(self._metadata(state))
-        seconds = target.metadata.get("seconds", math.nan)
-        reported = self.finalize(ReducedState(state.sums, state.maxs, seconds))
-        target.value = reported.get("", self.initial)
+        target.value = self.report(target).get("", self.initial)
+
+    def _reduced(self, state: State, seconds: float) -> ReducedState:
+        return ReducedState(state.sums, state.maxs, seconds)
 
     def _metadata(self, state: State) -> dict[str, Any]:
         names = (*COMMON_LANES, *self.sum_lanes, *self.max_lanes)
@@ -518,13 +524,14 @@ class DistributionAggHandler(LaneHandler):
             reported["_stat_inf_count"] = float(state.sums[2])
         return reported
 
-    def _store(self, state: State, target: MetricState) -> None:
+    def _reduced(self, state: State, seconds: float) -> ReducedState:
         assert isinstance(state, WindowState)
         values, weights = state.newest()
-        reported = self.finalize(
-            ReducedState(state.sums, state.maxs, values=values, weights=weights)
-        )
+        return ReducedState(state.sums, state.maxs, seconds, values, weights)
+
+    def _store(self, state: State, target: MetricState) -> None:
         target.metadata.update(self._metadata(state))
+        reported = self.report(target)
         target.metadata["statistics"] = {k.removeprefix("_stat_"): v for k, v in reported.items()}
         target.value = reported.get("_stat_mean", self.initial)
 
@@ -578,6 +585,13 @@ class CategoricalCountAggHandler(LaneHandler):
         state = self._state_of(local_agg_metric)
         state.merge(self.fold_categories([str(metric.value)]))
         self._store(state, local_agg_metric)
+
+    def _reduced(self, state: State, seconds: float) -> ReducedState:
+        assert isinstance(state, CategoryState)
+        counts = tuple(float(count) for count in state.counts.values())
+        return ReducedState(
+            state.sums + counts, state.maxs, seconds, categories=tuple(state.counts)
+        )
 
     def _store(self, state: State, target: MetricState) -> None:
         target.metadata.update(self._metadata(state))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 from metricfold.data.batch import Column, MetricBatch, check_same_type, fold_metrics
 from metricfold.handlers import AggregationHandler, LaneHandler, built_in_handlers, quiet
@@ -12,7 +13,7 @@ from metricfold.metric import TypeLike, resolve_type, type_label
 from metricfold.naming import Claims, show
 from metricfold.packing import Entry, Key, Schema
 
-__all__ = ["Admission", "KeyTable"]
+__all__ = ["Admission", "Agreement", "KeyTable"]
 
 _logger = logging.getLogger("metricfold")
 _STOCK = {agg_type: type(handler) for agg_type, handler in built_in_handlers().items()}
@@ -31,16 +32,21 @@ _NOTHING_NEW: Mapping[Key, tuple[TypeLike, AggregationHandler]] = {}
 
 
 class KeyTable:
-    """Types, handlers and names; the aggregator's side of `reduction.Registry`.
+    """Types, handlers and names.
 
     Attributes:
         handlers: what handles each type.
         of_key: each key's handler. A key keeps the handler that it began with.
+        derived: functions of a dataset's metrics, by the name that they print.
+        odd: keys that this rank holds otherwise than the ranks have agreed. Values of them have
+            come in while a reduction was under way; the next one refuses them, on all ranks.
     """
 
     def __init__(self, handlers: dict[TypeLike, AggregationHandler]) -> None:
         self.handlers = handlers
         self.of_key: dict[Key, AggregationHandler] = {}
+        self.derived: dict[str, Callable[[Mapping[str, float]], float]] = {}
+        self.odd: set[Key] = set()
         self._types: dict[Key, TypeLike] = {}
         self._claims = Claims()
         self._unhandled: dict[Key, str] = {}
@@ -160,48 +166,56 @@ class KeyTable:
         if type(handler) is _STOCK.get(agg_type):
             self._stock.add(key)
 
-    def derive(self, name: str) -> None:
+    def derive(self, name: str, function: Callable[[Mapping[str, float]], float]) -> None:
+        """Let `function` give the derived metric `name`; raises ValueError if that is taken."""
         self._claims.derive(name)
+        self.derived[name] = function
 
-    # -- What a reduction asks (reduction.Registry)
+    # -- What the ranks agree on
 
-    def handler(self, key: Key) -> AggregationHandler:
-        return self.of_key[key]
+    def entry(self, key: Key) -> Entry:
+        """Return how `key` travels, as far as its handler decides it."""
+        handler = self.of_key[key]
+        label, suffixes = type_label(self._types[key]), _suffixes(handler)
+        if not isinstance(handler, LaneHandler):
+            return Entry(key, label, 0, 0, suffixes=suffixes)
+        return Entry(key, label, handler.sum_width, handler.max_width, suffixes=suffixes)
 
-    def type_label(self, key: Key) -> str:
-        return type_label(self._types[key])
+    def adopt(self, schema: Schema, losers: Iterable[Key]) -> str:
+        """Take over what the ranks have agreed on; returns what this rank cannot do with it.
 
-    def suffixes(self, entry: Entry) -> tuple[str, ...]:
-        handler = self.by_label().get(entry.type)
-        return ("",) if handler is None else _suffixes(handler)
-
-    def adopt(self, schema: Schema) -> tuple[list[Key], str]:
-        """Take over what the ranks have agreed on.
-
-        Returns the keys that had to go, because the others hold them otherwise, and what this
-        rank cannot do with the rest.
+        Args:
+            schema: the agreed keys.
+            losers: keys that this rank brought, and that the others hold otherwise.
         """
-        claims = self._claims.without_keys()
-        for entry in schema:
-            claims.add(entry.key, self.suffixes(entry))
-        losers = []
-        for key in self._types:
-            agreed = schema.entries.get(key)
-            if agreed is None:
-                try:
-                    claims.add(key, _suffixes(self.of_key[key]))
-                except ValueError:
-                    losers.append(key)
-            elif agreed.type != self.type_label(key):
-                losers.append(key)
         for key in losers:
             del self._types[key], self.of_key[key]
             self._stock.discard(key)
+        claims = Claims()
+        for entry in schema:
+            claims.add(entry.key, entry.suffixes)
+        self.odd = set()
+        for key in self._types:
+            agreed = schema.entries.get(key)
+            if agreed is not None:
+                if not agreed.compatible(self.entry(key)):
+                    self.odd.add(key)
+                continue
+            try:
+                claims.add(key, _suffixes(self.of_key[key]))
+            except ValueError:
+                self.odd.add(key)
+        for name in list(self.derived):
+            try:
+                claims.derive(name)
+            except ValueError as error:
+                _logger.warning("the derived metric %r is given up: %s", name, error)
+                del self.derived[name]
         for entry in schema:
             if entry.key not in self._types:
                 self._take_over(entry)
         self._claims = claims
-        return losers, self.trouble()
+        return self.trouble()
 
     def _take_over(self, entry: Entry) -> None:
         try:
@@ -247,6 +261,43 @@ class KeyTable:
                     "register the handler that saved it"
                 )
         return admission
+
+
+class Agreement:
+    """What a reduction, on whatever thread it runs, asks about keys (reduction.Registry).
+
+    Args:
+        keys: the aggregator's table.
+        lock: guards it.
+        forget: drops what the aggregator holds of a key; returns how many values that were.
+    """
+
+    def __init__(
+        self,
+        keys: KeyTable,
+        lock: AbstractContextManager[Any],
+        forget: Callable[[Key], int],
+    ) -> None:
+        self._keys = keys
+        self._lock = lock
+        self._forget = forget
+        self.entry = keys.entry
+
+    def handler(self, key: Key) -> AggregationHandler:
+        return self._keys.of_key[key]
+
+    def odd(self) -> set[Key]:
+        return self._keys.odd
+
+    def adopt(self, schema: Schema, losers: Mapping[Key, int]) -> str:
+        with self._lock:
+            for key, count in losers.items():
+                _logger.warning(
+                    "dropped %d values of %s: the other ranks hold that name otherwise",
+                    count + self._forget(key),
+                    show(key),
+                )
+            return self._keys.adopt(schema, losers)
 
 
 def _suffixes(handler: AggregationHandler) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ class Kind(IntEnum):
 
 
 class Field(IntEnum):
-    """Where each number of the header stands."""
+    """Where each number of the header stands; up to RUN, all ranks must send the same."""
 
     PROTOCOL = 0
     KIND = 1
@@ -90,6 +90,8 @@ class Entry:
         capacity: places for recent values; grows by doubling.
         weighted: whether those carry weights.
         categories: each has a SUM lane of its own.
+        suffixes: what may be appended to the name when it is printed. They travel, because what
+            a key claims must not depend on who is asked.
     """
 
     key: Key
@@ -99,6 +101,7 @@ class Entry:
     capacity: int = 0
     weighted: bool = False
     categories: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = ("",)
 
     @property
     def sum_width(self) -> int:
@@ -210,6 +213,7 @@ class Schema:
                     **entry,
                     "key": tuple(entry["key"]),
                     "categories": tuple(entry["categories"]),
+                    "suffixes": tuple(entry["suffixes"]),
                 }
             )
             for entry in json.loads(text)
@@ -223,14 +227,6 @@ class Schema:
             if agreed is None or not agreed.compatible(entry) or agreed.joined(entry) != agreed:
                 missing.append(entry)
         return missing
-
-    def joined(self, entries: Iterable[Entry]) -> Schema:
-        """Return this schema with room for `entries`, which must be compatible."""
-        together = dict(self.entries)
-        for entry in entries:
-            agreed = together.get(entry.key)
-            together[entry.key] = entry if agreed is None else agreed.joined(entry)
-        return Schema(together.values())
 
     # -- The vector
 

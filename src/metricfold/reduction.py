@@ -21,7 +21,6 @@ from metricfold.handlers import (
     CategoryState,
     DistributionAggHandler,
     FloatArray,
-    LaneHandler,
     State,
     WindowState,
 )
@@ -48,14 +47,20 @@ class Registry(Protocol):
 
     def handler(self, key: Key) -> object: ...
 
-    def type_label(self, key: Key) -> str: ...
+    def entry(self, key: Key) -> Entry:
+        """Return how `key` travels, as far as its handler decides it."""
+        ...
 
-    def suffixes(self, entry: Entry) -> tuple[str, ...]: ...
+    def odd(self) -> set[Key]:
+        """Return the keys that this rank holds otherwise than the ranks have agreed."""
+        ...
 
-    def adopt(self, schema: Schema) -> tuple[list[Key], str]:
-        """Take over what the ranks have agreed on.
+    def adopt(self, schema: Schema, losers: Mapping[Key, int]) -> str:
+        """Take over what the ranks have agreed on; returns what this rank cannot do with it.
 
-        Returns the keys that this rank must forget, and what it cannot do with the rest.
+        Args:
+            schema: the agreed keys.
+            losers: keys that this rank must forget, and how many values of each have gone.
         """
         ...
 
@@ -156,6 +161,9 @@ class Reducer:
     def rebind(self) -> None:
         """Begin on a new communicator, whose ranks may be others: agree on everything anew."""
         self.schema = Schema()
+        if not self.run.sums.any():
+            # Nothing but this process's own clock, which is no reason for ranks to disagree.
+            self.run = self.interval = Totals.empty(self.schema)
         self._rows = None
         self._sequence = 0
 
@@ -164,8 +172,14 @@ class Reducer:
 
         Raises on all ranks alike if one disagrees or has failed; then nothing is merged.
         """
-        windows = self._windows_with(mine.states, registry)
-        rows, sizes = self._gather(communicator, mine, windows, registry)
+        windows, pending = self.windows, []
+        if not mine.error:
+            try:
+                windows = self._windows_with(mine.states, registry)
+                pending = self._pending(mine, windows, registry)
+            except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
+                mine.error = f"it could not prepare what it holds: {error!r}"
+        rows, sizes = self._gather(communicator, mine, windows, pending, registry)
         schema = self.schema
         sums, maxs, window_rows = schema.split(rows)
         custom = CustomResults()
@@ -201,16 +215,16 @@ class Reducer:
         communicator: Communicator,
         mine: Contribution,
         windows: dict[Key, Window],
+        pending: Sequence[Entry],
         registry: Registry,
     ) -> tuple[FloatArray, list[int]]:
         """Return everyone's vectors, once the schema has room for all that they bring."""
-        pending = [] if mine.error else self._pending(mine, windows, registry)
         blob = Schema(pending).to_json().encode() if pending else b""
         rows = self._all_gather(communicator, mine, windows, blob)
         if rows[:, Field.PENDING].any():
             blobs = self._exchange_blobs(communicator, rows, blob)
             self.schema_rounds += 1
-            conflicts = self._agree(blobs, mine, windows, registry)
+            conflicts = self._agree(blobs, communicator.rank, mine, windows, registry)
             if conflicts:
                 raise ValueError("; ".join(conflicts))
             rows = self._all_gather(communicator, mine, windows, b"")
@@ -245,14 +259,14 @@ class Reducer:
         vector = self.schema.pack(header, states, {} if blob else windows)
         rows = communicator.all_gather(vector)
         self._sequence += 1
-        _check_agreement(rows)
         if rows[:, Field.ERROR].any():
             texts = self._exchange_blobs(communicator, rows, blob)
             failed = np.flatnonzero(rows[:, Field.ERROR]).tolist()
             raise RuntimeError(
-                f"the reduction was given up, and nothing is lost: {_ranks(failed)} could not "
-                f"take part: {'; '.join(dict.fromkeys(texts[rank].decode() for rank in failed))}"
+                f"the reduction was given up, and nothing else is lost: {_ranks(failed)} could "
+                f"not take part: {'; '.join(dict.fromkeys(texts[rank].decode() for rank in failed))}"
             )
+        _check_agreement(rows)
         return rows
 
     @staticmethod
@@ -283,7 +297,7 @@ class Reducer:
         self, mine: Contribution, windows: Mapping[Key, Window], registry: Registry
     ) -> list[Entry]:
         """Return what this rank holds beyond the schema."""
-        known = self.schema.entries
+        known, odd = self.schema.entries, registry.odd()
         pending: dict[Key, Entry] = {}
 
         def add(entry: Entry) -> None:
@@ -294,11 +308,11 @@ class Reducer:
             for entry in self.schema.beyond((*self.run.schema, *self.interval.schema)):
                 add(entry)
         for key, state in mine.states.items():
-            if key in known and type(state) is not CategoryState:
+            if key in known and type(state) is not CategoryState and key not in odd:
                 continue
-            if not self.schema.has_room(key, state):
+            if key in odd or not self.schema.has_room(key, state):
                 categories = state.counts if isinstance(state, CategoryState) else ()
-                add(self._entry(key, registry, categories=tuple(sorted(categories))))
+                add(replace(registry.entry(key), categories=tuple(sorted(categories))))
         for key, window in windows.items():
             agreed = known.get(key)
             size, weighted = window.values.size, window.weights is not None
@@ -308,62 +322,56 @@ class Reducer:
                 capacity = _SMALLEST_CAPACITY
                 while capacity < size:
                     capacity *= 2
-                entry = self._entry(key, registry)
-                add(replace(entry, capacity=min(capacity, handler.window_size), weighted=weighted))
+                capacity = min(capacity, handler.window_size)
+                add(replace(registry.entry(key), capacity=capacity, weighted=weighted))
         for key in mine.custom_keys:
-            if key not in known:
-                add(Entry(key, registry.type_label(key), 0, 0))
+            if key not in known or key in odd:
+                add(registry.entry(key))
         return list(pending.values())
-
-    @staticmethod
-    def _entry(key: Key, registry: Registry, categories: tuple[str, ...] = ()) -> Entry:
-        handler = registry.handler(key)
-        assert isinstance(handler, LaneHandler)
-        return Entry(
-            key,
-            registry.type_label(key),
-            handler.sum_width,
-            handler.max_width,
-            categories=categories,
-        )
 
     def _agree(
         self,
         blobs: Sequence[bytes],
+        rank: int,
         mine: Contribution,
         windows: dict[Key, Window],
         registry: Registry,
     ) -> list[str]:
-        """Give the schema room for what all ranks bring, in rank order, first come first kept."""
+        """Give the schema room for what all ranks bring, in rank order, first come first kept.
+
+        Every rank comes to the same schema, because it follows from what was exchanged alone.
+        Returns what could not be agreed on.
+        """
         claims = Claims()
         agreed = dict(self.schema.entries)
         for entry in agreed.values():
-            claims.add(entry.key, registry.suffixes(entry))
+            claims.add(entry.key, entry.suffixes)
         parsed = {blob: Schema.entries_from_json(blob.decode()) for blob in set(blobs) if blob}
         lost: dict[tuple[Key, str], tuple[list[int], str]] = {}
-        for rank, blob in enumerate(blobs):
+        for sender, blob in enumerate(blobs):
             for entry in parsed.get(blob, ()):
-                reason = _join(agreed, claims, entry, registry.suffixes)
+                reason = _join(agreed, claims, entry)
                 if reason:
                     ranks, _ = lost.setdefault((entry.key, entry.type), ([], reason))
-                    ranks.append(rank)
+                    ranks.append(sender)
         self.schema = Schema(agreed.values())
-        losers, mine.error = registry.adopt(self.schema)
-        for key in losers:
-            mine.states.pop(key, None)
-            windows.pop(key, None)
+        losers = {}
+        for (key, _), (ranks, _) in lost.items():
+            if rank in ranks:
+                state = mine.states.pop(key, None)
+                losers[key] = 0 if state is None else int(state.sums[0])
+                windows.pop(key, None)
+        try:
+            mine.error = registry.adopt(self.schema, losers)
+        except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
+            mine.error = f"it could not take over the agreed keys: {error!r}"
         return [
             f"{_ranks(ranks)} held {reason}; what they held of it is dropped"
             for ranks, reason in lost.values()
         ]
 
 
-def _join(
-    agreed: dict[Key, Entry],
-    claims: Claims,
-    entry: Entry,
-    suffixes: Callable[[Entry], tuple[str, ...]],
-) -> str:
+def _join(agreed: dict[Key, Entry], claims: Claims, entry: Entry) -> str:
     """Add `entry` to the agreed ones; returns why it cannot be, or nothing."""
     known = agreed.get(entry.key)
     if known is not None:
@@ -375,7 +383,7 @@ def _join(
             f"type {known.type!r} on the other ranks"
         )
     try:
-        claims.add(entry.key, suffixes(entry))
+        claims.add(entry.key, entry.suffixes)
     except ValueError as error:
         return f"{show(entry.key)} as {entry.type!r}, but {error}"
     agreed[entry.key] = entry
@@ -384,7 +392,8 @@ def _join(
 
 def _check_agreement(rows: FloatArray) -> None:
     """Raise, on all ranks alike, if the ranks are not in the same call with the same state."""
-    if (rows[:, _AGREED] == rows[0, _AGREED]).all():
+    headers = rows[:, : Field.RUN + 1]
+    if (headers == headers[0]).all():
         return
     for field, complaint in _COMPLAINTS:
         numbers = rows[:, field]
@@ -461,8 +470,6 @@ _COMPLAINTS: tuple[tuple[Field, Callable[[_Groups], str]], ...] = (
         ),
     ),
 )
-
-_AGREED = [field for field, _ in _COMPLAINTS]
 
 
 def _ranks(ranks: Iterable[int]) -> str:

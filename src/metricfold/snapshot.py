@@ -17,8 +17,10 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from metricfold.custom import combined
 from metricfold.handlers import (
     COUNT,
+    NANS,
     AggregationHandler,
     CategoricalCountAggHandler,
     DistributionAggHandler,
@@ -136,10 +138,7 @@ class Snapshot:
                 group = groups.setdefault(dataset, {})
                 for suffix, value in self._finalized(key, view).items():
                     group[name + suffix] = value
-        for view in ("run", "interval"):
-            for (dataset, name), value in self._custom(view).items():
-                if _choose(window, name) == view:
-                    groups.setdefault(dataset, {})[name] = value
+        self._add_custom(window, groups)
         if rollup or macro:
             with quiet():
                 self._roll_up(window, groups.setdefault("", {}), rollup=rollup, macro=macro)
@@ -196,9 +195,11 @@ class Snapshot:
         return [self._rank_value(key, handler, rank) for rank in range(self.world_size)]
 
     def owner(self, dataset: str | None, name: str, window: View = "interval") -> int | None:
-        """Return the rank that the MAX or MIN came from, the lowest of several.
+        """Return the rank that the MAX or MIN came from.
 
-        None if the view has no value, or if its owner was not recorded.
+        Of several that had it in one reduction the lowest, over several reductions the first. If
+        a NaN came in, the rank that it came from. None if the view has no value, or if its owner
+        is not known: it came out of a checkpoint, or is a NaN of an earlier interval.
 
         Raises:
             KeyError: there is no such metric.
@@ -209,6 +210,11 @@ class Snapshot:
         if place.stop - place.start != 1:
             raise ValueError(f"{show(key)} is neither a MAX nor a MIN, so no rank owns it")
         totals = self._totals(_check_view(window))
+        nans = self._reduced.schema.sums[key].start + NANS
+        handler = self._handlers.of_key[key]
+        if totals.sums[nans] and isinstance(handler, LaneHandler) and handler.on_nan != "skip":
+            ranks = np.flatnonzero(self._reduced.rows.sums[:, nans])
+            return int(ranks[0]) if ranks.size else None
         owner = int(totals.owners[place][0])
         return None if owner == NOBODY else owner
 
@@ -309,39 +315,55 @@ class Snapshot:
         state = ReducedState(sums, maxs, self.seconds)
         return handler.finalize(state).get("")
 
-    def _custom(self, view: View) -> dict[Key, float]:
-        return self._reduced.custom.combined(view, self._handler_of_type)
-
-    def _handler_of_type(self, label: str) -> AggregationHandler:
-        handler = self._handlers.of_type.get(label)
-        if handler is None:
-            raise ValueError(
-                f"a handler finalised to type {label!r}, for which no handler is registered: call "
-                "register_handler() on every rank"
-            )
-        return handler
+    def _add_custom(self, window: WindowLike, groups: dict[str, dict[str, float]]) -> None:
+        """Add the results of handlers without lanes; one that fails is left out and named."""
+        for view in ("run", "interval"):
+            for key, label, results in self._reduced.custom.names(view):
+                if _choose(window, key[1]) != view:
+                    continue
+                try:
+                    values = combined(key, label, results, self._handlers.of_type.get(label))
+                except Exception as error:  # noqa: BLE001 - the user's handler
+                    self._warn_once(f"{key}", f"{show(key)} is left out: {error!r}")
+                    continue
+                group = groups.setdefault(key[0], {})
+                for suffix, value in values.items():
+                    if key[1] + suffix in group:
+                        self._warn_once(
+                            f"{key}",
+                            f"a custom handler finalised to the name {key[1] + suffix!r}, which "
+                            f"another metric of the same dataset prints: that one is kept",
+                        )
+                    else:
+                        group[key[1] + suffix] = value
 
     def _roll_up(
         self, window: WindowLike, group: dict[str, float], *, rollup: bool, macro: bool
     ) -> None:
         """Add the metrics over all datasets to the group without a dataset."""
-        by_name: dict[str, list[tuple[Key, View]]] = {}
-        for key, view in self._views(window):
-            if key[0]:
-                by_name.setdefault(key[1], []).append((key, view))
-        entries = self._reduced.schema.entries
-        for name, members in by_name.items():
-            handler = self._handlers.of_key[members[0][0]]
-            assert isinstance(handler, LaneHandler)
+        namesakes: dict[str, list[Entry]] = {}
+        for entry in self._reduced.schema:
+            if entry.key[0] and not entry.custom:
+                namesakes.setdefault(entry.key[1], []).append(entry)
+        views = dict(self._views(window))
+        for name, entries in namesakes.items():
+            members = [entry.key for entry in entries if entry.key in views]
             # The same name may be another aggregation in another dataset: those do not add up.
-            if len(members) < 2 or len({entries[key].type for key, _ in members}) > 1:
+            if len(entries) < 2 or len({entry.type for entry in entries}) > 1 or not members:
                 continue
+            handler = self._handlers.of_key[members[0]]
+            assert isinstance(handler, LaneHandler)
             if rollup:
-                merged = _merged([self._state(key, view) for key, view in members])
+                merged = _merged([self._state(key, views[key]) for key in members])
                 results = handler.finalize(merged)
                 group.update({name + suffix: value for suffix, value in results.items()})
             if macro and isinstance(handler, MeanAggHandler):
-                means = [self._finalized(key, view).get("", np.nan) for key, view in members]
+                if f"{name}_macro" in group:
+                    raise ValueError(
+                        f"macro=True would print {name}_macro, which is a metric of its own: give "
+                        "that one another name"
+                    )
+                means = [self._finalized(key, views[key]).get("", np.nan) for key in members]
                 group[f"{name}_macro"] = float(np.mean(means))
 
     def _derive(self, groups: Mapping[str, dict[str, float]]) -> None:
@@ -414,9 +436,9 @@ def _is_total(handler: AggregationHandler | None) -> bool:
 
 def check_window(window: WindowLike) -> None:
     """Refuse a window that is none."""
-    chosen = [window] if isinstance(window, str) else list(window.values())
+    chosen = list(window.values()) if isinstance(window, Mapping) else [window]
     for one in chosen:
-        if one not in _WINDOWS:
+        if not isinstance(one, str) or one not in _WINDOWS:
             raise ValueError(
                 f"window={one!r}: use 'run', 'interval', 'auto', or a dict from metric names to "
                 "those"

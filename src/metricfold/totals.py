@@ -5,7 +5,6 @@ Both are values: adding to one gives a new one, so a `Snapshot` may keep what it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,11 +113,6 @@ class Totals:
         return self.sums + self.lost
 
     def hash(self) -> int:
-        parts: Mapping[str, bytes] = {
-            "schema": self.schema.hash.to_bytes(8, "little"),
-            "sums": self.sums.tobytes(),
-            "lost": self.lost.tobytes(),
-            "maxs": self.maxs.tobytes(),
-            "seconds": np.float64(self.seconds).tobytes(),
-        }
-        return digest(b"".join(parts.values()))
+        arrays = (self.sums, self.lost, self.maxs, np.float64(self.seconds))
+        schema = self.schema.hash.to_bytes(8, "little")
+        return digest(schema + b"".join(array.tobytes() for array in arrays))

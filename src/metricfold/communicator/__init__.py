@@ -11,7 +11,12 @@ import sys
 from datetime import timedelta
 from typing import Any
 
-from metricfold.communicator.base import Communicator, LocalCommunicator, MissingRanksError
+from metricfold.communicator.base import (
+    Communicator,
+    LocalCommunicator,
+    MissingRanksError,
+    torch_is_initialized,
+)
 
 __all__ = [
     "Communicator",
@@ -33,7 +38,7 @@ def connect(
         timeout: how long to wait for missing ranks; None: as long as the training group does.
         generation: how often this aggregator has been bound before.
     """
-    if _torch_is_initialized():
+    if torch_is_initialized():
         from metricfold.communicator.torch import TorchCommunicator  # noqa: PLC0415
 
         return TorchCommunicator(name, process_group, timeout, generation)
@@ -50,12 +55,7 @@ def global_rank() -> int:
 
     Before the job is initialised, and after it has been torn down, the launcher's word counts.
     """
-    if _torch_is_initialized():
+    if torch_is_initialized():
         return int(sys.modules["torch.distributed"].get_rank())
     rank = os.environ.get("RANK", "")
     return int(rank) if rank.isdecimal() else 0
-
-
-def _torch_is_initialized() -> bool:
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
@@ -10,7 +11,7 @@ import numpy as np
 
 from metricfold.handlers import FloatArray
 
-__all__ = ["Communicator", "LocalCommunicator", "MissingRanksError"]
+__all__ = ["Communicator", "LocalCommunicator", "MissingRanksError", "torch_is_initialized"]
 
 # 48 bits are exact in a float64, and add up exactly where all ranks but one send zero.
 _BYTES_PER_FLOAT = 6
@@ -98,6 +99,15 @@ class LocalCommunicator(Communicator):
 
     _all_gather = all_gather
     _all_reduce = all_reduce
+
+    def current(self) -> bool:
+        return not torch_is_initialized()
+
+
+def torch_is_initialized() -> bool:
+    """Return whether the training script has made a `torch.distributed` process group."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _to_floats(data: bytes) -> FloatArray:

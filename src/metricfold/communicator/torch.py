@@ -83,13 +83,16 @@ class TorchCommunicator(Communicator):
         return reduced
 
     def _run(self, issue: Callable[[], Any]) -> None:
-        if self._group is None:
-            self._group = self._connect()
         self._calls += 1
+        started = time.monotonic()
         try:
+            if self._group is None:
+                self._group = self._connect()
             work = issue()
+        except MissingRanksError:
+            raise
         except RuntimeError as error:
-            raise self._diagnosed(error, time.monotonic()) from error
+            raise self._diagnosed(error, started) from error
         self._wait(work)
 
     # -- Missing ranks
@@ -197,7 +200,9 @@ class TorchCommunicator(Communicator):
             f"aggregator {self._name!r}: missing from a collective call: rank(s) {who} of "
             f"{self.world_size}; {how}. The usual cause is a call on some ranks only, such as "
             "inside `if rank == 0:`; every rank must call reduce(), logger.log(), "
-            "get_metrics_for_logging() and state_dict(). This aggregator cannot talk to other "
+            "get_metrics_for_logging() and state_dict(). Another is an aggregator that only some "
+            "ranks have made: those without a name= pair by the order in which they are made. This "
+            "aggregator cannot talk to other "
             "ranks any more: make a new one on all ranks and load the last state",
             [self._ranks[rank] for rank in missing],
         )

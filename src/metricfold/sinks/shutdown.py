@@ -7,13 +7,13 @@ own handler is called, and the default action still ends the process as killed b
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import Protocol
+
+from metricfold.processes import at_exit
 
 __all__ = ["Endable", "unwatch", "watch"]
 
@@ -40,7 +40,7 @@ def watch(one: Endable) -> None:
     if _pid != os.getpid():
         _pid = os.getpid()
         _watched.clear()
-        _hook_exit()
+        at_exit(_at_exit)
     _watched.append(one)
     _install()
 
@@ -51,22 +51,6 @@ def unwatch(one: Endable) -> None:
         _watched.remove(one)
     if not _watched and _in_main_thread() and signal.getsignal(signal.SIGTERM) is _on_sigterm:
         signal.signal(signal.SIGTERM, _chained)
-
-
-def _hook_exit() -> None:
-    # Imported late because most of those who import metricfold never make a logger.
-    import concurrent.futures.thread  # noqa: F401, PLC0415
-    from multiprocessing import parent_process, util  # noqa: PLC0415
-
-    if parent_process() is not None:
-        # Children of multiprocessing, such as spawned ranks, end without atexit.
-        util.Finalize(None, _at_exit, exitpriority=100)
-        return
-    # Not atexit: by then a backend that has only just got its first record could start no threads,
-    # and exit hooks that it registered itself would have run. concurrent.futures hooks in here
-    # too, and is imported above so that its hook is the older one: the last in is the first out.
-    hook = getattr(threading, "_register_atexit", atexit.register)
-    hook(_at_exit)
 
 
 def _install() -> None:
@@ -99,13 +83,10 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> None:
         os.kill(os.getpid(), signum)
 
 
-def _at_exit() -> None:
-    error = sys.exc_info()[1] or getattr(sys, "last_value", None)
-    if isinstance(error, SystemExit) and not error.code:
-        error = None
+def _at_exit(after_error: bool) -> None:
     if _pid == os.getpid():
         for one in _watched.copy():
-            one.end_on_exit(after_error=error is not None)
+            one.end_on_exit(after_error=after_error)
 
 
 def _in_main_thread() -> bool:

@@ -1,0 +1,137 @@
+"""Threads that outlive a call, and what becomes of them when the process exits or forks."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeAlias
+
+__all__ = ["Forkable", "Worker", "at_exit", "watch_forks"]
+
+_EXIT_WAIT = 2.0
+"""How many seconds an exit after an exception waits for a task under way."""
+
+_Task: TypeAlias = tuple[Callable[[], Any], "Future[Any]"]
+
+
+# -- Exit ----------------------------------------------------------------------------------------
+
+
+def at_exit(callback: Callable[[bool], None]) -> None:
+    """Call `callback` when the interpreter exits; its argument tells whether after an error.
+
+    Python does not tell an exit by `sys.exit(1)` in the main program from a clean one.
+    """
+
+    def call() -> None:
+        error = sys.exc_info()[1] or getattr(sys, "last_value", None)
+        if isinstance(error, SystemExit) and not error.code:
+            error = None
+        callback(error is not None)
+
+    # Imported late because most of those who import metricfold have nothing to finish.
+    import concurrent.futures.thread  # noqa: F401, PLC0415
+    from multiprocessing import parent_process, util  # noqa: PLC0415
+
+    if parent_process() is not None:
+        # Children of multiprocessing, such as spawned ranks, end without atexit.
+        util.Finalize(None, call, exitpriority=100)
+        return
+    # Not atexit: by then a backend that has only just got its first record could start no threads,
+    # and exit hooks that it registered itself would have run. concurrent.futures hooks in here
+    # too, and is imported above so that its hook is the older one: the last in is the first out.
+    hook = getattr(threading, "_register_atexit", atexit.register)
+    hook(call)
+
+
+# -- Threads -------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A daemon thread that runs one task after the other; an exit waits for what it has."""
+
+    def __init__(self, name: str) -> None:
+        self._tasks: queue.SimpleQueue[_Task | threading.Event | None] = queue.SimpleQueue()
+        threading.Thread(target=_run, args=(self._tasks,), name=name, daemon=True).start()
+        weakref.finalize(self, self._tasks.put, None).atexit = False
+        _finish_at_exit(self)
+
+    def submit(self, task: Callable[[], Any]) -> Future[Any]:
+        """Return the future of `task`, which cannot be cancelled: the other ranks count on it."""
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        self._tasks.put((task, future))
+        return future
+
+    def finish(self, timeout: float | None) -> bool:
+        """Wait until all tasks, and what their futures call, are done; returns whether they are."""
+        done = threading.Event()
+        self._tasks.put(done)
+        return done.wait(timeout)
+
+
+def _run(tasks: queue.SimpleQueue[_Task | threading.Event | None]) -> None:
+    while (item := tasks.get()) is not None:
+        if isinstance(item, threading.Event):
+            item.set()
+            continue
+        task, future = item
+        try:
+            result = task()
+        except BaseException as error:  # noqa: BLE001 - the future's reader gets it
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+            # Hold nothing while waiting for the next one.
+            del result
+        del item, task, future
+
+
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+_hooked_in = 0  # the process in which the exit hook is installed
+
+
+def _finish_at_exit(worker: Worker) -> None:
+    global _hooked_in  # noqa: PLW0603 - exit hooks are global by nature
+    if _hooked_in != os.getpid():
+        _hooked_in = os.getpid()
+        _workers.clear()
+        at_exit(_finish_all)
+    _workers.add(worker)
+
+
+def _finish_all(after_error: bool) -> None:
+    for worker in list(_workers):
+        worker.finish(_EXIT_WAIT if after_error else None)
+
+
+# -- Forks ---------------------------------------------------------------------------------------
+
+
+class Forkable(Protocol):
+    """Something that a forked child inherits without the threads that it needs."""
+
+    def leave_parent_behind(self) -> None:
+        """In the child: let go of locks and threads that only the parent has."""
+
+
+_forkable: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def watch_forks(one: Forkable) -> None:
+    """Tell `one` in every child that this process forks."""
+    _forkable.add(one)
+
+
+def _after_fork() -> None:
+    for one in list(_forkable):
+        one.leave_parent_behind()
+
+
+os.register_at_fork(after_in_child=_after_fork)
