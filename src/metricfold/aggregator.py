@@ -1,10 +1,12 @@
 """`MetricsAggregator`: takes metrics in, folds them over ranks, and gives results and checkpoints.
 
-aggregator = MetricsAggregator()
-aggregator.update(batch.pop("metrics"))                # per-sample metrics, any dataset
-aggregator.record("loss", loss, weight=num_tokens)     # a step's metric; nothing waits
-snapshot = aggregator.reduce()                         # every rank calls it
-state = aggregator.state_dict()                        # every rank calls it; anyone may save it
+    aggregator = MetricsAggregator()
+    aggregator.update(batch.pop("metrics"))                # per-sample metrics, any dataset
+    aggregator.record("loss", loss, weight=num_tokens)     # a step's metric; nothing waits
+    snapshot = aggregator.reduce()                         # every rank calls it
+    state = aggregator.state_dict()                        # every rank calls it; anyone may save it
+
+What comes in accumulates in a `Delta`; a reduction cuts it off and, if it fails, puts it back.
 """
 
 from __future__ import annotations

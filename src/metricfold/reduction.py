@@ -416,7 +416,7 @@ _COMPLAINTS: tuple[tuple[Field, Callable[[_Groups], str]], ...] = (
         Field.PROTOCOL,
         lambda groups: (
             "the ranks run different versions of metricfold: "
-            + _differing(groups, lambda number: f"speak protocol {number:.0f}")
+            + _differing(groups, lambda number: f"with protocol {number:.0f}")
             + ". Install the same version everywhere"
         ),
     ),
@@ -424,7 +424,7 @@ _COMPLAINTS: tuple[tuple[Field, Callable[[_Groups], str]], ...] = (
         Field.SEQUENCE,
         lambda groups: (
             "the ranks are not in step: "
-            + _differing(groups, lambda number: f"have made {number:.0f} exchanges")
+            + _differing(groups, lambda number: f"after {number:.0f} exchanges")
             + ". Make a new aggregator on all ranks and load the last checkpoint"
         ),
     ),
@@ -441,7 +441,7 @@ _COMPLAINTS: tuple[tuple[Field, Callable[[_Groups], str]], ...] = (
         Field.GENERATION,
         lambda groups: (
             "load_state_dict() or reset() was not called alike on all ranks: "
-            + _differing(groups, lambda number: f"did it {number:.0f} times")
+            + _differing(groups, lambda number: f"have done it {number:.0f}x")
             + ". Call it on every rank"
         ),
     ),
@@ -449,7 +449,7 @@ _COMPLAINTS: tuple[tuple[Field, Callable[[_Groups], str]], ...] = (
         Field.SCHEMA,
         lambda groups: (
             "the ranks have agreed on different keys: "
-            + _differing(groups, lambda number: f"hold schema {int(number):x}")
+            + _differing(groups, lambda number: f"with schema {int(number):x}")
             + ". Make a new aggregator on all ranks and load the last checkpoint"
         ),
     ),
@@ -457,7 +457,9 @@ _COMPLAINTS: tuple[tuple[Field, Callable[[_Groups], str]], ...] = (
         Field.STEP,
         lambda groups: (
             "the ranks report different steps: "
-            + _differing(groups, lambda number: f"are at step {number:.0f}")
+            + _differing(
+                groups, lambda number: "gave no step" if number < 0 else f"gave {number:.0f}"
+            )
             + ". Nothing was reduced and nothing is lost; log the same step on every rank"
         ),
     ),
@@ -465,7 +467,7 @@ _COMPLAINTS: tuple[tuple[Field, Callable[[_Groups], str]], ...] = (
         Field.RUN,
         lambda groups: (
             "the ranks hold different run totals: "
-            + _differing(groups, lambda number: f"hold {int(number):x}")
+            + _differing(groups, lambda number: f"with total {int(number):x}")
             + ". Load the same checkpoint on every rank"
         ),
     ),

@@ -1,6 +1,8 @@
 """Ranks as threads of one process: the real protocol, where processes would be too slow to start.
 
-worlds = thread_world(4)      # four communicators; use each from a thread of its own
+    worlds = thread_world(4)      # four communicators; use each from a thread of its own
+
+A collective that some thread does not join breaks for all after the timeout.
 """
 
 from __future__ import annotations
