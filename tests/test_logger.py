@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 from fractions import Fraction
 
@@ -574,6 +575,45 @@ def test_leaving_with_an_exception_waits_only_a_moment_for_a_reduction(caplog):
     assert sink.calls[-1] == "close"
     (warning,) = warnings_in(caplog)
     assert "the metrics of step 2 are lost" in warning
+
+
+def test_an_aggregator_that_the_training_has_dropped_is_not_kept_until_close():
+    with MetricsLogger([Memory()]) as logger:
+        aggregator = aggregator_with_data()
+        logger.log(1, aggregator, prefix="val")
+        dropped = weakref.ref(aggregator)
+        del aggregator
+        deadline = time.monotonic() + WAIT
+        while dropped() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert dropped() is None
+
+
+def test_a_reduction_that_went_well_is_forgotten():
+    source = Source()
+    with MetricsLogger([]) as logger:
+        logger.log(1, source, prefix="val")
+        result = Result(x=1.0)
+        source.futures.pop().set_result(result)
+        dropped = weakref.ref(result)
+        del result
+        assert dropped() is None
+
+
+def test_the_error_of_an_aggregator_that_is_gone_is_raised_by_close_and_by_no_other_log():
+    logger = MetricsLogger([])
+    for _ in range(3):
+        failing = Source()
+        logger.log(1, failing, prefix="val")
+        failing.futures[0].set_exception(ConnectionError("rank 1 is gone"))
+        del failing
+    # New objects may get the addresses of those that are gone.
+    for _ in range(30):
+        fresh = Source()
+        logger.log(2, fresh, prefix="val")
+        fresh.futures[0].set_result(Result(x=1.0))
+    with pytest.raises(ConnectionError, match="rank 1 is gone"):
+        logger.close()
 
 
 # -- Rewinding -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -176,3 +177,33 @@ def test_sigterm_on_all_ranks_loses_no_log_that_all_ranks_made(tmp_path):
     records = read_jsonl(tmp_path / "x.jsonl")
     assert [record.step for record in records] == list(range(1, 21))
     assert records[-1].metrics == {"t/loss": 0.5}
+
+
+def log_throw_away_aggregators(rank: int, folder: Path) -> int:
+    aggregator = MetricsAggregator()
+    with MetricsLogger([JSONLSink(folder / "x.jsonl")]) as logger:
+        for step in range(1, 31):
+            aggregator.record("loss", 1.0)
+            logger.log(step, aggregator, prefix="train")
+            validation = MetricsAggregator()
+            validation.record("loss", float(step + rank))
+            logger.log(step, validation, prefix="val")
+        del validation
+        assert logger.flush()
+        deadline = time.monotonic() + 10
+        # One for the training's aggregator; those of the logger are on rank 0 only.
+        while threads_named("metricfold-") > 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return threads_named("metricfold-")
+
+
+def threads_named(start: str) -> int:
+    return sum(thread.name.startswith(start) for thread in threading.enumerate())
+
+
+def test_aggregators_that_are_logged_once_and_dropped_leave_no_thread_behind(tmp_path):
+    assert run_ranks(log_throw_away_aggregators, 2, tmp_path) == [1, 1]
+    records = read_jsonl(tmp_path / "x.jsonl")
+    assert [record.metrics for record in records if "val/loss" in record.metrics] == [
+        {"val/loss": step + 0.5} for step in range(1, 31)
+    ]

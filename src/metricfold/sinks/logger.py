@@ -7,6 +7,7 @@ import numbers
 import operator
 import os
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from types import TracebackType
@@ -71,8 +72,9 @@ class MetricsLogger:
         self._pid = os.getpid()
         self._rank = 0
         self._pipeline: Pipeline | None = None  # made by the first call on the rank that writes
-        # The last reduction of each aggregator, by the aggregator's id.
-        self._reductions: dict[int, tuple[object, Future[Snapshot]]] = {}
+        # Reductions that are under way or have failed, and whose they are. Each call on this dict
+        # is atomic: reductions end on threads of their own.
+        self._reductions: dict[Future[Snapshot], weakref.ref[object]] = {}
         self._closed = False
         watch(self)
 
@@ -142,8 +144,7 @@ class MetricsLogger:
         elif hasattr(source, "reduce_async"):
             _check_prefix_given(prefix, source)
             self._raise_error_of(source)
-            values = source.reduce_async(step=step)
-            self._reductions[id(source)] = (source, values)
+            values = self._reduced(source, step)
             if not self._writes():
                 return
         else:
@@ -220,19 +221,33 @@ class MetricsLogger:
         return [error for future in finished if (error := future.exception()) is not None]
 
     def _running(self) -> list[Future[Snapshot]]:
-        return [future for _, future in self._reductions.values()]
+        return list(self._reductions)
 
     def _close_unused_sinks(self) -> None:
         for sink in self._sinks:
             if (error := error_of(sink.close)) is not None:
                 _log.warning("%r could not be closed: %s: %s", sink, type(error).__name__, error)
 
+    def _reduced(self, source: MetricsAggregator, step: int) -> Future[Snapshot]:
+        owner: weakref.ref[object] = weakref.ref(source)
+        future = source.reduce_async(step=step)
+        self._reductions[future] = owner
+        future.add_done_callback(self._forget_if_well)
+        return future
+
+    def _forget_if_well(self, future: Future[Snapshot]) -> None:
+        if future.cancelled() or future.exception() is None:
+            self._reductions.pop(future, None)
+
     def _raise_error_of(self, source: object) -> None:
         # Waits for the reduction, as the aggregator would: only so do all ranks raise in the same
         # call, and none is alone in the next reduction.
-        _, future = self._reductions.pop(id(source), (None, None))
-        if future is not None and (error := future.exception()) is not None:
-            raise error
+        for future, owner in list(self._reductions.items()):
+            if owner() is source:
+                error = future.exception()
+                self._reductions.pop(future, None)
+                if error is not None:
+                    raise error
 
     def _writes(self) -> bool:
         from metricfold.communicator import global_rank  # noqa: PLC0415
