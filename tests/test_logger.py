@@ -149,6 +149,7 @@ def test_an_aggregator_is_logged_with_rollup_and_histograms():
     assert record.metrics["train/loss"] == 11 / 4
     assert record.metrics["train_a/len_stat_p50"] == 2.0
     assert record.metrics["lr"] == 0.5
+    assert record.prefix == "train"
     assert record.histograms["train_a/len"].counts.sum() == 3
     assert all(type(value) is float for value in record.metrics.values())
 

@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from metricfold.sinks import ConsoleSink, Record
+from metricfold import MetricsAggregator
+from metricfold.sinks import ConsoleSink, MetricsLogger, Record
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -113,6 +114,43 @@ def test_prefixes_have_their_own_tables():
         "step 1  val     all      a",
         "step 1  loss  2.750  2.500",
     ]
+
+
+@pytest.mark.parametrize("prefix", ["my_run", "exp/train", "exp_1/my_run"])
+def test_a_prefix_may_hold_what_separates_it_from_the_dataset(prefix):
+    metrics = {f"{prefix}/loss": 2.0, f"{prefix}_alpaca_gpt/loss": 1.5, "lr": 0.25}
+    lines = shown(Record(1, 0.0, metrics, prefix=prefix))
+    assert [line.split()[2:] for line in lines] == [
+        [prefix, "all", "alpaca_gpt"],
+        ["loss", "2", "1.500"],
+        ["lr", "0.2500", "-"],
+    ]
+
+
+def test_keys_that_do_not_start_with_their_prefix_are_shown_by_what_they_look_like():
+    metrics = {"my_run_a/loss": 2.0, "optim_x/lr": 0.25, "my_runner/loss": 3.0, "my_run": 4.0}
+    lines = shown(Record(1, 0.0, metrics, prefix="my_run"))
+    assert [line.split()[2:] for line in lines] == [
+        ["my_run", "all", "a"],
+        ["loss", "-", "2"],
+        ["my_run", "4", "-"],
+        ["optim", "x"],
+        ["lr", "0.2500"],
+        ["my", "runner"],
+        ["loss", "3"],
+    ]
+
+
+def test_the_console_shows_the_prefix_that_was_logged():
+    console, file = piped()
+    aggregator = MetricsAggregator()
+    for dataset in ("alpaca", "orca_math"):
+        aggregator.record("loss", 1.5, dataset=dataset)
+    with MetricsLogger([ConsoleSink(console)]) as logger:
+        logger.log(1, aggregator, prefix="my_run")
+    header, row = file.getvalue().splitlines()
+    assert header.split()[2:] == ["my_run", "all", "alpaca", "orca_math"]
+    assert row.split()[2:] == ["loss", "1.500", "1.500", "1.500"]
 
 
 def test_keys_without_prefix_are_shown_too():

@@ -48,6 +48,7 @@ def test_each_record_is_one_line_of_json(tmp_path):
     assert strict_lines(path)[0] == {
         "step": 3,
         "wall_time": 17.25,
+        "prefix": "",
         "metrics": {"train_a/loss": 1.5, "lr": 1e-300},
         "histograms": {},
     }
@@ -73,16 +74,24 @@ def test_what_is_not_finite_is_valid_json_and_comes_back(tmp_path):
     metrics=st.dictionaries(st.text(), st.floats()),
     step=st.integers(0, 2**70),
     wall_time=st.floats(allow_nan=False, allow_infinity=False),
+    prefix=st.text(),
 )
-def test_any_record_comes_back_as_it_was(tmp_path_factory, metrics, step, wall_time):
+def test_any_record_comes_back_as_it_was(tmp_path_factory, metrics, step, wall_time, prefix):
     path = tmp_path_factory.mktemp("jsonl") / "run.jsonl"
     sink = JSONLSink(path)
-    sink.write(Record(step, wall_time, {"at least": 1.0, **metrics}))
+    sink.write(Record(step, wall_time, {"at least": 1.0, **metrics}, prefix=prefix))
     sink.close()
     (back,) = read_jsonl(path)
-    assert (back.step, back.wall_time) == (step, wall_time)
+    assert (back.step, back.wall_time, back.prefix) == (step, wall_time, prefix)
     # repr tells NaN from numbers and -0.0 from 0.0
     assert repr(back.metrics) == repr({"at least": 1.0, **metrics})
+
+
+def test_lines_that_name_no_prefix_are_read(tmp_path):
+    path = tmp_path / "run.jsonl"
+    line = {"step": 3, "wall_time": 17.25, "metrics": {"train_a/loss": 1.5}, "histograms": {}}
+    path.write_text(json.dumps(line) + "\n")
+    assert read_jsonl(path) == [Record(3, 17.25, {"train_a/loss": 1.5})]
 
 
 def test_histograms_come_back(tmp_path):

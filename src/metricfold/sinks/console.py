@@ -7,7 +7,8 @@
 
 Keys are read as ``{prefix}_{dataset}/{name}`` and ``{prefix}/{name}``: one table per prefix, one
 column per dataset (``all`` for what has none), one row per name. What has no ``/`` joins the table
-of the keys it came with.
+of the keys it came with. Where a key does not start with the prefix that it was logged with, what
+comes before the first ``_`` is taken for one.
 """
 
 from __future__ import annotations
@@ -185,16 +186,17 @@ def _boards_of(record: Record) -> list[_Board]:
     groups: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
     loose: list[tuple[str, float]] = []  # keys without a "/"
     for key, value in record.metrics.items():
-        group, slash, name = key.partition("/")
-        if not slash:
+        split = _split(key, record.prefix)
+        if split is None:
             loose.append((key, value))
             continue
-        prefix, _, dataset = group.partition("_")
+        prefix, dataset, name = split
         match = _STATISTIC.fullmatch(name)
         name, statistic = (match["name"], match["statistic"]) if match else (name, "")
         metrics = groups.setdefault(prefix, {})
         metrics.setdefault((name, dataset or _ALL), {})[statistic] = value
-    home = groups.setdefault(next(iter(groups)) if len(groups) == 1 else "", {})
+    only = next(iter(groups)) if len(groups) == 1 else ""
+    home = groups.setdefault(record.prefix or only, {})
     for key, value in loose:
         home[key, _ALL] = {"": value}
 
@@ -207,6 +209,19 @@ def _boards_of(record: Record) -> list[_Board]:
         board.columns = _ordered(board.columns)
         boards.append(board)
     return [board for board in boards if board.rows]
+
+
+def _split(key: str, prefix: str) -> tuple[str, str, str] | None:
+    """Return prefix, dataset and name of `key`; None if it has no ``/``."""
+    if prefix and key.startswith((f"{prefix}/", f"{prefix}_")):
+        group, slash, name = key[len(prefix) :].partition("/")
+        if slash:
+            return prefix, group[1:], name
+    group, slash, name = key.partition("/")
+    if not slash:
+        return None
+    prefix, _, dataset = group.partition("_")
+    return prefix, dataset, name
 
 
 def _rows(name: str, values: dict[str, float]) -> Iterable[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Records as JSON lines: a file that any tool reads, and that loses nothing.
 
-    {"step": 50, "wall_time": 1760000000.0, "metrics": {"train/loss": 2.31}, "histograms": {}}
+    {"step": 50, "wall_time": 1760000000.0, "prefix": "train", "metrics": {"train/loss": 2.31},
+     "histograms": {}}
 
 Every line is valid JSON by itself. JSON has no NaN and no infinity, so these are written as the
 strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, and `read_jsonl` turns them back into floats.
@@ -145,6 +146,7 @@ def _encoded(record: Record) -> bytes:
     line = {
         "step": record.step,
         "wall_time": record.wall_time,
+        "prefix": record.prefix,
         "metrics": {key: _number(value) for key, value in record.metrics.items()},
         "histograms": {key: _histogram(value) for key, value in record.histograms.items()},
     }
@@ -188,6 +190,7 @@ def _decoded(parsed: dict[str, Any], path: Path, number: int) -> Record:
         return Record(
             step=parsed["step"],
             wall_time=float(parsed["wall_time"]),
+            prefix=str(parsed.get("prefix", "")),  # files of before prefixes were kept have none
             metrics={key: float(value) for key, value in parsed["metrics"].items()},
             histograms={
                 key: Histogram(

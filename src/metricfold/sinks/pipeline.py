@@ -32,7 +32,7 @@ class Entry(NamedTuple):
         step: the training step.
         wall_time: when `log` was called, in Unix seconds.
         source: numbers by key, or the result, perhaps still to come, of a reduction.
-        prefix: what keys of a reduction start with.
+        prefix: what keys start with; empty for a dict that was given none.
         window: what its numbers speak about.
         extra: further numbers by key.
     """
@@ -166,7 +166,8 @@ class Pipeline:
                 "extra values left out; give these another name",
                 ", ".join(repr(key) for key in sorted(clashes)),
             )
-        return Record(entry.step, entry.wall_time, {**metrics, **extra}, histograms)
+        together = {**metrics, **extra}
+        return Record(entry.step, entry.wall_time, together, histograms, entry.prefix)
 
 
 class _Accepted(NamedTuple):

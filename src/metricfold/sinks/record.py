@@ -19,12 +19,15 @@ class Record:
         wall_time: when `log` was called, in seconds since 1970 (Unix time).
         metrics: a number for each key, such as ``"train_alpaca/loss"``.
         histograms: a histogram for each DISTRIBUTION metric, such as ``"train_alpaca/seq_len"``.
+        prefix: the ``prefix=`` of `log`, which tells where the dataset's name begins in a key that
+            starts with it; empty if there was none.
     """
 
     step: int
     wall_time: float
     metrics: dict[str, float]
     histograms: dict[str, Histogram] = field(default_factory=dict)
+    prefix: str = ""
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import TypeVar
@@ -48,7 +49,7 @@ class SelectiveSink(ABC):
         metrics = self._renamed(record.metrics)
         histograms = self._renamed(record.histograms)
         if metrics or histograms:
-            self._write(Record(record.step, record.wall_time, metrics, histograms))
+            self._write(replace(record, metrics=metrics, histograms=histograms))
 
     @abstractmethod
     def _write(self, record: Record) -> None:
