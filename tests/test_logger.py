@@ -737,3 +737,25 @@ def test_records_are_values():
     assert record == Record(1, 2.0, {}, {})
     with pytest.raises(AttributeError):
         record.step = 3
+
+
+def test_records_with_histograms_are_compared_by_what_they_hold():
+    def with_histogram(counts=(2.0, 1.0), *, minimum=0.5, key="t/len"):
+        edges = np.array([0.0, 1.0, 2.0])
+        histogram = Histogram(edges, np.array(counts), minimum, 1.5, 2.5, 2.75)
+        return Record(1, 2.0, {}, {key: histogram})
+
+    record = with_histogram()
+    assert record == with_histogram()
+    assert record not in (
+        with_histogram((1.0, 2.0)),
+        with_histogram((1.0,)),
+        with_histogram(minimum=0.25),
+        with_histogram(key="t/other"),
+        Record(1, 2.0, {}),
+        Record(1, 2.0, {}, record.histograms, prefix="t"),
+        Record(1, 2.0, {"x": 1.0}, record.histograms),
+        Record(1, 2.5, {}, record.histograms),
+        Record(2, 2.0, {}, record.histograms),
+        None,
+    )

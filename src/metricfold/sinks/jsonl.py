@@ -190,7 +190,7 @@ def _decoded(parsed: dict[str, Any], path: Path, number: int) -> Record:
         return Record(
             step=parsed["step"],
             wall_time=float(parsed["wall_time"]),
-            prefix=str(parsed.get("prefix", "")),  # files of before prefixes were kept have none
+            prefix=str(parsed.get("prefix", "")),  # older lines have none
             metrics={key: float(value) for key, value in parsed["metrics"].items()},
             histograms={
                 key: Histogram(

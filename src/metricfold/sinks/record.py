@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from metricfold.histogram import Histogram
 
 __all__ = ["Record", "Sink"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Record:
     """The metrics of one `MetricsLogger.log`.
 
@@ -28,6 +30,16 @@ class Record:
     metrics: dict[str, float]
     histograms: dict[str, Histogram] = field(default_factory=dict)
     prefix: str = ""
+
+    # The comparison that a dataclass has by itself fails on the arrays of a histogram.
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Record):
+            return NotImplemented
+        mine = (self.step, self.wall_time, self.prefix, self.metrics, self.histograms.keys())
+        its = (other.step, other.wall_time, other.prefix, other.metrics, other.histograms.keys())
+        return mine == its and all(
+            _same(histogram, other.histograms[key]) for key, histogram in self.histograms.items()
+        )
 
 
 @runtime_checkable
@@ -50,3 +62,10 @@ class Sink(Protocol):
 
     def rewind(self, step: int) -> None:
         """Take back what was written for the steps after `step`: training goes on from there."""
+
+
+def _same(one: Histogram, other: Histogram) -> bool:
+    return all(
+        np.array_equal(getattr(one, part.name), getattr(other, part.name))
+        for part in fields(Histogram)
+    )
