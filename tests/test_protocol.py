@@ -15,7 +15,7 @@ from ranks import run_threads
 from metricfold import AggregationType, Metric, MetricsAggregator
 from metricfold.communicator import Communicator, LocalCommunicator
 from metricfold.handlers import CategoryState, LaneState, WindowState
-from metricfold.packing import HEADER_SIZE, Entry, Field, Schema, Window, digest
+from metricfold.packing import HEADER_SIZE, Entry, Schema, Window, digest
 
 # -- Whatever happens ----------------------------------------------------------------------------
 
@@ -130,13 +130,14 @@ custom = Entry(("d", "custom"), "mine", 0, 0)
 
 def test_a_vector_holds_identities_where_a_rank_has_nothing() -> None:
     schema = Schema([kinds, window, lanes, custom])
-    empty = schema.pack({Field.STEP: 7}, {}, {})
+    empty, lacking = schema.pack({}, {})
+    assert not lacking
     assert empty.size == schema.size == HEADER_SIZE + 1 + (3 + 3 + 4) + (2 + 8)
     sums, maxs, windows = schema.split(empty[np.newaxis])
     assert not sums.any()
     assert (maxs == -np.inf).all()
     assert schema.window_of(windows[0], window.key).values.size == 0
-    assert empty[Field.STEP] == 7
+    assert not empty[:HEADER_SIZE].any()
 
 
 def test_what_is_packed_comes_out_again() -> None:
@@ -145,10 +146,11 @@ def test_what_is_packed_comes_out_again() -> None:
         lanes.key: LaneState((1.0, 2.0, 3.0), (9.0,)),
         window.key: WindowState((2.0, 0.0, 0.0)),
         kinds.key: CategoryState((5.0, 0.0), {"y": 5}),
-        ("not", "agreed"): LaneState((1.0, 1.0, 1.0), (1.0,)),
     }
     kept = Window(np.array([1.5, 2.5]), np.array([1.0, 3.0]), fresh=1)
-    row = schema.pack({}, states, {window.key: kept})[np.newaxis]
+    vector, lacking = schema.pack(states, {window.key: kept})
+    assert not lacking
+    row = vector[np.newaxis]
     sums, maxs, windows = schema.split(row)
     assert sums[0, schema.sums[lanes.key]].tolist() == [1, 2, 3]
     assert maxs[0].tolist() == [9]
@@ -157,6 +159,18 @@ def test_what_is_packed_comes_out_again() -> None:
     assert (out.values.tolist(), out.fresh) == ([1.5, 2.5], 1)
     assert out.weights is not None
     assert out.weights.tolist() == [1.0, 3.0]
+
+
+def test_what_has_no_place_in_the_vector_is_named() -> None:
+    schema = Schema([lanes, window, kinds])
+    new = ("not", "agreed")
+    categories = CategoryState((5.0, 0.0), {"y": 4, "z": 1})
+    long, weighted = Window(np.zeros(5)), Window(np.zeros(1), np.ones(1))
+    assert schema.pack({new: LaneState((1.0, 1.0, 1.0))}, {})[1] == {new}
+    assert schema.pack({kinds.key: categories}, {})[1] == {kinds.key}
+    assert schema.pack({}, {window.key: long, new: weighted})[1] == {window.key, new}
+    unweighted = Schema([Entry(window.key, "distribution", 3, 0, capacity=4)])
+    assert unweighted.pack({}, {window.key: weighted})[1] == {window.key}
 
 
 entries = st.builds(

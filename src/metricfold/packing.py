@@ -184,7 +184,6 @@ class Schema:
         self.sum_width = _end(self.sums)
         self.max_width = _end(self.maxs)
         self.window_width = _end(self.windows)
-        self._categories = {entry.key: frozenset(entry.categories) for entry in self}
         self._max_start = HEADER_SIZE
         self._sum_start = self._max_start + self.max_width
         self._window_start = self._sum_start + self.sum_width
@@ -231,48 +230,48 @@ class Schema:
     # -- The vector
 
     def pack(
-        self,
-        header: Mapping[Field, float],
-        states: Mapping[Key, State],
-        windows: Mapping[Key, Window],
-    ) -> FloatArray:
-        """Return the vector of one rank; what `states` lacks is sent as the identity.
+        self, states: Mapping[Key, State], windows: Mapping[Key, Window]
+    ) -> tuple[FloatArray, set[Key]]:
+        """Return the vector of one rank, with an empty header, and the keys that lack a place.
 
-        The schema must have room for them: what has none is pending, and waits for the exchange.
+        What `states` lacks is sent as the identity. A vector that lacks places is not to be sent.
         """
-        vector = np.zeros(self.size)
-        for name, number in header.items():
-            vector[name] = number
+        lacking: set[Key] = set()
         sums: list[float] = []
         maxs: list[float] = []
+        found = 0
         for key, entry in self.entries.items():
             state = states.get(key)
             if state is None:
                 sums += (0.0,) * entry.sum_width
                 maxs += (-math.inf,) * entry.maxs
                 continue
+            found += 1
             sums += state.sums
             maxs += state.maxs
             if type(state) is CategoryState:
-                counts = state.counts
-                sums += [counts.get(category, 0) for category in entry.categories]
+                counts = [state.counts.get(category, 0) for category in entry.categories]
+                # Each that occurred counts 1 or more, so one that is missed shows in the number.
+                if len(counts) - counts.count(0) < len(state.counts):
+                    lacking.add(key)
+                sums += counts
+        if found < len(states):
+            lacking.update(key for key in states if key not in self.entries)
+        vector = np.zeros(self.size)
         vector[self._max_start : self._sum_start] = maxs
         vector[self._sum_start : self._window_start] = sums
         for key, window in windows.items():
             agreed = self.entries.get(key)
-            if agreed is not None and window.values.size <= agreed.capacity:
-                self._pack_window(vector, agreed, window)
-        return vector
+            if agreed is None or not self._pack_window(vector, agreed, window):
+                lacking.add(key)
+        return vector, lacking
 
-    def has_room(self, key: Key, state: State) -> bool:
-        """Return whether the lanes of `state` all have a place."""
-        if isinstance(state, CategoryState):
-            categories = self._categories.get(key)
-            return categories is not None and categories.issuperset(state.counts)
-        return key in self.entries
-
-    def _pack_window(self, vector: FloatArray, entry: Entry, window: Window) -> None:
+    def _pack_window(self, vector: FloatArray, entry: Entry, window: Window) -> bool:
+        """Pack `window` if there is a place for it; returns whether there was."""
         size = window.values.size
+        needs_weights = window.weights is not None and not entry.weighted
+        if size > entry.capacity or not entry.capacity or needs_weights:
+            return False
         start = self._window_start + self.windows[entry.key].start
         vector[start], vector[start + 1] = size, window.fresh
         start += 2
@@ -280,6 +279,7 @@ class Schema:
         if entry.weighted:
             start += entry.capacity
             vector[start : start + size] = 1.0 if window.weights is None else window.weights
+        return True
 
     def split(self, rows: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return the SUM lanes, MAX lanes and windows of rows of shape (world_size, size)."""

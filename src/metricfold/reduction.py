@@ -172,14 +172,15 @@ class Reducer:
 
         Raises on all ranks alike if one disagrees or has failed; then nothing is merged.
         """
-        windows, pending = self.windows, []
+        vector, windows, pending = None, self.windows, []
         if not mine.error:
             try:
                 windows = self._windows_with(mine.states, registry)
-                pending = self._pending(mine, windows, registry)
+                vector, lacking = self._pack(mine.states, windows, registry)
+                pending = self._pending(lacking, mine, windows, registry)
             except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
                 mine.error = f"it could not prepare what it holds: {error!r}"
-        rows, sizes = self._gather(communicator, mine, windows, pending, registry)
+        rows, sizes = self._gather(communicator, mine, vector, windows, pending, registry)
         schema = self.schema
         sums, maxs, window_rows = schema.split(rows)
         custom = CustomResults()
@@ -214,27 +215,31 @@ class Reducer:
         self,
         communicator: Communicator,
         mine: Contribution,
+        vector: FloatArray | None,
         windows: dict[Key, Window],
         pending: Sequence[Entry],
         registry: Registry,
     ) -> tuple[FloatArray, list[int]]:
         """Return everyone's vectors, once the schema has room for all that they bring."""
         blob = Schema(pending).to_json().encode() if pending else b""
-        rows = self._all_gather(communicator, mine, windows, blob)
+        rows = self._all_gather(communicator, mine, vector, blob)
         if rows[:, Field.PENDING].any():
             blobs = self._exchange_blobs(communicator, rows, blob)
             self.schema_rounds += 1
             conflicts = self._agree(blobs, communicator.rank, mine, windows, registry)
             if conflicts:
                 raise ValueError("; ".join(conflicts))
-            rows = self._all_gather(communicator, mine, windows, b"")
+            vector, lacking = self._pack(mine.states, windows, registry)
+            if lacking and not mine.error:
+                mine.error = f"the agreed keys lack places for {', '.join(map(show, lacking))}"
+            rows = self._all_gather(communicator, mine, vector, b"")
         return rows, [int(size) for size in rows[:, Field.CUSTOM_SIZE]]
 
     def _all_gather(
         self,
         communicator: Communicator,
         mine: Contribution,
-        windows: Mapping[Key, Window],
+        vector: FloatArray | None,
         blob: bytes,
     ) -> FloatArray:
         if mine.error:
@@ -254,9 +259,11 @@ class Reducer:
             Field.SECONDS: mine.seconds,
             Field.CUSTOM_SIZE: len(mine.custom),
         }
-        # With a blob this vector is not the last one, or there is nothing to send.
-        states = {} if blob else mine.states
-        vector = self.schema.pack(header, states, {} if blob else windows)
+        if vector is None or blob:
+            # There is nothing to send, or no place for it yet.
+            vector, _ = self.schema.pack({}, {})
+        for name, number in header.items():
+            vector[name] = number
         rows = communicator.all_gather(vector)
         self._sequence += 1
         if rows[:, Field.ERROR].any():
@@ -281,6 +288,16 @@ class Reducer:
         received = communicator.all_gather_bytes(mine, sent)
         return [received[sender[rank]] for rank in range(len(hashes))]
 
+    def _pack(
+        self, states: Mapping[Key, State], windows: Mapping[Key, Window], registry: Registry
+    ) -> tuple[FloatArray, set[Key]]:
+        """Return this rank's vector, and the keys that the schema has no place for."""
+        odd = registry.odd() & states.keys()
+        if odd:
+            states = {key: state for key, state in states.items() if key not in odd}
+        vector, lacking = self.schema.pack(states, windows)
+        return vector, lacking | odd
+
     # -- Agreeing on keys
 
     def _windows_with(self, states: Mapping[Key, State], registry: Registry) -> dict[Key, Window]:
@@ -294,10 +311,13 @@ class Reducer:
         return windows
 
     def _pending(
-        self, mine: Contribution, windows: Mapping[Key, Window], registry: Registry
+        self,
+        lacking: set[Key],
+        mine: Contribution,
+        windows: Mapping[Key, Window],
+        registry: Registry,
     ) -> list[Entry]:
-        """Return what this rank holds beyond the schema."""
-        known, odd = self.schema.entries, registry.odd()
+        """Return what this rank holds beyond the schema: the keys that lack a place, and others."""
         pending: dict[Key, Entry] = {}
 
         def add(entry: Entry) -> None:
@@ -307,25 +327,22 @@ class Reducer:
         if self.run.schema is not self.schema:
             for entry in self.schema.beyond((*self.run.schema, *self.interval.schema)):
                 add(entry)
-        for key, state in mine.states.items():
-            if key in known and type(state) is not CategoryState and key not in odd:
-                continue
-            if key in odd or not self.schema.has_room(key, state):
-                categories = state.counts if isinstance(state, CategoryState) else ()
-                add(replace(registry.entry(key), categories=tuple(sorted(categories))))
-        for key, window in windows.items():
-            agreed = known.get(key)
-            size, weighted = window.values.size, window.weights is not None
-            if agreed is None or size > agreed.capacity or weighted > agreed.weighted:
+        for key in sorted(lacking):
+            entry = registry.entry(key)
+            state, window = mine.states.get(key), windows.get(key)
+            if isinstance(state, CategoryState):
+                entry = replace(entry, categories=tuple(sorted(state.counts)))
+            if window is not None:
                 handler = registry.handler(key)
                 assert isinstance(handler, DistributionAggHandler)
                 capacity = _SMALLEST_CAPACITY
-                while capacity < size:
+                while capacity < window.values.size:
                     capacity *= 2
                 capacity = min(capacity, handler.window_size)
-                add(replace(registry.entry(key), capacity=capacity, weighted=weighted))
+                entry = replace(entry, capacity=capacity, weighted=window.weights is not None)
+            add(entry)
         for key in mine.custom_keys:
-            if key not in known or key in odd:
+            if key not in self.schema or key in registry.odd():
                 add(registry.entry(key))
         return list(pending.values())
 
