@@ -41,6 +41,8 @@ class Record:
             _same(histogram, other.histograms[key]) for key, histogram in self.histograms.items()
         )
 
+    __hash__ = None  # type: ignore[assignment]  # what it holds can be altered
+
 
 @runtime_checkable
 class Sink(Protocol):
