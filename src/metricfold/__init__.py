@@ -14,6 +14,7 @@ from metricfold.handlers import (
     RateAggHandler,
     SumAggHandler,
 )
+from metricfold.histogram import LogLinearHistogram
 from metricfold.metric import AggregationType, Metric, MetricState
 from metricfold.sinks import (
     ConsoleSink,
@@ -37,6 +38,7 @@ __all__ = [
     "DistributionAggHandler",
     "JSONLSink",
     "LaneHandler",
+    "LogLinearHistogram",
     "MaxAggHandler",
     "MeanAggHandler",
     "Metric",

@@ -1,0 +1,97 @@
+"""All that a histogram holds, in the form that merges."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import reduce
+
+import numpy as np
+
+from metricfold.histogram.grid import Buckets
+from metricfold.histogram.indexing import FINEST, FloatArray
+from metricfold.histogram.layout import FEWEST_BUCKETS, Extents, Layout, resolve
+
+__all__ = ["Contents", "Frame", "Total", "check_max_buckets"]
+
+
+class Total(IntEnum):
+    """Sums over all values, and where each is kept."""
+
+    COUNT = 0
+    """Finite values."""
+    SQUARES = 1
+    """Of their weights."""
+    NAN = 2
+    POSITIVE_INFINITY = 3
+    NEGATIVE_INFINITY = 4
+    ZERO = 5
+    """Weight of the values that are ±0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What fixes the layout of a histogram, and its extreme values; merges by taking extremes.
+
+    Args:
+        extents: which buckets are occupied.
+        minimum: the least value; inf if there is none.
+        maximum: the greatest value; -inf if there is none.
+        finest: the largest resolution allowed.
+        dropped: how many segments have been dropped.
+    """
+
+    extents: Extents
+    minimum: float = math.inf
+    maximum: float = -math.inf
+    finest: int = FINEST
+    dropped: int = 0
+
+    def joined(self, other: Frame) -> Frame:
+        return Frame(
+            self.extents.joined(other.extents),
+            min(self.minimum, other.minimum),
+            max(self.maximum, other.maximum),
+            min(self.finest, other.finest),
+            max(self.dropped, other.dropped),
+        )
+
+    def layout(self, max_buckets: int) -> Layout:
+        return resolve(self.extents, max_buckets, self.finest, self.dropped)
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a histogram holds.
+
+    Args:
+        max_buckets: how many buckets there may be.
+        frame: its extremes.
+        totals: sums over all values, indexed by `Total`.
+        buckets: what all values but zeros are in.
+    """
+
+    max_buckets: int
+    frame: Frame
+    totals: FloatArray
+    buckets: Buckets
+
+    def joined(self, *others: Contents) -> Contents:
+        parts = (self, *others)
+        return Contents(
+            min(part.max_buckets for part in parts),
+            reduce(Frame.joined, [part.frame for part in parts]),
+            np.sum([part.totals for part in parts], axis=0),
+            Buckets.joined(*(part.buckets for part in parts)),
+        )
+
+
+def check_max_buckets(max_buckets: int) -> int:
+    """Return the number, or raise what says why it cannot be."""
+    whole = isinstance(max_buckets, int | np.integer) and not isinstance(max_buckets, bool)
+    if not whole or max_buckets < FEWEST_BUCKETS:
+        raise ValueError(
+            f"max_buckets={max_buckets!r}: give a whole number, {FEWEST_BUCKETS} or more"
+        )
+    return int(max_buckets)

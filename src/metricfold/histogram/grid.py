@@ -1,0 +1,239 @@
+"""How the contents of buckets are stored, folded and re-binned.
+
+Of each bucket three sums are kept, over the (weighted) values in it: 1, u and u², where u in [0, 1)
+is the position inside the bucket. They merge by addition, and when two halves become one bucket
+they carry over exactly: a value at u in half j is at (j + u) / 2 of the whole. In a segment that is
+one bucket, u is the magnitude in a unit of the segment's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from metricfold.histogram.indexing import (
+    BIAS,
+    FINEST,
+    FRACTION_BITS,
+    MAGNITUDE,
+    FloatArray,
+    IntArray,
+    from_bits,
+    lower_edge,
+    width,
+)
+from metricfold.histogram.layout import (
+    END_FIELDS,
+    FIRST_FIELDS,
+    MIDDLE_EXPONENTS,
+    SEGMENT_OF_PREFIX,
+    SEGMENTS,
+    WHOLE,
+    BoolArray,
+    Extents,
+    Layout,
+    segment_of,
+)
+
+__all__ = ["MOMENTS", "Buckets", "Grid", "place"]
+
+MOMENTS = 3
+"""Sums per bucket: of 1, u and u²."""
+
+_FRACTION = np.int64((1 << FRACTION_BITS) - 1)
+_PREFIX_SHIFT = np.uint64(FRACTION_BITS)
+_ONE = np.int64(BIAS << FRACTION_BITS)
+"""The bits of 1.0."""
+
+# How the place of a value's bucket follows from its bits, in one integer per segment: what to add
+# to the bucket index, the sign, and m.
+_M_BITS = 5
+_M_MASK = np.int64((1 << _M_BITS) - 1)
+_SIGN = 1 << _M_BITS
+_ADD_SHIFT = _M_BITS + 1
+_NOWHERE = 1 << 50
+"""Leads far beyond the last bucket."""
+_NOBODY = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """Occupied buckets, by segment and then by index.
+
+    Args:
+        segment: signed segment of each, shape (n,).
+        index: `k` of `bucket_index` at the resolution `m`; 0 for a whole segment; shape (n,).
+        m: shape (n,).
+        sums: of 1, u and u²; shape (3, n).
+    """
+
+    segment: IntArray
+    index: IntArray
+    m: IntArray
+    sums: FloatArray
+
+    @classmethod
+    def empty(cls) -> Buckets:
+        none = np.empty(0, dtype=np.int64)
+        return cls(none, none, none, np.empty((MOMENTS, 0)))
+
+    @classmethod
+    def of_bits(cls, bits: IntArray) -> Buckets:
+        """Return the finest buckets of values, given by their bits; without contents."""
+        index = (bits & MAGNITUDE) >> (FRACTION_BITS - FINEST)
+        m = np.full(bits.size, FINEST)
+        return cls(segment_of(bits), index, m, np.zeros((MOMENTS, bits.size)))
+
+    @classmethod
+    def joined(cls, *parts: Buckets) -> Buckets:
+        return cls(
+            np.concatenate([part.segment for part in parts]),
+            np.concatenate([part.index for part in parts]),
+            np.concatenate([part.m for part in parts]),
+            np.concatenate([part.sums for part in parts], axis=1),
+        )
+
+    @property
+    def extents(self) -> Extents:
+        return Extents.of(self.segment, self.index, self.m)
+
+    @property
+    def origins(self) -> FloatArray:
+        """The magnitudes at u = 0."""
+        whole = self.m == WHOLE
+        return np.where(whole, 0.0, lower_edge(self.index, np.maximum(self.m, 0)))
+
+    @property
+    def units(self) -> FloatArray:
+        """The difference in magnitude between u = 0 and u = 1."""
+        whole = np.ldexp(1.0, MIDDLE_EXPONENTS[self.segment])
+        return np.where(self.m == WHOLE, whole, width(self.index, np.maximum(self.m, 0)))
+
+    @property
+    def bounds(self) -> tuple[FloatArray, FloatArray]:
+        """The least and the greatest magnitude, other than 0, that belongs to each bucket."""
+        whole = self.m == WHOLE
+        shift = FRACTION_BITS - np.where(whole, 0, self.m)
+        starts = np.where(whole, FIRST_FIELDS[self.segment], self.index) << shift
+        ends = np.where(whole, END_FIELDS[self.segment], self.index + 1) << shift
+        return from_bits(np.maximum(starts, 1)), from_bits(ends - 1)
+
+    def at(self, m: IntArray) -> Buckets:
+        """Return the same contents in the coarser buckets that hold them, not yet joined."""
+        to_whole = m == WHOLE
+        steps = np.where(to_whole, 0, self.m - m)
+        index = np.where(to_whole, 0, self.index >> steps)
+        # u in the coarser bucket is shift + scale * u.
+        scale = np.ldexp(1.0, -steps.astype(np.int32))
+        shift = (self.index - (index << steps)) * scale
+        if to_whole.any():
+            exponents = -MIDDLE_EXPONENTS[self.segment]
+            scale = np.where(to_whole, np.ldexp(self.units, exponents), scale)
+            shift = np.where(to_whole, np.ldexp(self.origins, exponents), shift)
+        count, first, second = self.sums
+        sums = np.stack(
+            [
+                count,
+                shift * count + scale * first,
+                shift * (shift * count + 2.0 * scale * first) + scale * scale * second,
+            ]
+        )
+        return Buckets(self.segment, index, m, sums)
+
+
+def place(buckets: Buckets, layout: Layout, sums: FloatArray) -> None:
+    """Add `buckets` to `sums`, shape (3, n), in the places that `layout` gives them.
+
+    Raises:
+        ValueError: the layout has no place for a bucket, or only a finer one.
+    """
+    segment = buckets.segment
+    m = layout.m[segment]
+    if (m > buckets.m).any():
+        raise ValueError("a bucket cannot be divided into finer ones")
+    buckets = buckets.at(m)
+    offset = buckets.index - layout.first[segment]
+    if ((offset < 0) | (offset >= layout.size[segment])).any():
+        raise ValueError("a bucket lies outside of the extents")
+    where = layout.start[segment] + offset
+    for row, moment in zip(sums, buckets.sums, strict=True):
+        np.add.at(row, where, moment)
+
+
+class Grid:
+    """The buckets of a layout, and the tables that find a value's bucket.
+
+    Args:
+        layout: which buckets there are.
+    """
+
+    __slots__ = ("_codes", "_owners", "_sums", "layout")
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        # A guard at either end, whose content means nothing.
+        self._sums = np.zeros((MOMENTS, layout.total + 2))
+        codes = ((1 + layout.start - layout.first) << _ADD_SHIFT) + np.maximum(layout.m, 0)
+        codes[SEGMENTS:] += _SIGN
+        codes = np.where(layout.divided, codes, _NOWHERE << _ADD_SHIFT)
+        self._codes = codes[SEGMENT_OF_PREFIX]
+        self._owners = np.concatenate([[_NOBODY], np.repeat(codes, layout.size), [_NOBODY]])
+
+    @property
+    def sums(self) -> FloatArray:
+        """Of 1, u and u² of each bucket; shape (3, n), not a copy."""
+        return self._sums[:, 1:-1]
+
+    def buckets(self) -> Buckets:
+        """Return the occupied buckets."""
+        layout = self.layout
+        occupied = np.flatnonzero(self.sums[0])
+        # Segments without buckets start where the next one does: the last of them has some.
+        segment = np.searchsorted(layout.start, occupied, side="right") - 1
+        index = occupied - layout.start[segment] + layout.first[segment]
+        return Buckets(segment, index, layout.m[segment], self.sums[:, occupied])
+
+    def fold(self, bits: IntArray, weights: FloatArray | None) -> BoolArray | None:
+        """Add values, neither 0 nor infinite, given by their bits.
+
+        Returns:
+            Which of them have no bucket here and have not been added; None if all have been.
+        """
+        prefix = (bits.view(np.uint64) >> _PREFIX_SHIFT).view(np.int64)
+        codes = self._codes.take(prefix, mode="clip")
+        m = codes & _M_MASK
+        magnitude = bits & MAGNITUDE
+        where = (magnitude >> (FRACTION_BITS - m)) + (codes >> _ADD_SHIFT)
+        # A value beyond its segment's buckets would land in those of another, or on a guard.
+        strange = self._owners.take(where, mode="clip") != codes
+        some = bool(strange.any())
+        if some:
+            where[strange] = 0
+        # Shift the bits below the index to the top of a mantissa: 1 + u, without rounding.
+        magnitude <<= m
+        magnitude &= _FRACTION
+        magnitude |= _ONE
+        u = magnitude.view(np.float64)
+        u -= 1.0
+        self._add(where, u, weights)
+        return strange if some else None
+
+    def fold_whole(self, bits: IntArray, weights: FloatArray | None) -> BoolArray:
+        """Add those values that lie in segments of one bucket, and return which do."""
+        segment = segment_of(bits)
+        whole: BoolArray = (self.layout.m[segment] == WHOLE) & (self.layout.size[segment] > 0)
+        if whole.any():
+            segment = segment[whole]
+            u = np.ldexp(from_bits(bits[whole] & MAGNITUDE), -MIDDLE_EXPONENTS[segment])
+            weights = None if weights is None else weights[whole]
+            self._add(1 + self.layout.start[segment], u, weights)
+        return whole
+
+    def _add(self, where: IntArray, u: FloatArray, weights: FloatArray | None) -> None:
+        n = self._sums.shape[1]
+        first = u if weights is None else u * weights
+        self._sums[0] += np.bincount(where, weights, minlength=n)
+        self._sums[1] += np.bincount(where, first, minlength=n)
+        u *= first
+        self._sums[2] += np.bincount(where, u, minlength=n)

@@ -1,0 +1,100 @@
+"""A histogram as plain types, and back."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from itertools import pairwise
+from operator import index
+from typing import Any
+
+import numpy as np
+
+from metricfold.histogram.contents import Contents, Frame, Total, check_max_buckets
+from metricfold.histogram.grid import MOMENTS, Buckets
+from metricfold.histogram.layout import FIRST_FIELDS, SEGMENT_OF_PREFIX, SEGMENTS, WHOLE
+
+__all__ = ["from_dict", "to_dict"]
+
+_FORMAT = "metricfold histogram"
+_VERSION = 1
+
+
+def to_dict(contents: Contents) -> dict[str, Any]:
+    """Return plain types; of the buckets, those that are occupied, one group per segment."""
+    frame, buckets = contents.frame, contents.buckets
+    some = contents.totals[Total.COUNT] > 0
+    cuts = np.flatnonzero(np.diff(buckets.segment, prepend=-1, append=-1))
+    # As `bucket_index` says it; a segment that is one bucket has the index of its first octave.
+    bucket = np.where(buckets.m == WHOLE, FIRST_FIELDS[buckets.segment], buckets.index) + 1
+    signed = np.where(buckets.segment < SEGMENTS, bucket, -bucket)
+    return {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "max_buckets": contents.max_buckets,
+        "finest": frame.finest,
+        "dropped": frame.dropped,
+        "minimum": frame.minimum if some else None,
+        "maximum": frame.maximum if some else None,
+        "totals": {total.name.lower(): float(contents.totals[total]) for total in Total},
+        "segments": [
+            {
+                "m": int(buckets.m[begin]),
+                "index": signed[begin:end].tolist(),
+                "sums": buckets.sums[:, begin:end].tolist(),
+            }
+            for begin, end in pairwise(cuts.tolist())
+        ],
+        "checksum": _checksum(contents),
+    }
+
+
+def from_dict(state: Mapping[str, Any]) -> Contents:
+    """Return the contents of which `to_dict` gave `state`."""
+    try:
+        return _read(state)
+    except KeyError as error:
+        reason = f"it lacks {error}"
+    except (AttributeError, IndexError, OverflowError, TypeError, ValueError) as error:
+        reason = str(error)
+    raise ValueError(f"this is not the state of a histogram, or it is damaged: {reason}")
+
+
+def _read(state: Mapping[str, Any]) -> Contents:
+    if state["format"] != _FORMAT:
+        raise ValueError(f"its format is {state['format']!r}")
+    if state["version"] != _VERSION:
+        raise ValueError(f"its version is {state['version']!r}, this is {_VERSION}")
+    totals = np.array([float(state["totals"][total.name.lower()]) for total in Total])
+    some = totals[Total.COUNT] > 0
+    buckets = Buckets.joined(Buckets.empty(), *map(_read_segment, state["segments"]))
+    frame = Frame(
+        buckets.extents,
+        float(state["minimum"]) if some else math.inf,
+        float(state["maximum"]) if some else -math.inf,
+        index(state["finest"]),
+        index(state["dropped"]),
+    )
+    contents = Contents(check_max_buckets(state["max_buckets"]), frame, totals, buckets)
+    if state["checksum"] != _checksum(contents):
+        raise ValueError("its checksum is wrong")
+    return contents
+
+
+def _read_segment(group: Mapping[str, Any]) -> Buckets:
+    m, signed = index(group["m"]), np.array(group["index"], dtype=np.int64)
+    sums = np.array(group["sums"], dtype=np.float64).reshape(MOMENTS, signed.size)
+    bucket = np.abs(signed) - 1
+    segment = SEGMENT_OF_PREFIX[(bucket >> max(m, 0)) + 2048 * (signed < 0)]
+    bucket = np.zeros_like(bucket) if m == WHOLE else bucket
+    return Buckets(segment, bucket, np.full(bucket.size, m), sums)
+
+
+def _checksum(contents: Contents) -> int:
+    """Return 32 bits of all that `contents` says, whatever type says it."""
+    frame, buckets = contents.frame, contents.buckets
+    numbers = [contents.max_buckets, frame.finest, frame.dropped, frame.minimum, frame.maximum]
+    columns = [buckets.segment, buckets.index, buckets.m, *buckets.sums]
+    everything = np.concatenate([numbers, contents.totals, *columns]).astype("<f8")
+    return zlib.crc32(everything.tobytes())

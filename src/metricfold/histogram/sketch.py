@@ -1,0 +1,475 @@
+"""LogLinearHistogram: percentiles of any number of values, merged by adding numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from metricfold.histogram import plain, wire
+from metricfold.histogram.contents import Contents, Frame, Total, check_max_buckets
+from metricfold.histogram.estimation import (
+    Profile,
+    as_histogram,
+    mean_and_deviation,
+    quantiles,
+)
+from metricfold.histogram.grid import Buckets, Grid, place
+from metricfold.histogram.indexing import FINEST, FloatArray, IntArray
+from metricfold.histogram.layout import NOTHING, Layout, kept_magnitudes, resolve
+from metricfold.histogram.record import Histogram
+
+__all__ = ["LogLinearHistogram"]
+
+_CHUNK = 8192
+"""Values are folded so many at a time."""
+_LARGEST_WEIGHT = 1e150
+"""The squares of weights must add up to a number."""
+_MANY_STRAYS = 512
+"""Values without a bucket that are worth a new layout before somebody asks."""
+
+
+class LogLinearHistogram:
+    """How values are distributed: any number of them, in a fixed amount of memory.
+
+    A value's bucket is its float's exponent and top m mantissa bits; of each bucket the number of
+    values, their mean and their deviation are kept. A histogram starts at m = 16, keeps only
+    ranges that are occupied, and halves its resolution where those outgrow `max_buckets`, never
+    below m = 4. Its state depends on the values alone, not on their order or on how they were
+    split (but for rounding in the mean and deviation of a bucket), so that histograms of parts
+    merge into that of the whole.
+
+    Guaranteed: each estimated order statistic x is off by at most |x| · 2^-m (by 2^-(1022 + m) if
+    x is subnormal), where `m` is the property of that name. At m = 6 a p50 of 100 is estimated
+    between 98.4 and 101.6. Quantiles interpolate between neighbouring order statistics as NumPy
+    does. Exempt are only values outside of `kept_range`, which is everything unless they spread
+    over more than `max_buckets` / 16 octaves.
+
+    Measured: MEASURED
+
+    Args:
+        max_buckets: how many buckets there may be, 128 or more. Each takes three numbers.
+
+    Raises:
+        ValueError: `max_buckets` is too small.
+
+    >>> histogram = LogLinearHistogram()
+    >>> histogram.update(np.arange(1, 11))
+    >>> histogram.quantile(0.5), histogram.mean, histogram.max
+    (5.5, 5.5, 10.0)
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_dropped",
+        "_filled",
+        "_finest",
+        "_grid",
+        "_layout",
+        "_max",
+        "_max_buckets",
+        "_min",
+        "_profile",
+        "_straying",
+        "_strays",
+        "_totals",
+        "_weights",
+    )
+
+    def __init__(self, max_buckets: int = 2048) -> None:
+        self._buffer = np.empty(0)
+        self._weights: FloatArray | None = None
+        self._filled = 0
+        self._strays: list[tuple[IntArray, FloatArray | None]] = []
+        self._straying = 0
+        self._max_buckets = check_max_buckets(max_buckets)
+        self._finest, self._dropped = FINEST, 0
+        self._min, self._max = math.inf, -math.inf
+        self._totals = np.zeros(len(Total))
+        self._grid = Grid(NOTHING)
+        # What follows from all this, once somebody asks.
+        self._layout: Layout | None = None
+        self._profile: Profile | None = None
+
+    def _become(self, contents: Contents) -> None:
+        frame = contents.frame
+        self._max_buckets = contents.max_buckets
+        self._finest, self._dropped = frame.finest, frame.dropped
+        self._min, self._max = frame.minimum, frame.maximum
+        self._totals = contents.totals.copy()
+        self._lay_out(frame.layout(contents.max_buckets), contents.buckets)
+
+    def _lay_out(self, layout: Layout, buckets: Buckets) -> None:
+        """Store `buckets` in the places of `layout`, with some room to grow."""
+        grid = Grid(layout.padded())
+        place(buckets, grid.layout, grid.sums)
+        self._grid, self._dropped = grid, layout.dropped
+        self._layout = self._profile = None
+
+    def _frame(self, buckets: Buckets) -> Frame:
+        return Frame(buckets.extents, self._min, self._max, self._finest, self._dropped)
+
+    # -- Values in
+
+    def update(self, values: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> None:
+        """Add values of any shape; a weight of 0 adds nothing.
+
+        NaN and ±inf are counted, and stay out of everything else.
+
+        Raises:
+            TypeError: values or weights are not real numbers.
+            ValueError: weights have another shape than the values, or one is negative, NaN or
+                beyond 1e150.
+        """
+        array = _numbers("values", values)
+        weighing = None
+        if weights is not None:
+            weighing = _check_weights(_numbers("weights", weights), array.shape)
+            array, weighing = array[weighing > 0], weighing[weighing > 0]
+        array = array.reshape(-1)
+        done = 0
+        while done < array.size:
+            if not self._filled and array.size - done >= _CHUNK:
+                part = slice(done, done + _CHUNK)
+                chunk = np.ascontiguousarray(array[part], dtype=np.float64)
+                self._fold(chunk, None if weighing is None else weighing[part])
+            else:
+                part = slice(done, min(array.size, done + _CHUNK - self._filled))
+                self._keep(array[part], None if weighing is None else weighing[part])
+            done = part.stop
+
+    def _keep(self, values: npt.NDArray[Any], weights: FloatArray | None) -> None:
+        """Copy a few values to the buffer, and fold it when it is full."""
+        begin, end = self._filled, self._filled + values.size
+        if end > self._buffer.size:
+            grown = np.empty(min(_CHUNK, max(2 * self._buffer.size, end, 64)))
+            grown[:begin] = self._buffer[:begin]
+            self._buffer = grown
+            if self._weights is not None:
+                self._weights = np.concatenate([self._weights[:begin], np.ones(grown.size - begin)])
+        if weights is not None and self._weights is None:
+            self._weights = np.ones(self._buffer.size)
+        self._buffer[begin:end] = values
+        if self._weights is not None:
+            self._weights[begin:end] = 1.0 if weights is None else weights
+        self._filled = end
+        if end == _CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._filled:
+            filled = slice(0, self._filled)
+            weights = None if self._weights is None else self._weights[filled]
+            self._filled, self._weights = 0, None
+            self._fold(self._buffer[filled], weights)
+
+    def _fold(self, values: FloatArray, weights: FloatArray | None) -> None:
+        self._layout = self._profile = None
+        low, high = float(values.min()), float(values.max())
+        totals = self._totals
+        if not (math.isfinite(low) and math.isfinite(high)):
+            totals[Total.NAN] += np.count_nonzero(np.isnan(values))
+            totals[Total.POSITIVE_INFINITY] += np.count_nonzero(values == math.inf)
+            totals[Total.NEGATIVE_INFINITY] += np.count_nonzero(values == -math.inf)
+            finite = np.isfinite(values)
+            values = values[finite]
+            weights = None if weights is None else weights[finite]
+            if not values.size:
+                return
+            low, high = float(values.min()), float(values.max())
+        totals[Total.COUNT] += values.size
+        totals[Total.SQUARES] += values.size if weights is None else weights @ weights
+        self._min, self._max = min(self._min, low), max(self._max, high)
+        if low <= 0.0 <= high:
+            nonzero = np.count_nonzero(values)
+            if nonzero < values.size:
+                other = values != 0.0
+                zeros = values.size - nonzero if weights is None else weights[~other].sum()
+                totals[Total.ZERO] += zeros
+                values, weights = values[other], None if weights is None else weights[other]
+        if values.size:
+            self._fold_bits(values.view(np.int64), weights)
+
+    def _fold_bits(self, bits: IntArray, weights: FloatArray | None) -> None:
+        strange = self._grid.fold(bits, weights)
+        if strange is None:
+            return
+        bits, weights = bits[strange], None if weights is None else weights[strange]
+        rest = ~self._grid.fold_whole(bits, weights)
+        bits, weights = bits[rest], None if weights is None else weights[rest]
+        if not bits.size:
+            return
+        # A stream that widens slowly would be laid out anew for every extreme: let some gather.
+        self._strays.append((bits, weights))
+        self._straying += bits.size
+        if self._straying > _MANY_STRAYS:
+            self._take_in_strays()
+
+    def _take_in_strays(self) -> None:
+        while self._straying:
+            strays, self._strays, self._straying = self._strays, [], 0
+            buckets = self._grid.buckets()
+            extents = buckets.extents
+            for bits, _ in strays:
+                extents = extents.joined(Buckets.of_bits(bits).extents)
+            layout = resolve(extents, self._max_buckets, self._finest, self._dropped)
+            self._lay_out(layout, buckets)
+            for bits, weights in strays:
+                self._fold_bits(bits, weights)
+
+    def merge(self, *others: LogLinearHistogram) -> None:
+        """Add all that `others` have seen; the smallest `max_buckets` holds from then on.
+
+        Raises:
+            TypeError: one of them is no LogLinearHistogram.
+        """
+        for other in others:
+            if not isinstance(other, LogLinearHistogram):
+                raise TypeError(f"cannot merge a {type(other).__name__} into a LogLinearHistogram")
+        self._become(self._contents().joined(*map(LogLinearHistogram._contents, others)))
+
+    def downscale(self) -> None:
+        """Halve the resolution: `m` falls by 1, pairs of buckets become one, exactly.
+
+        Buckets that are finer than the coarsest are brought to the same resolution.
+
+        Raises:
+            ValueError: m is 0, one bucket per octave.
+        """
+        contents = self._contents()
+        if self.m == 0:
+            raise ValueError("the histogram has one bucket per octave: it cannot be any coarser")
+        self._become(replace(contents, frame=replace(contents.frame, finest=self.m - 1)))
+
+    def copy(self) -> LogLinearHistogram:
+        """Return a histogram of the same values that goes its own way."""
+        return self._of(self._contents())
+
+    @classmethod
+    def _of(cls, contents: Contents) -> LogLinearHistogram:
+        histogram = cls(contents.max_buckets)
+        histogram._become(contents)
+        return histogram
+
+    def _contents(self) -> Contents:
+        """Return what the histogram holds, as its values alone determine it."""
+        self._settle()
+        buckets = self._grid.buckets()
+        return Contents(self._max_buckets, self._frame(buckets), self._totals, buckets)
+
+    def _settle(self) -> Layout:
+        """Fold what is buffered, and coarsen what the last values left too fine."""
+        self._flush()
+        self._take_in_strays()
+        if self._layout is None:
+            buckets = self._grid.buckets()
+            layout = self._frame(buckets).layout(self._max_buckets)
+            coarser = (layout.m >= 0) & (layout.m < self._grid.layout.m)
+            if layout.dropped != self._dropped or coarser.any():
+                self._lay_out(layout, buckets)
+            self._layout = layout
+        return self._layout
+
+    # -- Statistics out
+
+    @property
+    def max_buckets(self) -> int:
+        """How many buckets there may be."""
+        return self._max_buckets
+
+    @property
+    def m(self) -> int:
+        """Mantissa bits of the coarsest bucket index in use: the bound is 2^-m."""
+        return self._settle().coarsest
+
+    @property
+    def kept_range(self) -> tuple[float, float]:
+        """Magnitudes, from and to (exclusive), of the values for which the bound holds; and 0."""
+        self._settle()
+        return kept_magnitudes(self._dropped)
+
+    @property
+    def count(self) -> int:
+        """Number of finite values of weight above 0."""
+        return self._total(Total.COUNT)
+
+    @property
+    def nan_count(self) -> int:
+        """Number of NaN."""
+        return self._total(Total.NAN)
+
+    @property
+    def posinf_count(self) -> int:
+        """Number of +inf."""
+        return self._total(Total.POSITIVE_INFINITY)
+
+    @property
+    def neginf_count(self) -> int:
+        """Number of -inf."""
+        return self._total(Total.NEGATIVE_INFINITY)
+
+    @property
+    def min(self) -> float:
+        """The least value, exactly; NaN if there is none."""
+        self._flush()
+        return self._min if self._totals[Total.COUNT] else math.nan
+
+    @property
+    def max(self) -> float:
+        """The greatest value, exactly; NaN if there is none."""
+        self._flush()
+        return self._max if self._totals[Total.COUNT] else math.nan
+
+    @property
+    def mean(self) -> float:
+        """The weighted mean; NaN if there is no value."""
+        profile = self._estimate()
+        return math.nan if profile is None else mean_and_deviation(profile, self._effective())[0]
+
+    @property
+    def std(self) -> float:
+        """The sample standard deviation; NaN if there are fewer than two values."""
+        profile = self._estimate()
+        return math.nan if profile is None else mean_and_deviation(profile, self._effective())[1]
+
+    @overload
+    def quantile(self, q: float) -> float: ...
+    @overload
+    def quantile(self, q: npt.NDArray[Any] | list[float] | tuple[float, ...]) -> FloatArray: ...
+    def quantile(self, q: npt.ArrayLike) -> float | FloatArray:
+        """Return the quantile `q`, or one for each of an array of them; NaN without values.
+
+        NumPy's ``linear`` rule on the estimated order statistics. With weights its generalisation:
+        the weighted step function, averaged over a window of one effective sample.
+
+        Raises:
+            ValueError: a `q` lies outside of 0..1.
+        """
+        asked = np.asarray(q, dtype=np.float64)
+        if not ((asked >= 0.0) & (asked <= 1.0)).all():
+            raise ValueError(f"q={q!r}: a quantile must lie in 0..1")
+        profile = self._estimate()
+        if profile is None:
+            found = np.full(asked.size, math.nan)
+        else:
+            found = quantiles(profile, self._effective(), asked.reshape(-1))
+        return found.reshape(asked.shape) if asked.ndim else float(found[0])
+
+    def histogram(self, bins: int | None = None) -> Histogram:
+        """Return edges and counts, for those who draw them.
+
+        Args:
+            bins: how many bins of equal width; None gives the histogram's own buckets, with
+                empty ones between those that do not touch.
+
+        Raises:
+            ValueError: there is no value, or `bins` is not a whole number above 0.
+        """
+        whole = isinstance(bins, int | np.integer) and not isinstance(bins, bool)
+        if bins is not None and (not whole or bins < 1):
+            raise ValueError(f"bins={bins!r}: give a whole number, 1 or more, or None")
+        profile = self._estimate()
+        if profile is None:
+            raise ValueError("the histogram is empty: it has no value to draw")
+        return as_histogram(profile, bins)
+
+    def _total(self, total: Total) -> int:
+        self._flush()
+        return int(self._totals[total])
+
+    def _estimate(self) -> Profile | None:
+        self._settle()
+        if self._profile is None and self._totals[Total.COUNT]:
+            self._profile = Profile.of(
+                self._grid.buckets(),
+                float(self._totals[Total.ZERO]),
+                self._min,
+                self._max,
+            )
+        return self._profile
+
+    def _effective(self) -> float:
+        """Return the effective sample size, sum(w)² / sum(w²)."""
+        assert self._profile is not None
+        weight, squares = self._profile.weights.sum(), float(self._totals[Total.SQUARES])
+        # Squares of weights below 1e-154 vanish: take such weights for equal.
+        if squares == 0.0:
+            return float(self._totals[Total.COUNT])
+        return float(max(weight * (weight / squares), 1.0))
+
+    # -- Across ranks
+
+    def extents(self) -> FloatArray:
+        """Return what fixes a common layout, shape (EXTENTS_WIDTH,).
+
+        Merge those of all histograms by elementwise maximum; its identity is -inf.
+        """
+        return wire.extents(self._contents().frame)
+
+    def pack(self, extents: npt.ArrayLike, max_buckets: int) -> FloatArray:
+        """Return the contents, shape (slot_width(max_buckets),), in the layout of `extents`.
+
+        Merge those of all histograms by elementwise sum; its identity is 0.
+
+        Args:
+            extents: merged from all the histograms that will be summed, this one among them.
+            max_buckets: how many buckets to use; at most as many as any of the histograms has.
+
+        Raises:
+            ValueError: the extents are not of this form or do not cover this histogram, or
+                `max_buckets` is too large or too small.
+        """
+        return wire.pack(self._contents(), extents, max_buckets)
+
+    @classmethod
+    def unpack(
+        cls, extents: npt.ArrayLike, vector: npt.ArrayLike, max_buckets: int
+    ) -> LogLinearHistogram:
+        """Return the merge of the histograms whose packed contents were summed to `vector`.
+
+        Args:
+            extents: the merged ones with which all were packed.
+            vector: the sum.
+            max_buckets: with which all were packed.
+
+        Raises:
+            ValueError: extents or vector have another size.
+        """
+        return cls._of(wire.unpack(extents, vector, max_buckets))
+
+    # -- In a checkpoint
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as plain types, which JSON holds without loss."""
+        return plain.to_dict(self._contents())
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> LogLinearHistogram:
+        """Return the histogram of which `to_dict` gave `state`.
+
+        Raises:
+            ValueError: it is damaged, or not from here.
+        """
+        return cls._of(plain.from_dict(state))
+
+    def __repr__(self) -> str:
+        return f"LogLinearHistogram(count={self.count}, min={self.min}, max={self.max}, m={self.m})"
+
+
+def _numbers(what: str, given: npt.ArrayLike) -> npt.NDArray[Any]:
+    array = np.asarray(given)
+    if array.dtype.kind not in "buif":
+        raise TypeError(f"{what} are not real numbers, but of type {array.dtype}")
+    return array
+
+
+def _check_weights(weights: npt.NDArray[Any], shape: tuple[int, ...]) -> FloatArray:
+    if weights.shape != shape:
+        raise ValueError(f"weights of shape {weights.shape} for values of shape {shape}")
+    if not ((weights >= 0) & (weights <= _LARGEST_WEIGHT)).all():
+        raise ValueError(f"weights must lie in 0..{_LARGEST_WEIGHT:g}")
+    return weights.astype(np.float64)

@@ -1,0 +1,104 @@
+"""A histogram as numbers that merge by elementwise MAX and elementwise SUM.
+
+Two vectors, each of constant width. *Extents* merge by MAX: which buckets are occupied, and the
+extreme values. They fix a layout, in which everyone *packs* the counts and moments of its buckets;
+these merge by SUM. Whoever holds both can read them without knowing anything else:
+
+    collective:  extents = max over ranks of extents(histogram)
+                 lanes   = sum over ranks of pack(histogram, extents)
+    gathered:    each rank sends extents and lanes of its own; the histograms are merged.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from metricfold.histogram.contents import Contents, Frame, Total, check_max_buckets
+from metricfold.histogram.grid import MOMENTS, Grid, place
+from metricfold.histogram.indexing import FINEST, FloatArray
+from metricfold.histogram.layout import SIGNED, Extents
+
+__all__ = ["EXTENTS_WIDTH", "extents", "pack", "slot_width", "unpack"]
+
+EXTENTS_WIDTH = 2 * SIGNED + 4
+"""How many numbers `LogLinearHistogram.extents` returns."""
+
+
+def slot_width(max_buckets: int) -> int:
+    """Return how many numbers `LogLinearHistogram.pack` returns for so many buckets."""
+    return len(Total) + MOMENTS * check_max_buckets(max_buckets)
+
+
+def extents(frame: Frame) -> FloatArray:
+    """Return the extremes, shape (EXTENTS_WIDTH,); -inf stands for nothing."""
+    occupied = frame.extents.occupied
+    return np.concatenate(
+        [
+            np.where(occupied, frame.extents.high, -math.inf),
+            np.where(occupied, -frame.extents.low, -math.inf),
+            [frame.maximum, -frame.minimum, -frame.finest, frame.dropped],
+        ]
+    )
+
+
+def pack(contents: Contents, extents: npt.ArrayLike, max_buckets: int) -> FloatArray:
+    """Return the sums, shape (slot_width(max_buckets),), in the layout of everyone's extents."""
+    lanes = np.zeros(slot_width(max_buckets))
+    if max_buckets > contents.max_buckets:
+        raise ValueError(
+            f"a histogram of max_buckets={contents.max_buckets} cannot be packed as finely as "
+            f"max_buckets={max_buckets}: pack with the fewest that any histogram has"
+        )
+    layout = _frame(extents).layout(max_buckets)
+    rows = lanes[len(Total) :].reshape(MOMENTS, -1)
+    try:
+        place(contents.buckets, layout, rows)
+    except ValueError:
+        raise ValueError(
+            "the extents do not cover this histogram: merge extents() of every histogram by "
+            "elementwise maximum, this one's too, before packing"
+        ) from None
+    lanes[: len(Total)] = contents.totals
+    return lanes
+
+
+def unpack(extents: npt.ArrayLike, lanes: npt.ArrayLike, max_buckets: int) -> Contents:
+    """Return what has been packed, from merged extents and merged lanes."""
+    frame = _frame(extents)
+    array = np.array(lanes, dtype=np.float64)
+    if array.shape != (slot_width(max_buckets),):
+        raise ValueError(
+            f"a histogram of max_buckets={max_buckets} is packed in {slot_width(max_buckets)} "
+            f"numbers, not in an array of shape {array.shape}"
+        )
+    layout = frame.layout(max_buckets)
+    grid = Grid(layout)
+    grid.sums[:] = array[len(Total) :].reshape(MOMENTS, -1)[:, : layout.total]
+    return Contents(max_buckets, frame, array[: len(Total)], grid.buckets())
+
+
+def _frame(lanes: npt.ArrayLike) -> Frame:
+    array = np.asarray(lanes, dtype=np.float64)
+    if array.shape != (EXTENTS_WIDTH,) or np.isnan(array).any():
+        raise ValueError(
+            f"extents are {EXTENTS_WIDTH} numbers, none of them NaN: the elementwise maximum of "
+            f"extents() of every histogram; got an array of shape {array.shape}"
+        )
+    high, low = array[:SIGNED], -array[SIGNED : 2 * SIGNED]
+    maximum, minus_minimum, minus_finest, dropped = array[2 * SIGNED :].tolist()
+    reached = Extents.empty()
+    occupied = np.flatnonzero(np.isfinite(high))
+    reached.low[occupied] = low[occupied].astype(np.int64)
+    reached.high[occupied] = high[occupied].astype(np.int64)
+    # The identity of MAX says nothing: nobody has a histogram.
+    somebody = math.isfinite(minus_finest)
+    return Frame(
+        reached,
+        -minus_minimum,
+        maximum,
+        int(-minus_finest) if somebody else FINEST,
+        int(dropped) if somebody else 0,
+    )

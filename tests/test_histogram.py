@@ -1,0 +1,720 @@
+"""The log-linear histogram: its bound, its algebra, its wire and its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metricfold import LogLinearHistogram, handlers
+from metricfold.histogram import EXTENTS_WIDTH, Histogram, bucket_index, slot_width
+from metricfold.histogram.layout import FEWEST_BUCKETS, SIGNED, Extents, resolve, segment_of
+
+SMALLEST = 2.0**-1074
+LARGEST = float(np.finfo(np.float64).max)
+
+# -- Streams -------------------------------------------------------------------------------------
+
+EDGES = [0.0, SMALLEST, 2.0**-1022, LARGEST, 1.0, 1e30, 1e-30, 2.5, 300.0, 2.0 - 2.0**-52, 2.0**53]
+specials = st.sampled_from([*EDGES, *(-edge for edge in EDGES)])
+numbers = st.one_of(specials, st.floats(allow_nan=False, allow_infinity=False))
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> np.ndarray:
+    """Many values about one place: narrow, an octave, or hundreds of octaves wide."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    size = draw(st.sampled_from([1, 7, 60, 700]))
+    place = draw(st.sampled_from([1.0, 2.5, 300.0, 256.0, 1e30, 1e-30, 1e300, 1e-310, 3.0]))
+    spread = draw(st.sampled_from([0.0, 1e-12, 1e-4, 0.01, 0.7]))
+    octaves = draw(st.sampled_from([0, 0, 4, 60, 600]))
+    sign = draw(st.sampled_from([(1,), (-1,), (-1, 1)]))
+    values = place * (1.0 + spread * rng.standard_normal(size))
+    with np.errstate(over="ignore", under="ignore"):
+        values = np.ldexp(values, rng.integers(-octaves, octaves + 1, size).astype(np.int32))
+    return np.nan_to_num(values) * rng.choice(sign, size)
+
+
+streams = st.lists(st.one_of(clusters(), st.lists(numbers, max_size=40)), max_size=4).map(
+    lambda parts: np.concatenate([np.zeros(0), *parts])
+)
+dirty_streams = st.tuples(
+    streams, st.lists(st.sampled_from([math.nan, math.inf, -math.inf]), max_size=5)
+).map(np.concatenate)
+budgets = st.sampled_from([FEWEST_BUCKETS, 512, 2048])
+
+
+def histogram_of(values: Any, weights: Any = None, max_buckets: int = 2048) -> LogLinearHistogram:
+    histogram = LogLinearHistogram(max_buckets)
+    histogram.update(values, weights)
+    return histogram
+
+
+def counts(histogram: LogLinearHistogram) -> dict[str, Any]:
+    """Everything that must not depend on order or split, not even in its last bit."""
+    state = histogram.to_dict()
+    state.pop("checksum")
+    for segment in state["segments"]:
+        segment["sums"] = segment["sums"][0]
+    return state
+
+
+def moments(histogram: LogLinearHistogram) -> np.ndarray:
+    """Sums of u and u² per value."""
+    sums = [np.zeros((3, 0)), *(s["sums"] for s in histogram.to_dict()["segments"])]
+    joined = np.concatenate(sums, axis=1)
+    return joined[1:] / joined[0]
+
+
+def assert_same(one: LogLinearHistogram, other: LogLinearHistogram) -> None:
+    assert counts(one) == counts(other)
+    np.testing.assert_allclose(moments(one), moments(other), rtol=1e-9, atol=1e-12)
+
+
+def merged(parts: list[LogLinearHistogram]) -> LogLinearHistogram:
+    whole = LogLinearHistogram(max(part.max_buckets for part in parts))
+    for part in parts:
+        whole.merge(part)
+    together = parts[0].copy()
+    together.merge(*parts[1:])
+    assert_same(whole, together)
+    return whole
+
+
+def over_wire(parts: list[LogLinearHistogram], max_buckets: int) -> LogLinearHistogram:
+    extents = reduce(np.maximum, [part.extents() for part in parts])
+    lanes = reduce(np.add, [part.pack(extents, max_buckets) for part in parts])
+    return LogLinearHistogram.unpack(extents, lanes, max_buckets)
+
+
+def split(values: np.ndarray, cuts: list[float]) -> list[np.ndarray]:
+    return np.split(values, sorted(int(cut * values.size) for cut in cuts))
+
+
+# -- The bound -----------------------------------------------------------------------------------
+
+
+@given(streams, budgets)
+@settings(max_examples=300, deadline=None)
+def test_every_order_statistic_is_within_the_guaranteed_bound(values, max_buckets):
+    # 2^k + 1 values: then q = j / 2^k asks for order statistic j exactly.
+    size = 2 ** max(0, math.ceil(math.log2(max(values.size - 1, 1)))) + 1
+    values = np.sort(np.resize(np.append(values, 1.0), size))
+    histogram = histogram_of(values, max_buckets=max_buckets)
+    estimates = histogram.quantile(np.arange(size) / (size - 1))
+    low, high = histogram.kept_range
+    magnitudes = np.abs(values)
+    kept = (values == 0) | ((low <= magnitudes) & (magnitudes < high))
+    allowed = np.maximum(magnitudes, 2.0**-1022) * 2.0**-histogram.m
+    with np.errstate(over="ignore"):
+        wrong = np.abs(estimates - values) > allowed
+    assert not (wrong & kept).any()
+    assert ((estimates >= values[0]) & (estimates <= values[-1])).all()
+    assert (np.diff(estimates) >= 0).all()
+    assert (np.sign(estimates) == np.sign(values)).all()
+    assert 4 <= histogram.m <= 16
+
+
+@given(streams, budgets)
+@settings(deadline=None)
+def test_memory_is_bounded(values, max_buckets):
+    state = histogram_of(values, max_buckets=max_buckets).to_dict()
+    assert sum(len(segment["index"]) for segment in state["segments"]) <= max_buckets
+
+
+@given(dirty_streams)
+@settings(deadline=None)
+def test_extremes_and_counts_are_exact(values):
+    histogram = histogram_of(values)
+    finite = values[np.isfinite(values)]
+    assert histogram.count == finite.size
+    assert histogram.nan_count == np.isnan(values).sum()
+    assert histogram.posinf_count == (values == math.inf).sum()
+    assert histogram.neginf_count == (values == -math.inf).sum()
+    if finite.size:
+        assert (histogram.min, histogram.max) == (finite.min(), finite.max())
+        assert histogram.quantile([0.0, 1.0]).tolist() == [finite.min(), finite.max()]
+        assert finite.min() <= histogram.mean <= finite.max()
+    else:
+        assert math.isnan(histogram.min)
+        assert math.isnan(histogram.max)
+        assert math.isnan(histogram.mean)
+        assert math.isnan(histogram.std)
+        assert math.isnan(histogram.quantile(0.5))
+
+
+RNG = np.random.default_rng(7)
+N = 200_000
+NARROW = {
+    "a loss at 2.5": RNG.normal(2.5, 0.01, N),
+    "a temperature at 300": RNG.normal(300.0, 0.1, N),
+    "evenly about 2.5": RNG.uniform(2.49, 2.51, N),
+    "about a power of two": RNG.normal(256.0, 0.1, N),
+}
+WIDE = {
+    "log-normal": RNG.lognormal(6.0, 1.0, N),
+    "lengths": np.ceil(RNG.lognormal(6.0, 1.0, N)),
+    "normal around 0": RNG.normal(0.0, 1.0, N),
+    "Pareto": RNG.pareto(1.5, N) + 1.0,
+    "bimodal": np.where(RNG.random(N) < 0.3, RNG.normal(-5.0, 0.1, N), RNG.normal(20.0, 3.0, N)),
+    "constant": np.full(N, 3.14),
+    "sixty octaves": np.exp2(RNG.uniform(-30.0, 30.0, N)),
+}
+OUTLIERS = {
+    f"{name}, one outlier of {outlier:g}": np.append(values, outlier)
+    for name, values in NARROW.items()
+    for outlier in (1e30, 1e-30, -1e30, -1e-30, 0.0)
+}
+HARD = {
+    "narrow, outliers everywhere": np.append(
+        NARROW["a temperature at 300"], WIDE["sixty octaves"][:999]
+    ),
+    "narrow after a slow rise": np.append(
+        np.linspace(20.0, 300.0, N // 99), NARROW["a temperature at 300"]
+    ),
+}
+
+
+def rank_error(values: np.ndarray, q: np.ndarray, estimates: np.ndarray) -> float:
+    """Return how far `q` is from the part of the values below the estimates, at most."""
+    ordered = np.sort(values)
+    least = np.searchsorted(ordered, estimates, side="left") / values.size
+    most = np.searchsorted(ordered, estimates, side="right") / values.size
+    return float(np.maximum(least - q, q - most).max())
+
+
+PERCENTILES = np.arange(1, 1000) / 1000.0
+
+
+@pytest.mark.parametrize("name", [*NARROW, *WIDE, *OUTLIERS, *HARD])
+@pytest.mark.parametrize("max_buckets", [512, 2048])
+def test_ranks_are_right_to_half_a_percent(name, max_buckets):
+    values = {**NARROW, **WIDE, **OUTLIERS, **HARD}[name]
+    histogram = histogram_of(values, max_buckets=max_buckets)
+    estimates = histogram.quantile(PERCENTILES)
+    assert rank_error(values, PERCENTILES, estimates) <= 0.005
+    exact = np.quantile(values, PERCENTILES)
+    np.testing.assert_allclose(estimates, exact, rtol=2.0**-histogram.m, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_narrow_values_in_one_or_two_coarse_buckets_still_have_their_ranks(name):
+    histogram = histogram_of(NARROW[name])
+    while histogram.m > 6:
+        histogram.downscale()
+    assert rank_error(NARROW[name], PERCENTILES, histogram.quantile(PERCENTILES)) <= 0.005
+
+
+@pytest.mark.parametrize("name", [*NARROW, *WIDE])
+def test_mean_and_deviation_are_those_of_the_values(name):
+    values = {**NARROW, **WIDE}[name]
+    histogram = histogram_of(values)
+    assert histogram.mean == pytest.approx(values.mean(), rel=1e-12, abs=1e-15)
+    assert histogram.std == pytest.approx(values.std(ddof=1), rel=1e-11)
+
+
+@given(st.lists(numbers, min_size=1, max_size=60))
+@settings(deadline=None)
+def test_mean_and_deviation_of_any_values(values):
+    histogram = histogram_of(values)
+    # Means of subnormal numbers are rounded to one of those; deviations may be beyond all floats.
+    scale = max(*map(abs, values), 1e-290)
+    scaled = np.array(values) / scale
+    assert histogram.mean / scale == pytest.approx(scaled.mean(), abs=1e-12)
+    if len(values) > 1:
+        expected = min(scaled.std(ddof=1), LARGEST / scale)
+        assert min(histogram.std, LARGEST) / scale == pytest.approx(expected, abs=1e-7)
+    else:
+        assert math.isnan(histogram.std)
+
+
+def test_equal_values_have_no_deviation():
+    histogram = histogram_of(np.full(1000, 0.1))
+    assert histogram.mean == histogram.quantile(0.3) == 0.1
+    assert histogram.std == 0.0
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 32])
+def test_few_values_are_exact(n):
+    values = RNG.normal(10.0, 5.0, n)
+    q = np.linspace(0.0, 1.0, 41)
+    np.testing.assert_allclose(histogram_of(values).quantile(q), np.quantile(values, q), rtol=1e-11)
+
+
+def test_the_median_of_one_to_ten_is_five_and_a_half():
+    assert histogram_of(range(1, 11)).quantile(0.5) == 5.5
+
+
+# -- The algebra ---------------------------------------------------------------------------------
+
+cuts = st.lists(st.floats(0.0, 1.0), max_size=5)
+
+
+@given(dirty_streams, cuts, st.randoms(use_true_random=False), budgets)
+@settings(max_examples=200, deadline=None)
+def test_neither_order_nor_split_matters(values, cuts, random, max_buckets):
+    whole = histogram_of(values, max_buckets=max_buckets)
+    order = list(range(values.size))
+    random.shuffle(order)
+    parts = [histogram_of(part, max_buckets=max_buckets) for part in split(values[order], cuts)]
+    random.shuffle(parts)
+    assert_same(merged(parts), whole)
+
+    bit_by_bit = LogLinearHistogram(max_buckets)
+    for part in split(values[order], cuts):
+        bit_by_bit.update(part)
+        if random.random() < 0.5:
+            bit_by_bit.quantile(0.5)
+    assert_same(bit_by_bit, whole)
+
+
+@given(streams, streams, streams, budgets, budgets)
+@settings(deadline=None)
+def test_merge_is_associative_and_commutative(a, b, c, some, others):
+    one, two, three = histogram_of(a, max_buckets=some), histogram_of(b), histogram_of(c)
+    three = histogram_of(c, max_buckets=others)
+    left = merged([merged([one, two]), three])
+    right = merged([one, merged([two, three])])
+    assert_same(left, right)
+    assert_same(merged([three, two, one]), left)
+    assert_same(merged([left, LogLinearHistogram()]), left)
+
+
+def test_merging_leaves_the_other_as_it_was():
+    one, other = histogram_of([1.0, 2.0]), histogram_of([3.0, math.nan])
+    before = other.to_dict()
+    one.merge(other)
+    assert other.to_dict() == before
+    assert (one.count, one.nan_count) == (3, 1)
+    one.merge(one)
+    assert (one.count, one.nan_count) == (6, 2)
+
+
+def test_a_copy_goes_its_own_way():
+    one = histogram_of([1.0, 2.0])
+    other = one.copy()
+    other.update([1e30])
+    assert (one.count, other.count) == (2, 3)
+    assert one.max == 2.0
+
+
+@given(streams, st.integers(1, 8))
+@settings(deadline=None)
+def test_downscaling_is_exact(values, steps):
+    histogram = histogram_of(values)
+    finer = histogram.m
+    low, high = histogram.kept_range
+    for _ in range(steps):
+        if histogram.m:
+            histogram.downscale()
+    assert histogram.m == max(finer - steps, 0)
+    values = values[(values != 0) & (np.abs(values) >= low) & (np.abs(values) < high)]
+    indices, expected = np.unique(bucket_index(values, histogram.m), return_counts=True)
+    segments = [s for s in histogram.to_dict()["segments"] if s["m"] == histogram.m]
+    got = {
+        index: count
+        for segment in segments
+        for index, count in zip(segment["index"], segment["sums"][0], strict=True)
+    }
+    assert got == dict(zip(indices.tolist(), expected.tolist(), strict=True))
+
+
+def test_downscaling_keeps_mean_and_deviation():
+    values = WIDE["log-normal"]
+    histogram = histogram_of(values)
+    while histogram.m:
+        histogram.downscale()
+        assert histogram.mean == pytest.approx(values.mean(), rel=1e-12)
+        assert histogram.std == pytest.approx(values.std(ddof=1), rel=1e-11)
+    with pytest.raises(ValueError, match="one bucket per octave"):
+        histogram.downscale()
+    assert histogram.count == N
+
+
+def test_a_downscaled_histogram_stays_coarse():
+    histogram = LogLinearHistogram()
+    for _ in range(10):
+        histogram.downscale()
+    histogram.update(NARROW["a loss at 2.5"])
+    assert histogram.m == 6
+    histogram.merge(histogram_of(NARROW["a loss at 2.5"]))
+    assert histogram.m == 6
+
+
+# -- The layout ----------------------------------------------------------------------------------
+
+
+@st.composite
+def some_extents(draw: st.DrawFn) -> Extents:
+    values = draw(streams)
+    values = values[values != 0]
+    k = np.abs(bucket_index(values, 16)) - 1
+    return Extents.of(segment_of(values.view(np.int64)), k, np.full(k.size, 16))
+
+
+@given(some_extents(), some_extents(), budgets)
+@settings(deadline=None)
+def test_more_extents_never_make_anything_finer(one, other, budget):
+    before, after = resolve(one, budget), resolve(one.joined(other), budget)
+    assert after.dropped >= before.dropped
+    assert (after.m[one.occupied] <= before.m[one.occupied]).all()
+    assert before.total <= budget
+    assert after.total <= budget
+
+
+@given(some_extents(), some_extents(), budgets)
+@settings(deadline=None)
+def test_what_is_forgotten_of_extents_changes_no_layout(one, other, budget):
+    layout = resolve(one, budget)
+    used = np.flatnonzero(layout.size)
+    ends = layout.first + layout.size - 1
+    known = Extents.of(used, layout.first[used], layout.m[used]).joined(
+        Extents.of(used, ends[used], layout.m[used])
+    )
+    exact = resolve(one.joined(other), budget)
+    rough = resolve(known.joined(other), budget, dropped=layout.dropped)
+    for field in ("m", "first", "size"):
+        occupied = exact.size > 0
+        assert (getattr(exact, field)[occupied] == getattr(rough, field)[occupied]).all()
+    assert exact.dropped == rough.dropped
+
+
+# -- The wire ------------------------------------------------------------------------------------
+
+
+@given(st.lists(dirty_streams, min_size=1, max_size=4), budgets, budgets)
+@settings(max_examples=200, deadline=None)
+def test_maximum_and_sum_merge_like_merge(streams, own, packed):
+    own, packed = max(own, packed), min(own, packed)
+    parts = [histogram_of(values, max_buckets=own) for values in streams]
+    whole = merged(parts)
+    extents = reduce(np.maximum, [part.extents() for part in parts])
+    lanes = reduce(np.add, [part.pack(extents, packed) for part in parts])
+    assert extents.shape == (EXTENTS_WIDTH,)
+    assert lanes.shape == (slot_width(packed),)
+    direct = whole.pack(extents, packed)
+    of_counts = slice(0, 6 + packed)
+    assert (lanes[of_counts] == direct[of_counts]).all()
+    np.testing.assert_allclose(lanes, direct, rtol=1e-9, atol=1e-9)
+    received = LogLinearHistogram.unpack(extents, lanes, packed)
+    whole.merge(LogLinearHistogram(packed))
+    assert_same(received, whole)
+
+
+@given(st.lists(dirty_streams, min_size=1, max_size=4))
+@settings(deadline=None)
+def test_gathered_slots_merge_like_merge(streams):
+    parts = [histogram_of(values) for values in streams]
+    received = [over_wire([part], 2048) for part in parts]
+    assert_same(merged(received), merged(parts))
+
+
+def test_nobody_and_somebody_with_nothing_travel_too():
+    nobody = LogLinearHistogram.unpack(
+        np.full(EXTENTS_WIDTH, -math.inf), np.zeros(slot_width(512)), 512
+    )
+    assert (nobody.count, nobody.m) == (0, 16)
+    somebody = over_wire([LogLinearHistogram(512), histogram_of([1.0, math.nan])], 512)
+    assert (somebody.count, somebody.nan_count, somebody.quantile(0.5)) == (1, 1, 1.0)
+
+
+def test_what_is_unpacked_can_go_on():
+    values = WIDE["normal around 0"]
+    halfway = over_wire([histogram_of(values[:100]), histogram_of(values[100:200])], 2048)
+    halfway.update(values[200:])
+    assert_same(halfway, histogram_of(values))
+
+
+def test_weights_travel():
+    weights = np.linspace(0.0, 2.0, N)
+    whole = histogram_of(WIDE["bimodal"], weights)
+    parts = [histogram_of(WIDE["bimodal"][k::3], weights[k::3]) for k in range(3)]
+    received = over_wire(parts, 2048)
+    np.testing.assert_allclose(
+        received.quantile(PERCENTILES), whole.quantile(PERCENTILES), rtol=1e-9
+    )
+    assert received.std == pytest.approx(whole.std, rel=1e-12)
+
+
+def test_packing_without_covering_extents_is_refused():
+    one, other = histogram_of([1.0, 2.0]), histogram_of([3.0, 4.0])
+    with pytest.raises(ValueError, match="do not cover this histogram"):
+        one.pack(other.extents(), 2048)
+    with pytest.raises(ValueError, match="cannot be packed as finely"):
+        histogram_of([1.0], max_buckets=512).pack(one.extents(), 2048)
+    with pytest.raises(ValueError, match=f"extents are {EXTENTS_WIDTH} numbers"):
+        one.pack(np.zeros(3), 2048)
+    with pytest.raises(ValueError, match="is packed in"):
+        LogLinearHistogram.unpack(one.extents(), np.zeros(3), 2048)
+
+
+# -- The checkpoint ------------------------------------------------------------------------------
+
+
+@given(dirty_streams, budgets, st.booleans())
+@settings(deadline=None)
+def test_a_state_survives_json_bit_for_bit(values, max_buckets, weighted):
+    weights = np.linspace(0.0, 3.0, values.size) if weighted else None
+    histogram = histogram_of(values, weights, max_buckets)
+    state = histogram.to_dict()
+    restored = LogLinearHistogram.from_dict(json.loads(json.dumps(state, allow_nan=False)))
+    assert restored.to_dict() == state
+    q = np.linspace(0.0, 1.0, 11)
+    np.testing.assert_array_equal(restored.quantile(q), histogram.quantile(q))
+    restored.update(values, weights)
+    histogram.update(values, weights)
+    assert restored.to_dict() == histogram.to_dict()
+
+
+def leaves(state: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    if isinstance(state, dict):
+        return [path, *(leaf for key in state for leaf in leaves(state[key], (*path, key)))]
+    if isinstance(state, list):
+        return [path, *(leaf for k, item in enumerate(state) for leaf in leaves(item, (*path, k)))]
+    return [path]
+
+
+STATE = histogram_of([1.0, 1.5, -2.0, 0.0, 1e30, math.nan, 3e-310]).to_dict()
+WRECKS = [None, "x", -1, 0.5, math.nan, math.inf, [], {}, True, 10**400, "remove"]
+
+
+@pytest.mark.parametrize("path", leaves(STATE)[1:], ids=str)
+def test_a_damaged_state_is_refused(path):
+    for wreck in WRECKS:
+        state = json.loads(json.dumps(STATE))
+        holder = reduce(lambda inner, key: inner[key], path[:-1], state)
+        if wreck == "remove":
+            del holder[path[-1]]
+        else:
+            holder[path[-1]] = wreck
+        if state == STATE:
+            continue
+        with pytest.raises(ValueError, match="not the state of a histogram, or it is damaged: "):
+            LogLinearHistogram.from_dict(state)
+
+
+@pytest.mark.parametrize("state", [None, [], {}, "x", {"format": "metricfold"}])
+def test_a_foreign_state_is_refused(state):
+    with pytest.raises(ValueError, match="not the state of a histogram"):
+        LogLinearHistogram.from_dict(state)
+
+
+# -- Values and weights --------------------------------------------------------------------------
+
+
+@given(st.binary(min_size=4, max_size=400), st.integers(0, 16))
+@settings(max_examples=300)
+def test_indices_of_float32_and_float64_agree(data, m):
+    narrow = np.frombuffer(data[: len(data) // 4 * 4], dtype=np.float32)
+    narrow = np.append(narrow[np.isfinite(narrow)], np.float32([0.0, -0.0, 1e-45, -1e-45, 1e-38]))
+    wide = narrow.astype(np.float64)
+    np.testing.assert_array_equal(bucket_index(narrow, m), bucket_index(wide, m))
+
+
+@given(st.lists(numbers, min_size=2, max_size=50), st.integers(0, 16))
+def test_indices_grow_with_the_values(values, m):
+    ordered = np.sort(values)
+    indices = bucket_index(ordered, m)
+    assert (np.diff(indices) >= 0).all()
+    assert (np.sign(indices) == np.sign(ordered)).all()
+    positive = indices[ordered > 0] - 1
+    np.testing.assert_array_equal(
+        np.abs(bucket_index(ordered[ordered > 0], max(m - 1, 0))) - 1,
+        positive >> (1 if m else 0),
+    )
+
+
+def test_indices_refuse_what_has_none():
+    with pytest.raises(ValueError, match="in no bucket"):
+        bucket_index([1.0, math.nan], 6)
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.16"):
+        bucket_index([1.0], 17)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [True, False, True],
+        [3, -7, 2**60],
+        np.arange(12, dtype=np.int8).reshape(3, 4),
+        np.array([1.5, 2.5], dtype=np.float16),
+        np.array([1.5, 1e-45, 3e38], dtype=np.float32),
+        np.array([1.5, 2.5], dtype=">f8"),
+        np.arange(30.0)[::-3],
+        np.arange(20000, dtype=np.float32)[::2],
+        7.5,
+        [],
+    ],
+    ids=repr,
+)
+def test_numbers_of_every_kind_and_shape_have_their_place(values):
+    plain = np.array(values, dtype=np.float64).ravel()
+    assert_same(histogram_of(values), histogram_of(plain))
+    assert histogram_of(values).count == plain.size
+
+
+def test_the_callers_buffer_is_not_kept():
+    buffer = np.array([1.0, 2.0])
+    histogram = histogram_of(buffer)
+    buffer[:] = 99.0
+    assert histogram.max == 2.0
+    large = np.arange(1.0, 20_001.0)
+    histogram_of(large)
+    assert (large == np.arange(1.0, 20_001.0)).all()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100, 4096, 8192, 10_000])
+def test_batches_of_any_size_add_up(batch):
+    values = WIDE["normal around 0"][:30_000]
+    whole, parts = histogram_of(values), LogLinearHistogram()
+    for begin in range(0, values.size, batch):
+        parts.update(values[begin : begin + batch])
+    assert_same(parts, whole)
+
+
+@given(st.integers(1, 40), st.integers(0, 2**32))
+@settings(deadline=None)
+def test_weighted_quantiles_follow_the_rule_of_the_exact_ones(n, seed):
+    rng = np.random.default_rng(seed)
+    values, weights = rng.normal(5.0, 100.0, n), rng.choice([0.0, 0.25, 1.0, 3.0], n)
+    weights[0] = 1.0
+    histogram = histogram_of(values, weights)
+    values, weights = values[weights > 0], weights[weights > 0]
+    q = np.linspace(0.0, 1.0, 21)
+    exact = handlers.quantiles(values, weights, q)
+    np.testing.assert_allclose(
+        histogram.quantile(q)[1:-1], exact[1:-1], rtol=2.0**-histogram.m * 2, atol=1e-9
+    )
+    mean, std = handlers._moments(values, weights)
+    assert histogram.mean == pytest.approx(mean, rel=1e-9)
+    if values.size > 1:
+        assert histogram.std == pytest.approx(std, rel=1e-9)
+
+
+def test_weights_of_one_are_no_weights():
+    values = WIDE["bimodal"]
+    weighted, plain = histogram_of(values, np.ones(N)), histogram_of(values)
+    assert weighted.to_dict() == plain.to_dict()
+    scaled = histogram_of(values, np.full(N, 0.1))
+    np.testing.assert_allclose(scaled.quantile(PERCENTILES), plain.quantile(PERCENTILES), rtol=1e-9)
+
+
+def test_some_batches_may_have_weights():
+    mixed = histogram_of([1.0, 2.0])
+    mixed.update([3.0], [2.0])
+    mixed.update(np.full(100, 4.0))
+    assert mixed.mean == pytest.approx((1 + 2 + 6 + 400) / 104)
+    assert mixed.count == 103
+
+
+def test_a_weight_of_zero_adds_nothing_not_even_a_nan():
+    histogram = histogram_of([1.0, math.nan, math.inf, 1e30], [1.0, 0.0, 0.0, 0.0])
+    assert histogram.to_dict() == histogram_of([1.0]).to_dict()
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-100, 1e100, 1e149])
+def test_only_ratios_of_weights_matter(scale):
+    weights = np.array([1.0, 2.0, 1.0]) * scale
+    histogram = histogram_of([1.0, 2.0, 3.0], weights)
+    assert histogram.mean == pytest.approx(2.0)
+    assert histogram.quantile(0.5) == pytest.approx(2.0)
+    assert LogLinearHistogram.from_dict(histogram.to_dict()).to_dict() == histogram.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("values", "weights", "error", "message"),
+    [
+        ([1.0, 2.0], [1.0], ValueError, r"weights of shape \(1,\) for values of shape \(2,\)"),
+        ([1.0, 2.0], 1.0, ValueError, r"weights of shape \(\) for values of shape \(2,\)"),
+        ([1.0], [-1.0], ValueError, "must lie in 0"),
+        ([1.0], [math.nan], ValueError, "must lie in 0"),
+        ([1.0], [math.inf], ValueError, "must lie in 0"),
+        (["a"], None, TypeError, "not real numbers"),
+        ([None], None, TypeError, "not real numbers"),
+        ([1j], None, TypeError, "not real numbers"),
+        ([1.0], ["x"], TypeError, "weights are not real numbers"),
+    ],
+)
+def test_bad_values_and_weights_change_nothing(values, weights, error, message):
+    histogram = histogram_of([1.0, 2.0])
+    before = histogram.to_dict()
+    with pytest.raises(error, match=message):
+        histogram.update(values, weights)
+    assert histogram.to_dict() == before
+
+
+@pytest.mark.parametrize("q", [-0.1, 1.1, math.nan, [0.5, 2.0]])
+def test_a_quantile_outside_of_the_unit_interval_is_refused(q):
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.1"):
+        histogram_of([1.0]).quantile(q)
+
+
+def test_quantiles_have_the_shape_of_what_was_asked():
+    histogram = histogram_of(np.arange(100))
+    assert isinstance(histogram.quantile(0.5), float)
+    assert histogram.quantile([]).shape == (0,)
+    assert histogram.quantile(np.full((2, 3), 0.5)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("max_buckets", [0, -1, 319, 2048.5, "many", True, None])
+def test_a_histogram_of_too_few_buckets_is_refused(max_buckets):
+    with pytest.raises(ValueError, match="give a whole number, 320 or more"):
+        LogLinearHistogram(max_buckets)
+
+
+def test_only_histograms_merge():
+    with pytest.raises(TypeError, match="cannot merge a dict"):
+        LogLinearHistogram().merge({})
+
+
+# -- For those who draw --------------------------------------------------------------------------
+
+
+@given(streams)
+@settings(deadline=None)
+def test_native_buckets_hold_what_numpy_counts_between_their_edges(values):
+    histogram = histogram_of(values)
+    if not values.size:
+        with pytest.raises(ValueError, match="is empty"):
+            histogram.histogram()
+        return
+    drawn = histogram.histogram()
+    assert isinstance(drawn, Histogram)
+    assert (drawn.edges[:-1] < drawn.edges[1:]).all()
+    assert np.isfinite(drawn.edges).all()
+    expected = np.diff(
+        np.append(np.searchsorted(np.sort(values), drawn.edges[:-1], side="left"), values.size)
+    )
+    assert drawn.counts.tolist() == expected.tolist()
+    assert (drawn.minimum, drawn.maximum) == (values.min(), values.max())
+
+
+@pytest.mark.parametrize("name", [*NARROW, *WIDE])
+def test_bins_of_equal_width_hold_nearly_what_numpy_counts(name):
+    values = {**NARROW, **WIDE}[name]
+    drawn = histogram_of(values).histogram(bins=40)
+    assert drawn.counts.sum() == pytest.approx(N)
+    if values.min() < values.max():
+        expected, edges = np.histogram(values, bins=40)
+        np.testing.assert_allclose(drawn.edges, edges)
+        assert np.abs(drawn.counts - expected).max() <= 0.01 * N
+    assert drawn.total == pytest.approx(values.sum(), rel=1e-9, abs=1e-6)
+    assert drawn.total_squares == pytest.approx((values**2).sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("bins", [0, -1, 1.5, "x", True])
+def test_a_wrong_number_of_bins_is_refused(bins):
+    with pytest.raises(ValueError, match="give a whole number, 1 or more"):
+        histogram_of([1.0]).histogram(bins)
+
+
+def test_the_slot_is_as_wide_as_documented():
+    assert SIGNED == 188
+    assert EXTENTS_WIDTH == 380
+    assert slot_width(2048) == 6 + 3 * 2048
