@@ -93,7 +93,7 @@ CASES = {
     **{
         f"categories {name}": metrics(CATEGORICAL, values)
         for name, values in [
-            ("as text", ["code", "prose", "code", "", "with space"]),
+            ("as text", ["code", "prose", "code", " ", "with space"]),
             ("as ints", [1, 2, 1, "1", 10**30]),
             ("as bools", [True, False, True, "True"]),
             ("as floats", [1.0, NAN, INF]),

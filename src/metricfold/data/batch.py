@@ -309,7 +309,21 @@ def _fold_categories(
                 "Enum member, or an array of one element"
             )
         categories.append(str(category))
-    return Column(key, agg_type, handler.fold_categories(categories), late=late)
+    state = handler.fold_categories(categories)
+    for category in state.counts:
+        _check_category(key, category)
+    return Column(key, agg_type, state, late=late)
+
+
+def _check_category(key: Key, category: str) -> None:
+    """Refuse what cannot be printed as part of one key on one line."""
+    if not category:
+        raise ValueError(f"{show(key)}: the category is empty: give it a text, such as 'none'")
+    if not category.isprintable():
+        raise ValueError(
+            f"{show(key)}: the category {reprlib.repr(category)} holds a line break or another "
+            "unprintable character: give a text on one line"
+        )
 
 
 def _keep_metrics(
