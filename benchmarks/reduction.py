@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -47,8 +47,8 @@ def measure(scale: Scale) -> list[Section]:
     """Return one section per workload."""
     big, means = large(scale.datasets, scale.window), small(scale.means)
     return [
-        _section(big, scale, {8: _BUDGETS_LARGE}),
-        _section(means, scale, {4: _BUDGETS_SMALL}),
+        _section(big, scale.world_sizes, scale.logs, scale.slow_every, {8: _BUDGETS_LARGE}),
+        _section(means, scale.world_sizes, scale.small_logs, scale.slow_every, {4: _BUDGETS_SMALL}),
     ]
 
 
@@ -61,11 +61,15 @@ _BUDGETS_SMALL = {(REDUCE, BARE): at_most(1.2)}
 
 
 def _section(
-    workload: Workload, scale: Scale, budgets: Mapping[int, Mapping[tuple[str, str], Budget]]
+    workload: Workload,
+    world_sizes: Sequence[int],
+    logs: int,
+    slow_every: int,
+    budgets: Mapping[int, Mapping[tuple[str, str], Budget]],
 ) -> Section:
     section = Section(f"A log of {workload.title}, by ranks")
-    for world_size in scale.world_sizes:
-        seen = run_ranks(_log, world_size, workload, scale.logs, scale.slow_every)
+    for world_size in world_sizes:
+        seen = run_ranks(_log, world_size, workload, logs, slow_every)
         section.rows += _rows(world_size, seen, budgets.get(world_size, {}))
         facts = seen[0].facts[REDUCE]
         phases = ", ".join(f"{facts[phase] * 1e6:.0f} µs {phase}" for phase in _PHASES)

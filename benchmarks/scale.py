@@ -13,7 +13,8 @@ class Scale:
 
     Args:
         rounds: turns of each contender in one process.
-        logs: rounds of logs over ranks.
+        logs: rounds of logs over ranks of the large workload.
+        small_logs: the same of the small one, whose logs are quick and at the scheduler's mercy.
         slow_every: contenders that take long have a turn in every so many of those.
         world_sizes: numbers of ranks.
         datasets: datasets of the large workload.
@@ -25,6 +26,7 @@ class Scale:
 
     rounds: int
     logs: int
+    small_logs: int
     slow_every: int
     world_sizes: tuple[int, ...]
     datasets: int
@@ -37,6 +39,7 @@ class Scale:
 FULL = Scale(
     rounds=25,
     logs=48,
+    small_logs=240,
     slow_every=6,
     world_sizes=(1, 2, 4, 8),
     datasets=50,
@@ -49,6 +52,7 @@ FULL = Scale(
 QUICK = Scale(
     rounds=3,
     logs=4,
+    small_logs=6,
     slow_every=2,
     world_sizes=(1, 2),
     datasets=3,
