@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -250,3 +251,33 @@ def test_a_heavy_value_is_the_median() -> None:
 )
 def test_names_of_percentiles(percentile: float, name: str) -> None:
     assert percentile_name(percentile) == name
+
+
+@pytest.mark.parametrize("percentiles", [["a"], ["50"], [None], [[50]], [True], [1j], [5, "50"]])
+def test_a_percentile_that_is_no_number_is_named(percentiles: Any) -> None:
+    bad = repr(percentiles[-1])
+    with pytest.raises(TypeError, match=f"percentiles=.*: {re.escape(bad)} is no number"):
+        MetricsAggregator(percentiles=percentiles)
+
+
+@pytest.mark.parametrize("percentiles", [50, 99.9, None, "50", "5, 50, 95", np.array(50)])
+def test_percentiles_that_are_no_list_are_refused(percentiles: Any) -> None:
+    with pytest.raises(TypeError, match=r"percentiles=.*: give a list of numbers in 0\.\.100"):
+        MetricsAggregator(percentiles=percentiles)
+
+
+@pytest.mark.parametrize(
+    "percentiles", [[5.0, np.float32(50), np.int64(95)], np.array([5, 50, 95])]
+)
+def test_percentiles_may_be_any_numbers(percentiles: Any) -> None:
+    aggregator = MetricsAggregator(percentiles=percentiles)
+    aggregator.record("len", 3.0, "distribution")
+    assert {"data/len_stat_p05", "data/len_stat_p50", "data/len_stat_p95"} <= (
+        aggregator.get_metrics_for_logging().keys()
+    )
+
+
+@pytest.mark.parametrize("percentiles", [[math.nan], [-0.5], [math.inf], [10**400]])
+def test_a_percentile_outside_0_to_100_is_refused(percentiles: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"percentiles=.*: each must lie in 0\.\.100"):
+        MetricsAggregator(percentiles=percentiles)

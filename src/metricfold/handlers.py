@@ -23,6 +23,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass, field
+from numbers import Real
 from operator import add
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -687,9 +688,21 @@ def check_window_size(size: object) -> int:
 
 
 def check_percentiles(percentiles: Sequence[float]) -> tuple[float, ...]:
-    checked = tuple(float(p) for p in percentiles)
-    if any(not 0 <= p <= 100 for p in checked):
-        raise ValueError(f"percentiles={percentiles!r}: each must lie in 0..100")
+    try:
+        given = tuple(percentiles)
+    except TypeError:
+        raise TypeError(
+            f"percentiles={percentiles!r}: give a list of numbers in 0..100, such as (5, 50, 95)"
+        ) from None
+    for percentile in given:
+        if not isinstance(percentile, Real) or isinstance(percentile, bool):
+            raise TypeError(
+                f"percentiles={percentiles!r}: {percentile!r} is no number: give a list of numbers "
+                "in 0..100, such as (5, 50, 95)"
+            )
+        if not 0 <= percentile <= 100:
+            raise ValueError(f"percentiles={percentiles!r}: each must lie in 0..100")
+    checked = tuple(map(float, given))
     if list(checked) != sorted(set(checked)):
         raise ValueError(f"percentiles={percentiles!r}: give them ascending, each once")
     return checked
