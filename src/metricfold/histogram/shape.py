@@ -21,7 +21,7 @@ _NODES = 129
 _STEPS = 20
 _STRIDE = 2.0
 _CLOSE = 1e-3
-_TINY = np.finfo(np.float64).tiny
+_TINY = 2.0**-1022
 
 
 class Shapes:
