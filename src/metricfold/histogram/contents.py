@@ -30,7 +30,7 @@ class Total(IntEnum):
     """Weight of the values that are ±0."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Frame:
     """What fixes the layout of a histogram, and its extreme values; merges by taking extremes.
 
@@ -61,7 +61,7 @@ class Frame:
         return resolve(self.extents, max_buckets, self.finest, self.dropped)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Contents:
     """What a histogram holds.
 

@@ -31,7 +31,7 @@ _NOISE = 2.0**-50
 """A variance below so much of the mean square is rounding."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Profile:
     """Cells in ascending order of their values; none empty, no two overlap.
 

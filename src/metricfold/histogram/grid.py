@@ -57,7 +57,7 @@ _NOWHERE = 1 << 50
 _NOBODY = -1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Buckets:
     """Occupied buckets, by segment and then by index.
 

@@ -127,7 +127,7 @@ def kept_magnitudes(dropped: int) -> tuple[float, float]:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Extents:
     """The lowest and the highest occupied bucket of each signed segment, at m = 16.
 
@@ -166,7 +166,7 @@ class Extents:
         return self.high >= 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Where the buckets of each segment are, in one row of buckets.
 
