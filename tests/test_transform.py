@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections import OrderedDict, UserDict, defaultdict
+from collections import OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Iterator, MutableMapping
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -68,6 +68,11 @@ def test_samples_seen_tokens_seen_and_seq_len_come_in_that_order() -> None:
         ({"tokens": []}, 0),
         ({"tokens": (1, 2)}, 2),
         ({"tokens": b"abcd"}, 4),
+        ({"tokens": ["hel", "lo"]}, 2),
+        ({"tokens": [np.int32(1), torch.tensor(2)]}, 2),
+        ({"tokens": UserList([1, 2, 3])}, 3),
+        ({"tokens": deque([1, 2])}, 2),
+        ({"tokens": range(4)}, 4),
         ({"tokens": np.arange(5)}, 5),
         ({"tokens": torch.arange(6)}, 6),
     ],
@@ -228,6 +233,32 @@ def test_a_sample_that_it_cannot_use_is_named(
     with pytest.raises(error, match=complaint) as caught:
         counting()(sample)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokens", "input_ids"])
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [
+        ("hello world", "are text, 'hello world'"),
+        ("many\nwords " * 1000, r"are text, 'many.*\.\.\..*'"),
+        ({"input_ids": [1, 2, 3]}, "are a dict"),
+        (UserDict(input_ids=[1, 2, 3]), "are a UserDict"),
+        ([[1, 2, 3]], "are nested, since the first is a list"),
+        (([1, 2], [3]), "are nested, since the first is a list"),
+        (UserList([(1, 2)]), "are nested, since the first is a tuple"),
+        ([{"id": 1}], "are nested, since the first is a dict"),
+        ([np.ones(3)], "are nested, since the first is a ndarray"),
+        ([torch.ones(3)], "are nested, since the first is a Tensor"),
+    ],
+    ids=lambda case: repr(case)[:40],
+)
+def test_tokens_that_are_no_flat_sequence_are_refused_instead_of_miscounted(
+    name: str, tokens: Any, found: str
+) -> None:
+    complaint = f"tokens of a sample of dataset 'alpaca' {found}.*: give a flat sequence of token"
+    with pytest.raises(TypeError, match=complaint) as caught:
+        counting()({name: tokens})
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("returned", [None, Metric("d", "n", 1, "sum"), "loss"], ids=str)

@@ -10,8 +10,9 @@ Subclass `MetricTransform` and return your own metrics from `_generate_metrics`.
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Sized
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -83,9 +84,10 @@ class MetricTransform(ABC):
 class DefaultTrainingMetricTransform(MetricTransform):
     """Counts samples and tokens, and watches sequence lengths.
 
-    Reads ``"tokens"``, else ``"input_ids"``: the tokens of one sample, anything with a length.
-    Emits ``samples_seen`` (SUM), ``tokens_seen`` (SUM) and ``seq_len`` (DISTRIBUTION), lengths in
-    tokens. Raises ValueError for a sample that has neither, or an array that is not 1-d.
+    Reads ``"tokens"``, else ``"input_ids"``: the tokens of one sample, a flat sequence or an array
+    of shape (n,). Emits ``samples_seen`` (SUM), ``tokens_seen`` (SUM) and ``seq_len``
+    (DISTRIBUTION), lengths in tokens. Raises ValueError for a sample that has neither and for an
+    array that is not 1-d, and TypeError for text, mappings, nested lists and what has no length.
 
     >>> transform = DefaultTrainingMetricTransform()
     >>> transform.set_dataset_name("alpaca")
@@ -104,7 +106,9 @@ class DefaultTrainingMetricTransform(MetricTransform):
                 f"a sample of dataset {dataset_name!r} has neither 'tokens' nor 'input_ids'; its "
                 f"keys are {sorted(map(str, sample))}"
             )
-        length = len(tokens) if type(tokens) is list else _length(dataset_name, tokens)
+        # Nearly always, so that is worth a look before all the others.
+        plain = type(tokens) in (list, tuple) and (not tokens or type(tokens[0]) is int)
+        length = len(tokens) if plain else _length(dataset_name, tokens)
         return [*_counts(dataset_name, length)]
 
 
@@ -121,15 +125,32 @@ def _counts(dataset_name: str, length: int) -> tuple[Metric, ...]:
 def _length(dataset_name: str, tokens: Any) -> int:
     # A tokenizer that returns tensors gives them a batch axis: its length is not the sample's.
     shape = getattr(tokens, "shape", None)
-    if shape is not None and len(shape) != 1:
-        raise ValueError(
-            f"the tokens of a sample of dataset {dataset_name!r} have the shape {tuple(shape)}: "
-            "give those of one sample, shape (n,)"
-        )
-    try:
-        return len(tokens)
-    except TypeError:
+    if shape is not None:
+        if len(shape) != 1:
+            raise ValueError(
+                f"the tokens of a sample of dataset {dataset_name!r} have the shape "
+                f"{tuple(shape)}: give those of one sample, shape (n,)"
+            )
+        return int(shape[0])
+    found = _other_than_tokens(tokens)
+    if found:
         raise TypeError(
-            f"the tokens of a sample of dataset {dataset_name!r} are of type "
-            f"{type(tokens).__name__}, which has no length: give a list or an array of shape (n,)"
-        ) from None
+            f"the tokens of a sample of dataset {dataset_name!r} are {found}: give a flat sequence "
+            "of token ids, or an array of shape (n,)"
+        )
+    return len(tokens)
+
+
+def _other_than_tokens(tokens: Any) -> str:
+    """Return what `tokens` is if its length, if any, is no number of tokens."""
+    if isinstance(tokens, str):
+        return f"text, {reprlib.repr(tokens)}"
+    if isinstance(tokens, Mapping):
+        return f"a {type(tokens).__name__}"
+    if not isinstance(tokens, Sized):
+        return f"of type {type(tokens).__name__}, which has no length"
+    if isinstance(tokens, Sequence) and len(tokens):
+        first = tokens[0]
+        if isinstance(first, list | tuple | Mapping) or getattr(first, "shape", None):
+            return f"nested, since the first is a {type(first).__name__}"
+    return ""
