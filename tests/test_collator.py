@@ -432,6 +432,17 @@ def test_a_sample_that_it_cannot_use_is_an_error(
     assert "\n" not in str(caught.value)
 
 
+def test_no_samples_are_an_error_that_says_where_they_may_come_from() -> None:
+    with pytest.raises(ValueError, match=r"MetricsCollator got no samples.*batch sampler"):
+        MetricsCollator()([])
+
+
+def test_a_collate_function_may_make_a_batch_of_no_samples() -> None:
+    batch = MetricsCollator(lambda samples: {"x": samples})([])
+    assert batch["x"] == []
+    assert len(batch["metrics"]) == 0
+
+
 @pytest.mark.parametrize(
     ("returned", "error", "complaint"),
     [

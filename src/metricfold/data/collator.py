@@ -29,7 +29,8 @@ class MetricsCollator:
     Samples are mappings, or tuples whose first item is one. `collate_fn` gets shallow copies
     without ``"metrics"``, and returns a mutable mapping, or a list or tuple whose first item is
     one; there ``"metrics"`` becomes the last entry. Samples without metrics are welcome. Raises
-    TypeError for anything else, and what `MetricBatch.from_metrics` raises for a bad metric.
+    TypeError for anything else, ValueError for no samples if there is no `collate_fn`, and what
+    `MetricBatch.from_metrics` raises for a bad metric.
 
     >>> from metricfold import AggregationType, Metric
     >>> collate = MetricsCollator(lambda samples: {"x": [sample["x"] for sample in samples]})
@@ -46,6 +47,11 @@ class MetricsCollator:
     def __call__(self, samples: Sequence[Any]) -> Any:
         metrics: list[Metric] = []
         bare = [_take_metrics(sample, metrics) for sample in samples]
+        if not bare and self.collate_fn is None:
+            raise ValueError(
+                "MetricsCollator got no samples, and default_collate cannot make a batch of none: "
+                "leave empty batches out of the batch sampler, or give a collate function that can"
+            )
         batch = MetricBatch.from_metrics(metrics)
         collated = (self.collate_fn or _default_collate())(bare)
         target = _mapping_of(collated)
