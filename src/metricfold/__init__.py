@@ -1,5 +1,7 @@
 """metricfold folds training metrics over samples, datasets, devices and ranks."""
 
+from typing import TYPE_CHECKING, Any
+
 from metricfold.aggregator import MetricsAggregator
 from metricfold.communicator import MissingRanksError
 from metricfold.data import MetricBatch, MetricsCollator
@@ -14,7 +16,6 @@ from metricfold.handlers import (
     RateAggHandler,
     SumAggHandler,
 )
-from metricfold.histogram import LogLinearHistogram
 from metricfold.metric import AggregationType, Metric, MetricState
 from metricfold.sinks import (
     ConsoleSink,
@@ -26,6 +27,9 @@ from metricfold.sinks import (
 )
 from metricfold.snapshot import Snapshot
 from metricfold.transform import DefaultTrainingMetricTransform, MetricTransform
+
+if TYPE_CHECKING:
+    from metricfold.histogram import LogLinearHistogram
 
 __version__ = "0.1.0"
 
@@ -57,3 +61,11 @@ __all__ = [
     "WandbSink",
     "read_jsonl",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "LogLinearHistogram":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from metricfold.histogram import LogLinearHistogram  # noqa: PLC0415 - loaded when asked for
+
+    return LogLinearHistogram

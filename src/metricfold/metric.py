@@ -115,11 +115,18 @@ def resolve_type(agg_type: object) -> TypeLike:
 
 
 def type_label(agg_type: TypeLike) -> str:
-    """Return the text that stands for `agg_type` on the wire and in checkpoints."""
+    """Return the text that stands for `agg_type` on the wire and in checkpoints.
+
+    The program that runs is ``__main__``, whether as a script, by ``python -m``, under a profiler
+    or in a process that `multiprocessing` spawned, where Python calls it ``__mp_main__``. The name
+    that ``python -m`` knows it by is no substitute: a script has none.
+    """
     if isinstance(agg_type, AggregationType):
         return str(agg_type.value)
     if isinstance(agg_type, Enum):
-        return f"{type(agg_type).__module__}.{type(agg_type).__qualname__}.{agg_type.name}"
+        kind = type(agg_type)
+        module = "__main__" if kind.__module__ == "__mp_main__" else kind.__module__
+        return f"{module}.{kind.__qualname__}.{agg_type.name}"
     return agg_type
 
 

@@ -7,9 +7,30 @@ is what it holds in the form that merges, `wire` and `plain` write that as lanes
 and as plain types for checkpoints.
 """
 
-from metricfold.histogram.indexing import bucket_index
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from metricfold.histogram.record import Histogram
-from metricfold.histogram.sketch import LogLinearHistogram
-from metricfold.histogram.wire import EXTENTS_WIDTH, slot_width
+
+if TYPE_CHECKING:
+    from metricfold.histogram.indexing import bucket_index
+    from metricfold.histogram.sketch import LogLinearHistogram
+    from metricfold.histogram.wire import EXTENTS_WIDTH, slot_width
 
 __all__ = ["EXTENTS_WIDTH", "Histogram", "LogLinearHistogram", "bucket_index", "slot_width"]
+
+# Loaded when asked for: those who only log should not wait for it.
+_HOMES = {
+    "EXTENTS_WIDTH": "wire",
+    "LogLinearHistogram": "sketch",
+    "bucket_index": "indexing",
+    "slot_width": "wire",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
