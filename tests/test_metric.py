@@ -7,13 +7,17 @@ import importlib.util
 import inspect
 import math
 import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from enum import Enum
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,6 +128,83 @@ def test_a_built_in_type_may_be_given_as_text(take: Take, agg_type: AggregationT
     assert logged(take, *values) == logged(
         take, *[metric._replace(agg_type=agg_type) for metric in values]
     )
+
+
+PROGRAM = """
+import enum, json, multiprocessing, pathlib, sys
+from metricfold import LaneHandler, MetricsAggregator
+
+class Outer:
+    class Own(enum.Enum):
+        TOTAL = 1
+
+class Total(LaneHandler):
+    sum_lanes = ("total",)
+
+    def sums_of(self, values, weights):
+        return (float(values.sum()),)
+
+    def result(self, lanes):
+        return lanes["total"]
+
+def work(paths):
+    first, *others = map(pathlib.Path, paths)
+    aggregator = MetricsAggregator()
+    aggregator.register_handler(Outer.Own.TOTAL, Total())
+    for path in others:
+        aggregator.load_state_dict(json.loads(path.read_text()))
+        aggregator.record("x", 2, Outer.Own.TOTAL)
+        assert aggregator.get_metrics_for_logging("t") == {"t/x": 5.0}, path
+    if not others:
+        aggregator.record("x", 3, Outer.Own.TOTAL)
+        first.write_text(json.dumps(aggregator.state_dict()))
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--spawn":
+        child = multiprocessing.get_context("spawn").Process(target=work, args=(sys.argv[2:],))
+        child.start()
+        child.join()
+        sys.exit(child.exitcode)
+    work(sys.argv[1:])
+"""
+LAUNCHERS = {
+    "script": ["pkg/train.py"],
+    "module": ["-m", "pkg.train"],
+    "profiler": ["-m", "cProfile", "-o", os.devnull, "pkg/train.py"],
+    "script that spawns": ["pkg/train.py", "--spawn"],
+    "module that spawns": ["-m", "pkg.train", "--spawn"],
+}
+
+
+def test_an_enum_of_the_script_is_the_same_type_however_the_script_is_launched(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "__init__.py").touch()
+    (tmp_path / "pkg" / "train.py").write_text(PROGRAM)
+
+    def launch_all(arguments: Callable[[str], list[str]]) -> None:
+        running = {
+            name: subprocess.Popen(
+                [sys.executable, *command, *arguments(name)],
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for name, command in LAUNCHERS.items()
+        }
+        try:
+            for name, process in running.items():
+                output, _ = process.communicate(timeout=60)
+                assert process.returncode == 0, (name, output)
+        finally:
+            for process in running.values():
+                process.kill()
+                process.communicate()
+
+    launch_all(lambda name: [f"saved by {name}"])
+    launch_all(lambda name: ["", *(f"saved by {saver}" for saver in LAUNCHERS)])
 
 
 # -- Values of any kind --------------------------------------------------------------------------
