@@ -402,6 +402,43 @@ def test_a_derived_name_clashes_with_a_metric_either_way() -> None:
     aggregator.reduce()
 
 
+@pytest.mark.parametrize(
+    ("dataset", "metric", "agg_type", "derived"),
+    [
+        ("d", "k", CATEGORICAL, "k_count_z"),
+        (None, "k", CATEGORICAL, "k_count_"),
+        ("d", "a/k", CATEGORICAL, "a/k_count_z"),
+        ("d/a", "k", CATEGORICAL, "a/k_count_z"),
+        ("d/a", "k", SUM, "a/k"),
+        ("d/a", "k", DISTRIBUTION, "a/k_stat_p50"),
+        ("d", "k", SUM, "k"),
+    ],
+)
+def test_a_derived_metric_never_prints_what_a_metric_may_print_whichever_comes_first(
+    dataset: str | None, metric: str, agg_type: AggregationType, derived: str
+) -> None:
+    first = MetricsAggregator()
+    first.record(metric, 1, agg_type, dataset=dataset)
+    with pytest.raises(ValueError, match=f"cannot be called '{derived}': metric '{metric}'"):
+        first.derive(derived, lambda m: 1.0)
+
+    second = MetricsAggregator()
+    second.derive(derived, lambda m: 1.0)
+    with pytest.raises(ValueError, match=f"the name of the derived metric '{derived}'"):
+        second.record(metric, 1, agg_type, dataset=dataset)
+
+
+@pytest.mark.parametrize("derived", ["k_count", "k_countz", "ak_count_z", "count_z", "z/k_count_z"])
+def test_a_derived_metric_may_resemble_a_category(derived: str) -> None:
+    aggregator = MetricsAggregator()
+    aggregator.record("k", "z", CATEGORICAL, dataset="d")
+    aggregator.derive(derived, lambda m: m["k_count_z"] + 1)
+    assert aggregator.get_metrics_for_logging("t") == {
+        "t_d/k_count_z": 1.0,
+        f"t_d/{derived}": 2.0,
+    }
+
+
 def test_names_may_hold_slashes() -> None:
     aggregator = MetricsAggregator()
     aggregator.record("optimizer/lr", 0.1, "max")

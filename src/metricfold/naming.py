@@ -45,8 +45,7 @@ class Claims:
         texts = [(owner, suffix) for owner in owners for suffix in suffixes]
         for owner, suffix in texts:
             self._check(key, owner, _text(owner, suffix))
-        for suffix in suffixes:
-            self._check_derived(key, name + suffix)
+            self._check_derived(key, _text(owner, suffix))
         for owner, suffix in texts:
             text = _text(owner, suffix)
             if text.endswith("*"):
@@ -54,16 +53,13 @@ class Claims:
             else:
                 self._exact[text] = owner
 
-    def without_keys(self) -> Claims:
-        """Return the claims of derived metrics alone."""
-        return Claims(derived=self._derived)
-
     def derive(self, name: str) -> None:
         """Claim `name`, in every dataset, for a derived metric."""
         if name in self._derived:
             raise ValueError(f"a derived metric {name!r} is defined already")
-        for text, owner in self._exact.items():
-            if text.split("/", 1)[1] == name or text.endswith(f"/{name}"):
+        beginnings = ((f"{text}*", owner) for text, owner in self._open.items())
+        for text, owner in (*self._exact.items(), *beginnings):
+            if _may_print(text, name):
                 raise ValueError(
                     f"a derived metric cannot be called {name!r}: {show(owner)} prints that name"
                 )
@@ -77,11 +73,9 @@ class Claims:
                     f"already (as {taken.lstrip('_')!r}): give one of them another name"
                 )
 
-    def _check_derived(self, key: Key, printed_name: str) -> None:
+    def _check_derived(self, key: Key, text: str) -> None:
         for name in self._derived:
-            if name == printed_name or (
-                printed_name.endswith("*") and name.startswith(printed_name[:-1])
-            ):
+            if _may_print(text, name):
                 raise ValueError(
                     f"{show(key)} would print the name of the derived metric {name!r}: give one "
                     "of them another name"
@@ -107,6 +101,15 @@ class Claims:
 def _text(owner: Key, suffix: str) -> str:
     dataset, name = owner
     return printed(("" if dataset == "*" else dataset, name)) + suffix
+
+
+def _may_print(text: str, derived: str) -> bool:
+    """Return whether `derived`, in whichever dataset, may print what `text` claims."""
+    # A dataset may end at any of the slashes.
+    names = (text[place + 1 :] for place, character in enumerate(text) if character == "/")
+    return any(
+        derived.startswith(name[:-1]) if name.endswith("*") else derived == name for name in names
+    )
 
 
 def show(owner: Key) -> str:
