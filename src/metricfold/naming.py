@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
+from typing import TypeAlias
 
-__all__ = ["Claims", "printed", "show"]
+__all__ = ["Claims", "Key", "printed", "show"]
 
-Key = tuple[str, str]
+Key: TypeAlias = tuple[str, str]
+"""(dataset name, metric name); the dataset of a step's metric is empty."""
 
 
 def printed(key: Key) -> str:

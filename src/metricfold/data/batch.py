@@ -37,7 +37,7 @@ from metricfold.metric import (
     resolve_type,
     type_label,
 )
-from metricfold.naming import show
+from metricfold.naming import Key, show
 
 __all__ = [
     "Column",
@@ -50,7 +50,6 @@ __all__ = [
     "fold_value",
 ]
 
-Key = tuple[str, str]
 HandlerOf: TypeAlias = "Callable[[Key, TypeLike], AggregationHandler | None]"
 _METRIC = {Metric}
 _NUMBERS = {int, float, bool}
