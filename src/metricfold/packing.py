@@ -22,11 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metricfold.handlers import CategoryState, FloatArray, State, WindowState
+from metricfold.naming import Key
 
 __all__ = ["HEADER_SIZE", "Entry", "Field", "Key", "Kind", "Schema", "Window", "digest"]
-
-Key = tuple[str, str]
-"""(dataset name, metric name); the dataset of a step's metric is empty."""
 
 PROTOCOL = 1
 
