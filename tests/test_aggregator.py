@@ -449,6 +449,17 @@ def test_names_may_hold_slashes() -> None:
     }
 
 
+def test_names_may_hold_stars() -> None:
+    aggregator = MetricsAggregator()
+    for name in ("a*", "ab", "a*b", "*"):
+        aggregator.update([Metric("*", name, 1, SUM), Metric("d", name, 2, SUM)])
+    aggregator.derive("abc", lambda m: m["ab"] + 1)
+    logged = aggregator.reduce().as_dict("t", rollup=True)
+    assert logged["t_*/a*"] == 1.0
+    assert logged["t/a*"] == 3.0
+    assert logged["t_d/abc"] == 3.0
+
+
 def test_one_name_with_two_types_in_one_dataset_is_refused() -> None:
     aggregator = MetricsAggregator()
     aggregator.update([Metric("d", "x", 1, SUM), Metric("other", "x", 1, MAX)])

@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metricfold.metric import AggregationType, Metric, MetricState, TypeLike
+from metricfold.naming import ANYTHING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -322,7 +323,7 @@ class LaneHandler(AggregationHandler):
         return LaneState(sums, maxs)
 
     def suffixes(self) -> tuple[str, ...]:
-        """Return what this handler may append to a metric's name; `*` stands for any text."""
+        """Return what this handler may append to a metric's name; `ANYTHING` stands for any text."""
         return ("", "_nan_count") if self.on_nan == "skip" else ("",)
 
     def finalize(self, state: ReducedState) -> dict[str, float]:
@@ -572,7 +573,7 @@ class CategoricalCountAggHandler(LaneHandler):
         return CategoryState((float(sum(counts.values())), 0.0), counts)
 
     def suffixes(self) -> tuple[str, ...]:
-        return ("_count_*",)
+        return (f"_count_{ANYTHING}",)
 
     def finalize(self, state: ReducedState) -> dict[str, float]:
         counts = state.sums[len(COMMON_LANES) :]

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TypeAlias
 
-__all__ = ["Claims", "Key", "printed", "show"]
+__all__ = ["ANYTHING", "Claims", "Key", "printed", "show"]
+
+ANYTHING = "\x00"
+"""Stands for any text in what a key claims; no name can hold it, since names are printable."""
 
 Key: TypeAlias = tuple[str, str]
 """(dataset name, metric name); the dataset of a step's metric is empty."""
@@ -22,7 +25,7 @@ class Claims:
     """The names in use, each with the key that it belongs to.
 
     A key claims its name with every suffix that its handler may append; a suffix that ends in
-    ``*`` claims all names that begin so. A key with a dataset also claims the name without it,
+    `ANYTHING` claims all names that begin so. A key with a dataset also claims the name without it,
     where the sum over datasets is printed.
     """
 
@@ -43,14 +46,14 @@ class Claims:
     def add(self, key: Key, suffixes: Iterable[str]) -> None:
         """Claim the names of `key`; raises ValueError, and claims none, if one is taken."""
         dataset, name = key
-        owners = [key, ("*", name)] if dataset else [key]
+        owners = [key, (ANYTHING, name)] if dataset else [key]
         texts = [(owner, suffix) for owner in owners for suffix in suffixes]
         for owner, suffix in texts:
             self._check(key, owner, _text(owner, suffix))
             self._check_derived(key, _text(owner, suffix))
         for owner, suffix in texts:
             text = _text(owner, suffix)
-            if text.endswith("*"):
+            if text.endswith(ANYTHING):
                 self._open[text[:-1]] = owner
             else:
                 self._exact[text] = owner
@@ -59,7 +62,7 @@ class Claims:
         """Claim `name`, in every dataset, for a derived metric."""
         if name in self._derived:
             raise ValueError(f"a derived metric {name!r} is defined already")
-        beginnings = ((f"{text}*", owner) for text, owner in self._open.items())
+        beginnings = ((text + ANYTHING, owner) for text, owner in self._open.items())
         for text, owner in (*self._exact.items(), *beginnings):
             if _may_print(text, name):
                 raise ValueError(
@@ -71,8 +74,8 @@ class Claims:
         for taken, other in self._clashes(text):
             if other != owner:
                 raise ValueError(
-                    f"{show(key)} would print {text.lstrip('_')!r}, which {show(other)} claims "
-                    f"already (as {taken.lstrip('_')!r}): give one of them another name"
+                    f"{show(key)} would print {_shown(text)}, which {show(other)} claims already "
+                    f"(as {_shown(taken)}): give one of them another name"
                 )
 
     def _check_derived(self, key: Key, text: str) -> None:
@@ -84,25 +87,29 @@ class Claims:
                 )
 
     def _clashes(self, text: str) -> Iterator[tuple[str, Key]]:
-        if text.endswith("*"):
+        if text.endswith(ANYTHING):
             start = text[:-1]
             for taken, other in self._exact.items():
                 if taken.startswith(start):
                     yield taken, other
             for taken, other in self._open.items():
                 if taken.startswith(start) or start.startswith(taken):
-                    yield taken + "*", other
+                    yield taken + ANYTHING, other
             return
         if text in self._exact:
             yield text, self._exact[text]
         for taken, other in self._open.items():
             if text.startswith(taken):
-                yield taken + "*", other
+                yield taken + ANYTHING, other
 
 
 def _text(owner: Key, suffix: str) -> str:
     dataset, name = owner
-    return printed(("" if dataset == "*" else dataset, name)) + suffix
+    return printed(("" if dataset == ANYTHING else dataset, name)) + suffix
+
+
+def _shown(text: str) -> str:
+    return repr(text.lstrip("_").replace(ANYTHING, "*"))
 
 
 def _may_print(text: str, derived: str) -> bool:
@@ -110,13 +117,14 @@ def _may_print(text: str, derived: str) -> bool:
     # A dataset may end at any of the slashes.
     names = (text[place + 1 :] for place, character in enumerate(text) if character == "/")
     return any(
-        derived.startswith(name[:-1]) if name.endswith("*") else derived == name for name in names
+        derived.startswith(name[:-1]) if name.endswith(ANYTHING) else derived == name
+        for name in names
     )
 
 
 def show(owner: Key) -> str:
     """Return how messages speak of a key."""
     dataset, name = owner
-    if dataset == "*":
+    if dataset == ANYTHING:
         return f"metric {name!r}, over all its datasets,"
     return f"metric {name!r} of dataset {dataset!r}" if dataset else f"metric {name!r}"

@@ -36,7 +36,7 @@ from metricfold.handlers import (
 )
 from metricfold.histogram import Histogram
 from metricfold.metric import check_name
-from metricfold.naming import printed, show
+from metricfold.naming import ANYTHING, printed, show
 from metricfold.packing import Entry, Key
 from metricfold.reduction import Reduced
 from metricfold.totals import NOBODY, Totals
@@ -398,10 +398,11 @@ class Snapshot:
         names = [
             name + suffix
             for (_, name), handler in self._handlers.of_key.items()
-            for suffix in (handler.suffixes() if isinstance(handler, LaneHandler) else ("*",))
+            for suffix in (handler.suffixes() if isinstance(handler, LaneHandler) else (ANYTHING,))
         ]
         return lambda wanted: any(
-            wanted.startswith(name[:-1]) if name.endswith("*") else wanted == name for name in names
+            wanted.startswith(name[:-1]) if name.endswith(ANYTHING) else wanted == name
+            for name in names
         )
 
     def _keys(self) -> Iterator[Key]:
