@@ -111,7 +111,10 @@ def test_a_rank_that_does_not_listen_is_killed(rank_module, tmp_path, monkeypatc
 def test_ctrl_c_and_its_like_end_all_ranks(rank_module, tmp_path, number):
     module = rank_module("time.sleep(60)")
     code = (
-        "import sys; from pathlib import Path; from metricfold.demo.launch import run_ranks\n"
+        "import signal, sys; from pathlib import Path\n"
+        "from metricfold.demo.launch import run_ranks\n"
+        # As in a terminal: where tests run in the background, SIGINT may be ignored from birth.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "sys.path.insert(0, sys.argv[1])\n"
         "run_ranks(sys.argv[2], [], ranks=2, logs=Path(sys.argv[1]))\n"
     )
