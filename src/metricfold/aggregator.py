@@ -104,7 +104,6 @@ class MetricsAggregator:
         self.name = f"{next(_order_of_creation)}" if name is None else name
         # A second aggregator of one name pairs with the second ones on the other ranks.
         self._namesake = next(_namesakes.setdefault(self.name, itertools.count()))
-        self._named = name is not None
         self._process_group = process_group
         self._warned: set[str] = set()
         self._delta = Delta()
