@@ -412,81 +412,64 @@ def _check_agreement(rows: FloatArray) -> None:
     headers = rows[:, : Field.RUN + 1]
     if (headers == headers[0]).all():
         return
-    for field, complaint in _COMPLAINTS:
-        numbers = rows[:, field]
-        if (numbers == numbers[0]).all():
-            continue
+    for field, beginning, say, end in _COMPLAINTS:
+        numbers = rows[:, field].tolist()
         groups = {
-            number: np.flatnonzero(numbers == number).tolist()
-            for number in dict.fromkeys(numbers.tolist())
+            number: [rank for rank, other in enumerate(numbers) if other == number]
+            for number in dict.fromkeys(numbers)
         }
-        raise RuntimeError(complaint(groups))
+        if len(groups) > 1:
+            who = ", ".join(f"{_ranks(ranks)} {say(number)}" for number, ranks in groups.items())
+            raise RuntimeError(beginning + who + end)
 
 
-def _differing(groups: Mapping[float, Sequence[int]], say: Callable[[float], str]) -> str:
-    return ", ".join(f"{_ranks(ranks)} {say(number)}" for number, ranks in groups.items())
-
-
-_Groups = Mapping[float, "Sequence[int]"]
-_COMPLAINTS: tuple[tuple[Field, Callable[[_Groups], str]], ...] = (
+# What must be the same on all ranks: how the complaint begins, what it says of each group of ranks,
+# and how it ends.
+_COMPLAINTS: tuple[tuple[Field, str, Callable[[float], str], str], ...] = (
     (
         Field.PROTOCOL,
-        lambda groups: (
-            "the ranks run different versions of metricfold: "
-            + _differing(groups, lambda number: f"with protocol {number:.0f}")
-            + ". Install the same version everywhere"
-        ),
+        "the ranks run different versions of metricfold: ",
+        lambda number: f"with protocol {number:.0f}",
+        ". Install the same version everywhere",
     ),
     (
         Field.SEQUENCE,
-        lambda groups: (
-            "the ranks are not in step: "
-            + _differing(groups, lambda number: f"after {number:.0f} exchanges")
-            + ". Make a new aggregator on all ranks and load the last checkpoint"
-        ),
+        "the ranks are not in step: ",
+        lambda number: f"after {number:.0f} exchanges",
+        ". Make a new aggregator on all ranks and load the last checkpoint",
     ),
     (
         Field.KIND,
-        lambda groups: (
-            "the ranks are in different calls: "
-            + _differing(groups, lambda number: f"called {Kind(int(number)).label}")
-            + ". Nothing was reduced and nothing is lost; every rank must make the same calls in "
+        "the ranks are in different calls: ",
+        lambda number: f"called {Kind(int(number)).label}",
+        (
+            ". Nothing was reduced and nothing is lost; every rank must make the same calls in "
             "the same order"
         ),
     ),
     (
         Field.GENERATION,
-        lambda groups: (
-            "load_state_dict() or reset() was not called alike on all ranks: "
-            + _differing(groups, lambda number: f"have done it {number:.0f}x")
-            + ". Call it on every rank"
-        ),
+        "load_state_dict() or reset() was not called alike on all ranks: ",
+        lambda number: f"have done it {number:.0f}x",
+        ". Call it on every rank",
     ),
     (
         Field.SCHEMA,
-        lambda groups: (
-            "the ranks have agreed on different keys: "
-            + _differing(groups, lambda number: f"with schema {int(number):x}")
-            + ". Make a new aggregator on all ranks and load the last checkpoint"
-        ),
+        "the ranks have agreed on different keys: ",
+        lambda number: f"with schema {int(number):x}",
+        ". Make a new aggregator on all ranks and load the last checkpoint",
     ),
     (
         Field.STEP,
-        lambda groups: (
-            "the ranks report different steps: "
-            + _differing(
-                groups, lambda number: "gave no step" if number < 0 else f"gave {number:.0f}"
-            )
-            + ". Nothing was reduced and nothing is lost; log the same step on every rank"
-        ),
+        "the ranks report different steps: ",
+        lambda number: "gave no step" if number < 0 else f"gave {number:.0f}",
+        ". Nothing was reduced and nothing is lost; log the same step on every rank",
     ),
     (
         Field.RUN,
-        lambda groups: (
-            "the ranks hold different run totals: "
-            + _differing(groups, lambda number: f"with total {int(number):x}")
-            + ". Load the same checkpoint on every rank"
-        ),
+        "the ranks hold different run totals: ",
+        lambda number: f"with total {int(number):x}",
+        ". Load the same checkpoint on every rank",
     ),
 )
 
