@@ -19,7 +19,7 @@ from pathlib import Path
 # Read by every library with threads of its own when it is imported: before anything else.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from benchmarks.scale import FULL, QUICK
+from benchmarks.sizes import FULL, QUICK
 from benchmarks.table import Section, draw
 
 _SUBJECTS = {
@@ -38,13 +38,13 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=_SUBJECTS, help="measure these only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE too")
     chosen = parser.parse_args()
-    scale = QUICK if chosen.quick else FULL
+    sizes = QUICK if chosen.quick else FULL
     began = time.monotonic()
     print(_machine())
     sections: list[Section] = []
     for subject in chosen.only or _SUBJECTS:
         print(f"measuring: {subject}", file=sys.stderr, flush=True)
-        sections += importlib.import_module(f"benchmarks.{_SUBJECTS[subject]}").measure(scale)
+        sections += importlib.import_module(f"benchmarks.{_SUBJECTS[subject]}").measure(sizes)
     print(draw(sections))
     missed = [row for section in sections for row in section.rows if row.verdict == "MISS"]
     budgets = sum(row.budget is not None for section in sections for row in section.rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from benchmarks.scale import Scale
+from benchmarks.sizes import Sizes
 from benchmarks.table import Section, at_most, cost
 from metricfold import AggregationType, Metric, MetricBatch, MetricsAggregator
 
@@ -20,15 +20,15 @@ _METRICS = (
 )
 
 
-def measure(scale: Scale) -> list[Section]:
+def measure(sizes: Sizes) -> list[Section]:
     """Return the cost of a log with its dict for several numbers of samples since the log before.
 
     In one process: what travels depends on the schema, and so on the samples not at all.
     """
     section = Section("A log and its dict against the samples seen since the log before")
-    times = _log(scale.samples, scale.logs)
-    fewest, most = scale.samples[0], scale.samples[-1]
-    for samples in scale.samples[1:]:
+    times = _log(sizes.samples, sizes.logs)
+    fewest, most = sizes.samples[0], sizes.samples[-1]
+    for samples in sizes.samples[1:]:
         budget = at_most(_FLAT) if samples == most else None
         against = f"{fewest:,} samples"
         row = cost(f"{samples:,} samples", times[samples], against, times[fewest], budget)

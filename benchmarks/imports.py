@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 
-from benchmarks.scale import Scale
+from benchmarks.sizes import Sizes
 from benchmarks.table import Section, amount, at_most
 
 __all__ = ["measure"]
@@ -23,13 +23,13 @@ assert not {"torch", "jax", "rich", "wandb", "tensorboard"} & sys.modules.keys()
 """
 
 
-def measure(scale: Scale) -> list[Section]:
+def measure(sizes: Sizes) -> list[Section]:
     """Return the median over fresh interpreters."""
     with tempfile.TemporaryDirectory() as folder:
         # As installed: compiled once, by the first of them, which does not count.
         environment = {**os.environ, "PYTHONPYCACHEPREFIX": folder}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        times = [_import(environment) for _ in range(scale.imports + 1)][1:]
+        times = [_import(environment) for _ in range(sizes.imports + 1)][1:]
     section = Section("import metricfold, on top of NumPy")
     milliseconds = statistics.median(times) * 1e3
     section.rows.append(amount("a fresh interpreter", milliseconds, "ms", budget=at_most(100)))

@@ -20,7 +20,7 @@ from benchmarks.contenders import (
     Metricfold,
 )
 from benchmarks.ranks import run_ranks
-from benchmarks.scale import Scale
+from benchmarks.sizes import Sizes
 from benchmarks.table import Budget, Row, Section, amount, at_least, at_most, cost, speedup
 from benchmarks.workloads import Workload, large, small
 
@@ -43,12 +43,12 @@ class Logged:
     floats: int
 
 
-def measure(scale: Scale) -> list[Section]:
+def measure(sizes: Sizes) -> list[Section]:
     """Return one section per workload."""
-    big, means = large(scale.datasets, scale.window), small(scale.means)
+    big, means = large(sizes.datasets, sizes.window), small(sizes.means)
     return [
-        _section(big, scale.world_sizes, scale.logs, scale.slow_every, {8: _BUDGETS_LARGE}),
-        _section(means, scale.world_sizes, scale.small_logs, scale.slow_every, {4: _BUDGETS_SMALL}),
+        _section(big, sizes.world_sizes, sizes.logs, sizes.slow_every, {8: _BUDGETS_LARGE}),
+        _section(means, sizes.world_sizes, sizes.small_logs, sizes.slow_every, {4: _BUDGETS_SMALL}),
     ]
 
 

@@ -6,7 +6,7 @@ import pickle
 from typing import Any
 
 from benchmarks.baselines import Aggregation, FrozenMetric
-from benchmarks.scale import Scale
+from benchmarks.sizes import Sizes
 from benchmarks.table import Section, at_most, cost
 from benchmarks.timing import interleaved
 from metricfold import DefaultTrainingMetricTransform, MetricsCollator
@@ -17,11 +17,11 @@ _BUDGETS = {64: at_most(0.5)}
 """By samples per batch."""
 
 
-def measure(scale: Scale) -> list[Section]:
+def measure(sizes: Sizes) -> list[Section]:
     """Return the cost per sample of 3 metrics, for batches of several sizes."""
     section = Section("transform + collate + pickling both ways, per sample of 3 metrics")
     for samples in (8, 64, 512):
-        times = _measure(samples, scale)
+        times = _measure(samples, sizes)
         per_sample = {name: [t / samples for t in found] for name, found in times.items()}
         section.rows.append(
             cost(
@@ -35,7 +35,7 @@ def measure(scale: Scale) -> list[Section]:
     return [section]
 
 
-def _measure(samples: int, scale: Scale) -> dict[str, list[float]]:
+def _measure(samples: int, sizes: Sizes) -> dict[str, list[float]]:
     transform = DefaultTrainingMetricTransform()
     transform.set_dataset_name("alpaca")
     collate = MetricsCollator(_no_tensors)
@@ -45,7 +45,7 @@ def _measure(samples: int, scale: Scale) -> dict[str, list[float]]:
             "ours": lambda: _sent(collate([transform(sample) for sample in bare])),
             "dataclasses": lambda: _sent([_frozen(sample) for sample in bare]),
         },
-        scale.rounds,
+        sizes.rounds,
     )
 
 

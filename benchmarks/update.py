@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from benchmarks.baselines import Aggregation, FrozenMetric, MetricStates
-from benchmarks.scale import Scale
+from benchmarks.sizes import Sizes
 from benchmarks.table import Budget, Section, at_least, speedup
 from benchmarks.timing import interleaved
 from metricfold import AggregationType, Metric, MetricBatch, MetricsAggregator
@@ -22,15 +22,15 @@ _BUDGETS: dict[int, Budget] = {64: at_least(10)}
 """By samples per batch: what one rank takes in per step."""
 
 
-def measure(scale: Scale) -> list[Section]:
+def measure(sizes: Sizes) -> list[Section]:
     """Return how long `update` takes, for lists and collated batches of several sizes."""
     section = Section("update, per metric: 3 metrics a sample, 2 datasets")
     for samples in (8, 64, 512):
-        _measure(section, samples, scale)
+        _measure(section, samples, sizes)
     return [section]
 
 
-def _measure(section: Section, samples: int, scale: Scale) -> None:
+def _measure(section: Section, samples: int, sizes: Sizes) -> None:
     rows = list(_values(samples))
     metrics = [
         Metric(dataset, name, value, AggregationType(agg)) for dataset, name, value, agg in rows
@@ -48,7 +48,7 @@ def _measure(section: Section, samples: int, scale: Scale) -> None:
             "batch": lambda: of_batches.update(batch),
             "handlers": lambda: handlers.update(frozen),
         },
-        scale.rounds,
+        sizes.rounds,
     )
     per_metric = {name: [t / len(metrics) for t in found] for name, found in times.items()}
     for name, what, budget in (

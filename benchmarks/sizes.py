@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FULL", "QUICK", "Scale"]
+__all__ = ["FULL", "QUICK", "Sizes"]
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class Sizes:
     """How many rounds, ranks and samples a run takes.
 
     Args:
@@ -36,7 +36,7 @@ class Scale:
     imports: int
 
 
-FULL = Scale(
+FULL = Sizes(
     rounds=25,
     logs=48,
     small_logs=240,
@@ -49,7 +49,7 @@ FULL = Scale(
     imports=11,
 )
 
-QUICK = Scale(
+QUICK = Sizes(
     rounds=3,
     logs=4,
     small_logs=6,
