@@ -14,9 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metricfold import LogLinearHistogram, handlers
+from metricfold import LogLinearHistogram
 from metricfold.histogram import EXTENTS_WIDTH, Histogram, bucket_index, slot_width
-from metricfold.histogram.layout import FEWEST_BUCKETS, SIGNED, Extents, resolve, segment_of
+from metricfold.histogram.grid import Buckets
+from metricfold.histogram.layout import (
+    COARSEST,
+    FEWEST_BUCKETS,
+    SIGNED,
+    Extents,
+    resolve,
+    segment_of,
+)
 
 SMALLEST = 2.0**-1074
 LARGEST = float(np.finfo(np.float64).max)
@@ -360,6 +368,47 @@ def some_extents(draw: st.DrawFn) -> Extents:
     return Extents.of(segment_of(values.view(np.int64)), k, np.full(k.size, 16))
 
 
+@given(some_extents(), budgets, st.integers(0, 16))
+@settings(deadline=None)
+def test_each_segment_is_as_fine_as_the_largest_common_share_allows(extents, budget, finest):
+    def buckets(segment: int, m: int) -> int:
+        low, high = int(extents.low[segment]), int(extents.high[segment])
+        return (high >> (16 - m)) - (low >> (16 - m)) + 1
+
+    occupied = np.flatnonzero(extents.occupied).tolist()
+    coarsest = min(COARSEST, finest)
+    layout = resolve(extents, budget, finest)
+    assert layout.size[~extents.occupied].sum() == 0
+    if layout.dropped:
+        return
+    charges = [(buckets(s, finest), buckets(s, coarsest)) for s in occupied]
+    share = max(
+        (
+            share
+            for share in range(budget + 1)
+            if sum(min(most, max(share, least)) for most, least in charges) <= budget
+        ),
+        default=0,
+    )
+    for s in occupied:
+        fitting = (m for m in range(coarsest, finest + 1) if buckets(s, m) <= max(share, 16))
+        m = max(fitting, default=coarsest)
+        expected = (m, int(extents.low[s]) >> (16 - m), buckets(s, m))
+        assert (layout.m[s], layout.first[s], layout.size[s]) == expected
+
+
+@given(streams, streams, budgets)
+@settings(deadline=None)
+def test_the_layout_knows_the_extents_of_what_is_in_the_buckets(values, more, budget):
+    histogram = histogram_of(values, max_buckets=budget)
+    for _ in range(2):
+        grid = histogram._contents().grid
+        known, found = grid.layout.extents, Buckets.of(grid).extents
+        assert (known.low == found.low).all()
+        assert (known.high == found.high).all()
+        histogram.update(more)
+
+
 @given(some_extents(), some_extents(), budgets)
 @settings(deadline=None)
 def test_more_extents_never_make_anything_finer(one, other, budget):
@@ -407,6 +456,15 @@ def test_maximum_and_sum_merge_like_merge(streams, own, packed):
     received = LogLinearHistogram.unpack(extents, lanes, packed)
     whole.merge(LogLinearHistogram(packed))
     assert_same(received, whole)
+
+
+@given(dirty_streams, budgets)
+@settings(deadline=None)
+def test_one_histogram_arrives_bit_for_bit(values, max_buckets):
+    sent = histogram_of(values, max_buckets=max_buckets)
+    assert over_wire([sent], max_buckets).to_dict() == sent.to_dict()
+    assert sent.copy().to_dict() == sent.to_dict()
+    assert merged([sent, LogLinearHistogram(max_buckets)]).to_dict() == sent.to_dict()
 
 
 @given(st.lists(dirty_streams, min_size=1, max_size=4))
@@ -580,6 +638,25 @@ def test_batches_of_any_size_add_up(batch):
     assert_same(parts, whole)
 
 
+def test_a_stream_that_is_watched_does_not_pile_up():
+    histogram = LogLinearHistogram()
+    for scale in range(200):
+        histogram.update(WIDE["normal around 0"][:100] * 1.5**scale)
+        assert histogram.count == 100 * (scale + 1)
+    assert histogram._straying <= 1000
+
+
+def exact_quantile(values: np.ndarray, weights: np.ndarray, q: float) -> float:
+    """Return the mean of the weighted step function over a window of one effective value."""
+    order = np.argsort(values)
+    values, weights = values[order], weights[order] / weights.sum()
+    window = (weights**2).sum()
+    start = (1.0 - window) * q
+    ends = np.cumsum(weights)
+    covered = np.minimum(ends, start + window) - np.maximum(ends - weights, start)
+    return float(np.maximum(covered, 0.0) @ values / window)
+
+
 @given(st.integers(1, 40), st.integers(0, 2**32))
 @settings(deadline=None)
 def test_weighted_quantiles_follow_the_rule_of_the_exact_ones(n, seed):
@@ -589,14 +666,16 @@ def test_weighted_quantiles_follow_the_rule_of_the_exact_ones(n, seed):
     histogram = histogram_of(values, weights)
     values, weights = values[weights > 0], weights[weights > 0]
     q = np.linspace(0.0, 1.0, 21)
-    exact = handlers.quantiles(values, weights, q)
+    exact = np.array([exact_quantile(values, weights, at) for at in q])
     np.testing.assert_allclose(
         histogram.quantile(q)[1:-1], exact[1:-1], rtol=2.0**-histogram.m * 2, atol=1e-9
     )
-    mean, std = handlers._moments(values, weights)
+    mean = np.average(values, weights=weights)
     assert histogram.mean == pytest.approx(mean, rel=1e-9)
     if values.size > 1:
-        assert histogram.std == pytest.approx(std, rel=1e-9)
+        freedom = weights.sum() - (weights**2).sum() / weights.sum()
+        square = (weights * (values - mean) ** 2).sum() / freedom
+        assert histogram.std == pytest.approx(math.sqrt(square), rel=1e-9)
 
 
 def test_weights_of_one_are_no_weights():

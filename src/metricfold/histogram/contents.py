@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import reduce
 
 import numpy as np
 
-from metricfold.histogram.grid import Buckets
+from metricfold.histogram.grid import Buckets, Grid, place
 from metricfold.histogram.indexing import FINEST, FloatArray
 from metricfold.histogram.layout import FEWEST_BUCKETS, Extents, Layout, resolve
 
@@ -67,23 +67,44 @@ class Contents:
 
     Args:
         max_buckets: how many buckets there may be.
-        frame: its extremes.
+        minimum: the least value; inf if there is none.
+        maximum: the greatest value; -inf if there is none.
         totals: sums over all values, indexed by `Total`.
-        buckets: what all values but zeros are in.
+        grid: what all values but zeros are in; in the layout that its occupied buckets determine.
     """
 
     max_buckets: int
-    frame: Frame
+    minimum: float
+    maximum: float
     totals: FloatArray
-    buckets: Buckets
+    grid: Grid
+
+    @classmethod
+    def of(cls, max_buckets: int, frame: Frame, totals: FloatArray, buckets: Buckets) -> Contents:
+        """Return what a histogram holds whose `frame` and occupied `buckets` are known."""
+        grid = Grid(frame.layout(max_buckets))
+        place(buckets, grid.layout, grid.sums)
+        return cls(max_buckets, frame.minimum, frame.maximum, totals, grid)
+
+    @property
+    def frame(self) -> Frame:
+        layout = self.grid.layout
+        return Frame(layout.extents, self.minimum, self.maximum, layout.finest, layout.dropped)
+
+    @property
+    def buckets(self) -> Buckets:
+        return Buckets.of(self.grid)
+
+    def copy(self) -> Contents:
+        return replace(self, totals=self.totals.copy(), grid=self.grid.copy())
 
     def joined(self, *others: Contents) -> Contents:
         parts = (self, *others)
-        return Contents(
+        return Contents.of(
             min(part.max_buckets for part in parts),
             reduce(Frame.joined, [part.frame for part in parts]),
             np.sum([part.totals for part in parts], axis=0),
-            Buckets.joined(*(part.buckets for part in parts)),
+            Buckets.of(*(part.grid for part in parts)),
         )
 
 

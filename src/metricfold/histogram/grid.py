@@ -9,6 +9,7 @@ one bucket, u is the magnitude in a unit of the segment's own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -29,8 +30,8 @@ from metricfold.histogram.layout import (
     MIDDLE_EXPONENTS,
     SEGMENT_OF_PREFIX,
     SEGMENTS,
+    SIGNED,
     WHOLE,
-    BoolArray,
     Extents,
     Layout,
     segment_of,
@@ -56,6 +57,8 @@ _NOWHERE = 1 << 50
 """Leads far beyond the last bucket."""
 _NOBODY = -1
 
+_HALVINGS = np.ldexp(1.0, -np.arange(FINEST + 1))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Buckets:
@@ -79,11 +82,16 @@ class Buckets:
         return cls(none, none, none, np.empty((MOMENTS, 0)))
 
     @classmethod
-    def of_bits(cls, bits: IntArray) -> Buckets:
-        """Return the finest buckets of values, given by their bits; without contents."""
-        index = (bits & MAGNITUDE) >> (FRACTION_BITS - FINEST)
-        m = np.full(bits.size, FINEST)
-        return cls(segment_of(bits), index, m, np.zeros((MOMENTS, bits.size)))
+    def of(cls, *grids: Grid) -> Buckets:
+        """Return the occupied buckets of `grids`, one after the other."""
+        sums = np.concatenate([grid.sums for grid in grids], axis=1)
+        size = np.concatenate([grid.layout.size for grid in grids])
+        first = np.concatenate([grid.layout.first for grid in grids])
+        m = np.concatenate([grid.layout.m for grid in grids])
+        occupied = np.flatnonzero(sums[0])
+        owner = np.repeat(np.arange(size.size), size)[occupied]
+        index = occupied + (first - np.cumsum(size) + size)[owner]
+        return cls(owner % SIGNED, index, m[owner], sums.take(occupied, axis=1))
 
     @classmethod
     def joined(cls, *parts: Buckets) -> Buckets:
@@ -121,24 +129,28 @@ class Buckets:
 
     def at(self, m: IntArray) -> Buckets:
         """Return the same contents in the coarser buckets that hold them, not yet joined."""
+        steps = self.m - m
+        if not steps.any():
+            return self
         to_whole = m == WHOLE
-        steps = np.where(to_whole, 0, self.m - m)
-        index = np.where(to_whole, 0, self.index >> steps)
+        some = bool(to_whole.any())
+        if some:
+            steps = np.where(to_whole, 0, steps)
+        index = self.index >> steps
         # u in the coarser bucket is shift + scale * u.
-        scale = np.ldexp(1.0, -steps.astype(np.int32))
+        scale = _HALVINGS[steps]
         shift = (self.index - (index << steps)) * scale
-        if to_whole.any():
+        if some:
             exponents = -MIDDLE_EXPONENTS[self.segment]
+            index = np.where(to_whole, 0, index)
             scale = np.where(to_whole, np.ldexp(self.units, exponents), scale)
             shift = np.where(to_whole, np.ldexp(self.origins, exponents), shift)
         count, first, second = self.sums
-        sums = np.stack(
-            [
-                count,
-                shift * count + scale * first,
-                shift * (shift * count + 2.0 * scale * first) + scale * scale * second,
-            ]
-        )
+        shifted, scaled = shift * count, scale * first
+        sums = np.empty_like(self.sums)
+        sums[0] = count
+        sums[1] = shifted + scaled
+        sums[2] = shift * (shifted + 2.0 * scaled) + scale * (scale * second)
         return Buckets(self.segment, index, m, sums)
 
 
@@ -157,49 +169,47 @@ def place(buckets: Buckets, layout: Layout, sums: FloatArray) -> None:
     if ((offset < 0) | (offset >= layout.size[segment])).any():
         raise ValueError("a bucket lies outside of the extents")
     where = layout.start[segment] + offset
-    for row, moment in zip(sums, buckets.sums, strict=True):
-        np.add.at(row, where, moment)
+    for k, moment in enumerate(buckets.sums):
+        sums[k] += np.bincount(where, moment, minlength=sums.shape[1])
 
 
 class Grid:
-    """The buckets of a layout, and the tables that find a value's bucket.
+    """The buckets of a layout and what is in them.
 
     Args:
         layout: which buckets there are.
     """
 
-    __slots__ = ("_codes", "_owners", "_sums", "layout")
-
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         # A guard at either end, whose content means nothing.
         self._sums = np.zeros((MOMENTS, layout.total + 2))
-        codes = ((1 + layout.start - layout.first) << _ADD_SHIFT) + np.maximum(layout.m, 0)
-        codes[SEGMENTS:] += _SIGN
-        codes = np.where(layout.divided, codes, _NOWHERE << _ADD_SHIFT)
-        self._codes = codes[SEGMENT_OF_PREFIX]
-        self._owners = np.concatenate([[_NOBODY], np.repeat(codes, layout.size), [_NOBODY]])
 
     @property
     def sums(self) -> FloatArray:
         """Of 1, u and u² of each bucket; shape (3, n), not a copy."""
         return self._sums[:, 1:-1]
 
-    def buckets(self) -> Buckets:
-        """Return the occupied buckets."""
-        layout = self.layout
-        occupied = np.flatnonzero(self.sums[0])
-        # Segments without buckets start where the next one does: the last of them has some.
-        segment = np.searchsorted(layout.start, occupied, side="right") - 1
-        index = occupied - layout.start[segment] + layout.first[segment]
-        return Buckets(segment, index, layout.m[segment], self.sums[:, occupied])
+    @property
+    def extents(self) -> Extents:
+        """Of what is in the buckets."""
+        return Buckets.of(self).extents if self.layout.roomy else self.layout.extents
 
-    def fold(self, bits: IntArray, weights: FloatArray | None) -> BoolArray | None:
+    def copy(self) -> Grid:
+        grid = Grid(self.layout)
+        grid.sums[:] = self.sums
+        return grid
+
+    def fold(
+        self, bits: IntArray, weights: FloatArray | None
+    ) -> tuple[IntArray, FloatArray | None] | None:
         """Add values, neither 0 nor infinite, given by their bits.
 
         Returns:
-            Which of them have no bucket here and have not been added; None if all have been.
+            Those that have no bucket here and have not been added, as a copy; None if all have.
         """
+        if not self.layout.total:
+            return bits.copy(), weights
         prefix = (bits.view(np.uint64) >> _PREFIX_SHIFT).view(np.int64)
         codes = self._codes.take(prefix, mode="clip")
         m = codes & _M_MASK
@@ -217,18 +227,46 @@ class Grid:
         u = magnitude.view(np.float64)
         u -= 1.0
         self._add(where, u, weights)
-        return strange if some else None
+        if not some:
+            return None
+        return self._fold_whole(bits[strange], None if weights is None else weights[strange])
 
-    def fold_whole(self, bits: IntArray, weights: FloatArray | None) -> BoolArray:
-        """Add those values that lie in segments of one bucket, and return which do."""
+    def _fold_whole(
+        self, bits: IntArray, weights: FloatArray | None
+    ) -> tuple[IntArray, FloatArray | None] | None:
+        """Add those values that lie in segments of one bucket, and return the others."""
         segment = segment_of(bits)
-        whole: BoolArray = (self.layout.m[segment] == WHOLE) & (self.layout.size[segment] > 0)
-        if whole.any():
-            segment = segment[whole]
-            u = np.ldexp(from_bits(bits[whole] & MAGNITUDE), -MIDDLE_EXPONENTS[segment])
-            weights = None if weights is None else weights[whole]
-            self._add(1 + self.layout.start[segment], u, weights)
-        return whole
+        whole = (self.layout.m[segment] == WHOLE) & (self.layout.size[segment] > 0)
+        if not whole.any():
+            return bits, weights
+        segment = segment[whole]
+        u = np.ldexp(from_bits(bits[whole] & MAGNITUDE), -MIDDLE_EXPONENTS[segment])
+        self._add(1 + self.layout.start[segment], u, None if weights is None else weights[whole])
+        if whole.all():
+            return None
+        return bits[~whole], None if weights is None else weights[~whole]
+
+    # The tables that find a value's bucket, made when the first is looked for.
+
+    @cached_property
+    def _codes(self) -> IntArray:
+        """By the top 12 bits of a float."""
+        return self._code_of_segment.take(SEGMENT_OF_PREFIX)
+
+    @cached_property
+    def _owners(self) -> IntArray:
+        """The code of the segment that each bucket, or guard, belongs to."""
+        owners = np.full(self.layout.total + 2, _NOBODY)
+        owners[1:-1] = np.repeat(self._code_of_segment, self.layout.size)
+        return owners
+
+    @cached_property
+    def _code_of_segment(self) -> IntArray:
+        layout = self.layout
+        codes = ((1 + layout.start - layout.first) << _ADD_SHIFT) + np.maximum(layout.m, 0)
+        codes[SEGMENTS:] += _SIGN
+        codes[~layout.divided] = _NOWHERE << _ADD_SHIFT
+        return codes
 
     def _add(self, where: IntArray, u: FloatArray, weights: FloatArray | None) -> None:
         n = self._sums.shape[1]

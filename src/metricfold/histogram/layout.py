@@ -30,7 +30,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from metricfold.histogram.indexing import BIAS, FINEST, FRACTION_BITS, IntArray
+from metricfold.histogram.indexing import BIAS, FINEST, FRACTION_BITS, MAGNITUDE, IntArray
 
 __all__ = [
     "COARSEST",
@@ -106,6 +106,8 @@ _segment_of_field = np.searchsorted(_STARTS, np.arange(2048), side="right") - 1
 SEGMENT_OF_PREFIX = np.concatenate([_segment_of_field, _segment_of_field + SEGMENTS])
 """The segment of a float by its top 12 bits: sign and exponent field."""
 
+_SHIFTS = FINEST - np.arange(FINEST + 1)[:, np.newaxis]
+"""From the finest index to that at each resolution."""
 _NO_LOW = np.iinfo(np.int64).max
 _NO_HIGH = -1
 
@@ -149,13 +151,20 @@ class Extents:
     @classmethod
     def of(cls, segment: IntArray, index: IntArray, m: IntArray) -> Extents:
         """Return the extents of buckets, given the signed segment, index and `m` of each."""
-        whole = m == WHOLE
-        shift = FINEST - np.where(whole, 0, m)
-        low = np.where(whole, FIRST_FIELDS[segment], index) << shift
-        high = (np.where(whole, END_FIELDS[segment], index + 1) << shift) - 1
+        low, high = _at_finest(segment, index, index, m)
         extents = cls.empty()
         np.minimum.at(extents.low, segment, low)
         np.maximum.at(extents.high, segment, high)
+        return extents
+
+    @classmethod
+    def of_bits(cls, bits: IntArray) -> Extents:
+        """Return the extents of values other than 0, given by their bits."""
+        segment = segment_of(bits)
+        index = (bits & MAGNITUDE) >> (FRACTION_BITS - FINEST)
+        extents = cls.empty()
+        np.minimum.at(extents.low, segment, index)
+        np.maximum.at(extents.high, segment, index)
         return extents
 
     def joined(self, other: Extents) -> Extents:
@@ -176,6 +185,7 @@ class Layout:
         size: how many buckets it has, from there on without a gap.
         dropped: how many segments of `DROP_ORDER` have been dropped.
         finest: the largest resolution that any segment may have.
+        roomy: whether there are buckets beyond those that are occupied.
     """
 
     m: IntArray
@@ -183,6 +193,18 @@ class Layout:
     size: IntArray
     dropped: int
     finest: int
+    roomy: bool = False
+
+    @cached_property
+    def extents(self) -> Extents:
+        """The extents that determine this layout, unless it is roomy."""
+        used = np.flatnonzero(self.size)
+        first, m = self.first[used], self.m[used]
+        extents = Extents.empty()
+        extents.low[used], extents.high[used] = _at_finest(
+            used, first, first + self.size[used] - 1, m
+        )
+        return extents
 
     @cached_property
     def start(self) -> IntArray:
@@ -192,7 +214,7 @@ class Layout:
     @cached_property
     def total(self) -> int:
         """Number of buckets."""
-        return int(self.size.sum())
+        return int(self.start[-1] + self.size[-1])
 
     @cached_property
     def divided(self) -> BoolArray:
@@ -206,7 +228,7 @@ class Layout:
         most = min(self.finest, COARSEST) if self.dropped else self.finest
         return int(self.m.min(initial=most, where=self.divided))
 
-    def padded(self) -> Layout:
+    def with_room(self) -> Layout:
         """Return the layout with room on both sides of each segment's buckets.
 
         So that a stream that slowly widens is laid out anew a few times, not at every extreme.
@@ -219,6 +241,7 @@ class Layout:
             self,
             first=np.where(self.divided, first, self.first),
             size=np.where(self.divided, last - first, self.size),
+            roomy=True,
         )
 
 
@@ -231,31 +254,47 @@ def resolve(extents: Extents, budget: int, finest: int = FINEST, dropped: int = 
         finest: the largest resolution allowed.
         dropped: how many segments have been dropped before.
     """
-    occupied = extents.occupied
-    low, high = np.where(occupied, extents.low, 0), np.where(occupied, extents.high, 0)
-    wanted = np.where(occupied, _buckets(low, high, np.int64(finest)), 0)
+    occupied = np.flatnonzero(extents.occupied)
+    low, high = extents.low[occupied], extents.high[occupied]
+    shifts = _SHIFTS[: finest + 1]
+    sizes = (high >> shifts) - (low >> shifts) + 1
 
     # At the coarsest resolution a segment has what it needs, whatever its share.
     coarsest = min(COARSEST, finest)
-    needed = np.where(occupied, _buckets(low, high, np.int64(coarsest)), 0)
+    wanted, needed = sizes[finest], sizes[coarsest]
     share = _SMALLEST_SHARE if dropped else _share(wanted, needed, budget)
     if share <= _SMALLEST_SHARE:
         share = _SMALLEST_SHARE
-        charges = np.minimum(wanted, np.maximum(share, needed))
+        charges = _nothing()
+        charges[occupied] = np.minimum(wanted, np.maximum(share, needed))
         dropped = max(dropped, _drop(charges, budget))
-    whole = occupied & _dropped(dropped)
+    chosen = np.maximum((sizes <= share).sum(axis=0) - 1, coarsest)
 
-    resolutions = np.arange(finest + 1)[:, np.newaxis]
-    fitting = (_buckets(low, high, resolutions) <= share).sum(axis=0) - 1
-    m = np.maximum(fitting, coarsest)
-    first = np.where(occupied & ~whole, low >> (FINEST - m), 0)
-    size = np.where(occupied & ~whole, _buckets(low, high, m), whole)
-    return Layout(np.where(whole, WHOLE, m), first, size, dropped, finest)
+    m, first, size = np.full(SIGNED, finest), _nothing(), _nothing()
+    m[occupied] = chosen
+    first[occupied] = low >> (FINEST - chosen)
+    size[occupied] = sizes[chosen, np.arange(occupied.size)]
+    if dropped:
+        whole = _dropped(dropped) & (size > 0)
+        m[whole], first[whole], size[whole] = WHOLE, 0, 1
+    return Layout(m, first, size, dropped, finest)
 
 
-def _buckets(low: IntArray, high: IntArray, m: IntArray | np.int64) -> IntArray:
-    """Return how many buckets there are from `low` to `high` at resolution `m`."""
-    return (high >> (FINEST - m)) - (low >> (FINEST - m)) + 1
+def _nothing() -> IntArray:
+    return np.zeros(SIGNED, dtype=np.int64)
+
+
+def _at_finest(
+    segment: IntArray, first: IntArray, last: IntArray, m: IntArray
+) -> tuple[IntArray, IntArray]:
+    """Return the lowest and the highest of the finest buckets from `first` to `last` at `m`."""
+    whole = m == WHOLE
+    if whole.any():
+        first = np.where(whole, FIRST_FIELDS[segment], first)
+        last = np.where(whole, END_FIELDS[segment] - 1, last)
+        m = np.maximum(m, 0)
+    shift = FINEST - m
+    return first << shift, ((last + 1) << shift) - 1
 
 
 def _share(wanted: IntArray, needed: IntArray, budget: int) -> int:
@@ -264,9 +303,9 @@ def _share(wanted: IntArray, needed: IntArray, budget: int) -> int:
     A segment is charged its share or what it needs, but never more than it wants.
     """
     if wanted.sum() <= budget:
-        return int(wanted.max())
+        return int(wanted.max(initial=0))
     # What is charged grows with the share at one rate between these, and not at all beyond them.
-    corners = np.unique(np.concatenate([needed, wanted]))
+    corners = np.sort(np.concatenate([needed, wanted]))
     charged = np.minimum(wanted, np.maximum(corners[:, np.newaxis], needed)).sum(axis=1)
     last = int(np.searchsorted(charged, budget, side="right")) - 1
     if last < 0:

@@ -13,6 +13,7 @@ import numpy as np
 
 from metricfold.histogram.contents import Contents, Frame, Total, check_max_buckets
 from metricfold.histogram.grid import MOMENTS, Buckets
+from metricfold.histogram.indexing import FloatArray
 from metricfold.histogram.layout import FIRST_FIELDS, SEGMENT_OF_PREFIX, SEGMENTS, WHOLE
 
 __all__ = ["from_dict", "to_dict"]
@@ -46,7 +47,7 @@ def to_dict(contents: Contents) -> dict[str, Any]:
             }
             for begin, end in pairwise(cuts.tolist())
         ],
-        "checksum": _checksum(contents),
+        "checksum": _checksum(contents.max_buckets, frame, contents.totals, buckets),
     }
 
 
@@ -76,10 +77,10 @@ def _read(state: Mapping[str, Any]) -> Contents:
         index(state["finest"]),
         index(state["dropped"]),
     )
-    contents = Contents(check_max_buckets(state["max_buckets"]), frame, totals, buckets)
-    if state["checksum"] != _checksum(contents):
+    max_buckets = check_max_buckets(state["max_buckets"])
+    if state["checksum"] != _checksum(max_buckets, frame, totals, buckets):
         raise ValueError("its checksum is wrong")
-    return contents
+    return Contents.of(max_buckets, frame, totals, buckets)
 
 
 def _read_segment(group: Mapping[str, Any]) -> Buckets:
@@ -91,10 +92,9 @@ def _read_segment(group: Mapping[str, Any]) -> Buckets:
     return Buckets(segment, bucket, np.full(bucket.size, m), sums)
 
 
-def _checksum(contents: Contents) -> int:
-    """Return 32 bits of all that `contents` says, whatever type says it."""
-    frame, buckets = contents.frame, contents.buckets
-    numbers = [contents.max_buckets, frame.finest, frame.dropped, frame.minimum, frame.maximum]
+def _checksum(max_buckets: int, frame: Frame, totals: FloatArray, buckets: Buckets) -> int:
+    """Return 32 bits of all that a histogram holds, whatever type says it."""
+    numbers = [max_buckets, frame.finest, frame.dropped, frame.minimum, frame.maximum]
     columns = [buckets.segment, buckets.index, buckets.m, *buckets.sums]
-    everything = np.concatenate([numbers, contents.totals, *columns]).astype("<f8")
+    everything = np.concatenate([numbers, totals, *columns]).astype("<f8")
     return zlib.crc32(everything.tobytes())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import reduce
 from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from metricfold.histogram import plain, wire
-from metricfold.histogram.contents import Contents, Frame, Total, check_max_buckets
+from metricfold.histogram.contents import Contents, Total, check_max_buckets
 from metricfold.histogram.estimation import (
     Profile,
     as_histogram,
@@ -19,8 +20,8 @@ from metricfold.histogram.estimation import (
     quantiles,
 )
 from metricfold.histogram.grid import Buckets, Grid, place
-from metricfold.histogram.indexing import FINEST, FloatArray, IntArray
-from metricfold.histogram.layout import NOTHING, Layout, kept_magnitudes, resolve
+from metricfold.histogram.indexing import FloatArray, IntArray
+from metricfold.histogram.layout import NOTHING, Extents, kept_magnitudes, resolve
 from metricfold.histogram.record import Histogram
 
 __all__ = ["LogLinearHistogram"]
@@ -68,11 +69,8 @@ class LogLinearHistogram:
 
     __slots__ = (
         "_buffer",
-        "_dropped",
         "_filled",
-        "_finest",
         "_grid",
-        "_layout",
         "_max",
         "_max_buckets",
         "_min",
@@ -90,31 +88,17 @@ class LogLinearHistogram:
         self._strays: list[tuple[IntArray, FloatArray | None]] = []
         self._straying = 0
         self._max_buckets = check_max_buckets(max_buckets)
-        self._finest, self._dropped = FINEST, 0
         self._min, self._max = math.inf, -math.inf
         self._totals = np.zeros(len(Total))
         self._grid = Grid(NOTHING)
         # What follows from all this, once somebody asks.
-        self._layout: Layout | None = None
         self._profile: Profile | None = None
 
     def _become(self, contents: Contents) -> None:
-        frame = contents.frame
         self._max_buckets = contents.max_buckets
-        self._finest, self._dropped = frame.finest, frame.dropped
-        self._min, self._max = frame.minimum, frame.maximum
-        self._totals = contents.totals.copy()
-        self._lay_out(frame.layout(contents.max_buckets), contents.buckets)
-
-    def _lay_out(self, layout: Layout, buckets: Buckets) -> None:
-        """Store `buckets` in the places of `layout`, with some room to grow."""
-        grid = Grid(layout.padded())
-        place(buckets, grid.layout, grid.sums)
-        self._grid, self._dropped = grid, layout.dropped
-        self._layout = self._profile = None
-
-    def _frame(self, buckets: Buckets) -> Frame:
-        return Frame(buckets.extents, self._min, self._max, self._finest, self._dropped)
+        self._min, self._max = contents.minimum, contents.maximum
+        self._totals, self._grid = contents.totals, contents.grid
+        self._profile = None
 
     # -- Values in
 
@@ -174,7 +158,10 @@ class LogLinearHistogram:
             self._fold(self._buffer[filled], weights)
 
     def _fold(self, values: FloatArray, weights: FloatArray | None) -> None:
-        self._layout = self._profile = None
+        self._profile = None
+        # A stream that widens slowly would be laid out anew for every extreme: let some gather.
+        if self._straying > _MANY_STRAYS:
+            self._lay_out(roomy=True)
         low, high = float(values.min()), float(values.max())
         totals = self._totals
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -201,31 +188,27 @@ class LogLinearHistogram:
             self._fold_bits(values.view(np.int64), weights)
 
     def _fold_bits(self, bits: IntArray, weights: FloatArray | None) -> None:
-        strange = self._grid.fold(bits, weights)
-        if strange is None:
-            return
-        bits, weights = bits[strange], None if weights is None else weights[strange]
-        rest = ~self._grid.fold_whole(bits, weights)
-        bits, weights = bits[rest], None if weights is None else weights[rest]
-        if not bits.size:
-            return
-        # A stream that widens slowly would be laid out anew for every extreme: let some gather.
-        self._strays.append((bits, weights))
-        self._straying += bits.size
-        if self._straying > _MANY_STRAYS:
-            self._take_in_strays()
+        rest = self._grid.fold(bits, weights)
+        if rest is not None:
+            self._strays.append(rest)
+            self._straying += rest[0].size
 
-    def _take_in_strays(self) -> None:
-        while self._straying:
-            strays, self._strays, self._straying = self._strays, [], 0
-            buckets = self._grid.buckets()
-            extents = buckets.extents
-            for bits, _ in strays:
-                extents = extents.joined(Buckets.of_bits(bits).extents)
-            layout = resolve(extents, self._max_buckets, self._finest, self._dropped)
-            self._lay_out(layout, buckets)
-            for bits, weights in strays:
-                self._fold_bits(bits, weights)
+    def _lay_out(self, *, roomy: bool) -> None:
+        """Find new places for all values, strays too; with some room for more of them, or none."""
+        before, strays = self._grid, self._strays
+        self._strays, self._straying = [], 0
+        reached = [before.extents, *(Extents.of_bits(bits) for bits, _ in strays)]
+        layout = resolve(
+            reduce(Extents.joined, reached),
+            self._max_buckets,
+            before.layout.finest,
+            before.layout.dropped,
+        )
+        self._grid = Grid(layout.with_room() if roomy else layout)
+        if before.layout.total:
+            place(Buckets.of(before), self._grid.layout, self._grid.sums)
+        for bits, weights in strays:
+            self._grid.fold(bits, weights)
 
     def merge(self, *others: LogLinearHistogram) -> None:
         """Add all that `others` have seen; the smallest `max_buckets` holds from then on.
@@ -249,11 +232,12 @@ class LogLinearHistogram:
         contents = self._contents()
         if self.m == 0:
             raise ValueError("the histogram has one bucket per octave: it cannot be any coarser")
-        self._become(replace(contents, frame=replace(contents.frame, finest=self.m - 1)))
+        frame = replace(contents.frame, finest=self.m - 1)
+        self._become(Contents.of(self._max_buckets, frame, self._totals, contents.buckets))
 
     def copy(self) -> LogLinearHistogram:
         """Return a histogram of the same values that goes its own way."""
-        return self._of(self._contents())
+        return self._of(self._contents().copy())
 
     @classmethod
     def _of(cls, contents: Contents) -> LogLinearHistogram:
@@ -264,21 +248,13 @@ class LogLinearHistogram:
     def _contents(self) -> Contents:
         """Return what the histogram holds, as its values alone determine it."""
         self._settle()
-        buckets = self._grid.buckets()
-        return Contents(self._max_buckets, self._frame(buckets), self._totals, buckets)
+        return Contents(self._max_buckets, self._min, self._max, self._totals, self._grid)
 
-    def _settle(self) -> Layout:
-        """Fold what is buffered, and coarsen what the last values left too fine."""
+    def _settle(self) -> None:
+        """Fold what is buffered, and bring the layout to what is occupied."""
         self._flush()
-        self._take_in_strays()
-        if self._layout is None:
-            buckets = self._grid.buckets()
-            layout = self._frame(buckets).layout(self._max_buckets)
-            coarser = (layout.m >= 0) & (layout.m < self._grid.layout.m)
-            if layout.dropped != self._dropped or coarser.any():
-                self._lay_out(layout, buckets)
-            self._layout = layout
-        return self._layout
+        if self._straying or self._grid.layout.roomy:
+            self._lay_out(roomy=False)
 
     # -- Statistics out
 
@@ -290,13 +266,14 @@ class LogLinearHistogram:
     @property
     def m(self) -> int:
         """Mantissa bits of the coarsest bucket index in use: the bound is 2^-m."""
-        return self._settle().coarsest
+        self._settle()
+        return self._grid.layout.coarsest
 
     @property
     def kept_range(self) -> tuple[float, float]:
         """Magnitudes, from and to (exclusive), of the values for which the bound holds; and 0."""
         self._settle()
-        return kept_magnitudes(self._dropped)
+        return kept_magnitudes(self._grid.layout.dropped)
 
     @property
     def count(self) -> int:
@@ -391,7 +368,7 @@ class LogLinearHistogram:
         self._settle()
         if self._profile is None and self._totals[Total.COUNT]:
             self._profile = Profile.of(
-                self._grid.buckets(),
+                Buckets.of(self._grid),
                 float(self._totals[Total.ZERO]),
                 self._min,
                 self._max,

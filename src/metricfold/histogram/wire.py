@@ -77,7 +77,7 @@ def unpack(extents: npt.ArrayLike, lanes: npt.ArrayLike, max_buckets: int) -> Co
     layout = frame.layout(max_buckets)
     grid = Grid(layout)
     grid.sums[:] = array[len(Total) :].reshape(MOMENTS, -1)[:, : layout.total]
-    return Contents(max_buckets, frame, array[: len(Total)], grid.buckets())
+    return Contents(max_buckets, frame.minimum, frame.maximum, array[: len(Total)], grid)
 
 
 def _frame(lanes: npt.ArrayLike) -> Frame:
