@@ -28,7 +28,8 @@ from metricfold import (
     SumAggHandler,
 )
 from metricfold.communicator import Communicator
-from metricfold.handlers import built_in_handlers, percentile_name, quantiles
+from metricfold.handlers import built_in_handlers, percentile_name
+from metricfold.pool import quantiles
 
 from ranks import run_threads  # isort: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from ranks import run_threads
 from metricfold import AggregationType, Metric, MetricsAggregator
 from metricfold.communicator import Communicator, LocalCommunicator
 from metricfold.handlers import CategoryState, LaneState, WindowState
-from metricfold.packing import HEADER_SIZE, Entry, Schema, Window, digest
+from metricfold.pool import Window, new_histogram
+from metricfold.routes import Narrow, Outgoing, Wide
+from metricfold.schema import HEADER_SIZE, Entry, Kind, Schema, digest
 
 # -- Whatever happens ----------------------------------------------------------------------------
 
@@ -123,54 +126,81 @@ def test_whatever_fails_all_ranks_raise_alike_and_go_on(
 # -- The pieces ----------------------------------------------------------------------------------
 
 lanes = Entry(("a", "lanes"), "x", 3, 1)
-window = Entry(("b", "window"), "distribution", 3, 0, capacity=4, weighted=True)
-kinds = Entry(("c", "kinds"), "categorical_count", 2, 0, categories=("x", "y"))
+window = Entry(("b", "window"), "distribution", 5, 0, distributed=True, capacity=4, weighted=True)
+kinds = Entry(("c", "kinds"), "categorical_count", 2, 0, categories=("x", "y"), most=2)
 custom = Entry(("d", "custom"), "mine", 0, 0)
+
+
+def outgoing(states: dict[Any, Any], windows: dict[Any, Window]) -> Outgoing:
+    return Outgoing(Kind.REDUCE, states, windows, set())
+
+
+def exchanged(schema: Schema, states: dict[Any, Any], windows: dict[Any, Window]) -> Any:
+    """Return what comes out of a world of one rank."""
+    narrow = Narrow(schema)
+    vector, lacking = narrow.pack(outgoing(states, windows))
+    assert not lacking
+    assert vector.size == narrow.size
+    merged = narrow.exchange(LocalCommunicator(), np.zeros(HEADER_SIZE), vector).merged
+    assert merged is not None
+    return merged
 
 
 def test_a_vector_holds_identities_where_a_rank_has_nothing() -> None:
     schema = Schema([kinds, window, lanes, custom])
-    empty, lacking = schema.pack({}, {})
-    assert not lacking
-    assert empty.size == schema.size == HEADER_SIZE + 1 + (3 + 3 + 4) + (2 + 8)
-    sums, maxs, windows = schema.split(empty[np.newaxis])
-    assert not sums.any()
-    assert (maxs == -np.inf).all()
-    assert schema.window_of(windows[0], window.key).values.size == 0
-    assert not empty[:HEADER_SIZE].any()
+    assert Narrow(schema).size == HEADER_SIZE + 1 + (3 + 5 + 4) + (2 + 8)
+    merged = exchanged(schema, {}, {})
+    assert not merged.delta.sums.any()
+    assert (merged.delta.maxs == -np.inf).all()
+    assert merged.recent.recent(window.key).count == 0
 
 
 def test_what_is_packed_comes_out_again() -> None:
     schema = Schema([lanes, window, kinds])
     states = {
         lanes.key: LaneState((1.0, 2.0, 3.0), (9.0,)),
-        window.key: WindowState((2.0, 0.0, 0.0)),
+        window.key: WindowState((2.0, 0.0, 0.0, 4.0, 2.0)),
         kinds.key: CategoryState((5.0, 0.0), {"y": 5}),
     }
+    older = new_histogram((), np.array([7.0]))
     kept = Window(np.array([1.5, 2.5]), np.array([1.0, 3.0]), fresh=1)
-    vector, lacking = schema.pack(states, {window.key: kept})
-    assert not lacking
-    row = vector[np.newaxis]
-    sums, maxs, windows = schema.split(row)
+    merged = exchanged(schema, states, {window.key: kept})
+    sums = merged.rows.sums
     assert sums[0, schema.sums[lanes.key]].tolist() == [1, 2, 3]
-    assert maxs[0].tolist() == [9]
+    assert merged.rows.maxs[0].tolist() == [9]
     assert sums[0, schema.sums[kinds.key]].tolist() == [5, 0, 0, 5]
-    out = schema.window_of(windows[0], window.key)
-    assert (out.values.tolist(), out.fresh) == ([1.5, 2.5], 1)
+    (out,) = merged.recent.windows(window.key)
+    assert (out.values.tolist(), out.fresh, out.older) == ([1.5, 2.5], 1, None)
     assert out.weights is not None
     assert out.weights.tolist() == [1.0, 3.0]
 
+    condensed = Schema([replace(window, condensed=True)])
+    (out,) = exchanged(condensed, {}, {window.key: kept._replace(older=older)}).recent.windows(
+        window.key
+    )
+    assert out.values.tolist() == [1.5, 2.5]
+    assert (out.older.count, out.older.max) == (1, 7.0)
+    assert out.interval().count == 2
+
 
 def test_what_has_no_place_in_the_vector_is_named() -> None:
+    def lacking(schema: Schema, states: dict[Any, Any], windows: dict[Any, Window]) -> set[Any]:
+        narrow = Narrow(schema).pack(outgoing(states, windows))[1]
+        wide = Wide(schema, 2).pack(outgoing(states, windows))[1]
+        assert narrow == wide
+        return narrow
+
     schema = Schema([lanes, window, kinds])
     new = ("not", "agreed")
     categories = CategoryState((5.0, 0.0), {"y": 4, "z": 1})
     long, weighted = Window(np.zeros(5)), Window(np.zeros(1), np.ones(1))
-    assert schema.pack({new: LaneState((1.0, 1.0, 1.0))}, {})[1] == {new}
-    assert schema.pack({kinds.key: categories}, {})[1] == {kinds.key}
-    assert schema.pack({}, {window.key: long, new: weighted})[1] == {window.key, new}
-    unweighted = Schema([Entry(window.key, "distribution", 3, 0, capacity=4)])
-    assert unweighted.pack({}, {window.key: weighted})[1] == {window.key}
+    older = Window(np.zeros(1), None, 1, new_histogram((), np.zeros(1)))
+    assert lacking(schema, {new: LaneState((1.0, 1.0, 1.0))}, {}) == {new}
+    assert lacking(schema, {kinds.key: categories}, {}) == {kinds.key}
+    assert lacking(schema, {}, {window.key: long, new: weighted}) == {window.key, new}
+    assert lacking(schema, {}, {window.key: older}) == {window.key}
+    unweighted = Schema([replace(window, weighted=False)])
+    assert lacking(unweighted, {}, {window.key: weighted}) == {window.key}
 
 
 entries = st.builds(
@@ -179,9 +209,12 @@ entries = st.builds(
     st.just("distribution"),
     st.just(3),
     st.just(0),
-    st.sampled_from([0, 16, 32, 1000]),
-    st.booleans(),
-    st.lists(st.sampled_from("abcd"), unique=True).map(lambda c: tuple(sorted(c))),
+    per_rank=st.booleans(),
+    capacity=st.sampled_from([0, 16, 32, 1000]),
+    weighted=st.booleans(),
+    condensed=st.booleans(),
+    categories=st.lists(st.sampled_from("abcd"), unique=True).map(lambda c: tuple(sorted(c))),
+    most=st.integers(4, 9),
 )
 
 

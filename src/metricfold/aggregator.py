@@ -39,9 +39,11 @@ from metricfold.handlers import (
 from metricfold.keys import Admission, Agreement, KeyTable
 from metricfold.metric import Metric, MetricState, TypeLike, check_name, resolve_type
 from metricfold.naming import show
-from metricfold.packing import Key, Kind, Schema, Window
+from metricfold.pool import Window
 from metricfold.processes import Worker, watch_forks
 from metricfold.reduction import Contribution, Reduced, Reducer
+from metricfold.routes import check_route
+from metricfold.schema import Key, Kind, Schema
 from metricfold.snapshot import Derived, Handlers, Snapshot, WindowLike, check_window
 from metricfold.totals import Totals
 
@@ -61,7 +63,8 @@ class MetricsAggregator:
     """Aggregates metrics over samples, datasets and ranks.
 
     Args:
-        dist_window_size: how many of its most recent values of a DISTRIBUTION each rank keeps.
+        dist_window_size: how many of its most recent values of a DISTRIBUTION each rank keeps, for
+            the view of the run; None: that view is about all values since the start.
         name: pairs this aggregator with its counterparts on the other ranks; default: the order
             of creation.
         process_group: the ranks to aggregate over: a `torch.distributed` group, or one dimension
@@ -71,6 +74,11 @@ class MetricsAggregator:
         on_nan: ``"propagate"``: SUM, MEAN, MAX, MIN and RATE report NaN when one came in.
             ``"skip"``: they leave NaN out and report how many as ``{name}_nan_count``.
         percentiles: which percentiles a DISTRIBUTION reports, ascending, each in 0..100.
+        max_categories: how many categories of a CATEGORICAL_COUNT are told apart over all ranks;
+            the rest are counted as ``__other__``.
+        route: ``"narrow"``: one all-gather per reduction. ``"wide"``: two all-reduces, whose cost
+            for a rank does not grow with their number. ``"auto"``: the wide one where an
+            all-gather would move more than 4 MiB in all.
         communicator: moves vectors between ranks; default: found by what is initialised.
 
     `update` and `record` never wait for a device. The calls that talk to other ranks (`reduce`,
@@ -86,17 +94,19 @@ class MetricsAggregator:
 
     def __init__(
         self,
-        dist_window_size: int = 1000,
+        dist_window_size: int | None = 1000,
         *,
         name: str | None = None,
         process_group: Any = None,
         timeout: float | timedelta | None = None,
         on_nan: str = "propagate",
         percentiles: Sequence[float] = (5, 50, 95),
+        max_categories: int = 1000,
+        route: str = "auto",
         communicator: Communicator | None = None,
     ) -> None:
         self._keys = KeyTable(
-            built_in_handlers(dist_window_size, percentiles, check_on_nan(on_nan))
+            built_in_handlers(dist_window_size, percentiles, check_on_nan(on_nan), max_categories)
         )
         if name is not None:
             check_name("the aggregator's name", name)
@@ -109,7 +119,7 @@ class MetricsAggregator:
         self._delta = Delta()
         self._custom = CustomStates()
         self._late_custom: list[Late] = []
-        self._reducer = Reducer()
+        self._reducer = Reducer(check_route(route))
         self._last: tuple[Reduced, Kind] | None = None
         self._loaded: Saved | None = None
         self._unclaimed: _Unclaimed | None = None
@@ -156,6 +166,7 @@ class MetricsAggregator:
         *,
         dataset: str | None = None,
         weight: Any = 1.0,
+        per_rank: bool = False,
     ) -> None:
         """Take in one metric of a step.
 
@@ -167,6 +178,8 @@ class MetricsAggregator:
             dataset: the dataset; without one the metric is logged as ``{prefix}/{name}``.
             weight: how much the value counts in a MEAN or DISTRIBUTION, such as its number of
                 tokens; a number or a one-element array.
+            per_rank: let `Snapshot.per_rank` know each rank's value however many ranks there are,
+                such as of a step's time; otherwise it does on the narrow route alone.
 
         Raises:
             ValueError, TypeError: as `update`; then nothing has changed.
@@ -177,7 +190,15 @@ class MetricsAggregator:
         agg_type = resolve_type(agg)
         key = (dataset or "", name)
         with quiet():
-            self._take([fold_value(key, agg_type, value, weight, self._keys.handler_of)])
+            column = fold_value(key, agg_type, value, weight, self._keys.handler_of)
+        if per_rank and column.state is None:
+            raise ValueError(
+                f"{show(key)} has a handler without lanes, so per_rank=True has no effect: leave "
+                "it out"
+            )
+        self._take([column])
+        if per_rank:
+            self._keys.per_rank.add(key)
 
     def _take(self, columns: Sequence[Column]) -> None:
         with self._lock:
@@ -526,7 +547,7 @@ class MetricsAggregator:
         for key, windows in saved.windows.items():
             handler = self._keys.of_key[key]
             assert isinstance(handler, DistributionAggHandler)
-            self._reducer.windows[key] = share(windows, rank, world_size, handler.window_size)
+            self._reducer.windows[key] = share(windows, rank, world_size, handler.limit)
         for view, states in saved.custom.items():
             self._custom.inherit(view, states[rank::world_size])
 

@@ -19,16 +19,14 @@ from typing import Any
 import numpy as np
 
 from metricfold.custom import SavedState
-from metricfold.handlers import FloatArray
-from metricfold.packing import Key, Schema, Window
+from metricfold.pool import MOST_SAVED, FloatArray, Pool, Window, histogram_from, new_histogram
+from metricfold.schema import Key, Schema
 from metricfold.totals import NOBODY, Totals
 
 __all__ = ["FORMAT", "VERSION", "Saved", "decode", "encode", "share"]
 
 FORMAT = "metricfold"
 VERSION = 1
-_MOST_VALUES = 65_536
-"""How many recent values of one metric a checkpoint holds, over all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,7 @@ class Saved:
     Args:
         run: the run total.
         interval: what the open interval holds so far.
-        windows: each DISTRIBUTION's recent values, one window for each rank that saved.
+        windows: recent values of each DISTRIBUTION that has a window size, by rank that saved.
         custom: states of handlers without lanes, of all ranks, per view.
     """
 
@@ -110,15 +108,17 @@ def share(windows: Sequence[Window], rank: int, world_size: int, limit: int) -> 
     """Return one rank's share of the windows that some number of ranks saved.
 
     Values are dealt out one by one, by age, so that each rank gets its part of the recent ones;
-    those of the open interval stay the newest.
+    those of the open interval stay the newest. What a histogram holds goes to the first rank.
     """
     weighted = any(window.weights is not None for window in windows)
     older = [(w, slice(0, w.values.size - w.fresh)) for w in windows]
     fresh = [(w, slice(w.values.size - w.fresh, None)) for w in windows]
     dealt = [_deal(part, rank, world_size, weighted=weighted) for part in (older, fresh)]
-    values = np.concatenate([values for values, _ in dealt])[-limit:]
-    weights = np.concatenate([weights for _, weights in dealt])[-limit:]
-    return Window(values, weights if weighted else None, min(dealt[1][0].size, limit))
+    values = np.concatenate([values for values, _ in dealt])
+    weights = np.concatenate([weights for _, weights in dealt]) if weighted else None
+    histograms = [window.older for window in windows if window.older is not None]
+    histogram = new_histogram(histograms) if histograms and rank == 0 else None
+    return Window(values, weights, dealt[1][0].size, histogram).limited(limit)
 
 
 def _deal(
@@ -141,20 +141,15 @@ def _deal(
     return np.concatenate(values)[mine], np.concatenate(weights)[mine]
 
 
-def _thinned(windows: Sequence[Window]) -> list[Window]:
-    """Thin the windows evenly, so that all together hold at most `_MOST_VALUES`."""
-    most = max(_MOST_VALUES // max(len(windows), 1), 1)
-    return [_thin(window, most) for window in windows]
-
-
-def _thin(window: Window, most: int) -> Window:
-    size = window.values.size
-    if size <= most:
-        return window
-    kept = np.linspace(0, size - 1, most).round().astype(np.intp)
-    weights = None if window.weights is None else window.weights[kept]
-    fresh = int((kept >= size - window.fresh).sum())
-    return Window(window.values[kept], weights, fresh)
+def _thinned(windows: Sequence[Window]) -> Sequence[Window]:
+    """Thin the windows evenly, so that all together hold at most `MOST_SAVED`."""
+    most = max(MOST_SAVED // max(len(windows), 1), 1)
+    if all(window.values.size <= most for window in windows):
+        return windows
+    # Values of the open interval must not get fewer: they go on in a histogram.
+    open_interval = Pool.joined([window.interval() for window in windows])
+    first, *others = (window.thinned(most).closed() for window in windows)
+    return [first._replace(older=open_interval.condensed()), *others]
 
 
 def _encode_totals(totals: Totals) -> dict[str, Any]:
@@ -163,6 +158,10 @@ def _encode_totals(totals: Totals) -> dict[str, Any]:
         "lost": _to_text(totals.lost),
         "maxs": _to_text(totals.maxs),
         "seconds": totals.seconds,
+        "pools": [
+            [list(key), _encode_window(Window(pool.values, pool.weights, 0, pool.histogram))]
+            for key, pool in totals.pools.items()
+        ],
     }
 
 
@@ -174,7 +173,12 @@ def _decode_totals(schema: Schema, content: Mapping[str, Any]) -> Totals:
         _to_array(content["maxs"]),
         # Ranks of another job would say nothing here.
         np.full(schema.max_width, NOBODY, dtype=np.int64),
+        np.zeros(schema.max_width, dtype=np.int64),
         float(content["seconds"]),
+        {
+            (key[0], key[1]): Pool(window.values, window.weights, window.older)
+            for key, window in ((key, _decode_window(window)) for key, window in content["pools"])
+        },
     )
     if (totals.sums.size, totals.maxs.size) != (schema.sum_width, schema.max_width):
         raise ValueError("the state's totals do not fit its keys: it is damaged")
@@ -186,15 +190,17 @@ def _encode_window(window: Window) -> dict[str, Any]:
         "values": _to_text(window.values),
         "weights": None if window.weights is None else _to_text(window.weights),
         "fresh": window.fresh,
+        "older": None if window.older is None else window.older.to_dict(),
     }
 
 
 def _decode_window(content: Mapping[str, Any]) -> Window:
-    weights = content["weights"]
+    weights, older = content["weights"], content["older"]
     return Window(
         _to_array(content["values"]),
         None if weights is None else _to_array(weights),
         int(content["fresh"]),
+        None if older is None else histogram_from(older),
     )
 
 

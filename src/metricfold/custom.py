@@ -19,7 +19,7 @@ import numpy as np
 from metricfold.handlers import AggregationHandler, LaneHandler
 from metricfold.metric import Metric, MetricState, TypeLike, type_label
 from metricfold.naming import show
-from metricfold.packing import Key
+from metricfold.schema import Key
 
 __all__ = ["CustomResults", "CustomStates", "SavedState", "combined", "restored"]
 

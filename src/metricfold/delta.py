@@ -17,7 +17,7 @@ from metricfold.handlers import (
     WindowState,
 )
 from metricfold.naming import show
-from metricfold.packing import Key
+from metricfold.schema import Key
 
 __all__ = ["CutDelta", "Delta", "InTransit"]
 
@@ -51,8 +51,8 @@ class Delta:
                 # A window is in order of arrival: these queue behind what is still on the device.
                 # NaN and infinities have no place in it and are merely counted.
                 self.late.extend(_one_by_one(column, state))
-                count, *others = state.sums
-                state = WindowState((count - state.size, *others))
+                count, nans, infinities, *_ = state.sums
+                state = WindowState((count - state.size, nans, infinities, 0.0, 0.0))
             known = states.get(key)
             if known is None:
                 known = states[key] = _empty(handlers[key])
@@ -172,7 +172,7 @@ def _empty(handler: AggregationHandler) -> State:
 
 
 def _one_by_one(column: Column, state: WindowState) -> list[Late]:
-    values, weights = state.newest()
+    values, weights, *_ = state.window()
     pairs = zip(
         values.tolist(),
         [1.0] * values.size if weights is None else weights.tolist(),

@@ -28,21 +28,33 @@ from operator import add
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from metricfold.metric import AggregationType, Metric, MetricState, TypeLike
 from metricfold.naming import ANYTHING
+from metricfold.pool import (
+    EXACT_VALUES,
+    FloatArray,
+    Pool,
+    Window,
+    concatenated,
+    histogram_from,
+    new_histogram,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from metricfold.histogram import LogLinearHistogram
+
 __all__ = [
+    "OTHER",
     "AggregationHandler",
     "CategoricalCountAggHandler",
     "CategoryState",
     "DistributionAggHandler",
     "LaneHandler",
     "LaneState",
+    "Lanes",
     "MaxAggHandler",
     "MeanAggHandler",
     "MinAggHandler",
@@ -53,16 +65,18 @@ __all__ = [
     "WindowState",
     "built_in_handlers",
     "percentile_name",
-    "quantiles",
     "quiet",
 ]
 
-FloatArray: TypeAlias = npt.NDArray[np.float64]
 Lanes: TypeAlias = tuple[float, ...]
 
 COUNT, NANS = 0, 1
 """The two SUM lanes that every state begins with: values received, and how many were NaN."""
 COMMON_LANES = ("count", "nans")
+OTHER = "__other__"
+"""Stands for all categories beyond those that are told apart."""
+_LARGEST_WEIGHT = 1e150
+"""The squares of weights must add up to a number."""
 
 
 def quiet() -> np.errstate:
@@ -108,53 +122,61 @@ def _larger(one: float, other: float) -> float:
 
 
 class WindowState(LaneState):
-    """Counting lanes, and the most recent finite values in order of arrival, in chunks."""
+    """Counting lanes, the most recent finite values in order of arrival, and those before them.
 
-    __slots__ = ("chunks", "limit", "size")
+    Args:
+        sums: the SUM lanes.
+        chunks: values and weights, or None for weights that are all 1, oldest first.
+        limit: about so many values are kept as they are; None: all of them.
+        older: histogram of the values that came before the chunks.
+    """
+
+    __slots__ = ("chunks", "limit", "older", "size")
 
     def __init__(
         self,
         sums: Lanes,
         chunks: Iterable[tuple[FloatArray, FloatArray | None]] = (),
         limit: int | None = None,
+        older: LogLinearHistogram | None = None,
     ) -> None:
         super().__init__(sums)
         self.limit = limit
         self.chunks = deque(chunk for chunk in chunks if chunk[0].size)
         self.size = sum(values.size for values, _ in self.chunks)
-        self._forget()
+        self.older = older
+        self._condense()
 
-    def _forget(self) -> None:
-        """Drop the oldest chunks, once so many have piled up that it pays to look."""
+    def _condense(self) -> None:
+        """Move the oldest chunks to the histogram, once so many have piled up that it pays."""
         if self.limit is None or self.size < 2 * self.limit:
             return
+        if self.older is None:
+            self.older = new_histogram()
         while self.size - self.chunks[0][0].size >= self.limit:
-            self.size -= self.chunks.popleft()[0].size
+            values, weights = self.chunks.popleft()
+            self.older.update(values, weights)
+            self.size -= values.size
 
     def merge(self, other: LaneState) -> None:
         assert isinstance(other, WindowState)
         self.sums = _added(self.sums, other.sums)
         self.chunks += other.chunks
         self.size += other.size
-        self._forget()
+        if other.older is not None:
+            known = [] if self.older is None else [self.older]
+            self.older = new_histogram([*known, other.older])
+        self._condense()
 
     def copy(self) -> WindowState:
-        return WindowState(self.sums, self.chunks, self.limit)
+        older = None if self.older is None else self.older.copy()
+        return WindowState(self.sums, self.chunks, self.limit, older)
 
-    @property
-    def weighted(self) -> bool:
-        return any(weights is not None for _, weights in self.chunks)
-
-    def newest(self) -> tuple[FloatArray, FloatArray | None]:
-        """Return the newest `limit` values, oldest first, and their weights if any has one."""
-        if not self.chunks:
-            return np.empty(0), None
-        keep = slice(None if self.limit is None else -self.limit, None)
-        values = np.concatenate([values for values, _ in self.chunks])[keep]
-        if not self.weighted:
-            return values, None
-        weights = [np.ones(v.size) if w is None else w for v, w in self.chunks]
-        return values, np.concatenate(weights)[keep]
+    def window(self) -> Window:
+        """Return the newest `limit` values, and all before them as a histogram."""
+        values, weights = concatenated(list(self.chunks))
+        window = Window(values, weights, values.size, self.older)
+        return window if self.limit is None else window.limited(self.limit)
 
 
 class CategoryState(LaneState):
@@ -188,16 +210,14 @@ class ReducedState:
         sums: the SUM lanes, first the count of values received and how many of them were NaN.
         maxs: the MAX lanes.
         seconds: wall time that the state speaks about, by the slowest rank's clock.
-        values: the pooled recent values of a DISTRIBUTION.
-        weights: their weights, or None if all are 1.
+        pool: the values of a DISTRIBUTION.
         categories: the categories of a CATEGORICAL_COUNT, in the order of their SUM lanes.
     """
 
     sums: Lanes
     maxs: Lanes
     seconds: float = 0.0
-    values: FloatArray = field(default_factory=lambda: np.empty(0))
-    weights: FloatArray | None = None
+    pool: Pool = field(default_factory=Pool)
     categories: tuple[str, ...] = ()
 
 
@@ -328,6 +348,10 @@ class LaneHandler(AggregationHandler):
 
     def finalize(self, state: ReducedState) -> dict[str, float]:
         """Return what to report, by the suffix that the metric's name takes; may be empty."""
+        return self.finalize_lanes(state)
+
+    def finalize_lanes(self, state: ReducedState) -> dict[str, float]:
+        """Return what the lanes alone say."""
         count, nans = float(state.sums[COUNT]), float(state.sums[NANS])
         reported: dict[str, float] = {}
         if nans and self.on_nan == "propagate":
@@ -459,7 +483,7 @@ class MinAggHandler(LaneHandler):
 
 
 class DistributionAggHandler(LaneHandler):
-    """Mean, std, extrema and percentiles of the recent values, pooled over all ranks.
+    """Mean, std, extrema and percentiles of the values, pooled over all ranks.
 
     NaN and infinities are left out of the statistics and counted. ``std`` is the sample standard
     deviation: absent for one value, 0.0 when all are equal. With weights, ``mean`` is
@@ -469,14 +493,17 @@ class DistributionAggHandler(LaneHandler):
     statistics speak about.
 
     Args:
-        window_size: how many of its most recent values each rank keeps.
+        window_size: how many of its most recent values each rank keeps, for the view of the run;
+            None: no bound, so that the run's view is about all values.
         percentiles: which percentiles to report, ascending, each in 0..100.
     """
 
-    sum_lanes = ("infinities",)
+    sum_lanes = ("infinities", "weighted_sum", "weight")
     weighted = True
 
-    def __init__(self, window_size: int = 1000, percentiles: Sequence[float] = (5, 50, 95)) -> None:
+    def __init__(
+        self, window_size: int | None = 1000, percentiles: Sequence[float] = (5, 50, 95)
+    ) -> None:
         super().__init__()
         self.window_size = check_window_size(window_size)
         self.percentiles = check_percentiles(percentiles)
@@ -486,40 +513,60 @@ class DistributionAggHandler(LaneHandler):
         statistics = ["mean", "min", "max", "std", *names, "count", "nan_count", "inf_count"]
         self._suffixes = tuple(f"_stat_{statistic}" for statistic in statistics)
 
+    @property
+    def limit(self) -> int:
+        """How many values of an interval each rank keeps as they are."""
+        return EXACT_VALUES if self.window_size is None else self.window_size
+
     def empty(self) -> WindowState:
-        return WindowState((0.0,) * self.sum_width, limit=self.window_size)
+        return WindowState((0.0,) * self.sum_width, limit=self.limit)
 
     def fold(self, values: FloatArray, weights: FloatArray | None) -> WindowState:
-        if weights is not None and not weights.all():
-            kept = weights != 0
-            values, weights = values[kept], weights[kept]
+        if weights is not None:
+            if not weights.all():
+                kept = weights != 0
+                values, weights = values[kept], weights[kept]
+            if weights.size and weights.max() > _LARGEST_WEIGHT:
+                raise ValueError(
+                    f"the weight {weights.max():g} is too large: a value of a DISTRIBUTION weighs "
+                    f"{_LARGEST_WEIGHT:g} at most"
+                )
         count, nans, infinities = values.size, 0, 0
-        if not math.isfinite(values.sum()):
+        total = float(values.sum())
+        if not math.isfinite(total):
             finite = np.isfinite(values)
             nans = int(np.isnan(values).sum())
             infinities = int(count - finite.sum() - nans)
             values = values[finite]
             weights = None if weights is None else weights[finite]
-        sums = (float(count), float(nans), float(infinities))
+            total = float(values.sum())
+        if weights is None:
+            weight = float(values.size)
+        else:
+            total, weight = float(values @ weights), float(weights.sum())
+        sums = (float(count), float(nans), float(infinities), total, weight)
         return WindowState(sums, [(values, weights)])
 
     def suffixes(self) -> tuple[str, ...]:
         return self._suffixes
 
+    def result(self, lanes: Mapping[str, float]) -> float:
+        return lanes["weighted_sum"] / lanes["weight"] if lanes["weight"] else math.nan
+
     def finalize(self, state: ReducedState) -> dict[str, float]:
-        values, weights = state.values, state.weights
+        pool = state.pool
         reported: dict[str, float] = {}
-        if values.size:
-            low, high = float(values.min()), float(values.max())
-            mean, std = _moments(values, weights)
+        if pool.count:
+            low, high = pool.minimum, pool.maximum
+            mean, std = pool.moments()
             reported["_stat_mean"] = min(max(mean, low), high)
             reported["_stat_min"] = low
             reported["_stat_max"] = high
-            if values.size > 1:
+            if pool.count > 1:
                 reported["_stat_std"] = 0.0 if low == high else std
-            found = quantiles(values, weights, self._ranks).tolist()
+            found = pool.quantiles(self._ranks).tolist()
             reported.update(zip(self._percentile_suffixes, found, strict=True))
-            reported["_stat_count"] = float(values.size)
+            reported["_stat_count"] = float(pool.count)
         if state.sums[NANS]:
             reported["_stat_nan_count"] = float(state.sums[NANS])
         if state.sums[2]:
@@ -528,8 +575,9 @@ class DistributionAggHandler(LaneHandler):
 
     def _reduced(self, state: State, seconds: float) -> ReducedState:
         assert isinstance(state, WindowState)
-        values, weights = state.newest()
-        return ReducedState(state.sums, state.maxs, seconds, values, weights)
+        window = state.window()
+        pool = window.interval() if self.window_size is None else window.recent()
+        return ReducedState(state.sums, state.maxs, seconds, pool)
 
     def _store(self, state: State, target: MetricState) -> None:
         target.metadata.update(self._metadata(state))
@@ -539,28 +587,38 @@ class DistributionAggHandler(LaneHandler):
 
     def _metadata(self, state: State) -> dict[str, Any]:
         assert isinstance(state, WindowState)
-        values, weights = state.newest()
+        window = state.window()
         lanes = dict(zip((*COMMON_LANES, *self.sum_lanes), state.sums, strict=True))
         return {
             **lanes,
-            "values": values.tolist(),
-            "weights": None if weights is None else weights.tolist(),
+            "values": window.values.tolist(),
+            "weights": None if window.weights is None else window.weights.tolist(),
+            "older": None if window.older is None else window.older.to_dict(),
         }
 
     def _state_of(self, state: MetricState) -> WindowState:
         if COMMON_LANES[COUNT] not in state.metadata:
             return self.fold(np.array([state.value], dtype=np.float64), None)
         sums = tuple(float(state.metadata[lane]) for lane in (*COMMON_LANES, *self.sum_lanes))
-        weights = state.metadata["weights"]
+        weights, older = state.metadata["weights"], state.metadata["older"]
         chunk = (
             np.array(state.metadata["values"], dtype=np.float64),
             None if weights is None else np.array(weights, dtype=np.float64),
         )
-        return WindowState(sums, [chunk])
+        return WindowState(sums, [chunk], older=None if older is None else histogram_from(older))
 
 
 class CategoricalCountAggHandler(LaneHandler):
-    """How often each category occurred, reported as ``{name}_count_{category}``."""
+    """How often each category occurred, reported as ``{name}_count_{category}``.
+
+    Args:
+        max_categories: how many categories are told apart, over all ranks and the whole run: the
+            first that the ranks agree on. What else occurs is counted as `OTHER`.
+    """
+
+    def __init__(self, max_categories: int = 1000) -> None:
+        super().__init__()
+        self.max_categories = check_max_categories(max_categories)
 
     def empty(self) -> CategoryState:
         return CategoryState((0.0,) * self.sum_width, {})
@@ -611,9 +669,10 @@ class CategoricalCountAggHandler(LaneHandler):
 
 
 def built_in_handlers(
-    window_size: int = 1000,
+    window_size: int | None = 1000,
     percentiles: Sequence[float] = (5, 50, 95),
     on_nan: str = "propagate",
+    max_categories: int = 1000,
 ) -> dict[TypeLike, AggregationHandler]:
     """Return a handler for every type that has one from the start."""
     return {
@@ -622,52 +681,9 @@ def built_in_handlers(
         AggregationType.MAX: MaxAggHandler(on_nan=on_nan),
         AggregationType.MIN: MinAggHandler(on_nan=on_nan),
         AggregationType.DISTRIBUTION: DistributionAggHandler(window_size, percentiles),
-        AggregationType.CATEGORICAL_COUNT: CategoricalCountAggHandler(),
+        AggregationType.CATEGORICAL_COUNT: CategoricalCountAggHandler(max_categories),
         AggregationType.RATE: RateAggHandler(on_nan=on_nan),
     }
-
-
-# -- Statistics of pooled values -----------------------------------------------------------------
-
-
-def quantiles(values: FloatArray, weights: FloatArray | None, q: FloatArray) -> FloatArray:
-    """Return the quantiles `q`, each in 0..1, of `values`, shape (n,), n > 0.
-
-    NumPy's ``linear`` rule. With weights, its generalisation by A. Akinshin ("Weighted quantile
-    estimators", 2023): the mean of the weighted step function over a window of width 1 / n*, where
-    n* = sum(w)^2 / sum(w^2) is the effective sample size. Equal weights give the linear rule.
-    """
-    if weights is None or (weights == weights[0]).all():
-        return np.quantile(values, q)
-    order = np.argsort(values, kind="stable")
-    values, weights = values[order], weights[order]
-    # Scale first: the sums of huge or tiny weights must neither overflow nor vanish.
-    weights = weights / weights.max()
-    total = weights.sum()
-    effective = total * total / (weights * weights).sum()
-    through = np.concatenate(([0.0], np.cumsum(weights) / total))
-    starts = (effective - 1.0) * q / effective
-    covered = np.clip((through - starts[:, np.newaxis]) * effective, 0.0, 1.0)
-    covered[:, -1] = 1.0
-    estimates = np.diff(covered, axis=1) @ values
-    clipped: FloatArray = np.clip(estimates, values[0], values[-1])
-    return clipped
-
-
-def _moments(values: FloatArray, weights: FloatArray | None) -> tuple[float, float]:
-    # Scale to 1, by a power of two so that nothing is rounded: squares of huge values stay finite.
-    scale = math.ldexp(1.0, min(math.frexp(float(np.abs(values).max()))[1], 1023))
-    scaled = values / scale
-    if weights is None:
-        mean = scaled.mean()
-        square = ((scaled - mean) ** 2).sum() / max(values.size - 1, 1)
-    else:
-        weights = weights / weights.max()
-        total = weights.sum()
-        mean = (weights * scaled).sum() / total
-        freedom = total - (weights**2).sum() / total
-        square = (weights * (scaled - mean) ** 2).sum() / freedom if freedom > 0 else 0.0
-    return float(mean * scale), float(math.sqrt(square) * scale)
 
 
 def percentile_name(percentile: float) -> str:
@@ -679,13 +695,23 @@ def percentile_name(percentile: float) -> str:
 # -- Checks --------------------------------------------------------------------------------------
 
 
-def check_window_size(size: object) -> int:
+def check_window_size(size: object) -> int | None:
+    if size is None:
+        return None
     if isinstance(size, bool) or not isinstance(size, int | np.integer) or size <= 0:
         raise ValueError(
             f"the window size is {size!r}: give the number of recent values that each rank keeps, "
-            "1 or more"
+            "1 or more, or None for all"
         )
     return int(size)
+
+
+def check_max_categories(most: object) -> int:
+    if isinstance(most, bool) or not isinstance(most, int | np.integer) or most <= 0:
+        raise ValueError(
+            f"max_categories={most!r}: give the number of categories to tell apart, 1 or more"
+        )
+    return int(most)
 
 
 def check_percentiles(percentiles: Sequence[float]) -> tuple[float, ...]:

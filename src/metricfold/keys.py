@@ -5,13 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from metricfold.data.batch import Column, MetricBatch, check_same_type, fold_metrics
-from metricfold.handlers import AggregationHandler, LaneHandler, built_in_handlers, quiet
+from metricfold.handlers import (
+    AggregationHandler,
+    CategoricalCountAggHandler,
+    DistributionAggHandler,
+    LaneHandler,
+    built_in_handlers,
+    quiet,
+)
 from metricfold.metric import TypeLike, resolve_type, type_label
 from metricfold.naming import Claims, show
-from metricfold.packing import Entry, Key, Schema
+from metricfold.schema import Entry, Key, Schema
 
 __all__ = ["Admission", "Agreement", "KeyTable"]
 
@@ -40,6 +48,7 @@ class KeyTable:
         derived: functions of a dataset's metrics, by the name that they print.
         odd: keys that this rank holds otherwise than the ranks have agreed. Values of them have
             come in while a reduction was under way; the next one refuses them, on all ranks.
+        per_rank: keys of which each rank's values are wanted, whatever the route.
     """
 
     def __init__(self, handlers: dict[TypeLike, AggregationHandler]) -> None:
@@ -47,6 +56,7 @@ class KeyTable:
         self.of_key: dict[Key, AggregationHandler] = {}
         self.derived: dict[str, Callable[[Mapping[str, float]], float]] = {}
         self.odd: set[Key] = set()
+        self.per_rank: set[Key] = set()
         self._types: dict[Key, TypeLike] = {}
         self._claims = Claims()
         self._unhandled: dict[Key, str] = {}
@@ -178,8 +188,20 @@ class KeyTable:
         handler = self.of_key[key]
         label, suffixes = type_label(self._types[key]), _suffixes(handler)
         if not isinstance(handler, LaneHandler):
-            return Entry(key, label, 0, 0, suffixes=suffixes)
-        return Entry(key, label, handler.sum_width, handler.max_width, suffixes=suffixes)
+            return Entry(key, label, 0, 0, suffixes)
+        entry = Entry(
+            key,
+            label,
+            handler.sum_width,
+            handler.max_width,
+            suffixes,
+            per_rank=key in self.per_rank,
+        )
+        if isinstance(handler, DistributionAggHandler):
+            return replace(entry, distributed=True, bounded=handler.window_size is not None)
+        if isinstance(handler, CategoricalCountAggHandler):
+            return replace(entry, most=handler.max_categories)
+        return entry
 
     def adopt(self, schema: Schema, losers: Iterable[Key]) -> str:
         """Take over what the ranks have agreed on; returns what this rank cannot do with it.
@@ -260,6 +282,15 @@ class KeyTable:
                     f"MAX lanes, but {type(handler).__name__} has {widths[0]} and {widths[1]}: "
                     "register the handler that saved it"
                 )
+            if isinstance(handler, DistributionAggHandler) and entry.bounded != (
+                handler.window_size is not None
+            ):
+                saved = "a window size" if entry.bounded else "dist_window_size=None"
+                raise ValueError(
+                    f"the state holds {show(entry.key)} with {saved}, but this aggregator has "
+                    f"dist_window_size={handler.window_size}: recent values cannot stand for all, "
+                    "nor all for recent ones; make the aggregator as the one that saved"
+                )
         return admission
 
 
@@ -285,6 +316,9 @@ class Agreement:
 
     def handler(self, key: Key) -> AggregationHandler:
         return self._keys.of_key[key]
+
+    def per_rank(self) -> set[Key]:
+        return self._keys.per_rank
 
     def odd(self) -> set[Key]:
         return self._keys.odd

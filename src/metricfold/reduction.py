@@ -1,16 +1,17 @@
 """The reduction: what every rank has accumulated becomes one result, the same on all.
 
-In the steady state this is one all-gather. The header at the front of each rank's vector lets all
-ranks see, in that same collective, whether anybody disagrees, has failed, or holds something that
-the agreed schema has no place for; then all take the same further steps. `README.md` in the folder
-`communicator` tells the protocol in full.
+A route carries everyone's vectors. The header at the front of each lets all ranks see, in that same
+collective, whether anybody disagrees, has failed, or holds something that the agreed schema has no
+place for; then all take the same further steps. `README.md` in the folder `communicator` tells the
+protocol in full.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -18,21 +19,32 @@ from metricfold.checkpoint import Saved
 from metricfold.communicator.base import Communicator
 from metricfold.custom import CustomResults
 from metricfold.handlers import (
+    COUNT,
     CategoryState,
     DistributionAggHandler,
-    FloatArray,
     State,
     WindowState,
 )
 from metricfold.naming import Claims, show
-from metricfold.packing import (
+from metricfold.pool import FloatArray, Pool, Window
+from metricfold.routes import (
+    Attendance,
+    Exchanged,
+    Outgoing,
+    Recent,
+    Route,
+    RouteChoice,
+    choose,
+)
+from metricfold.schema import (
+    AGREED,
+    HEADER_SIZE,
     PROTOCOL,
     Entry,
     Field,
     Key,
     Kind,
     Schema,
-    Window,
     digest,
 )
 from metricfold.totals import Rows, Totals
@@ -49,6 +61,10 @@ class Registry(Protocol):
 
     def entry(self, key: Key) -> Entry:
         """Return how `key` travels, as far as its handler decides it."""
+        ...
+
+    def per_rank(self) -> AbstractSet[Key]:
+        """Return the keys of which each rank's values are wanted, whatever the route."""
         ...
 
     def odd(self) -> set[Key]:
@@ -96,8 +112,9 @@ class Reduced:
         schema: the keys.
         run: everything since the start.
         interval: what came in since the last reduction that closed an interval.
-        rows: the same, per rank.
-        windows: recent values, per rank: shape (world_size, schema.window_width).
+        rows: the same, per rank, of the keys that are known per rank.
+        recent: values of DISTRIBUTIONs, as this reduction brought them.
+        attendance: what is known of the ranks otherwise; None if all keys are known per rank.
         custom: results of handlers without lanes.
         world_size: the number of ranks.
     """
@@ -106,16 +123,24 @@ class Reduced:
     run: Totals
     interval: Totals
     rows: Rows
-    windows: FloatArray
+    recent: Recent
+    attendance: Attendance | None
     custom: CustomResults
     world_size: int
+
+    def pool(self, entry: Entry, view: Literal["run", "interval"]) -> Pool:
+        """Return the values that a view of a DISTRIBUTION speaks about."""
+        if not entry.bounded:
+            totals = self.run if view == "run" else self.interval
+            return totals.pools.get(entry.key, Pool())
+        return (self.recent.recent if view == "run" else self.recent.interval)(entry.key)
 
     def saved(self, *, interval_open: bool) -> Saved:
         """Return what a checkpoint holds after this reduction."""
         windows = {}
-        for entry in self.schema:
-            if entry.capacity:
-                found = [self.schema.window_of(row, entry.key) for row in self.windows]
+        for entry in self.schema.distributions:
+            if entry.bounded:
+                found = self.recent.windows(entry.key)
                 windows[entry.key] = (
                     found if interval_open else [window.closed() for window in found]
                 )
@@ -132,30 +157,36 @@ class Reduced:
 class Reducer:
     """Runs reductions, and keeps what goes on from one to the next.
 
+    Args:
+        wanted: the route that the caller wants.
+
     Attributes:
         schema: the agreed schema; changes only in an exchange that all ranks take part in.
         run: the run total; may have keys, out of a checkpoint, that the schema still lacks.
         interval: what reductions have folded into the interval that is still open.
-        windows: this rank's recent values.
+        windows: this rank's recent values of bounded DISTRIBUTIONs.
         generation: how often state was loaded or reset.
         schema_rounds: how often new keys were exchanged.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: RouteChoice = RouteChoice.AUTO) -> None:
         self.schema = Schema()
         self.run = Totals.empty(self.schema)
         self.interval = Totals.empty(self.schema)
         self.windows: dict[Key, Window] = {}
         self.generation = 0
         self.schema_rounds = 0
+        self._wanted = wanted
+        self._route: Route | None = None
         self._rows: Rows | None = None
+        self._present: set[Key] = set()
         self._sequence = 0
 
     def replace_totals(self, run: Totals, interval: Totals) -> None:
         """Go on from other totals; what the ranks have agreed on stays."""
         self.run, self.interval = run, interval
         self.windows = {}
-        self._rows = None
+        self._close_interval()
         self.generation += 1
 
     def rebind(self) -> None:
@@ -164,123 +195,132 @@ class Reducer:
         if not self.run.sums.any():
             # Nothing but this process's own clock, which is no reason for ranks to disagree.
             self.run = self.interval = Totals.empty(self.schema)
-        self._rows = None
+        self._route = None
+        self._close_interval()
         self._sequence = 0
+
+    def _close_interval(self) -> None:
+        self._rows, self._present = None, set()
 
     def reduce(self, communicator: Communicator, mine: Contribution, registry: Registry) -> Reduced:
         """Take part in one reduction.
 
         Raises on all ranks alike if one disagrees or has failed; then nothing is merged.
         """
-        vector, windows, pending = None, self.windows, []
+        windows, payload, pending = self.windows, None, []
         if not mine.error:
             try:
                 windows = self._windows_with(mine.states, registry)
-                vector, lacking = self._pack(mine.states, windows, registry)
+                payload, lacking = self._pack(communicator, mine, windows, registry)
                 pending = self._pending(lacking, mine, windows, registry)
             except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
                 mine.error = f"it could not prepare what it holds: {error!r}"
-        rows, sizes = self._gather(communicator, mine, vector, windows, pending, registry)
+        blob = Schema(pending).to_json().encode() if pending else b""
+        headers, merged, _ = self._exchange(communicator, mine, payload, blob)
+        if merged is None:
+            assert headers is not None
+            self._agree_on_news(communicator, headers, blob, mine, windows, registry)
+            payload, lacking = self._pack(communicator, mine, windows, registry)
+            if lacking and not mine.error:
+                mine.error = f"the agreed keys lack places for {', '.join(map(show, lacking))}"
+            headers, merged, _ = self._exchange(communicator, mine, payload, b"")
+            assert merged is not None
         schema = self.schema
-        sums, maxs, window_rows = schema.split(rows)
         custom = CustomResults()
         if schema.has_custom:
+            assert headers is not None
+            sizes = headers[:, Field.CUSTOM_SIZE].astype(np.int64).tolist()
             custom = CustomResults(communicator.all_gather_bytes(mine.custom, sizes))
-        seconds = float(rows[:, Field.SECONDS].max())
-        delta = Rows(schema, sums, maxs)
+        pools = {
+            entry.key: merged.recent.interval(entry.key)
+            for entry in schema.distributions
+            if not entry.bounded
+        }
+        delta = replace(merged.delta, pools={k: pool for k, pool in pools.items() if pool.count})
         # From here on nothing fails, and every rank does the same.
-        merged = delta.merged(seconds)
-        self.run = self.run.moved(schema).plus(merged)
-        interval = self.interval.moved(schema).plus(merged)
-        interval_rows = delta if self._rows is None else self._rows.moved(schema).plus(delta)
+        self.run = self.run.moved(schema).plus(delta)
+        interval = self.interval.moved(schema).plus(delta)
+        rows = merged.rows
+        if self._rows is not None:
+            rows = self._rows.moved(rows.schema).plus(rows)
+        windows = {key: one for key, one in windows.items() if schema.entries[key].bounded}
         if mine.kind is Kind.REDUCE:
-            self.interval, self._rows = Totals.empty(schema), None
-            windows = {key: window.closed() for key, window in windows.items()}
+            self._close_interval()
+            self.interval = Totals.empty(schema)
+            self.windows = {key: window.closed() for key, window in windows.items()}
         else:
-            self.interval, self._rows = interval, interval_rows
-        self.windows = windows
+            self.interval, self._rows, self.windows = interval, rows, windows
+            self._present.update(key for key, state in mine.states.items() if state.sums[COUNT])
         return Reduced(
             schema,
             self.run,
             interval,
-            interval_rows,
-            window_rows,
+            rows,
+            merged.recent,
+            merged.attendance,
             custom,
             communicator.world_size,
         )
 
-    # -- Gathering
+    # -- Exchanging
 
-    def _gather(
-        self,
-        communicator: Communicator,
-        mine: Contribution,
-        vector: FloatArray | None,
-        windows: dict[Key, Window],
-        pending: Sequence[Entry],
-        registry: Registry,
-    ) -> tuple[FloatArray, list[int]]:
-        """Return everyone's vectors, once the schema has room for all that they bring."""
-        blob = Schema(pending).to_json().encode() if pending else b""
-        rows = self._all_gather(communicator, mine, vector, blob)
-        if rows[:, Field.PENDING].any():
-            blobs = self._exchange_blobs(communicator, rows, blob)
-            self.schema_rounds += 1
-            conflicts = self._agree(blobs, communicator.rank, mine, windows, registry)
-            if conflicts:
-                raise ValueError("; ".join(conflicts))
-            vector, lacking = self._pack(mine.states, windows, registry)
-            if lacking and not mine.error:
-                mine.error = f"the agreed keys lack places for {', '.join(map(show, lacking))}"
-            rows = self._all_gather(communicator, mine, vector, b"")
-        return rows, [int(size) for size in rows[:, Field.CUSTOM_SIZE]]
+    def _exchange(
+        self, communicator: Communicator, mine: Contribution, payload: Any, blob: bytes
+    ) -> Exchanged:
+        """Send what this rank holds, or identities if it has news or has failed.
 
-    def _all_gather(
-        self,
-        communicator: Communicator,
-        mine: Contribution,
-        vector: FloatArray | None,
-        blob: bytes,
-    ) -> FloatArray:
+        Raises on all ranks if one has failed or disagrees.
+        """
         if mine.error:
             blob = mine.error.encode()
-        header = {
-            Field.PROTOCOL: PROTOCOL,
-            Field.KIND: mine.kind,
-            Field.SEQUENCE: self._sequence,
-            Field.STEP: -1 if mine.step is None else mine.step,
-            Field.SCHEMA: self.schema.hash,
-            Field.GENERATION: self.generation,
-            Field.RUN: self.run.hash(),
-            Field.PENDING: bool(blob) and not mine.error,
-            Field.BLOB_HASH: digest(blob) if blob else 0,
-            Field.BLOB_SIZE: len(blob),
-            Field.ERROR: bool(mine.error),
-            Field.SECONDS: mine.seconds,
-            Field.CUSTOM_SIZE: len(mine.custom),
-        }
-        if vector is None or blob:
-            # There is nothing to send, or no place for it yet.
-            vector, _ = self.schema.pack({}, {})
-        for name, number in header.items():
-            vector[name] = number
-        rows = communicator.all_gather(vector)
+        header = self._header(mine, blob)
+        # With news there is no place yet for what this rank holds.
+        payload = None if blob else payload
+        route = self._taken(communicator)
+        headers, merged, failure = route.exchange(communicator, header, payload)
+        if headers is None and (merged is None or self.schema.has_custom):
+            if failure:
+                mine.error, blob = failure, failure.encode()
+                header = self._header(mine, blob)
+            headers = communicator.all_gather(header)
         self._sequence += 1
-        if rows[:, Field.ERROR].any():
-            texts = self._exchange_blobs(communicator, rows, blob)
-            failed = np.flatnonzero(rows[:, Field.ERROR]).tolist()
-            raise RuntimeError(
-                f"the reduction was given up, and nothing else is lost: {_ranks(failed)} could "
-                f"not take part: {'; '.join(dict.fromkeys(texts[rank].decode() for rank in failed))}"
-            )
-        _check_agreement(rows)
-        return rows
+        if headers is not None:
+            if headers[:, Field.ERROR].any():
+                texts = self._exchange_blobs(communicator, headers, blob)
+                failed = np.flatnonzero(headers[:, Field.ERROR]).tolist()
+                reasons = dict.fromkeys(texts[rank].decode() for rank in failed)
+                raise RuntimeError(
+                    f"the reduction was given up, and nothing else is lost: {_ranks(failed)} "
+                    f"could not take part: {'; '.join(reasons)}"
+                )
+            _check_agreement(headers)
+        return Exchanged(headers, merged)
+
+    def _header(self, mine: Contribution, blob: bytes) -> FloatArray:
+        header = np.zeros(HEADER_SIZE)
+        header[Field.PROTOCOL] = PROTOCOL
+        header[Field.KIND] = mine.kind
+        header[Field.SEQUENCE] = self._sequence
+        header[Field.STEP] = -1 if mine.step is None else mine.step
+        header[Field.SCHEMA] = self.schema.hash
+        header[Field.GENERATION] = self.generation
+        header[Field.RUN] = self.run.hash()
+        header[Field.ROUTE] = self._wanted
+        header[Field.PENDING] = bool(blob) and not mine.error
+        header[Field.BLOB_HASH] = digest(blob) if blob else 0
+        header[Field.BLOB_SIZE] = len(blob)
+        header[Field.ERROR] = bool(mine.error)
+        header[Field.SECONDS] = mine.seconds
+        header[Field.CUSTOM_SIZE] = len(mine.custom)
+        return header
 
     @staticmethod
-    def _exchange_blobs(communicator: Communicator, rows: FloatArray, blob: bytes) -> list[bytes]:
+    def _exchange_blobs(
+        communicator: Communicator, headers: FloatArray, blob: bytes
+    ) -> list[bytes]:
         """Return everyone's blob; of equal ones, which the hash tells, only the first travels."""
-        hashes = rows[:, Field.BLOB_HASH].astype(np.int64)
-        sizes = rows[:, Field.BLOB_SIZE].astype(np.int64)
+        hashes = headers[:, Field.BLOB_HASH].astype(np.int64)
+        sizes = headers[:, Field.BLOB_SIZE].astype(np.int64)
         first = {int(hashes[rank]): rank for rank in reversed(range(len(hashes)))}
         sender = [first[int(number)] for number in hashes]
         sent = [int(size) if sender[rank] == rank else 0 for rank, size in enumerate(sizes)]
@@ -288,15 +328,28 @@ class Reducer:
         received = communicator.all_gather_bytes(mine, sent)
         return [received[sender[rank]] for rank in range(len(hashes))]
 
+    def _taken(self, communicator: Communicator) -> Route:
+        """Return the route that all ranks take now."""
+        if self._route is None or self._route.schema is not self.schema:
+            self._route = choose(self.schema, communicator.world_size, self._wanted)
+        return self._route
+
     def _pack(
-        self, states: Mapping[Key, State], windows: Mapping[Key, Window], registry: Registry
-    ) -> tuple[FloatArray, set[Key]]:
-        """Return this rank's vector, and the keys that the schema has no place for."""
+        self,
+        communicator: Communicator,
+        mine: Contribution,
+        windows: Mapping[Key, Window],
+        registry: Registry,
+    ) -> tuple[Any, set[Key]]:
+        """Return what this rank sends, and the keys that the schema has no place for."""
+        states = mine.states
         odd = registry.odd() & states.keys()
         if odd:
             states = {key: state for key, state in states.items() if key not in odd}
-        vector, lacking = self.schema.pack(states, windows)
-        return vector, lacking | odd
+            windows = {key: window for key, window in windows.items() if key not in odd}
+        outgoing = Outgoing(mine.kind, states, windows, self._present)
+        payload, lacking = self._taken(communicator).pack(outgoing)
+        return payload, lacking | odd
 
     # -- Agreeing on keys
 
@@ -306,8 +359,8 @@ class Reducer:
             if isinstance(state, WindowState):
                 handler = registry.handler(key)
                 assert isinstance(handler, DistributionAggHandler)
-                window = windows.get(key, Window.empty())
-                windows[key] = window.followed_by(state, handler.window_size)
+                window = windows.get(key, Window())
+                windows[key] = window.followed_by(state.window(), handler.limit)
         return windows
 
     def _pending(
@@ -328,23 +381,60 @@ class Reducer:
             for entry in self.schema.beyond((*self.run.schema, *self.interval.schema)):
                 add(entry)
         for key in sorted(lacking):
-            entry = registry.entry(key)
-            state, window = mine.states.get(key), windows.get(key)
-            if isinstance(state, CategoryState):
-                entry = replace(entry, categories=tuple(sorted(state.counts)))
-            if window is not None:
-                handler = registry.handler(key)
-                assert isinstance(handler, DistributionAggHandler)
-                capacity = _SMALLEST_CAPACITY
-                while capacity < window.values.size:
-                    capacity *= 2
-                capacity = min(capacity, handler.window_size)
-                entry = replace(entry, capacity=capacity, weighted=window.weights is not None)
-            add(entry)
+            add(self._wanting(key, mine.states.get(key), windows.get(key), registry))
+        for key in sorted(registry.per_rank()):
+            agreed = self.schema.entries.get(key)
+            if agreed is not None and not agreed.per_rank and key not in registry.odd():
+                add(registry.entry(key))
         for key in mine.custom_keys:
             if key not in self.schema or key in registry.odd():
                 add(registry.entry(key))
         return list(pending.values())
+
+    def _wanting(
+        self, key: Key, state: State | None, window: Window | None, registry: Registry
+    ) -> Entry:
+        """Return the entry of a key, with room for what this rank holds of it."""
+        entry = registry.entry(key)
+        if isinstance(state, CategoryState):
+            known = self.schema.entries.get(key, entry)
+            grown = known.with_categories(state.counts)
+            kept = set(grown.categories)
+            new = tuple(category for category in state.counts if category in kept)
+            entry = replace(entry, categories=new, full=grown.full)
+        if window is not None:
+            handler = registry.handler(key)
+            assert isinstance(handler, DistributionAggHandler)
+            capacity = _SMALLEST_CAPACITY
+            while capacity < window.values.size:
+                capacity *= 2
+            entry = replace(
+                entry,
+                capacity=min(capacity, handler.limit),
+                weighted=window.weights is not None,
+                condensed=window.older is not None,
+            )
+        return entry
+
+    def _agree_on_news(
+        self,
+        communicator: Communicator,
+        headers: FloatArray,
+        blob: bytes,
+        mine: Contribution,
+        windows: dict[Key, Window],
+        registry: Registry,
+    ) -> None:
+        """Exchange the news, and give the schema room for all of them.
+
+        Raises:
+            ValueError: ranks hold a key or name otherwise than others; on all ranks alike.
+        """
+        blobs = self._exchange_blobs(communicator, headers, blob)
+        self.schema_rounds += 1
+        conflicts = self._agree(blobs, communicator.rank, mine, windows, registry)
+        if conflicts:
+            raise ValueError("; ".join(conflicts))
 
     def _agree(
         self,
@@ -403,17 +493,17 @@ def _join(agreed: dict[Key, Entry], claims: Claims, entry: Entry) -> str:
         claims.add(entry.key, entry.suffixes)
     except ValueError as error:
         return f"{show(entry.key)} as {entry.type!r}, but {error}"
-    agreed[entry.key] = entry
+    agreed[entry.key] = replace(entry, categories=(), full=False).joined(entry)
     return ""
 
 
-def _check_agreement(rows: FloatArray) -> None:
+def _check_agreement(headers: FloatArray) -> None:
     """Raise, on all ranks alike, if the ranks are not in the same call with the same state."""
-    headers = rows[:, : Field.RUN + 1]
-    if (headers == headers[0]).all():
+    agreed = headers[:, :AGREED]
+    if (agreed == agreed[0]).all():
         return
     for field, beginning, say, end in _COMPLAINTS:
-        numbers = rows[:, field].tolist()
+        numbers = headers[:, field].tolist()
         groups = {
             number: [rank for rank, other in enumerate(numbers) if other == number]
             for number in dict.fromkeys(numbers)
@@ -470,6 +560,12 @@ _COMPLAINTS: tuple[tuple[Field, str, Callable[[float], str], str], ...] = (
         "the ranks hold different run totals: ",
         lambda number: f"with total {int(number):x}",
         ". Load the same checkpoint on every rank",
+    ),
+    (
+        Field.ROUTE,
+        "the ranks were told different routes: ",
+        lambda number: f"with route={RouteChoice(int(number)).name.lower()!r}",
+        ". Make the aggregator with the same route on every rank",
     ),
 )
 

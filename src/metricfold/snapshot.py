@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -23,8 +23,6 @@ from metricfold.handlers import (
     NANS,
     AggregationHandler,
     CategoricalCountAggHandler,
-    DistributionAggHandler,
-    FloatArray,
     LaneHandler,
     Lanes,
     LaneState,
@@ -37,8 +35,9 @@ from metricfold.handlers import (
 from metricfold.histogram import Histogram
 from metricfold.metric import check_name
 from metricfold.naming import ANYTHING, printed, show
-from metricfold.packing import Entry, Key
+from metricfold.pool import Pool
 from metricfold.reduction import Reduced
+from metricfold.schema import Entry, Key
 from metricfold.totals import NOBODY, Totals
 
 __all__ = ["Derived", "Handlers", "Snapshot", "WindowLike", "check_window"]
@@ -49,8 +48,6 @@ WindowLike: TypeAlias = str | Mapping[str, str]
 
 Derived: TypeAlias = Callable[[Mapping[str, float]], float]
 _WINDOWS = ("run", "interval", "auto")
-_BUCKETS = 64
-_NOTHING = np.empty(0)
 _TOTALS = (SumAggHandler, CategoricalCountAggHandler)
 
 
@@ -156,10 +153,11 @@ class Snapshot:
         check_window(window)
         found: dict[str, Histogram] = {}
         for key, view in self._views(window):
-            if isinstance(self._handlers.of_key[key], DistributionAggHandler):
-                state = self._state(key, view)
-                if state.values.size:
-                    found[prefix + printed(key)] = _histogram(state.values, state.weights)
+            entry = self._reduced.schema.entries[key]
+            if entry.distributed:
+                pool = self._reduced.pool(entry, view)
+                if pool.count:
+                    found[prefix + printed(key)] = pool.drawn()
         return found
 
     def histogram(self, dataset: str | None, name: str, window: View = "run") -> Histogram:
@@ -170,12 +168,13 @@ class Snapshot:
             ValueError: it is not a DISTRIBUTION, or the view has no values of it.
         """
         key = self._key(dataset, name)
-        if not isinstance(self._handlers.of_key[key], DistributionAggHandler):
+        entry = self._reduced.schema.entries[key]
+        if not entry.distributed:
             raise ValueError(f"{show(key)} is no DISTRIBUTION, so it has no histogram")
-        state = self._state(key, _check_view(window))
-        if not state.values.size:
+        pool = self._reduced.pool(entry, _check_view(window))
+        if not pool.count:
             raise ValueError(f"{show(key)} has no values in the {window} view")
-        return _histogram(state.values, state.weights)
+        return pool.drawn()
 
     # -- Per rank
 
@@ -186,51 +185,90 @@ class Snapshot:
 
         Raises:
             KeyError: there is no such metric.
-            ValueError: its handler has no lanes.
+            ValueError: its handler has no lanes; or the reduction took the wide route, and the
+                metric was not recorded with ``per_rank=True``.
         """
-        key = self._key(dataset, name)
+        key = self._key_with_lanes(dataset, name)
+        rows = self._reduced.rows
+        if key not in rows.schema:
+            raise ValueError(
+                f"{show(key)} is not known per rank: so many ranks add their values up on the way. "
+                "Record it with per_rank=True"
+            )
         handler = self._handlers.of_key[key]
-        if not isinstance(handler, LaneHandler):
-            raise ValueError(f"{show(key)} has a handler without lanes: no values per rank")
-        return [self._rank_value(key, handler, rank) for rank in range(self.world_size)]
+        assert isinstance(handler, LaneHandler)
+        sums, maxs = rows.sums[:, rows.schema.sums[key]], rows.maxs[:, rows.schema.maxs[key]]
+        return [
+            self._rank_value(handler, tuple(one), tuple(other))
+            for one, other in zip(sums.tolist(), maxs.tolist(), strict=True)
+        ]
 
     def owner(self, dataset: str | None, name: str, window: View = "interval") -> int | None:
         """Return the rank that the MAX or MIN came from.
 
         Of several that had it in one reduction the lowest, over several reductions the first. If
         a NaN came in, the rank that it came from. None if the view has no value, or if its owner
-        is not known: it came out of a checkpoint, or is a NaN of an earlier interval.
+        is not known: it came out of a checkpoint, is a NaN of an earlier interval, or, on the wide
+        route, several ranks had it (`tied` says how many).
 
         Raises:
             KeyError: there is no such metric.
             ValueError: it is neither MAX nor MIN.
         """
-        key = self._key(dataset, name)
-        place = self._reduced.schema.maxs[key]
-        if place.stop - place.start != 1:
-            raise ValueError(f"{show(key)} is neither a MAX nor a MIN, so no rank owns it")
+        key = self._key_with_owner(dataset, name)
         totals = self._totals(_check_view(window))
         nans = self._reduced.schema.sums[key].start + NANS
         handler = self._handlers.of_key[key]
         if totals.sums[nans] and isinstance(handler, LaneHandler) and handler.on_nan != "skip":
-            ranks = np.flatnonzero(self._reduced.rows.sums[:, nans])
-            return int(ranks[0]) if ranks.size else None
-        owner = int(totals.owners[place][0])
+            return self._owner_of_nan(key)
+        owner = int(totals.owners[self._reduced.schema.maxs[key]][0])
         return None if owner == NOBODY else owner
+
+    def tied(self, dataset: str | None, name: str, window: View = "interval") -> int:
+        """Return how many ranks had the MAX or MIN in the reduction that it came from.
+
+        0 if the view has no value, or if it came out of a checkpoint.
+
+        Raises:
+            KeyError: there is no such metric.
+            ValueError: it is neither MAX nor MIN.
+        """
+        key = self._key_with_owner(dataset, name)
+        return int(self._totals(_check_view(window)).tied[self._reduced.schema.maxs[key]][0])
 
     def lacking(self, dataset: str | None, name: str) -> list[int]:
         """Return the ranks that had no value of this metric in the interval, ascending.
 
         Raises:
             KeyError: there is no such metric.
+            ValueError: its handler has no lanes; or the reduction took the wide route, where it is
+                known how many those are (`lacking_count`), but not which, unless all or none.
+        """
+        key = self._key_with_lanes(dataset, name)
+        rows = self._reduced.rows
+        if key in rows.schema:
+            counts = rows.sums[:, rows.schema.sums[key].start + COUNT]
+            return [int(rank) for rank in np.flatnonzero(counts == 0)]
+        missing = self.lacking_count(dataset, name)
+        if missing not in (0, self.world_size):
+            raise ValueError(
+                f"{missing} of {self.world_size} ranks lack {show(key)}, but not which: so many "
+                "ranks add their values up on the way. Record it with per_rank=True"
+            )
+        return list(range(missing))
+
+    def lacking_count(self, dataset: str | None, name: str) -> int:
+        """Return how many ranks had no value of this metric in the interval.
+
+        Raises:
+            KeyError: there is no such metric.
             ValueError: its handler has no lanes.
         """
-        key = self._key(dataset, name)
-        place = self._reduced.schema.sums[key]
-        if place.start == place.stop:
-            raise ValueError(f"{show(key)} has a handler without lanes: it is not known per rank")
-        counts = self._reduced.rows.sums[:, place.start + COUNT]
-        return [int(rank) for rank in np.flatnonzero(counts == 0)]
+        key = self._key_with_lanes(dataset, name)
+        attendance = self._reduced.attendance
+        if attendance is None:
+            return len(self.lacking(dataset, name))
+        return self.world_size - attendance.present[key]
 
     # -- Inside
 
@@ -240,6 +278,27 @@ class Snapshot:
             known = ", ".join(sorted(printed(key).lstrip("_/") for key in self._handlers.of_key))
             raise KeyError(f"there is no {show(key)}; there are: {known or 'none'}")
         return key
+
+    def _key_with_lanes(self, dataset: str | None, name: str) -> Key:
+        key = self._key(dataset, name)
+        if self._reduced.schema.entries[key].custom:
+            raise ValueError(f"{show(key)} has a handler without lanes: it is not known per rank")
+        return key
+
+    def _key_with_owner(self, dataset: str | None, name: str) -> Key:
+        key = self._key(dataset, name)
+        if self._reduced.schema.entries[key].maxs != 1:
+            raise ValueError(f"{show(key)} is neither a MAX nor a MIN, so no rank owns it")
+        return key
+
+    def _owner_of_nan(self, key: Key) -> int | None:
+        rows, attendance = self._reduced.rows, self._reduced.attendance
+        if key in rows.schema:
+            ranks = np.flatnonzero(rows.sums[:, rows.schema.sums[key].start + NANS])
+            return int(ranks[0]) if ranks.size else None
+        assert attendance is not None
+        owner = attendance.nan_owner[key]
+        return None if owner == NOBODY else owner
 
     def _totals(self, view: View) -> Totals:
         return self._reduced.run if view == "run" else self._reduced.interval
@@ -267,30 +326,12 @@ class Snapshot:
         schema = self._reduced.schema
         entry = schema.entries[key]
         sums, maxs = self._lanes(view)
-        values, weights = self._pool(entry, view)
         return ReducedState(
             tuple(sums[schema.sums[key]]),
             tuple(maxs[schema.maxs[key]]),
             self._totals(view).seconds,
-            values,
-            weights,
+            self._reduced.pool(entry, view) if entry.distributed else Pool(),
             entry.categories,
-        )
-
-    def _pool(self, entry: Entry, view: View) -> tuple[FloatArray, FloatArray | None]:
-        if not entry.capacity:
-            return _NOTHING, None
-        windows = [self._reduced.schema.window_of(row, entry.key) for row in self._reduced.windows]
-        kept = [
-            slice(window.values.size - window.fresh, None) if view == "interval" else slice(None)
-            for window in windows
-        ]
-        pairs = list(zip(windows, kept, strict=True))
-        values = np.concatenate([window.values[keep] for window, keep in pairs])
-        if not entry.weighted:
-            return values, None
-        return values, np.concatenate(
-            [window.weights[keep] for window, keep in pairs if window.weights is not None]
         )
 
     def _finalized(self, key: Key, view: View) -> dict[str, float]:
@@ -298,22 +339,12 @@ class Snapshot:
         assert isinstance(handler, LaneHandler)
         return handler.finalize(self._state(key, view))
 
-    def _rank_value(self, key: Key, handler: LaneHandler, rank: int) -> float | None:
-        schema, rows = self._reduced.schema, self._reduced.rows
-        sums: Lanes = tuple(rows.sums[rank, schema.sums[key]].tolist())
+    def _rank_value(self, handler: LaneHandler, sums: Lanes, maxs: Lanes) -> float | None:
         if not sums[COUNT]:
             return None
         if isinstance(handler, CategoricalCountAggHandler):
             return sums[COUNT]
-        if isinstance(handler, DistributionAggHandler):
-            window = schema.window_of(self._reduced.windows[rank], key)
-            fresh = slice(window.values.size - window.fresh, None)
-            weights = None if window.weights is None else window.weights[fresh]
-            state = ReducedState(sums, (), 0.0, window.values[fresh], weights)
-            return handler.finalize(state).get("_stat_mean")
-        maxs: Lanes = tuple(rows.maxs[rank, schema.maxs[key]].tolist())
-        state = ReducedState(sums, maxs, self.seconds)
-        return handler.finalize(state).get("")
+        return handler.finalize_lanes(ReducedState(sums, maxs, self.seconds)).get("")
 
     def _add_custom(self, window: WindowLike, groups: dict[str, dict[str, float]]) -> None:
         """Add the results of handlers without lanes; one that fails is left out and named."""
@@ -472,34 +503,10 @@ def _merged(states: list[ReducedState]) -> ReducedState:
             for category, count in zip(state.categories, state.sums[fixed:], strict=True):
                 counts[category] += count
         merged.sums += tuple(counts.values())
-    weights = None
-    if any(state.weights is not None for state in states):
-        weights = np.concatenate(
-            [np.ones(s.values.size) if s.weights is None else s.weights for s in states]
-        )
     return ReducedState(
         merged.sums,
         merged.maxs,
         states[0].seconds,
-        np.concatenate([state.values for state in states]),
-        weights,
+        Pool.joined([state.pool for state in states]),
         categories,
-    )
-
-
-def _histogram(values: FloatArray, weights: FloatArray | None) -> Histogram:
-    low, high = float(values.min()), float(values.max())
-    # Fewer than so many floats between the extremes cannot be cut into buckets.
-    narrow = high - low <= _BUCKETS * np.spacing(max(abs(low), abs(high)))
-    counts, edges = np.histogram(
-        values, bins=1 if narrow else _BUCKETS, range=(low, high), weights=weights
-    )
-    weighed: Any = 1.0 if weights is None else weights
-    return Histogram(
-        edges=edges.astype(np.float64),
-        counts=counts.astype(np.float64),
-        minimum=low,
-        maximum=high,
-        total=float((values * weighed).sum()),
-        total_squares=float((values * values * weighed).sum()),
     )

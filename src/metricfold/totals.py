@@ -1,19 +1,21 @@
 """Reduced results that go on accumulating: the run, and the interval that is still open.
 
-Both are values: adding to one gives a new one, so a `Snapshot` may keep what it was given.
+All are values: adding to one gives a new one, so a `Snapshot` may keep what it was given.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from metricfold.handlers import FloatArray
-from metricfold.packing import Schema, digest
+from metricfold.naming import Key
+from metricfold.pool import EXACT_VALUES, FloatArray, Pool
+from metricfold.schema import Schema, digest
 
-__all__ = ["Rows", "Totals"]
+__all__ = ["NOBODY", "IntArray", "Rows", "Totals"]
 
 IntArray = npt.NDArray[np.int64]
 NOBODY = -1
@@ -28,13 +30,18 @@ class Rows:
     maxs: FloatArray
 
     def moved(self, schema: Schema) -> Rows:
-        """Return the same in the lanes of a larger schema."""
+        """Return the same in the lanes of another schema; keys that it lacks are left out."""
         if schema is self.schema:
             return self
-        sums = np.zeros((self.sums.shape[0], schema.sum_width))
-        maxs = np.full((self.maxs.shape[0], schema.max_width), -np.inf)
-        sum_lanes, max_lanes = schema.lanes_from(self.schema)
-        sums[:, sum_lanes], maxs[:, max_lanes] = self.sums, self.maxs
+        common = Schema(entry for entry in self.schema if entry.key in schema)
+        old_sums, old_maxs = self.schema.lanes_from(common)
+        new_sums, new_maxs = schema.lanes_from(common)
+        world_size = len(self.sums)
+        sums = np.zeros((world_size, schema.sum_width))
+        maxs = np.full((world_size, schema.max_width), -np.inf)
+        # Lanes may become one: transposed, they are the rows that are added.
+        np.add.at(sums.T, new_sums, self.sums[:, old_sums].T)
+        maxs[:, new_maxs] = self.maxs[:, old_maxs]
         return Rows(schema, sums, maxs)
 
     def plus(self, other: Rows) -> Rows:
@@ -45,7 +52,8 @@ class Rows:
         sums: FloatArray = np.add.reduce(self.sums, axis=0)
         maxs: FloatArray = np.maximum.reduce(self.maxs, axis=0)
         owners = np.argmax(self.maxs, axis=0)
-        return Totals(self.schema, sums, np.zeros(sums.size), maxs, owners, seconds)
+        tied = (self.maxs == maxs).sum(axis=0)
+        return Totals(self.schema, sums, np.zeros(sums.size), maxs, owners, tied, seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +66,9 @@ class Totals:
         lost: what rounding has taken from `sums` so far (Neumaier's compensated sum).
         maxs: MAX lanes.
         owners: the rank that each MAX lane came from, or -1.
+        tied: how many ranks had it.
         seconds: wall time, by the slowest rank's clock in each interval.
+        pools: values of DISTRIBUTIONs that accumulate.
     """
 
     schema: Schema
@@ -66,7 +76,9 @@ class Totals:
     lost: FloatArray
     maxs: FloatArray
     owners: IntArray
+    tied: IntArray
     seconds: float
+    pools: Mapping[Key, Pool] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, schema: Schema) -> Totals:
@@ -76,6 +88,7 @@ class Totals:
             np.zeros(schema.sum_width),
             np.full(schema.max_width, -np.inf),
             np.full(schema.max_width, NOBODY, dtype=np.int64),
+            np.zeros(schema.max_width, dtype=np.int64),
             0.0,
         )
 
@@ -85,9 +98,11 @@ class Totals:
             return self
         moved = Totals.empty(schema)
         sum_lanes, max_lanes = schema.lanes_from(self.schema)
-        moved.sums[sum_lanes], moved.lost[sum_lanes] = self.sums, self.lost
-        moved.maxs[max_lanes], moved.owners[max_lanes] = self.maxs, self.owners
-        return Totals(schema, moved.sums, moved.lost, moved.maxs, moved.owners, self.seconds)
+        np.add.at(moved.sums, sum_lanes, self.sums)
+        np.add.at(moved.lost, sum_lanes, self.lost)
+        moved.maxs[max_lanes] = self.maxs
+        moved.owners[max_lanes], moved.tied[max_lanes] = self.owners, self.tied
+        return replace(moved, seconds=self.seconds, pools=self.pools)
 
     def plus(self, newer: Totals) -> Totals:
         """Add what one reduction has merged."""
@@ -99,14 +114,17 @@ class Totals:
                 (self.sums - sums) + added,
                 (added - sums) + self.sums,
             )
+        larger = newer.maxs > self.maxs
         return Totals(
             self.schema,
             sums,
             # Once a sum is infinite its rounding has no meaning.
             self.lost + np.where(np.isfinite(sums), small, 0.0),
             np.maximum(self.maxs, newer.maxs),
-            np.where(newer.maxs > self.maxs, newer.owners, self.owners),
+            np.where(larger, newer.owners, self.owners),
+            np.where(larger, newer.tied, self.tied),
             self.seconds + newer.seconds,
+            _joined(self.pools, newer.pools),
         )
 
     def exact_sums(self) -> FloatArray:
@@ -115,4 +133,16 @@ class Totals:
     def hash(self) -> int:
         arrays = (self.sums, self.lost, self.maxs, np.float64(self.seconds))
         schema = self.schema.hash.to_bytes(8, "little")
-        return digest(schema + b"".join(array.tobytes() for array in arrays))
+        pools = [pool.fingerprint() for _, pool in sorted(self.pools.items())]
+        return digest(schema + b"".join([*(array.tobytes() for array in arrays), *pools]))
+
+
+def _joined(older: Mapping[Key, Pool], newer: Mapping[Key, Pool]) -> Mapping[Key, Pool]:
+    if not newer:
+        return older
+    return {
+        key: Pool.joined(
+            [pools[key] for pools in (older, newer) if key in pools], most=EXACT_VALUES
+        )
+        for key in {**older, **newer}
+    }

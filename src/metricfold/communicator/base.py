@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from metricfold.handlers import FloatArray
+from metricfold.pool import FloatArray
 
 __all__ = ["Communicator", "LocalCommunicator", "MissingRanksError", "torch_is_initialized"]
 

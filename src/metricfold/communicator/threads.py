@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from metricfold.communicator.base import Communicator, MissingRanksError
-from metricfold.handlers import FloatArray
+from metricfold.pool import FloatArray
 
 __all__ = ["ThreadCommunicator", "thread_world"]
 

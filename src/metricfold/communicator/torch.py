@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from metricfold.communicator.base import Communicator, MissingRanksError
-from metricfold.handlers import FloatArray
+from metricfold.pool import FloatArray
 
 __all__ = ["TorchCommunicator"]
 

@@ -21,7 +21,6 @@ from metricfold.handlers import (
     AggregationHandler,
     CategoricalCountAggHandler,
     CategoryState,
-    FloatArray,
     LaneHandler,
     LaneState,
     WindowState,
@@ -38,6 +37,7 @@ from metricfold.metric import (
     type_label,
 )
 from metricfold.naming import Key, show
+from metricfold.pool import FloatArray
 
 __all__ = [
     "Column",

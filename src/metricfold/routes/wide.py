@@ -1,0 +1,334 @@
+"""The wide route: an all-reduce by MAX, then one by SUM.
+
+    MAX  [ ± what must agree, flags, seconds | MAX lanes | extents of histograms ]
+    SUM  [ fault | SUM lanes | who had values | who had the maximum | per_rank keys | histograms ]
+
+What the first one brings fixes the layout of the histograms in the second. Nothing in either grows
+with the number of ranks but the lanes of the keys declared ``per_rank=True``.
+
+What every rank sent can no longer be told apart, so presence is counted, and a rank is known only
+where the sum of ranks has one term. Checkpoints want values rather than a histogram: saving takes
+one more collective, a gather of the recent values, thinned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from metricfold.communicator.base import Communicator
+from metricfold.handlers import COUNT, NANS
+from metricfold.naming import Key
+from metricfold.pool import MOST_SAVED, FloatArray, Pool, Window
+from metricfold.routes.base import Attendance, Exchanged, Merged, Outgoing, Recent, Route
+from metricfold.routes.slots import extents_width, laid_out, lanes_width, unpacked
+from metricfold.schema import AGREED, Entry, Field, Kind, Schema, places
+from metricfold.totals import NOBODY, IntArray, Rows, Totals
+
+if TYPE_CHECKING:
+    from metricfold.histogram import LogLinearHistogram
+
+__all__ = ["Wide"]
+
+_MOST_DRAWN = 4096
+"""So many values stand for those of all ranks where these have not been gathered."""
+
+_FLAGS = (Field.PENDING, Field.ERROR, Field.SECONDS)
+_HEAD = 2 * AGREED + len(_FLAGS)
+
+
+class _Slot(NamedTuple):
+    """One histogram in the vectors: of which key and view, and where."""
+
+    key: Key
+    of_interval: bool
+    extents: slice
+    lanes: slice
+
+
+@dataclass(slots=True)
+class _Payload:
+    """What one rank sends.
+
+    Args:
+        sums: SUM lanes.
+        maxs: MAX lanes; inf stands for NaN, which a maximum may lose.
+        no_numbers: where those were NaN, 0 or 1.
+        present: keys with values in the open interval, 0 or 1.
+        histograms: one for each slot.
+        windows: what it holds of each DISTRIBUTION.
+    """
+
+    sums: FloatArray
+    maxs: FloatArray
+    no_numbers: FloatArray
+    present: FloatArray
+    histograms: Sequence[LogLinearHistogram | None]
+    windows: Mapping[Key, Window]
+
+
+class Wide(Route):
+    """Two all-reduces.
+
+    Args:
+        schema: the agreed keys.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, schema: Schema, world_size: int) -> None:
+        self.schema = schema
+        self._world_size = world_size
+        keys = [entry.key for entry in schema if not entry.custom]
+        self._counts = np.array([schema.sums[key].start + COUNT for key in keys], dtype=np.intp)
+        self._nans = self._counts + (NANS - COUNT)
+        self._keys = keys
+        self._max_lanes = slice(_HEAD, _HEAD + schema.max_width)
+        everyones = schema.per_rank.sum_width + schema.per_rank.max_width
+        (
+            self._fault,
+            self._sums,
+            self._present,
+            self._with_nan,
+            self._nan_ranks,
+            self._owners,
+            self._owner_ranks,
+            self._no_numbers,
+            self._rows,
+        ) = _one_after_the_other(
+            1,
+            schema.sum_width,
+            *(len(keys),) * 3,
+            *(schema.max_width,) * 3,
+            everyones * world_size,
+        )
+        self.slots = self._laid_out_slots(self._max_lanes.stop, self._rows.stop)
+        last = self.slots[-1] if self.slots else None
+        self.max_size = last.extents.stop if last else self._max_lanes.stop
+        self.sum_size = last.lanes.stop if last else self._rows.stop
+        self._saved, self._saved_size = places(self._windowed(), self._saved_width)
+
+    def _laid_out_slots(self, extents: int, lanes: int) -> list[_Slot]:
+        slots: list[_Slot] = []
+        for entry in self.schema.distributions:
+            for of_interval in (True, False) if entry.bounded else (True,):
+                extents_end, lanes_end = extents + extents_width(), lanes + lanes_width()
+                slots.append(
+                    _Slot(
+                        entry.key, of_interval, slice(extents, extents_end), slice(lanes, lanes_end)
+                    )
+                )
+                extents, lanes = extents_end, lanes_end
+        return slots
+
+    def _windowed(self) -> list[Entry]:
+        return [entry for entry in self.schema.distributions if entry.bounded]
+
+    def _most_saved(self, entry: Entry) -> int:
+        """Return how many values of a rank a checkpoint holds."""
+        return min(entry.capacity, max(MOST_SAVED // self._world_size, 1))
+
+    def _saved_width(self, entry: Entry) -> int:
+        return 1 + self._most_saved(entry) * (2 if entry.weighted else 1)
+
+    # -- Packing
+
+    def pack(self, outgoing: Outgoing) -> tuple[_Payload | None, set[Key]]:
+        sums, maxs, lacking = self.schema.lanes(outgoing.states)
+        lacking |= self.schema.lacking(outgoing.windows)
+        if lacking:
+            return None, lacking
+        payload = _Payload(
+            sums=np.array(sums),
+            maxs=np.array(maxs),
+            no_numbers=np.isnan(maxs).astype(np.float64),
+            present=np.zeros(len(self._keys)),
+            histograms=self._histograms(outgoing.windows),
+            windows=outgoing.windows,
+        )
+        payload.maxs[payload.no_numbers > 0] = np.inf
+        payload.present[payload.sums[self._counts] > 0] = 1.0
+        if outgoing.present:
+            earlier = [place for place, key in enumerate(self._keys) if key in outgoing.present]
+            payload.present[earlier] = 1.0
+        return payload, lacking
+
+    def _histograms(self, windows: Mapping[Key, Window]) -> list[LogLinearHistogram | None]:
+        found: list[LogLinearHistogram | None] = []
+        for slot in self.slots:
+            window = windows.get(slot.key, Window())
+            if slot.of_interval:
+                found.append(window.interval().condensed())
+            elif window.fresh == window.values.size and window.older is None:
+                found.append(found[-1])  # nothing is older than the open interval
+            else:
+                found.append(window.recent().condensed())
+        return found
+
+    def _nothing(self) -> _Payload:
+        schema = self.schema
+        return _Payload(
+            sums=np.zeros(schema.sum_width),
+            maxs=np.full(schema.max_width, -np.inf),
+            no_numbers=np.zeros(schema.max_width),
+            present=np.zeros(len(self._keys)),
+            histograms=[None] * len(self.slots),
+            windows={},
+        )
+
+    # -- Travelling
+
+    def exchange(
+        self, communicator: Communicator, header: FloatArray, payload: _Payload | None
+    ) -> Exchanged:
+        payload = payload or self._nothing()
+        top = communicator.all_reduce(self._top(header, payload), "max")
+        agreed = (top[:AGREED] == -top[AGREED : 2 * AGREED]).all()
+        pending, error, seconds = top[2 * AGREED : _HEAD].tolist()
+        if pending or error or not agreed:
+            return Exchanged(None, None)
+        failure = ""
+        bottom = np.zeros(self.sum_size)
+        try:
+            self._fill(bottom, payload, top, communicator.rank)
+        except Exception as fault:  # noqa: BLE001 - the others go on: join them, and say so
+            failure = f"it could not pack what it holds: {fault!r}"
+            bottom[:] = 0.0
+            bottom[self._fault] = 1.0
+        bottom = communicator.all_reduce(bottom, "sum")
+        if bottom[self._fault].any():
+            return Exchanged(None, None, failure)
+        saved = None
+        if header[Field.KIND] == Kind.STATE_DICT and self._saved:
+            saved = communicator.all_gather(self._thinned(payload.windows))
+        return Exchanged(None, self._merged(top, bottom, seconds, saved))
+
+    def _top(self, header: FloatArray, payload: _Payload) -> FloatArray:
+        top = np.full(self.max_size, -np.inf)
+        top[:AGREED] = header[:AGREED]
+        top[AGREED : 2 * AGREED] = -header[:AGREED]
+        top[2 * AGREED : _HEAD] = header[list(_FLAGS)]
+        top[self._max_lanes] = payload.maxs
+        for slot, histogram in zip(self.slots, payload.histograms, strict=True):
+            if histogram is not None:
+                top[slot.extents] = histogram.extents()
+        return top
+
+    def _fill(self, bottom: FloatArray, payload: _Payload, top: FloatArray, rank: int) -> None:
+        """Fill in the vector that is summed, given everyone's maxima."""
+        bottom[self._sums] = payload.sums
+        bottom[self._present] = payload.present
+        with_nan = payload.sums[self._nans] > 0
+        bottom[self._with_nan] = with_nan
+        bottom[self._nan_ranks] = with_nan * rank
+        owned = (payload.maxs == top[self._max_lanes]) & (payload.maxs > -np.inf)
+        bottom[self._owners] = owned
+        bottom[self._owner_ranks] = owned * rank
+        bottom[self._no_numbers] = payload.no_numbers
+        rows = bottom[self._rows].reshape(self._world_size, -1)
+        if rows.size:
+            sum_lanes, max_lanes = self.schema.lanes_from(self.schema.per_rank)
+            maxs = np.where(payload.no_numbers > 0, np.nan, payload.maxs)
+            rows[rank] = np.concatenate((payload.sums[sum_lanes], maxs[max_lanes]))
+        for slot, histogram in zip(self.slots, payload.histograms, strict=True):
+            if histogram is not None:
+                bottom[slot.lanes] = laid_out(histogram, top[slot.extents])
+
+    def _thinned(self, windows: Mapping[Key, Window]) -> FloatArray:
+        """Return the recent values that a checkpoint holds of this rank."""
+        vector = np.zeros(self._saved_size)
+        for entry in self._windowed():
+            most = self._most_saved(entry)
+            window = windows.get(entry.key, Window()).thinned(most)
+            place, size = vector[self._saved[entry.key]], window.values.size
+            place[0] = size
+            place[1 : 1 + size] = window.values
+            if entry.weighted:
+                place[1 + most : 1 + most + size] = (
+                    1.0 if window.weights is None else window.weights
+                )
+        return vector
+
+    # -- Arriving
+
+    def _merged(
+        self, top: FloatArray, bottom: FloatArray, seconds: float, saved: FloatArray | None
+    ) -> Merged:
+        owners = bottom[self._owners]
+        per_rank = self.schema.per_rank
+        rows = bottom[self._rows].reshape(self._world_size, -1)
+        delta = Totals(
+            self.schema,
+            bottom[self._sums],
+            np.zeros(self.schema.sum_width),
+            np.where(bottom[self._no_numbers] > 0, np.nan, top[self._max_lanes]),
+            _only(owners, bottom[self._owner_ranks]),
+            owners.astype(np.int64),
+            seconds,
+        )
+        with_nan = bottom[self._with_nan]
+        attendance = Attendance(
+            dict(zip(self._keys, bottom[self._present].astype(np.int64).tolist(), strict=True)),
+            dict(zip(self._keys, _only(with_nan, bottom[self._nan_ranks]).tolist(), strict=True)),
+        )
+        return Merged(
+            delta,
+            Rows(per_rank, rows[:, : per_rank.sum_width], rows[:, per_rank.sum_width :]),
+            Summed(self, top, bottom, saved),
+            attendance,
+        )
+
+    def window_of(self, row: FloatArray, key: Key) -> Window:
+        """Return the values of one rank that a checkpoint holds."""
+        entry = self.schema.entries[key]
+        place, most = row[self._saved[key]], self._most_saved(entry)
+        size = int(place[0])
+        weights = place[1 + most : 1 + most + size] if entry.weighted else None
+        return Window(place[1 : 1 + size], weights)
+
+
+class Summed(Recent):
+    """The histograms of all ranks.
+
+    Args:
+        route: knows where each is.
+        top: what was merged by MAX.
+        bottom: what was merged by SUM.
+        saved: everyone's recent values, if this was for a checkpoint.
+    """
+
+    def __init__(
+        self, route: Wide, top: FloatArray, bottom: FloatArray, saved: FloatArray | None
+    ) -> None:
+        super().__init__()
+        self._route = route
+        self._contents = {
+            (slot.key, slot.of_interval): (top[slot.extents], bottom[slot.lanes])
+            for slot in route.slots
+        }
+        self._saved = saved
+
+    def pooled(self, key: Key, *, of_interval: bool) -> Pool:
+        return Pool(histogram=unpacked(*self._contents[key, of_interval]))
+
+    def windows(self, key: Key) -> list[Window]:
+        if self._saved is None:
+            # Nobody has everyone's values: as many that are spread as the histogram says.
+            pool = self.recent(key)
+            size = min(pool.count, _MOST_DRAWN)
+            return [Window(pool.quantiles((np.arange(size) + 0.5) / size))] if size else []
+        first, *others = (self._route.window_of(row, key) for row in self._saved)
+        return [first._replace(older=self.interval(key).histogram), *others]
+
+
+def _one_after_the_other(*widths: int) -> list[slice]:
+    ends = np.cumsum(widths).tolist()
+    return [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
+
+
+def _only(ranks: FloatArray, sums: FloatArray) -> IntArray:
+    """Return the rank where there is one, given how many there are and what they sum up to."""
+    only: IntArray = np.where(ranks == 1, sums, NOBODY).astype(np.int64)
+    return only

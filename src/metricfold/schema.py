@@ -1,0 +1,311 @@
+"""The schema: the keys that all ranks have agreed on, and how each of them travels.
+
+The lanes of a key stand where the schema says, whichever route a reduction takes. All ranks hold the
+same schema, because it only changes by an exchange that all take part in: a vector of another size
+would abort the process. `README.md` in the folder `communicator` tells the whole protocol.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from enum import IntEnum
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from metricfold.handlers import COUNT, OTHER, CategoryState, State
+from metricfold.naming import Key
+from metricfold.pool import Window
+
+__all__ = ["AGREED", "HEADER_SIZE", "Entry", "Field", "Key", "Kind", "Schema", "digest", "places"]
+
+PROTOCOL = 1
+
+
+class Kind(IntEnum):
+    """Which call a rank is in."""
+
+    REDUCE = 1
+    STATE_DICT = 2
+
+    @property
+    def label(self) -> str:
+        return {Kind.REDUCE: "a reduction", Kind.STATE_DICT: "state_dict()"}[self]
+
+
+class Field(IntEnum):
+    """Where each number of a rank's header stands; up to ROUTE, all ranks must send the same."""
+
+    PROTOCOL = 0
+    KIND = 1
+    SEQUENCE = 2
+    STEP = 3
+    """The caller's step, or -1."""
+    SCHEMA = 4
+    """Hash of the agreed schema."""
+    GENERATION = 5
+    """How often state was loaded or reset."""
+    RUN = 6
+    """Hash of the run total."""
+    ROUTE = 7
+    """Which route the caller wants."""
+    PENDING = 8
+    """1 if the rank holds something that the schema has no place for."""
+    BLOB_HASH = 9
+    BLOB_SIZE = 10
+    """Hash and size of what is pending, or of the error."""
+    ERROR = 11
+    """1 if the rank has failed and takes part with identities."""
+    SECONDS = 12
+    """Wall time since the rank's last reduction."""
+    CUSTOM_SIZE = 13
+    """Size of the results of handlers without lanes."""
+
+
+AGREED = Field.ROUTE + 1
+"""So many fields, from the first, must be the same on all ranks."""
+HEADER_SIZE = 16
+"""A few more than there are fields, for later versions."""
+
+
+def digest(data: bytes) -> int:
+    """Return 52 bits of a hash of `data`: a float64 holds them exactly."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 12
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """How one key travels.
+
+    Args:
+        key: (dataset name, metric name).
+        type: what `type_label` says of its aggregation type.
+        sums: SUM lanes, without those of categories; 0 for a handler without lanes.
+        maxs: MAX lanes.
+        suffixes: what may be appended to the name when it is printed. They travel, because what
+            a key claims must not depend on who is asked.
+        per_rank: whether each rank's lanes are wanted, whatever the route.
+        distributed: whether it is a DISTRIBUTION, whose values travel too.
+        bounded: whether the view of the run is about recent values only.
+        capacity: places for values of one rank; grows by doubling.
+        weighted: whether those carry weights.
+        condensed: whether a rank had more values than it keeps as they are.
+        categories: each has a SUM lane of its own.
+        most: how many categories there may be.
+        full: whether there were more; they are counted as `OTHER`, which is then a category.
+    """
+
+    key: Key
+    type: str
+    sums: int
+    maxs: int
+    suffixes: tuple[str, ...] = ("",)
+    per_rank: bool = False
+    distributed: bool = False
+    bounded: bool = True
+    capacity: int = 0
+    weighted: bool = False
+    condensed: bool = False
+    categories: tuple[str, ...] = ()
+    most: int = 0
+    full: bool = False
+
+    @property
+    def sum_width(self) -> int:
+        return self.sums + len(self.categories)
+
+    @property
+    def custom(self) -> bool:
+        return self.sums == 0
+
+    def joined(self, other: Entry) -> Entry:
+        """Return this entry with room for what `other` brings, as far as there may be room.
+
+        Associative and commutative, but for which categories come first.
+        """
+        if self == other:
+            return self
+        joined = replace(
+            self,
+            per_rank=self.per_rank or other.per_rank,
+            capacity=max(self.capacity, other.capacity),
+            weighted=self.weighted or other.weighted,
+            condensed=self.condensed or other.condensed,
+            most=min(self.most, other.most),
+            full=self.full or other.full,
+        )
+        return joined.with_categories(other.categories)
+
+    def with_categories(self, categories: Iterable[str]) -> Entry:
+        """Return the entry with more categories, the first ones, as many as there is room for."""
+        known = set(self.categories)
+        new = [category for category in categories if category not in known]
+        if self.full:
+            new = [category for category in new if category != OTHER]
+        room = max(self.most - len(known - {OTHER} if self.full else known), 0)
+        full = self.full or len(new) > room
+        kept = known.union(new[:room], [OTHER] if full else [])
+        return replace(self, categories=tuple(sorted(kept)), full=full)
+
+    def compatible(self, other: Entry) -> bool:
+        return self._nature == other._nature
+
+    @property
+    def _nature(self) -> tuple[Any, ...]:
+        return self.type, self.sums, self.maxs, self.distributed, self.bounded
+
+    def holds(self, window: Window) -> bool:
+        """Return whether there are places for what a rank holds of a DISTRIBUTION."""
+        return (
+            window.values.size <= self.capacity > 0
+            and (self.weighted or window.weights is None)
+            and (self.condensed or window.older is None)
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """Return the entry in JSON types, without what is as usual."""
+        return {
+            field.name: value
+            for field in _FIELDS
+            if (value := getattr(self, field.name)) != field.default or field.default is MISSING
+        }
+
+
+_FIELDS = fields(Entry)
+
+
+class Schema:
+    """The ordered keys that all ranks have agreed on, and where each one's lanes stand.
+
+    Attributes:
+        entries: each key's entry, sorted by key.
+        sums: places of its SUM lanes.
+        maxs: places of its MAX lanes.
+    """
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self.entries: dict[Key, Entry] = {
+            entry.key: entry for entry in sorted(entries, key=lambda entry: entry.key)
+        }
+        self.sums, self.sum_width = places(self, lambda entry: entry.sum_width)
+        self.maxs, self.max_width = places(self, lambda entry: entry.maxs)
+        self.hash = digest(self.to_json().encode())
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.entries
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries.values())
+
+    @cached_property
+    def has_custom(self) -> bool:
+        """Whether a key's handler has no lanes, so that its results travel as bytes."""
+        return any(entry.custom for entry in self)
+
+    @cached_property
+    def distributions(self) -> list[Entry]:
+        return [entry for entry in self if entry.distributed]
+
+    @cached_property
+    def per_rank(self) -> Schema:
+        """The keys of which each rank's lanes are wanted, whatever the route."""
+        return Schema(entry for entry in self if entry.per_rank)
+
+    def to_json(self) -> str:
+        return json.dumps([entry.plain() for entry in self], separators=(",", ":"))
+
+    @staticmethod
+    def entries_from_json(text: str) -> list[Entry]:
+        parsed: list[dict[str, Any]] = json.loads(text)
+        for entry in parsed:
+            entry.update({k: tuple(v) for k, v in entry.items() if isinstance(v, list)})
+        return [Entry(**entry) for entry in parsed]
+
+    def beyond(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return those of `entries` that this schema has no room for."""
+        missing = []
+        for entry in entries:
+            agreed = self.entries.get(entry.key)
+            if agreed is None or not agreed.compatible(entry) or agreed.joined(entry) != agreed:
+                missing.append(entry)
+        return missing
+
+    def lanes(self, states: Mapping[Key, State]) -> tuple[list[float], list[float], set[Key]]:
+        """Return the SUM and MAX lanes of one rank, and the keys that lack a place.
+
+        What `states` lacks is the identity. Lanes of which some lack a place are not to be sent.
+        """
+        lacking: set[Key] = set()
+        sums: list[float] = []
+        maxs: list[float] = []
+        found = 0
+        for key, entry in self.entries.items():
+            state = states.get(key)
+            if state is None:
+                sums += (0.0,) * entry.sum_width
+                maxs += (-math.inf,) * entry.maxs
+                continue
+            found += 1
+            sums += state.sums
+            maxs += state.maxs
+            if type(state) is CategoryState:
+                counts = [state.counts.get(category, 0) for category in entry.categories]
+                rest = state.sums[COUNT] - sum(counts)
+                if rest and entry.full:
+                    counts[entry.categories.index(OTHER)] += int(rest)
+                elif rest:
+                    lacking.add(key)
+                sums += counts
+        if found < len(states):
+            lacking.update(key for key in states if key not in self.entries)
+        return sums, maxs, lacking
+
+    def lacking(self, windows: Mapping[Key, Window]) -> set[Key]:
+        """Return the keys of `windows` that the schema has no room for."""
+        return {
+            key
+            for key, window in windows.items()
+            if (agreed := self.entries.get(key)) is None or not agreed.holds(window)
+        }
+
+    # -- From one schema to the next
+
+    def lanes_from(self, older: Schema) -> tuple[IndexArray, IndexArray]:
+        """Return where the SUM and the MAX lanes of `older`, a part of this schema, stand here.
+
+        Categories that there was no room for stand where the others are counted.
+        """
+        sums = np.zeros(older.sum_width, dtype=np.intp)
+        maxs = np.zeros(older.max_width, dtype=np.intp)
+        for old in older:
+            new = self.entries[old.key]
+            start = self.sums[old.key].start
+            lanes = list(range(start, start + old.sums))
+            if old.categories:
+                lane_of = {c: start + new.sums + i for i, c in enumerate(new.categories)}
+                rest = lane_of.get(OTHER, 0)
+                lanes += [lane_of.get(category, rest) for category in old.categories]
+            sums[older.sums[old.key]] = lanes
+            place = self.maxs[old.key]
+            maxs[older.maxs[old.key]] = range(place.start, place.stop)
+        return sums, maxs
+
+
+IndexArray = npt.NDArray[np.intp]
+
+
+def places(
+    entries: Iterable[Entry], width: Callable[[Entry], int], start: int = 0
+) -> tuple[dict[Key, slice], int]:
+    """Return where each entry's part of a vector is, one after the other, and where they end."""
+    found: dict[Key, slice] = {}
+    for entry in entries:
+        found[entry.key] = slice(start, start + width(entry))
+        start = found[entry.key].stop
+    return found, start
