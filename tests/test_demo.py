@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,14 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from metricfold import read_jsonl
 from metricfold.demo.folder import RunFolder
 from metricfold.demo.mixture import SAMPLES_PER_STEP
+from metricfold.demo.pace import Pace
 from metricfold.demo.proof import prove
+from metricfold.demo.report import print_proof
 from metricfold.demo.texts import DemoError, Text
 
 pytestmark = pytest.mark.timeout(150)
@@ -45,9 +50,9 @@ def demo(*arguments, timeout=120):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run on two ranks, which has gone on for as many steps on three."""
+    """A run of 12 steps on two ranks, which has gone on for 10 more on three."""
     out = tmp_path_factory.mktemp("run") / "made" / "for it"
-    return RunFolder(out), demo("--steps", 6, "--out", out)
+    return RunFolder(out), demo("--steps", 12, "--out", out)
 
 
 def counted(folder, steps):
@@ -77,24 +82,73 @@ def test_it_ends_with_a_table_in_which_ours_is_the_truth(run):
 
 def test_it_says_what_the_metrics_cost(run):
     _, out = run
-    logs, collectives, rounds = map(
-        int, re.search(r"(\d+) logs? took (\d+) collectives: one each, and (\d+) for", out).groups()
+    said = " ".join(out.split())
+    logs, saves, collectives, agreeing, rounds = map(
+        int,
+        re.search(
+            r"(\d+) logs and (\d+) checkpoint took (\d+) collectives: one each, "
+            r"and (\d+) for new keys and categories \(in (\d+) of them\)\.",
+            said,
+        ).groups(),
     )
-    assert collectives == logs + rounds
-    assert float(re.search(r"Reductions took ([\d.]+)% of the wall time", out)[1]) < 50
-    assert re.search(r"The largest gradient of these steps was rank [01]'s", out)
+    assert (logs, saves) == (2, 1)
+    assert collectives == logs + saves + agreeing
+    assert agreeing == 2 * rounds
+    assert float(re.search(r"logger\.log\(\) returned after ([\d.]+) ms", said)[1]) > 0
+    assert re.search(r"The largest gradient of these steps was rank [01]'s", said)
+
+
+def test_it_says_how_long_the_steps_took_that_log_and_those_after_them(run):
+    folder, out = run
+    assert re.search(
+        r"Steps that log took \d+ ms \(median of 1\), the steps after them \d+ ms, all others "
+        r"\d+ ms \(half of them \d+ to \d+ ms\): ratios [\d.]+ and [\d.]+\.",
+        " ".join(out.split()),
+    )
+    # What is left is the second launch: steps 13 to 22, with a log at 20, and one before a save.
+    pages = [json.loads(path.read_text()) for path in folder.ledger.iterdir()]
+    seconds = np.array([page["seconds"] for page in pages])
+    assert seconds.shape == (3, 10)
+    assert (seconds > 0).all()
+    proof, slowest = prove(folder), seconds.max(0).tolist()
+    assert proof.pace == Pace(slowest[7:8], slowest[8:9], slowest[:7])
+    assert proof.holding == max(np.median(page["logging"]) for page in pages) > 0
+    assert all(len(page["logging"]) == 2 for page in pages)
+
+
+def test_the_sentence_about_the_steps_gives_the_medians_of_each_kind(run):
+    proof = replace(
+        prove(run[0]),
+        pace=Pace(logging=[0.9, 0.105, 0.03], after=[0.12], others=[0.08, 0.09, 0.1, 0.11, 5.0]),
+    )
+    console = Console(width=300, file=io.StringIO())
+    print_proof(console, proof)
+    assert (
+        "Steps that log took 105 ms (median of 3), the steps after them 120 ms, all others 100 ms "
+        "(half of them 90 to 110 ms): ratios 1.05 and 1.20.\n"
+    ) in re.sub(" +", " ", console.file.getvalue().replace(" \n", "\n"))
 
 
 def test_totals_after_resuming_on_three_ranks_are_those_of_the_data(run):
     folder, out = run
-    record, truth = last_log(folder), counted(folder, 12)
-    assert record.step == 12
+    record, truth = last_log(folder), counted(folder, 22)
+    assert record.step == 22
     for name, tokens in truth.items():
         assert record.metrics[f"train_{name}/tokens_seen"] == tokens
         assert f"tokens_seen of {name}: {tokens:,} = {tokens:,} counted" in out
     assert record.metrics["train/tokens_seen"] == sum(truth.values())
-    assert record.metrics["train/samples_seen"] == 12 * SAMPLES_PER_STEP
-    assert record.metrics["train/grad_norm_rank"] in (0, 1, 2)
+    assert record.metrics["train/samples_seen"] == 22 * SAMPLES_PER_STEP
+
+
+def test_the_owner_of_the_largest_gradient_is_the_rank_that_recorded_it(run):
+    for record in read_jsonl(run[0].metrics):
+        if "train/grad_norm" not in record.metrics:
+            continue
+        ranks = range(2 if record.step <= 12 else 3)
+        norms = [record.metrics.pop(f"train/grad_norm/rank_{rank}") for rank in ranks]
+        assert not [key for key in record.metrics if "grad_norm/" in key]
+        assert record.metrics["train/grad_norm"] == max(norms)
+        assert record.metrics["train/grad_norm_rank"] == np.argmax(norms)
 
 
 def test_every_promised_metric_is_in_the_files(run):
@@ -132,8 +186,8 @@ def test_it_resumes_when_told_to_on_any_number_of_ranks(run, tmp_path):
     before = folder.metrics.read_bytes()
     demo("--resume", "--ranks", 1, "--steps", 2, "--out", folder.path)
     assert folder.metrics.read_bytes().startswith(before)
-    assert last_log(folder).step == 16
-    for name, tokens in counted(folder, 16).items():
+    assert last_log(folder).step == 26
+    for name, tokens in counted(folder, 26).items():
         assert last_log(folder).metrics[f"train_{name}/tokens_seen"] == tokens
 
 

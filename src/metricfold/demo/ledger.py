@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from metricfold import MetricsAggregator
 
 __all__ = ["Ledger", "Page", "read_ledger"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +32,19 @@ class Page:
         first_step: the first step of this launch.
         losses: per step and dataset, the sum of the losses of all predicted tokens.
         tokens: per step and dataset, how many tokens were predicted.
-        seconds: how long the steps took, in all.
-        reducing: how much of that went into reductions of the training metrics.
-        collectives: how many collectives each of those took.
+        seconds: how long each step took, with the wait for its batch and all that was done in it.
+        logging: how long each log of the training metrics held up its step.
+        collectives: how many collectives the training metrics took.
+        schema_rounds: how many of the reductions had to agree on new keys or categories first.
     """
 
     first_step: int
     losses: list[list[float]]
     tokens: list[list[float]]
-    seconds: float
-    reducing: float
-    collectives: list[int]
+    seconds: list[float]
+    logging: list[float]
+    collectives: int
+    schema_rounds: int
 
 
 class Ledger:
@@ -49,32 +53,40 @@ class Ledger:
     def __init__(self, folder: Path, rank: int, first_step: int) -> None:
         self._path = folder / f"rank-{rank}.json"
         self._first_step = first_step
-        self._began = time.perf_counter()
         self._steps: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._reducing = 0.0
-        self._collectives: list[int] = []
+        self._seconds: list[float] = []
+        self._logging: list[float] = []
+
+    def timing(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield `batches`, and note how long it takes from one to the next."""
+        began = time.perf_counter()
+        for batch in batches:
+            yield batch
+            ended = time.perf_counter()
+            self._seconds.append(ended - began)
+            began = ended
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Note how long a log takes."""
+        began = time.perf_counter()
+        yield
+        self._logging.append(time.perf_counter() - began)
 
     def note(self, losses: torch.Tensor, tokens: torch.Tensor) -> None:
         """Keep one step's loss sums and token counts per dataset; they stay on the device."""
         self._steps.append((losses.detach(), tokens))
 
-    @contextmanager
-    def reducing(self, aggregator: MetricsAggregator) -> Iterator[None]:
-        """Note how long a reduction takes, and how many collectives."""
-        began, before = time.perf_counter(), aggregator.collectives
-        yield
-        self._reducing += time.perf_counter() - began
-        self._collectives.append(aggregator.collectives - before)
-
-    def close(self) -> None:
-        """Write everything down."""
+    def close(self, aggregator: MetricsAggregator) -> None:
+        """Write everything down, and what `aggregator` has cost."""
         page = Page(
             first_step=self._first_step,
             losses=[losses.tolist() for losses, _ in self._steps],
             tokens=[tokens.tolist() for _, tokens in self._steps],
-            seconds=time.perf_counter() - self._began,
-            reducing=self._reducing,
-            collectives=self._collectives,
+            seconds=self._seconds,
+            logging=self._logging,
+            collectives=aggregator.collectives,
+            schema_rounds=aggregator.schema_rounds,
         )
         self._path.write_text(json.dumps(asdict(page)), encoding="utf-8")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from metricfold import read_jsonl
 from metricfold.demo.folder import RunFolder
 from metricfold.demo.ledger import Page, read_ledger
 from metricfold.demo.mixture import SAMPLES_PER_STEP, Mixture
+from metricfold.demo.pace import Pace
 from metricfold.demo.texts import DemoError
 
 __all__ = ["Proof", "Row", "prove"]
@@ -49,8 +51,12 @@ class Proof:
     Args:
         interval: the steps that the last log speaks about; it gives totals since the beginning.
         rows: the numbers.
-        collectives: how many collectives each log of rank 0 took.
-        reducing: the largest share of a rank's wall time that went into reductions.
+        logs: how many logs of the training metrics there were in this launch.
+        saves: how many checkpoints.
+        collectives: how many collectives the training metrics took for both.
+        schema_rounds: in how many of them the ranks had to agree on new keys or categories.
+        holding: how long a log held up its step on the slowest rank: the median, in seconds.
+        pace: how long steps took that log, and those that do not.
         gradient_norm: the largest norm of one rank's gradient in the interval.
         gradient_rank: the rank that it was on.
         losses: the logged loss over all datasets, by step, over the whole run.
@@ -58,8 +64,12 @@ class Proof:
 
     interval: range
     rows: list[Row]
-    collectives: list[int]
-    reducing: float
+    logs: int
+    saves: int
+    collectives: int
+    schema_rounds: int
+    holding: float
+    pace: Pace
     gradient_norm: float
     gradient_rank: int
     losses: dict[int, float]
@@ -79,23 +89,30 @@ def prove(folder: RunFolder) -> Proof:
     mixture, pages = folder.read_mixture(), read_ledger(folder.ledger)
     first = pages[0].first_step
     step = first - 1 + len(pages[0].losses)
-    logs = [record for record in read_jsonl(folder.metrics) if "train/grad_norm" in record.metrics]
+    records = read_jsonl(folder.metrics)
+    logs = [record for record in records if "train/grad_norm" in record.metrics]
     if not logs or logs[-1].step != step:
         raise DemoError(
             f"{folder.metrics} has no log of step {step}, the last one: please report this as a bug "
             "in metricfold"
         )
+    steps = [record.step for record in logs if record.step >= first]
     # A checkpoint follows right after a log, so a launch begins with a new interval.
-    before = max([record.step for record in logs[:-1] if record.step >= first], default=first - 1)
-    interval = range(before + 1, step + 1)
+    interval = range(max(steps[:-1], default=first - 1) + 1, step + 1)
+    # A validation pass comes before every checkpoint.
+    saved = {one.step for one in records if one.prefix == "val" and one.step >= first}
     logged = logs[-1].metrics
     # There is a number over all datasets where there is more than one.
     loss = "train/loss" if len(mixture.names) > 1 else f"train_{mixture.names[0]}/loss"
     return Proof(
         interval,
         _rows(mixture, pages, interval, logged),
+        len(steps),
+        len(saved),
         pages[0].collectives,
-        max(page.reducing / page.seconds for page in pages),
+        pages[0].schema_rounds,
+        max(median(page.logging) for page in pages),
+        Pace.of([page.seconds for page in pages], first, steps, saved),
         logged["train/grad_norm"],
         int(logged["train/grad_norm_rank"]),
         {log.step: log.metrics[loss] for log in logs if loss in log.metrics},

@@ -9,8 +9,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -73,7 +75,7 @@ def print_proof(console: Console, proof: Proof) -> None:
         )
     console.print(table)
     for sentence in _sentences(proof):
-        console.print(f"  {sentence}.", highlight=False)
+        console.print(Padding(f"{sentence}.", (0, 0, 0, 2), expand=False), highlight=False)
 
 
 def print_resumed(console: Console, proof: Proof, ranks: int) -> None:
@@ -121,14 +123,28 @@ def _sentences(proof: Proof) -> Iterator[str]:
             f"The loss went from {proof.losses[first]:.2f} at step {first} "
             f"to {proof.losses[last]:.2f} at step {last}"
         )
-    logs, collectives = len(proof.collectives), sum(proof.collectives)
-    rounds = sum(taken > 1 for taken in proof.collectives)
-    agreed = f", and {collectives - logs} for new keys and categories (in {_count(rounds, 'log')})"
-    yield (
-        f"{_count(logs, 'log')} took {_count(collectives, 'collective')}: one each"
-        + (agreed if rounds else "")
+    agreeing = proof.collectives - proof.logs - proof.saves
+    agreed = (
+        f", and {agreeing} for new keys and categories (in {proof.schema_rounds} of them)"
+        if agreeing
+        else ""
     )
-    yield f"Reductions took {proof.reducing:.2%} of the wall time"
+    yield (
+        f"{_count(proof.logs, 'log')} and {_count(proof.saves, 'checkpoint')} took "
+        f"{_count(proof.collectives, 'collective')}: one each{agreed}"
+    )
+    yield f"logger.log() returned after {1e3 * proof.holding:.2g} ms (median on the slowest rank)"
+    pace = proof.pace
+    if pace.logging and pace.after and pace.others:
+        logging, after, others = (
+            1e3 * float(np.median(seconds)) for seconds in (pace.logging, pace.after, pace.others)
+        )
+        low, high = 1e3 * np.quantile(pace.others, (0.25, 0.75))
+        yield (
+            f"Steps that log took {logging:.0f} ms (median of {len(pace.logging)}), the steps after "
+            f"them {after:.0f} ms, all others {others:.0f} ms (half of them {low:.0f} to "
+            f"{high:.0f} ms): ratios {logging / others:.2f} and {after / others:.2f}"
+        )
     yield (
         f"The largest gradient of these steps was rank {proof.gradient_rank}'s, "
         f"of norm {proof.gradient_norm:.3g}"

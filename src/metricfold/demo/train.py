@@ -8,7 +8,7 @@ metricfold asks five things of a loop:
 1. samples carry metrics, and `MetricsCollator` keeps them with their batch (see `batches`);
 2. `aggregator.update` takes the metrics of each batch that is trained on;
 3. `aggregator.record` takes what only the step knows: tensors, which stay on their device;
-4. every rank logs at the same steps, and rank 0 alone writes;
+4. every rank calls `logger.log` at the same steps: it returns at once, and rank 0 alone writes;
 5. every rank calls `state_dict`, and what it returns is good for any number of ranks.
 """
 
@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -38,10 +39,9 @@ from metricfold.demo.mixture import Mixture
 from metricfold.demo.model import ByteTransformer
 
 LOG_EVERY = 10
-VALIDATE_EVERY = 50
-SAVE_EVERY = 50
+SAVE_EVERY = 50  # after a validation pass
 ON_SCREEN = [
-    *("*/loss", "*/perplexity", "*/grad_norm*", "*/tok*"),
+    *("*/loss", "*/perplexity", "*/grad_norm", "*/grad_norm_rank", "*/tok*"),
     *("*/seq_len_stat_mean", "*/seq_len_stat_std", "*/seq_len_stat_p50", "*/kind*"),
 ]
 
@@ -59,6 +59,8 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
     validation = MetricsAggregator(name="val")
     for metrics in (aggregator, validation):
         metrics.derive("perplexity", lambda values: math.exp(values["loss"]))
+    norms = [f"grad_norm/rank_{one}" for one in range(world_size)]
+    aggregator.derive("grad_norm_rank", lambda values: float(np.argmax([values[n] for n in norms])))
 
     parts = {"model": model.module, "optimizer": optimizer, "train": aggregator, "val": validation}
     start = load_checkpoint(folder.checkpoint, parts) if resume else 0
@@ -71,7 +73,7 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
         JSONLSink(folder.metrics),
         TensorBoardSink(folder.tensorboard),
     ]
-    batches = training_batches(mixture, range(start + 1, stop + 1), rank, world_size)
+    batches = ledger.timing(training_batches(mixture, range(start + 1, stop + 1), rank, world_size))
     progress = track(batches, "training", total=steps, console=console, disable=rank > 0)
     with MetricsLogger(sinks) as logger:
         logger.rewind(start)
@@ -92,22 +94,20 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
             # A dataset that is not in this batch has 0/0 as its loss, which counts with weight 0.
             for name, mean, weight in zip(mixture.names, losses / tokens, tokens, strict=True):
                 aggregator.record("loss", mean, weight=weight, dataset=name)
-            aggregator.record("grad_norm", gradient_norm.pop(), agg="max")
+            norm = gradient_norm.pop()
+            aggregator.record("grad_norm", norm, agg="max")
+            aggregator.record(norms[rank], norm, agg="max")  # ranks need not hold the same metrics
             aggregator.record("tokens_per_second", batch["mask"].sum(), agg="rate")
             ledger.note(losses, tokens)
 
             if step % LOG_EVERY == 0 or step == stop:
-                with ledger.reducing(aggregator):
-                    snapshot = aggregator.reduce(step)
-                whose = snapshot.owner(None, "grad_norm")
-                extra = {} if whose is None else {"train/grad_norm_rank": whose}
-                logger.log(step, snapshot, prefix="train", extra=extra)
-            if step % VALIDATE_EVERY == 0 or step == stop:
+                with ledger.logging():
+                    logger.log(step, aggregator, prefix="train")
+            if step % SAVE_EVERY == 0 or step == stop:
                 validate(model, mixture, validation)
                 logger.log(step, validation, prefix="val")
-            if step % SAVE_EVERY == 0 or step == stop:
                 save_checkpoint(folder.checkpoint, parts, step)
-    ledger.close()
+    ledger.close(aggregator)
 
 
 def losses_by_dataset(
