@@ -400,13 +400,15 @@ def test_each_segment_is_as_fine_as_the_largest_common_share_allows(extents, bud
 @given(streams, streams, budgets)
 @settings(deadline=None)
 def test_the_layout_knows_the_extents_of_what_is_in_the_buckets(values, more, budget):
-    histogram = histogram_of(values, max_buckets=budget)
-    for _ in range(2):
+    one, other = histogram_of(values, max_buckets=budget), histogram_of(more)
+    received = over_wire([one, other], budget)
+    longer = one.copy()
+    longer.update(more)
+    for histogram in (one, other, received, longer):
         grid = histogram._contents().grid
         known, found = grid.layout.extents, Buckets.of(grid).extents
         assert (known.low == found.low).all()
         assert (known.high == found.high).all()
-        histogram.update(more)
 
 
 @given(some_extents(), some_extents(), budgets)
@@ -463,6 +465,11 @@ def test_maximum_and_sum_merge_like_merge(streams, own, packed):
 def test_one_histogram_arrives_bit_for_bit(values, max_buckets):
     sent = histogram_of(values, max_buckets=max_buckets)
     assert over_wire([sent], max_buckets).to_dict() == sent.to_dict()
+    extents = sent.extents()
+    lanes = sent.pack(extents, max_buckets)
+    # The extremes fix no layout, but say that there is somebody else.
+    extents[2 * SIGNED] = LARGEST
+    assert sent.pack(extents, max_buckets).tolist() == lanes.tolist()
     assert sent.copy().to_dict() == sent.to_dict()
     assert merged([sent, LogLinearHistogram(max_buckets)]).to_dict() == sent.to_dict()
 

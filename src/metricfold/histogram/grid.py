@@ -89,9 +89,9 @@ class Buckets:
         first = np.concatenate([grid.layout.first for grid in grids])
         m = np.concatenate([grid.layout.m for grid in grids])
         occupied = np.flatnonzero(sums[0])
-        owner = np.repeat(np.arange(size.size), size)[occupied]
-        index = occupied + (first - np.cumsum(size) + size)[owner]
-        return cls(owner % SIGNED, index, m[owner], sums.take(occupied, axis=1))
+        owner = np.arange(size.size).repeat(size).take(occupied)
+        index = occupied + (first - size.cumsum() + size).take(owner)
+        return cls(owner % SIGNED, index, m.take(owner), sums.take(occupied, axis=1))
 
     @classmethod
     def joined(cls, *parts: Buckets) -> Buckets:
@@ -138,7 +138,7 @@ class Buckets:
             steps = np.where(to_whole, 0, steps)
         index = self.index >> steps
         # u in the coarser bucket is shift + scale * u.
-        scale = _HALVINGS[steps]
+        scale = _HALVINGS.take(steps)
         shift = (self.index - (index << steps)) * scale
         if some:
             exponents = -MIDDLE_EXPONENTS[self.segment]
@@ -161,14 +161,15 @@ def place(buckets: Buckets, layout: Layout, sums: FloatArray) -> None:
         ValueError: the layout has no place for a bucket, or only a finer one.
     """
     segment = buckets.segment
-    m = layout.m[segment]
+    m = layout.m.take(segment)
     if (m > buckets.m).any():
         raise ValueError("a bucket cannot be divided into finer ones")
     buckets = buckets.at(m)
-    offset = buckets.index - layout.first[segment]
-    if ((offset < 0) | (offset >= layout.size[segment])).any():
+    offset = buckets.index - layout.first.take(segment)
+    # What is negative is huge without its sign.
+    if (offset.view(np.uint64) >= layout.size.take(segment).view(np.uint64)).any():
         raise ValueError("a bucket lies outside of the extents")
-    where = layout.start[segment] + offset
+    where = layout.start.take(segment) + offset
     for k, moment in enumerate(buckets.sums):
         sums[k] += np.bincount(where, moment, minlength=sums.shape[1])
 

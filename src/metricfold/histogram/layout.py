@@ -209,7 +209,7 @@ class Layout:
     @cached_property
     def start(self) -> IntArray:
         """Place of each segment's first bucket in the row."""
-        return np.cumsum(self.size) - self.size
+        return self.size.cumsum() - self.size
 
     @cached_property
     def total(self) -> int:
@@ -305,9 +305,10 @@ def _share(wanted: IntArray, needed: IntArray, budget: int) -> int:
     if wanted.sum() <= budget:
         return int(wanted.max(initial=0))
     # What is charged grows with the share at one rate between these, and not at all beyond them.
-    corners = np.sort(np.concatenate([needed, wanted]))
+    corners = np.concatenate([needed, wanted])
+    corners.sort()
     charged = np.minimum(wanted, np.maximum(corners[:, np.newaxis], needed)).sum(axis=1)
-    last = int(np.searchsorted(charged, budget, side="right")) - 1
+    last = int(charged.searchsorted(budget, side="right")) - 1
     if last < 0:
         return -1
     sharing = np.count_nonzero((needed <= corners[last]) & (corners[last] < wanted))

@@ -44,7 +44,7 @@ def extents(frame: Frame) -> FloatArray:
     )
 
 
-def pack(contents: Contents, extents: npt.ArrayLike, max_buckets: int) -> FloatArray:
+def pack(contents: Contents, merged: npt.ArrayLike, max_buckets: int) -> FloatArray:
     """Return the sums, shape (slot_width(max_buckets),), in the layout of everyone's extents."""
     lanes = np.zeros(slot_width(max_buckets))
     if max_buckets > contents.max_buckets:
@@ -52,22 +52,26 @@ def pack(contents: Contents, extents: npt.ArrayLike, max_buckets: int) -> FloatA
             f"a histogram of max_buckets={contents.max_buckets} cannot be packed as finely as "
             f"max_buckets={max_buckets}: pack with the fewest that any histogram has"
         )
-    layout = _frame(extents).layout(max_buckets)
+    array = _numbers(merged)
+    lanes[: len(Total)] = contents.totals
     rows = lanes[len(Total) :].reshape(MOMENTS, -1)
+    if max_buckets == contents.max_buckets and (array == extents(contents.frame)).all():
+        # Nobody has more: its buckets are in their places.
+        rows[:, : contents.grid.layout.total] = contents.grid.sums
+        return lanes
     try:
-        place(contents.buckets, layout, rows)
+        place(contents.buckets, _frame(array).layout(max_buckets), rows)
     except ValueError:
         raise ValueError(
             "the extents do not cover this histogram: merge extents() of every histogram by "
             "elementwise maximum, this one's too, before packing"
         ) from None
-    lanes[: len(Total)] = contents.totals
     return lanes
 
 
-def unpack(extents: npt.ArrayLike, lanes: npt.ArrayLike, max_buckets: int) -> Contents:
+def unpack(merged: npt.ArrayLike, lanes: npt.ArrayLike, max_buckets: int) -> Contents:
     """Return what has been packed, from merged extents and merged lanes."""
-    frame = _frame(extents)
+    frame = _frame(_numbers(merged))
     array = np.array(lanes, dtype=np.float64)
     if array.shape != (slot_width(max_buckets),):
         raise ValueError(
@@ -80,13 +84,17 @@ def unpack(extents: npt.ArrayLike, lanes: npt.ArrayLike, max_buckets: int) -> Co
     return Contents(max_buckets, frame.minimum, frame.maximum, array[: len(Total)], grid)
 
 
-def _frame(lanes: npt.ArrayLike) -> Frame:
-    array = np.asarray(lanes, dtype=np.float64)
+def _numbers(merged: npt.ArrayLike) -> FloatArray:
+    array = np.asarray(merged, dtype=np.float64)
     if array.shape != (EXTENTS_WIDTH,) or np.isnan(array).any():
         raise ValueError(
             f"extents are {EXTENTS_WIDTH} numbers, none of them NaN: the elementwise maximum of "
             f"extents() of every histogram; got an array of shape {array.shape}"
         )
+    return array
+
+
+def _frame(array: FloatArray) -> Frame:
     high, low = array[:SIGNED], -array[SIGNED : 2 * SIGNED]
     maximum, minus_minimum, minus_finest, dropped = array[2 * SIGNED :].tolist()
     reached = Extents.empty()
