@@ -153,11 +153,13 @@ def magnitude(metrics: Sequence[Metric]) -> float:
     story=st.lists(intervals, min_size=1, max_size=4),
     world_size=st.integers(1, 4),
     on_nan=st.sampled_from(["propagate", "skip"]),
+    route=st.sampled_from(["narrow", "wide"]),
+    window=st.sampled_from([1000, None]),
 )
 def test_any_split_over_workers_ranks_intervals_and_restarts_gives_one_answer(
-    story: list[Interval], world_size: int, on_nan: str
+    story: list[Interval], world_size: int, on_nan: str, route: str, window: int | None
 ) -> None:
-    options = {"on_nan": on_nan}
+    options: dict[str, Any] = {"on_nan": on_nan, "route": route, "dist_window_size": window}
     alone = new_aggregator(**options)
     everything = [m for part in story for piece in part.pieces for m in piece.metrics]
     alone.update(everything)
@@ -180,12 +182,18 @@ def test_any_split_over_workers_ranks_intervals_and_restarts_gives_one_answer(
 
 
 @settings(max_examples=60, deadline=None)
-@given(story=st.lists(intervals, min_size=2, max_size=3), world_size=st.integers(2, 3))
+@given(
+    story=st.lists(intervals, min_size=2, max_size=3),
+    world_size=st.integers(2, 3),
+    route=st.sampled_from(["narrow", "wide"]),
+    window=st.sampled_from([1, 1000, None]),
+)
 def test_each_interval_speaks_about_what_came_in_since_the_one_before(
-    story: list[Interval], world_size: int
+    story: list[Interval], world_size: int, route: str, window: int | None
 ) -> None:
     story = [Interval(part.pieces, part.saves, None) for part in story]
-    results = run_threads(run_rank, world_size, story, None, {})
+    options = {"route": route, "dist_window_size": window}
+    results = run_threads(run_rank, world_size, story, None, options)
     for part, seen in zip(story, results[0][0], strict=True):
         metrics = [metric for piece in part.pieces for metric in piece.metrics]
         if not metrics:

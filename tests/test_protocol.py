@@ -32,7 +32,9 @@ events = st.sampled_from(
         "category",
         "window",
         "weighted window",
+        "long window",
         "custom",
+        "per rank",
         "bad weight",
         "names clash",
         "reset",
@@ -43,11 +45,11 @@ events = st.sampled_from(
 
 
 def live(
-    communicator: Communicator, story: list[list[str]]
+    communicator: Communicator, story: list[list[str]], options: dict[str, Any]
 ) -> tuple[list[str], dict[str, float], float]:
     """Go through a story of events, some of which raise; then reduce cleanly."""
     rank = communicator.rank
-    aggregator = MetricsAggregator(8, communicator=communicator)
+    aggregator = MetricsAggregator(communicator=communicator, **options)
     aggregator.register_handler(MyTypes.RMS, RMSHandler())
     outcomes, recorded = [], 0.0
     for round_number, chosen in enumerate(story):
@@ -70,6 +72,11 @@ def live(
                 weight = 1.0 if event == "window" else 2.0
                 for value in range(round_number + 2):
                     aggregator.record("len", value, "distribution", weight=weight)
+            elif event == "long window":
+                for value in range(40):
+                    aggregator.record("len", value, "distribution")
+            elif event == "per rank":
+                aggregator.record("time", rank, per_rank=True)
             elif event == "custom":
                 aggregator.update([Metric("d", "rms", rank + 1, MyTypes.RMS)])
             elif event == "bad weight":
@@ -109,12 +116,15 @@ def live(
 @given(
     world_size=st.integers(2, 4),
     story=st.lists(st.lists(events, min_size=4, max_size=4), max_size=6),
+    route=st.sampled_from(["narrow", "wide"]),
+    window=st.sampled_from([8, None]),
 )
 def test_whatever_fails_all_ranks_raise_alike_and_go_on(
-    world_size: int, story: list[list[str]]
+    world_size: int, story: list[list[str]], route: str, window: int | None
 ) -> None:
     # A vector of another size on some rank would fail inside the communicator.
-    results = run_threads(live, world_size, [chosen[:world_size] for chosen in story])
+    options = {"route": route, "dist_window_size": window}
+    results = run_threads(live, world_size, [chosen[:world_size] for chosen in story], options)
     for outcomes, logged, _ in results:
         assert outcomes == results[0][0]
         assert repr(logged) == repr(results[0][1])

@@ -1,0 +1,408 @@
+"""Two routes to one result: an all-gather, and two all-reduces where that would be large."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from handlers_of_users import LaneRMS, MyTypes, RMSHandler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_ranks, run_threads
+
+from metricfold import AggregationType, Metric, MetricsAggregator
+from metricfold.communicator import Communicator
+
+BOTH = pytest.mark.parametrize("route", ["narrow", "wide"])
+
+# -- Both give the same --------------------------------------------------------------------------
+
+numbers = st.one_of(
+    st.integers(-1000, 1000),
+    st.floats(-1e6, 1e6),
+    st.sampled_from([0.0, -0.0, 1e-300, 3e200, math.nan, math.inf, -math.inf]),
+)
+names = st.sampled_from(["a", "b", "c"])
+weights = st.sampled_from([1.0, 1.0, 0.0, 0.5, 3])
+
+
+def of_type(agg_type: Any, values: st.SearchStrategy[Any]) -> st.SearchStrategy[Metric]:
+    named = names.map(lambda name: f"{name} {agg_type}")
+    datasets = st.sampled_from(["alpaca", "orca"])
+    return st.builds(Metric, datasets, named, values, st.just(agg_type), weights)
+
+
+anything = st.one_of(
+    *(
+        of_type(agg_type, numbers)
+        for agg_type in (
+            AggregationType.SUM,
+            AggregationType.MEAN,
+            AggregationType.MAX,
+            AggregationType.MIN,
+            AggregationType.DISTRIBUTION,
+            "lane rms",
+        )
+    ),
+    of_type(AggregationType.CATEGORICAL_COUNT, st.sampled_from(["x", "y", 3, True])),
+    of_type(MyTypes.RMS, st.integers(1, 9)),
+)
+interval_of_ranks = st.lists(st.lists(anything, max_size=12), min_size=4, max_size=4)
+
+
+def live(
+    communicator: Communicator, story: list[list[list[Metric]]], options: dict[str, Any]
+) -> list[Any]:
+    """Reduce a few intervals; returns all that the snapshots say on this rank."""
+    aggregator = MetricsAggregator(communicator=communicator, **options)
+    aggregator.register_handler("lane rms", LaneRMS())
+    aggregator.register_handler(MyTypes.RMS, RMSHandler())
+    said: list[Any] = []
+    for number, ranks in enumerate(story):
+        aggregator.update(ranks[communicator.rank])
+        if number % 2:
+            aggregator.state_dict()
+        snapshot = aggregator.reduce(step=number)
+        said += [
+            snapshot.as_dict("t", window, rollup=True, macro=True)
+            for window in ("run", "interval")
+            if window == "run" or not snapshot.empty
+        ]
+        said.append(
+            {
+                key: (snapshot.lacking_count(*key), snapshot.lacking_count(*key) == 4)
+                for ranks in story[: number + 1]
+                for metrics in ranks
+                for metric in metrics
+                if metric.agg_type != MyTypes.RMS
+                for key in [(metric.dataset_name, metric.name)]
+            }
+        )
+        said.append([len(found.counts) > 0 for found in snapshot.histograms("t").values()])
+    return said
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    story=st.lists(interval_of_ranks, min_size=1, max_size=3),
+    world_size=st.integers(1, 4),
+    window=st.sampled_from([3, 1000, None]),
+)
+def test_both_routes_give_the_same(
+    story: list[list[list[Metric]]], world_size: int, window: int | None
+) -> None:
+    story = [ranks[:world_size] for ranks in story]
+    options = {"dist_window_size": window}
+    narrow, *others = run_threads(live, world_size, story, {**options, "route": "narrow"})
+    for other in others:
+        assert repr(other) == repr(narrow)
+    wide, *others = run_threads(live, world_size, story, {**options, "route": "wide"})
+    for other in others:
+        assert repr(other) == repr(wide)
+    magnitude = 1.0 + sum(
+        abs(metric.value) * max(metric.weight, 1)
+        for ranks in story
+        for metrics in ranks
+        for metric in metrics
+        if isinstance(metric.value, int | float) and math.isfinite(metric.value)
+    )
+    for ours, theirs in zip(wide, narrow, strict=True):
+        if not isinstance(ours, dict):
+            assert ours == theirs
+            continue
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            if isinstance(value, tuple) or "count" in key:
+                assert ours[key] == value, key
+            else:
+                near = pytest.approx(value, rel=1e-9, abs=1e-12 * magnitude, nan_ok=True)
+                assert ours[key] == near, key
+
+
+# -- What each costs -----------------------------------------------------------------------------
+
+
+class Counting:
+    """Counts collectives, and the numbers that this rank hands to them."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self.sizes: list[int] = []
+        for name in ("_all_gather", "_all_reduce"):
+            setattr(communicator, name, self._counting(getattr(communicator, name)))
+
+    def _counting(self, collective: Any) -> Any:
+        def counted(vector: Any, *args: Any) -> Any:
+            self.sizes.append(vector.size)
+            return collective(vector, *args)
+
+        return counted
+
+
+def hundred_metrics(communicator: Communicator, samples: int, route: str) -> tuple[list[int], int]:
+    """Return the sizes of what a log sends in the steady state: 80 scalars, 20 distributions."""
+    counting = Counting(communicator)
+    aggregator = MetricsAggregator(communicator=communicator, route=route)
+    rng = np.random.default_rng(communicator.rank)
+    for _ in range(3):
+        counting.sizes.clear()
+        for number in range(80):
+            agg = ("sum", "mean", "max", "min")[number % 4]
+            aggregator.record(f"scalar {number}", number, agg)
+        metrics = [
+            Metric("d", f"dist {number}", value, AggregationType.DISTRIBUTION)
+            for number in range(20)
+            for value in rng.lognormal(5, 1, samples).tolist()
+        ]
+        aggregator.update(metrics)
+        before = aggregator.collectives
+        aggregator.reduce()
+    return counting.sizes, aggregator.collectives - before
+
+
+def test_the_wide_payload_grows_with_neither_ranks_nor_samples(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = {
+        (world_size, samples): run_threads(hundred_metrics, world_size, samples, "wide")[0]
+        for world_size, samples in [(2, 10), (6, 10), (2, 3000)]
+    }
+    sizes, collectives = found[2, 10]
+    assert collectives == len(sizes) == 2
+    assert all(one == (sizes, 2) for one in found.values())
+    with capsys.disabled():
+        print(f"\n100 metrics, 20 of them distributions: {8 * sum(sizes):,} bytes a rank, always")
+    gathered, collectives = run_threads(hundred_metrics, 2, 10, "narrow")[0]
+    assert collectives == len(gathered) == 1
+
+
+def four_intervals(rank: int, route: str) -> list[int]:
+    aggregator = MetricsAggregator(route=route)
+    counted = []
+    for number in range(4):
+        aggregator.record("loss", rank + number)
+        aggregator.update([Metric("d", "len", rank, AggregationType.DISTRIBUTION)])
+        before = aggregator.collectives
+        aggregator.reduce()
+        counted.append(aggregator.collectives - before)
+    return counted
+
+
+def test_real_ranks_take_one_collective_or_two() -> None:
+    assert run_ranks(four_intervals, 2, "narrow")[0][1:] == [1, 1, 1]
+    assert run_ranks(four_intervals, 2, "wide")[0][1:] == [2, 2, 2]
+
+
+def big(communicator: Communicator, metrics: int) -> tuple[int, float]:
+    """Return the collectives of a log of distributions whose windows are full."""
+    aggregator = MetricsAggregator(communicator=communicator)
+    for _ in range(2):
+        for number in range(metrics):
+            aggregator.update(
+                [Metric("d", f"{number}", v, AggregationType.DISTRIBUTION) for v in range(1000)]
+            )
+        before = aggregator.collectives
+        logged = aggregator.get_metrics_for_logging("t")
+    return aggregator.collectives - before, logged["t_d/0_stat_p50"]
+
+
+def test_the_route_follows_from_how_much_there_is_to_say() -> None:
+    assert run_threads(big, 2, 100)[0] == (1, 499.5)
+    # 2 ranks x 300 windows of 1000 float64 are more than 4 MiB.
+    collectives, median = run_threads(big, 2, 300)[0]
+    assert collectives == 2
+    assert median == pytest.approx(499.5, rel=2e-3)
+    # One rank has nobody to send anything to.
+    assert run_threads(big, 1, 600)[0][1] == 499.5
+
+
+# -- Who had what --------------------------------------------------------------------------------
+
+
+def extremes(communicator: Communicator, route: str) -> tuple[Any, ...]:
+    aggregator = MetricsAggregator(communicator=communicator, route=route)
+    rank = communicator.rank
+    aggregator.record("grad", [1.0, 7.0, 3.0, 7.0][rank], "max")
+    aggregator.record("step", 10.0 * rank + 1, "max", per_rank=True)
+    aggregator.record("low", [5.0, -2.0, 0.0, 1.0][rank], "min")
+    aggregator.record("bad", math.nan if rank == 2 else 1.0, "max")
+    aggregator.record("wait", rank + 0.5, per_rank=True)
+    if rank % 2:
+        aggregator.record("odd", 1.0, "sum")
+    snapshot = aggregator.reduce()
+    wide = route == "wide"
+    assert snapshot.owner(None, "grad") == (None if wide else 1)
+    assert snapshot.tied(None, "grad") == 2
+    assert (snapshot.owner(None, "low"), snapshot.tied(None, "low")) == (1, 1)
+    assert snapshot.owner(None, "step") == 3
+    assert snapshot.owner(None, "bad") == 2
+    assert snapshot.lacking_count(None, "odd") == 2
+    assert snapshot.lacking_count(None, "grad") == 0
+    assert snapshot.lacking(None, "grad") == []
+    assert snapshot.lacking(None, "wait") == []
+    if wide:
+        with pytest.raises(ValueError, match="2 of 4 ranks lack metric 'odd'"):
+            snapshot.lacking(None, "odd")
+        with pytest.raises(ValueError, match="Record it with per_rank=True"):
+            snapshot.per_rank(None, "grad")
+    else:
+        assert snapshot.lacking(None, "odd") == [0, 2]
+        assert snapshot.per_rank(None, "grad") == [1.0, 7.0, 3.0, 7.0]
+    return snapshot.per_rank(None, "wait"), snapshot.per_rank(None, "step")
+
+
+@BOTH
+def test_owners_ties_and_absentees_are_known(route: str) -> None:
+    expected = ([0.5, 1.5, 2.5, 3.5], [1.0, 11.0, 21.0, 31.0])
+    assert run_threads(extremes, 4, route) == [expected] * 4
+
+
+def late_wish(communicator: Communicator, route: str) -> list[Any]:
+    aggregator = MetricsAggregator(communicator=communicator, route=route)
+    aggregator.record("time", communicator.rank)
+    aggregator.reduce()
+    if communicator.rank == 1:
+        aggregator.record("time", 5.0, per_rank=True)
+    aggregator.state_dict()
+    aggregator.record("time", communicator.rank)
+    return aggregator.reduce().per_rank(None, "time")
+
+
+@BOTH
+def test_one_rank_may_ask_for_values_per_rank_later(route: str) -> None:
+    assert run_threads(late_wish, 2, route) == [[0.0, 3.0]] * 2
+
+
+# -- Whatever fails ------------------------------------------------------------------------------
+
+
+def told_different_routes(communicator: Communicator) -> str:
+    route = "wide" if communicator.rank else "auto"
+    aggregator = MetricsAggregator(communicator=communicator, route=route)
+    aggregator.record("loss", 1.0)
+    with pytest.raises(RuntimeError) as raised:
+        aggregator.reduce()
+    return str(raised.value)
+
+
+def test_ranks_that_were_told_different_routes_are_told_so() -> None:
+    first, *others = run_threads(told_different_routes, 3)
+    assert "rank 0 with route='auto', ranks 1-2 with route='wide'" in first
+    assert set(others) == {first}
+
+
+def test_an_unknown_route_is_refused() -> None:
+    with pytest.raises(ValueError, match="route='broad': use 'auto', 'narrow' or 'wide'"):
+        MetricsAggregator(route="broad")
+
+
+def fails_between(communicator: Communicator) -> tuple[str, dict[str, float]]:
+    """Fail on one rank after the first of the two collectives; then go on."""
+    aggregator = MetricsAggregator(communicator=communicator, route="wide")
+    aggregator.record("length", communicator.rank, "distribution")
+    aggregator.record("total", 1, "sum")
+    aggregator.reduce()
+    aggregator.record("length", 5.0 + communicator.rank, "distribution")
+    aggregator.record("total", 1, "sum")
+    original = communicator.all_reduce
+    if communicator.rank == 1:
+
+        def broken(vector: Any, op: Any) -> Any:
+            merged = original(vector, op)
+            if op == "max":
+                # As if what the others have were laid out so that ours has no place in it.
+                merged[-400:] = -np.inf
+            return merged
+
+        communicator.all_reduce = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError) as raised:
+        aggregator.reduce()
+    communicator.all_reduce = original  # type: ignore[method-assign]
+    return str(raised.value), aggregator.get_metrics_for_logging("t")
+
+
+def test_a_rank_that_fails_between_the_two_collectives_joins_the_second() -> None:
+    results = run_threads(fails_between, 3)
+    message, logged = results[0]
+    assert "rank 1 could not take part: it could not pack what it holds" in message
+    assert all(result == (message, logged) for result in results)
+    assert logged["t/total"] == 6
+    assert logged["t/length_stat_count"] == 6
+
+
+# -- Checkpoints ---------------------------------------------------------------------------------
+
+
+def saves(communicator: Communicator, route: str, window: int | None) -> dict[str, Any]:
+    aggregator = MetricsAggregator(window, communicator=communicator, route=route)
+    rng = np.random.default_rng(communicator.rank)
+    for _ in range(2):
+        values = rng.lognormal(5, 1, 4000).tolist()
+        aggregator.update([Metric("d", "len", v, AggregationType.DISTRIBUTION) for v in values])
+        aggregator.record("total", 1, "sum")
+        state = aggregator.state_dict()
+    aggregator.state_dict()
+    return state
+
+
+def resumes(communicator: Communicator, state: dict[str, Any], options: Any) -> Any:
+    aggregator = MetricsAggregator(communicator=communicator, **options)
+    aggregator.load_state_dict(state)
+    aggregator.update([Metric("d", "len", 1.0, AggregationType.DISTRIBUTION)])
+    snapshot = aggregator.reduce()
+    return snapshot.as_dict("t"), snapshot.as_dict("t", "interval")
+
+
+@BOTH
+@pytest.mark.parametrize("window", [100, None])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_checkpoint_holds_every_value_of_the_open_interval(
+    route: str, window: int | None, world_size: int
+) -> None:
+    state, *others = run_threads(saves, 3, route, window)
+    assert all(other == state for other in others)
+    pooled = np.concatenate(
+        [np.random.default_rng(rank).lognormal(5, 1, 8000) for rank in range(3)]
+    )
+    options = {"dist_window_size": window, "route": route}
+    run, interval = run_threads(resumes, world_size, state, options)[0]
+    assert run["t/total"] == interval["t/total"] == 6
+    count = 24_000 + world_size
+    assert interval["t_d/len_stat_count"] == count
+    kept = 3 * 100 + world_size if world_size > 3 else 100 * world_size
+    assert run["t_d/len_stat_count"] == (count if window is None else kept)
+    for view in (run, interval) if window is None else (interval,):
+        median = float(np.median(pooled))
+        assert view["t_d/len_stat_p50"] == pytest.approx(median, rel=5e-3)
+        assert view["t_d/len_stat_mean"] == pytest.approx(pooled.mean(), rel=1e-3)
+
+
+def saves_alone(communicator: Communicator) -> tuple[Any, ...]:
+    aggregator = MetricsAggregator(1000, communicator=communicator, route="wide")
+    values = np.random.default_rng(communicator.rank).normal(300, 5, 900).tolist()
+    aggregator.update([Metric("d", "t", v, AggregationType.DISTRIBUTION) for v in values])
+    snapshot = aggregator.reduce()
+    state = aggregator.state_dict(sync=False)
+    again = MetricsAggregator(10_000)
+    again.load_state_dict(state)
+    return snapshot.as_dict("t"), again.get_metrics_for_logging("t")
+
+
+def test_a_state_saved_by_one_rank_of_the_wide_route_stands_for_all() -> None:
+    logged, resumed = run_threads(saves_alone, 4)[0]
+    assert resumed["t_d/t_stat_count"] == logged["t_d/t_stat_count"] == 3600
+    for percentile in ("p05", "p50", "p95", "mean", "std"):
+        key = f"t_d/t_stat_{percentile}"
+        assert resumed[key] == pytest.approx(logged[key], rel=1e-2)
+
+
+def test_a_state_about_recent_values_is_not_taken_for_one_about_all() -> None:
+    aggregator = MetricsAggregator(None)
+    aggregator.record("x", 1.0, "distribution")
+    state = aggregator.state_dict()
+    other = MetricsAggregator(10)
+    with pytest.raises(
+        ValueError, match="dist_window_size=None, but this aggregator has dist_window_size=10"
+    ):
+        other.load_state_dict(state)
