@@ -264,17 +264,22 @@ def _moments(values: FloatArray, weights: FloatArray | None) -> tuple[float, flo
 
 def _drawn(values: FloatArray, weights: FloatArray | None) -> Histogram:
     low, high = float(values.min()), float(values.max())
-    # Fewer than so many floats between the extremes cannot be cut into bins.
-    narrow = high - low <= _BINS * np.spacing(max(abs(low), abs(high)))
-    counts, edges = np.histogram(
-        values, bins=1 if narrow else _BINS, range=(low, high), weights=weights
-    )
-    weighed = values if weights is None else values * weights
-    return Histogram(
-        edges=edges.astype(np.float64),
-        counts=counts.astype(np.float64),
-        minimum=low,
-        maximum=high,
-        total=float(weighed.sum()),
-        total_squares=float((weighed * values).sum()),
-    )
+    edges = _edges(low, high)
+    ones = np.ones(values.size) if weights is None else weights
+    counts = np.histogram(values, edges, weights=ones)[0]
+    with np.errstate(over="ignore", invalid="ignore"):
+        total, squares = (values * ones).sum(), (values * values * ones).sum()
+    return Histogram(edges, counts, low, high, float(total), float(squares))
+
+
+def _edges(low: float, high: float) -> FloatArray:
+    """Return edges of bins from `low` to `high`, ascending."""
+    if low == high:
+        # One of them has to be another number, and above the greatest float there is none.
+        above = float(np.nextafter(high, math.inf))
+        return np.array([low, above] if above < math.inf else [0.0, high])
+    # Halves first: the range of huge values of both signs is no number.
+    edges: FloatArray = np.linspace(low / 2, high / 2, _BINS + 1) * 2
+    edges[0], edges[-1] = low, high
+    # Fewer floats than bins cannot be told apart.
+    return edges if (np.diff(edges) > 0).all() else np.array([low, high])
