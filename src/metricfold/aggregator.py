@@ -209,7 +209,7 @@ class MetricsAggregator:
             if admission.new:
                 self._keys.commit(admission)
             if self._dead is None:  # else nothing can reduce it any more: do not pile it up
-                self._delta.add(admission.lanes, self._keys.of_key)
+                self._delta.add(admission.lanes, self._keys.of_key, self._keys.kept)
 
     def _take_custom(self, admission: Admission) -> None:
         late_keys = {late.key for late in self._late_custom}

@@ -12,6 +12,7 @@ from metricfold.data.batch import Column, Late, fold_numbers
 from metricfold.handlers import (
     AggregationHandler,
     CategoricalCountAggHandler,
+    CategoryState,
     LaneHandler,
     State,
     WindowState,
@@ -41,8 +42,19 @@ class Delta:
         self._additions = 0
         self._since = time.monotonic()
 
-    def add(self, columns: Iterable[Column], handlers: Mapping[Key, AggregationHandler]) -> None:
-        """Take in folded columns; cannot fail."""
+    def add(
+        self,
+        columns: Iterable[Column],
+        handlers: Mapping[Key, AggregationHandler],
+        kept: Mapping[Key, frozenset[str]],
+    ) -> None:
+        """Take in folded columns; cannot fail.
+
+        Args:
+            columns: by key.
+            handlers: of each key.
+            kept: the categories that are told apart, where there have been more.
+        """
         states, late_keys = self.states, self._late_keys
         for column in columns:
             key, state = column.key, column.state
@@ -60,6 +72,10 @@ class Delta:
             if column.late:
                 self.late.extend(column.late)
                 late_keys.add(key)
+        for key, categories in kept.items():
+            state = states.get(key)
+            if isinstance(state, CategoryState) and len(state.counts) > 2 * len(categories):
+                state.keep(categories)
         self._additions += 1
         if self._additions >= _ADDITIONS:
             _merge_into(self._settled, states)

@@ -43,6 +43,7 @@ from metricfold.pool import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     from metricfold.histogram import LogLinearHistogram
 
@@ -197,6 +198,13 @@ class CategoryState(LaneState):
 
     def copy(self) -> CategoryState:
         return CategoryState(self.sums, dict(self.counts))
+
+    def keep(self, categories: AbstractSet[str]) -> None:
+        """Count all but `categories`, of which `OTHER` is one, as `OTHER`."""
+        counts = {name: count for name, count in self.counts.items() if name in categories}
+        rest = sum(self.counts.values()) - sum(counts.values())
+        counts[OTHER] = counts.get(OTHER, 0) + rest
+        self.counts = counts
 
 
 State: TypeAlias = LaneState

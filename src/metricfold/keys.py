@@ -49,6 +49,7 @@ class KeyTable:
         odd: keys that this rank holds otherwise than the ranks have agreed. Values of them have
             come in while a reduction was under way; the next one refuses them, on all ranks.
         per_rank: keys of which each rank's values are wanted, whatever the route.
+        kept: the categories that are told apart, of keys that have had more than that.
     """
 
     def __init__(self, handlers: dict[TypeLike, AggregationHandler]) -> None:
@@ -57,6 +58,7 @@ class KeyTable:
         self.derived: dict[str, Callable[[Mapping[str, float]], float]] = {}
         self.odd: set[Key] = set()
         self.per_rank: set[Key] = set()
+        self.kept: dict[Key, frozenset[str]] = {}
         self._types: dict[Key, TypeLike] = {}
         self._claims = Claims()
         self._unhandled: dict[Key, str] = {}
@@ -237,6 +239,7 @@ class KeyTable:
             if entry.key not in self._types:
                 self._take_over(entry)
         self._claims = claims
+        self.kept = {entry.key: frozenset(entry.categories) for entry in schema if entry.full}
         return self.trouble()
 
     def _take_over(self, entry: Entry) -> None:

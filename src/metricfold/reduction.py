@@ -8,6 +8,7 @@ protocol in full.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from metricfold.communicator.base import Communicator
 from metricfold.custom import CustomResults
 from metricfold.handlers import (
     COUNT,
+    OTHER,
     CategoryState,
     DistributionAggHandler,
     State,
@@ -51,6 +53,7 @@ from metricfold.totals import Rows, Totals
 
 __all__ = ["Contribution", "Reduced", "Reducer", "Registry"]
 
+_logger = logging.getLogger("metricfold")
 _SMALLEST_CAPACITY = 16
 
 
@@ -461,6 +464,8 @@ class Reducer:
                 if reason:
                     ranks, _ = lost.setdefault((entry.key, entry.type), ([], reason))
                     ranks.append(sender)
+        if rank == 0:
+            self._warn_of_categories(agreed)
         self.schema = Schema(agreed.values())
         losers = {}
         for (key, _), (ranks, _) in lost.items():
@@ -476,6 +481,21 @@ class Reducer:
             f"{_ranks(ranks)} held {reason}; what they held of it is dropped"
             for ranks, reason in lost.values()
         ]
+
+    def _warn_of_categories(self, agreed: Mapping[Key, Entry]) -> None:
+        """Say which keys have just got more categories than are told apart."""
+        known = (*self.schema, *self.run.schema)
+        full = {entry.key for entry in known if entry.full}
+        for key, entry in agreed.items():
+            if entry.full and key not in full:
+                _logger.warning(
+                    "%s has more than %d categories: those that the ranks came upon first are "
+                    "told apart, all others are counted as %r. For more of them, raise "
+                    "max_categories",
+                    show(key),
+                    entry.most,
+                    OTHER,
+                )
 
 
 def _join(agreed: dict[Key, Entry], claims: Claims, entry: Entry) -> str:

@@ -1,0 +1,154 @@
+"""CATEGORICAL_COUNT stays bounded, whatever users count."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_threads
+
+from metricfold import AggregationType, Metric, MetricsAggregator
+from metricfold.communicator import Communicator
+
+BOTH = pytest.mark.parametrize("route", ["narrow", "wide"])
+
+
+def count(aggregator: MetricsAggregator, categories: Any) -> None:
+    aggregator.update(
+        [Metric("d", "id", name, AggregationType.CATEGORICAL_COUNT) for name in categories]
+    )
+
+
+def counted(logged: dict[str, float]) -> dict[str, float]:
+    return {key.removeprefix("t_d/id_count_"): value for key, value in logged.items()}
+
+
+def rising(communicator: Communicator, options: dict[str, Any]) -> list[dict[str, float]]:
+    """Count 3, 6, 9... ids, of which the ranks share some; returns the run after each interval."""
+    aggregator = MetricsAggregator(communicator=communicator, max_categories=5, **options)
+    seen = []
+    for interval in range(3):
+        count(aggregator, range(communicator.rank, communicator.rank + 3 * (interval + 1)))
+        seen.append(counted(aggregator.get_metrics_for_logging("t")))
+    return seen
+
+
+@BOTH
+def test_the_first_are_told_apart_and_the_rest_is_exact_in_total(
+    route: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "metricfold"):
+        results = run_threads(rising, 3, {"route": route})
+    assert results == [results[0]] * 3
+    first, second, third = results[0]
+    # 0, 1, 2 of rank 0, then 3 of rank 1 and 4 of rank 2.
+    assert first == {"0": 1, "1": 2, "2": 3, "3": 2, "4": 1}
+    assert set(second) == set(third) == {"0", "1", "2", "3", "4", "__other__"}
+    assert sum(second.values()) == 9 + 18
+    assert sum(third.values()) == 9 + 18 + 27
+    assert third["4"] == 1 + 3 + 3
+    (record,) = caplog.records
+    assert "'id' of dataset 'd' has more than 5 categories" in record.getMessage()
+
+
+def resumed(
+    communicator: Communicator, state: Any, names: list[str], most: int
+) -> tuple[dict[str, float], Any]:
+    aggregator = MetricsAggregator(communicator=communicator, max_categories=most)
+    if state is not None:
+        aggregator.load_state_dict(state)
+    count(aggregator, names[communicator.rank :: communicator.world_size])
+    state = aggregator.state_dict()
+    return counted(aggregator.get_metrics_for_logging("t")), state
+
+
+def test_a_resumed_run_tells_the_same_ones_apart(caplog: pytest.LogCaptureFixture) -> None:
+    before, state = run_threads(resumed, 2, None, list("abcdefgh"), 4)[0]
+    assert set(before) == {"a", "c", "e", "g", "__other__"}
+    caplog.clear()
+    after, _ = run_threads(resumed, 3, state, list("zyxabcdefgh"), 4)[0]
+    assert set(after) == set(before)
+    assert sum(after.values()) == 8 + 11
+    assert after["a"] == after["c"] == 2
+    assert after["__other__"] == 4 + 7
+    assert not caplog.records
+
+
+def test_a_state_with_other_categories_than_the_ranks_have_agreed_on_loses_nothing() -> None:
+    _, state = run_threads(resumed, 1, None, list("abcd"), 4)[0]
+    aggregator = MetricsAggregator(max_categories=4)
+    count(aggregator, "wxyz")
+    aggregator.reduce()
+    aggregator.load_state_dict(state)
+    count(aggregator, "wwa")
+    logged = counted(aggregator.get_metrics_for_logging("t"))
+    assert logged == {"w": 2, "__other__": 5}
+
+
+def test_a_category_of_that_name_is_one_like_any_other() -> None:
+    aggregator = MetricsAggregator(max_categories=3)
+    count(aggregator, ["__other__", "a"])
+    aggregator.reduce()
+    count(aggregator, ["b", "__other__"])
+    assert counted(aggregator.get_metrics_for_logging("t")) == {"__other__": 2, "a": 1, "b": 1}
+    count(aggregator, ["c", "d", "a"])
+    logged = counted(aggregator.get_metrics_for_logging("t"))
+    assert logged == {"__other__": 4, "a": 2, "b": 1}
+
+
+def test_memory_does_not_grow_with_what_is_not_told_apart() -> None:
+    aggregator = MetricsAggregator(max_categories=10)
+    count(aggregator, range(20))
+    aggregator.reduce()
+    for start in range(0, 5000, 50):
+        count(aggregator, range(start, start + 50))
+    state: Any = aggregator._delta.states["d", "id"]
+    assert len(state.counts) <= 100
+    logged = counted(aggregator.get_metrics_for_logging("t"))
+    assert logged == {**{str(n): 2 for n in range(10)}, "__other__": 10 + 4990}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    story=st.lists(
+        st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=8), min_size=3, max_size=3),
+        min_size=1,
+        max_size=4,
+    ),
+    most=st.integers(1, 9),
+    route=st.sampled_from(["narrow", "wide"]),
+)
+def test_every_value_counts_once(story: list[list[list[str]]], most: int, route: str) -> None:
+    def live(communicator: Communicator) -> list[dict[str, float]]:
+        aggregator = MetricsAggregator(communicator=communicator, max_categories=most, route=route)
+        seen = []
+        for ranks in story:
+            count(aggregator, ranks[communicator.rank])
+            seen.append(counted(aggregator.get_metrics_for_logging("t")))
+        return seen
+
+    first, *others = run_threads(live, 3)
+    assert others == [first] * 2
+    truth: Counter[str] = Counter()
+    since: dict[str, int] = {}
+    for ranks, logged in zip(story, first, strict=True):
+        truth.update(name for names in ranks for name in names)
+        assert sum(logged.values()) == truth.total()
+        named = {name: value for name, value in logged.items() if name != "__other__"}
+        assert len(named) <= most
+        for name, value in named.items():
+            # What was counted as one of the others before it was told apart stays there: never,
+            # as none is told apart once there are others.
+            assert value == truth[name]
+            since.setdefault(name, 1)
+        assert set(since) <= set(named)
+
+
+@pytest.mark.parametrize("most", [0, -1, 2.5, True, None])
+def test_a_bound_that_is_none_is_refused(most: Any) -> None:
+    with pytest.raises(ValueError, match="give the number of categories to tell apart"):
+        MetricsAggregator(max_categories=most)
