@@ -65,10 +65,12 @@ class Profile:
         least, greatest = buckets.bounds
         negative = buckets.segment >= SEGMENTS
         with np.errstate(under="ignore", over="ignore"):
+            units = buckets.units
             square = count * second - first * first
             square[square < _NOISE * count * second] = 0.0
-            deviations = np.sqrt(square) / count * buckets.units
-            means = np.clip(buckets.origins + buckets.units * (first / count), least, greatest)
+            deviations = np.sqrt(square) / count * units
+            means = buckets.origins + units * (first / count)
+            means = np.minimum(np.maximum(means, least), greatest)
         weights = count
         means = np.where(negative, -means, means)
         lows = np.where(negative, -greatest, least)
@@ -78,10 +80,10 @@ class Profile:
             deviations = np.append(deviations, 0.0)
             lows, highs = np.append(lows, 0.0), np.append(highs, 0.0)
         order = np.argsort(lows)
-        lows = np.maximum(lows[order], minimum)
-        highs = np.minimum(highs[order], maximum)
-        means = np.clip(means[order], lows, highs)
-        return cls(weights[order], means, deviations[order], lows, highs)
+        lows = np.maximum(lows.take(order), minimum)
+        highs = np.minimum(highs.take(order), maximum)
+        means = np.minimum(np.maximum(means.take(order), lows), highs)
+        return cls(weights.take(order), means, deviations.take(order), lows, highs)
 
 
 def mean_and_deviation(profile: Profile, effective: float) -> tuple[float, float]:
