@@ -505,6 +505,12 @@ def _join(agreed: dict[Key, Entry], claims: Claims, entry: Entry) -> str:
         if known.compatible(entry):
             agreed[entry.key] = known.joined(entry)
             return ""
+        if known.bounded != entry.bounded:
+            sizes = ("dist_window_size=None", "a window size")
+            return (
+                f"{show(entry.key)} with {sizes[entry.bounded]}, but the other ranks hold it with "
+                f"{sizes[known.bounded]}"
+            )
         return (
             f"{show(entry.key)} as {entry.type!r}, but it is already registered with aggregation "
             f"type {known.type!r} on the other ranks"

@@ -252,7 +252,11 @@ def fold_numbers(
     key: Key, handler: LaneHandler, values: Sequence[float], weights: Sequence[float]
 ) -> LaneState:
     """Fold host numbers, after a check of the weights."""
-    return handler.fold(_floats(key, "a value", values), checked_weights(key, weights))
+    array, weighing = _floats(key, "a value", values), checked_weights(key, weights)
+    try:
+        return handler.fold(array, weighing)
+    except ValueError as error:
+        raise ValueError(f"{show(key)}: {error}") from error
 
 
 def checked_weights(key: Key, weights: Sequence[float]) -> FloatArray | None:
