@@ -177,7 +177,9 @@ class WindowState(LaneState):
         """Return the newest `limit` values, and all before them as a histogram."""
         values, weights = concatenated(list(self.chunks))
         window = Window(values, weights, values.size, self.older)
-        return window if self.limit is None else window.limited(self.limit)
+        if self.limit is None or values.size <= self.limit:
+            return window
+        return window.limited(self.limit)
 
 
 class CategoryState(LaneState):

@@ -68,12 +68,14 @@ def histogram_from(state: Mapping[str, Any]) -> LogLinearHistogram:
 
 def concatenated(parts: Sequence[tuple[FloatArray, Weights]]) -> tuple[FloatArray, Weights]:
     """Return all values, and their weights if any part has some."""
-    if not parts:
-        return _NOTHING, None
+    if len(parts) < 2:
+        return parts[0] if parts else (_NOTHING, None)
     values = np.concatenate([values for values, _ in parts])
-    if all(weights is None for _, weights in parts):
-        return values, None
-    return values, np.concatenate([np.ones(v.size) if w is None else w for v, w in parts])
+    for _, weights in parts:
+        if weights is not None:
+            weighing = [np.ones(v.size) if w is None else w for v, w in parts]
+            return values, np.concatenate(weighing)
+    return values, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ class Window(NamedTuple):
         """Return the newest `limit` of these values and the `newer` ones, which are all fresh."""
         if newer.values.size == limit and not self.fresh and self.older is None:
             return newer
-        older = self.older or newer.older
+        older = newer.older if self.older is None else self.older
         if self.older is not None and newer.older is not None:
             older = new_histogram([self.older, newer.older])
         values, weights = concatenated([(self.values, self.weights), (newer.values, newer.weights)])

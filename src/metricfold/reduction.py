@@ -55,6 +55,7 @@ __all__ = ["Contribution", "Reduced", "Reducer", "Registry"]
 
 _logger = logging.getLogger("metricfold")
 _SMALLEST_CAPACITY = 16
+_NO_WINDOW = Window()
 
 
 class Registry(Protocol):
@@ -362,7 +363,7 @@ class Reducer:
             if isinstance(state, WindowState):
                 handler = registry.handler(key)
                 assert isinstance(handler, DistributionAggHandler)
-                window = windows.get(key, Window())
+                window = windows.get(key, _NO_WINDOW)
                 windows[key] = window.followed_by(state.window(), handler.limit)
         return windows
 
