@@ -268,7 +268,7 @@ class Snapshot:
         attendance = self._reduced.attendance
         if attendance is None:
             return len(self.lacking(dataset, name))
-        return self.world_size - attendance.present[key]
+        return self.world_size - attendance.present(key)
 
     # -- Inside
 
@@ -297,7 +297,7 @@ class Snapshot:
             ranks = np.flatnonzero(rows.sums[:, rows.schema.sums[key].start + NANS])
             return int(ranks[0]) if ranks.size else None
         assert attendance is not None
-        owner = attendance.nan_owner[key]
+        owner = attendance.nan_owner(key)
         return None if owner == NOBODY else owner
 
     def _totals(self, view: View) -> Totals:

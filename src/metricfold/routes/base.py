@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from metricfold.handlers import State
 from metricfold.naming import Key
 from metricfold.pool import FloatArray, Pool, Window
 from metricfold.schema import AGREED, Field, Kind, Schema
-from metricfold.totals import Rows, Totals
+from metricfold.totals import IntArray, Rows, Totals
 
 __all__ = ["Attendance", "Exchanged", "Merged", "Outgoing", "Recent", "Route", "objections"]
 
@@ -69,12 +69,22 @@ class Attendance:
     """What is known about ranks where they cannot be told apart.
 
     Args:
-        present: how many ranks had values of a key in the open interval.
-        nan_owner: the only rank that had NaN among those of this reduction, or -1.
+        keys: which these are.
+        counts: how many ranks had values of each in the open interval.
+        nan_owners: the only rank that had NaN among those of this reduction, or -1.
     """
 
-    present: Mapping[Key, int]
-    nan_owner: Mapping[Key, int]
+    keys: Sequence[Key]
+    counts: IntArray
+    nan_owners: IntArray
+
+    def present(self, key: Key) -> int:
+        """Return how many ranks had values of `key`."""
+        return int(self.counts[self.keys.index(key)])
+
+    def nan_owner(self, key: Key) -> int:
+        """Return the rank that had NaN, or -1."""
+        return int(self.nan_owners[self.keys.index(key)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,16 +54,17 @@ class _Payload:
     """What one rank sends.
 
     Args:
+        top: what is merged by MAX, but for the head. In MAX lanes inf stands for NaN, which a maximum
+            may lose.
         sums: SUM lanes.
-        maxs: MAX lanes; inf stands for NaN, which a maximum may lose.
-        no_numbers: where those were NaN, 0 or 1.
+        no_numbers: which MAX lanes were NaN, 0 or 1.
         present: keys with values in the open interval, 0 or 1.
         histograms: one for each slot.
         windows: what it holds of each DISTRIBUTION.
     """
 
+    top: FloatArray
     sums: FloatArray
-    maxs: FloatArray
     no_numbers: FloatArray
     present: FloatArray
     histograms: Sequence[LogLinearHistogram | None]
@@ -86,7 +87,8 @@ class Wide(Route):
         self._nans = self._counts + (NANS - COUNT)
         self._keys = keys
         self._max_lanes = slice(_HEAD, _HEAD + schema.max_width)
-        everyones = schema.per_rank.sum_width + schema.per_rank.max_width
+        self._rank_lanes = schema.lanes_from(schema.per_rank)
+        everyones = sum(lanes.size for lanes in self._rank_lanes)
         (
             self._fault,
             self._sums,
@@ -140,15 +142,15 @@ class Wide(Route):
         lacking |= self.schema.lacking(outgoing.windows)
         if lacking:
             return None, lacking
-        payload = _Payload(
-            sums=np.array(sums),
-            maxs=np.array(maxs),
-            no_numbers=np.isnan(maxs).astype(np.float64),
-            present=np.zeros(len(self._keys)),
-            histograms=self._histograms(outgoing.windows),
-            windows=outgoing.windows,
-        )
-        payload.maxs[payload.no_numbers > 0] = np.inf
+        payload = self._nothing()
+        payload.sums[:] = sums
+        payload.no_numbers[:] = np.isnan(maxs)
+        payload.top[self._max_lanes] = np.where(payload.no_numbers > 0, np.inf, maxs)
+        payload.histograms = self._histograms(outgoing.windows)
+        payload.windows = outgoing.windows
+        for slot, histogram in zip(self.slots, payload.histograms, strict=True):
+            if histogram is not None:
+                payload.top[slot.extents] = histogram.extents()
         payload.present[payload.sums[self._counts] > 0] = 1.0
         if outgoing.present:
             earlier = [place for place, key in enumerate(self._keys) if key in outgoing.present]
@@ -170,8 +172,8 @@ class Wide(Route):
     def _nothing(self) -> _Payload:
         schema = self.schema
         return _Payload(
+            top=np.full(self.max_size, -np.inf),
             sums=np.zeros(schema.sum_width),
-            maxs=np.full(schema.max_width, -np.inf),
             no_numbers=np.zeros(schema.max_width),
             present=np.zeros(len(self._keys)),
             histograms=[None] * len(self.slots),
@@ -184,7 +186,10 @@ class Wide(Route):
         self, communicator: Communicator, header: FloatArray, payload: _Payload | None
     ) -> Exchanged:
         payload = payload or self._nothing()
-        top = communicator.all_reduce(self._top(header, payload), "max")
+        payload.top[:AGREED] = header[:AGREED]
+        payload.top[AGREED : 2 * AGREED] = -header[:AGREED]
+        payload.top[2 * AGREED : _HEAD] = header[list(_FLAGS)]
+        top = communicator.all_reduce(payload.top, "max")
         agreed = (top[:AGREED] == -top[AGREED : 2 * AGREED]).all()
         pending, error, seconds = top[2 * AGREED : _HEAD].tolist()
         if pending or error or not agreed:
@@ -205,17 +210,6 @@ class Wide(Route):
             saved = communicator.all_gather(self._thinned(payload.windows))
         return Exchanged(None, self._merged(top, bottom, seconds, saved))
 
-    def _top(self, header: FloatArray, payload: _Payload) -> FloatArray:
-        top = np.full(self.max_size, -np.inf)
-        top[:AGREED] = header[:AGREED]
-        top[AGREED : 2 * AGREED] = -header[:AGREED]
-        top[2 * AGREED : _HEAD] = header[list(_FLAGS)]
-        top[self._max_lanes] = payload.maxs
-        for slot, histogram in zip(self.slots, payload.histograms, strict=True):
-            if histogram is not None:
-                top[slot.extents] = histogram.extents()
-        return top
-
     def _fill(self, bottom: FloatArray, payload: _Payload, top: FloatArray, rank: int) -> None:
         """Fill in the vector that is summed, given everyone's maxima."""
         bottom[self._sums] = payload.sums
@@ -223,14 +217,15 @@ class Wide(Route):
         with_nan = payload.sums[self._nans] > 0
         bottom[self._with_nan] = with_nan
         bottom[self._nan_ranks] = with_nan * rank
-        owned = (payload.maxs == top[self._max_lanes]) & (payload.maxs > -np.inf)
+        maxs = payload.top[self._max_lanes]
+        owned = (maxs == top[self._max_lanes]) & (maxs > -np.inf)
         bottom[self._owners] = owned
         bottom[self._owner_ranks] = owned * rank
         bottom[self._no_numbers] = payload.no_numbers
         rows = bottom[self._rows].reshape(self._world_size, -1)
         if rows.size:
-            sum_lanes, max_lanes = self.schema.lanes_from(self.schema.per_rank)
-            maxs = np.where(payload.no_numbers > 0, np.nan, payload.maxs)
+            sum_lanes, max_lanes = self._rank_lanes
+            maxs = np.where(payload.no_numbers > 0, np.nan, maxs)
             rows[rank] = np.concatenate((payload.sums[sum_lanes], maxs[max_lanes]))
         for slot, histogram in zip(self.slots, payload.histograms, strict=True):
             if histogram is not None:
@@ -268,10 +263,10 @@ class Wide(Route):
             owners.astype(np.int64),
             seconds,
         )
-        with_nan = bottom[self._with_nan]
         attendance = Attendance(
-            dict(zip(self._keys, bottom[self._present].astype(np.int64).tolist(), strict=True)),
-            dict(zip(self._keys, _only(with_nan, bottom[self._nan_ranks]).tolist(), strict=True)),
+            self._keys,
+            bottom[self._present].astype(np.int64),
+            _only(bottom[self._with_nan], bottom[self._nan_ranks]),
         )
         return Merged(
             delta,
