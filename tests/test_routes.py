@@ -177,21 +177,32 @@ def test_the_wide_payload_grows_with_neither_ranks_nor_samples(
     assert collectives == len(gathered) == 1
 
 
-def four_intervals(rank: int, route: str) -> list[int]:
-    aggregator = MetricsAggregator(route=route)
-    counted = []
-    for number in range(4):
-        aggregator.record("loss", rank + number)
-        aggregator.update([Metric("d", "len", rank, AggregationType.DISTRIBUTION)])
+def four_intervals(rank: int, route: str) -> tuple[list[int], list[dict[str, float]]]:
+    aggregator = MetricsAggregator(None, route=route)
+    rng = np.random.default_rng(rank)
+    counted, logged = [], []
+    for _ in range(4):
+        for number, value in enumerate(rng.lognormal(0, 9, 300).tolist()):
+            aggregator.record(f"loss {number}", value)
+        values = rng.normal(0, 1, 2100).tolist()
+        aggregator.update([Metric("d", "len", v, AggregationType.DISTRIBUTION) for v in values])
         before = aggregator.collectives
-        aggregator.reduce()
+        logged.append(aggregator.get_metrics_for_logging("t"))
         counted.append(aggregator.collectives - before)
-    return counted
+    return counted, logged
 
 
-def test_real_ranks_take_one_collective_or_two() -> None:
-    assert run_ranks(four_intervals, 2, "narrow")[0][1:] == [1, 1, 1]
-    assert run_ranks(four_intervals, 2, "wide")[0][1:] == [2, 2, 2]
+@pytest.mark.parametrize(("route", "collectives"), [("narrow", 1), ("wide", 2)])
+def test_real_ranks_come_to_the_same_bits_by_one_collective_or_two(
+    route: str, collectives: int
+) -> None:
+    results = run_ranks(four_intervals, 4, route)
+    assert results[0][0][1:] == [collectives] * 3
+    assert all(repr(result) == repr(results[0]) for result in results)
+    last = results[0][1][-1]
+    losses = [np.random.default_rng(rank).lognormal(0, 9, 300)[0] for rank in range(4)]
+    assert results[0][1][0]["t/loss 0"] == pytest.approx(np.mean(losses))
+    assert last["t_d/len_stat_count"] == 4 * 4 * 2100
 
 
 def big(communicator: Communicator, metrics: int) -> tuple[int, float]:
