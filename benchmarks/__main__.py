@@ -11,7 +11,6 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 # Read by every library with threads of its own when it is imported: before anything else.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from benchmarks.machine import load, machine
 from benchmarks.sizes import FULL, QUICK
 from benchmarks.table import Section, draw
 
@@ -40,7 +40,7 @@ def main() -> int:
     chosen = parser.parse_args()
     sizes = QUICK if chosen.quick else FULL
     began = time.monotonic()
-    print(_machine())
+    print(machine())
     sections: list[Section] = []
     for subject in chosen.only or _SUBJECTS:
         print(f"measuring: {subject}", file=sys.stderr, flush=True)
@@ -50,7 +50,7 @@ def main() -> int:
     budgets = sum(row.budget is not None for section in sections for row in section.rows)
     print(
         f"\n{budgets - len(missed)} of {budgets} budgets met, in "
-        f"{time.monotonic() - began:.0f} s; load of the machine now {_load()}"
+        f"{time.monotonic() - began:.0f} s; load of the machine now {load()}"
     )
     if chosen.json:
         found = [
@@ -60,21 +60,6 @@ def main() -> int:
         ]
         chosen.json.write_text(json.dumps(found, indent=1))
     return 0
-
-
-def _machine() -> str:
-    import numpy as np
-    import torch
-
-    return (
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, load {_load()}; "
-        f"Python {platform.python_version()}, NumPy {np.__version__}, torch {torch.__version__} "
-        "(gloo, 1 thread a rank)"
-    )
-
-
-def _load() -> str:
-    return f"{os.getloadavg()[0]:.1f}"
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.table import markdown
 from metricfold import LogLinearHistogram
 from metricfold.histogram import EXTENTS_WIDTH, slot_width
 
@@ -255,18 +256,6 @@ def reproducible(kind: type[Sketch], values: FloatArray) -> str:
 # -- The table -----------------------------------------------------------------------------------
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown."""
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    lines = [head, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| "
-        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        + " |"
-        for line in lines
-    )
-
-
 def percent(part: float) -> str:
     if part < 5e-6:
         return "< 0.001 %"
@@ -297,7 +286,7 @@ def main() -> int:
     }
     for title, measure in measures.items():
         rows = [[name, *(percent(measure(e)) for e in line)] for name, line in found.items()]
-        print(f"\n{title}\n\n{table(head, rows)}")
+        print(f"\n{title}\n\n{markdown(head, rows)}")
 
     wide = data["log-normal lengths"]
     rows = [
@@ -309,7 +298,7 @@ def main() -> int:
         ["same result", *(reproducible(k, wide[:200_000]) for k in kinds)],
         ["merges by an all-reduce", *("yes" if issubclass(k, Ours) else "no" for k in kinds)],
     ]
-    print(f"\nbatches of {BATCH}\n\n{table(['', *head[1:]], rows)}")
+    print(f"\nbatches of {BATCH}\n\n{markdown(['', *head[1:]], rows)}")
     return 0
 
 

@@ -124,7 +124,7 @@ class Min(Handler):
 class Windows(Handler):
     """A distribution whose recent values travel."""
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int | None) -> None:
         self._window = window
 
     def begin(self, dataset: str, name: str, agg_type: Aggregation) -> State:
@@ -192,7 +192,7 @@ def _statistics(values: Any) -> dict[str, float]:
 class MetricStates:
     """One state object per metric, in a dict."""
 
-    def __init__(self, window: int, *, finalise: bool = False) -> None:
+    def __init__(self, window: int | None, *, finalise: bool = False) -> None:
         self.states: dict[tuple[str, str], State] = {}
         self.handlers: dict[Aggregation, Handler] = {
             Aggregation.SUM: Handler(),

@@ -1,12 +1,17 @@
-"""Real ranks: one process each, connected by gloo, killed if one of them fails or hangs."""
+"""Real ranks: one process each, connected by gloo, killed if one of them fails or hangs.
+
+Each finds itself in the environment that `torchrun` makes, for libraries that read it.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -14,13 +19,27 @@ __all__ = ["run_ranks"]
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 300.0,
+    group_timeout: float = 300.0,
+    preload: str = "metricfold",
 ) -> list[Any]:
-    """Return what ``function(rank, *args)`` returned on each rank; kills all after `timeout` s."""
+    """Return what ``function(rank, *args)`` returned on each rank.
+
+    Args:
+        function: importable.
+        world_size: how many ranks.
+        args: passed to every rank.
+        timeout: seconds until all ranks are killed.
+        group_timeout: the process group's own timeout in seconds.
+        preload: a module that ranks find imported; the first call in a process decides.
+    """
     import torch.distributed as dist
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "metricfold"])
+    context.set_forkserver_preload(["torch.distributed", preload])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes: dict[Connection, int] = {}
     processes = []
@@ -29,7 +48,7 @@ def run_ranks(
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_run_rank,
-                args=(function, rank, world_size, store.port, sender, args),
+                args=(function, rank, world_size, store.port, group_timeout, sender, args),
                 daemon=True,
             )
             process.start()
@@ -67,6 +86,7 @@ def _run_rank(
     rank: int,
     world_size: int,
     port: int,
+    group_timeout: float,
     sender: Connection,
     args: tuple[Any, ...],
 ) -> None:
@@ -76,14 +96,34 @@ def _run_rank(
     # Ranks share few cores: more threads each would only wait for one another.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(_as_torchrun(rank, world_size, port))
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=group_timeout),
+        )
         result = function(rank, *args)
         dist.barrier()
         sender.send(("", result))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - it is told to whoever waits for the result
         sender.send((traceback.format_exc(), None))
-        raise
+        sys.exit(1)
     # Others may still read from this one's sockets.
     time.sleep(0.05)
+
+
+def _as_torchrun(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "benchmarks",
+    }

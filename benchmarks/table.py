@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["Row", "Section", "amount", "at_least", "at_most", "cost", "draw", "seconds", "speedup"]
+__all__ = [
+    "Row",
+    "Section",
+    "amount",
+    "at_least",
+    "at_most",
+    "cost",
+    "draw",
+    "markdown",
+    "seconds",
+    "speedup",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,3 +165,15 @@ def draw(sections: list[Section]) -> str:
 def _line(cells: list[str], widths: list[int]) -> str:
     text = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
     return text.rstrip()
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -9,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Column", "Workload", "large", "small"]
+__all__ = ["Column", "Kind", "Mixture", "Workload", "large", "mixed", "small"]
 
 Values: TypeAlias = "npt.NDArray[np.float64] | list[str]"
 
@@ -23,47 +24,82 @@ class Column:
     aggregation: str
     values: Values
 
+    @property
+    def key(self) -> str:
+        """How a log calls the metric."""
+        return f"train_{self.dataset}/{self.name}"
+
     def plain(self) -> list[float] | list[str]:
         return self.values if isinstance(self.values, list) else self.values.tolist()
 
 
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """Metrics of one kind of training run.
+class Workload(ABC):
+    """What the ranks have to say.
 
     Args:
         title: how the table calls it.
-        datasets: how many datasets; each has all of the following.
-        scalars: names and aggregations.
-        window: values of one distribution that come in between two logs; 0 for no distribution.
-        categories: how many categories the one categorical metric has; 0 for none.
-        batches: in how many pieces an interval comes in.
+        window: how many recent values of a distribution a rank keeps; None: all.
+        repeats: so many times over an interval's batches come in.
+    """
+
+    title: str
+    window: int | None
+    repeats: int
+
+    @abstractmethod
+    def interval(self, rank: int, number: int) -> Iterator[list[Column]]:
+        """Yield the batches of one interval."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A metric that each dataset has.
+
+    Args:
+        name: of the metric.
+        aggregation: of the metric.
+        size: its values in a batch; for categories, how many there are.
+    """
+
+    name: str
+    aggregation: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Mixture(Workload):
+    """A training run on some datasets; every rank and every interval has other values.
+
+    Args:
+        datasets: how many; each has all `kinds`.
+        kinds: the metrics.
+        batches: in how many different pieces an interval comes in.
     """
 
     title: str
     datasets: int
-    scalars: tuple[tuple[str, str], ...]
-    window: int = 0
-    categories: int = 0
-    batches: int = 4
+    kinds: tuple[Kind, ...]
+    window: int | None = 1000
+    batches: int = 1
+    repeats: int = 1
 
     def interval(self, rank: int, number: int) -> Iterator[list[Column]]:
-        """Yield the batches of one interval; every rank and every interval has other values."""
         random = np.random.default_rng((rank, number))
         for _ in range(self.batches):
-            yield [column for index in range(self.datasets) for column in self._of(index, random)]
+            yield [
+                Column(f"dataset_{index:02d}", kind.name, kind.aggregation, _values(kind, random))
+                for index in range(self.datasets)
+                for kind in self.kinds
+            ]
 
-    def _of(self, index: int, random: np.random.Generator) -> Iterator[Column]:
-        dataset = f"dataset_{index:02d}"
-        for name, aggregation in self.scalars:
-            yield Column(dataset, name, aggregation, random.normal(3.0, 1.0, 16))
-        if self.window:
-            values = random.lognormal(6.0, 1.0, max(self.window // self.batches, 1))
-            yield Column(dataset, "seq_len", "distribution", values)
-        if self.categories:
-            # Each category occurs, so that the schema is complete after the first log.
-            texts = [f"kind_{number:02d}" for number in range(self.categories)]
-            yield Column(dataset, "kind", "categorical_count", texts * 2)
+
+def _values(kind: Kind, random: np.random.Generator) -> Values:
+    if kind.aggregation == "categorical_count":
+        # Each category occurs, so that the schema is complete after the first log.
+        return [f"kind_{number:02d}" for number in range(kind.size)] * 2
+    if kind.aggregation == "distribution":
+        return random.lognormal(6.0, 1.0, kind.size)
+    return random.normal(3.0, 1.0, kind.size)
 
 
 _SCALARS = (
@@ -77,11 +113,39 @@ _SCALARS = (
 
 def large(datasets: int, window: int) -> Workload:
     """Return 5 scalars, a distribution and 20 categories per dataset."""
+    batches = 4
+    kinds = (
+        *(Kind(name, aggregation, 16) for name, aggregation in _SCALARS),
+        Kind("seq_len", "distribution", max(window // batches, 1)),
+        Kind("kind", "categorical_count", 20),
+    )
     title = f"{datasets} datasets x (5 scalars + {window}-value distribution + 20 categories)"
-    return Workload(title, datasets, _SCALARS, window, 20)
+    return Mixture(title, datasets, kinds, window, batches)
 
 
 def small(means: int) -> Workload:
     """Return means alone, without a dataset worth speaking of."""
-    scalars = tuple((f"mean_{number:03d}", "mean") for number in range(means))
-    return Workload(f"{means} means", 1, scalars, batches=1)
+    kinds = tuple(Kind(f"mean_{number:03d}", "mean", 16) for number in range(means))
+    return Mixture(f"{means} means", 1, kinds)
+
+
+def mixed(scalars: int, distributions: int, samples: int, window: int | None) -> Workload:
+    """Return sums, means, maxima and minima in equal parts, and distributions beside them.
+
+    Args:
+        scalars: how many metrics that are one number each.
+        distributions: how many metrics whose percentiles are asked for.
+        samples: values of each distribution that come in between two logs on each rank; of a
+            scalar there is one value in ten samples, as of a step that has so many.
+        window: recent values that a distribution keeps; None: all.
+    """
+    aggregations = ("sum", "mean", "max", "min")
+    # Few samples still come in several batches; many come in large ones, over and over.
+    size = min(max(samples // 10, 1), 10_000)
+    kinds = (
+        *(Kind(f"scalar_{n:04d}", aggregations[n % 4], max(size // 10, 1)) for n in range(scalars)),
+        *(Kind(f"length_{n:02d}", "distribution", size) for n in range(distributions)),
+    )
+    batches = min(samples // size, 10)
+    title = f"{scalars} scalars, {distributions} distributions, {samples:,} samples"
+    return Mixture(title, 1, kinds, window, batches, samples // (size * batches))

@@ -1,0 +1,63 @@
+"""The libraries that are compared, and where each one's contender is."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+
+from benchmarks.contenders import Contender
+
+__all__ = ["BARE", "LIBRARIES", "OURS", "Library"]
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A library as a user would log with it.
+
+    Args:
+        name: how the tables call it.
+        package: what has to be installed.
+        contender: its class, as ``module:name``.
+        most_samples: more than these take it too long to take in.
+    """
+
+    name: str
+    package: str
+    contender: str
+    most_samples: float = float("inf")
+
+    @property
+    def installed(self) -> bool:
+        return find_spec(self.package) is not None
+
+    @property
+    def version(self) -> str:
+        return version(self.package)
+
+    def load(self) -> type[Contender]:
+        """Import the library."""
+        module, name = self.contender.split(":")
+        found: type[Contender] = getattr(importlib.import_module(module), name)
+        return found
+
+
+OURS = Library("metricfold", "metricfold", "benchmarks.contenders:MetricfoldEverywhere")
+BARE = Library("bare all_reduce", "torch", "benchmarks.contenders:BareAllReduce")
+
+LIBRARIES = (
+    OURS,
+    Library("torchmetrics", "torchmetrics", "benchmarks.peers.torchmetrics:MetricCollections"),
+    Library("torcheval", "torcheval", "benchmarks.peers.torcheval:SyncAndCompute"),
+    Library("Lightning self.log", "lightning", "benchmarks.peers.lightning:SelfLog"),
+    Library("Accelerate", "accelerate", "benchmarks.peers.accelerate:GatherForMetrics"),
+    Library(
+        "pickled states",
+        "torch",
+        "benchmarks.contenders:PickledStatesEverywhere",
+        most_samples=10**6,
+    ),
+    BARE,
+)
+"""Ours comes first: the bare collective is told how much it moves."""
