@@ -5,10 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench figures clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -33,9 +34,20 @@ lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench: $(STAMP)
+$(BENCH_STAMP): $(STAMP)
+	@echo "==> installing the libraries to compare with (first time: a minute)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
+	@touch $@
+
+bench: $(BENCH_STAMP)  ## BENCH_ARGS=--quick shows in two minutes that everything runs
 	@echo "==> benchmarks: ratios measured side by side in one run"
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+	@echo "==> the same logs through other libraries"
+	@$(BIN)/python -m benchmarks.peers $(BENCH_ARGS)
+
+figures: $(BENCH_STAMP)  ## measure the libraries anew and put tables and plots into docs/benchmarks.md
+	@$(BIN)/python -m benchmarks.peers --json benchmarks/results/peers.json
+	@$(BIN)/python -m benchmarks.peers.page benchmarks/results/peers.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs

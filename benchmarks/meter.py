@@ -43,10 +43,9 @@ class Meter:
     def __init__(self, seconds: float, most: int) -> None:
         self._seconds = seconds
         self._most = most
-        self._logs = -1
-        self._planned = 0
+        self._logs = 0
         self._traffic: Traffic | None = None
-        self._began = self._turn_began = 0.0
+        self._began = self._warm_at = 0.0
         self.turns: list[tuple[float, float]] = []
         self.peak = 0
         self.collectives = 0
@@ -55,14 +54,23 @@ class Meter:
 
     def wants_more(self) -> bool:
         """Return whether there is another log to measure."""
-        if self._logs == 0:
-            self._plan(time.monotonic() - self._turn_began)
+        if self._traffic is not None:
+            return False
         self._logs += 1
-        self._turn_began = time.monotonic()
-        if self._logs == self._planned + 1:
+        if self._logs == 2:
+            self._warm_at = time.monotonic()
+        elif self._logs > 2 and self._enough():
             self.peak = peak()
             self._traffic = Traffic()
-        return self._logs <= self._planned + 1
+        return True
+
+    def _enough(self) -> bool:
+        """Return whether any rank has timed for long enough, the same on all of them."""
+        enough = torch.tensor(
+            len(self.turns) >= self._most or time.monotonic() - self._warm_at >= self._seconds
+        ).float()
+        dist.all_reduce(enough, dist.ReduceOp.MAX)
+        return bool(enough)
 
     def begin(self) -> None:
         """Call right before the log; all ranks begin together."""
@@ -78,11 +86,5 @@ class Meter:
         if self._traffic is not None:
             self._traffic.end()
             self.collectives, self.sent = self._traffic.collectives, self._traffic.sent
-        elif self._logs > 0:
+        elif self._logs > 1:
             self.turns.append((self._began, ended))
-
-    def _plan(self, turn: float) -> None:
-        """Agree on how many logs to time: the slowest rank counts."""
-        slowest = torch.tensor(turn, dtype=torch.float64)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        self._planned = min(max(int(self._seconds / slowest.item()), 1), self._most)

@@ -55,7 +55,9 @@ def main() -> int:
     axes = {
         axis: list(plan.axes[axis]) for axis in (plan.axes if chosen.axes is None else chosen.axes)
     }
-    versions = {lib.name: lib.version for lib in libraries if lib.installed}
+    versions = {
+        lib.package: lib.version for lib in libraries if lib.installed and lib.package != "torch"
+    }
     results = Results(machine(), versions, chosen.window, axes)
     print(results.machine)
     print(", ".join(f"{name} {number}" for name, number in versions.items()), "\n", flush=True)

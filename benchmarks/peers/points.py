@@ -46,8 +46,8 @@ class Plan:
 
     Args:
         axes: points by the name of what differs between them, ascending.
-        seconds: how long the logs of one library at one point should take, with their intervals.
-        logs: how many of them are timed at most.
+        seconds: how long to time the logs of one library at one point, with their intervals.
+        logs: how many are timed at most.
     """
 
     axes: Mapping[str, Sequence[Point]]
@@ -70,7 +70,7 @@ FULL = Plan(
         "distributions": _around(_CENTRE, "distributions", (0, 10, 50)),
         "samples": _around(_MANY_SAMPLES, "samples", (10**3, 10**4, 10**5, 10**6, 10**7)),
     },
-    seconds=1.5,
+    seconds=1.0,
     logs=40,
 )
 

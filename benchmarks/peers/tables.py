@@ -9,7 +9,7 @@ from benchmarks.peers.results import Results, Row
 from benchmarks.peers.run import Measured
 from benchmarks.table import markdown, seconds
 
-__all__ = ["AXES", "axis_table", "differing_table", "tables"]
+__all__ = ["AXES", "amount", "axis_table", "differing_table", "elsewhere", "tables"]
 
 AXES = {
     "metrics": "Number of metrics",
@@ -33,7 +33,7 @@ def axis_table(results: Results, axis: str) -> str:
     points = results.axes[axis]
     with_percentiles = any(point.distributions for point in points)
     head = [
-        _elsewhere(points[0], axis),
+        elsewhere(points[0], axis),
         *(f"{getattr(point, axis):,}" for point in points),
         "collectives",
         "bytes sent",
@@ -50,12 +50,13 @@ def axis_table(results: Results, axis: str) -> str:
             _range(rows, lambda found: amount(found.memory)),
         ]
         if with_percentiles:
-            line.append(_range(rows[-1:], lambda found: _error(found.percentile_error)))
+            ran = [row for row in rows if row.measured]
+            line.append(_range(ran[-1:], lambda found: _error(found.percentile_error)))
         lines.append(line)
     return markdown(head, lines)
 
 
-def _elsewhere(point: Point, axis: str) -> str:
+def elsewhere(point: Point, axis: str) -> str:
     """Say what is the same along the whole axis."""
     words = {
         "metrics": f"{point.metrics:,} metrics",
@@ -84,12 +85,12 @@ def _error(part: float | None) -> str:
     return "0" if part < 1e-6 else f"{100 * part:.2g} %"
 
 
-def amount(number: int) -> str:
+def amount(number: float) -> str:
     """Return a number of bytes with its unit."""
     for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if number >= scale:
             return f"{number / scale:.3g} {unit}"
-    return f"{number} B"
+    return f"{number:.0f} B"
 
 
 def differing_table(results: Results) -> str:
