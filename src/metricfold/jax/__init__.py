@@ -1,0 +1,31 @@
+"""Metrics across the devices of a JAX program, reduced inside the compiled step.
+
+    from metricfold.jax import DistributedMetrics
+
+    dm = DistributedMetrics()
+
+    @jax.pmap
+    def eval_step(params, batch):
+        loss, hits = evaluate(params, batch)
+        return dm.reduce_custom({"loss": loss, "hits": hits}, {"hits": "sum"})
+
+Import it where it is needed: ``import metricfold`` alone loads neither JAX nor Flax.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+_missing = [package for package in ("jax", "flax") if find_spec(package) is None]
+if _missing:
+    raise ImportError(
+        f"metricfold.jax needs jax and flax, and {' and '.join(_missing)} is not installed: "
+        "pip install 'metricfold[jax]'"
+    )
+
+from metricfold.jax.data_parallel import DataParallel  # noqa: E402 (after the check above)
+from metricfold.jax.distributed_metrics import DistributedMetrics  # noqa: E402
+from metricfold.jax.mesh import DeviceMeshManager  # noqa: E402
+from metricfold.jax.packed import PackedMetrics  # noqa: E402
+
+__all__ = ["DataParallel", "DeviceMeshManager", "DistributedMetrics", "PackedMetrics"]

@@ -1,0 +1,102 @@
+"""Few collectives for many arrays.
+
+A collective costs its latency, whatever it carries, and a compiled step pays for each in compile
+time too. So small arrays of one kind travel as one vector. Large ones go alone, because copying
+them into a vector would cost more than it saves; so do those that are laid out over a further,
+explicit mesh axis, because a vector would have to give that layout up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from metricfold.jax.axes import Axes, bound_axes
+
+__all__ = ["Lane", "all_gather", "axes_size", "combine", "join", "split", "travel_together"]
+
+Lane: TypeAlias = tuple[Literal["sum", "max"], jax.Array]
+"""An array, and how those of all devices combine, element by element."""
+
+SMALL = 16_384
+"""Elements up to which an array joins others."""
+
+
+def axes_size(axes: Axes) -> int:
+    """Return over how many devices `axes` span."""
+    return math.prod(lax.axis_size(axis) for axis in axes)
+
+
+def combine(lanes: Sequence[Lane], axes: Axes) -> list[jax.Array]:
+    """Combine each of `lanes` over all devices, by one collective per kind and dtype.
+
+    Args:
+        lanes: the same on all devices, but for their values.
+        axes: bound axes; with none, every lane stays as it is.
+    """
+    arrays = [array for _, array in lanes]
+    if not axes:
+        return arrays
+    combined: list[Any] = [None] * len(lanes)
+    for indices in travel_together(arrays, [(kind, array.dtype) for kind, array in lanes]):
+        vector = join([arrays[i] for i in indices])
+        if lanes[indices[0]][0] == "sum":
+            vector = lax.psum(vector, axes)
+        else:
+            # `pmax` has no derivative, and integers need none.
+            vector = lax.pmax(lax.stop_gradient(vector), axes)
+        for i, part in zip(indices, split(vector, [arrays[i].shape for i in indices]), strict=True):
+            combined[i] = part
+    return combined
+
+
+def all_gather(arrays: Sequence[jax.Array], axes: Axes) -> list[jax.Array]:
+    """Return each of `arrays` with a new first dimension: the devices, in the order of `axes`.
+
+    With no axes, every array stays as it is.
+    """
+    if not axes:
+        return list(arrays)
+    # What all devices have gathered is the same on all. `shard_map` lets a function return it as
+    # such only if told so; `vmap` knows no such distinction.
+    to: Any = "invarying" if set(axes) <= set(bound_axes()) else "varying"
+    gathered: list[Any] = [None] * len(arrays)
+    for indices in travel_together(arrays, [array.dtype for array in arrays]):
+        rows = lax.all_gather(join([arrays[i] for i in indices]), axes, to=to)
+        for i, part in zip(indices, split(rows, [arrays[i].shape for i in indices]), strict=True):
+            gathered[i] = part
+    return gathered
+
+
+def travel_together(arrays: Sequence[jax.Array], kinds: Sequence[Hashable]) -> list[list[int]]:
+    """Return the indices of `arrays`, grouped: small ones of one kind together, others alone."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, (array, kind) in enumerate(zip(arrays, kinds, strict=True)):
+        groups.setdefault(kind if _joins(array) else ("alone", i), []).append(i)
+    return list(groups.values())
+
+
+def _joins(array: jax.Array) -> bool:
+    layout = jax.typeof(array).sharding.spec
+    return array.size <= SMALL and all(axes is None for axes in layout)
+
+
+def join(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Return `arrays` of one dtype as one vector; a single one stays as it is."""
+    if len(arrays) == 1:
+        return arrays[0]
+    return jnp.concatenate([jnp.ravel(array) for array in arrays])
+
+
+def split(joined: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    """Undo `join`, for arrays of these shapes; dimensions that came in front stay in front."""
+    if len(shapes) == 1:
+        return [joined]
+    parts = lax.split(joined, [math.prod(shape) for shape in shapes], axis=joined.ndim - 1)
+    leading = joined.shape[:-1]
+    return [part.reshape(leading + shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -1,0 +1,330 @@
+"""`DistributedMetrics`: metrics reduced over devices, inside the compiled step.
+
+    dm = DistributedMetrics()
+
+    @jax.pmap
+    def eval_step(params, batch):
+        metrics = {"loss": loss(params, batch), "samples": len(batch["x"])}
+        return dm.reduce_custom(metrics, {"samples": "sum"})
+
+There is no state and there are no options: an instance is as good as the class, whose ``_static``
+methods do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from metricfold.jax.axes import DEFAULT_AXIS, AxisName, resolve_axes
+from metricfold.jax.collection import collect
+from metricfold.jax.collectives import all_gather
+from metricfold.jax.packed import pack
+from metricfold.jax.reduction import reduce_arrays, require_op
+from metricfold.jax.trees import ABSENT, Leaf, flatten, look_up
+from metricfold.jax.values import as_array
+
+__all__ = ["DistributedMetrics"]
+
+
+class DistributedMetrics(nnx.Module):
+    """Gathers and reduces metrics over the devices of a ``pmap``, ``shard_map`` or ``vmap``.
+
+    All methods but `collect_from_devices` are called inside the mapped function. They take:
+
+    * ``metrics``: a dict of numbers and arrays of numbers, nested at will. Python and NumPy numbers
+      count once per device, as in `jax.lax.psum`.
+    * ``axis_name``: the axis, or a tuple of axes, to reduce over. The default, ``"batch"``, also
+      stands for the one axis that is bound under another name, or under none, as in a bare
+      ``@jax.pmap``. ``None`` stands for all axes of ``pmap`` and ``shard_map``; under plain
+      ``jit``, where values are already those of the whole batch, these are none and values stay.
+    * ``packed``: return a `PackedMetrics`, which is one array, in place of a dict.
+
+    The reductions propagate NaN. Means and sums are computed, and given back, in at least 32 bits:
+    float16, bfloat16 and small integers would overflow. A mean of integers is a float; a maximum
+    or minimum keeps its type. Small metrics travel together: one collective for all sums and means
+    of a type, one for all extrema.
+
+    Raises:
+        NameError: the axis is not bound.
+        TypeError: a value is no number.
+        ValueError: an integer is too large for its JAX type, or what the methods say.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def all_gather(
+        self, metrics: dict[str, Any], axis_name: AxisName = DEFAULT_AXIS
+    ) -> dict[str, Any]:
+        """Return the values of all devices on each: arrays with a new first dimension.
+
+        Over several axes there is still one new dimension, whose last axis varies fastest.
+        """
+        return self.all_gather_static(metrics, axis_name)
+
+    @staticmethod
+    def all_gather_static(
+        metrics: dict[str, Any], axis_name: AxisName = DEFAULT_AXIS
+    ) -> dict[str, Any]:
+        """Do what `all_gather` does."""
+        leaves, structure = flatten(metrics)
+        arrays = [as_array(leaf.value, leaf.path("metrics")) for leaf in leaves]
+        gathered = all_gather(arrays, resolve_axes(axis_name))
+        return jax.tree_util.tree_unflatten(structure, gathered)  # type: ignore[no-any-return]
+
+    def reduce_mean(
+        self,
+        metrics: dict[str, Any],
+        axis_name: AxisName = DEFAULT_AXIS,
+        *,
+        weights: Any = None,
+        packed: bool = False,
+    ) -> Any:
+        """Return the mean over devices, of each element of each metric.
+
+        Args:
+            metrics: see `DistributedMetrics`.
+            axis_name: see `DistributedMetrics`.
+            weights: how much each device counts, such as its number of samples that are not
+                padding: the result is Σwx / Σw. A number for all metrics, an array for metrics of
+                its shape, or a dict nested like the metrics. What has weight 0 contributes
+                nothing, not even a NaN; where all weights are 0, the result is NaN.
+            packed: see `DistributedMetrics`.
+
+        Raises:
+            ValueError: a weight has another shape than its metric, or a metric has none.
+        """
+        return self.reduce_mean_static(metrics, axis_name, weights=weights, packed=packed)
+
+    @staticmethod
+    def reduce_mean_static(
+        metrics: dict[str, Any],
+        axis_name: AxisName = DEFAULT_AXIS,
+        *,
+        weights: Any = None,
+        packed: bool = False,
+    ) -> Any:
+        """Do what `reduce_mean` does."""
+        return _reduce(metrics, "mean", axis_name, weights=weights, packed=packed)
+
+    def reduce_sum(
+        self,
+        metrics: dict[str, Any],
+        axis_name: AxisName = DEFAULT_AXIS,
+        *,
+        packed: bool = False,
+    ) -> Any:
+        """Return the sum over devices, of each element of each metric."""
+        return self.reduce_sum_static(metrics, axis_name, packed=packed)
+
+    @staticmethod
+    def reduce_sum_static(
+        metrics: dict[str, Any], axis_name: AxisName = DEFAULT_AXIS, *, packed: bool = False
+    ) -> Any:
+        """Do what `reduce_sum` does."""
+        return _reduce(metrics, "sum", axis_name, packed=packed)
+
+    def reduce_max(
+        self,
+        metrics: dict[str, Any],
+        axis_name: AxisName = DEFAULT_AXIS,
+        *,
+        packed: bool = False,
+    ) -> Any:
+        """Return the largest value over devices, of each element of each metric.
+
+        It has no derivative: a gradient through it is zero.
+        """
+        return self.reduce_max_static(metrics, axis_name, packed=packed)
+
+    @staticmethod
+    def reduce_max_static(
+        metrics: dict[str, Any], axis_name: AxisName = DEFAULT_AXIS, *, packed: bool = False
+    ) -> Any:
+        """Do what `reduce_max` does."""
+        return _reduce(metrics, "max", axis_name, packed=packed)
+
+    def reduce_min(
+        self,
+        metrics: dict[str, Any],
+        axis_name: AxisName = DEFAULT_AXIS,
+        *,
+        packed: bool = False,
+    ) -> Any:
+        """Return the smallest value over devices, of each element of each metric.
+
+        It has no derivative: a gradient through it is zero.
+        """
+        return self.reduce_min_static(metrics, axis_name, packed=packed)
+
+    @staticmethod
+    def reduce_min_static(
+        metrics: dict[str, Any], axis_name: AxisName = DEFAULT_AXIS, *, packed: bool = False
+    ) -> Any:
+        """Do what `reduce_min` does."""
+        return _reduce(metrics, "min", axis_name, packed=packed)
+
+    def reduce_custom(
+        self,
+        metrics: dict[str, Any],
+        reduce_fn: Mapping[str, Any] | None = None,
+        axis_name: AxisName = DEFAULT_AXIS,
+        *,
+        packed: bool = False,
+    ) -> Any:
+        """Return each metric reduced by an op of its own.
+
+        Args:
+            metrics: see `DistributedMetrics`.
+            reduce_fn: for each name ``"mean"``, ``"sum"``, ``"max"``, ``"min"``, or ``None`` to
+                leave the value as it is, whatever it is. It may be nested like the metrics, and an
+                op for a dict holds for all in it. Names that it lacks take the mean; names that
+                the metrics lack are ignored.
+            axis_name: see `DistributedMetrics`.
+            packed: see `DistributedMetrics`; then no op can be ``None``.
+
+        Raises:
+            ValueError: an op is unknown.
+        """
+        return self.reduce_custom_static(metrics, reduce_fn, axis_name, packed=packed)
+
+    @staticmethod
+    def reduce_custom_static(
+        metrics: dict[str, Any],
+        reduce_fn: Mapping[str, Any] | None = None,
+        axis_name: AxisName = DEFAULT_AXIS,
+        *,
+        packed: bool = False,
+    ) -> Any:
+        """Do what `reduce_custom` does."""
+        if reduce_fn is not None and not isinstance(reduce_fn, Mapping):
+            raise TypeError(
+                f"reduce_fn is {reduce_fn!r}, but must be a dict that gives an op for each name"
+            )
+        return _reduce(metrics, {} if reduce_fn is None else reduce_fn, axis_name, packed=packed)
+
+    def collect_from_devices(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Return, outside the mapped function, lists of the values of all devices.
+
+        Args:
+            metrics: what the mapped function returned, the first dimension of each array being
+                that of the devices. Read in one transfer. Values without dimensions, and what is
+                no array, stay as they are.
+
+        Returns:
+            The same dict with a list for each array: of Python numbers, or of NumPy arrays for
+            metrics with a shape.
+
+        Raises:
+            TypeError: `metrics` is no dict, such as ``(params, metrics)``, or is traced.
+            ValueError: an array lives partly on devices of other processes.
+            RuntimeError: an array was donated or deleted.
+        """
+        return self.collect_from_devices_static(metrics)
+
+    @staticmethod
+    def collect_from_devices_static(metrics: dict[str, Any]) -> dict[str, Any]:
+        """Do what `collect_from_devices` does."""
+        return collect(metrics)
+
+
+def _reduce(
+    metrics: Any,
+    ops: str | Mapping[str, Any],
+    axis_name: AxisName,
+    *,
+    weights: Any = None,
+    packed: bool = False,
+) -> Any:
+    """Reduce a tree of metrics, all by one op or each by that which a mapping has for it."""
+    leaves, structure = flatten(metrics)
+    if isinstance(ops, Mapping):
+        _require_ops(ops, "reduce_fn")
+    chosen = [_op(ops, leaf) for leaf in leaves]
+    reducible = [i for i, op in enumerate(chosen) if op is not None]
+    if packed and len(reducible) < len(leaves):
+        left = next(leaf for leaf, op in zip(leaves, chosen, strict=True) if op is None)
+        raise ValueError(
+            f"{left.path('metrics')} is to stay as it is on each device, but packed metrics hold "
+            "what all devices agree on: take it out, or give it an op"
+        )
+    arrays = [_number(leaves[i], chosen[i]) for i in reducible]
+    weighing = None
+    if weights is not None:
+        weighing = _weights(weights, [leaves[i] for i in reducible], arrays)
+    axes = resolve_axes(axis_name)
+    reduced = reduce_arrays(arrays, [chosen[i] for i in reducible], axes, weighing)
+    if packed:
+        return pack(reduced, structure, axes)
+    results = [leaf.value for leaf in leaves]
+    for i, result in zip(reducible, reduced.arrays(), strict=True):
+        results[i] = result
+    return jax.tree_util.tree_unflatten(structure, results)
+
+
+def _require_ops(ops: Mapping[str, Any], where: str) -> None:
+    for name, op in ops.items():
+        if isinstance(op, Mapping):
+            _require_ops(op, f"{where}[{name!r}]")
+        elif op is not None:
+            require_op(op, f"{where}[{name!r}]")
+
+
+def _op(ops: str | Mapping[str, Any], leaf: Leaf) -> Any:
+    if isinstance(ops, str):
+        return ops
+    op = look_up(ops, leaf)
+    if isinstance(op, Mapping):
+        raise ValueError(
+            f"{leaf.path('reduce_fn')} is a dict of ops, but {leaf.path('metrics')} is a single value"
+        )
+    return "mean" if op is ABSENT else op
+
+
+def _number(leaf: Leaf, op: str) -> jax.Array:
+    where = leaf.path("metrics")
+    array = as_array(leaf.value, where)
+    if op in ("max", "min") and jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"{where} is complex, and complex numbers have no {op}: take the magnitude")
+    return array
+
+
+def _weights(weights: Any, leaves: Sequence[Leaf], arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return one weight per leaf."""
+    if not isinstance(weights, Mapping):
+        shared = _weight(weights, "weights")
+        return [
+            _fitting(shared, "weights", leaf, array)
+            for leaf, array in zip(leaves, arrays, strict=True)
+        ]
+    found = []
+    for leaf, array in zip(leaves, arrays, strict=True):
+        where = leaf.path("weights")
+        weight = look_up(weights, leaf)
+        if weight is ABSENT or isinstance(weight, Mapping):
+            raise ValueError(
+                f"{leaf.path('metrics')} has no weight: give {where}, or one number for all metrics"
+            )
+        found.append(_fitting(_weight(weight, where), where, leaf, array))
+    return found
+
+
+def _weight(weight: Any, where: str) -> jax.Array:
+    array = as_array(weight, where)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"{where} is complex: a weight is a real number")
+    return array
+
+
+def _fitting(weight: jax.Array, where: str, leaf: Leaf, array: jax.Array) -> jax.Array:
+    if weight.ndim and weight.shape != array.shape:
+        raise ValueError(
+            f"{where} has shape {weight.shape}, but {leaf.path('metrics')} has shape {array.shape}: "
+            "give one number per device, or one for each element of the metric"
+        )
+    return weight

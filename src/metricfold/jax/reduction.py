@@ -1,0 +1,185 @@
+"""Reduce many values over devices: each by its own op, all by few collectives.
+
+    combined = reduce_arrays([loss, tokens, norm], ["mean", "sum", "max"], axes)
+    loss, tokens, norm = combined.arrays()
+
+Values of one op and type are joined first, so that what an op does is done once for all of them,
+and joined again by `combine`, so that mean and sum, max and min share a collective. A step with
+float32 metrics of all four ops compiles to two: one sum, one maximum.
+
+An op states what type it computes in, what it sends, and what it makes of what comes back:
+
+    op      sends                           result
+    mean    sum of x                        / number of devices
+            sum of w·x, sum of w            Σwx / Σw, with weights
+    sum     sum of x                        as it is
+    max     maximum of x's sortable bits    x again, in its own type
+    min     the same, inverted              x again, in its own type
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metricfold.jax.axes import Axes
+from metricfold.jax.collectives import Lane, axes_size, combine, join, split, travel_together
+from metricfold.jax.ordering import from_sortable, to_sortable
+from metricfold.jax.values import wide
+
+__all__ = ["OPS", "Group", "Reduced", "reduce_arrays", "require_op"]
+
+
+class Op(ABC):
+    """What one reduction does to arrays."""
+
+    def computed_in(self, dtype: Any) -> Any:
+        """Return the type that values of type `dtype` are reduced in."""
+        return wide(dtype)
+
+    def given_back_in(self, dtype: Any) -> Any:
+        """Return the type of the result for values of type `dtype`."""
+        return self.computed_in(dtype)
+
+    @abstractmethod
+    def lanes(self, values: jax.Array, weights: jax.Array | None) -> list[Lane]: ...
+
+    @abstractmethod
+    def result(self, combined: list[jax.Array], dtype: Any, devices: int) -> jax.Array:
+        """Return the result of values that were computed in `dtype`."""
+
+
+class Sum(Op):
+    def lanes(self, values: jax.Array, weights: jax.Array | None) -> list[Lane]:
+        return [("sum", values)]
+
+    def result(self, combined: list[jax.Array], dtype: Any, devices: int) -> jax.Array:
+        return combined[0]
+
+
+class Mean(Op):
+    def computed_in(self, dtype: Any) -> Any:
+        return wide(jnp.result_type(dtype, float))
+
+    def lanes(self, values: jax.Array, weights: jax.Array | None) -> list[Lane]:
+        if weights is None:
+            return [("sum", values)]
+        # Nothing times NaN would be NaN; what has no weight must not be seen.
+        counted = jnp.where(weights == 0, 0, values)
+        return [("sum", counted * weights), ("sum", weights)]
+
+    def result(self, combined: list[jax.Array], dtype: Any, devices: int) -> jax.Array:
+        return combined[0] / (devices if len(combined) == 1 else combined[1])
+
+
+class Max(Op):
+    reverse = False
+
+    def given_back_in(self, dtype: Any) -> Any:
+        return dtype
+
+    def lanes(self, values: jax.Array, weights: jax.Array | None) -> list[Lane]:
+        return [("max", to_sortable(values, reverse=self.reverse))]
+
+    def result(self, combined: list[jax.Array], dtype: Any, devices: int) -> jax.Array:
+        return from_sortable(combined[0], dtype, reverse=self.reverse)
+
+
+class Min(Max):
+    reverse = True
+
+
+OPS: dict[str, Op] = {"mean": Mean(), "sum": Sum(), "max": Max(), "min": Min()}
+
+
+def require_op(op: object, where: str, choices: Sequence[str] = tuple(OPS)) -> None:
+    """Raise a `ValueError` that lists the choices if `op` is none of them."""
+    if op not in choices:
+        raise ValueError(f"{where} is {op!r}, but must be one of {', '.join(map(repr, choices))}")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Results of one op that were computed together."""
+
+    joined: jax.Array
+    indices: tuple[int, ...]
+    """Where they stood among the values that came in."""
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """The results of a reduction, still joined."""
+
+    groups: list[Group]
+
+    def arrays(self) -> list[jax.Array]:
+        """Return the results, one per value that came in, in that order."""
+        results: dict[int, jax.Array] = {}
+        for group in self.groups:
+            parts = split(group.joined, group.shapes)
+            for i, part, dtype in zip(group.indices, parts, group.dtypes, strict=True):
+                results[i] = part.astype(dtype)
+        return [results[i] for i in range(len(results))]
+
+
+def reduce_arrays(
+    arrays: Sequence[jax.Array],
+    ops: Sequence[str],
+    axes: Axes,
+    weights: Sequence[jax.Array] | None = None,
+) -> Reduced:
+    """Reduce each of `arrays` over all devices.
+
+    Args:
+        arrays: numbers; for max and min, not complex ones.
+        ops: for each array one of `OPS`.
+        axes: bound axes; with none, values are taken for those of a single device.
+        weights: for means: per array a 0-d weight, or one of the array's shape.
+    """
+    computed = [OPS[op].computed_in(x.dtype) for op, x in zip(ops, arrays, strict=True)]
+    inputs = [x.astype(dtype) for x, dtype in zip(arrays, computed, strict=True)]
+    groups = travel_together(inputs, list(zip(ops, computed, strict=True)))
+    sent = [
+        OPS[ops[indices[0]]].lanes(
+            join([inputs[i] for i in indices]), _joined(weights, inputs, indices)
+        )
+        for indices in groups
+    ]
+    came_back = iter(combine([lane for lanes in sent for lane in lanes], axes))
+    devices = axes_size(axes)
+    reduced = []
+    for indices, lanes in zip(groups, sent, strict=True):
+        first = indices[0]
+        combined = [next(came_back) for _ in lanes]
+        reduced.append(
+            Group(
+                joined=OPS[ops[first]].result(combined, computed[first], devices),
+                indices=tuple(indices),
+                shapes=tuple(inputs[i].shape for i in indices),
+                dtypes=tuple(np.dtype(OPS[ops[i]].given_back_in(arrays[i].dtype)) for i in indices),
+            )
+        )
+    return Reduced(reduced)
+
+
+def _joined(
+    weights: Sequence[jax.Array] | None, inputs: Sequence[jax.Array], indices: Sequence[int]
+) -> jax.Array | None:
+    """Return the weights of a group: one number if they are the same, else joined like its values."""
+    if weights is None:
+        return None
+    first = weights[indices[0]]
+    # Complex values have real weights.
+    dtype = inputs[indices[0]].real.dtype
+    if first.ndim == 0 and all(weights[i] is first for i in indices):
+        return first.astype(dtype)
+    return join([jnp.broadcast_to(weights[i], inputs[i].shape).astype(dtype) for i in indices])

@@ -1,0 +1,135 @@
+"""Run tests on several JAX devices: in a process of its own, killed if it hangs.
+
+    @on_devices(4, 8)
+    def test_a_sum_over_devices() -> None:
+        import jax
+        ...
+
+The body runs where JAX has as many (virtual CPU) devices as asked for; once for each number. JAX
+must know that number before it starts, and a process that holds JAX cannot fork without a warning,
+so none of this happens in the process of pytest. Starting JAX takes seconds: one process per number
+of devices serves all tests.
+
+Test modules import JAX inside of functions, for pytest imports the modules.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib
+import inspect
+import multiprocessing
+import os
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+_context = multiprocessing.get_context("spawn")
+
+
+class DevicesError(AssertionError):
+    """What ran on the devices raised, died or hung; the message holds its traceback."""
+
+
+class _Process:
+    """A process with a number of devices, which runs one function after another."""
+
+    def __init__(self, devices: int) -> None:
+        self.pipe, theirs = _context.Pipe()
+        self.process = _context.Process(target=_serve, args=(devices, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def run(self, timeout: float, *request: Any) -> Any:
+        self.pipe.send(request)
+        if not self.pipe.poll(timeout):
+            raise DevicesError(f"{request[1]} hangs: it was killed after {timeout} s")
+        try:
+            kind, content = self.pipe.recv()
+        except EOFError:
+            raise DevicesError(f"{request[1]}: the process died") from None
+        if kind == "error":
+            raise DevicesError(content)
+        return content
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+_processes: dict[int, _Process] = {}
+
+
+@atexit.register
+def _kill_all() -> None:
+    while _processes:
+        _processes.popitem()[1].kill()
+
+
+def run_devices(
+    function: Callable[..., Any], devices: int, /, *args: Any, timeout: float = 90.0, **kwargs: Any
+) -> Any:
+    """Return what ``function(*args, **kwargs)`` returned where JAX has so many devices.
+
+    Args:
+        function: importable, so defined at the top of a test module.
+        devices: how many.
+        args, kwargs: passed on; they and the result travel as pickles.
+        timeout: seconds until the process is killed.
+    """
+    process = _processes.pop(devices, None) or _Process(devices)
+    try:
+        result = process.run(timeout, function.__module__, function.__qualname__, args, kwargs)
+    except DevicesError:
+        process.kill()  # what went wrong there must not reach the next test
+        raise
+    except BaseException:
+        process.kill()
+        raise
+    _processes[devices] = process
+    return result
+
+
+def on_devices(*counts: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make the body of a test run on so many devices; it may take ``devices`` as an argument."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        takes = inspect.signature(test).parameters
+
+        @functools.wraps(test)
+        def outside(devices: int, **kwargs: Any) -> None:
+            if "devices" in takes:
+                kwargs["devices"] = devices
+            run_devices(test, devices, **kwargs)
+
+        others = [parameter for name, parameter in takes.items() if name != "devices"]
+        own = inspect.Parameter("devices", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        outside.__signature__ = inspect.Signature([own, *others])  # type: ignore[attr-defined]
+        return pytest.mark.parametrize("devices", counts)(outside)
+
+    return decorate
+
+
+def _serve(devices: int, pipe: Connection) -> None:
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    warnings.simplefilter("error")
+    while True:
+        try:
+            module, name, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            function: Any = importlib.import_module(module)
+            for part in name.split("."):
+                function = getattr(function, part)
+            answer = "result", inspect.unwrap(function)(*args, **kwargs)
+        except BaseException:
+            answer = "error", traceback.format_exc()
+        pipe.send(answer)
