@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn
@@ -70,7 +70,7 @@ class MetricsAggregator:
         process_group: the ranks to aggregate over: a `torch.distributed` group, or one dimension
             of a `DeviceMesh`; default: all ranks. The group is bound at the first reduction.
         timeout: seconds (or a `timedelta`) to wait for missing ranks; default: the training
-            group's own timeout.
+            group's own timeout, or ten minutes over JAX processes.
         on_nan: ``"propagate"``: SUM, MEAN, MAX, MIN and RATE report NaN when one came in.
             ``"skip"``: they leave NaN out and report how many as ``{name}_nan_count``.
         percentiles: which percentiles a DISTRIBUTION reports, ascending, each in 0..100.
@@ -280,11 +280,13 @@ class MetricsAggregator:
 
         What has accumulated is cut off here, on the caller's thread; what comes in later belongs
         to the next reduction. A second call waits for the first. The future raises what `reduce`
-        would.
+        would. Over JAX processes it is done when the call returns.
         """
         with self._calls:
             self._drain()
             begun = self._begin(Kind.REDUCE, step)
+            if not begun.communicator.any_thread:
+                return _done(lambda: self._finish(begun))
             if self._worker is None:
                 self._worker = Worker(f"metricfold-{self.name}")
             self._in_flight = self._worker.submit(lambda: self._finish(begun))
@@ -471,7 +473,8 @@ class MetricsAggregator:
                 if before.world_size > 1 and isinstance(now, LocalCommunicator):
                     raise RuntimeError(
                         f"the process group of aggregator {self.name!r} is gone, and with it the "
-                        "other ranks' share: reduce before destroy_process_group(). "
+                        "other ranks' share: reduce before destroy_process_group() or "
+                        "jax.distributed.shutdown(). "
                         "state_dict(sync=False) has the state as of the last reduction"
                     )
                 self._past_collectives += before.collectives
@@ -600,6 +603,16 @@ class _Begun:
         self.cut = cut
         self.mine = mine
         self.closed = closed
+
+
+def _done(task: Callable[[], Snapshot]) -> Future[Snapshot]:
+    """Return the finished future of `task`, run here and now."""
+    future: Future[Snapshot] = Future()
+    try:
+        future.set_result(task())
+    except Exception as error:  # noqa: BLE001 - the future's reader gets it
+        future.set_exception(error)
+    return future
 
 
 def _check_timeout(timeout: float | timedelta | None) -> timedelta | None:

@@ -15,6 +15,7 @@ from metricfold.communicator.base import (
     Communicator,
     LocalCommunicator,
     MissingRanksError,
+    jax_job,
     torch_is_initialized,
 )
 
@@ -35,13 +36,36 @@ def connect(
     Args:
         name: pairs aggregators across ranks.
         process_group: a torch process group, one dimension of a `DeviceMesh`, or None for all.
-        timeout: how long to wait for missing ranks; None: as long as the training group does.
+        timeout: how long to wait for missing ranks; None: as long as the training group does, or
+            ten minutes over JAX processes.
         generation: how often this aggregator has been bound before.
+
+    Raises:
+        RuntimeError: torch and JAX have both connected processes, so it is not clear which are
+            meant; or a process group was given and torch has none.
     """
+    job = jax_job()
+    if process_group is None and job is not None:
+        torch_ranks = _torch_ranks()
+        if torch_ranks > 1:
+            raise RuntimeError(
+                f"torch.distributed ({torch_ranks} ranks) and jax.distributed ({job.num_processes} "
+                "processes) are both initialised: say which of them the aggregator is to reduce "
+                "over, by communicator=JaxCommunicator('a name of its own'), which is in "
+                "metricfold.communicator.jax, or by process_group=torch.distributed.group.WORLD"
+            )
+        from metricfold.communicator.jax import JaxCommunicator  # noqa: PLC0415
+
+        return JaxCommunicator(name, timeout, generation)
     if torch_is_initialized():
         from metricfold.communicator.torch import TorchCommunicator  # noqa: PLC0415
 
         return TorchCommunicator(name, process_group, timeout, generation)
+    if process_group is not None and job is not None:
+        raise RuntimeError(
+            "a process_group was given, but the processes are JAX's, which knows no groups: leave "
+            "it out, and the aggregator reduces over all processes"
+        )
     if process_group is not None:
         raise RuntimeError(
             "a process_group was given, but torch.distributed is not initialised (any more): call "
@@ -55,7 +79,15 @@ def global_rank() -> int:
 
     Before the job is initialised, and after it has been torn down, the launcher's word counts.
     """
+    job = jax_job()
+    if job is not None and _torch_ranks() <= 1:
+        return int(job.process_id)
     if torch_is_initialized():
         return int(sys.modules["torch.distributed"].get_rank())
     rank = os.environ.get("RANK", "")
     return int(rank) if rank.isdecimal() else 0
+
+
+def _torch_ranks() -> int:
+    initialized = torch_is_initialized()
+    return int(sys.modules["torch.distributed"].get_world_size()) if initialized else 0

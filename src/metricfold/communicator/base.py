@@ -5,13 +5,19 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from metricfold.pool import FloatArray
 
-__all__ = ["Communicator", "LocalCommunicator", "MissingRanksError", "torch_is_initialized"]
+__all__ = [
+    "Communicator",
+    "LocalCommunicator",
+    "MissingRanksError",
+    "jax_job",
+    "torch_is_initialized",
+]
 
 # 48 bits are exact in a float64, and add up exactly where all ranks but one send zero.
 _BYTES_PER_FLOAT = 6
@@ -36,11 +42,14 @@ class Communicator(ABC):
         rank: this rank, in 0..world_size - 1.
         world_size: the number of ranks.
         collectives: how many collectives this communicator has issued.
+        any_thread: whether collectives may be issued from a thread of our own, while training
+            goes on in the caller's.
     """
 
     rank: int
     world_size: int
     collectives: int = 0
+    any_thread: bool = True
 
     def all_gather(self, vector: FloatArray) -> FloatArray:
         """Return everyone's `vector`, shape (n,), as rows of shape (world_size, n)."""
@@ -101,13 +110,24 @@ class LocalCommunicator(Communicator):
     _all_reduce = all_reduce
 
     def current(self) -> bool:
-        return not torch_is_initialized()
+        return not torch_is_initialized() and jax_job() is None
 
 
 def torch_is_initialized() -> bool:
     """Return whether the training script has made a `torch.distributed` process group."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def jax_job() -> Any:
+    """Return what JAX knows of its processes if the training script has connected several.
+
+    Not by `jax.process_count()`, which would start JAX's backend, and wait for the others as it
+    does.
+    """
+    # Absent, or still half imported, where nothing can be initialised.
+    state = getattr(sys.modules.get("jax._src.distributed"), "global_state", None)
+    return None if state is None or state.client is None or state.num_processes == 1 else state
 
 
 def _to_floats(data: bytes) -> FloatArray:

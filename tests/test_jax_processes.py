@@ -1,0 +1,504 @@
+"""Reductions over real JAX processes, connected by JAX's coordinator."""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from handlers_of_users import LaneRMS, MyTypes, RMSHandler
+from jax_processes import World, end_processes, run_processes
+
+from metricfold import (
+    AggregationType,
+    JSONLSink,
+    Metric,
+    MetricsAggregator,
+    MetricsLogger,
+    MissingRanksError,
+    read_jsonl,
+)
+
+pytestmark = pytest.mark.skipif(find_spec("jax") is None, reason="needs JAX")
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
+
+SUM, MEAN, MAX, MIN = (
+    AggregationType.SUM,
+    AggregationType.MEAN,
+    AggregationType.MAX,
+    AggregationType.MIN,
+)
+DISTRIBUTION, CATEGORICAL = AggregationType.DISTRIBUTION, AggregationType.CATEGORICAL_COUNT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ended() -> Any:
+    yield
+    end_processes()
+
+
+def attempt(call: Callable[[], Any]) -> str:
+    """Return what `call` raises, as text, or "ok"."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "ok"
+
+
+# -- Right whatever each process holds -----------------------------------------------------------
+
+
+def different_keys(rank: int) -> Any:
+    aggregator = MetricsAggregator()
+    if rank == 0:
+        aggregator.update([Metric("alpaca", "tokens", 5, SUM), Metric("alpaca", "loss", 2, MEAN)])
+    if rank == 1:
+        aggregator.update(
+            [
+                Metric("orca", "tokens", 7, SUM),
+                Metric("alpaca", "loss", 5, MEAN, 2),
+                Metric("alpaca", "longest", 9, MAX),
+                Metric("orca", "kind", "a", CATEGORICAL),
+            ]
+        )
+    first = aggregator.reduce()
+    before = aggregator.collectives
+    second = aggregator.reduce()
+    once = aggregator.collectives - before
+    return first.as_dict("t"), first.lacking("alpaca", "loss"), second.as_dict("t"), once
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_with_different_keys_or_none_agree(processes: int) -> None:
+    results = run_processes(different_keys, processes)
+    logged = {
+        "t_alpaca/tokens": 5.0,
+        "t_alpaca/loss": 4.0,
+        "t_alpaca/longest": 9.0,
+        "t_orca/tokens": 7.0,
+        "t_orca/kind_count_a": 1.0,
+    }
+    lacking = list(range(2, processes))
+    assert results == [(logged, lacking, logged, 1)] * processes
+
+
+def story(rank: int, route: str, window: int | None) -> tuple[list[Any], list[int]]:
+    """Live through four intervals with metrics of all types; returns all that is said of them."""
+    aggregator = MetricsAggregator(window, route=route)
+    aggregator.register_handler("lane rms", LaneRMS())
+    aggregator.register_handler(MyTypes.RMS, RMSHandler())
+    rng = np.random.default_rng(rank)
+    said: list[Any] = []
+    collectives = []
+    for interval in range(4):
+        for number, value in enumerate(rng.lognormal(0, 9, 40).tolist()):
+            agg = ("mean", "sum", "max", "min")[number % 4]
+            aggregator.record(f"{agg} {number}", value, agg, weight=1 + number % 3)
+        if rank % 2 or interval > 1:
+            lengths = rng.normal(300, 5, 700 * (rank + 1)).tolist()
+            aggregator.update([Metric("d", "len", length, DISTRIBUTION) for length in lengths])
+            aggregator.update([Metric("d", "kind", f"{rank} {interval}", CATEGORICAL)])
+        aggregator.update([Metric(f"d{rank}", "own", 0.1 * rank + interval, "lane rms")])
+        aggregator.update([Metric("d", "custom", 1 + rank, MyTypes.RMS)])
+        aggregator.record("nan", math.nan if rank == interval else 1.0, "max")
+        if interval == 2:
+            aggregator.state_dict()
+        before = aggregator.collectives
+        snapshot = aggregator.reduce(step=interval)
+        collectives.append(aggregator.collectives - before)
+        said += [snapshot.as_dict("t", window, rollup=True) for window in ("run", "interval")]
+        said.append([snapshot.lacking_count("d", "len"), snapshot.tied(None, "nan")])
+    return said, collectives
+
+
+@needs_torch
+@pytest.mark.parametrize(("processes", "window"), [(2, 1000), (4, None)])
+def test_jax_processes_and_torch_ranks_come_to_the_same(processes: int, window: int | None) -> None:
+    from ranks import run_ranks
+
+    for route in ("narrow", "wide"):
+        ours = run_processes(story, processes, route, window)
+        theirs = run_ranks(story, processes, route, window)
+        assert all(repr(result) == repr(ours[0]) for result in ours)
+        assert ours[0][1] == theirs[0][1]
+        if route == "narrow":
+            assert repr(ours[0]) == repr(theirs[0])
+            continue
+        # gloo adds in another order than that of ranks.
+        for mine, other in zip(ours[0][0], theirs[0][0], strict=True):
+            if isinstance(mine, list):
+                assert mine == other
+                continue
+            assert mine.keys() == other.keys()
+            for key, value in mine.items():
+                assert value == pytest.approx(other[key], rel=1e-12, nan_ok=True), key
+
+
+# -- The collectives themselves ------------------------------------------------------------------
+
+
+def collectives(rank: int, sizes: list[int]) -> list[Any]:
+    import jax
+
+    from metricfold.communicator.jax import JaxCommunicator
+
+    assert not jax.config.jax_enable_x64
+    communicator = JaxCommunicator("collectives")
+    world = communicator.world_size
+    failed = []
+    for size in sizes:
+        vectors = []
+        for other in range(world):
+            vector = np.random.default_rng([size, other]).lognormal(0, 90, size)
+            vector[:: other + 2] *= -1
+            specials = [np.inf, -np.inf, np.nan, 5e-324, -0.0, 2.0**53 - 1]
+            vector[-1] = specials[other % len(specials)]
+            vectors.append(vector)
+        mine = vectors[rank]
+        before = mine.tobytes()
+        rows = communicator.all_gather(mine)
+        with np.errstate(invalid="ignore"):
+            added = communicator.all_reduce(mine, "sum")
+            largest = communicator.all_reduce(mine, "max")
+            total = vectors[0].copy()
+            for vector in vectors[1:]:
+                total += vector
+        good = (
+            rows.tobytes() == np.stack(vectors).tobytes()
+            and rows.flags.writeable
+            and np.array_equal(added, total, equal_nan=True)
+            and np.array_equal(largest, np.max(vectors, axis=0), equal_nan=True)
+            and mine.tobytes() == before
+        )
+        failed += [] if good else [size]
+    texts = [b"", b"\x00\xffabc" * 5, b"x", b"the same"]
+    parts = [texts[other % 4] * (1 + other // 4) for other in range(world)]
+    gathered = communicator.all_gather_bytes(parts[rank], [len(part) for part in parts])
+    return [failed, gathered == parts, communicator.collectives]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_float64_arrives_bit_for_bit_and_is_added_in_rank_order(processes: int) -> None:
+    sizes = [1, 2, 255, 257, 3001, 70_001, 150_000]
+    expected = [[], True, 3 * len(sizes) + 1]
+    assert run_processes(collectives, processes, sizes) == [expected] * processes
+
+
+def within_contexts(rank: int) -> list[dict[str, float]]:
+    import jax
+
+    aggregator = MetricsAggregator()
+    explicit = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    contexts = (
+        lambda: jax.set_mesh(explicit),
+        lambda: jax.transfer_guard("disallow"),
+        jax.disable_jit,
+        lambda: jax.enable_x64(True),
+        lambda: jax.default_device(jax.local_devices()[0]),
+        lambda: jax.debug_nans(True),
+        jax.checking_leaks,
+    )
+    logged = []
+    for context in contexts:
+        # Of different sizes, so that each is compiled within its context.
+        for number in range(300 * (1 + len(logged))):
+            aggregator.record(f"loss {number}", rank + math.pi)
+        aggregator.record("nan", math.nan)
+        with context():
+            logged.append(aggregator.get_metrics_for_logging("t", "interval")["t/loss 0"])
+    return logged
+
+
+def test_whatever_jax_is_told_around_the_call_changes_nothing() -> None:
+    expected = (math.pi + (1 + math.pi)) / 2
+    assert run_processes(within_contexts, 2) == [[expected] * 7] * 2
+
+
+def train_and_log(rank: int) -> list[Any]:
+    """Log in the background while training steps with collectives of their own are queued."""
+    import jax
+    import jax.numpy as jnp
+
+    world = jax.process_count()
+    mesh = jax.make_mesh((world,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.NamedSharding(mesh, jax.P("data"))
+
+    def work(x: Any) -> Any:
+        block = jnp.full((200, 200), 1e-3)
+        for _ in range(10):
+            block = jnp.tanh(block @ block)
+        return jax.lax.psum(x.sum() + 0 * block[0, 0], "data")
+
+    step = jax.jit(jax.shard_map(work, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P()))
+    shard = np.full((1, 256), rank + 1, np.float32)
+    batch = jax.make_array_from_process_local_data(split, shard)
+    aggregator = MetricsAggregator()
+    losses, futures = [], []
+    for number in range(12):
+        for _ in range(4):
+            losses.append(step(batch))
+            aggregator.record("loss", losses[-1])
+        futures.append(aggregator.reduce_async(step=number))
+        losses += [step(batch) for _ in range(3)]
+    return [
+        {float(loss) for loss in losses},
+        [
+            future.done() and future.result().as_dict("t", "interval")["t/loss"]
+            for future in futures
+        ],
+    ]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_logging_in_the_background_leaves_training_alone(processes: int) -> None:
+    loss = 256.0 * sum(range(1, processes + 1))
+    expected = [{loss}, [loss] * 12]
+    assert run_processes(train_and_log, processes) == [expected] * processes
+
+
+def log_and_fail(rank: int) -> list[str]:
+    aggregator = MetricsAggregator()
+    aggregator.record("x", 1)
+    first = aggregator.reduce_async(step=rank)
+    second = aggregator.reduce_async(step=3)
+    return [attempt(first.result), str(second.result().as_dict("t"))]
+
+
+def test_a_reduction_in_the_background_fails_in_its_future() -> None:
+    one, other = run_processes(log_and_fail, 2)
+    assert one == other
+    assert "rank 0 gave 0, rank 1 gave 1" in one[0]
+    assert one[1] == "{'t/x': 1.0}"
+
+
+# -- Missing processes ---------------------------------------------------------------------------
+
+
+class Warnings(logging.Handler):
+    """What metricfold has warned about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+    def __enter__(self) -> list[str]:
+        logging.getLogger("metricfold").addHandler(self)
+        return self.said
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("metricfold").removeHandler(self)
+
+
+def one_is_missing(rank: int, late: list[int]) -> dict[str, Any]:
+    import jax
+    from jax.experimental import multihost_utils
+
+    aggregator = MetricsAggregator(timeout=2)
+    aggregator.record("x", 1, "sum")
+    aggregator.reduce()
+    state = aggregator.state_dict()
+    aggregator.record("x", 1, "sum")
+    if rank in late:
+        time.sleep(6)
+    started = time.monotonic()
+    with Warnings() as warnings:
+        errors = [attempt(aggregator.reduce)]
+    waited = time.monotonic() - started
+    aggregator.record("x", 1, "sum")
+    errors += [attempt(aggregator.reduce), attempt(aggregator.state_dict)]
+    missing: tuple[int, ...] = ()
+    try:
+        aggregator.reduce()
+    except MissingRanksError as error:
+        missing = error.missing
+    # JAX goes on, and so does a new aggregator.
+    total = multihost_utils.process_allgather(np.float32(rank))
+    again = MetricsAggregator(timeout=20)
+    again.load_state_dict(state)
+    again.record("x", 1, "sum")
+    return {
+        "errors": errors,
+        "waited": waited,
+        "warnings": warnings,
+        "missing": missing,
+        "jax": total.tolist(),
+        "recovered": again.get_metrics_for_logging("t")["t/x"],
+        "local": attempt(lambda: aggregator.state_dict(sync=False)),
+        "processes": jax.process_count(),
+    }
+
+
+@pytest.mark.parametrize(("processes", "late"), [(2, [0]), (4, [1, 3])])
+def test_missing_processes_are_named_and_late_ones_are_told_the_same(
+    processes: int, late: list[int]
+) -> None:
+    results = run_processes(one_is_missing, processes, late)
+    names = ", ".join(map(str, late))
+    (error,) = {error for result in results for error in result["errors"]}
+    assert error.startswith("MissingRanksError")
+    assert f"process(es) {names} of {processes}" in error
+    assert "did not come within 2 s" in error
+    assert "if jax.process_index() == 0:" in error
+    for rank, result in enumerate(results):
+        assert result["missing"] == tuple(late)
+        assert result["jax"] == list(range(processes))
+        assert result["recovered"] == 2.0 * processes
+        assert result["local"] == "ok"
+        if rank in late:
+            assert result["waited"] < 1
+            assert result["warnings"] == []
+        else:
+            assert 1.8 < result["waited"] < 5.5
+            (warning,) = result["warnings"]
+            assert f"process {rank} has waited " in warning
+            assert f"process(es) {names}; giving up after 2 s" in warning
+
+
+def slow(rank: int) -> Any:
+    from metricfold.communicator import jax as communicator
+
+    aggregator = MetricsAggregator(timeout=20)
+    aggregator.record("x", rank, "sum")
+    aggregator.reduce()
+    communicator._FIRST_WAIT, before = 0.5, communicator._FIRST_WAIT
+    if rank == 1:
+        time.sleep(3)
+    try:
+        with Warnings() as warnings:
+            aggregator.record("x", rank, "sum")
+            logged = aggregator.get_metrics_for_logging("t")
+    finally:
+        communicator._FIRST_WAIT = before
+    aggregator.record("x", rank, "sum")
+    return logged, aggregator.get_metrics_for_logging("t"), len(warnings)
+
+
+def test_a_slow_process_is_waited_for() -> None:
+    totals = {"t/x": 2.0}, {"t/x": 3.0}
+    assert run_processes(slow, 2) == [(*totals, 1), (*totals, 0)]
+
+
+def in_another_order(rank: int) -> list[str]:
+    train = MetricsAggregator(name="train", timeout=1)
+    val = MetricsAggregator(name="val", timeout=1)
+    for one in (train, val):
+        one.record("x", 1, "sum")
+        one.reduce()
+    found = [attempt(one.reduce) for one in ((train, val) if rank else (val, train))]
+    if rank:
+        found.append(attempt(MetricsAggregator(name="alone", timeout=1).reduce))
+    return found
+
+
+def test_what_only_one_process_calls_is_an_error_and_never_anothers_result() -> None:
+    left, right = run_processes(in_another_order, 2)
+    alone = right.pop()
+    assert "aggregator 'alone': missing from a collective call: process(es) 0 of 2" in alone
+    for name, error in zip(("val", "train"), left, strict=True):
+        assert f"MissingRanksError: aggregator {name!r}" in error
+    assert sorted(left) == sorted(right)
+
+
+# -- Which processes -----------------------------------------------------------------------------
+
+
+def with_a_group(rank: int) -> str:
+    return attempt(MetricsAggregator(process_group=object()).reduce)
+
+
+def test_a_process_group_is_refused_because_jax_has_none() -> None:
+    for error in run_processes(with_a_group, 2):
+        assert error.startswith("RuntimeError: a process_group was given, but the processes are")
+        assert "leave it out" in error
+
+
+def with_torch_too(rank: int, store: str) -> list[Any]:
+    import torch.distributed as dist
+
+    from metricfold.communicator import global_rank
+    from metricfold.communicator.jax import JaxCommunicator
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=1 - rank, world_size=2)
+    undecided = attempt(MetricsAggregator().reduce)
+    totals = []
+    over_jax = MetricsAggregator(communicator=JaxCommunicator("both"))
+    over_torch = MetricsAggregator(process_group=dist.group.WORLD)
+    for aggregator in (over_jax, over_torch):
+        aggregator.record("x", rank, "max")
+        snapshot = aggregator.reduce()
+        totals.append((snapshot.as_dict("t")["t/x"], snapshot.owner(None, "x")))
+    rank_of_torch = global_rank()
+    over_torch.close()
+    dist.destroy_process_group()
+    return [undecided, totals, rank_of_torch, global_rank()]
+
+
+@needs_torch
+def test_torch_and_jax_at_once_ask_which_is_meant(tmp_path: Path) -> None:
+    results = run_processes(with_torch_too, 2, str(tmp_path / "store"))
+    for rank, (undecided, totals, rank_of_torch, rank_of_jax) in enumerate(results):
+        assert "torch.distributed (2 ranks) and jax.distributed (2 processes)" in undecided
+        assert "communicator=JaxCommunicator('a name of its own')" in undecided
+        assert "process_group=torch.distributed.group.WORLD" in undecided
+        assert totals == [(1.0, 1), (1.0, 0)]
+        assert (rank_of_torch, rank_of_jax) == (1 - rank, rank)
+
+
+def log_to(rank: int, folder: str) -> None:
+    aggregator = MetricsAggregator()
+    with MetricsLogger([JSONLSink(f"{folder}/{rank}.jsonl")]) as logger:
+        for step in range(3):
+            aggregator.record("tokens", 10 + rank, "sum")
+            logger.log(step, aggregator, prefix="train")
+
+
+def test_the_first_process_writes_the_log(tmp_path: Path) -> None:
+    run_processes(log_to, 2, str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["0.jsonl"]
+    records = read_jsonl(tmp_path / "0.jsonl")
+    assert [record.metrics["train/tokens"] for record in records] == [21.0, 42.0, 63.0]
+
+
+def before_and_after_the_job(rank: int, port: int) -> list[Any]:
+    import jax
+
+    from metricfold.communicator import global_rank
+
+    jax.distributed.shutdown()
+    aggregator = MetricsAggregator()
+    aggregator.record("x", 1, "sum")
+    alone = aggregator.get_metrics_for_logging("t")["t/x"]
+    aggregator.reset()
+    seen: list[Any] = [alone, global_rank()]
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+    aggregator.record("x", 1, "sum")
+    seen += [aggregator.get_metrics_for_logging("t")["t/x"], global_rank()]
+    aggregator.record("x", 1, "sum")
+    aggregator.state_dict()
+    jax.distributed.shutdown()
+    seen += [attempt(aggregator.reduce), len(aggregator.state_dict(sync=False)["payload"]) > 9]
+    return seen
+
+
+def test_an_aggregator_follows_the_job() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    world = World(2)
+    try:
+        results = world.run(before_and_after_the_job, port, timeout=60)
+    finally:
+        world.kill()
+    for rank, (alone, no_rank, together, own_rank, gone, kept) in enumerate(results):
+        assert (alone, no_rank, together, own_rank, kept) == (1.0, 0, 2.0, rank, True)
+        assert "jax.distributed.shutdown()" in gone
