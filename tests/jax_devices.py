@@ -117,7 +117,9 @@ def on_devices(*counts: int) -> Callable[[Callable[..., None]], Callable[..., No
 
 
 def _serve(devices: int, pipe: Connection) -> None:
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    # Code that runs once need not be fast; what takes the time is to compile it.
+    quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {quickly}"
     os.environ["JAX_PLATFORMS"] = "cpu"
     warnings.simplefilter("error")
     while True:

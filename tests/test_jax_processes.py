@@ -18,9 +18,11 @@ from jax_processes import World, end_processes, run_processes
 
 from metricfold import (
     AggregationType,
+    DefaultTrainingMetricTransform,
     JSONLSink,
     Metric,
     MetricsAggregator,
+    MetricsCollator,
     MetricsLogger,
     MissingRanksError,
     read_jsonl,
@@ -28,6 +30,8 @@ from metricfold import (
 
 pytestmark = pytest.mark.skipif(find_spec("jax") is None, reason="needs JAX")
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
+needs_orbax = pytest.mark.skipif(find_spec("orbax") is None, reason="needs Orbax")
+needs_grain = pytest.mark.skipif(find_spec("grain") is None, reason="needs Grain")
 
 SUM, MEAN, MAX, MIN = (
     AggregationType.SUM,
@@ -502,3 +506,150 @@ def test_an_aggregator_follows_the_job() -> None:
     for rank, (alone, no_rank, together, own_rank, gone, kept) in enumerate(results):
         assert (alone, no_rank, together, own_rank, kept) == (1.0, 0, 2.0, rank, True)
         assert "jax.distributed.shutdown()" in gone
+
+
+# -- Checkpoints and data ------------------------------------------------------------------------
+
+
+def take_in(aggregator: MetricsAggregator, rank: int) -> None:
+    aggregator.record("tokens", 10 + rank, "sum")
+    aggregator.record("loss", 2.0 * rank, weight=rank + 1)
+    aggregator.update([Metric("d", "len", 100 * rank + n, DISTRIBUTION) for n in range(50)])
+
+
+def save_through_orbax(rank: int, folder: str) -> dict[str, float]:
+    import orbax.checkpoint as ocp
+
+    aggregator = MetricsAggregator()
+    take_in(aggregator, rank)
+    aggregator.reduce()
+    take_in(aggregator, rank)
+    state = aggregator.state_dict()
+    with ocp.CheckpointManager(folder) as manager:
+        manager.save(
+            7,
+            args=ocp.args.Composite(
+                metrics=ocp.args.JsonSave(state), tree=ocp.args.PyTreeSave(state)
+            ),
+        )
+    return aggregator.reduce().as_dict("t")
+
+
+def load_through_orbax(rank: int, folder: str) -> Any:
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(folder) as manager:
+        restored = manager.restore(
+            7,
+            args=ocp.args.Composite(metrics=ocp.args.JsonRestore(), tree=ocp.args.PyTreeRestore()),
+        )
+    said = []
+    for state in (restored["metrics"], restored["tree"]):
+        aggregator = MetricsAggregator()
+        aggregator.load_state_dict(state)
+        aggregator.record("tokens", 1, "sum")
+        snapshot = aggregator.reduce()
+        said.append((snapshot.as_dict("t"), snapshot.as_dict("t", "interval")))
+    return said
+
+
+@needs_orbax
+def test_a_checkpoint_of_four_processes_loads_on_one_and_two(tmp_path: Path) -> None:
+    saved = run_processes(save_through_orbax, 4, str(tmp_path / "run"))
+    assert saved[0]["t/tokens"] == 2 * (10 + 11 + 12 + 13)
+    for processes in (1, 2):
+        for run, interval in (
+            pair
+            for said in run_processes(load_through_orbax, processes, str(tmp_path / "run"))
+            for pair in said
+        ):
+            assert run == {**saved[0], "t/tokens": saved[0]["t/tokens"] + processes}
+            # The interval that was open when the run was saved goes on.
+            assert interval["t/tokens"] == 10 + 11 + 12 + 13 + processes
+            assert interval["t_d/len_stat_count"] == 4 * 50
+            assert interval["t/loss"] == pytest.approx(saved[0]["t/loss"])
+
+
+def pad(samples: list[dict[str, Any]]) -> Any:
+    from metricfold.data.grain import stack
+
+    longest = max(len(sample["tokens"]) for sample in samples)
+    return stack([{"tokens": np.resize(sample["tokens"], longest)} for sample in samples])
+
+
+def text(index: int) -> dict[str, Any]:
+    return {"tokens": np.arange(1 + index % 7)}
+
+
+def data_through_grain(rank: int, workers: int) -> Any:
+    import grain
+    from absl import flags
+
+    from metricfold.data.grain import GrainMetricTransform
+
+    flags.FLAGS.mark_as_parsed()
+    transform = DefaultTrainingMetricTransform()
+    transform.set_dataset_name("texts")
+    adapter = GrainMetricTransform(transform)
+    dataset = (
+        grain.MapDataset.source([text(index) for index in range(40)])[rank::2]
+        .map(adapter)
+        .batch(5, batch_fn=MetricsCollator(pad))
+        .to_iter_dataset()
+        .mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    )
+    aggregator, batches = MetricsAggregator(), iter(dataset)
+    shapes = []
+    for _ in range(2):
+        batch = next(batches)
+        aggregator.update(batch.pop("metrics"))
+        shapes.append(batch["tokens"].shape)
+    at, state = batches.get_state(), aggregator.state_dict()
+    next(batches)  # lost with the process: it will be read again
+
+    resumed, batches = MetricsAggregator(), iter(dataset)
+    resumed.load_state_dict(state)
+    batches.set_state(at)
+    for batch in batches:
+        resumed.update(batch.pop("metrics"))
+    loader = grain.DataLoader(
+        data_source=[text(index) for index in range(40)],
+        sampler=grain.samplers.IndexSampler(
+            40, num_epochs=1, shard_options=grain.sharding.ShardByJaxProcess()
+        ),
+        operations=[adapter, grain.transforms.Batch(5, batch_fn=MetricsCollator(pad))],
+        worker_count=workers,
+    )
+    loaded = MetricsAggregator()
+    for batch in loader:
+        loaded.update(batch.pop("metrics"))
+    return shapes, resumed.get_metrics_for_logging("t"), loaded.get_metrics_for_logging("t")
+
+
+@needs_grain
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_grain_loads_counts_once_over_a_restart(workers: int) -> None:
+    lengths = [1 + index % 7 for index in range(40)]
+    for shapes, resumed, loaded in run_processes(data_through_grain, 2, workers):
+        assert [shape[0] for shape in shapes] == [5, 5]
+        for logged in (resumed, loaded):
+            assert logged["t_texts/samples_seen"] == 40
+            assert logged["t_texts/tokens_seen"] == sum(lengths)
+            assert logged["t_texts/seq_len_stat_p50"] == np.median(lengths)
+
+
+def wrap(rank: int) -> list[str]:
+    from metricfold.data.grain import GrainMetricTransform
+
+    unnamed: Any = DefaultTrainingMetricTransform()
+    return [
+        attempt(lambda: GrainMetricTransform(unnamed)),
+        attempt(lambda: GrainMetricTransform(len)),
+    ]
+
+
+@needs_grain
+def test_a_transform_without_a_dataset_is_refused_before_the_pipeline_starts() -> None:
+    unnamed, other = run_processes(wrap, 2)[0]
+    assert "ValueError: this DefaultTrainingMetricTransform does not know its dataset" in unnamed
+    assert "TypeError: GrainMetricTransform takes a MetricTransform" in other
