@@ -15,6 +15,8 @@ __all__ = ["NARROW", "WIDE", "Log", "Rank", "cost", "crossing", "gathered", "ran
 
 NARROW, WIDE = "narrow", "wide"
 _MOST_RANKS = 2**20
+_WORTH_IT = 1e-3
+"""Seconds that a route has to save: less is lost in what CPU times scatter by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ def cost(
 def crossing(
     results: Results, workload: str, algorithm: Algorithm, network: Network, *, report: bool
 ) -> int | None:
-    """Return from how many ranks on the wide route is faster; None: not with a million of them.
+    """Return from how many ranks on the wide route saves a millisecond; None: not with a million.
 
     Args:
         results: what was measured.
@@ -90,12 +92,15 @@ def crossing(
         log = Log(rank, _on_network(results, workload, route, ranks, algorithm, network))
         return log.total if report else log.reduce
 
+    def pays(ranks: int) -> bool:
+        return lasts(NARROW, ranks) - lasts(WIDE, ranks) >= _WORTH_IT
+
     low, high = 1, _MOST_RANKS
-    if lasts(WIDE, high) >= lasts(NARROW, high):
+    if not pays(high):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        if lasts(WIDE, middle) < lasts(NARROW, middle):
+        if pays(middle):
             high = middle
         else:
             low = middle

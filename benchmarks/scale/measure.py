@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
-import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-from benchmarks.scale.meter import Cost
+from benchmarks.scale.meter import Cost, traced, undisturbed
 from benchmarks.scale.model import Collective
 from benchmarks.scale.results import First, Results, Samples, Steady
 from benchmarks.scale.sizes import Sizes
@@ -104,6 +101,7 @@ class Simulation:
         return snapshot, reduced, meter.end()
 
 
+@undisturbed()
 def steady_log(workload: Workload, route: str, ranks: int, real: int, logs: int) -> Steady:
     """Measure `logs` logs in the steady state, and one more for its memory."""
     simulation = Simulation(workload, route, ranks, real)
@@ -111,7 +109,7 @@ def steady_log(workload: Workload, route: str, ranks: int, real: int, logs: int)
         simulation.log()
     agreed = simulation.aggregators[0].schema_rounds
     costs = [simulation.log()[1:] for _ in range(logs)]
-    with _traced():
+    with traced():
         _, reduced, reported = simulation.log()
     if simulation.aggregators[0].schema_rounds != agreed:
         raise AssertionError("the keys still change: this is not the steady state")
@@ -132,6 +130,7 @@ def steady_log(workload: Workload, route: str, ranks: int, real: int, logs: int)
     )
 
 
+@undisturbed()
 def first_log(workload: Workload, ranks: int, different: int) -> First:
     """Measure the first log of as many real ranks, whose news differ if they are several."""
 
@@ -140,7 +139,7 @@ def first_log(workload: Workload, ranks: int, different: int) -> First:
 
     simulation = begin()
     _, timed, _ = simulation.only_log()
-    with _traced():
+    with traced():
         _, weighed, _ = begin().only_log()
     return First(
         workload.title,
@@ -152,13 +151,14 @@ def first_log(workload: Workload, ranks: int, different: int) -> First:
     )
 
 
+@undisturbed()
 def samples_log(samples: int, route: str, ranks: int, real: int, logs: int) -> Samples:
     """Measure a log after so many values of each distribution on each rank, all in one interval."""
     simulation = Simulation(many_samples(samples), route, ranks, real)
     for _ in range(_WARM_UPS):
         simulation.log()
     costs = [simulation.log()[1:] for _ in range(logs)]
-    with _traced():
+    with traced():
         snapshot, reduced, reported = simulation.log()
     counts = snapshot.as_dict("train", "interval")
     return Samples(
@@ -171,13 +171,3 @@ def samples_log(samples: int, route: str, ranks: int, real: int, logs: int) -> S
         statistics.median(cost.seconds for _, cost in costs),
         max(reduced.peak, reduced.kept + reported.peak),
     )
-
-
-@contextmanager
-def _traced() -> Iterator[None]:
-    gc.collect()
-    tracemalloc.start()
-    try:
-        yield
-    finally:
-        tracemalloc.stop()

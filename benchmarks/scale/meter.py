@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-__all__ = ["Cost", "Meter"]
+__all__ = ["Cost", "Meter", "traced", "undisturbed"]
 
 
 @dataclass(slots=True)
@@ -76,3 +79,25 @@ class Meter:
         if self._cost is not None and tracemalloc.is_tracing():
             tracemalloc.reset_peak()
             self._base, _ = tracemalloc.get_traced_memory()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keep the garbage collector from what other worlds have left, which no real rank has."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """Trace memory, for a `Meter` to read."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        tracemalloc.stop()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -14,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
+from PIL import Image
 
 from benchmarks.scale.answers import NARROW, WIDE, cost, wide_from
 from benchmarks.scale.model import Algorithm, Network
@@ -39,9 +42,12 @@ def plots(results: Results, network: Network) -> dict[str, Figure]:
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Write a plot as a PNG of few colours, which is a third as large, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    drawn = BytesIO()
+    figure.savefig(drawn)
     plt.close(figure)
+    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def _rank(results: Results) -> Figure:
@@ -58,7 +64,7 @@ def _rank(results: Results) -> Figure:
             for axes, value in zip(panels, values, strict=True):
                 across, up = [row.ranks for row in rows], [value(row) for row in rows]
                 axes.plot(across, up, color=colour, linestyle=dashes, marker="o", markersize=3.5)
-    _finish(figure, panels, (amount, duration, amount), _workloads(results), routes=True)
+    _finish(figure, panels, (amount, duration, amount), _workloads(results), _DASHES)
     return figure
 
 
@@ -83,7 +89,8 @@ def _log(results: Results, network: Network) -> Figure:
                 axes.plot(*zip(*simulated, strict=True), "o", color=colour, markersize=3.5)
             axes.axvline(first_wide, color=colour, linewidth=0.8, linestyle=":")
         axes.set_xlim(_WORLDS[0], _WORLDS[-1] * 1.2)
-    _finish(figure, panels, (duration, duration), _workloads(results), routes=True)
+    styled = {**_DASHES, "auto turns wide": ":"}
+    _finish(figure, panels, (duration, duration), _workloads(results), styled)
     for axes in panels[1:]:
         axes.set_ylim(panels[0].get_ylim())
     return figure
@@ -108,12 +115,8 @@ def _first(results: Results) -> Figure:
             for axes, value in zip(panels, values, strict=True):
                 across, up = [row.ranks for row in rows], [value(row) for row in rows]
                 axes.plot(across, up, color=colour, linestyle=dashes, marker="o", markersize=3.5)
-    _finish(figure, panels, (amount, duration, amount), _workloads(results), routes=False)
-    extra = [
-        Line2D([], [], color="#5a5a5a", linestyle=dashes, label=_different(different))
-        for different, dashes in styles.items()
-    ]
-    panels[-1].legend(handles=extra, frameon=False, fontsize=7.5, loc="upper left")
+    styled = {_different(different): dashes for different, dashes in styles.items()}
+    _finish(figure, panels, (amount, duration, amount), _workloads(results), styled)
     return figure
 
 
@@ -134,8 +137,7 @@ def _finish(
     panels: Sequence[Axes],
     shows: Sequence[Callable[[float], str]],
     workloads: Sequence[str],
-    *,
-    routes: bool,
+    styles: Mapping[str, Any],
 ) -> None:
     for axes, show in zip(panels, shows, strict=True):
         axes.set_xscale("log", base=2)
@@ -149,16 +151,19 @@ def _finish(
         axes.grid(visible=True, color="#e4e4e4", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel("ranks", fontsize=8.5)
-    lines = [
+    coloured = [
         Line2D([], [], color=colour, label=workload)
         for colour, workload in zip(_COLOURS, workloads, strict=False)
     ]
-    if routes:
-        lines += [
-            Line2D([], [], color="#5a5a5a", linestyle=dashes, label=route)
-            for route, dashes in _DASHES.items()
-        ]
-    figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    styled = [
+        Line2D([], [], color="#5a5a5a", linestyle=dashes, label=name)
+        for name, dashes in styles.items()
+    ]
+    # Legends fill column by column: a pair of each in a column.
+    blank = Line2D([], [], linestyle="", label=" ")
+    styled += [blank] * (len(coloured) - len(styled))
+    handles = [line for pair in zip(coloured, styled, strict=True) for line in pair]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
 
 
 def _thousands(number: int) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from benchmarks.scale.answers import NARROW, WIDE, Log, cost, crossing, gathered, wide_from
 from benchmarks.scale.model import FAST, TCP, Algorithm, Network, seconds
@@ -10,6 +11,8 @@ from benchmarks.scale.results import First, Results, Steady
 from benchmarks.table import seconds as duration
 
 __all__ = ["amount", "tables"]
+
+Row = TypeVar("Row", Steady, First)
 
 _COSTED = (1024, 16_384)
 _RING, _TREE = Algorithm.RING, Algorithm.TREE
@@ -117,8 +120,10 @@ def _first(results: Results, network: Network) -> str:
     rows: list[list[str]] = []
     for workload, found in _by_workload(results.first):
         rows.append([f"**{workload}**"])
+        worlds = [row.ranks for row in found]
         for row in found:
-            assert isinstance(row, First)
+            if row.ranks not in (min(worlds), *_COSTED):
+                continue
             rows.append(
                 [
                     f"{row.ranks:,}",
@@ -156,7 +161,7 @@ def _samples(results: Results) -> str:
     )
 
 
-def _by_workload(rows: Sequence[Steady] | Sequence[First]) -> Iterable[tuple[str, list]]:
+def _by_workload(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
     for workload in dict.fromkeys(row.workload for row in rows):
         yield workload, [row for row in rows if row.workload == workload]
 

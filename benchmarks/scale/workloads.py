@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 from benchmarks.workloads import Column, Kind, Mixture, Workload, large, small
@@ -23,7 +24,10 @@ def _hundred(size: int, window: int | None, repeats: int = 1) -> Mixture:
 
 MEANS = small(100)
 PERCENTILES = _hundred(1000, 1000)
-MIXTURE = large(50, 1000)
+MIXTURE = replace(
+    large(50, 1000),
+    title="50 datasets: 250 scalars, 50 distributions, 1,000 categories",
+)
 
 
 def many_samples(samples: int) -> Mixture:
