@@ -308,13 +308,13 @@ def one_is_missing(rank: int, late: list[int]) -> dict[str, Any]:
     import jax
     from jax.experimental import multihost_utils
 
-    aggregator = MetricsAggregator(timeout=2)
+    aggregator = MetricsAggregator(timeout=3)
     aggregator.record("x", 1, "sum")
     aggregator.reduce()
     state = aggregator.state_dict()
     aggregator.record("x", 1, "sum")
     if rank in late:
-        time.sleep(6)
+        time.sleep(7)
     started = time.monotonic()
     with Warnings() as warnings:
         errors = [attempt(aggregator.reduce)]
@@ -352,7 +352,7 @@ def test_missing_processes_are_named_and_late_ones_are_told_the_same(
     (error,) = {error for result in results for error in result["errors"]}
     assert error.startswith("MissingRanksError")
     assert f"process(es) {names} of {processes}" in error
-    assert "did not come within 2 s" in error
+    assert "did not come within 3 s" in error
     assert "if jax.process_index() == 0:" in error
     for rank, result in enumerate(results):
         assert result["missing"] == tuple(late)
@@ -363,10 +363,10 @@ def test_missing_processes_are_named_and_late_ones_are_told_the_same(
             assert result["waited"] < 1
             assert result["warnings"] == []
         else:
-            assert 1.8 < result["waited"] < 5.5
+            assert 2.8 < result["waited"] < 6.8
             (warning,) = result["warnings"]
             assert f"process {rank} has waited " in warning
-            assert f"process(es) {names}; giving up after 2 s" in warning
+            assert f"process(es) {names}; giving up after 3 s" in warning
 
 
 def slow(rank: int) -> Any:
@@ -394,8 +394,8 @@ def test_a_slow_process_is_waited_for() -> None:
 
 
 def in_another_order(rank: int) -> list[str]:
-    train = MetricsAggregator(name="train", timeout=1)
-    val = MetricsAggregator(name="val", timeout=1)
+    train = MetricsAggregator(name="train", timeout=2)
+    val = MetricsAggregator(name="val", timeout=2)
     for one in (train, val):
         one.record("x", 1, "sum")
         one.reduce()
@@ -618,7 +618,6 @@ def data_through_grain(rank: int, workers: int) -> Any:
             40, num_epochs=1, shard_options=grain.sharding.ShardByJaxProcess()
         ),
         operations=[adapter, grain.transforms.Batch(5, batch_fn=MetricsCollator(pad))],
-        worker_count=workers,
     )
     loaded = MetricsAggregator()
     for batch in loader:
