@@ -104,12 +104,25 @@ def test_memory_does_not_grow_with_what_is_not_told_apart() -> None:
     aggregator = MetricsAggregator(max_categories=10)
     count(aggregator, range(20))
     aggregator.reduce()
-    for start in range(0, 5000, 50):
-        count(aggregator, range(start, start + 50))
-    state: Any = aggregator._delta.states["d", "id"]
-    assert len(state.counts) <= 100
+    for number in range(5000):
+        count(aggregator, [number])
+    delta = aggregator._delta
+    held: list[Any] = [states.get(("d", "id")) for states in (delta.states, delta._settled)]
+    assert all(len(state.counts) <= 25 for state in held)
     logged = counted(aggregator.get_metrics_for_logging("t"))
     assert logged == {**{str(n): 2 for n in range(10)}, "__other__": 10 + 4990}
+
+
+def test_a_resumed_run_may_tell_more_apart(caplog: pytest.LogCaptureFixture) -> None:
+    _, state = run_threads(resumed, 1, None, list("ab"), 1)[0]
+    logged, state = run_threads(resumed, 1, state, list("abcd"), 10)[0]
+    assert logged == {"a": 2, "__other__": 1, "b": 1, "c": 1, "d": 1}
+    caplog.clear()
+    logged, _ = run_threads(resumed, 1, state, list("ae"), 3)[0]
+    assert logged["a"] == 3
+    assert sum(logged.values()) == 8
+    assert len(logged) <= 4
+    assert len(caplog.records) == 0
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_threads
 
-from metricfold import AggregationType, Metric, MetricBatch, MetricsAggregator
+from metricfold import (
+    AggregationType,
+    JSONLSink,
+    Metric,
+    MetricBatch,
+    MetricsAggregator,
+    MetricsLogger,
+    read_jsonl,
+)
 from metricfold.communicator import Communicator
 from metricfold.pool import EXACT_VALUES
 
@@ -254,3 +265,88 @@ def test_ranks_with_and_without_a_window_size_are_told_so() -> None:
 
     first, second = run_threads(live, 2)
     assert first == second
+
+
+# -- Whoever looks --------------------------------------------------------------------------------
+
+
+def test_several_threads_may_read_one_snapshot() -> None:
+    for seed in range(20):
+        aggregator = MetricsAggregator(None, percentiles=PERCENTILES)
+        take(aggregator, np.random.default_rng(seed).normal(0, 1, 3000), batch=3000)
+        snapshot = aggregator.reduce()
+        barrier = threading.Barrier(3)
+
+        def look(snapshot: Any = snapshot, barrier: Any = barrier) -> dict[str, float]:
+            barrier.wait()
+            return snapshot.as_dict("t")
+
+        with ThreadPoolExecutor(3) as pool:
+            seen = [future.result() for future in [pool.submit(look) for _ in range(3)]]
+        assert seen == [seen[0]] * 3
+        check_ranks(seen[0], np.random.default_rng(seed).normal(0, 1, 3000))
+
+
+def test_saving_while_a_log_is_written_changes_nothing(tmp_path: Path) -> None:
+    aggregator = MetricsAggregator(None, percentiles=PERCENTILES)
+    with MetricsLogger([JSONLSink(tmp_path / "run.jsonl")]) as logger:
+        for step in range(15):
+            metrics = [
+                Metric("d", f"x{number}", value, AggregationType.DISTRIBUTION)
+                for number in range(20)
+                for value in np.random.default_rng(number).normal(0, 1, 1100).tolist()
+            ]
+            aggregator.update(metrics)
+            logger.log(step, aggregator, prefix="t", window="run")
+            aggregator.state_dict()
+    records = list(read_jsonl(tmp_path / "run.jsonl"))
+    assert len(records) == 15
+    assert records[-1].metrics["t_d/x7_stat_count"] == 15 * 1100
+
+
+# -- What a checkpoint brings ---------------------------------------------------------------------
+
+
+def test_a_smaller_window_than_that_of_the_checkpoint_costs_what_it_says() -> None:
+    def sizes(communicator: Communicator, state: Any) -> list[int]:
+        aggregator = MetricsAggregator(10, communicator=communicator)
+        if state is not None:
+            aggregator.load_state_dict(state)
+        sent = []
+        original = communicator._all_gather
+
+        def counted(vector: Any) -> Any:
+            sent.append(vector.size)
+            return original(vector)
+
+        communicator._all_gather = counted  # type: ignore[method-assign]
+        for _ in range(3):
+            take(aggregator, range(8))
+            aggregator.reduce()
+        return sent
+
+    saved = MetricsAggregator(5000)
+    take(saved, range(5000))
+    saved.reduce()
+    state = saved.state_dict()
+    assert run_threads(sizes, 2, state)[0][-1] == run_threads(sizes, 2, None)[0][-1] < 100
+
+
+def test_percentiles_of_huge_values_stay_between_the_extremes() -> None:
+    aggregator = MetricsAggregator(percentiles=PERCENTILES)
+    take(aggregator, [-1.7e308, 1e308, 1.7e308])
+    logged = aggregator.get_metrics_for_logging("t")
+    found = [statistic(logged, suffix) for suffix in SUFFIXES]
+    assert all(-1.7e308 <= value <= 1.7e308 for value in found)
+
+
+def test_an_interval_of_many_ranks_is_exact_without_a_window_size_too() -> None:
+    def live(communicator: Communicator) -> Any:
+        aggregator = MetricsAggregator(None, communicator=communicator, percentiles=PERCENTILES)
+        take(aggregator, np.random.default_rng(communicator.rank).lognormal(5, 1, 400))
+        return aggregator.reduce().as_dict("t", "interval")
+
+    logged = run_threads(live, 4)[0]
+    values = np.concatenate([np.random.default_rng(r).lognormal(5, 1, 400) for r in range(4)])
+    found = [statistic(logged, suffix) for suffix in SUFFIXES]
+    assert found == pytest.approx(np.percentile(values, PERCENTILES).tolist(), rel=1e-12)

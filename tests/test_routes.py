@@ -417,3 +417,72 @@ def test_a_state_about_recent_values_is_not_taken_for_one_about_all() -> None:
         ValueError, match="dist_window_size=None, but this aggregator has dist_window_size=10"
     ):
         other.load_state_dict(state)
+
+
+# -- Found by others -----------------------------------------------------------------------------
+
+
+def wish_in_an_open_interval(communicator: Communicator, route: str) -> Any:
+    aggregator = MetricsAggregator(communicator=communicator, route=route)
+    aggregator.record("x", communicator.rank)
+    aggregator.state_dict()
+    if communicator.rank == 1:
+        aggregator.record("x", 5.0, per_rank=True)
+    snapshot = aggregator.reduce()
+    if route == "narrow":
+        return snapshot.per_rank(None, "x"), snapshot.lacking(None, "x")
+    # What came in before the wish was added up on the way.
+    with pytest.raises(ValueError, match="per_rank=True"):
+        snapshot.per_rank(None, "x")
+    assert snapshot.lacking(None, "x") == []
+    aggregator.record("x", communicator.rank)
+    return aggregator.reduce().per_rank(None, "x")
+
+
+def test_values_per_rank_are_whole_or_refused() -> None:
+    assert run_threads(wish_in_an_open_interval, 2, "narrow")[0] == ([0.0, 3.0], [])
+    assert run_threads(wish_in_an_open_interval, 2, "wide")[0] == [0.0, 1.0]
+
+
+def counts_per_rank(communicator: Communicator) -> list[Any]:
+    aggregator = MetricsAggregator(communicator=communicator, route="wide")
+    for number in range(50):
+        kind = f"{communicator.rank}-{number}"
+        aggregator.record("kind", kind, "categorical_count", per_rank=True)
+    aggregator.record("len", 1.0, "distribution", per_rank=True)
+    aggregator.record("len", math.nan, "distribution", per_rank=True)
+    aggregator.record("len", 2.0 + communicator.rank, "distribution", per_rank=True)
+    snapshot = aggregator.reduce()
+    assert snapshot._reduced.schema.per_rank.sum_width == 2 + 5
+    return [snapshot.per_rank(None, "kind"), snapshot.per_rank(None, "len")]
+
+
+def test_counts_and_means_are_known_per_rank_at_a_few_numbers_each() -> None:
+    assert run_threads(counts_per_rank, 2)[0] == [[50.0, 50.0], [1.5, 2.0]]
+
+
+def fails_to_pack_again(communicator: Communicator, route: str) -> str:
+    aggregator = MetricsAggregator(communicator=communicator, route=route)
+    aggregator.record("x", 1.0)
+    if communicator.rank == 1:
+        reducer = aggregator._reducer
+        packed, calls = reducer._packed, []
+
+        def broken(*args: Any) -> Any:
+            calls.append(args)
+            if len(calls) == 2:
+                raise MemoryError("no room")
+            return packed(*args)
+
+        reducer._packed = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError) as raised:
+        aggregator.reduce()
+    assert aggregator.get_metrics_for_logging("t") == {"t/x": 1.0}
+    return str(raised.value)
+
+
+@BOTH
+def test_a_rank_that_fails_after_the_keys_are_agreed_on_says_so_to_all(route: str) -> None:
+    first, second = run_threads(fails_to_pack_again, 2, route)
+    assert first == second
+    assert "rank 1 could not take part: it could not pack what it holds: MemoryError" in first

@@ -11,13 +11,15 @@ What comes in accumulates in a `Delta`; a reduction cuts it off and, if it fails
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import operator
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 from metricfold.checkpoint import Saved, decode, encode, share
 from metricfold.communicator import (
@@ -36,7 +38,7 @@ from metricfold.handlers import (
     check_on_nan,
     quiet,
 )
-from metricfold.keys import Admission, Agreement, KeyTable
+from metricfold.keys import Admission, KeyRegistry, KeyTable
 from metricfold.metric import Metric, MetricState, TypeLike, check_name, resolve_type
 from metricfold.naming import show
 from metricfold.pool import Window
@@ -52,6 +54,7 @@ __all__ = ["MetricsAggregator"]
 _order_of_creation = itertools.count()
 _namesakes: dict[str, itertools.count[int]] = {}
 
+_LARGEST_STEP = 2**53  # what a float64 holds exactly
 _LONGEST_TIMEOUT = 1e8  # three years, in seconds; what comes after overflows in torch
 
 _leaked: list[Communicator] = []
@@ -380,7 +383,7 @@ class MetricsAggregator:
 
     @property
     def schema_rounds(self) -> int:
-        """How many reductions had to agree on new keys first; each costs two more collectives."""
+        """How many reductions had to agree on new keys first; each costs two or three more collectives."""
         return self._reducer.schema_rounds
 
     # -- Inside: one reduction
@@ -394,25 +397,19 @@ class MetricsAggregator:
             communicator = self._connect()
             self._claim_share(communicator)
             cut = self._delta.cut()
-            error = self._read_late_custom() or self._keys.trouble()
-            if step is not None and (isinstance(step, bool) or not hasattr(step, "__index__")):
-                # The other ranks are on their way: join them, and say so there too.
-                step, error = None, f"step={step!r}: give the training step as an int"
+            # From here on the others are on their way: join them whatever happens, and say so there.
+            number, wrong = _checked_step(step)
+            error = wrong or self._read_late_custom() or self._keys.trouble()
             custom = b""
             if self._custom and not error:
                 try:
                     custom = self._custom.results(self._keys.of_key)
                 except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
                     error = f"a custom handler failed to finalise: {failure!r}"
-            closed = self._custom.close_interval() if kind is Kind.REDUCE else {}
+            closes = kind is Kind.REDUCE and not error
+            closed = self._custom.close_interval() if closes else {}
             mine = Contribution(
-                kind,
-                cut.states,
-                cut.seconds,
-                custom,
-                tuple(self._custom.keys()),
-                None if step is None else int(step),
-                error,
+                kind, cut.states, cut.seconds, custom, tuple(self._custom.keys()), number, error
             )
             return _Begun(communicator, cut, mine, closed)
 
@@ -422,8 +419,8 @@ class MetricsAggregator:
         try:
             with quiet():
                 mine.error = "; ".join(filter(None, (mine.error, *self._settled(begun.cut))))
-                agreement = Agreement(self._keys, self._lock, self._forget)
-                reduced = self._reducer.reduce(begun.communicator, mine, agreement)
+                registry = KeyRegistry(self._keys, self._lock, self._forget)
+                reduced = self._reducer.reduce(begun.communicator, mine, registry)
         except BaseException as error:
             with self._lock:
                 self._delta.restore(begun.cut)
@@ -613,6 +610,20 @@ def _done(task: Callable[[], Snapshot]) -> Future[Snapshot]:
     except Exception as error:  # noqa: BLE001 - the future's reader gets it
         future.set_exception(error)
     return future
+
+
+def _checked_step(step: object) -> tuple[int | None, str]:
+    """Return the step, and what is wrong with it."""
+    if step is None:
+        return None, ""
+    number = -1
+    if isinstance(step, SupportsIndex) and not isinstance(step, bool):
+        # An array has this method too, and may refuse.
+        with contextlib.suppress(Exception):
+            number = operator.index(step)
+    if 0 <= number < _LARGEST_STEP:
+        return number, ""
+    return None, f"step={step!r:.80}: give the training step as an int, 0 or more"
 
 
 def _check_timeout(timeout: float | timedelta | None) -> timedelta | None:

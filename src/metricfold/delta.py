@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 from metricfold import arrays
 from metricfold.data.batch import Column, Late, fold_numbers
@@ -72,14 +73,15 @@ class Delta:
             if column.late:
                 self.late.extend(column.late)
                 late_keys.add(key)
+        self._additions += 1
+        if self._additions >= _ADDITIONS:
+            _merge_into(self._settled, states)
+            states = self._settled
+            self.states, self._additions = {}, 0
         for key, categories in kept.items():
             state = states.get(key)
             if isinstance(state, CategoryState) and len(state.counts) > 2 * len(categories):
                 state.keep(categories)
-        self._additions += 1
-        if self._additions >= _ADDITIONS:
-            _merge_into(self._settled, states)
-            self.states, self._additions = {}, 0
 
     def drop(self, key: Key) -> int:
         """Forget `key`; returns how many values it had."""
@@ -116,14 +118,17 @@ class InTransit:
     def __init__(self, late: Sequence[Late]) -> None:
         self._late = late
         # Enqueued here, on the thread that computed the values; waited for where they are needed.
-        self._numbers = arrays.read(
-            [
-                array
-                for one in late
-                for array in (one.value, one.weight)
-                if arrays.backend_of(array) is not None
-            ]
-        )
+        try:
+            self._numbers = arrays.read(
+                [
+                    array
+                    for one in late
+                    for array in (one.value, one.weight)
+                    if arrays.backend_of(array) is not None
+                ]
+            )
+        except Exception as error:  # noqa: BLE001 - the framework's; raised where they are needed
+            self._numbers = partial(_raise, error)
 
     def arrive(self, errors: list[str]) -> Iterator[tuple[Late, Any, Any]]:
         """Wait, and yield each with its value and weight; `errors` takes what cannot be used."""
@@ -142,6 +147,10 @@ class InTransit:
                 )
             else:
                 yield one, value, weight
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 class CutDelta:

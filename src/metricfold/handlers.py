@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
+from metricfold.histogram.weights import LARGEST_WEIGHT
 from metricfold.metric import AggregationType, Metric, MetricState, TypeLike
 from metricfold.naming import ANYTHING
 from metricfold.pool import (
@@ -76,8 +77,6 @@ COUNT, NANS = 0, 1
 COMMON_LANES = ("count", "nans")
 OTHER = "__other__"
 """Stands for all categories beyond those that are told apart."""
-_LARGEST_WEIGHT = 1e150
-"""The squares of weights must add up to a number."""
 
 
 def quiet() -> np.errstate:
@@ -176,6 +175,8 @@ class WindowState(LaneState):
     def window(self) -> Window:
         """Return the newest `limit` values, and all before them as a histogram."""
         values, weights = concatenated(list(self.chunks))
+        if self.older is not None:
+            self.older.settle()
         window = Window(values, weights, values.size, self.older)
         if self.limit is None or values.size <= self.limit:
             return window
@@ -536,10 +537,10 @@ class DistributionAggHandler(LaneHandler):
             if not weights.all():
                 kept = weights != 0
                 values, weights = values[kept], weights[kept]
-            if weights.size and weights.max() > _LARGEST_WEIGHT:
+            if weights.size and weights.max() > LARGEST_WEIGHT:
                 raise ValueError(
                     f"the weight {weights.max():g} is too large: a value of a DISTRIBUTION weighs "
-                    f"{_LARGEST_WEIGHT:g} at most"
+                    f"{LARGEST_WEIGHT:g} at most"
                 )
         count, nans, infinities = values.size, 0, 0
         total = float(values.sum())
@@ -560,8 +561,10 @@ class DistributionAggHandler(LaneHandler):
     def suffixes(self) -> tuple[str, ...]:
         return self._suffixes
 
-    def result(self, lanes: Mapping[str, float]) -> float:
-        return lanes["weighted_sum"] / lanes["weight"] if lanes["weight"] else math.nan
+    def finalize_lanes(self, state: ReducedState) -> dict[str, float]:
+        # NaN is merely counted here.
+        weighted_sum, weight = state.sums[-2:]
+        return {"": weighted_sum / weight} if weight else {}
 
     def finalize(self, state: ReducedState) -> dict[str, float]:
         pool = state.pool
@@ -574,7 +577,7 @@ class DistributionAggHandler(LaneHandler):
             reported["_stat_max"] = high
             if pool.count > 1:
                 reported["_stat_std"] = 0.0 if low == high else std
-            found = pool.quantiles(self._ranks).tolist()
+            found = np.clip(pool.quantiles(self._ranks), low, high).tolist()
             reported.update(zip(self._percentile_suffixes, found, strict=True))
             reported["_stat_count"] = float(pool.count)
         if state.sums[NANS]:

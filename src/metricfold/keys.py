@@ -21,7 +21,7 @@ from metricfold.metric import TypeLike, resolve_type, type_label
 from metricfold.naming import Claims, show
 from metricfold.schema import Entry, Key, Schema
 
-__all__ = ["Admission", "Agreement", "KeyTable"]
+__all__ = ["Admission", "KeyRegistry", "KeyTable"]
 
 _logger = logging.getLogger("metricfold")
 _STOCK = {agg_type: type(handler) for agg_type, handler in built_in_handlers().items()}
@@ -297,8 +297,8 @@ class KeyTable:
         return admission
 
 
-class Agreement:
-    """What a reduction, on whatever thread it runs, asks about keys (reduction.Registry).
+class KeyRegistry:
+    """What a reduction, on whatever thread it runs, asks about keys (agreement.Registry).
 
     Args:
         keys: the aggregator's table.

@@ -37,7 +37,7 @@ FloatArray: TypeAlias = npt.NDArray[np.float64]
 Weights: TypeAlias = FloatArray | None
 
 BUCKETS = 512
-"""Of a histogram that travels or accumulates: 15 kB, and ranks right to 0.2 % (docs/histograms.md)."""
+"""Of a histogram that travels or accumulates: 15 kB. docs/histograms.md says how right that is."""
 EXACT_VALUES = 1000
 """Without a window size, so many values of a rank and interval, and of a view, are kept exactly."""
 MOST_SAVED = 65_536
@@ -58,6 +58,7 @@ def new_histogram(
         histogram.merge(*parts)
     if values.size:
         histogram.update(values, weights)
+    histogram.settle()
     return histogram
 
 
@@ -85,7 +86,7 @@ class Pool:
     Args:
         values: shape (n,); empty if there is a histogram.
         weights: shape (n,), or None if all are 1.
-        histogram: of everything; never altered.
+        histogram: of everything; settled, so that several threads may read it.
     """
 
     values: FloatArray = field(default_factory=lambda: _NOTHING)
@@ -99,12 +100,12 @@ class Pool:
         Associative and commutative, but for the order of the values.
         """
         values, weights = concatenated([(pool.values, pool.weights) for pool in pools])
-        histograms = [pool.histogram for pool in pools if pool.histogram is not None]
-        if not histograms and values.size <= most:
+        parts = [pool.histogram for pool in pools if pool.histogram is not None]
+        if not parts and values.size <= most:
             return cls(values, weights)
-        if len(histograms) == 1 and not values.size:
-            return cls(histogram=histograms[0])
-        return cls(histogram=new_histogram(histograms, values, weights))
+        if len(parts) == 1 and not values.size:
+            return cls(histogram=parts[0])
+        return cls(histogram=new_histogram(parts, values, weights))
 
     def condensed(self) -> LogLinearHistogram | None:
         """Return all that is here as a histogram; None if nothing is."""
@@ -144,11 +145,10 @@ class Pool:
 
     def fingerprint(self) -> bytes:
         """Return bytes that tell this pool from others, if not from all."""
-        values, weights = self.values, self.weights
         if self.histogram is not None:
-            extents = self.histogram.extents()
-            values = np.array([self.histogram.count, self.histogram.mean, *extents[-4:]])
-        return values.tobytes() + (b"" if weights is None else weights.tobytes())
+            return self.histogram.fingerprint()
+        weights = b"" if self.weights is None else self.weights.tobytes()
+        return self.values.tobytes() + weights
 
 
 class Window(NamedTuple):
@@ -158,7 +158,7 @@ class Window(NamedTuple):
         values: its most recent ones, oldest first, shape (n,).
         weights: shape (n,), or None if all are 1.
         fresh: how many of them, at the end, came in during the interval that is still open.
-        older: histogram of the values of that interval that came before these; never altered.
+        older: histogram of the values of that interval that came before these; settled.
     """
 
     values: FloatArray = _NOTHING

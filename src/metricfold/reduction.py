@@ -9,25 +9,24 @@ protocol in full.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
+from metricfold.agreement import Registry, agree, check, name_ranks, news
 from metricfold.checkpoint import Saved
 from metricfold.communicator.base import Communicator
 from metricfold.custom import CustomResults
 from metricfold.handlers import (
     COUNT,
     OTHER,
-    CategoryState,
     DistributionAggHandler,
     State,
     WindowState,
 )
-from metricfold.naming import Claims, show
+from metricfold.naming import show
 from metricfold.pool import FloatArray, Pool, Window
 from metricfold.routes import (
     Attendance,
@@ -39,7 +38,6 @@ from metricfold.routes import (
     choose,
 )
 from metricfold.schema import (
-    AGREED,
     HEADER_SIZE,
     PROTOCOL,
     Entry,
@@ -51,38 +49,10 @@ from metricfold.schema import (
 )
 from metricfold.totals import Rows, Totals
 
-__all__ = ["Contribution", "Reduced", "Reducer", "Registry"]
+__all__ = ["Contribution", "Reduced", "Reducer"]
 
 _logger = logging.getLogger("metricfold")
-_SMALLEST_CAPACITY = 16
 _NO_WINDOW = Window()
-
-
-class Registry(Protocol):
-    """What a reduction asks the aggregator about its keys."""
-
-    def handler(self, key: Key) -> object: ...
-
-    def entry(self, key: Key) -> Entry:
-        """Return how `key` travels, as far as its handler decides it."""
-        ...
-
-    def per_rank(self) -> AbstractSet[Key]:
-        """Return the keys of which each rank's values are wanted, whatever the route."""
-        ...
-
-    def odd(self) -> set[Key]:
-        """Return the keys that this rank holds otherwise than the ranks have agreed."""
-        ...
-
-    def adopt(self, schema: Schema, losers: Mapping[Key, int]) -> str:
-        """Take over what the ranks have agreed on; returns what this rank cannot do with it.
-
-        Args:
-            schema: the agreed keys.
-            losers: keys that this rank must forget, and how many values of each have gone.
-        """
-        ...
 
 
 @dataclass(slots=True)
@@ -183,6 +153,7 @@ class Reducer:
         self._wanted = wanted
         self._route: Route | None = None
         self._rows: Rows | None = None
+        self._rows_of = self.schema
         self._present: set[Key] = set()
         self._sequence = 0
 
@@ -211,22 +182,12 @@ class Reducer:
 
         Raises on all ranks alike if one disagrees or has failed; then nothing is merged.
         """
-        windows, payload, pending = self.windows, None, []
-        if not mine.error:
-            try:
-                windows = self._windows_with(mine.states, registry)
-                payload, lacking = self._pack(communicator, mine, windows, registry)
-                pending = self._pending(lacking, mine, windows, registry)
-            except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
-                mine.error = f"it could not prepare what it holds: {error!r}"
-        blob = Schema(pending).to_json().encode() if pending else b""
+        windows, payload, blob = self._prepared(communicator, mine, registry)
         headers, merged, _ = self._exchange(communicator, mine, payload, blob)
         if merged is None:
             assert headers is not None
-            self._agree_on_news(communicator, headers, blob, mine, windows, registry)
-            payload, lacking = self._pack(communicator, mine, windows, registry)
-            if lacking and not mine.error:
-                mine.error = f"the agreed keys lack places for {', '.join(map(show, lacking))}"
+            self._take_in_news(communicator, headers, mine, windows, blob, registry)
+            payload = self._packed_again(communicator, mine, windows, registry)
             headers, merged, _ = self._exchange(communicator, mine, payload, b"")
             assert merged is not None
         schema = self.schema
@@ -244,16 +205,15 @@ class Reducer:
         # From here on nothing fails, and every rank does the same.
         self.run = self.run.moved(schema).plus(delta)
         interval = self.interval.moved(schema).plus(delta)
-        rows = merged.rows
-        if self._rows is not None:
-            rows = self._rows.moved(rows.schema).plus(rows)
+        rows = self._with_earlier(merged.rows)
         windows = {key: one for key, one in windows.items() if schema.entries[key].bounded}
         if mine.kind is Kind.REDUCE:
             self._close_interval()
             self.interval = Totals.empty(schema)
             self.windows = {key: window.closed() for key, window in windows.items()}
         else:
-            self.interval, self._rows, self.windows = interval, rows, windows
+            self.interval, self.windows = interval, windows
+            self._rows, self._rows_of = rows, schema
             self._present.update(key for key, state in mine.states.items() if state.sums[COUNT])
         return Reduced(
             schema,
@@ -265,6 +225,86 @@ class Reducer:
             custom,
             communicator.world_size,
         )
+
+    def _with_earlier(self, rows: Rows) -> Rows:
+        """Add what earlier reductions have brought to the open interval."""
+        earlier, agreed = self._rows, self._rows_of
+        if earlier is None:
+            return rows
+        # Of keys that were added up on the way nobody knows who had what.
+        known = [
+            entry for entry in rows.schema if entry.key in earlier.schema or entry.key not in agreed
+        ]
+        if len(known) < len(rows.schema.entries):
+            rows = rows.moved(Schema(known))
+        return earlier.moved(rows.schema).plus(rows)
+
+    # -- What this rank sends
+
+    def _prepared(
+        self, communicator: Communicator, mine: Contribution, registry: Registry
+    ) -> tuple[dict[Key, Window], Any, bytes]:
+        """Return this rank's windows, what it sends, and its news."""
+        if mine.error:
+            return self.windows, None, b""
+        try:
+            windows = self._windows_with(mine.states, registry)
+            payload, lacking = self._packed(communicator, mine, windows, registry)
+            lacking.update(
+                key for key in mine.custom_keys if key not in self.schema or key in registry.odd()
+            )
+            loaded: Iterable[Entry] = ()
+            if self.run.schema is not self.schema:
+                loaded = (*self.run.schema, *self.interval.schema)
+            entries = news(self.schema, lacking, mine.states, windows, loaded, registry)
+        except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
+            mine.error = f"it could not prepare what it holds: {error!r}"
+            return self.windows, None, b""
+        return windows, payload, Schema(entries).to_json().encode() if entries else b""
+
+    def _packed_again(
+        self,
+        communicator: Communicator,
+        mine: Contribution,
+        windows: Mapping[Key, Window],
+        registry: Registry,
+    ) -> Any:
+        """Return what this rank sends once the keys are agreed on."""
+        try:
+            payload, lacking = self._packed(communicator, mine, windows, registry)
+        except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
+            mine.error = mine.error or f"it could not pack what it holds: {error!r}"
+            return None
+        if lacking and not mine.error:
+            mine.error = f"the agreed keys lack places for {', '.join(map(show, lacking))}"
+        return payload
+
+    def _windows_with(self, states: Mapping[Key, State], registry: Registry) -> dict[Key, Window]:
+        windows = dict(self.windows)
+        for key, state in states.items():
+            if isinstance(state, WindowState):
+                handler = registry.handler(key)
+                assert isinstance(handler, DistributionAggHandler)
+                window = windows.get(key, _NO_WINDOW)
+                windows[key] = window.followed_by(state.window(), handler.limit)
+        return windows
+
+    def _packed(
+        self,
+        communicator: Communicator,
+        mine: Contribution,
+        windows: Mapping[Key, Window],
+        registry: Registry,
+    ) -> tuple[Any, set[Key]]:
+        """Return what this rank sends, and the keys that the schema has no place for."""
+        states = mine.states
+        odd = registry.odd() & states.keys()
+        if odd:
+            states = {key: state for key, state in states.items() if key not in odd}
+            windows = {key: window for key, window in windows.items() if key not in odd}
+        outgoing = Outgoing(mine.kind, states, windows, self._present)
+        payload, lacking = self._taken(communicator).pack(outgoing)
+        return payload, lacking | odd
 
     # -- Exchanging
 
@@ -294,10 +334,10 @@ class Reducer:
                 failed = np.flatnonzero(headers[:, Field.ERROR]).tolist()
                 reasons = dict.fromkeys(texts[rank].decode() for rank in failed)
                 raise RuntimeError(
-                    f"the reduction was given up, and nothing else is lost: {_ranks(failed)} "
+                    f"the reduction was given up, and nothing else is lost: {name_ranks(failed)} "
                     f"could not take part: {'; '.join(reasons)}"
                 )
-            _check_agreement(headers)
+            check(headers)
         return Exchanged(headers, merged)
 
     def _header(self, mine: Contribution, blob: bytes) -> FloatArray:
@@ -338,95 +378,15 @@ class Reducer:
             self._route = choose(self.schema, communicator.world_size, self._wanted)
         return self._route
 
-    def _pack(
-        self,
-        communicator: Communicator,
-        mine: Contribution,
-        windows: Mapping[Key, Window],
-        registry: Registry,
-    ) -> tuple[Any, set[Key]]:
-        """Return what this rank sends, and the keys that the schema has no place for."""
-        states = mine.states
-        odd = registry.odd() & states.keys()
-        if odd:
-            states = {key: state for key, state in states.items() if key not in odd}
-            windows = {key: window for key, window in windows.items() if key not in odd}
-        outgoing = Outgoing(mine.kind, states, windows, self._present)
-        payload, lacking = self._taken(communicator).pack(outgoing)
-        return payload, lacking | odd
+    # -- News
 
-    # -- Agreeing on keys
-
-    def _windows_with(self, states: Mapping[Key, State], registry: Registry) -> dict[Key, Window]:
-        windows = dict(self.windows)
-        for key, state in states.items():
-            if isinstance(state, WindowState):
-                handler = registry.handler(key)
-                assert isinstance(handler, DistributionAggHandler)
-                window = windows.get(key, _NO_WINDOW)
-                windows[key] = window.followed_by(state.window(), handler.limit)
-        return windows
-
-    def _pending(
-        self,
-        lacking: set[Key],
-        mine: Contribution,
-        windows: Mapping[Key, Window],
-        registry: Registry,
-    ) -> list[Entry]:
-        """Return what this rank holds beyond the schema: the keys that lack a place, and others."""
-        pending: dict[Key, Entry] = {}
-
-        def add(entry: Entry) -> None:
-            earlier = pending.get(entry.key)
-            pending[entry.key] = entry if earlier is None else earlier.joined(entry)
-
-        if self.run.schema is not self.schema:
-            for entry in self.schema.beyond((*self.run.schema, *self.interval.schema)):
-                add(entry)
-        for key in sorted(lacking):
-            add(self._wanting(key, mine.states.get(key), windows.get(key), registry))
-        for key in sorted(registry.per_rank()):
-            agreed = self.schema.entries.get(key)
-            if agreed is not None and not agreed.per_rank and key not in registry.odd():
-                add(registry.entry(key))
-        for key in mine.custom_keys:
-            if key not in self.schema or key in registry.odd():
-                add(registry.entry(key))
-        return list(pending.values())
-
-    def _wanting(
-        self, key: Key, state: State | None, window: Window | None, registry: Registry
-    ) -> Entry:
-        """Return the entry of a key, with room for what this rank holds of it."""
-        entry = registry.entry(key)
-        if isinstance(state, CategoryState):
-            known = self.schema.entries.get(key, entry)
-            grown = known.with_categories(state.counts)
-            kept = set(grown.categories)
-            new = tuple(category for category in state.counts if category in kept)
-            entry = replace(entry, categories=new, full=grown.full)
-        if window is not None:
-            handler = registry.handler(key)
-            assert isinstance(handler, DistributionAggHandler)
-            capacity = _SMALLEST_CAPACITY
-            while capacity < window.values.size:
-                capacity *= 2
-            entry = replace(
-                entry,
-                capacity=min(capacity, handler.limit),
-                weighted=window.weights is not None,
-                condensed=window.older is not None,
-            )
-        return entry
-
-    def _agree_on_news(
+    def _take_in_news(
         self,
         communicator: Communicator,
         headers: FloatArray,
-        blob: bytes,
         mine: Contribution,
         windows: dict[Key, Window],
+        blob: bytes,
         registry: Registry,
     ) -> None:
         """Exchange the news, and give the schema room for all of them.
@@ -436,175 +396,30 @@ class Reducer:
         """
         blobs = self._exchange_blobs(communicator, headers, blob)
         self.schema_rounds += 1
-        conflicts = self._agree(blobs, communicator.rank, mine, windows, registry)
-        if conflicts:
-            raise ValueError("; ".join(conflicts))
-
-    def _agree(
-        self,
-        blobs: Sequence[bytes],
-        rank: int,
-        mine: Contribution,
-        windows: dict[Key, Window],
-        registry: Registry,
-    ) -> list[str]:
-        """Give the schema room for what all ranks bring, in rank order, first come first kept.
-
-        Every rank comes to the same schema, because it follows from what was exchanged alone.
-        Returns what could not be agreed on.
-        """
-        claims = Claims()
-        agreed = dict(self.schema.entries)
-        for entry in agreed.values():
-            claims.add(entry.key, entry.suffixes)
-        parsed = {blob: Schema.entries_from_json(blob.decode()) for blob in set(blobs) if blob}
-        lost: dict[tuple[Key, str], tuple[list[int], str]] = {}
-        for sender, blob in enumerate(blobs):
-            for entry in parsed.get(blob, ()):
-                reason = _join(agreed, claims, entry)
-                if reason:
-                    ranks, _ = lost.setdefault((entry.key, entry.type), ([], reason))
-                    ranks.append(sender)
-        if rank == 0:
-            self._warn_of_categories(agreed)
-        self.schema = Schema(agreed.values())
+        agreed = agree(self.schema, blobs)
+        if communicator.rank == 0:
+            for entry in agreed.overflowed((*self.schema, *self.run.schema)):
+                _warn_of_categories(entry)
+        self.schema = agreed.schema
         losers = {}
-        for (key, _), (ranks, _) in lost.items():
-            if rank in ranks:
-                state = mine.states.pop(key, None)
-                losers[key] = 0 if state is None else int(state.sums[0])
-                windows.pop(key, None)
+        for lost in agreed.lost:
+            if communicator.rank in lost.ranks:
+                state = mine.states.pop(lost.key, None)
+                losers[lost.key] = 0 if state is None else int(state.sums[COUNT])
+                windows.pop(lost.key, None)
         try:
             mine.error = registry.adopt(self.schema, losers)
         except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
             mine.error = f"it could not take over the agreed keys: {error!r}"
-        return [
-            f"{_ranks(ranks)} held {reason}; what they held of it is dropped"
-            for ranks, reason in lost.values()
-        ]
-
-    def _warn_of_categories(self, agreed: Mapping[Key, Entry]) -> None:
-        """Say which keys have just got more categories than are told apart."""
-        known = (*self.schema, *self.run.schema)
-        full = {entry.key for entry in known if entry.full}
-        for key, entry in agreed.items():
-            if entry.full and key not in full:
-                _logger.warning(
-                    "%s has more than %d categories: those that the ranks came upon first are "
-                    "told apart, all others are counted as %r. For more of them, raise "
-                    "max_categories",
-                    show(key),
-                    entry.most,
-                    OTHER,
-                )
+        if agreed.lost:
+            raise ValueError("; ".join(map(str, agreed.lost)))
 
 
-def _join(agreed: dict[Key, Entry], claims: Claims, entry: Entry) -> str:
-    """Add `entry` to the agreed ones; returns why it cannot be, or nothing."""
-    known = agreed.get(entry.key)
-    if known is not None:
-        if known.compatible(entry):
-            agreed[entry.key] = known.joined(entry)
-            return ""
-        if known.bounded != entry.bounded:
-            sizes = ("dist_window_size=None", "a window size")
-            return (
-                f"{show(entry.key)} with {sizes[entry.bounded]}, but the other ranks hold it with "
-                f"{sizes[known.bounded]}"
-            )
-        return (
-            f"{show(entry.key)} as {entry.type!r}, but it is already registered with aggregation "
-            f"type {known.type!r} on the other ranks"
-        )
-    try:
-        claims.add(entry.key, entry.suffixes)
-    except ValueError as error:
-        return f"{show(entry.key)} as {entry.type!r}, but {error}"
-    agreed[entry.key] = replace(entry, categories=(), full=False).joined(entry)
-    return ""
-
-
-def _check_agreement(headers: FloatArray) -> None:
-    """Raise, on all ranks alike, if the ranks are not in the same call with the same state."""
-    agreed = headers[:, :AGREED]
-    if (agreed == agreed[0]).all():
-        return
-    for field, beginning, say, end in _COMPLAINTS:
-        numbers = headers[:, field].tolist()
-        groups = {
-            number: [rank for rank, other in enumerate(numbers) if other == number]
-            for number in dict.fromkeys(numbers)
-        }
-        if len(groups) > 1:
-            who = ", ".join(f"{_ranks(ranks)} {say(number)}" for number, ranks in groups.items())
-            raise RuntimeError(beginning + who + end)
-
-
-# What must be the same on all ranks: how the complaint begins, what it says of each group of ranks,
-# and how it ends.
-_COMPLAINTS: tuple[tuple[Field, str, Callable[[float], str], str], ...] = (
-    (
-        Field.PROTOCOL,
-        "the ranks run different versions of metricfold: ",
-        lambda number: f"with protocol {number:.0f}",
-        ". Install the same version everywhere",
-    ),
-    (
-        Field.SEQUENCE,
-        "the ranks are not in step: ",
-        lambda number: f"after {number:.0f} exchanges",
-        ". Make a new aggregator on all ranks and load the last checkpoint",
-    ),
-    (
-        Field.KIND,
-        "the ranks are in different calls: ",
-        lambda number: f"called {Kind(int(number)).label}",
-        (
-            ". Nothing was reduced and nothing is lost; every rank must make the same calls in "
-            "the same order"
-        ),
-    ),
-    (
-        Field.GENERATION,
-        "load_state_dict() or reset() was not called alike on all ranks: ",
-        lambda number: f"have done it {number:.0f}x",
-        ". Call it on every rank",
-    ),
-    (
-        Field.SCHEMA,
-        "the ranks have agreed on different keys: ",
-        lambda number: f"with schema {int(number):x}",
-        ". Make a new aggregator on all ranks and load the last checkpoint",
-    ),
-    (
-        Field.STEP,
-        "the ranks report different steps: ",
-        lambda number: "gave no step" if number < 0 else f"gave {number:.0f}",
-        ". Nothing was reduced and nothing is lost; log the same step on every rank",
-    ),
-    (
-        Field.RUN,
-        "the ranks hold different run totals: ",
-        lambda number: f"with total {int(number):x}",
-        ". Load the same checkpoint on every rank",
-    ),
-    (
-        Field.ROUTE,
-        "the ranks were told different routes: ",
-        lambda number: f"with route={RouteChoice(int(number)).name.lower()!r}",
-        ". Make the aggregator with the same route on every rank",
-    ),
-)
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    """Return ``rank 3``, or ``ranks 0-2, 5``."""
-    numbers = sorted(int(rank) for rank in ranks)
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-    return f"rank {text}" if len(numbers) == 1 else f"ranks {text}"
+def _warn_of_categories(entry: Entry) -> None:
+    _logger.warning(
+        "%s has more than %d categories: those that the ranks came upon first are told apart, all "
+        "others are counted as %r. For more of them, raise max_categories",
+        show(entry.key),
+        entry.most,
+        OTHER,
+    )

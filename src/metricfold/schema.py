@@ -214,8 +214,11 @@ class Schema:
 
     @cached_property
     def per_rank(self) -> Schema:
-        """The keys of which each rank's lanes are wanted, whatever the route."""
-        return Schema(entry for entry in self if entry.per_rank)
+        """The keys of which each rank's lanes are wanted, whatever the route.
+
+        Without a lane for each category: there may be many, and their total is among the others.
+        """
+        return Schema(replace(entry, categories=()) for entry in self if entry.per_rank)
 
     def to_json(self) -> str:
         return json.dumps([entry.plain() for entry in self], separators=(",", ":"))

@@ -275,7 +275,7 @@ class Snapshot:
     def _key(self, dataset: str | None, name: str) -> Key:
         key = (dataset or "", name)
         if key not in self._reduced.schema:
-            known = ", ".join(sorted(printed(key).lstrip("_/") for key in self._handlers.of_key))
+            known = ", ".join(show(key) for key in sorted(self._handlers.of_key))
             raise KeyError(f"there is no {show(key)}; there are: {known or 'none'}")
         return key
 

@@ -138,11 +138,8 @@ class Totals:
 
 
 def _joined(older: Mapping[Key, Pool], newer: Mapping[Key, Pool]) -> Mapping[Key, Pool]:
-    if not newer:
-        return older
-    return {
-        key: Pool.joined(
-            [pools[key] for pools in (older, newer) if key in pools], most=EXACT_VALUES
-        )
-        for key in {**older, **newer}
-    }
+    """Add pools; what one reduction has brought stays exact until there is more."""
+    joined = {**older, **newer}
+    for key in older.keys() & newer.keys():
+        joined[key] = Pool.joined([older[key], newer[key]], most=EXACT_VALUES)
+    return joined

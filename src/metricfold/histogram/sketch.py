@@ -23,13 +23,12 @@ from metricfold.histogram.grid import Buckets, Grid, place
 from metricfold.histogram.indexing import FloatArray, IntArray
 from metricfold.histogram.layout import NOTHING, Extents, kept_magnitudes, resolve
 from metricfold.histogram.record import Histogram
+from metricfold.histogram.weights import LARGEST_WEIGHT
 
 __all__ = ["LogLinearHistogram"]
 
 _CHUNK = 8192
 """Values are folded so many at a time."""
-_LARGEST_WEIGHT = 1e150
-"""The squares of weights must add up to a number."""
 _MANY_STRAYS = 512
 """Values without a bucket that are worth a new layout before somebody asks."""
 
@@ -247,14 +246,20 @@ class LogLinearHistogram:
 
     def _contents(self) -> Contents:
         """Return what the histogram holds, as its values alone determine it."""
-        self._settle()
+        self.settle()
         return Contents(self._max_buckets, self._min, self._max, self._totals, self._grid)
 
-    def _settle(self) -> None:
-        """Fold what is buffered, and bring the layout to what is occupied."""
+    def settle(self) -> None:
+        """Fold what is buffered: until the next update reading changes nothing, on any thread."""
         self._flush()
         if self._straying or self._grid.layout.roomy:
             self._lay_out(roomy=False)
+
+    def fingerprint(self) -> bytes:
+        """Return bytes that tell these contents from others."""
+        self.settle()
+        extremes = np.array([self._min, self._max])
+        return b"".join([extremes.tobytes(), self._totals.tobytes(), self._grid.sums.tobytes()])
 
     # -- Statistics out
 
@@ -266,13 +271,13 @@ class LogLinearHistogram:
     @property
     def m(self) -> int:
         """Mantissa bits of the coarsest bucket index in use: the bound is 2^-m."""
-        self._settle()
+        self.settle()
         return self._grid.layout.coarsest
 
     @property
     def kept_range(self) -> tuple[float, float]:
         """Magnitudes, from and to (exclusive), of the values for which the bound holds; and 0."""
-        self._settle()
+        self.settle()
         return kept_magnitudes(self._grid.layout.dropped)
 
     @property
@@ -365,7 +370,7 @@ class LogLinearHistogram:
         return int(self._totals[total])
 
     def _estimate(self) -> Profile | None:
-        self._settle()
+        self.settle()
         if self._profile is None and self._totals[Total.COUNT]:
             self._profile = Profile.of(
                 Buckets.of(self._grid),
@@ -453,6 +458,6 @@ def _numbers(what: str, given: npt.ArrayLike) -> npt.NDArray[Any]:
 def _check_weights(weights: npt.NDArray[Any], shape: tuple[int, ...]) -> FloatArray:
     if weights.shape != shape:
         raise ValueError(f"weights of shape {weights.shape} for values of shape {shape}")
-    if not ((weights >= 0) & (weights <= _LARGEST_WEIGHT)).all():
-        raise ValueError(f"weights must lie in 0..{_LARGEST_WEIGHT:g}")
+    if not ((weights >= 0) & (weights <= LARGEST_WEIGHT)).all():
+        raise ValueError(f"weights must lie in 0..{LARGEST_WEIGHT:g}")
     return weights.astype(np.float64)

@@ -1,0 +1,293 @@
+"""What the ranks agree on: whether all are in the same call, and which keys there are.
+
+A rank that holds something that the agreed schema has no place for tells the others (`news`). All
+come to the same new schema (`agree`), because it follows from what was exchanged alone: room is
+joined in rank order, first come first kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from metricfold.handlers import OTHER, CategoryState, DistributionAggHandler, State
+from metricfold.naming import Claims, show
+from metricfold.pool import FloatArray, Window
+from metricfold.routes import RouteChoice
+from metricfold.schema import AGREED, Entry, Field, Key, Kind, Schema
+
+__all__ = ["Agreed", "Lost", "Registry", "agree", "check", "name_ranks", "news"]
+
+_SMALLEST_CAPACITY = 16
+
+
+class Registry(Protocol):
+    """What a reduction asks the aggregator about its keys."""
+
+    def handler(self, key: Key) -> object: ...
+
+    def entry(self, key: Key) -> Entry:
+        """Return how `key` travels, as far as its handler decides it."""
+        ...
+
+    def per_rank(self) -> AbstractSet[Key]:
+        """Return the keys of which each rank's values are wanted, whatever the route."""
+        ...
+
+    def odd(self) -> set[Key]:
+        """Return the keys that this rank holds otherwise than the ranks have agreed."""
+        ...
+
+    def adopt(self, schema: Schema, losers: Mapping[Key, int]) -> str:
+        """Take over what the ranks have agreed on; returns what this rank cannot do with it.
+
+        Args:
+            schema: the agreed keys.
+            losers: keys that this rank must forget, and how many values of each have gone.
+        """
+        ...
+
+
+# -- What a rank has to tell -----------------------------------------------------------------------
+
+
+def news(
+    schema: Schema,
+    lacking: Iterable[Key],
+    states: Mapping[Key, State],
+    windows: Mapping[Key, Window],
+    loaded: Iterable[Entry],
+    registry: Registry,
+) -> list[Entry]:
+    """Return what one rank holds beyond the agreed schema.
+
+    Args:
+        schema: the agreed keys.
+        lacking: keys that lack a place in it.
+        states: what each key has accumulated.
+        windows: what the rank holds of each DISTRIBUTION.
+        loaded: entries out of a checkpoint.
+        registry: knows how the keys travel.
+    """
+    found: dict[Key, Entry] = {}
+
+    def add(entry: Entry) -> None:
+        earlier = found.get(entry.key)
+        found[entry.key] = entry if earlier is None else earlier.joined(entry)
+
+    for entry in schema.beyond(_as_here(entry, registry) for entry in loaded):
+        add(entry)
+    for key in sorted(lacking):
+        add(_with_room(schema, key, states.get(key), windows.get(key), registry))
+    for key in sorted(registry.per_rank()):
+        agreed = schema.entries.get(key)
+        if agreed is not None and not agreed.per_rank and key not in registry.odd():
+            add(registry.entry(key))
+    return list(found.values())
+
+
+def _as_here(entry: Entry, registry: Registry) -> Entry:
+    """Return a saved entry as this aggregator would have it: its bounds and capacities are here."""
+    most = registry.entry(entry.key).most
+    full = entry.full and len(entry.categories) > most
+    return replace(entry, most=most, full=full, capacity=0, weighted=False, condensed=False)
+
+
+def _with_room(
+    schema: Schema, key: Key, state: State | None, window: Window | None, registry: Registry
+) -> Entry:
+    """Return the entry of a key, with room for what a rank holds of it."""
+    entry = registry.entry(key)
+    if isinstance(state, CategoryState):
+        known = schema.entries.get(key, entry)
+        grown = known.with_categories(state.counts)
+        kept = set(grown.categories)
+        new = tuple(category for category in state.counts if category in kept)
+        entry = replace(entry, categories=new, full=grown.full)
+    if window is not None:
+        handler = registry.handler(key)
+        assert isinstance(handler, DistributionAggHandler)
+        capacity = _SMALLEST_CAPACITY
+        while capacity < window.values.size:
+            capacity *= 2
+        entry = replace(
+            entry,
+            capacity=min(capacity, handler.limit),
+            weighted=window.weights is not None,
+            condensed=window.older is not None,
+        )
+    return entry
+
+
+# -- What the ranks make of it ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What some ranks brought that could not be agreed on.
+
+    Args:
+        key: which it is.
+        ranks: who brought it.
+        reason: how they hold it, and the others.
+    """
+
+    key: Key
+    ranks: list[int]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{name_ranks(self.ranks)} held {self.reason}; what they held of it is dropped"
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What the ranks have come to.
+
+    Args:
+        schema: has room for all that could be agreed on.
+        lost: what could not.
+    """
+
+    schema: Schema
+    lost: list[Lost]
+
+    def overflowed(self, known: Iterable[Entry]) -> list[Entry]:
+        """Return the entries that have just got more categories than are told apart."""
+        before = {entry.key for entry in known if OTHER in entry.categories}
+        return [entry for entry in self.schema if entry.full and entry.key not in before]
+
+
+def agree(schema: Schema, blobs: Sequence[bytes]) -> Agreed:
+    """Give the schema room for the news of all ranks, by rank."""
+    claims = Claims()
+    agreed = dict(schema.entries)
+    for entry in agreed.values():
+        claims.add(entry.key, entry.suffixes)
+    parsed = {blob: Schema.entries_from_json(blob.decode()) for blob in set(blobs) if blob}
+    lost: dict[tuple[Key, str], Lost] = {}
+    for sender, blob in enumerate(blobs):
+        for entry in parsed.get(blob, ()):
+            reason = _join(agreed, claims, entry)
+            if reason:
+                one = lost.setdefault((entry.key, entry.type), Lost(entry.key, [], reason))
+                one.ranks.append(sender)
+    return Agreed(Schema(agreed.values()), list(lost.values()))
+
+
+def _join(agreed: dict[Key, Entry], claims: Claims, entry: Entry) -> str:
+    """Add `entry` to the agreed ones; returns why it cannot be, or nothing."""
+    known = agreed.get(entry.key)
+    if known is not None:
+        if known.compatible(entry):
+            agreed[entry.key] = known.joined(entry)
+            return ""
+        if known.bounded != entry.bounded:
+            sizes = ("dist_window_size=None", "a window size")
+            return (
+                f"{show(entry.key)} with {sizes[entry.bounded]}, but the other ranks hold it with "
+                f"{sizes[known.bounded]}"
+            )
+        return (
+            f"{show(entry.key)} as {entry.type!r}, but it is already registered with aggregation "
+            f"type {known.type!r} on the other ranks"
+        )
+    try:
+        claims.add(entry.key, entry.suffixes)
+    except ValueError as error:
+        return f"{show(entry.key)} as {entry.type!r}, but {error}"
+    agreed[entry.key] = replace(entry, categories=(), full=False).joined(entry)
+    return ""
+
+
+# -- Whether all are where the others are ----------------------------------------------------------
+
+
+def check(headers: FloatArray) -> None:
+    """Raise, on all ranks alike, if the ranks are not in the same call with the same state."""
+    agreed = headers[:, :AGREED]
+    if (agreed == agreed[0]).all():
+        return
+    for field, beginning, say, end in _COMPLAINTS:
+        numbers = headers[:, field].tolist()
+        groups = {
+            number: [rank for rank, other in enumerate(numbers) if other == number]
+            for number in dict.fromkeys(numbers)
+        }
+        if len(groups) > 1:
+            who = ", ".join(
+                f"{name_ranks(ranks)} {say(number)}" for number, ranks in groups.items()
+            )
+            raise RuntimeError(beginning + who + end)
+
+
+# What must be the same on all ranks: how the complaint begins, what it says of each group of ranks,
+# and how it ends.
+_COMPLAINTS: tuple[tuple[Field, str, Callable[[float], str], str], ...] = (
+    (
+        Field.PROTOCOL,
+        "the ranks run different versions of metricfold: ",
+        lambda number: f"with protocol {number:.0f}",
+        ". Install the same version everywhere",
+    ),
+    (
+        Field.SEQUENCE,
+        "the ranks are not in step: ",
+        lambda number: f"after {number:.0f} exchanges",
+        ". Make a new aggregator on all ranks and load the last checkpoint",
+    ),
+    (
+        Field.KIND,
+        "the ranks are in different calls: ",
+        lambda number: f"called {Kind(int(number)).label}",
+        (
+            ". Nothing was reduced and nothing is lost; every rank must make the same calls in "
+            "the same order"
+        ),
+    ),
+    (
+        Field.GENERATION,
+        "load_state_dict() or reset() was not called alike on all ranks: ",
+        lambda number: f"have done it {number:.0f}x",
+        ". Call it on every rank",
+    ),
+    (
+        Field.SCHEMA,
+        "the ranks have agreed on different keys: ",
+        lambda number: f"with schema {int(number):x}",
+        ". Make a new aggregator on all ranks and load the last checkpoint",
+    ),
+    (
+        Field.STEP,
+        "the ranks report different steps: ",
+        lambda number: "gave no step" if number < 0 else f"gave {number:.0f}",
+        ". Nothing was reduced and nothing is lost; log the same step on every rank",
+    ),
+    (
+        Field.RUN,
+        "the ranks hold different run totals: ",
+        lambda number: f"with total {int(number):x}",
+        ". Load the same checkpoint on every rank",
+    ),
+    (
+        Field.ROUTE,
+        "the ranks were told different routes: ",
+        lambda number: f"with route={RouteChoice(int(number)).name.lower()!r}",
+        ". Make the aggregator with the same route on every rank",
+    ),
+)
+
+
+def name_ranks(ranks: Iterable[int]) -> str:
+    """Return ``rank 3``, or ``ranks 0-2, 5``."""
+    numbers = sorted(int(rank) for rank in ranks)
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    return f"rank {text}" if len(numbers) == 1 else f"ranks {text}"
