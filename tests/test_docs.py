@@ -6,7 +6,6 @@ import ast
 import doctest
 import importlib
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from jax_devices import run_devices
 
 import metricfold
 
@@ -23,16 +23,39 @@ ROOT = Path(__file__).parent.parent
 SELF_CONTAINED = ("docs/aggregation.md", "docs/handlers.md")
 
 
+# What runs where JAX has four devices.
+ON_DEVICES = "docs/jax.md"
+
+
 def modules() -> list[str]:
-    found = pkgutil.walk_packages(metricfold.__path__, "metricfold.")
-    return [module.name for module in found if not module.name.startswith("metricfold.demo")]
+    """Return the names of all modules, found without importing any."""
+    paths = (path.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("*.py"))
+    names = (".".join(path.with_suffix("").parts) for path in paths)
+    return sorted(name.removesuffix(".__init__") for name in names)
 
 
-@pytest.mark.parametrize("name", modules())
+WITH_JAX = [name for name in modules() if {"jax", "grain"} & {*name.split(".")}]
+HERE = [
+    name
+    for name in modules()
+    if name not in WITH_JAX and not name.startswith("metricfold.demo")  # it needs its own folder
+]
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_docstring_examples_run(name: str) -> None:
+    assert failed_examples(name) == 0
+
+
+def test_docstring_examples_of_what_loads_jax_run() -> None:
+    assert "metricfold.jax" in WITH_JAX
+    for name in WITH_JAX:
+        assert run_devices(failed_examples, 4, name) == 0
+
+
+def failed_examples(name: str) -> int:
     module: ModuleType = importlib.import_module(name)
-    failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
-    assert failed == 0
+    return doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed
 
 
 def blocks(page: str) -> list[str]:
@@ -44,6 +67,15 @@ def blocks(page: str) -> list[str]:
 @pytest.mark.filterwarnings("ignore:the derived metric 'perplexity':RuntimeWarning")
 @pytest.mark.parametrize("page", SELF_CONTAINED)
 def test_the_examples_of_a_page_run_and_give_what_their_comments_say(page: str) -> None:
+    assert checked_examples(page) > 0
+
+
+def test_the_examples_of_the_jax_page_run_on_devices() -> None:
+    assert run_devices(checked_examples, 4, ON_DEVICES) > 0
+
+
+def checked_examples(page: str) -> int:
+    """Run the code of a page; return how many results it states, all of which are right."""
     namespace: dict[str, Any] = {}
     exec("import math\nfrom metricfold import *", namespace)
     checked = 0
@@ -58,7 +90,7 @@ def test_the_examples_of_a_page_run_and_give_what_their_comments_say(page: str) 
                 # The call has closed the interval above; the run view stays as it was.
                 assert eval(ast.unparse(node), namespace) == expected
                 checked += 1
-    assert checked > 0
+    return checked
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def collect(metrics: Any) -> dict[str, Any]:
             places = [i for i, item in enumerate(metrics) if isinstance(item, Mapping)]
             hint = f" Here that may be item {places[-1]} of it." if places else ""
         raise TypeError(
-            "collect_from_devices takes the dict of metrics that the step returned, and was given a "
+            "collect_from_devices takes the dict of metrics that the step returned, not a "
             f"{kind}. If the step returns more, such as (params, metrics), pass its metrics.{hint}"
         )
     leaves, structure = flatten(metrics)
