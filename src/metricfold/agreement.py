@@ -7,6 +7,7 @@ joined in rank order, first come first kept.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from metricfold.pool import FloatArray, Window
 from metricfold.routes import RouteChoice
 from metricfold.schema import AGREED, Entry, Field, Key, Kind, Schema
 
-__all__ = ["Agreed", "Lost", "Registry", "agree", "check", "name_ranks", "news"]
+__all__ = ["Agreed", "Lost", "Registry", "agree", "check", "encoded", "name_ranks", "news"]
 
 _SMALLEST_CAPACITY = 16
 
@@ -86,6 +87,15 @@ def news(
         if agreed is not None and not agreed.per_rank and key not in registry.odd():
             add(registry.entry(key))
     return list(found.values())
+
+
+def encoded(entries: Sequence[Entry]) -> bytes:
+    """Return news as they travel; nothing if there are none."""
+    return zlib.compress(Schema(entries).to_json().encode(), level=1) if entries else b""
+
+
+def decoded(blob: bytes) -> list[Entry]:
+    return Schema.entries_from_json(zlib.decompress(blob).decode())
 
 
 def _as_here(entry: Entry, registry: Registry) -> Entry:
@@ -166,14 +176,18 @@ def agree(schema: Schema, blobs: Sequence[bytes]) -> Agreed:
     agreed = dict(schema.entries)
     for entry in agreed.values():
         claims.add(entry.key, entry.suffixes)
-    parsed = {blob: Schema.entries_from_json(blob.decode()) for blob in set(blobs) if blob}
+    senders: dict[bytes, list[int]] = {}
+    for rank, blob in enumerate(blobs):
+        if blob:
+            senders.setdefault(blob, []).append(rank)
     lost: dict[tuple[Key, str], Lost] = {}
-    for sender, blob in enumerate(blobs):
-        for entry in parsed.get(blob, ()):
+    # Of equal news, in the order of the first who brought them, the others add nothing.
+    for blob, ranks in senders.items():
+        for entry in decoded(blob):
             reason = _join(agreed, claims, entry)
             if reason:
                 one = lost.setdefault((entry.key, entry.type), Lost(entry.key, [], reason))
-                one.ranks.append(sender)
+                one.ranks.extend(ranks)
     return Agreed(Schema(agreed.values()), list(lost.values()))
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metricfold.agreement import Registry, agree, check, name_ranks, news
+from metricfold.agreement import Registry, agree, check, encoded, name_ranks, news
 from metricfold.checkpoint import Saved
 from metricfold.communicator.base import Communicator
 from metricfold.custom import CustomResults
@@ -260,7 +260,7 @@ class Reducer:
         except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
             mine.error = f"it could not prepare what it holds: {error!r}"
             return self.windows, None, b""
-        return windows, payload, Schema(entries).to_json().encode() if entries else b""
+        return windows, payload, encoded(entries)
 
     def _packed_again(
         self,

@@ -100,11 +100,13 @@ class TorchCommunicator(Communicator):
     def _connect(self) -> Any:
         """Build the group; all ranks meet here first, so that missing ones can be named."""
         self._record("met")
-        everyone = [f"met/{rank}" for rank in range(self.world_size)]
+        # One key to look at, whatever the number of ranks: the last one to come sets it.
+        if self._store.add("met", 1) >= self.world_size:
+            self._store.set("all met", "")
         started = time.monotonic()
         first, rest = self._waits()
         pause, warned = 0.001, False
-        while not self._store.check(everyone):
+        while not self._store.check(["all met"]):
             waited = time.monotonic() - started
             if waited >= first + rest:
                 raise self._given_up(self._absent("met"))
