@@ -254,6 +254,26 @@ def test_the_public_names_are_there(tmp_path):
 # -- Bad input -----------------------------------------------------------------------------------
 
 
+def test_extra_may_be_a_function_of_the_snapshot(tmp_path, caplog):
+    def owner(snapshot):
+        return {"t/owner": snapshot.owner(None, "grad"), "t/none": None, "lr": 0.5}
+
+    def fails(snapshot):
+        return {"t/owner": snapshot.owner(None, "no such metric")}
+
+    aggregator = MetricsAggregator()
+    with MetricsLogger([JSONLSink(tmp_path / "run.jsonl")]) as logger:
+        for step, extra in enumerate((owner, fails)):
+            aggregator.record("grad", 2.0, "max")
+            logger.log(step, aggregator, prefix="t", extra=extra)
+        with pytest.raises(TypeError, match="extra is a function of a Snapshot, but the source"):
+            logger.log(2, {"loss": 1.0}, extra=owner)
+    first, second = read_jsonl(tmp_path / "run.jsonl")
+    assert first.metrics == {"t/grad": 2.0, "t/owner": 0.0, "lr": 0.5}
+    assert second.metrics == {"t/grad": 2.0}
+    assert "the extra numbers of step 1 are left out" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("value", "shown"),
     [("2.5", "str"), (None, "NoneType"), ([1.0], "list"), (np.ones(1), "ndarray"), (1j, "complex")],

@@ -286,5 +286,5 @@ def test_identical_news_from_many_ranks_travel_once() -> None:
 
     run_threads(reduce, 2)
     run_threads(reduce, 4)
-    assert sent[0] > 100
+    assert sent[0] > 10
     assert set(sent) == {sent[0]}

@@ -21,7 +21,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -30,7 +29,14 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 from torch.nn.parallel import DistributedDataParallel
 
-from metricfold import ConsoleSink, JSONLSink, MetricsAggregator, MetricsLogger, TensorBoardSink
+from metricfold import (
+    ConsoleSink,
+    JSONLSink,
+    MetricsAggregator,
+    MetricsLogger,
+    Snapshot,
+    TensorBoardSink,
+)
 from metricfold.demo.batches import training_batches, validation_batches
 from metricfold.demo.folder import RunFolder
 from metricfold.demo.gradients import LocalGradientNorm
@@ -59,8 +65,6 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
     validation = MetricsAggregator(name="val")
     for metrics in (aggregator, validation):
         metrics.derive("perplexity", lambda values: math.exp(values["loss"]))
-    norms = [f"grad_norm/rank_{one}" for one in range(world_size)]
-    aggregator.derive("grad_norm_rank", lambda values: float(np.argmax([values[n] for n in norms])))
 
     parts = {"model": model.module, "optimizer": optimizer, "train": aggregator, "val": validation}
     start = load_checkpoint(folder.checkpoint, parts) if resume else 0
@@ -94,20 +98,27 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
             # A dataset that is not in this batch has 0/0 as its loss, which counts with weight 0.
             for name, mean, weight in zip(mixture.names, losses / tokens, tokens, strict=True):
                 aggregator.record("loss", mean, weight=weight, dataset=name)
-            norm = gradient_norm.pop()
-            aggregator.record("grad_norm", norm, agg="max")
-            aggregator.record(norms[rank], norm, agg="max")  # ranks need not hold the same metrics
+            aggregator.record("grad_norm", gradient_norm.pop(), agg="max")
             aggregator.record("tokens_per_second", batch["mask"].sum(), agg="rate")
             ledger.note(losses, tokens)
 
             if step % LOG_EVERY == 0 or step == stop:
                 with ledger.logging():
-                    logger.log(step, aggregator, prefix="train")
+                    logger.log(step, aggregator, prefix="train", extra=gradients_of_ranks)
             if step % SAVE_EVERY == 0 or step == stop:
                 validate(model, mixture, validation)
                 logger.log(step, validation, prefix="val")
                 save_checkpoint(folder.checkpoint, parts, step)
     ledger.close(aggregator)
+
+
+def gradients_of_ranks(snapshot: Snapshot) -> dict[str, float | None]:
+    """Return whose gradient was the largest, and the largest of each rank."""
+    norms = snapshot.per_rank(None, "grad_norm")
+    return {
+        "train/grad_norm_rank": snapshot.owner(None, "grad_norm"),
+        **{f"train/grad_norm/rank_{rank}": norm for rank, norm in enumerate(norms)},
+    }
 
 
 def losses_by_dataset(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import numbers
 import operator
 import os
 import time
@@ -13,11 +12,9 @@ from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import TYPE_CHECKING, SupportsIndex
 
-import numpy as np
-
 from metricfold.metric import check_name
-from metricfold.sinks.pipeline import Entry, Pipeline
-from metricfold.sinks.record import Sink
+from metricfold.sinks.pipeline import Entry, Extra, Pipeline
+from metricfold.sinks.record import Sink, checked_numbers
 from metricfold.sinks.shutdown import unwatch, watch
 from metricfold.sinks.worker import error_of
 from metricfold.snapshot import Snapshot, WindowLike, check_window
@@ -99,7 +96,7 @@ class MetricsLogger:
         *,
         prefix: str | None = None,
         window: WindowLike = "auto",
-        extra: Mapping[str, float] | None = None,
+        extra: Extra | None = None,
     ) -> None:
         """Log the metrics of `source` at `step`; every rank calls it, global rank 0 writes.
 
@@ -113,8 +110,10 @@ class MetricsLogger:
             prefix: what keys start with, such as ``"train"``. Needed for an aggregator and for a
                 `Snapshot`; keys of a dict are used as they are, or as ``{prefix}/{key}``.
             window: see `MetricsAggregator.get_metrics_for_logging`; a dict has none.
-            extra: further numbers, such as a learning rate, with their keys as they are. Only
-                rank 0's are looked at.
+            extra: further numbers, such as a learning rate, with their keys as they are; or a
+                function that gives them when it is handed the `Snapshot`, such as
+                ``lambda s: {"train/grad_rank": s.owner(None, "grad_norm")}``, called on a thread
+                of the logger; what it gives as None is left out. Only rank 0's are looked at.
 
         Raises:
             TypeError: an argument of the wrong kind, such as a value that is not a number.
@@ -133,7 +132,7 @@ class MetricsLogger:
                 return
             values = {
                 key if prefix is None else f"{prefix}/{key}": value
-                for key, value in _numbers("source", source).items()
+                for key, value in checked_numbers("source", source).items()
             }
         elif isinstance(source, Snapshot):
             _check_prefix_given(prefix, source)
@@ -153,8 +152,12 @@ class MetricsLogger:
             )
         # Only now that this rank has joined the reduction may what rank 0 alone was given be
         # refused: the other ranks would wait for it.
-        entry = Entry(step, wall_time, values, prefix or "", window, _numbers("extra", extra or {}))
-        self._opened().submit(entry)
+        if callable(extra):
+            if not isinstance(values, Future):
+                raise TypeError("extra is a function of a Snapshot, but the source is a dict")
+        else:
+            extra = checked_numbers("extra", extra or {})
+        self._opened().submit(Entry(step, wall_time, values, prefix or "", window, extra))
 
     def rewind(self, step: SupportsIndex) -> None:
         """Take back what sinks hold of the steps after `step`: call it after loading a checkpoint.
@@ -301,24 +304,3 @@ def _check_prefix_given(prefix: str | None, source: object) -> None:
             f"log() of a {type(source).__name__} needs a prefix for its keys, such as "
             "prefix='train'"
         )
-
-
-def _numbers(what: str, values: Mapping[str, float]) -> dict[str, float]:
-    """Return a copy of `values` as floats, or raise an error that names what is not a number."""
-    if not isinstance(values, Mapping):
-        raise TypeError(f"{what} must be a dict of numbers, but is {values!r}")
-    numbers_by_key: dict[str, float] = {}
-    for key, value in values.items():
-        check_name(f"a key of {what}", key)
-        # The exact types first: asking an abstract class is slow.
-        if type(value) not in (float, int) and not isinstance(value, numbers.Real | np.bool_):
-            raise TypeError(
-                f"{what}[{key!r}] is {value!r} of type {type(value).__name__}, which is not a "
-                "number: convert it with float(), or record it in an aggregator, which reads "
-                "arrays without making the device wait"
-            )
-        try:
-            numbers_by_key[key] = float(value)
-        except OverflowError:
-            raise ValueError(f"{what}[{key!r}] is too large for a float") from None
-    return numbers_by_key

@@ -11,18 +11,22 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from metricfold.histogram import Histogram
-from metricfold.sinks.record import Record, Sink
+from metricfold.sinks.record import Record, Sink, checked_numbers
 from metricfold.sinks.worker import SinkWorker, wait_for
 from metricfold.snapshot import Snapshot, WindowLike
 
-__all__ = ["Entry", "Pipeline"]
+__all__ = ["Entry", "Extra", "Pipeline"]
 
 _log = logging.getLogger("metricfold")
+
+
+Extra: TypeAlias = Mapping[str, float | None] | Callable[[Snapshot], Mapping[str, float | None]]
+"""Further numbers by key, or a function of the result that gives them."""
 
 
 class Entry(NamedTuple):
@@ -34,7 +38,7 @@ class Entry(NamedTuple):
         source: numbers by key, or the result, perhaps still to come, of a reduction.
         prefix: what keys start with; empty for a dict that was given none.
         window: what its numbers speak about.
-        extra: further numbers by key.
+        extra: further numbers by key, or what gives them.
     """
 
     step: int
@@ -42,7 +46,7 @@ class Entry(NamedTuple):
     source: Mapping[str, float] | Future[Snapshot]
     prefix: str
     window: WindowLike
-    extra: Mapping[str, float]
+    extra: Extra
 
 
 class Pipeline:
@@ -157,8 +161,9 @@ class Pipeline:
             histograms = snapshot.histograms(entry.prefix, entry.window)
         else:
             metrics = dict(entry.source)
-        extra = {key: value for key, value in entry.extra.items() if key not in metrics}
-        clashes = entry.extra.keys() - extra.keys() - self._clashes
+        given = self._extra(entry)
+        extra = {key: value for key, value in given.items() if key not in metrics}
+        clashes = given.keys() - extra.keys() - self._clashes
         if clashes:
             self._clashes |= clashes
             _log.warning(
@@ -168,6 +173,20 @@ class Pipeline:
             )
         together = {**metrics, **extra}
         return Record(entry.step, entry.wall_time, together, histograms, entry.prefix)
+
+    @staticmethod
+    def _extra(entry: Entry) -> Mapping[str, float]:
+        function = entry.extra
+        if not callable(function):
+            return checked_numbers("extra", function)
+        assert isinstance(entry.source, Future)
+        try:
+            found = function(entry.source.result())
+            known = {key: value for key, value in found.items() if value is not None}
+            return checked_numbers("extra", known)
+        except Exception:  # noqa: BLE001 - the user's; the metrics are written all the same
+            _log.exception("the extra numbers of step %d are left out", entry.step)
+            return {}
 
 
 class _Accepted(NamedTuple):

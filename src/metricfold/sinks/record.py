@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from metricfold.histogram import Histogram
+from metricfold.metric import check_name
 
-__all__ = ["Record", "Sink"]
+__all__ = ["Record", "Sink", "checked_numbers"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,3 +74,28 @@ def _same(one: Histogram, other: Histogram) -> bool:
         np.array_equal(getattr(one, part.name), getattr(other, part.name))
         for part in fields(Histogram)
     )
+
+
+def checked_numbers(what: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Return a copy of `values` as floats.
+
+    Raises:
+        TypeError, ValueError: something is not a number; the message says what.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{what} must be a dict of numbers, but is {values!r}")
+    numbers_by_key: dict[str, float] = {}
+    for key, value in values.items():
+        check_name(f"a key of {what}", key)
+        # The exact types first: asking an abstract class is slow.
+        if type(value) not in (float, int) and not isinstance(value, numbers.Real | np.bool_):
+            raise TypeError(
+                f"{what}[{key!r}] is {value!r} of type {type(value).__name__}, which is not a "
+                "number: convert it with float(), or record it in an aggregator, which reads "
+                "arrays without making the device wait"
+            )
+        try:
+            numbers_by_key[key] = float(value)
+        except OverflowError:
+            raise ValueError(f"{what}[{key!r}] is too large for a float") from None
+    return numbers_by_key
