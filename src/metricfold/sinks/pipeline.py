@@ -25,7 +25,7 @@ __all__ = ["Entry", "Extra", "Pipeline"]
 _log = logging.getLogger("metricfold")
 
 
-Extra: TypeAlias = Mapping[str, float | None] | Callable[[Snapshot], Mapping[str, float | None]]
+Extra: TypeAlias = Mapping[str, float] | Callable[[Snapshot], Mapping[str, float | None]]
 """Further numbers by key, or a function of the result that gives them."""
 
 
