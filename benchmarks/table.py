@@ -10,6 +10,7 @@ __all__ = [
     "amount",
     "at_least",
     "at_most",
+    "bytes_text",
     "cost",
     "draw",
     "markdown",
@@ -177,3 +178,11 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
         + " |"
         for line in lines
     )
+
+
+def bytes_text(number: float) -> str:
+    """Return a number of bytes with its unit."""
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:.0f} B"

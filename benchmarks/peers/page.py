@@ -13,9 +13,9 @@ from pathlib import Path
 from benchmarks.peers.points import Point
 from benchmarks.peers.results import Results
 from benchmarks.peers.run import Measured
-from benchmarks.peers.tables import AXES, amount, axis_table, differing_table, elsewhere
+from benchmarks.peers.tables import AXES, axis_table, differing_table, elsewhere
 from benchmarks.plots import draw
-from benchmarks.table import seconds
+from benchmarks.table import bytes_text, seconds
 
 _PAGE = Path("docs/benchmarks.md")
 _IMAGES = Path("docs/images")
@@ -64,7 +64,7 @@ def _memory(results: Results, axis: str, points: Sequence[Point]) -> str:
         axis,
         points,
         "memory",
-        f"Memory per rank ({amount(_LEAST_MEMORY)} if less)",
+        f"Memory per rank ({bytes_text(_LEAST_MEMORY)} if less)",
         lambda found: max(found.memory, _LEAST_MEMORY),
     )
 
@@ -86,7 +86,7 @@ def _plot(
         ]
     path = _IMAGES / f"peers-{axis}-{what}.png"
     title = f"{title}: {elsewhere(points[0], axis)}"
-    draw(path, title, AXES[axis].lower(), lines, seconds if what == "time" else amount)
+    draw(path, title, AXES[axis].lower(), lines, seconds if what == "time" else bytes_text)
     return f"![{title}]({path.relative_to(_PAGE.parent)})"
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from benchmarks.peers.points import Point
 from benchmarks.peers.results import Results, Row
 from benchmarks.peers.run import Measured
-from benchmarks.table import markdown, seconds
+from benchmarks.table import bytes_text, markdown, seconds
 
-__all__ = ["AXES", "amount", "axis_table", "differing_table", "elsewhere", "tables"]
+__all__ = ["AXES", "axis_table", "differing_table", "elsewhere", "tables"]
 
 AXES = {
     "metrics": "Number of metrics",
@@ -46,8 +46,8 @@ def axis_table(results: Results, axis: str) -> str:
         line = [library, *(_time(row) for row in rows)]
         line += [
             _range(rows, lambda found: f"{found.collectives:,}"),
-            _range(rows, lambda found: amount(found.sent)),
-            _range(rows, lambda found: amount(found.memory)),
+            _range(rows, lambda found: bytes_text(found.sent)),
+            _range(rows, lambda found: bytes_text(found.memory)),
         ]
         if with_percentiles:
             ran = [row for row in rows if row.measured]
@@ -83,14 +83,6 @@ def _error(part: float | None) -> str:
     if part is None:
         return ""
     return "0" if part < 1e-6 else f"{100 * part:.2g} %"
-
-
-def amount(number: float) -> str:
-    """Return a number of bytes with its unit."""
-    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return f"{number:.0f} B"
 
 
 def differing_table(results: Results) -> str:

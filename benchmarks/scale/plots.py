@@ -21,7 +21,7 @@ from PIL import Image
 from benchmarks.scale.answers import NARROW, WIDE, cost, wide_from
 from benchmarks.scale.model import Algorithm, Network
 from benchmarks.scale.results import First, Results, Steady
-from benchmarks.scale.tables import amount
+from benchmarks.table import bytes_text
 from benchmarks.table import seconds as duration
 
 __all__ = ["plots", "save"]
@@ -64,7 +64,7 @@ def _rank(results: Results) -> Figure:
             for axes, value in zip(panels, values, strict=True):
                 across, up = [row.ranks for row in rows], [value(row) for row in rows]
                 axes.plot(across, up, color=colour, linestyle=dashes, marker="o", markersize=3.5)
-    _finish(figure, panels, (amount, duration, amount), _workloads(results), _DASHES)
+    _finish(figure, panels, (bytes_text, duration, bytes_text), _workloads(results), _DASHES)
     return figure
 
 
@@ -116,7 +116,7 @@ def _first(results: Results) -> Figure:
                 across, up = [row.ranks for row in rows], [value(row) for row in rows]
                 axes.plot(across, up, color=colour, linestyle=dashes, marker="o", markersize=3.5)
     styled = {_different(different): dashes for different, dashes in styles.items()}
-    _finish(figure, panels, (amount, duration, amount), _workloads(results), styled)
+    _finish(figure, panels, (bytes_text, duration, bytes_text), _workloads(results), styled)
     return figure
 
 

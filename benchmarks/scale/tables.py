@@ -8,9 +8,10 @@ from typing import TypeVar
 from benchmarks.scale.answers import NARROW, WIDE, Log, cost, crossing, gathered, wide_from
 from benchmarks.scale.model import FAST, TCP, Algorithm, Network, seconds
 from benchmarks.scale.results import First, Results, Steady
+from benchmarks.table import bytes_text
 from benchmarks.table import seconds as duration
 
-__all__ = ["amount", "tables"]
+__all__ = ["tables"]
 
 Row = TypeVar("Row", Steady, First)
 
@@ -29,14 +30,6 @@ def tables(results: Results, network: Network) -> dict[str, str]:
     }
 
 
-def amount(size: float) -> str:
-    """Return a number of bytes with its unit."""
-    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size:.0f} B"
-
-
 def _rank(results: Results) -> str:
     head = ["ranks"]
     for route in (NARROW, WIDE):
@@ -44,20 +37,22 @@ def _rank(results: Results) -> str:
     rows: list[list[str]] = []
     for workload, steady in _by_workload(results.steady):
         sent = {row.route: sum(one.sent for one in row.collectives) for row in steady}
-        rows.append([f"**{workload}** (sent: {amount(sent[NARROW])}, {amount(sent[WIDE])})"])
+        rows.append(
+            [f"**{workload}** (sent: {bytes_text(sent[NARROW])}, {bytes_text(sent[WIDE])})"]
+        )
         found = {(row.route, row.ranks): row for row in steady}
         for ranks in sorted({row.ranks for row in steady}):
             cells = [f"{ranks:,}"]
             for route in (NARROW, WIDE):
                 row = found.get((route, ranks))
                 if row is None:
-                    cells += [f"({amount(ranks * sent[route])})", "", "", ""]
+                    cells += [f"({bytes_text(ranks * sent[route])})", "", "", ""]
                     continue
                 cells += [
-                    amount(sum(one.received for one in row.collectives)),
+                    bytes_text(sum(one.received for one in row.collectives)),
                     duration(row.reduce),
                     duration(row.report),
-                    amount(row.report_peak),
+                    bytes_text(row.report_peak),
                 ]
             rows.append(cells)
     return _table(head, rows)
@@ -109,7 +104,7 @@ def _crossing(results: Results, network: Network) -> str:
                 for report in (False, True):
                     ranks = crossing(results, workload, algorithm, one, report=report)
                     cells.append(
-                        "never" if ranks is None else f"{ranks:,} ({amount(ranks * size)})"
+                        "never" if ranks is None else f"{ranks:,} ({bytes_text(ranks * size)})"
                     )
             rows.append([*cells, f"{wide_from(results, workload):,}"])
     return _table(head, rows)
@@ -128,10 +123,10 @@ def _first(results: Results, network: Network) -> str:
                 [
                     f"{row.ranks:,}",
                     f"{row.different}",
-                    amount(sum(one.sent for one in row.collectives)),
-                    amount(sum(one.received for one in row.collectives)),
+                    bytes_text(sum(one.sent for one in row.collectives)),
+                    bytes_text(sum(one.received for one in row.collectives)),
                     duration(row.seconds),
-                    amount(row.peak),
+                    bytes_text(row.peak),
                     *(
                         duration(seconds(row.collectives, row.ranks, algorithm, network))
                         for algorithm in (_RING, _TREE)
@@ -151,10 +146,10 @@ def _samples(results: Results) -> str:
                 f"{row.ranks:,}",
                 f"{row.samples:,}",
                 f"{row.counted:,}",
-                amount(sum(one.sent for one in row.collectives)),
+                bytes_text(sum(one.sent for one in row.collectives)),
                 duration(row.seconds),
                 duration(row.report),
-                amount(row.peak),
+                bytes_text(row.peak),
             ]
             for row in results.samples
         ],
