@@ -102,6 +102,34 @@ def test_one_of_the_copies_is_read_and_steps_stay_in_front() -> None:
     assert by_vmap["x"].tolist() == [totals[0]] * 4
 
 
+@on_devices(4)
+def test_what_differs_over_an_axis_that_was_not_reduced_stays_apart() -> None:
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+    from jax_ways import mesh_of
+
+    from metricfold.jax import DistributedMetrics
+
+    mesh = mesh_of(data=2, model=2)
+    x = np.float32([[1, 2], [3, 4]])
+    placed = jax.device_put(x, NamedSharding(mesh, P("data", "model")))
+
+    def packed(part):
+        return DistributedMetrics().reduce_sum({"x": part[0, 0]}, "model", packed=True)
+
+    def run(step):
+        return jax.jit(
+            jax.shard_map(step, mesh=mesh, in_specs=P("data", "model"), out_specs=P("data"))
+        )(placed)
+
+    apart = run(lambda part: jax.tree.map(lambda words: words[None], packed(part)))
+    assert apart.unpack()["x"].tolist() == [3.0, 7.0]
+    with pytest.raises(ValueError, match=r"2 packed metrics end to end.*\('model',\) alone"):
+        run(packed).unpack()
+
+
 @on_devices(1)
 def test_one_device_is_enough() -> None:
     import jax

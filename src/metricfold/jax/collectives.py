@@ -21,7 +21,10 @@ from metricfold.jax.axes import Axes, bound_axes
 __all__ = ["Lane", "all_gather", "axes_size", "combine", "join", "split", "travel_together"]
 
 Lane: TypeAlias = tuple[Literal["sum", "max"], jax.Array]
-"""An array, and how those of all devices combine, element by element."""
+"""An array, and how those of all devices combine, element by element.
+
+What is combined by "max" holds integers: of floats, XLA drops NaN, and JAX has no derivative.
+"""
 
 SMALL = 16_384
 """Elements up to which an array joins others."""
@@ -44,12 +47,8 @@ def combine(lanes: Sequence[Lane], axes: Axes) -> list[jax.Array]:
         return arrays
     combined: list[Any] = [None] * len(lanes)
     for indices in travel_together(arrays, [(kind, array.dtype) for kind, array in lanes]):
-        vector = join([arrays[i] for i in indices])
-        if lanes[indices[0]][0] == "sum":
-            vector = lax.psum(vector, axes)
-        else:
-            # `pmax` has no derivative, and integers need none.
-            vector = lax.pmax(lax.stop_gradient(vector), axes)
+        collective: Any = lax.psum if lanes[indices[0]][0] == "sum" else lax.pmax
+        vector = collective(join([arrays[i] for i in indices]), axes)
         for i, part in zip(indices, split(vector, [arrays[i].shape for i in indices]), strict=True):
             combined[i] = part
     return combined

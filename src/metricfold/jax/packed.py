@@ -58,6 +58,8 @@ class PackedMetrics:
 
         Raises:
             TypeError: called inside a compiled function.
+            ValueError: what devices disagree on, for it was reduced over another axis, was joined
+                end to end by ``out_specs``.
         """
         if isinstance(self.words, jax.core.Tracer):
             raise TypeError(
@@ -65,6 +67,13 @@ class PackedMetrics:
                 "metrics from it, and unpack them outside"
             )
         words = np.asarray(self._one_copy())
+        expected = sum(section.words for section in self.sections)
+        if words.shape[-1] != expected:
+            raise ValueError(
+                f"these are {words.shape[-1] // max(expected, 1)} packed metrics end to end, which "
+                f"were reduced over {self.axes} alone. Give each a dimension of its own before it "
+                "is returned: jax.tree.map(lambda words: words[None], packed)"
+            )
         metrics: dict[int, Any] = {}
         start = 0
         for section in self.sections:
