@@ -100,6 +100,7 @@ class Metricfold(Contender):
         self._phases: list[tuple[float, float, float]] = []
         for _ in range(self.warm_ups):
             self.feed()
+            self._wire.begin()
             self.aggregator.reduce()
         self._steady = self.aggregator.collectives
 

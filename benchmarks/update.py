@@ -18,6 +18,8 @@ __all__ = ["measure"]
 _DATASETS = ("alpaca", "orca")
 _METRICS = (("samples_seen", "sum"), ("tokens_seen", "sum"), ("seq_len", "distribution"))
 _WINDOW = 1000
+_STEPS = 50
+"""Between two logs, which are not part of the time."""
 _BUDGETS: dict[int, Budget] = {64: at_least(10)}
 """By samples per batch: what one rank takes in per step."""
 
@@ -48,7 +50,9 @@ def _measure(section: Section, samples: int, sizes: Sizes) -> None:
             "batch": lambda: of_batches.update(batch),
             "handlers": lambda: handlers.update(frozen),
         },
-        sizes.rounds,
+        4 * sizes.rounds,
+        calls_per_turn=_STEPS,
+        afterwards={"list": of_lists.reduce, "batch": of_batches.reduce},
     )
     per_metric = {name: [t / len(metrics) for t in found] for name, found in times.items()}
     for name, what, budget in (

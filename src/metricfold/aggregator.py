@@ -151,6 +151,11 @@ class MetricsAggregator:
                 Then nothing has changed, not even for the metrics before it.
         """
         if isinstance(metrics, MetricBatch):
+            with self._lock:
+                if self._keys.familiar(metrics.columns):
+                    self._check_usable()
+                    self._add(metrics.columns)
+                    return
             columns = self._keys.columns_of(metrics)
         elif isinstance(metrics, list | tuple) and not isinstance(metrics, Metric):
             with quiet():
@@ -211,8 +216,11 @@ class MetricsAggregator:
                 self._take_custom(admission)
             if admission.new:
                 self._keys.commit(admission)
-            if self._dead is None:  # else nothing can reduce it any more: do not pile it up
-                self._delta.add(admission.lanes, self._keys.of_key, self._keys.kept)
+            self._add(admission.lanes)
+
+    def _add(self, columns: Sequence[Column]) -> None:
+        if self._dead is None:  # else nothing can reduce it any more: do not pile it up
+            self._delta.add(columns, self._keys.of_key, self._keys.kept)
 
     def _take_custom(self, admission: Admission) -> None:
         late_keys = {late.key for late in self._late_custom}

@@ -79,6 +79,11 @@ OTHER = "__other__"
 """Stands for all categories beyond those that are told apart."""
 
 
+_UNFOLDED = 16_384
+"""So many values beyond the most recent ones pile up before they are folded into a histogram: most
+intervals bring fewer, and are folded when they are reduced, where no training step waits."""
+
+
 def quiet() -> np.errstate:
     """Return a context in which sums may overflow to inf, or inf - inf be NaN, without a warning.
 
@@ -112,8 +117,15 @@ class LaneState:
 
 
 def _added(one: Lanes, other: Lanes) -> Lanes:
-    if len(one) == 3:  # what most states have; written out, it takes a third of the time
-        return one[0] + other[0], one[1] + other[1], one[2] + other[2]
+    # What most states have is written out: it takes a third of the time.
+    if len(one) == 3:
+        a, b, c = one
+        d, e, f = other
+        return a + d, b + e, c + f
+    if len(one) == 5:
+        a, b, c, g, h = one
+        d, e, f, i, j = other
+        return a + d, b + e, c + f, g + i, h + j
     return tuple(map(add, one, other))
 
 
@@ -145,18 +157,16 @@ class WindowState(LaneState):
         self.chunks = deque(chunk for chunk in chunks if chunk[0].size)
         self.size = sum(values.size for values, _ in self.chunks)
         self.older = older
-        self._condense()
 
-    def _condense(self) -> None:
-        """Move the oldest chunks to the histogram, once so many have piled up that it pays."""
-        if self.limit is None or self.size < 2 * self.limit:
-            return
+    def _condense(self, limit: int) -> None:
+        """Move the oldest chunks to the histogram, but for the newest `limit` values."""
         if self.older is None:
             self.older = new_histogram()
-        while self.size - self.chunks[0][0].size >= self.limit:
-            values, weights = self.chunks.popleft()
-            self.older.update(values, weights)
-            self.size -= values.size
+        beyond = []
+        while self.size - self.chunks[0][0].size >= limit:
+            beyond.append(self.chunks.popleft())
+            self.size -= beyond[-1][0].size
+        self.older.update(*concatenated(beyond))
 
     def merge(self, other: LaneState) -> None:
         assert isinstance(other, WindowState)
@@ -166,7 +176,8 @@ class WindowState(LaneState):
         if other.older is not None:
             known = [] if self.older is None else [self.older]
             self.older = new_histogram([*known, other.older])
-        self._condense()
+        if self.limit is not None and self.size >= self.limit + _UNFOLDED:
+            self._condense(self.limit)
 
     def copy(self) -> WindowState:
         older = None if self.older is None else self.older.copy()

@@ -63,7 +63,7 @@ class KeyTable:
         self._claims = Claims()
         self._unhandled: dict[Key, str] = {}
         # Keys whose values fold here as they do in a data worker.
-        self._stock: set[Key] = set()
+        self._stock: dict[Key, TypeLike] = {}
 
     # -- Types
 
@@ -105,10 +105,16 @@ class KeyTable:
             return self.of_key[key]
         return self.handlers.get(agg_type)
 
+    def familiar(self, columns: Sequence[Column]) -> bool:
+        """Return whether all columns are of keys that are known, and folded as they are here."""
+        stock = self._stock
+        for column in columns:  # noqa: SIM110 - a generator would take twice the time
+            if stock.get(column.key) is not column.agg_type:
+                return False
+        return True
+
     def columns_of(self, batch: MetricBatch) -> Sequence[Column]:
         """Return the columns of a batch that was folded elsewhere, as the handlers here need."""
-        if self._stock.issuperset([column.key for column in batch.columns]):
-            return batch.columns
         columns: list[Column] = []
         for column in batch.columns:
             handler = self.handler_of(column.key, column.agg_type)
@@ -176,7 +182,7 @@ class KeyTable:
     def _learn(self, key: Key, agg_type: TypeLike, handler: AggregationHandler) -> None:
         self._types[key], self.of_key[key] = agg_type, handler
         if type(handler) is _STOCK.get(agg_type):
-            self._stock.add(key)
+            self._stock[key] = agg_type
 
     def derive(self, name: str, function: Callable[[Mapping[str, float]], float]) -> None:
         """Let `function` give the derived metric `name`; raises ValueError if that is taken."""
@@ -214,7 +220,7 @@ class KeyTable:
         """
         for key in losers:
             del self._types[key], self.of_key[key]
-            self._stock.discard(key)
+            self._stock.pop(key, None)
         claims = Claims()
         for entry in schema:
             claims.add(entry.key, entry.suffixes)
