@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("torch", "jax", "rich", "tensorboard", "wandb")
+EXTRAS = ("torch", "jax", "flax", "rich", "tensorboard", "wandb")
 
 
 def run(python: Path | str, script: str, cwd: Path, *arguments: str) -> Any:
