@@ -45,7 +45,7 @@ def empty_folder(tmp_path, monkeypatch):
 
 class TestNumbers:
     @pytest.mark.parametrize("given", ["0", "-1", "two", "1.5", ""])
-    @pytest.mark.parametrize("option", ["--ranks", "--steps"])
+    @pytest.mark.parametrize("option", ["--ranks", "--devices", "--steps"])
     def test_must_be_whole_and_positive(self, capsys, option, given):
         said = refused(capsys, f"{option}={given}")
         assert option in said
@@ -53,6 +53,14 @@ class TestNumbers:
 
     def test_more_ranks_than_samples_in_a_step(self, capsys):
         assert "--ranks 17 is too many" in refused(capsys, "--ranks", 17)
+        said = refused(capsys, "--framework", "jax", "--devices", 17)
+        assert "--devices 17 is too many" in said
+
+    def test_of_the_other_framework(self, capsys):
+        said = refused(capsys, "--devices", 4)
+        assert "--devices does not go with --framework torch: give --ranks" in said
+        said = refused(capsys, "--framework", "jax", "--ranks", 2)
+        assert "--ranks does not go with --framework jax: give --devices" in said
 
 
 class TestData:

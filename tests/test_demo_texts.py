@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metricfold.demo.mixture import SAMPLES_PER_STEP, Corpus, Mixture, _cut
+from metricfold.demo.mixture import SAMPLES_PER_STEP, Corpus, Mixture, cut_by_time
 from metricfold.demo.texts import (
     MAX_BYTES_PER_TEXT,
     Text,
@@ -158,7 +158,7 @@ def test_shares_are_about_equally_quick(lengths, parts):
         assert all(start < end for start, end in pairwise(ends))
         return max((end - start) * lengths[end - 1] for start, end in pairwise(ends))
 
-    cuts = _cut(lengths, parts)
+    cuts = cut_by_time(lengths, parts)
     assert len(cuts) == parts - 1
     even = [len(lengths) * part // parts for part in range(1, parts)]
     assert slowest(cuts) <= slowest(even)

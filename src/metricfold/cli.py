@@ -30,12 +30,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _demo(chosen: argparse.Namespace) -> int:
     from metricfold.demo.folder import RunFolder  # noqa: PLC0415 - see above
+    from metricfold.demo.framework import FRAMEWORKS  # noqa: PLC0415
     from metricfold.demo.run import run_demo  # noqa: PLC0415
     from metricfold.demo.texts import DemoError  # noqa: PLC0415
 
+    other, instead = ("ranks", "devices") if chosen.framework == "jax" else ("devices", "ranks")
+    if getattr(chosen, other) is not None:
+        return _say(
+            f"--{other} does not go with --framework {chosen.framework}: give --{instead}", 2
+        )
     try:
         run_demo(
-            ranks=chosen.ranks,
+            framework=FRAMEWORKS[chosen.framework],
+            parts=chosen.devices if chosen.framework == "jax" else chosen.ranks,
             steps=chosen.steps,
             data=dict(chosen.data),
             out=chosen.out,
@@ -46,7 +53,7 @@ def _demo(chosen: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         saved = RunFolder(chosen.out).checkpoint.exists()
         hint = "; --resume goes on from the last checkpoint" if saved else ""
-        return _say(f"stopped, with all its ranks{hint}", 130)
+        return _say(f"stopped, with all its processes{hint}", 130)
     return 0
 
 
@@ -72,20 +79,36 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", parser_class=_Parser, metavar="command")
     demo = commands.add_parser(
         "demo",
-        help="train a small language model on several ranks and watch its metrics",
+        help="train a small language model on several ranks or devices and watch its metrics",
         description=(
-            "Train a small byte-level language model on several ranks, on this machine's CPU, and "
-            "watch its metrics per dataset in the terminal, in TensorBoard files and in a JSONL "
-            "file. At the end the logged numbers are counted again from the data, and the run goes "
-            "on for a few steps on another number of ranks."
+            "Train a small byte-level language model on several ranks of PyTorch, or on several "
+            "devices of JAX, on this machine's CPU, and watch its metrics per dataset in the "
+            "terminal, in TensorBoard files and in a JSONL file. At the end the logged numbers are "
+            "counted again from the data, and the run goes on for a few steps on another number of "
+            "ranks or devices."
         ),
         allow_abbrev=False,
     )
     demo.add_argument(
-        "--ranks", type=_positive, default=2, metavar="N", help="processes that train (default: 2)"
+        "--framework",
+        choices=("torch", "jax"),
+        default="torch",
+        help="what to train with (default: torch)",
     )
     demo.add_argument(
-        "--steps", type=_positive, default=200, metavar="N", help="steps to train (default: 200)"
+        "--ranks", type=_positive, metavar="N", help="torch: processes that train (default: 2)"
+    )
+    demo.add_argument(
+        "--devices",
+        type=_positive,
+        metavar="N",
+        help="jax: virtual devices of one process that train (default: 4)",
+    )
+    demo.add_argument(
+        "--steps",
+        type=_positive,
+        metavar="N",
+        help="steps to train (default: 200; jax: 100, which take as long)",
     )
     demo.add_argument(
         "--data",

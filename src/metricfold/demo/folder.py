@@ -1,11 +1,11 @@
 """The folder of a run: what it holds, and the checks before anything is written to it.
 
-demo.json       marks the folder as a demo's, and names its datasets
+demo.json       marks the folder as a demo's, and names its datasets and its framework
 data/           the texts, as read when the run began: a resumed run reads these
 metrics.jsonl   every record that was logged
 tensorboard/    the same for TensorBoard
-checkpoint.pt   model, optimiser, metrics and position
-ledger/         raw sums of every step and rank, for the proof at the end
+checkpoint.pt   model, optimiser, metrics and position; of JAX's, checkpoint.npz
+ledger/         raw sums of every step and rank or device, for the proof at the end
 logs/           what the ranks but the first printed
 """
 
@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from metricfold.demo.framework import FRAMEWORKS, Framework
 from metricfold.demo.mixture import Corpus, Mixture
 from metricfold.demo.texts import DemoError, Text
 
@@ -37,9 +38,22 @@ class RunFolder:
         self.data = path / "data"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
-        self.checkpoint = path / "checkpoint.pt"
         self.ledger = path / "ledger"
         self.logs = path / "logs"
+
+    @property
+    def framework(self) -> Framework:
+        """What the run is trained with."""
+        try:
+            name = json.loads(self.marker.read_text(encoding="utf-8"))["framework"]
+        except (OSError, ValueError, KeyError, TypeError):
+            name = "torch"  # no run yet, or an early one
+        return FRAMEWORKS[name]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that the run is saved to."""
+        return self.path / self.framework.checkpoint
 
     def check_new(self) -> None:
         """Refuse a folder that cannot be written or that holds someone's work.
@@ -55,11 +69,16 @@ class RunFolder:
             existing = existing.parent
         _check_writable(self.path, existing)
 
-    def check_resumable(self) -> None:
-        """Refuse a folder without a run that can go on."""
+    def check_resumable(self, framework: Framework) -> None:
+        """Refuse a folder without a run that can go on with `framework`."""
         if not self.marker.is_file():
             raise DemoError(
                 f"--out {self.path} holds no run to resume: leave out --resume to begin one"
+            )
+        if self.framework is not framework:
+            raise DemoError(
+                f"the run in {self.path} was begun with {self.framework.title}: give --framework "
+                f"{self.framework.name} to go on with it"
             )
         if not self.checkpoint.exists():
             raise DemoError(
@@ -78,20 +97,24 @@ class RunFolder:
             ) from error
         _check_writable(self.path, self.path)
 
-    def begin(self, texts: Mapping[str, list[Text]]) -> None:
+    def begin(
+        self, texts: Mapping[str, list[Text]], framework: Framework = FRAMEWORKS["torch"]
+    ) -> None:
         """Make the folder, or clear it of an earlier run, and keep the texts in it."""
         try:
-            self._begin(texts)
+            self._begin(texts, framework)
         except OSError as error:
             raise _unwritable(self.path, error.filename or self.path, error) from error
 
-    def _begin(self, texts: Mapping[str, list[Text]]) -> None:
+    def _begin(self, texts: Mapping[str, list[Text]], framework: Framework) -> None:
         self.data.mkdir(parents=True, exist_ok=True)
         for folder in (self.data, self.tensorboard, self.ledger, self.logs):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.metrics, self.checkpoint):
+        checkpoints = [self.path / one.checkpoint for one in FRAMEWORKS.values()]
+        for file in (self.metrics, *checkpoints):
             file.unlink(missing_ok=True)
-        self.marker.write_text(json.dumps({"datasets": list(texts)}), encoding="utf-8")
+        marks = {"datasets": list(texts), "framework": framework.name}
+        self.marker.write_text(json.dumps(marks), encoding="utf-8")
         self.data.mkdir()
         for name, samples in texts.items():
             with (self.data / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
@@ -106,7 +129,8 @@ class RunFolder:
     def read_mixture(self) -> Mixture:
         """Return the texts that the run began with."""
         names: list[str] = json.loads(self.marker.read_text(encoding="utf-8"))["datasets"]
-        return Mixture([Corpus.split(name, self._read(name)) for name in names])
+        corpora = [Corpus.split(name, self._read(name)) for name in names]
+        return Mixture(corpora, cut=self.framework.cut)
 
     def _read(self, name: str) -> list[Text]:
         with (self.data / f"{name}.jsonl").open(encoding="utf-8") as lines:

@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from metricfold.demo.texts import DemoError
 
@@ -23,14 +24,22 @@ __all__ = ["run_ranks"]
 _GRACE = 5.0  # seconds to end in after SIGTERM
 
 
-def run_ranks(module: str, arguments: Sequence[str], *, ranks: int, logs: Path) -> None:
+def run_ranks(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    ranks: int,
+    logs: Path,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Run ``python -m module arguments`` as `ranks` ranks, and return when all are done.
 
     When one rank fails, and on whatever ends this function early (Ctrl-C, SIGTERM), all others are
     ended too. Raises `DemoError` that says which rank failed, and why.
     """
-    environment = {
+    variables = {
         **os.environ,
+        **environment,
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
@@ -41,13 +50,13 @@ def run_ranks(module: str, arguments: Sequence[str], *, ranks: int, logs: Path) 
     }
     if sys.platform == "linux":
         # A machine whose own name does not resolve, as in many containers, still has a loopback.
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
     command = [sys.executable, "-m", module, *arguments]
     processes: list[subprocess.Popen[bytes]] = []
     with _terminations_as_interrupts():
         try:
             with _interrupts_ignored():
-                processes.extend(_start(command, environment, rank, logs) for rank in range(ranks))
+                processes.extend(_start(command, variables, rank, logs) for rank in range(ranks))
             _wait_for_all(processes, logs)
         finally:
             _end(processes)

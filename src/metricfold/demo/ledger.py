@@ -1,6 +1,7 @@
 """What the proof at the end is counted from: raw sums of every step, without metricfold.
 
-Each rank keeps its own, and writes it as JSON when training is over. A training job needs no such
+Each rank keeps its own, or one process those of its devices, and writes them as JSON when training
+is over. A training job needs no such
 thing: it is here so that the demo can be checked against something other than itself.
 """
 
@@ -12,11 +13,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 if TYPE_CHECKING:
-    import torch
-
     from metricfold import MetricsAggregator
 
 __all__ = ["Ledger", "Page", "read_ledger"]
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What one rank wrote down.
+    """What was written down of one rank or device.
 
     Args:
         first_step: the first step of this launch.
@@ -48,12 +49,13 @@ class Page:
 
 
 class Ledger:
-    """Writes down the steps of one rank, beginning with `first_step`."""
+    """Writes down the steps of one rank, or of several devices, beginning with `first_step`."""
 
-    def __init__(self, folder: Path, rank: int, first_step: int) -> None:
-        self._path = folder / f"rank-{rank}.json"
+    def __init__(self, folder: Path, parts: range, first_step: int) -> None:
+        self._folder = folder
+        self._parts = parts
         self._first_step = first_step
-        self._steps: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._steps: list[tuple[Any, Any]] = []
         self._seconds: list[float] = []
         self._logging: list[float] = []
 
@@ -73,28 +75,38 @@ class Ledger:
         yield
         self._logging.append(time.perf_counter() - began)
 
-    def note(self, losses: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Keep one step's loss sums and token counts per dataset; they stay on the device."""
-        self._steps.append((losses.detach(), tokens))
+    def note(self, losses: Any, tokens: Any) -> None:
+        """Keep one step's loss sums and token counts per dataset; they stay on the device.
+
+        Arrays of shape (datasets,), or (parts, datasets) if there are several.
+        """
+        self._steps.append((losses, tokens))
 
     def close(self, aggregator: MetricsAggregator) -> None:
         """Write everything down, and what `aggregator` has cost."""
-        page = Page(
-            first_step=self._first_step,
-            losses=[losses.tolist() for losses, _ in self._steps],
-            tokens=[tokens.tolist() for _, tokens in self._steps],
-            seconds=self._seconds,
-            logging=self._logging,
-            collectives=aggregator.collectives,
-            schema_rounds=aggregator.schema_rounds,
+        shape = (2, len(self._steps), len(self._parts), -1)
+        sums = np.array(
+            [[np.asarray(one) for one in kind] for kind in zip(*self._steps, strict=True)]
         )
-        self._path.write_text(json.dumps(asdict(page)), encoding="utf-8")
+        losses, tokens = sums.reshape(shape)
+        for i, part in enumerate(self._parts):
+            page = Page(
+                first_step=self._first_step,
+                losses=losses[:, i].tolist(),
+                tokens=tokens[:, i].tolist(),
+                seconds=self._seconds,
+                logging=self._logging,
+                collectives=aggregator.collectives,
+                schema_rounds=aggregator.schema_rounds,
+            )
+            path = self._folder / f"part-{part}.json"
+            path.write_text(json.dumps(asdict(page)), encoding="utf-8")
 
 
 def read_ledger(folder: Path) -> list[Page]:
-    """Return the page of each rank of the last launch."""
-    world_size = len(list(folder.glob("rank-*.json")))
+    """Return the pages of the last launch, one for each rank or device."""
+    parts = len(list(folder.glob("part-*.json")))
     return [
-        Page(**json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")))
-        for rank in range(world_size)
+        Page(**json.loads((folder / f"part-{part}.json").read_text(encoding="utf-8")))
+        for part in range(parts)
     ]

@@ -1,7 +1,7 @@
 """The proof at the end of the demo: what was logged, against the same numbers counted by hand.
 
 *ours* is what the last log says in ``metrics.jsonl``. *truth* is counted from the texts and from
-the ranks' ledgers, with plain sums and NumPy. *average over ranks* is what comes out when each rank
+the ledger, with plain sums and NumPy. *average over ranks*, or devices, is what comes out when each
 computes its own value and the mean of these is taken, as loops without metricfold often do.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from metricfold import read_jsonl
 from metricfold.demo.folder import RunFolder
+from metricfold.demo.framework import Framework
 from metricfold.demo.ledger import Page, read_ledger
 from metricfold.demo.mixture import SAMPLES_PER_STEP, Mixture
 from metricfold.demo.pace import Pace
@@ -46,9 +47,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What came of counting again what the last launch of ranks has logged.
+    """What came of counting again what the last launch has logged.
 
     Args:
+        framework: what the run is trained with; it says whether it is ranks or devices below.
         interval: the steps that the last log speaks about; it gives totals since the beginning.
         rows: the numbers.
         logs: how many logs of the training metrics there were in this launch.
@@ -58,10 +60,11 @@ class Proof:
         holding: how long a log held up its step on the slowest rank: the median, in seconds.
         pace: how long steps took that log, and those that do not.
         gradient_norm: the largest norm of one rank's gradient in the interval.
-        gradient_rank: the rank that it was on.
+        gradient_owner: the rank that it was on.
         losses: the logged loss over all datasets, by step, over the whole run.
     """
 
+    framework: Framework
     interval: range
     rows: list[Row]
     logs: int
@@ -71,7 +74,7 @@ class Proof:
     holding: float
     pace: Pace
     gradient_norm: float
-    gradient_rank: int
+    gradient_owner: int
     losses: dict[int, float]
 
     def check(self) -> None:
@@ -105,6 +108,7 @@ def prove(folder: RunFolder) -> Proof:
     # There is a number over all datasets where there is more than one.
     loss = "train/loss" if len(mixture.names) > 1 else f"train_{mixture.names[0]}/loss"
     return Proof(
+        folder.framework,
         interval,
         _rows(mixture, pages, interval, logged),
         len(steps),
@@ -114,7 +118,7 @@ def prove(folder: RunFolder) -> Proof:
         max(median(page.logging) for page in pages),
         Pace.of([page.seconds for page in pages], first, steps, saved),
         logged["train/grad_norm"],
-        int(logged["train/grad_norm_rank"]),
+        int(logged[f"train/grad_norm_{folder.framework.part}"]),
         {log.step: log.metrics[loss] for log in logs if loss in log.metrics},
     )
 
@@ -125,7 +129,7 @@ def _rows(
     lengths = _lengths(mixture, interval, len(pages))
     tokens = _tokens_seen(mixture, interval.stop - 1)
     steps = slice(interval.start - pages[0].first_step, None)
-    losses = np.array([page.losses[steps] for page in pages]).sum(1)  # (ranks, datasets)
+    losses = np.array([page.losses[steps] for page in pages]).sum(1)  # (parts, datasets)
     weights = np.array([page.tokens[steps] for page in pages]).sum(1)
 
     groups = [(f"train_{name}", name, [i]) for i, name in enumerate(mixture.names)]
@@ -133,7 +137,7 @@ def _rows(
         groups.append(("train", "all", list(range(len(groups)))))
     rows = []
     for prefix, name, datasets in groups:
-        by_rank = [np.concatenate([mine[i] for i in datasets]) for mine in lengths]
+        by_part = [np.concatenate([mine[i] for i in datasets]) for mine in lengths]
         loss, weight = losses[:, datasets].sum(1), weights[:, datasets].sum(1)
         total = int(tokens[datasets].sum())
         if not weight.any():
@@ -143,8 +147,8 @@ def _rows(
                 "seq_len p50",
                 name,
                 logged[f"{prefix}/seq_len_stat_p50"],
-                float(np.mean([np.median(mine) for mine in by_rank if mine.size])),
-                float(np.median(np.concatenate(by_rank))),
+                float(np.mean([np.median(mine) for mine in by_part if mine.size])),
+                float(np.median(np.concatenate(by_part))),
             ),
             Row(
                 "loss",
@@ -153,19 +157,19 @@ def _rows(
                 float(np.mean(loss[weight > 0] / weight[weight > 0])),
                 float(loss.sum() / weight.sum()),
             ),
-            # Each token is on one rank, so the mean of the ranks' totals is this.
+            # Each token is on one of them, so the mean of their totals is this.
             Row("tokens_seen", name, logged[f"{prefix}/tokens_seen"], total / len(pages), total),
         ]
     return sorted(rows, key=lambda row: [other.metric for other in rows].index(row.metric))
 
 
-def _lengths(mixture: Mixture, steps: range, world_size: int) -> list[list[np.ndarray]]:
-    """Return the lengths of the texts of `steps`, for each rank and each dataset."""
-    found: list[list[list[int]]] = [[[] for _ in mixture.names] for _ in range(world_size)]
+def _lengths(mixture: Mixture, steps: range, parts: int) -> list[list[np.ndarray]]:
+    """Return the lengths of the texts of `steps`, for each rank or device and each dataset."""
+    found: list[list[list[int]]] = [[[] for _ in mixture.names] for _ in range(parts)]
     for step in steps:
-        for rank, share in enumerate(mixture.shares(step, world_size)):
+        for part, share in enumerate(mixture.shares(step, parts)):
             for sample in map(mixture.draw, share):
-                found[rank][sample.dataset].append(sample.length)
+                found[part][sample.dataset].append(sample.length)
     return [[np.array(lengths) for lengths in mine] for mine in found]
 
 

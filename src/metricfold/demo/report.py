@@ -22,13 +22,14 @@ from metricfold.demo.proof import Proof, Row
 __all__ = ["print_opening", "print_proof", "print_resumed", "print_where_to_look"]
 
 
-def print_opening(console: Console, folder: RunFolder, ranks: int, steps: int) -> None:
+def print_opening(console: Console, folder: RunFolder, parts: int, steps: int) -> None:
     """Say what is about to happen."""
+    framework = folder.framework
     console.print(
         Text.assemble(
             ("metricfold demo", "bold"),
-            f": {_count(ranks, 'rank')} {'train' if ranks > 1 else 'trains'} a small byte-level "
-            f"transformer for {_count(steps, 'step')}",
+            f": {_count(parts, framework.part)} {'train' if parts > 1 else 'trains'} a small "
+            f"byte-level transformer for {_count(steps, 'step')} with {framework.title}",
         )
     )
     for corpus in folder.read_mixture().corpora:
@@ -43,6 +44,7 @@ def print_opening(console: Console, folder: RunFolder, ranks: int, steps: int) -
 def print_proof(console: Console, proof: Proof) -> None:
     """Show the numbers side by side, and what it cost to get them."""
     first, last = proof.interval[0], proof.interval[-1]
+    parts = f"{proof.framework.part}s"
     table = Table(
         title=f"The last log, counted again from the data (steps {first} to {last})",
         title_style="bold",
@@ -50,15 +52,15 @@ def print_proof(console: Console, proof: Proof) -> None:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         caption=(
-            "Ranks see different texts: batches are cut by length. Merging what the ranks have "
-            "counted gives the truth; averaging what each of them makes of it does not."
+            f"{parts.capitalize()} see different texts: batches are cut by length. Merging what the "
+            f"{parts} have counted gives the truth; averaging what each of them makes of it does not."
         ),
         caption_justify="left",
     )
     table.add_column("")
     table.add_column("dataset")
     table.add_column("ours", justify="right")
-    table.add_column("average over ranks", justify="right")
+    table.add_column(f"average over {parts}", justify="right")
     table.add_column("truth", justify="right")
     shown = ""
     for row in proof.rows:
@@ -78,10 +80,11 @@ def print_proof(console: Console, proof: Proof) -> None:
         console.print(Padding(f"{sentence}.", (0, 0, 0, 2), expand=False), highlight=False)
 
 
-def print_resumed(console: Console, proof: Proof, ranks: int) -> None:
-    """Show that every token counts once, although the number of ranks has changed."""
+def print_resumed(console: Console, proof: Proof, parts: int) -> None:
+    """Show that every token counts once, although the number of ranks or devices has changed."""
     console.print()
-    console.print(f"After step {proof.interval[-1]}, now on {_count(ranks, 'rank')}:", style="bold")
+    now = _count(parts, proof.framework.part)
+    console.print(f"After step {proof.interval[-1]}, now on {now}:", style="bold")
     for row in proof.rows:
         if row.metric == "tokens_seen":
             same = "=" if row.holds else "≠"
@@ -97,6 +100,8 @@ def print_resumed(console: Console, proof: Proof, ranks: int) -> None:
 def print_where_to_look(console: Console, folder: RunFolder) -> None:
     """Print the command that opens TensorBoard, and the path of the JSONL file."""
     console.print()
+    framework = folder.framework
+    chosen = "" if framework.name == "torch" else f" --framework {framework.name}"
     for label, what in (
         (
             "TensorBoard",
@@ -105,7 +110,7 @@ def print_where_to_look(console: Console, folder: RunFolder) -> None:
         ("every record", str(folder.metrics)),
         (
             "train on",
-            f"{_command('metricfold')} demo --resume --out {shlex.quote(str(folder.path))}",
+            f"{_command('metricfold')} demo{chosen} --resume --out {shlex.quote(str(folder.path))}",
         ),
     ):
         # Whole, so that it can be copied, however narrow the terminal.
@@ -123,17 +128,7 @@ def _sentences(proof: Proof) -> Iterator[str]:
             f"The loss went from {proof.losses[first]:.2f} at step {first} "
             f"to {proof.losses[last]:.2f} at step {last}"
         )
-    agreeing = proof.collectives - proof.logs - proof.saves
-    agreed = (
-        f", and {agreeing} for new keys and categories (in {proof.schema_rounds} of them)"
-        if agreeing
-        else ""
-    )
-    yield (
-        f"{_count(proof.logs, 'log')} and {_count(proof.saves, 'checkpoint')} took "
-        f"{_count(proof.collectives, 'collective')}: one each{agreed}"
-    )
-    yield f"logger.log() returned after {1e3 * proof.holding:.2g} ms (median on the slowest rank)"
+    yield from _cost(proof)
     pace = proof.pace
     if pace.logging and pace.after and pace.others:
         logging, after, others = (
@@ -146,9 +141,26 @@ def _sentences(proof: Proof) -> Iterator[str]:
             f"{high:.0f} ms): ratios {logging / others:.2f} and {after / others:.2f}"
         )
     yield (
-        f"The largest gradient of these steps was rank {proof.gradient_rank}'s, "
+        f"The largest gradient of these steps was {proof.framework.part} {proof.gradient_owner}'s, "
         f"of norm {proof.gradient_norm:.3g}"
     )
+
+
+def _cost(proof: Proof) -> Iterator[str]:
+    did = f"{_count(proof.logs, 'log')} and {_count(proof.saves, 'checkpoint')} took"
+    held = f"logger.log() returned after {1e3 * proof.holding:.2g} ms (median"
+    if proof.framework.part == "device":
+        yield f"{did} no collective: each step brings its metrics over the devices together"
+        yield f"{held})"
+        return
+    agreeing = proof.collectives - proof.logs - proof.saves
+    agreed = (
+        f", and {agreeing} for new keys and categories (in {proof.schema_rounds} of them)"
+        if agreeing
+        else ""
+    )
+    yield f"{did} {_count(proof.collectives, 'collective')}: one each{agreed}"
+    yield f"{held} on the slowest rank)"
 
 
 def _averaged(row: Row) -> Text:

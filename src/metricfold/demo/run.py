@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metricfold.demo.folder import RunFolder
+from metricfold.demo.framework import Framework
 from metricfold.demo.launch import run_ranks
 from metricfold.demo.mixture import SAMPLES_PER_STEP
 from metricfold.demo.texts import BUILT_IN, DemoError, Text, read_texts
@@ -20,31 +22,40 @@ __all__ = ["run_demo"]
 _RESUMED_STEPS = 10
 
 
-def run_demo(*, ranks: int, steps: int, data: Mapping[str, Path], out: Path, resume: bool) -> None:
-    """Train on `ranks` ranks, prove what was logged, and go on with another number of ranks.
+def run_demo(
+    *,
+    framework: Framework,
+    parts: int | None,
+    steps: int | None,
+    data: Mapping[str, Path],
+    out: Path,
+    resume: bool,
+) -> None:
+    """Train on `parts` ranks or devices, prove what was logged, and go on with another number.
 
     Raises `DemoError`: before anything is written or started, if it cannot be done as asked;
     later, if a rank fails or if a number that was logged is not what the data say.
     """
-    _check_ranks(ranks)
-    _check_packages()
+    parts, steps = parts or framework.parts, steps or framework.steps
+    _check_parts(framework, parts)
+    _check_packages(framework)
     folder = RunFolder(out)
     if resume:
         if data:
             raise DemoError(
                 "--data cannot go with --resume: a run goes on with the texts that it began with"
             )
-        folder.check_resumable()
+        folder.check_resumable(framework)
     else:
         folder.check_new()
-        folder.begin(_read(data))
+        folder.begin(_read(data), framework)
 
     # What follows needs the packages that have just been found.
     from rich.console import Console  # noqa: PLC0415
 
     console = Console()
     try:
-        _train_and_prove(console, folder, ranks, steps, resume=resume)
+        _train_and_prove(console, folder, parts, steps, resume=resume)
     except BaseException:
         # A rank that was killed while it drew has left no cursor, and the line it was drawing on.
         console.show_cursor()
@@ -54,19 +65,22 @@ def run_demo(*, ranks: int, steps: int, data: Mapping[str, Path], out: Path, res
 
 
 def _train_and_prove(
-    console: Console, folder: RunFolder, ranks: int, steps: int, *, resume: bool
+    console: Console, folder: RunFolder, parts: int, steps: int, *, resume: bool
 ) -> None:
     from metricfold.demo import report  # noqa: PLC0415 - needs rich
     from metricfold.demo.proof import prove  # noqa: PLC0415
 
-    report.print_opening(console, folder, ranks, steps)
-    _train(folder, ranks, steps, resume=resume)
+    report.print_opening(console, folder, parts, steps)
+    _train(folder, parts, steps, resume=resume)
     proof = prove(folder)
     report.print_proof(console, proof)
     proof.check()
 
-    others = ranks + 1 if ranks < SAMPLES_PER_STEP else ranks - 1
-    console.print(f"\nThe run stops here, and goes on from its checkpoint on {others} ranks.\n")
+    others = parts + 1 if parts < SAMPLES_PER_STEP else parts - 1
+    console.print(
+        "\nThe run stops here, and goes on from its checkpoint on "
+        f"{others} {folder.framework.part}{'s' if others > 1 else ''}.\n"
+    )
     _train(folder, others, min(steps, _RESUMED_STEPS), resume=True)
     proof = prove(folder)
     report.print_resumed(console, proof, others)
@@ -74,28 +88,48 @@ def _train_and_prove(
     report.print_where_to_look(console, folder)
 
 
-def _train(folder: RunFolder, ranks: int, steps: int, *, resume: bool) -> None:
+def _train(folder: RunFolder, parts: int, steps: int, *, resume: bool) -> None:
     folder.begin_launch()
     arguments = [str(folder.path), "--steps", str(steps), *(["--resume"] if resume else [])]
-    run_ranks("metricfold.demo.train", arguments, ranks=ranks, logs=folder.logs)
+    framework = folder.framework
+    run_ranks(
+        framework.module,
+        arguments,
+        ranks=parts if framework.part == "rank" else 1,
+        logs=folder.logs,
+        environment=_virtual_devices(parts) if framework.part == "device" else {},
+    )
 
 
-def _check_ranks(ranks: int) -> None:
-    if ranks > SAMPLES_PER_STEP:
+def _virtual_devices(number: int) -> dict[str, str]:
+    """Return what makes JAX, where it is not imported yet, take this CPU for so many devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={number}"
+    return {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
+
+
+def _check_parts(framework: Framework, parts: int) -> None:
+    if parts > SAMPLES_PER_STEP:
         raise DemoError(
-            f"--ranks {ranks} is too many: a step has {SAMPLES_PER_STEP} samples, and each rank "
-            f"needs one; give 1 to {SAMPLES_PER_STEP}"
+            f"--{framework.part}s {parts} is too many: a step has {SAMPLES_PER_STEP} samples, and "
+            f"each {framework.part} needs one; give 1 to {SAMPLES_PER_STEP}"
         )
 
 
-def _check_packages() -> None:
-    extras = {"torch": "torch", "rich": "console", "tensorboard": "tensorboard"}
-    missing = [package for package in extras if find_spec(package) is None]
+def _check_packages(framework: Framework) -> None:
+    missing = [package for package in framework.packages if find_spec(package) is None]
     if missing:
-        names = ",".join(extras[package] for package in missing)
         raise DemoError(
-            f"the demo needs {' and '.join(missing)}: run pip install 'metricfold[{names}]'"
+            f"the demo needs {' and '.join(missing)}: run pip install "
+            f"{_requirements([framework.packages[package] for package in missing])}"
         )
+
+
+def _requirements(wanted: list[str]) -> str:
+    """Return what to give to pip, with our extras together: 'metricfold[jax,console]' optax."""
+    ours = "metricfold["
+    extras = [one[len(ours) : -1] for one in dict.fromkeys(wanted) if one.startswith(ours)]
+    others = [one for one in wanted if not one.startswith(ours)]
+    return " ".join([*([f"'{ours}{','.join(extras)}]'"] if extras else []), *others])
 
 
 def _read(data: Mapping[str, Path]) -> dict[str, list[Text]]:

@@ -69,7 +69,9 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
     parts = {"model": model.module, "optimizer": optimizer, "train": aggregator, "val": validation}
     start = load_checkpoint(folder.checkpoint, parts) if resume else 0
     stop = start + steps
-    ledger = Ledger(folder.ledger, rank, start + 1)  # for the demo's proof; your loop needs none
+    ledger = Ledger(
+        folder.ledger, range(rank, rank + 1), start + 1
+    )  # for the demo's proof; your loop needs none
 
     console = Console()
     sinks = [
@@ -100,7 +102,7 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
                 aggregator.record("loss", mean, weight=weight, dataset=name)
             aggregator.record("grad_norm", gradient_norm.pop(), agg="max")
             aggregator.record("tokens_per_second", batch["mask"].sum(), agg="rate")
-            ledger.note(losses, tokens)
+            ledger.note(losses.detach(), tokens)
 
             if step % LOG_EVERY == 0 or step == stop:
                 with ledger.logging():
