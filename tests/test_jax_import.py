@@ -63,6 +63,7 @@ def test_the_public_names_are_there() -> None:
 
     assert metricfold.jax.__all__ == [
         "DataParallel",
+        "DeviceAccumulator",
         "DeviceMeshManager",
         "DistributedMetrics",
         "PackedMetrics",

@@ -31,6 +31,7 @@ from metricfold.communicator import (
 from metricfold.custom import CustomStates, restored
 from metricfold.data.batch import Column, Late, MetricBatch, fold_metrics, fold_value
 from metricfold.delta import CutDelta, Delta, InTransit
+from metricfold.device_lanes import AnyAccumulator, Drained, Layout
 from metricfold.handlers import (
     AggregationHandler,
     DistributionAggHandler,
@@ -208,6 +209,35 @@ class MetricsAggregator:
         if per_rank:
             self._keys.per_rank.add(key)
 
+    def drain(self, accumulator: AnyAccumulator) -> AnyAccumulator:
+        """Take in what an accumulator on the device holds, and return an empty one.
+
+        Nothing waits: the transfer begins here, and the next reduction waits for it. Ranks need not
+        drain alike.
+
+        Args:
+            accumulator: such as a `metricfold.jax.DeviceAccumulator`. One that several processes
+                hold, as of a jitted step over all of them, counts once, whoever drains it.
+
+        Raises:
+            ValueError: one of its metrics has another aggregation type here, or a name that
+                another claims, or it cannot be read; then nothing has changed.
+            TypeError: it is no accumulator.
+        """
+        if not isinstance(getattr(accumulator, "layout", None), Layout):
+            raise TypeError(
+                "drain() takes an accumulator, such as a metricfold.jax.DeviceAccumulator, not "
+                f"{type(accumulator).__name__}"
+            )
+        with self._lock:
+            self._check_usable()
+            admission = self._keys.admit_drained(accumulator.layout.keys())
+            drained, empty = Drained(accumulator), accumulator.empty()
+            self._keys.commit_drained(admission)
+            if self._dead is None:
+                self._delta.drained.append(drained)
+        return empty
+
     def _take(self, columns: Sequence[Column]) -> None:
         with self._lock:
             self._check_usable()
@@ -360,9 +390,10 @@ class MetricsAggregator:
                     for states in saved.custom.values()
                     for state in states
                 ]
-                admission = self._keys.check_saved(saved.run.schema.entries.values(), custom)
+                entries = saved.run.schema.entries.values()
+                admission = self._keys.check_saved(entries, custom)
                 states = self._revived(saved, admission)
-                self._keys.commit(admission)
+                self._keys.commit_saved(entries, admission)
                 self._start_from(saved, states)
 
     def reset(self) -> None:

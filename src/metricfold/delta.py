@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from metricfold import arrays
 from metricfold.data.batch import Column, Late, fold_numbers
+from metricfold.device_lanes import Drained
 from metricfold.handlers import (
     AggregationHandler,
     CategoricalCountAggHandler,
@@ -37,6 +38,7 @@ class Delta:
     def __init__(self) -> None:
         self.states: dict[Key, State] = {}
         self.late: list[Late] = []
+        self.drained: list[Drained] = []
         self.seconds = 0.0
         self._late_keys: set[Key] = set()
         self._settled: dict[Key, State] = {}
@@ -88,14 +90,17 @@ class Delta:
         states = [states.pop(key, None) for states in (self.states, self._settled)]
         late = sum(entry.key == key for entry in self.late)
         self.late = [entry for entry in self.late if entry.key != key]
+        for drained in self.drained:
+            drained.drop(key)
         return late + sum(int(state.sums[0]) for state in states if state is not None)
 
     def cut(self) -> CutDelta:
         """Return what has accumulated, and begin anew."""
         now = time.monotonic()
-        taken = CutDelta(self._together(), self.late, self.seconds + now - self._since)
+        seconds = self.seconds + now - self._since
+        taken = CutDelta(self._together(), self.late, self.drained, seconds)
         self.states, self._settled, self._additions = {}, {}, 0
-        self.late, self._late_keys = [], set()
+        self.late, self._late_keys, self.drained = [], set(), []
         self.seconds, self._since = 0.0, now
         return taken
 
@@ -103,6 +108,7 @@ class Delta:
         """Put back what a failed reduction took; it comes before what has come since."""
         _merge_into(taken.states, self._together())
         self.states, self._settled = taken.states, {}
+        self.drained = taken.drained + self.drained
         self.seconds += taken.seconds
 
     def _together(self) -> dict[Key, State]:
@@ -156,8 +162,15 @@ def _raise(error: Exception) -> NoReturn:
 class CutDelta:
     """A delta that no longer grows."""
 
-    def __init__(self, states: dict[Key, State], late: list[Late], seconds: float) -> None:
+    def __init__(
+        self,
+        states: dict[Key, State],
+        late: list[Late],
+        drained: list[Drained],
+        seconds: float,
+    ) -> None:
         self.states = states
+        self.drained = drained
         self.seconds = seconds
         self.errors: list[str] = []
         self._late = InTransit(late)
@@ -179,6 +192,14 @@ class CutDelta:
                 self._fold(key, handlers[key], values, weights)
             except Exception as error:  # noqa: BLE001 - the user's; raised on all ranks
                 self.errors.append(f"{show(key)}: the handler failed: {error!r}")
+        while self.drained:
+            try:
+                states = self.drained.pop(0).arrive()
+            except Exception as error:  # noqa: BLE001 - such as an error of the device
+                self.errors.append(f"an accumulator could not be read from its device: {error!r}")
+                continue
+            for key, state in states:
+                self._merge(key, handlers[key], state)
 
     def _fold(
         self, key: Key, handler: AggregationHandler, values: list[Any], weights: list[float]
@@ -188,6 +209,9 @@ class CutDelta:
         else:
             assert isinstance(handler, LaneHandler)
             state = fold_numbers(key, handler, values, weights)
+        self._merge(key, handler, state)
+
+    def _merge(self, key: Key, handler: AggregationHandler, state: State) -> None:
         self.states.setdefault(key, _empty(handler)).merge(state)
 
 

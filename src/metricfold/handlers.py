@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import deque
+from copy import copy
 from dataclasses import dataclass, field
 from numbers import Real
 from operator import add
@@ -539,6 +540,12 @@ class DistributionAggHandler(LaneHandler):
     def limit(self) -> int:
         """How many values of an interval each rank keeps as they are."""
         return EXACT_VALUES if self.window_size is None else self.window_size
+
+    def unbounded(self) -> DistributionAggHandler:
+        """Return a handler whose view of the run is about all values."""
+        unbounded = copy(self)
+        unbounded.window_size = None
+        return unbounded
 
     def empty(self) -> WindowState:
         return WindowState((0.0,) * self.sum_width, limit=self.limit)

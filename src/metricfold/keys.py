@@ -50,6 +50,8 @@ class KeyTable:
             come in while a reduction was under way; the next one refuses them, on all ranks.
         per_rank: keys of which each rank's values are wanted, whatever the route.
         kept: the categories that are told apart, of keys that have had more than that.
+        drained: DISTRIBUTIONs of which devices send histograms. Those hold no single values, so
+            that the view of the run is about all values, whatever the window size.
     """
 
     def __init__(self, handlers: dict[TypeLike, AggregationHandler]) -> None:
@@ -59,6 +61,7 @@ class KeyTable:
         self.odd: set[Key] = set()
         self.per_rank: set[Key] = set()
         self.kept: dict[Key, frozenset[str]] = {}
+        self.drained: set[Key] = set()
         self._types: dict[Key, TypeLike] = {}
         self._claims = Claims()
         self._unhandled: dict[Key, str] = {}
@@ -161,6 +164,40 @@ class KeyTable:
         lanes = [column for column in columns if column.state is not None] if custom else columns
         return Admission(lanes, custom, new, claims)
 
+    def admit_drained(self, keys: Iterable[tuple[Key, TypeLike]]) -> Admission:
+        """Check keys that a device has folded; changes nothing. Raises ValueError on a clash."""
+        columns = [Column(key, agg_type, None) for key, agg_type in keys]
+        admission = self.admit(columns)
+        new: dict[Key, tuple[TypeLike, AggregationHandler]] = {}
+        for key, agg_type in ((column.key, column.agg_type) for column in columns):
+            handler = self.of_key.get(key) or admission.new[key][1]
+            if type(handler) is not _STOCK[agg_type]:
+                raise ValueError(
+                    f"{show(key)} was folded on a device, which knows the built-in handlers only, "
+                    f"but this aggregator has another handler for {type_label(agg_type)!r}: register "
+                    "yours for a type of its own"
+                )
+            if isinstance(handler, DistributionAggHandler) and handler.window_size is not None:
+                if key not in admission.new:
+                    raise ValueError(
+                        f"{show(key)} holds its most recent values here, and a device sends a "
+                        "histogram of all: give one of them another name, or make the aggregator "
+                        "with dist_window_size=None"
+                    )
+                handler = handler.unbounded()
+            if key in admission.new:
+                new[key] = (agg_type, handler)
+        return Admission((), (), new, admission.claims)
+
+    def commit_drained(self, admission: Admission) -> None:
+        """Take over what `admit_drained` found new."""
+        self.commit(admission)
+        self.drained.update(
+            key
+            for key, (_, handler) in admission.new.items()
+            if isinstance(handler, DistributionAggHandler)
+        )
+
     def _handler_for(self, key: Key, agg_type: TypeLike) -> AggregationHandler:
         handler = self.handlers.get(agg_type)
         if handler is None:
@@ -206,7 +243,12 @@ class KeyTable:
             per_rank=key in self.per_rank,
         )
         if isinstance(handler, DistributionAggHandler):
-            return replace(entry, distributed=True, bounded=handler.window_size is not None)
+            return replace(
+                entry,
+                distributed=True,
+                bounded=handler.window_size is not None,
+                drained=key in self.drained,
+            )
         if isinstance(handler, CategoricalCountAggHandler):
             return replace(entry, most=handler.max_categories)
         return entry
@@ -221,6 +263,7 @@ class KeyTable:
         for key in losers:
             del self._types[key], self.of_key[key]
             self._stock.pop(key, None)
+            self.drained.discard(key)
         claims = Claims()
         for entry in schema:
             claims.add(entry.key, entry.suffixes)
@@ -254,7 +297,16 @@ class KeyTable:
         except KeyError:
             self._unhandled[entry.key] = entry.type
             return
-        self._learn(entry.key, agg_type, self.handlers[agg_type])
+        self._learn(entry.key, agg_type, self._as_agreed(entry, self.handlers[agg_type]))
+        if entry.drained:
+            self.drained.add(entry.key)
+
+    @staticmethod
+    def _as_agreed(entry: Entry, handler: AggregationHandler) -> AggregationHandler:
+        """Return what handles the values of `entry`: without a bound, if devices send it."""
+        if entry.drained and isinstance(handler, DistributionAggHandler):
+            return handler.unbounded()
+        return handler
 
     def trouble(self) -> str:
         """Return why this rank cannot take part in a reduction, or nothing."""
@@ -280,8 +332,12 @@ class KeyTable:
                 ) from None
             columns.append(Column(key, agg_type, None))
         admission = self.admit(columns)
+        new = dict(admission.new)
         for entry in entries:
-            handler = self.of_key.get(entry.key) or admission.new[entry.key][1]
+            if entry.key in new:
+                agg_type, handler = new[entry.key]
+                new[entry.key] = (agg_type, self._as_agreed(entry, handler))
+            handler = self.of_key.get(entry.key) or new[entry.key][1]
             widths = (0, 0)
             if isinstance(handler, LaneHandler):
                 widths = (handler.sum_width, handler.max_width)
@@ -300,7 +356,12 @@ class KeyTable:
                     f"dist_window_size={handler.window_size}: recent values cannot stand for all, "
                     "nor all for recent ones; make the aggregator as the one that saved"
                 )
-        return admission
+        return admission._replace(new=new)
+
+    def commit_saved(self, entries: Iterable[Entry], admission: Admission) -> None:
+        """Take over what `check_saved` found new."""
+        self.commit(admission)
+        self.drained.update(entry.key for entry in entries if entry.drained)
 
 
 class KeyRegistry:

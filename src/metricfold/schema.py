@@ -93,6 +93,8 @@ class Entry:
         per_rank: whether each rank's lanes are wanted, whatever the route.
         distributed: whether it is a DISTRIBUTION, whose values travel too.
         bounded: whether the view of the run is about recent values only.
+        drained: whether devices send it, as histograms; then it is not bounded, whatever the
+            window size.
         capacity: places for values of one rank; grows by doubling.
         weighted: whether those carry weights.
         condensed: whether a rank had more values than it keeps as they are.
@@ -109,6 +111,7 @@ class Entry:
     per_rank: bool = False
     distributed: bool = False
     bounded: bool = True
+    drained: bool = False
     capacity: int = 0
     weighted: bool = False
     condensed: bool = False
@@ -134,6 +137,7 @@ class Entry:
         joined = replace(
             self,
             per_rank=self.per_rank or other.per_rank,
+            drained=self.drained or other.drained,
             capacity=max(self.capacity, other.capacity),
             weighted=self.weighted or other.weighted,
             condensed=self.condensed or other.condensed,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from metricfold.histogram.indexing import (
     BIAS,
@@ -26,6 +27,7 @@ from metricfold.histogram.indexing import (
 )
 from metricfold.histogram.layout import (
     END_FIELDS,
+    FIELDS,
     FIRST_FIELDS,
     MIDDLE_EXPONENTS,
     SEGMENT_OF_PREFIX,
@@ -80,6 +82,28 @@ class Buckets:
     def empty(cls) -> Buckets:
         none = np.empty(0, dtype=np.int64)
         return cls(none, none, none, np.empty((MOMENTS, 0)))
+
+    @classmethod
+    def signed(cls, index: npt.ArrayLike, sums: npt.ArrayLike, m: int) -> Buckets:
+        """Return buckets given by the signed indices of `bucket_index`, 0 not among them.
+
+        Raises:
+            ValueError: an index is 0 or beyond those of floats, or there are not three sums of each.
+        """
+        if not 0 <= m <= FINEST:
+            raise ValueError(f"m={m!r}: the resolution must lie in 0..{FINEST}")
+        given = np.asarray(index, dtype=np.int64)
+        array = np.array(sums, dtype=np.float64)
+        if given.ndim != 1 or array.shape != (MOMENTS, given.size):
+            raise ValueError(
+                f"indices of shape {given.shape} and sums of shape {array.shape}: give n indices, "
+                f"and {MOMENTS} sums of each, shape ({MOMENTS}, n)"
+            )
+        bucket = np.abs(given) - 1
+        if ((bucket < 0) | (bucket >> m >= FIELDS)).any():
+            raise ValueError(f"at m={m}, an index is 0 or beyond those of finite floats")
+        segment = SEGMENT_OF_PREFIX[(bucket >> m) + (FIELDS + 1) * (given < 0)]
+        return cls(segment, bucket, np.full(bucket.size, m), array)
 
     @classmethod
     def of(cls, *grids: Grid) -> Buckets:

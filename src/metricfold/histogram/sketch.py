@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metricfold.histogram import plain, wire
-from metricfold.histogram.contents import Contents, Total, check_max_buckets
+from metricfold.histogram.contents import Contents, Frame, Total, check_max_buckets
 from metricfold.histogram.estimation import (
     Profile,
     as_histogram,
@@ -233,6 +233,55 @@ class LogLinearHistogram:
             raise ValueError("the histogram has one bucket per octave: it cannot be any coarser")
         frame = replace(contents.frame, finest=self.m - 1)
         self._become(Contents.of(self._max_buckets, frame, self._totals, contents.buckets))
+
+    @classmethod
+    def from_buckets(
+        cls,
+        index: npt.ArrayLike,
+        sums: npt.ArrayLike,
+        m: int,
+        *,
+        count: int,
+        squares: float,
+        minimum: float,
+        maximum: float,
+        zeros: float = 0.0,
+        nan_count: int = 0,
+        posinf_count: int = 0,
+        neginf_count: int = 0,
+        max_buckets: int = 2048,
+    ) -> LogLinearHistogram:
+        """Return the histogram of values that have been sorted into buckets elsewhere.
+
+        Args:
+            index: signed index of each occupied bucket, as `bucket_index` says it; not 0.
+            sums: of w, w·u and w·u² over the values in each, where w is the weight and u in [0, 1)
+                the position inside the bucket; shape (3, n).
+            m: resolution of the indices; the histogram is no finer.
+            count: how many finite values there are.
+            squares: sum of their w².
+            minimum: the least of them; ignored if there is none.
+            maximum: the greatest of them; ignored if there is none.
+            zeros: weight of those that are ±0.
+            nan_count: how many values were NaN.
+            posinf_count: how many were +inf.
+            neginf_count: how many were -inf.
+            max_buckets: how many buckets there may be.
+
+        Raises:
+            ValueError: `m` or `max_buckets` is out of range, an index is 0 or that of no float, or
+                shapes differ.
+        """
+        buckets = Buckets.signed(index, sums, m)
+        frame = Frame(buckets.extents, finest=m)
+        if count:
+            frame = replace(frame, minimum=float(minimum), maximum=float(maximum))
+        totals = np.zeros(len(Total))
+        totals[Total.COUNT], totals[Total.SQUARES], totals[Total.ZERO] = count, squares, zeros
+        totals[Total.NAN] = nan_count
+        totals[Total.POSITIVE_INFINITY] = posinf_count
+        totals[Total.NEGATIVE_INFINITY] = neginf_count
+        return cls._of(Contents.of(check_max_buckets(max_buckets), frame, totals, buckets))
 
     def copy(self) -> LogLinearHistogram:
         """Return a histogram of the same values that goes its own way."""

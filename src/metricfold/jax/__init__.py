@@ -23,9 +23,16 @@ if _missing:
         "pip install 'metricfold[jax]'"
     )
 
-from metricfold.jax.data_parallel import DataParallel  # noqa: E402 (after the check above)
+from metricfold.jax.accumulator import DeviceAccumulator  # noqa: E402 (after the check above)
+from metricfold.jax.data_parallel import DataParallel  # noqa: E402
 from metricfold.jax.distributed_metrics import DistributedMetrics  # noqa: E402
 from metricfold.jax.mesh import DeviceMeshManager  # noqa: E402
 from metricfold.jax.packed import PackedMetrics  # noqa: E402
 
-__all__ = ["DataParallel", "DeviceMeshManager", "DistributedMetrics", "PackedMetrics"]
+__all__ = [
+    "DataParallel",
+    "DeviceAccumulator",
+    "DeviceMeshManager",
+    "DistributedMetrics",
+    "PackedMetrics",
+]

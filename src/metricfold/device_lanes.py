@@ -1,0 +1,312 @@
+"""What an accumulator on a device holds, and what it says to an aggregator; of no framework.
+
+A *row* is one metric of one dataset. Every row has the same few lanes, so that an accumulator is a
+handful of arrays however many metrics there are:
+
+    counts   (rows, 4)            values, NaN, +inf, -inf
+    sums     (rows, 3, 2)         sum of w·x, of w, of w²
+    extrema  (rows, 2)            largest x, largest -x
+    grid     (rows · CELLS, 3, 2) of DISTRIBUTIONs: sums of w, w·u and w·u² in each bucket
+    refused  (metrics, 2)         values with a dataset or a weight that cannot be
+
+Devices count in 32 bits. Counts are int32. A sum is two float32, of which the second holds what the
+first has rounded away: 48 bits together.
+
+The buckets are those of `bucket_index` at m = 6, which a device finds by shifting a float32's bits;
+u is the position inside of the bucket. CELLS is one cell for each of them, negative ones first, and
+one for zero in the middle.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from metricfold.handlers import LaneState, State, WindowState
+from metricfold.metric import AggregationType, check_name, resolve_type, type_label
+from metricfold.naming import Key
+from metricfold.pool import BUCKETS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = [
+    "CELLS",
+    "COUNTS",
+    "EXTREMA",
+    "FRACTION_BITS",
+    "MOMENTS",
+    "SUMS",
+    "ZERO_CELL",
+    "Accumulator",
+    "Drained",
+    "HostArrays",
+    "Layout",
+    "M",
+]
+
+_logger = logging.getLogger("metricfold")
+
+COUNTS, SUMS, EXTREMA, MOMENTS = 4, 3, 2, 3
+"""Lanes of a row, and of a cell."""
+
+M = 6
+"""Mantissa bits of a bucket index."""
+FRACTION_BITS = 23 - M
+"""Bits of a float32's mantissa that say where in its bucket a value is."""
+_PER_SIGN = 254 << M
+"""Buckets of the normal float32 of one sign; devices take subnormals for zero."""
+ZERO_CELL = _PER_SIGN
+CELLS = 2 * _PER_SIGN + 1
+_FIRST_INDEX = ((1023 - 126) << M) + 1
+"""What `bucket_index` says of the least normal float32."""
+
+_AGGREGATIONS = (
+    AggregationType.MEAN,
+    AggregationType.SUM,
+    AggregationType.MAX,
+    AggregationType.MIN,
+    AggregationType.DISTRIBUTION,
+)
+
+Array = npt.NDArray[Any]
+
+
+class HostArrays(NamedTuple):
+    """The arrays of an accumulator, on the host."""
+
+    counts: Array
+    sums: Array
+    extrema: Array
+    grid: Array | None
+    refused: Array
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which metrics and datasets an accumulator holds, and in which rows.
+
+    Args:
+        names: of the metrics.
+        types: the aggregation of each.
+        datasets: their names; one empty name stands for metrics without a dataset.
+    """
+
+    names: tuple[str, ...]
+    types: tuple[AggregationType, ...]
+    datasets: tuple[str, ...]
+
+    @classmethod
+    def of(cls, metrics: Mapping[str, object], datasets: Iterable[str]) -> Layout:
+        """Return the layout of `metrics`, by name, in each of `datasets`.
+
+        Raises:
+            TypeError, ValueError: there is no metric, one has an aggregation that accumulators do
+                not know, or a name is no name.
+        """
+        if not isinstance(metrics, Mapping) or not metrics:
+            raise TypeError(
+                f'metrics={metrics!r}: give each metric\'s aggregation by name, as in {{"loss": '
+                '"mean"}'
+            )
+        if isinstance(datasets, str):
+            raise TypeError(f"datasets={datasets!r}: give a list of names, as in ({datasets!r},)")
+        given = tuple(datasets)
+        for name in metrics:
+            check_name("the name of a metric", name)
+        for dataset in given:
+            check_name("the name of a dataset", dataset)
+        if len(set(given)) < len(given):
+            raise ValueError(f"datasets={given!r}: give each name once")
+        types = tuple(_checked_type(name, agg) for name, agg in metrics.items())
+        return cls(tuple(metrics), types, given or ("",))
+
+    @property
+    def rows(self) -> int:
+        return len(self.names) * len(self.datasets)
+
+    @cached_property
+    def distributions(self) -> tuple[str, ...]:
+        """The names of the DISTRIBUTIONs, in the order of their cells."""
+        return tuple(
+            name
+            for name, agg_type in zip(self.names, self.types, strict=True)
+            if agg_type is AggregationType.DISTRIBUTION
+        )
+
+    @property
+    def cells(self) -> int:
+        return len(self.distributions) * len(self.datasets) * CELLS
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of `HostArrays`."""
+        return (
+            (self.rows, COUNTS),
+            (self.rows, SUMS, 2),
+            (self.rows, EXTREMA),
+            (self.cells, MOMENTS, 2),
+            (len(self.names), 2),
+        )
+
+    def place(self, name: str) -> int:
+        """Return which of the metrics `name` is; raises ValueError if it is none."""
+        try:
+            return self.names.index(name)
+        except ValueError:
+            known = ", ".join(map(repr, self.names))
+            raise ValueError(
+                f"this accumulator has no metric {name!r}, but {known}: name them all when it is made"
+            ) from None
+
+    def keys(self) -> Iterator[tuple[Key, AggregationType]]:
+        """Yield the key of each row, in order, and its aggregation."""
+        for name, agg_type in zip(self.names, self.types, strict=True):
+            for dataset in self.datasets:
+                yield (dataset, name), agg_type
+
+    def states(self, arrays: HostArrays) -> Iterator[tuple[Key, State]]:
+        """Yield what `arrays` say of each key that has received anything."""
+        sums = arrays.sums.astype(np.float64).sum(axis=-1)
+        # Where the first overflowed, the second is meaningless.
+        sums = np.where(np.isfinite(arrays.sums[..., 0]), sums, arrays.sums[..., 0])
+        for row, (key, agg_type) in enumerate(self.keys()):
+            counts = arrays.counts[row].tolist()
+            if not counts[0]:
+                continue
+            extrema = arrays.extrema[row].astype(np.float64)
+            if agg_type is AggregationType.DISTRIBUTION:
+                assert arrays.grid is not None
+                name, dataset = divmod(row, len(self.datasets))
+                place = self.distributions.index(self.names[name]) * len(self.datasets) + dataset
+                cells = arrays.grid[place * CELLS : (place + 1) * CELLS]
+                yield key, _window_state(counts, sums[row], extrema, cells)
+            else:
+                yield key, _lane_state(agg_type, counts, sums[row], extrema)
+
+    def complaints(self, refused: Array) -> Iterator[str]:
+        """Yield what to tell the user about values that were left out."""
+        for name, (strangers, unweighable) in zip(self.names, refused.tolist(), strict=True):
+            if strangers:
+                yield (
+                    f"{strangers} values of metric {name!r} came with dataset_ids outside of "
+                    f"0..{len(self.datasets) - 1} and were left out: each must be the place of a "
+                    f"name in datasets={self.datasets!r}"
+                )
+            if unweighable:
+                yield (
+                    f"{unweighable} values of metric {name!r} came with weights that are negative, "
+                    "infinite or NaN, and were left out"
+                )
+
+
+def _checked_type(name: str, agg: object) -> AggregationType:
+    agg_type = resolve_type(agg)
+    if agg_type not in _AGGREGATIONS:
+        known = ", ".join(repr(known.value) for known in _AGGREGATIONS)
+        raise ValueError(
+            f"metric {name!r} has the aggregation {type_label(agg_type)!r}, which no accumulator on "
+            f"a device can do: use one of {known}, or record() it"
+        )
+    assert isinstance(agg_type, AggregationType)
+    return agg_type
+
+
+def _lane_state(
+    agg_type: AggregationType, counts: Sequence[int], sums: Array, extrema: Array
+) -> LaneState:
+    count, nans, up, down = map(float, counts)
+    if agg_type is AggregationType.MAX:
+        return LaneState((count, nans), (float(extrema[0]),))
+    if agg_type is AggregationType.MIN:
+        return LaneState((count, nans), (float(extrema[1]),))
+    total, weight = float(sums[0]), float(sums[1])
+    # Infinities have not been added up: what they come to is known without.
+    if up or down:
+        total = math.nan if up and down else math.inf if up else -math.inf
+    if agg_type is AggregationType.SUM:
+        return LaneState((count, nans, total))
+    return LaneState((count, nans, total, weight))
+
+
+def _window_state(counts: Sequence[int], sums: Array, extrema: Array, cells: Array) -> WindowState:
+    from metricfold.histogram import LogLinearHistogram  # noqa: PLC0415 - loaded when first needed
+
+    count, nans, up, down = counts
+    occupied = np.flatnonzero(cells[:, 0, 0])
+    moments = cells[occupied].astype(np.float64).sum(axis=-1).T
+    zero = occupied == ZERO_CELL
+    index = np.where(
+        occupied < ZERO_CELL,
+        occupied - (ZERO_CELL - 1) - _FIRST_INDEX,
+        occupied - (ZERO_CELL + 1) + _FIRST_INDEX,
+    )
+    finite = count - nans - up - down
+    histogram = LogLinearHistogram.from_buckets(
+        index[~zero],
+        moments[:, ~zero],
+        M,
+        count=finite,
+        squares=float(sums[2]),
+        minimum=-float(extrema[1]),
+        maximum=float(extrema[0]),
+        zeros=float(moments[0, zero].sum()),
+        nan_count=nans,
+        posinf_count=up,
+        neginf_count=down,
+        max_buckets=BUCKETS,
+    )
+    lanes = (float(count), float(nans), float(up + down), float(sums[0]), float(sums[1]))
+    return WindowState(lanes, older=histogram if finite else None)
+
+
+# -- On the way to the aggregator ------------------------------------------------------------------
+
+
+class Accumulator(Protocol):
+    """What `MetricsAggregator.drain` takes, of whichever framework."""
+
+    layout: Layout
+
+    def start_read(self) -> Callable[[], HostArrays | None]:
+        """Begin the one transfer; what is returned waits for it, on any thread.
+
+        It returns None where another process contributes the same arrays.
+        """
+
+    def empty(self) -> Self:
+        """Return one of the same layout and placement that holds nothing."""
+
+
+AnyAccumulator = TypeVar("AnyAccumulator", bound=Accumulator)
+
+
+class Drained:
+    """An accumulator on its way from the device to the aggregator."""
+
+    def __init__(self, accumulator: Accumulator) -> None:
+        self._layout = accumulator.layout
+        self._read = accumulator.start_read()
+        self._dropped: set[Key] = set()
+
+    def drop(self, key: Key) -> None:
+        """Leave `key` out."""
+        self._dropped.add(key)
+
+    def arrive(self) -> list[tuple[Key, State]]:
+        """Wait, and return the state of each key; warns of values that were left out."""
+        arrays = self._read()
+        if arrays is None:
+            return []
+        for complaint in self._layout.complaints(arrays.refused):
+            _logger.warning("%s", complaint)
+        return [
+            (key, state) for key, state in self._layout.states(arrays) if key not in self._dropped
+        ]
