@@ -22,6 +22,8 @@ class Sizes:
         means: metrics of the small workload.
         samples: numbers of samples seen before a log.
         imports: interpreters started.
+        device_metrics: numbers of metrics that a compiled step reduces over devices.
+        compilations: how often each such step is compiled.
     """
 
     rounds: int
@@ -34,6 +36,8 @@ class Sizes:
     means: int
     samples: tuple[int, ...]
     imports: int
+    device_metrics: tuple[int, ...]
+    compilations: int
 
 
 FULL = Sizes(
@@ -47,6 +51,8 @@ FULL = Sizes(
     means=100,
     samples=(10**3, 10**4, 10**5, 10**6),
     imports=11,
+    device_metrics=(20, 100),
+    compilations=5,
 )
 
 QUICK = Sizes(
@@ -60,4 +66,6 @@ QUICK = Sizes(
     means=10,
     samples=(10**3, 10**4),
     imports=1,
+    device_metrics=(5,),
+    compilations=1,
 )
