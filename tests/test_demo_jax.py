@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from metricfold.demo.jax.batches import training_batches, validation_batches
 from metricfold.demo.mixture import SAMPLES_PER_STEP, Corpus, Mixture, cut_evenly
 from metricfold.demo.proof import prove
 from metricfold.demo.texts import Text
+
+pytestmark = pytest.mark.skipif(
+    not all(map(find_spec, ("jax", "flax", "optax"))), reason="needs JAX, Flax and optax"
+)
 
 
 def demo(*arguments: object) -> subprocess.CompletedProcess[str]:
