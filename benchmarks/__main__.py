@@ -29,6 +29,7 @@ _SUBJECTS = {
     "log": "reduction",
     "flat": "flatness",
     "devices": "devices",
+    "accumulate": "accumulation",
 }
 
 
