@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import jax
@@ -41,6 +42,7 @@ from metricfold.jax.exact_sums import (
     MOST_TERMS,
     Limbs,
     add_pairs,
+    exact_product,
     exponents,
     segment_sums,
 )
@@ -428,13 +430,16 @@ class _Batch:
         """
         x = self.values
         seen = (self.segments < self.number) & ~jnp.isnan(x)
-        w = jnp.float32(1) if self.weights is None or lanes == 1 else self.weights
-        terms = [jnp.where(seen & jnp.isfinite(x), w * part, 0) for part in self.parts]
+        finite = seen & jnp.isfinite(x)
+        w, parts = jnp.float32(1), self.parts
+        if self.weights is not None and lanes > 1:
+            w = self.weights
+            parts = [half for part in parts for half in exact_product(w, part)]
+        terms = [jnp.where(finite, part, 0) for part in parts]
         terms += [jnp.where(seen, factor, 0) for factor in (w, w * w)[: lanes - 1]]
         pairs = segment_sums(jnp.stack(terms, axis=-1), self.segments, self.number)
-        if len(self.parts) == 1:
-            return pairs
-        return pairs[:, 1:].at[:, 0].set(add_pairs(pairs[:, 0], pairs[:, 1]))
+        total = reduce(add_pairs, [pairs[:, i] for i in range(len(parts))])
+        return jnp.concatenate([total[:, None], pairs[:, len(parts) :]], axis=1)
 
     def extrema(self) -> jax.Array:
         """Return the largest x and the largest -x, NaN apart, shape (number, 2)."""

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-__all__ = ["MOST_TERMS", "Limbs", "add", "add_pairs", "exponents", "segment_sums"]
+__all__ = ["MOST_TERMS", "Limbs", "add", "add_pairs", "exact_product", "exponents", "segment_sums"]
 
 MOST_TERMS = 1 << 24
 """So many may be added at once: each limb then has 6 bits."""
@@ -47,6 +47,22 @@ def add(pairs: jax.Array, values: jax.Array) -> jax.Array:
 def add_pairs(pairs: jax.Array, others: jax.Array) -> jax.Array:
     """Return the sums of pairs, both of shape (..., 2)."""
     return add(add(pairs, others[..., 1]), others[..., 0])
+
+
+def exact_product(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the rounded product, and what was rounded away, as far as that is no subnormal."""
+    product = one * other
+    a, b = _halves(one), _halves(other)
+    # Products of halves are exact, so that it does not matter if a compiler fuses them into sums.
+    rest = ((a[0] * b[0] - product) + a[0] * b[1] + a[1] * b[0]) + a[1] * b[1]
+    return product, jnp.where(jnp.isfinite(rest), rest, 0)
+
+
+def _halves(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return two numbers of 12 bits at most that add up to each value."""
+    bits = lax.bitcast_convert_type(values, jnp.int32)
+    high = lax.bitcast_convert_type(bits & np.int32(-(1 << 12)), jnp.float32)
+    return high, values - high
 
 
 # -- Fixed point -----------------------------------------------------------------------------------

@@ -1,0 +1,759 @@
+"""Metrics that accumulate on the device say what the same values say when they are recorded."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jax_devices import on_devices
+from ranks import run_threads
+
+FAST = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+"""Undoes what these tests' processes do to compile quickly."""
+KINDS = {"mean": "mean", "sum": "sum", "max": "max", "min": "min", "len": "distribution"}
+NAMES = ("a", "b", "c")
+WEIGHTED = ("mean", "len")
+
+
+def sample(n: int = 60, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Return float32 values of both signs and many magnitudes, weights, and dataset ids."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    x = rng.lognormal(sigma=2, size=n) * rng.choice([-1, 1], n)
+    w = rng.random(n) * rng.integers(0, 3, n)
+    return np.float32(x), np.float32(w), rng.integers(0, 3, n).astype(np.int32)
+
+
+def fold(acc: Any, x: Any, w: Any, ids: Any) -> Any:
+    for name in acc.layout.names:
+        acc = acc.update(name, x, weights=w if name in WEIGHTED else None, dataset_ids=ids)
+    return acc
+
+
+@functools.cache
+def compiled() -> Any:
+    import jax
+
+    return jax.jit(fold)
+
+
+def recorded(aggregator: Any, x: Any, w: Any, ids: Any) -> Any:
+    """Record what `fold` folds, one by one."""
+    for name, kind in KINDS.items():
+        for value, weight, place in zip(x.tolist(), w.tolist(), ids.tolist(), strict=True):
+            aggregator.record(
+                name, value, kind, dataset=NAMES[place], weight=weight if name in WEIGHTED else 1.0
+            )
+    return aggregator
+
+
+def check_equal(found: dict[str, float], wanted: dict[str, float]) -> None:
+    """Check percentiles to a bucket's width, the rest to 1e-6, counts and extrema exactly."""
+    import numpy as np
+
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if name.endswith(("count", "/max", "/min", "stat_max", "stat_min")):
+            assert found[name] == value or math.isnan(value), name
+        elif "stat_p" in name:
+            np.testing.assert_allclose(found[name], value, rtol=2**-6, atol=1e-3, err_msg=name)
+        else:
+            np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
+
+
+def logged(acc: Any, window: str = "run") -> dict[str, float]:
+    from metricfold import MetricsAggregator
+
+    aggregator = MetricsAggregator()
+    aggregator.drain(acc)
+    return aggregator.get_metrics_for_logging("t", window)
+
+
+# -- Against values that were recorded -------------------------------------------------------------
+
+
+@on_devices(1)
+def test_a_drained_accumulator_says_what_record_says() -> None:
+    import numpy as np
+
+    from metricfold import MetricsAggregator
+    from metricfold.jax import DeviceAccumulator
+
+    acc = DeviceAccumulator(KINDS, NAMES)
+    aggregator, reference = MetricsAggregator(), MetricsAggregator(None)
+    step = compiled()
+    for seed in range(3):
+        values = sample(seed=seed)
+        recorded(reference, *values)
+        acc = step(acc, *values)
+        if seed == 1:
+            acc = aggregator.drain(acc)
+    acc = aggregator.drain(acc)
+    assert not np.asarray(acc.counts).any()
+    snapshot, wanted = aggregator.reduce(), reference.reduce()
+    for window in ("run", "interval"):
+        check_equal(snapshot.as_dict("t", window), wanted.as_dict("t", window))
+    assert snapshot.as_dict("t", rollup=True)["t/max"] == wanted.as_dict("t", rollup=True)["t/max"]
+    # The run goes on, the interval begins anew.
+    values = sample(seed=3)
+    aggregator.drain(step(acc, *values))
+    snapshot, wanted = aggregator.reduce(), recorded(reference, *values).reduce()
+    for window in ("run", "interval"):
+        check_equal(snapshot.as_dict("t", window), wanted.as_dict("t", window))
+
+
+@on_devices(1)
+def test_nan_infinities_and_zeros_are_taken_as_the_host_takes_them() -> None:
+    import numpy as np
+
+    from metricfold import MetricsAggregator
+    from metricfold.jax import DeviceAccumulator
+
+    nan, inf = np.nan, np.inf
+    for special in ([nan, 1, 2], [inf, 1], [-inf, 3], [inf, -inf, 1], [0.0, -0.0, 5], [nan], [inf]):
+        x = np.float32([*special, *[special[0]] * (4 - len(special))])
+        w, ids = np.ones_like(x), np.zeros(len(x), np.int32)
+        for on_nan in ("propagate", "skip"):
+            aggregator = MetricsAggregator(on_nan=on_nan)
+            aggregator.drain(compiled()(DeviceAccumulator(KINDS, NAMES), x, w, ids))
+            reference = recorded(MetricsAggregator(None, on_nan=on_nan), x, w, ids)
+            found, wanted = (a.get_metrics_for_logging("t") for a in (aggregator, reference))
+            assert found.keys() == wanted.keys()
+            np.testing.assert_allclose([*found.values()], [*wanted.values()], rtol=1e-15)
+
+
+@on_devices(1)
+def test_types_wider_and_narrower_than_float32() -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from metricfold.jax import DeviceAccumulator
+
+    acc = DeviceAccumulator({"sum": "sum", "mean": "mean", "max": "max", "len": "distribution"})
+
+    @jax.jit
+    def step(acc, values):
+        for name in acc.layout.names:
+            acc = acc.update(name, values)
+        return acc
+
+    # A float32 would round these.
+    big = np.array([2**31 - 1, 2**31 - 3, -(2**31), 2**24 + 1, 1], np.int32)
+    for values in (
+        big,
+        np.uint32([2**32 - 1, 2**32 - 3, 7]),
+        np.int8([127, 127, -128]),
+        np.array([True, True, False]),
+        jnp.full(3000, 0.1, jnp.bfloat16),
+        jnp.full(3000, 1000, jnp.float16),
+        3,
+        2.5,
+        np.float64(0.1),
+    ):
+        found = logged(step(acc, values))
+        exact = np.asarray(values).astype(np.float64)
+        exact = (
+            np.float32(exact).astype(float) if exact.dtype == float and exact.ndim == 0 else exact
+        )
+        assert found["t/sum"] == pytest.approx(exact.sum(), rel=1e-14)
+        assert found["t/mean"] == pytest.approx(exact.mean(), rel=1e-14)
+        assert found["t/max"] == np.float32(exact.max())
+        assert found["t/len_stat_mean"] == pytest.approx(exact.mean(), rel=1e-6, abs=1e-3)
+        assert found["t/len_stat_count"] == exact.size
+
+
+@on_devices(1)
+def test_weights_mask_padding_in_every_aggregation() -> None:
+    import jax
+    import numpy as np
+
+    from metricfold.jax import DeviceAccumulator
+
+    acc = DeviceAccumulator(KINDS)
+    x = np.float32([[1, 2, 1e30], [np.nan, np.inf, -5]])
+    mask = np.array([[True, True, False], [False, False, False]])
+
+    @jax.jit
+    def step(acc):
+        for name in KINDS:
+            acc = acc.update(name, x, weights=mask)
+            acc = acc.update(name, x, weights=0)
+            acc = acc.update(name, x[:, :0])  # nothing at all
+        return acc
+
+    acc = step(acc)
+    found = logged(acc)
+    assert found["t/mean"] == 1.5
+    assert (found["t/sum"], found["t/max"], found["t/min"]) == (3.0, 2.0, 1.0)
+    assert found["t/len_stat_count"] == 2
+    # One weight per sample stands for all its tokens.
+    acc = acc.empty().update("mean", np.float32([[1, 3], [5, 7]]), weights=np.array([3, 1]))
+    assert logged(acc)["t/mean"] == 3.0
+
+
+@on_devices(1)
+def test_the_histogram_is_that_of_the_host_at_64_buckets_per_octave() -> None:
+    import jax
+    import numpy as np
+
+    from metricfold import LogLinearHistogram
+    from metricfold.device_lanes import M
+    from metricfold.jax import DeviceAccumulator
+
+    rng = np.random.default_rng(5)
+    edges = np.float32([2**-126, 1, 1.5, 2, np.nextafter(np.float32(2), 0), 3.4e38, 64, 65])
+    for values in (
+        sample()[0],
+        np.concatenate([edges, -edges, [0, 0]]).astype(np.float32),
+        np.float32(rng.normal(size=5000)),
+        np.float32(rng.normal(300, 0.1, 5000)),
+    ):
+        acc = jax.jit(DeviceAccumulator({"x": "distribution"}).update, static_argnums=0)(
+            "x", values
+        )
+        state = next(acc.layout.states(acc.start_read()()))[1]
+        fine = LogLinearHistogram(65_536)
+        fine.update(values)
+        while fine.m > M:
+            fine.downscale()
+        assert fine.m == M
+        host = LogLinearHistogram(512)
+        host.merge(fine)
+        found, wanted = state.older.to_dict(), host.to_dict()
+        assert found["totals"] == wanted["totals"]
+        assert (found["minimum"], found["maximum"]) == (wanted["minimum"], wanted["maximum"])
+        assert len(found["segments"]) == len(wanted["segments"])
+        for one, other in zip(found["segments"], wanted["segments"], strict=True):
+            assert (one["m"], one["index"]) == (other["m"], other["index"])
+            assert one["sums"][0] == other["sums"][0]
+            np.testing.assert_allclose(one["sums"], other["sums"], rtol=3e-7)
+
+
+def test_buckets_from_elsewhere_make_the_histogram_that_their_values_make() -> None:
+    import numpy as np
+
+    from metricfold import LogLinearHistogram
+    from metricfold.histogram import bucket_index
+
+    values = np.concatenate([np.random.default_rng(0).lognormal(size=500) * -3, [2.0, 2.0]])
+    index = np.unique(bucket_index(values, 6))
+    at = np.searchsorted(index, bucket_index(values, 6))
+    _, exponent = np.frexp(np.abs(values))
+    u = np.abs(values) / np.ldexp(1.0, exponent - 7) % 1.0
+    sums = np.stack([np.bincount(at, weights) for weights in (np.ones_like(u), u, u * u)])
+    made = LogLinearHistogram.from_buckets(
+        index,
+        sums,
+        6,
+        count=values.size,
+        squares=values.size,
+        minimum=values.min(),
+        maximum=values.max(),
+        nan_count=2,
+    )
+    host = LogLinearHistogram()
+    host.update([*values, math.nan, math.nan])
+    while host.m > 6:
+        host.downscale()
+    assert (made.m, made.count, made.nan_count) == (6, 502, 2)
+    assert made.mean == pytest.approx(values.mean(), rel=1e-12)
+    assert made.std == pytest.approx(values.std(ddof=1), rel=1e-9)
+    assert made.quantile([0.1, 0.5, 0.9]) == pytest.approx(host.quantile([0.1, 0.5, 0.9]), rel=1e-9)
+    host.merge(made)
+    assert host.count == 1004
+
+
+@pytest.mark.parametrize(
+    ("index", "sums", "m", "complaint"),
+    [
+        ([0], [[1], [0], [0]], 6, "an index is 0"),
+        ([2047 << 6 | 1], [[1], [0], [0]], 6, "beyond those of finite floats"),
+        ([1], [[1], [0]], 6, "3 sums of each"),
+        ([1], [[1], [0], [0]], 17, "m=17"),
+    ],
+)
+def test_buckets_that_cannot_be_are_refused(index: Any, sums: Any, m: int, complaint: str) -> None:
+    from metricfold import LogLinearHistogram
+
+    with pytest.raises(ValueError, match=complaint):
+        LogLinearHistogram.from_buckets(
+            index, sums, m, count=1, squares=1.0, minimum=1.0, maximum=1.0
+        )
+
+
+@on_devices(1)
+def test_a_million_updates_in_float32_do_not_drift() -> None:
+    import jax
+    import numpy as np
+    from jax import lax
+
+    from metricfold.jax import DeviceAccumulator
+
+    rng = np.random.default_rng(0)
+    n = 1_000_000
+    worst = {}
+    for stream, x in (
+        ("0.1 always", np.full(n, 0.1, np.float32)),
+        ("log-normal", np.float32(rng.lognormal(size=n))),
+        ("300 ± 0.1", np.float32(rng.normal(300, 0.1, n))),
+    ):
+        acc = DeviceAccumulator({"mean": "mean", "sum": "sum", "len": "distribution"})
+
+        def step(acc, part):
+            for name in acc.layout.names:
+                acc = acc.update(name, part)
+            return acc, None
+
+        parts = x.reshape(n, 1)
+        run = jax.jit(lambda acc, parts: lax.scan(step, acc, parts)[0], donate_argnums=0)
+        acc = run.lower(acc, parts).compile(compiler_options=FAST)(acc, parts)
+        found = logged(acc)
+        exact = x.astype(np.float64)
+        assert found["t/len_stat_count"] == n
+        errors = {
+            "sum": abs(found["t/sum"] / exact.sum() - 1),
+            "mean": abs(found["t/len_stat_mean"] / exact.mean() - 1),
+            "std": abs(found["t/len_stat_std"] - exact.std(ddof=1)) / max(exact.std(), 1e-300),
+        }
+        if stream == "0.1 always":
+            errors["std"] = found["t/len_stat_std"]
+        naive = abs(np.cumsum(x, dtype=np.float32)[-1] / exact.sum() - 1)
+        print(f"{stream}: {errors}; a plain float32 sum: {naive:.1e}")
+        worst[stream] = (errors, naive)
+        assert errors["sum"] < 1e-12
+        assert errors["mean"] < 1e-7
+        assert errors["std"] < 1e-5
+    assert worst["0.1 always"][1] > 1e-3  # what this is for
+
+
+@on_devices(1)
+def test_counts_are_exact_where_float32_stops_counting() -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from metricfold.jax import DeviceAccumulator
+
+    acc = DeviceAccumulator({"len": "distribution", "mean": "mean"})
+    ones = jnp.ones(1000)
+    acc = jax.jit(lambda acc: acc.update("len", ones).update("mean", ones))(acc)
+    doubled = jax.jit(lambda acc: acc.merge(acc))
+    for _ in range(20):
+        acc = doubled(acc)
+    acc = jax.jit(lambda acc: acc.update("len", 1.0).update("mean", 3.0))(acc)
+    count = 1000 * 2**20 + 1  # 2^30: a float32 knows no 2^30 + 1
+    assert int(acc.counts[0, 0]) == count
+    found = logged(acc)
+    assert found["t/len_stat_count"] == count
+    assert found["t/mean"] == pytest.approx((count + 2) / count, rel=1e-15)
+    assert np.asarray(acc.counts).dtype == np.int32
+
+
+# -- In all the places where JAX may put it --------------------------------------------------------
+
+
+@on_devices(1)
+def test_it_may_be_a_carry_and_be_donated_and_live_in_a_module(tmp_path: Path) -> None:
+    import jax
+    import numpy as np
+    from flax import nnx
+    from jax import lax
+
+    from metricfold.jax import DeviceAccumulator
+
+    x, w, ids = sample()
+    parts = tuple(a.reshape(20, 3) for a in (x, w, ids))
+    want = logged(compiled()(DeviceAccumulator(KINDS, NAMES), x, w, ids))
+
+    def scanned(acc, parts):
+        return lax.scan(lambda acc, part: (fold(acc, *part), None), acc, parts)[0]
+
+    check_equal(logged(jax.jit(scanned)(DeviceAccumulator(KINDS, NAMES), parts)), want)
+
+    acc = DeviceAccumulator(KINDS, NAMES)
+    donated = jax.jit(fold, donate_argnums=0)
+    for part in zip(*parts, strict=True):
+        before, acc = acc, donated(acc, *part)
+        assert before.counts.is_deleted()
+    check_equal(logged(acc), want)
+    with pytest.raises(ValueError, match="was donated"):
+        logged(before)
+
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.metrics = nnx.Variable(DeviceAccumulator(KINDS, NAMES))
+            self.plain = nnx.data(DeviceAccumulator({"n": "sum"}))
+
+    @nnx.jit
+    def step(model, x, w, ids):
+        model.metrics.set_value(fold(model.metrics.get_value(), x, w, ids))
+        model.plain = model.plain.update("n", 1)
+
+    model = Model()
+    for part in zip(*parts, strict=True):
+        step(model, *part)
+    check_equal(logged(model.metrics.get_value()), want)
+    assert logged(model.plain) == {"t/n": 20.0}
+
+    # It has no gradient, and takes none away.
+    def loss(v, acc):
+        return (v**2).sum(), acc.update("n", v**2)
+
+    slope, acc = jax.grad(loss, has_aux=True)(np.float32([1, 2]), DeviceAccumulator({"n": "sum"}))
+    assert slope.tolist() == [2.0, 4.0]
+    assert logged(acc) == {"t/n": 5.0}
+
+
+@on_devices(4)
+def test_each_device_folds_its_part_and_reduce_brings_them_together() -> None:
+    import jax
+    import numpy as np
+    from jax_ways import ways
+
+    from metricfold.jax import DeviceAccumulator
+
+    x, w, ids = sample(80)
+    x[0] *= 1e-6  # devices of which one has little to say
+    parts = tuple(a.reshape(4, 5, 4) for a in (x, w, ids))
+    want = logged(compiled()(DeviceAccumulator(KINDS, NAMES), x, w, ids))
+
+    def step(parts):
+        acc = DeviceAccumulator(KINDS, NAMES)
+        return fold(acc, *(part.reshape(-1) for part in parts)).reduce()
+
+    for run in ways().values():
+        acc = run(step, parts)
+        check_equal(logged(acc), want)
+
+    # Carried from step to step by each device, and reduced when it is time to log.
+    each = jax.pmap(lambda parts: fold(DeviceAccumulator(KINDS, NAMES), *(p[0] for p in parts)))(
+        parts
+    )
+    step_of_each = jax.pmap(fold)
+    for i in range(1, 5):
+        each = step_of_each(each, *(part[:, i] for part in parts))
+    with pytest.raises(ValueError, match="not one accumulator"):
+        logged(each)
+    reduced = jax.pmap(lambda acc: acc.reduce())(each)
+    check_equal(logged(jax.tree.map(lambda a: a[0], reduced)), want)
+
+    text = jax.pmap(lambda acc: acc.reduce()).lower(each).as_text()
+    assert text.count("all_reduce") == 4
+    scalars = DeviceAccumulator({"a": "mean", "b": "max", "c": "sum"}, NAMES)
+    few = jax.pmap(lambda i: scalars.reduce()).lower(np.zeros(4)).as_text()
+    assert few.count("all_reduce") <= 2
+    with pytest.raises(NameError, match="not bound"):
+        scalars.reduce("batch")
+
+
+@on_devices(4)
+def test_under_plain_jit_with_sharded_inputs_there_is_one_accumulator() -> None:
+    import re
+
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+    from jax_ways import mesh_of
+
+    from metricfold import MetricsAggregator
+    from metricfold.jax import DeviceAccumulator
+
+    mesh = mesh_of(data=4)
+    values = sample(80)
+    want = logged(compiled()(DeviceAccumulator(KINDS, NAMES), *values))
+    split = [jax.device_put(a, NamedSharding(mesh, P("data"))) for a in values]
+    whole = [jax.device_put(a, NamedSharding(mesh, P())) for a in values]
+    start = jax.device_put(DeviceAccumulator(KINDS, NAMES), NamedSharding(mesh, P()))
+    step = jax.jit(lambda acc, *values: fold(acc, *values).reduce(None))
+
+    def collectives(*arguments):
+        text = step.lower(*arguments).compile().as_text()
+        return re.findall(r"= \S+ (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", text)
+
+    assert collectives(start, *whole) == []
+    used = collectives(start, *split)
+    print("collectives of five metrics with sharded inputs:", used)
+    assert len(used) <= 16
+    acc = step(start, *split)
+    check_equal(logged(acc), want)
+    # What comes back is where the old one was, and compiles to nothing new.
+    aggregator = MetricsAggregator()
+    again = aggregator.drain(acc)
+    assert again.counts.sharding == acc.counts.sharding
+    known = step._cache_size()
+    check_equal(logged(step(again, *split)), want)
+    assert step._cache_size() == known
+    assert np.asarray(aggregator.reduce().per_rank("a", "sum")).size == 1
+
+
+# -- What the aggregator makes of it ---------------------------------------------------------------
+
+
+@on_devices(1)
+def test_nothing_is_lost_or_counted_twice_when_a_reduction_fails() -> None:
+    import numpy as np
+
+    from metricfold import MetricsAggregator
+    from metricfold.jax import DeviceAccumulator
+
+    acc = DeviceAccumulator({"n": "sum", "len": "distribution"})
+    acc = acc.update("n", np.float32([1, 2])).update("len", np.float32([5, 6]))
+    aggregator = MetricsAggregator()
+    acc = aggregator.drain(acc)
+    with pytest.raises(RuntimeError, match="step"):
+        aggregator.reduce(step=-5)
+    acc = aggregator.drain(acc.update("n", 4.0))
+    found = aggregator.get_metrics_for_logging("t", "interval")
+    assert found["t/n"] == 7.0
+    assert found["t/len_stat_count"] == 2.0
+    aggregator.drain(acc)
+    assert aggregator.get_metrics_for_logging("t")["t/n"] == 7.0
+
+
+@on_devices(1)
+def test_a_drain_that_clashes_changes_nothing() -> None:
+    import jax
+    import numpy as np
+
+    from metricfold import AggregationType, MaxAggHandler, MetricsAggregator
+    from metricfold.jax import DeviceAccumulator
+
+    acc = DeviceAccumulator({"new": "sum", "loss": "mean"}).update("new", 1).update("loss", 2.0)
+    for name, kind, complaint in (
+        ("loss", "max", "already registered with aggregation type 'max'"),
+        ("loss_stat_x", "sum", None),
+    ):
+        aggregator = MetricsAggregator()
+        aggregator.record(name, 1.0, kind)
+        if complaint is None:
+            aggregator.drain(acc)
+            continue
+        with pytest.raises(ValueError, match=complaint):
+            aggregator.drain(acc)
+        assert aggregator.get_metrics_for_logging("t") == {f"t/{name}": 1.0}
+        aggregator.record("new", 3.0, "max")  # its type is still free
+
+    lengths = DeviceAccumulator({"len": "distribution"}).update("len", np.float32([1, 2]))
+    aggregator = MetricsAggregator()
+    aggregator.record("len", 9.0, "distribution")
+    with pytest.raises(ValueError, match=r"most recent values here.*dist_window_size=None"):
+        aggregator.drain(lengths)
+    assert aggregator.get_metrics_for_logging("t")["t/len_stat_count"] == 1
+    unbounded = MetricsAggregator(None)
+    unbounded.record("len", 9.0, "distribution")
+    unbounded.drain(lengths)
+    assert unbounded.get_metrics_for_logging("t")["t/len_stat_count"] == 3
+
+    class Mine(MaxAggHandler):
+        pass
+
+    aggregator = MetricsAggregator()
+    aggregator.register_handler(AggregationType.MEAN, Mine())
+    with pytest.raises(ValueError, match="another handler for 'mean'"):
+        aggregator.drain(acc)
+    with pytest.raises(TypeError, match="takes an accumulator"):
+        aggregator.drain({"loss": 1.0})
+    with pytest.raises(TypeError, match="outside"):
+        jax.jit(MetricsAggregator().drain)(acc)
+    aggregator.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        aggregator.drain(acc)
+
+
+@on_devices(1)
+def test_values_join_a_distribution_that_devices_send() -> None:
+    import numpy as np
+
+    from metricfold import Metric, MetricsAggregator
+    from metricfold.jax import DeviceAccumulator
+
+    acc = DeviceAccumulator({"len": "distribution"}, ("d",)).update("len", np.float32([1, 2]))
+    aggregator = MetricsAggregator(dist_window_size=2)
+    aggregator.drain(acc)
+    aggregator.update([Metric("d", "len", v, "distribution") for v in (3.0, 4.0, 5.0)])
+    aggregator.record("other", 1.0, "distribution")
+    assert aggregator.get_metrics_for_logging("t")["t_d/len_stat_count"] == 5
+    aggregator.update([Metric("d", "len", 6.0, "distribution")])
+    snapshot = aggregator.reduce()
+    assert snapshot.as_dict("t", "run")["t_d/len_stat_count"] == 6
+    assert snapshot.as_dict("t", "interval")["t_d/len_stat_count"] == 1
+
+
+@on_devices(1)
+def test_ranks_that_drain_nothing_learn_the_keys_from_those_that_do() -> None:
+    import numpy as np
+
+    from metricfold import MetricsAggregator
+    from metricfold.jax import DeviceAccumulator
+
+    def rank(communicator: Any, route: str) -> tuple[list[dict[str, float]], dict[str, Any]]:
+        aggregator = MetricsAggregator(communicator=communicator, route=route)
+        acc = DeviceAccumulator(KINDS, NAMES)
+        seen = []
+        for turn in range(3):
+            if (communicator.rank + turn) % 2:
+                acc = aggregator.drain(
+                    compiled()(acc, *sample(60, seed=10 * communicator.rank + turn))
+                )
+            seen.append(aggregator.get_metrics_for_logging("t"))
+        return seen, aggregator.state_dict()
+
+    reference = MetricsAggregator(None)
+    wanted = []
+    for turn in range(3):
+        for number in range(3):
+            if (number + turn) % 2:
+                recorded(reference, *sample(60, seed=10 * number + turn))
+        wanted.append(reference.get_metrics_for_logging("t"))
+    for route in ("narrow", "wide"):
+        results = run_threads(lambda c, route=route: rank(c, route), 3)
+        assert all(result == results[0] for result in results)
+        for one, other in zip(results[0][0], wanted, strict=True):
+            check_equal(one, other)
+    assert np.isfinite(list(wanted[-1].values())).all()
+
+
+@on_devices(1)
+def test_a_checkpoint_goes_on_where_the_run_was() -> None:
+    from metricfold import MetricsAggregator
+    from metricfold.jax import DeviceAccumulator
+
+    acc, reference = DeviceAccumulator(KINDS, NAMES), MetricsAggregator(None)
+    first = MetricsAggregator()
+    first.drain(compiled()(acc, *sample(seed=1)))
+    recorded(reference, *sample(seed=1))
+    state = first.state_dict()
+
+    resumed = MetricsAggregator()
+    resumed.load_state_dict(state)
+    check_equal(resumed.reduce().as_dict("t"), reference.get_metrics_for_logging("t"))
+    resumed.drain(compiled()(acc, *sample(seed=2)))
+    recorded(reference, *sample(seed=2))
+    check_equal(resumed.get_metrics_for_logging("t"), reference.get_metrics_for_logging("t"))
+
+    # Recent values of that name would stand for something else.
+    other = MetricsAggregator()
+    other.record("len", 1.0, "distribution", dataset="a")
+    with pytest.raises(ValueError, match="make the aggregator as the one that saved"):
+        other.load_state_dict(state)
+
+
+@on_devices(1)
+def test_orbax_saves_what_has_not_been_drained(tmp_path: Path) -> None:
+    import jax
+    import orbax.checkpoint as ocp
+
+    from metricfold.jax import DeviceAccumulator
+
+    acc = compiled()(DeviceAccumulator(KINDS, NAMES), *sample())
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "acc", acc)
+        checkpointer.wait_until_finished()
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, DeviceAccumulator(KINDS, NAMES))
+        restored = checkpointer.restore(tmp_path / "acc", like)
+    assert isinstance(restored, DeviceAccumulator)
+    assert logged(restored) == logged(acc)
+
+
+# -- Bad input -------------------------------------------------------------------------------------
+
+
+@on_devices(1)
+def test_what_cannot_be_placed_is_left_out_and_counted() -> None:
+    import jax
+    import numpy as np
+
+    from metricfold import MetricsAggregator
+    from metricfold.jax import DeviceAccumulator
+
+    class Heard(logging.Handler):
+        def __init__(self) -> None:
+            super().__init__()
+            self.texts: list[str] = []
+
+        def emit(self, record: logging.LogRecord) -> None:
+            self.texts.append(record.getMessage())
+
+    heard = Heard()
+    logging.getLogger("metricfold").addHandler(heard)
+    acc = DeviceAccumulator({"loss": "mean", "n": "sum"}, ("a", "b"))
+    x = np.float32([1, 2, 4, 8, 16, 32])
+
+    @jax.jit
+    def step(acc, ids, w):
+        return acc.update("loss", x, dataset_ids=ids, weights=w).update("n", x, dataset_ids=ids)
+
+    ids = np.int32([0, 1, 2, -1, 1, 2**31 - 1])
+    for typed in (ids, ids.astype(np.int64)):
+        heard.texts.clear()
+        aggregator = MetricsAggregator()
+        aggregator.drain(step(acc, typed, np.float32([1, 1, np.nan, 1, -1, 1])))
+        found = aggregator.get_metrics_for_logging("t")
+        assert found == {"t_a/loss": 1.0, "t_b/loss": 2.0, "t_a/n": 1.0, "t_b/n": 18.0}
+        assert len(heard.texts) == 3
+        assert heard.texts[0].startswith(
+            "3 values of metric 'loss' came with dataset_ids outside of 0..1"
+        )
+        assert heard.texts[1].startswith("1 values of metric 'loss' came with weights")
+        assert heard.texts[2].startswith("3 values of metric 'n'")
+    logging.getLogger("metricfold").removeHandler(heard)
+    far = np.uint32([0, 2**32 - 1, 1, 1, 1, 1])
+    assert logged(acc.update("n", x, dataset_ids=far)) == {"t_a/n": 1.0, "t_b/n": 60.0}
+
+
+@on_devices(1)
+def test_wrong_shapes_types_and_names_are_errors_when_the_step_is_traced() -> None:
+    import jax
+    import numpy as np
+
+    from metricfold.jax import DeviceAccumulator
+
+    acc = DeviceAccumulator({"loss": "mean"}, ("a", "b"))
+    x, ids = np.ones((4, 3), np.float32), np.zeros(4, np.int32)
+
+    def attempt(*args, acc=acc, **kwargs):
+        jax.eval_shape(lambda: acc.update(*args, **kwargs))
+
+    attempt("loss", x, dataset_ids=ids, weights=1.0)
+    for error, complaint, arguments in (
+        (ValueError, r"no metric 'lost', but 'loss'", ("lost", x, {})),
+        (ValueError, r"one of 2 datasets: give dataset_ids", ("loss", x, {})),
+        (
+            ValueError,
+            r"dataset_ids .* shape \(3,\), but the values \(4, 3\)",
+            ("loss", x, {"dataset_ids": ids[:3]}),
+        ),
+        (
+            ValueError,
+            r"weights .* shape \(4, 3, 1\)",
+            ("loss", x, {"dataset_ids": ids, "weights": x[..., None]}),
+        ),
+        (TypeError, "give integers", ("loss", x, {"dataset_ids": x})),
+        (TypeError, "complex", ("loss", x * 1j, {"dataset_ids": ids})),
+        (TypeError, "no number", ("loss", "text", {"dataset_ids": 0})),
+    ):
+        name, values, options = arguments
+        with pytest.raises(error, match=complaint):
+            attempt(name, values, **options)
+    with pytest.raises(ValueError, match="belongs to no dataset"):
+        attempt("n", 1.0, dataset_ids=0, acc=DeviceAccumulator({"n": "sum"}))
+    with pytest.raises(ValueError, match="same metrics"):
+        acc.merge(DeviceAccumulator({"loss": "mean"}))
+    for error, complaint, metrics, datasets in (
+        (ValueError, "'categorical_count', which no accumulator", {"x": "categorical_count"}, ()),
+        (ValueError, "'mine', which no accumulator", {"x": "mine"}, ()),
+        (TypeError, "by name", ["loss"], ()),
+        (TypeError, "by name", {}, ()),
+        (TypeError, "give a list of names", {"x": "sum"}, "alpaca"),
+        (ValueError, "each name once", {"x": "sum"}, ("a", "a")),
+        (ValueError, "empty", {"": "sum"}, ()),
+    ):
+        with pytest.raises(error, match=complaint):
+            DeviceAccumulator(metrics, datasets)
