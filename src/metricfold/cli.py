@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps",
         type=_positive,
         metavar="N",
-        help="steps to train (default: 200; jax: 100, which take as long)",
+        help="steps to train (default: 200; jax: 60, after a longer start)",
     )
     demo.add_argument(
         "--data",

@@ -20,7 +20,7 @@ class Framework:
         title: what people call it.
         part: what the samples of a step are split over.
         parts: how many of them there are by default.
-        steps: how many steps there are by default: about a minute's.
+        steps: how many steps there are by default: a minute's, about.
         module: the training loop.
         checkpoint: the name of the file that it saves to.
         cut: how a step is cut into shares.
@@ -58,7 +58,7 @@ FRAMEWORKS = MappingProxyType(
             title="JAX",
             part="device",
             parts=4,
-            steps=100,
+            steps=60,
             module="metricfold.demo.jax.train",
             checkpoint="checkpoint.npz",
             cut=cut_evenly,
