@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from jax_devices import on_devices
+from jax_processes import end_processes, run_processes
 from ranks import run_threads
 
 FAST = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
@@ -17,6 +18,12 @@ FAST = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes"
 KINDS = {"mean": "mean", "sum": "sum", "max": "max", "min": "min", "len": "distribution"}
 NAMES = ("a", "b", "c")
 WEIGHTED = ("mean", "len")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ended() -> Any:
+    yield
+    end_processes()
 
 
 def sample(n: int = 60, seed: int = 0) -> tuple[Any, Any, Any]:
@@ -618,6 +625,41 @@ def test_ranks_that_drain_nothing_learn_the_keys_from_those_that_do() -> None:
         for one, other in zip(results[0][0], wanted, strict=True):
             check_equal(one, other)
     assert np.isfinite(list(wanted[-1].values())).all()
+
+
+def held_by_all_processes(rank: int) -> Any:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from metricfold import MetricsAggregator
+    from metricfold.jax import DataParallel, DeviceAccumulator, DeviceMeshManager
+
+    mesh, parallel = DeviceMeshManager().create_data_parallel_mesh(), DataParallel()
+    sharding = parallel.create_data_parallel_sharding(mesh)
+    x = parallel.shard_batch(np.float32([1, 2, 3]) + 10 * rank, sharding)
+    everywhere = NamedSharding(mesh, P())
+    step = jax.jit(lambda acc, x: acc.update("n", x).update("len", x), out_shardings=everywhere)
+    aggregator, acc = MetricsAggregator(), DeviceAccumulator({"n": "sum", "len": "distribution"})
+    own = DeviceAccumulator({"own": "sum"})
+    found = []
+    for _ in range(2):
+        acc = aggregator.drain(step(acc, x))
+        own = aggregator.drain(own.update("own", jnp.float32(rank + 1)))
+        found.append(aggregator.get_metrics_for_logging("t"))
+    return found
+
+
+def test_what_several_processes_hold_together_counts_once() -> None:
+    results = run_processes(held_by_all_processes, 2)
+    assert results[0] == results[1]
+    first, second = results[0]
+    assert (first["t/n"], second["t/n"]) == (42.0, 84.0)
+    assert (first["t/len_stat_count"], second["t/len_stat_count"]) == (6, 12)
+    assert (first["t/len_stat_min"], first["t/len_stat_max"]) == (1.0, 13.0)
+    assert (first["t/own"], second["t/own"]) == (3.0, 6.0)
 
 
 @on_devices(1)

@@ -217,7 +217,8 @@ class MetricsAggregator:
 
         Args:
             accumulator: such as a `metricfold.jax.DeviceAccumulator`. One that several processes
-                hold, as of a jitted step over all of them, counts once, whoever drains it.
+                hold together, as of a jitted step over all of them, is to be drained on each of
+                them, and counts once.
 
         Raises:
             ValueError: one of its metrics has another aggregation type here, or a name that
