@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["backend_of", "hold", "read"]
+__all__ = ["backend_of", "hold", "read", "whole_tensor"]
 
 
 class ArrayBackend(ABC):
@@ -50,7 +50,7 @@ class TorchArrays(ArrayBackend):
         return isinstance(value, sys.modules["torch"].Tensor)
 
     def hold(self, value: Any) -> Any:
-        value = self._local(value)
+        value = whole_tensor(value)
         if value.numel() != 1:
             raise ValueError(_not_one("tensor", value.shape))
         if value.is_complex():
@@ -58,22 +58,6 @@ class TorchArrays(ArrayBackend):
         if value.is_meta:
             raise ValueError("a tensor on the meta device has no number: give a real one")
         return value.detach().clone().reshape(())
-
-    @staticmethod
-    def _local(value: Any) -> Any:
-        """Return this rank's part of a `DTensor`, if that is the whole, and other tensors as is.
-
-        Reading any other one would be a collective, which no metric may begin unasked.
-        """
-        distributed = sys.modules.get("torch.distributed.tensor")
-        if distributed is None or not isinstance(value, distributed.DTensor):
-            return value
-        if not all(placement.is_replicate() for placement in value.placements):
-            raise ValueError(
-                f"a DTensor placed as {value.placements} has its value only once the ranks combine "
-                "it: give value.full_tensor(), on every rank"
-            )
-        return value.to_local()
 
     def start(self, values: Sequence[Any]) -> Callable[[], list[Any]]:
         torch = sys.modules["torch"]
@@ -143,6 +127,22 @@ class JaxArrays(ArrayBackend):
         for value in values:
             value.copy_to_host_async()
         return lambda: [host.item() for host in jax.device_get(list(values))]
+
+
+def whole_tensor(value: Any) -> Any:
+    """Return this rank's part of a `DTensor`, if that is the whole, and other tensors as they are.
+
+    Reading any other one would be a collective, which no metric may begin unasked.
+    """
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is None or not isinstance(value, distributed.DTensor):
+        return value
+    if not all(placement.is_replicate() for placement in value.placements):
+        raise ValueError(
+            f"a DTensor placed as {value.placements} has its value only once the ranks combine "
+            "it: give value.full_tensor(), on every rank"
+        )
+    return value.to_local()
 
 
 _BACKENDS = (TorchArrays(), JaxArrays())

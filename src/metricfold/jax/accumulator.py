@@ -381,23 +381,23 @@ class _Batch:
         shape, size, number = array.shape, array.size, len(datasets)
         kept = jnp.ones(size, bool)
         ids = jnp.zeros(size, jnp.int32)
-        strangers = unweighable = jnp.int32(0)
+        unweighable = jnp.int32(0)
         if dataset_ids is not None:
             ids = _ids(name, dataset_ids, shape, datasets)
             kept = (ids >= 0) & (ids < number)
-            strangers = _count(~kept)
         elif number > 1:
             raise ValueError(
                 f"metric {name!r} is one of {number} datasets: give dataset_ids, the place of each "
                 f"value's dataset in {datasets!r}"
             )
-        weighing = None
+        strange, weighing = ~kept, None
         if weights is not None:
             where = f"weights of metric {name!r}"
             given = lax.stop_gradient(as_array(weights, where))
             if jnp.issubdtype(given.dtype, jnp.complexfloating):
                 raise TypeError(f"{where} are complex")
             weighing = _spread(where, given, shape).astype(jnp.float32)
+            strange &= weighing != 0  # padding may have any id
             valid = (weighing >= 0) & (weighing < np.inf)
             unweighable = _count(kept & ~valid)
             kept &= valid & (weighing > 0)
@@ -406,7 +406,7 @@ class _Batch:
             weighing,
             jnp.where(kept, ids, number),
             number,
-            jnp.stack([strangers, unweighable]),
+            jnp.stack([_count(strange), unweighable]),
         )
 
     def finite(self) -> _Batch:
