@@ -180,6 +180,31 @@ def test_every_promised_metric_is_in_the_files(run):
     assert str(folder.metrics) in out
 
 
+def test_the_loss_of_each_dataset_is_that_of_its_texts_one_by_one(run):
+    import torch
+
+    from metricfold.demo.model import ByteTransformer
+
+    folder, _ = run
+    model = ByteTransformer()
+    model.load_state_dict(torch.load(folder.checkpoint, weights_only=True)["model"])
+    validated = [one.metrics for one in read_jsonl(folder.metrics) if one.prefix == "val"][-1]
+    everything = []
+    for corpus in folder.read_mixture().corpora:
+        losses = []
+        for text in corpus.validation:
+            tokens = torch.tensor(list(text.text.encode()))
+            with torch.no_grad():
+                logits = model(tokens[None, :-1])[0].double()
+            losses += torch.nn.functional.cross_entropy(
+                logits, tokens[1:], reduction="none"
+            ).tolist()
+        slow = sum(losses) / len(losses)
+        assert validated[f"val_{corpus.name}/loss"] == pytest.approx(slow, rel=1e-6)
+        everything += losses
+    assert validated["val/loss"] == pytest.approx(sum(everything) / len(everything), rel=1e-6)
+
+
 def test_it_resumes_when_told_to_on_any_number_of_ranks(run, tmp_path):
     shutil.copytree(run[0].path, tmp_path / "copy")
     folder = RunFolder(tmp_path / "copy")

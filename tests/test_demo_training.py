@@ -13,7 +13,9 @@ from metricfold.demo.gradients import LocalGradientNorm
 from metricfold.demo.mixture import Corpus, Mixture
 from metricfold.demo.model import ByteTransformer
 from metricfold.demo.texts import MAX_BYTES_PER_TEXT, Text
-from metricfold.demo.train import losses_by_dataset
+from metricfold.demo.train import next_tokens
+from metricfold.demo.truth import sums_by_dataset
+from metricfold.torch import DeviceAccumulator
 
 
 @pytest.fixture
@@ -85,12 +87,42 @@ class TestModel:
     @torch.no_grad()
     def test_padding_changes_no_loss(self, model):
         texts = [torch.arange(5), torch.arange(9)]
-        losses, tokens = losses_by_dataset(model, padded(texts), 3)
+        batch = padded(texts)
+        logits = model(batch["tokens"][:, :-1])
+        losses, tokens = sums_by_dataset(logits, next_tokens(batch), batch["dataset"], 3)
         assert tokens.tolist() == [4, 8, 0]
         assert losses[2] == 0
         for i, text in enumerate(texts):
             alone = torch.nn.functional.cross_entropy(model(text[None, :-1])[0], text[1:])
             assert losses[i].item() == pytest.approx(alone.item() * (len(text) - 1), rel=1e-5)
+
+
+def test_the_loss_of_each_dataset_is_that_of_its_samples_one_by_one(mixture):
+    torch.manual_seed(0)
+    model = ByteTransformer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
+    accumulator = DeviceAccumulator({"loss": "mean"}, mixture.names)
+    aggregator = MetricsAggregator()
+    slow = {name: [] for name in mixture.names}
+    for batch in training_batches(mixture, range(1, 6), 0, 1):
+        for dataset, tokens, mask in zip(
+            batch["dataset"], batch["tokens"], batch["mask"], strict=True
+        ):
+            text = tokens[mask]
+            with torch.no_grad():
+                logits = model(text[None, :-1])[0].double()
+            losses = torch.nn.functional.cross_entropy(logits, text[1:], reduction="none")
+            slow[mixture.names[dataset]] += losses.tolist()
+        loss = accumulator.token_loss(
+            model(batch["tokens"][:, :-1]), next_tokens(batch), batch["dataset"]
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    aggregator.drain(accumulator)
+    found = aggregator.get_metrics_for_logging("train")
+    for name, losses in slow.items():
+        assert found[f"train_{name}/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
 def padded(texts):

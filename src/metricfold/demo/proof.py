@@ -24,7 +24,7 @@ from metricfold.demo.texts import DemoError
 
 __all__ = ["Proof", "Row", "prove"]
 
-_LOSS_TOLERANCE = 1e-5
+_LOSS_TOLERANCE = 1e-6
 """Losses are sums of float32, in another order than the ledger's."""
 
 

@@ -3,13 +3,15 @@
     torchrun --nproc-per-node 2 -m metricfold.demo.train runs/demo --steps 200
 
 trains in a folder that ``metricfold demo`` has made; that command runs this file in the same way.
-metricfold asks five things of a loop:
+metricfold asks six things of a loop:
 
 1. samples carry metrics, and `MetricsCollator` keeps them with their batch (see `batches`);
 2. `aggregator.update` takes the metrics of each batch that is trained on;
-3. `aggregator.record` takes what only the step knows: tensors, which stay on their device;
-4. every rank calls `logger.log` at the same steps: it returns at once, and rank 0 alone writes;
-5. every rank calls `state_dict`, and what it returns is good for any number of ranks.
+3. `token_loss` of a `DeviceAccumulator` gives the loss to back-propagate, and folds that of each
+   dataset on the device, until `aggregator.drain` takes it over before a log or checkpoint;
+4. `aggregator.record` takes what else only the step knows: tensors, which stay on their device;
+5. every rank calls `logger.log` at the same steps: it returns at once, and rank 0 alone writes;
+6. every rank calls `state_dict`, and what it returns is good for any number of ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import track
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 - its name everywhere
 from torch.nn.parallel import DistributedDataParallel
 
 from metricfold import (
@@ -43,9 +44,12 @@ from metricfold.demo.gradients import LocalGradientNorm
 from metricfold.demo.ledger import Ledger
 from metricfold.demo.mixture import Mixture
 from metricfold.demo.model import ByteTransformer
+from metricfold.demo.truth import sums_by_dataset
+from metricfold.torch import DeviceAccumulator
 
 LOG_EVERY = 10
 SAVE_EVERY = 50  # after a validation pass
+IGNORED = -100  # the label of what is not to be predicted
 ON_SCREEN = [
     *("*/loss", "*/perplexity", "*/grad_norm", "*/grad_norm_rank", "*/tok*"),
     *("*/seq_len_stat_mean", "*/seq_len_stat_std", "*/seq_len_stat_p50", "*/kind*"),
@@ -61,6 +65,7 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3, betas=(0.9, 0.95))
     gradient_norm = LocalGradientNorm(model)
 
+    accumulator = DeviceAccumulator({"loss": "mean"}, mixture.names)
     aggregator = MetricsAggregator(name="train")
     validation = MetricsAggregator(name="val")
     for metrics in (aggregator, validation):
@@ -86,25 +91,26 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
         for step, batch in enumerate(progress, start + 1):
             aggregator.update(batch.pop("metrics"))
 
-            losses, tokens = losses_by_dataset(model, batch, len(mixture.names))
-            # Ranks hold different numbers of tokens and their gradients will be averaged: scaled
+            labels = next_tokens(batch)
+            logits = model(batch["tokens"][:, :-1])
+            # Ranks hold different numbers of tokens and their gradients will be averaged: divided
             # like this, the average is the gradient of the mean over all ranks' tokens.
-            all_tokens = tokens.sum()
+            all_tokens = (labels != IGNORED).sum()
             dist.all_reduce(all_tokens)
-            loss = losses.sum() * world_size / all_tokens
+            loss = accumulator.token_loss(
+                logits, labels, batch["dataset"], num_items=all_tokens / world_size
+            )
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
-            # A dataset that is not in this batch has 0/0 as its loss, which counts with weight 0.
-            for name, mean, weight in zip(mixture.names, losses / tokens, tokens, strict=True):
-                aggregator.record("loss", mean, weight=weight, dataset=name)
             aggregator.record("grad_norm", gradient_norm.pop(), agg="max")
             aggregator.record("tokens_per_second", batch["mask"].sum(), agg="rate")
-            ledger.note(losses.detach(), tokens)
+            ledger.note(*sums_by_dataset(logits, labels, batch["dataset"], len(mixture.names)))
 
             if step % LOG_EVERY == 0 or step == stop:
+                aggregator.drain(accumulator)
                 with ledger.logging():
                     logger.log(step, aggregator, prefix="train", extra=gradients_of_ranks)
             if step % SAVE_EVERY == 0 or step == stop:
@@ -123,29 +129,21 @@ def gradients_of_ranks(snapshot: Snapshot) -> dict[str, float | None]:
     }
 
 
-def losses_by_dataset(
-    model: nn.Module, batch: dict[str, torch.Tensor], datasets: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each dataset's sum of losses and number of predicted tokens, both (datasets,)."""
-    tokens, mask = batch["tokens"], batch["mask"][:, 1:]
-    logits = model(tokens[:, :-1])
-    losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none") * mask
-    zeros = losses.new_zeros(datasets)
-    return (
-        zeros.index_add(0, batch["dataset"], losses.sum(1)),
-        zeros.index_add(0, batch["dataset"], mask.sum(1, dtype=zeros.dtype)),
-    )
+def next_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what is to be predicted after each token but the last; IGNORED where nothing is."""
+    return batch["tokens"].where(batch["mask"], IGNORED)[:, 1:]
 
 
 @torch.no_grad()
 def validate(
     model: DistributedDataParallel, mixture: Mixture, aggregator: MetricsAggregator
 ) -> None:
-    """Record the losses on this rank's share of the texts that are not trained on."""
+    """Take in the losses on this rank's share of the texts that are not trained on."""
+    accumulator = DeviceAccumulator({"loss": "mean"}, mixture.names)
     for batch in validation_batches(mixture, dist.get_rank(), dist.get_world_size()):
-        losses, tokens = losses_by_dataset(model.module, batch, len(mixture.names))
-        for name, mean, weight in zip(mixture.names, losses / tokens, tokens, strict=True):
-            aggregator.record("loss", mean, weight=weight, dataset=name)
+        logits = model.module(batch["tokens"][:, :-1])
+        accumulator.token_loss(logits, next_tokens(batch), batch["dataset"])
+    aggregator.drain(accumulator)
 
 
 def save_checkpoint(path: Path, parts: dict[str, Any], step: int) -> None:

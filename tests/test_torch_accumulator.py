@@ -1,0 +1,643 @@
+"""Metrics that accumulate on a device say what the same values say when they are recorded."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_ranks, run_threads
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from metricfold import AggregationType, LogLinearHistogram, MaxAggHandler, MetricsAggregator
+from metricfold.device_lanes import M
+from metricfold.torch import DeviceAccumulator
+
+KINDS = {"mean": "mean", "sum": "sum", "max": "max", "min": "min", "len": "distribution"}
+NAMES = ("a", "b", "c")
+WEIGHTED = ("mean", "len")
+IDS = torch.tensor([0, 1, 1])
+
+
+def sample(n: int = 60, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return float32 values of both signs and many magnitudes, weights, and dataset ids."""
+    rng = np.random.default_rng(seed)
+    x = np.float32(rng.lognormal(sigma=2, size=n) * rng.choice([-1, 1], n))
+    w = np.float32(rng.random(n) * rng.integers(0, 3, n))
+    return torch.from_numpy(x), torch.from_numpy(w), torch.from_numpy(rng.integers(0, 3, n))
+
+
+def fold(acc: DeviceAccumulator, x: Any, w: Any, ids: Any) -> DeviceAccumulator:
+    for name in acc.layout.names:
+        acc.update(name, x, weights=w if name in WEIGHTED else None, dataset_ids=ids)
+    return acc
+
+
+def recorded(aggregator: MetricsAggregator, x: Any, w: Any, ids: Any) -> MetricsAggregator:
+    """Record what `fold` folds, one by one."""
+    for name, kind in KINDS.items():
+        for value, weight, place in zip(x.tolist(), w.tolist(), ids.tolist(), strict=True):
+            aggregator.record(
+                name, value, kind, dataset=NAMES[place], weight=weight if name in WEIGHTED else 1.0
+            )
+    return aggregator
+
+
+def check_equal(found: dict[str, float], wanted: dict[str, float]) -> None:
+    """Check percentiles to a bucket's width, the rest to 1e-9, counts and extrema exactly."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if name.endswith(("count", "/max", "/min", "stat_max", "stat_min")):
+            assert found[name] == value or math.isnan(value), name
+        elif "stat_p" in name:
+            np.testing.assert_allclose(found[name], value, rtol=2**-6, atol=1e-3, err_msg=name)
+        else:
+            np.testing.assert_allclose(found[name], value, rtol=1e-9, err_msg=name)
+
+
+def logged(acc: DeviceAccumulator, window: str = "run") -> dict[str, float]:
+    aggregator = MetricsAggregator()
+    aggregator.drain(acc)
+    return aggregator.get_metrics_for_logging("t", window)
+
+
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    """Yield what metricfold warns of."""
+    texts: list[str] = []
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    heard = Heard()
+    logging.getLogger("metricfold").addHandler(heard)
+    yield texts
+    logging.getLogger("metricfold").removeHandler(heard)
+
+
+# -- Against values that were recorded -------------------------------------------------------------
+
+
+def test_a_drained_accumulator_says_what_record_says() -> None:
+    acc = DeviceAccumulator(KINDS, NAMES)
+    aggregator, reference = MetricsAggregator(), MetricsAggregator(None)
+    for seed in range(3):
+        values = sample(seed=seed)
+        recorded(reference, *values)
+        fold(acc, *values)
+        if seed == 1:
+            assert aggregator.drain(acc) is acc
+    aggregator.drain(acc)
+    assert not acc.tensors[0].any()
+    snapshot, wanted = aggregator.reduce(), reference.reduce()
+    for window in ("run", "interval"):
+        check_equal(snapshot.as_dict("t", window), wanted.as_dict("t", window))
+    assert snapshot.as_dict("t", rollup=True)["t/max"] == wanted.as_dict("t", rollup=True)["t/max"]
+    # The run goes on, the interval begins anew.
+    values = sample(seed=3)
+    aggregator.drain(fold(acc, *values))
+    snapshot, wanted = aggregator.reduce(), recorded(reference, *values).reduce()
+    for window in ("run", "interval"):
+        check_equal(snapshot.as_dict("t", window), wanted.as_dict("t", window))
+
+
+numbers = st.one_of(
+    st.floats(width=32),
+    st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf, 1e-40, 2.0**-126, 3.4e38]),
+    st.integers(-5, 5).map(float),
+)
+weights = st.one_of(st.floats(0, 100, width=32), st.sampled_from([0.0, 1.0, 1.0]))
+
+
+@given(
+    rows=st.lists(
+        st.lists(st.tuples(numbers, weights, st.integers(0, 2)), min_size=1, max_size=6), max_size=4
+    ),
+    on_nan=st.sampled_from(["propagate", "skip"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_values_are_taken_as_the_host_takes_them(rows: Any, on_nan: str) -> None:
+    acc = DeviceAccumulator(KINDS, NAMES)
+    drained, reference = (MetricsAggregator(None, on_nan=on_nan) for _ in range(2))
+    for row in rows:
+        x, w, ids = (torch.tensor(column) for column in zip(*row, strict=True))
+        fold(acc, x, w, ids)
+        for name, kind in KINDS.items():
+            for value, weight, place in row:
+                value = 0.0 if kind == "distribution" and abs(value) < 2.0**-126 else value
+                weight = weight if name in WEIGHTED else 1.0
+                reference.record(name, value, kind, dataset=NAMES[place], weight=weight)
+    drained.drain(acc)
+    found, wanted = (one.get_metrics_for_logging("t") for one in (drained, reference))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if "stat_p" not in name and "std" not in name:
+            scale = max([abs(v) for row in rows for v, *_ in row if math.isfinite(v)], default=0.0)
+            np.testing.assert_allclose(found[name], value, rtol=1e-12, atol=1e-7 * scale)
+
+
+def test_types_wider_and_narrower_than_float32() -> None:
+    kinds = {"sum": "sum", "mean": "mean", "max": "max", "len": "distribution"}
+    for values in (
+        torch.tensor([2**31 - 1, 2**31 - 3, -(2**31), 2**24 + 1, 1]),
+        torch.tensor([2**31 - 1, 7], dtype=torch.int32),
+        torch.tensor([127, 127, -128], dtype=torch.int8),
+        torch.tensor([200, 255], dtype=torch.uint8),
+        torch.tensor([True, True, False]),
+        torch.full((3000,), 0.1, dtype=torch.bfloat16),
+        torch.full((3000,), 1000.0, dtype=torch.float16),
+        torch.tensor([0.1, 1e300, -1e300], dtype=torch.float64),
+        3,
+        2.5,
+        True,
+        np.float32(0.1),
+        np.int64(7),
+    ):
+        acc = DeviceAccumulator(kinds)
+        for name in kinds:
+            acc.update(name, values)
+        found = logged(acc)
+        exact = torch.as_tensor(values).double()
+        assert found["t/sum"] == pytest.approx(exact.sum().item(), rel=1e-14)
+        assert found["t/mean"] == pytest.approx(exact.mean().item(), rel=1e-14)
+        assert found["t/max"] == exact.max().item()
+        if exact.abs().max() < 1e300:
+            rounded = exact.float().double()
+            assert found["t/len_stat_mean"] == pytest.approx(rounded.mean().item(), rel=1e-12)
+            assert found["t/len_stat_count"] == exact.numel()
+
+
+def test_weights_mask_padding_in_every_aggregation() -> None:
+    x = torch.tensor([[1, 2, 1e30], [math.nan, math.inf, -5]])
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    for weights in (mask, mask.float(), mask.long()):
+        acc = DeviceAccumulator(KINDS)
+        for name in KINDS:
+            acc.update(name, x, weights=weights)
+            acc.update(name, x, weights=0)
+            acc.update(name, x[:, :0])  # nothing at all
+        found = logged(acc)
+        assert found["t/mean"] == 1.5
+        assert (found["t/sum"], found["t/max"], found["t/min"]) == (3.0, 2.0, 1.0)
+        assert found["t/len_stat_count"] == 2
+        assert found["t/len_stat_mean"] == 1.5
+
+
+def test_one_id_and_one_weight_per_sample_do_for_each_token() -> None:
+    x = torch.arange(24.0).reshape(4, 3, 2)
+    ids, w = torch.tensor([0, 1, 1, 2]), torch.tensor([3.0, 1.0, 0.0, 2.0])
+    every = DeviceAccumulator(KINDS, NAMES)
+    sparing = DeviceAccumulator(KINDS, NAMES)
+    for name in KINDS:
+        wide = [t[:, None, None].expand(4, 3, 2) for t in (ids, w)]
+        every.update(name, x, dataset_ids=wide[0], weights=wide[1])
+        sparing.update(name, x, dataset_ids=ids, weights=w)
+    for one, other in zip(every.tensors, sparing.tensors, strict=True):
+        assert torch.equal(one, other)
+    found = logged(sparing)
+    assert found["t_b/mean"] == x[1].mean().item()
+    assert (found["t_a/max"], found["t_c/min"]) == (5.0, 18.0)
+
+
+def test_the_histogram_is_that_of_the_host_at_64_buckets_per_octave() -> None:
+    rng = np.random.default_rng(5)
+    edges = np.float32([2**-126, 1, 1.5, 2, np.nextafter(np.float32(2), 0), 3.4e38, 64, 65])
+    for values in (
+        sample()[0].numpy(),
+        np.concatenate([edges, -edges, [0, 0]]).astype(np.float32),
+        np.float32(rng.normal(size=5000)),
+        np.float32(rng.normal(300, 0.1, 5000)),
+    ):
+        acc = DeviceAccumulator({"x": "distribution"})
+        acc.update("x", torch.from_numpy(values))
+        state: Any = next(acc.layout.states(acc.start_read()()))[1]
+        fine = LogLinearHistogram(65_536)
+        fine.update(values)
+        while fine.m > M:
+            fine.downscale()
+        host = LogLinearHistogram(512)
+        host.merge(fine)
+        found, wanted = state.older.to_dict(), host.to_dict()
+        assert found["totals"] == wanted["totals"]
+        assert (found["minimum"], found["maximum"]) == (wanted["minimum"], wanted["maximum"])
+        assert len(found["segments"]) == len(wanted["segments"])
+        for one, other in zip(found["segments"], wanted["segments"], strict=True):
+            assert (one["m"], one["index"]) == (other["m"], other["index"])
+            assert one["sums"][0] == other["sums"][0]  # counts, bit for bit
+            np.testing.assert_allclose(one["sums"], other["sums"], rtol=1e-12)
+
+
+def test_a_million_values_do_not_drift() -> None:
+    n = 1_000_000
+    rng = np.random.default_rng(0)
+    kinds = {"mean": "mean", "sum": "sum", "len": "distribution"}
+    for stream, x in (
+        ("0.1 always", np.full(n, 0.1, np.float32)),
+        ("log-normal", np.float32(rng.lognormal(size=n))),
+        ("300 ± 0.1", np.float32(rng.normal(300, 0.1, n))),
+    ):
+        acc = DeviceAccumulator(kinds)
+        # One addition after another, as a million updates do, of which each would take 0.1 ms here.
+        ids = torch.zeros(n, dtype=torch.long)
+        one_by_one = DeviceAccumulator(kinds, ("d",))
+        for name in kinds:
+            one_by_one.update(name, torch.from_numpy(x), dataset_ids=ids)
+            for part in torch.from_numpy(x).chunk(100):
+                acc.update(name, part)
+        exact = x.astype(np.float64)
+        for found, prefix in ((logged(acc), "t"), (logged(one_by_one), "t_d")):
+            errors = {
+                "sum": abs(found[f"{prefix}/sum"] / exact.sum() - 1),
+                "mean": abs(found[f"{prefix}/len_stat_mean"] / exact.mean() - 1),
+                "std": abs(found[f"{prefix}/len_stat_std"] - exact.std(ddof=1)) / exact.mean(),
+            }
+            naive = abs(np.cumsum(x, dtype=np.float32)[-1] / exact.sum() - 1)
+            print(f"{stream}: {errors}; a plain float32 sum: {naive:.1e}")
+            assert found[f"{prefix}/len_stat_count"] == n
+            assert errors["sum"] < 1e-10
+            assert errors["mean"] < 1e-10
+            assert errors["std"] < 1e-7
+
+
+# -- Without a wait --------------------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """Counts the operations that run, and what they allocate in the long run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Calls(TorchFunctionMode):
+    """Counts the calls that bring a tensor, or a number of it, to the host."""
+
+    TO_HOST = ("item", "cpu", "numpy", "tolist", "__bool__", "__float__", "__int__", "__index__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self.TO_HOST or (name == "to" and "cpu" in map(str, args)):
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+WAITING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2")
+
+
+def test_no_step_asks_the_device_and_a_log_reads_once() -> None:
+    model = torch.nn.Linear(8, 16)
+    acc = DeviceAccumulator({"loss": "mean", **KINDS}, NAMES)
+    aggregator = MetricsAggregator()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step() -> None:
+        x, labels, ids = torch.randn(6, 8), torch.randint(0, 16, (6,)), torch.randint(0, 3, (6,))
+        loss = acc.token_loss(model(x), labels, ids)
+        mark = acc.mark()
+        fold(acc, x[:, 0], x[:, 1].abs(), ids)
+        acc.rollback(mark, where=loss.isnan())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    for _ in range(3):
+        with Calls() as calls, Watch() as watch:
+            for _ in range(100):
+                step()
+        assert not calls.seen, "between logs"
+        assert not {name: n for name, n in watch.seen.items() if name in WAITING}
+        assert watch.seen["scatter_add"] + watch.seen["scatter_add_"] >= 600
+        with Calls() as calls:
+            aggregator.drain(acc)
+            aggregator.reduce()
+        assert calls.seen == {"cpu": 1, "numpy": 1}, "one transfer, looked at once it is there"
+
+
+def test_the_work_of_an_update_does_not_depend_on_how_many_datasets_and_samples_there_are() -> None:
+    seen = []
+    for datasets, n in ((2, 4), (200, 4), (2, 4000)):
+        acc = DeviceAccumulator(KINDS, [f"d{i}" for i in range(datasets)])
+        held = [tensor.data_ptr() for tensor in acc.tensors]
+        with Watch() as watch:
+            fold(acc, torch.ones(n), torch.ones(n), torch.zeros(n, dtype=torch.int32))
+        seen.append(watch.seen)
+        assert [tensor.data_ptr() for tensor in acc.tensors] == held
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_it_compiles_into_the_graph_of_the_step() -> None:
+    compiled, plain = (DeviceAccumulator({"loss": "mean", **KINDS}, NAMES) for _ in range(2))
+
+    def step(acc: DeviceAccumulator, logits: Any, labels: Any, w: Any, ids: Any) -> torch.Tensor:
+        loss = acc.token_loss(logits, labels, ids)
+        fold(acc, logits[..., 0], w, ids)
+        return loss
+
+    explained = torch._dynamo.explain(step)(compiled, *batch(0))
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+    compiled.empty()
+    # What makes faster code of the graph is not ours, and takes a compiler minutes.
+    quick = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        assert torch.equal(quick(compiled, *batch(seed)), step(plain, *batch(seed)))
+    check_equal(logged(compiled), logged(plain))
+
+
+def batch(seed: int) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(seed)
+    logits = torch.randn(4, 5, 7, requires_grad=True)
+    return logits, torch.randint(0, 7, (4, 5)), torch.rand(4, 5), torch.randint(0, 3, (4,))
+
+
+def test_autocast_inference_mode_and_gradients_do_not_matter() -> None:
+    x = torch.full((3000,), 0.1, requires_grad=True)
+    found = []
+    with torch.inference_mode():
+        acc = DeviceAccumulator(KINDS, ("a",))  # used outside of it all the same
+    for context in (torch.enable_grad(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            fold(acc, x * 1.5, torch.ones(3000), torch.zeros(3000, dtype=torch.long))
+        found.append(logged(acc))
+    with torch.inference_mode():
+        fold(acc, x * 1.5, torch.ones(3000), torch.zeros(3000, dtype=torch.long))
+        found.append(logged(acc))
+    assert found[0] == found[1] == found[2]
+    assert not any(tensor.requires_grad for tensor in acc.tensors)
+    assert found[0]["t_a/sum"] == pytest.approx(450, rel=1e-6)
+
+
+# -- The loss of each dataset ----------------------------------------------------------------------
+
+
+def test_token_loss_is_cross_entropy_and_knows_each_dataset() -> None:
+    torch.manual_seed(0)
+    acc = DeviceAccumulator({"loss": "mean"}, NAMES)
+    sums: dict[str, list[float]] = {name: [] for name in NAMES}
+    for _ in range(3):
+        logits = torch.randn(6, 10, 11, requires_grad=True)
+        labels, ids = torch.randint(0, 11, (6, 10)), torch.randint(0, 3, (6,))
+        labels[torch.rand(6, 10) < 0.3] = -100
+        loss = acc.token_loss(logits, labels, ids)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        plain = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        (wanted,) = torch.autograd.grad(plain, logits)
+        torch.testing.assert_close(loss, plain)
+        torch.testing.assert_close(gradient, wanted)
+        for i in range(6):
+            for t in range(10):
+                if labels[i, t] >= 0:
+                    one = F.cross_entropy(logits[i, t].double(), labels[i, t])
+                    sums[NAMES[int(ids[i])]].append(one.item())
+    found = logged(acc)
+    for name, losses in sums.items():
+        assert found[f"t_{name}/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def test_token_loss_divides_by_what_it_is_told() -> None:
+    acc = DeviceAccumulator({"loss": "mean", "nll": "mean", "n": "sum"})
+    logits, labels = torch.randn(4, 9), torch.tensor([1, 2, -1, 3])
+    mean = acc.token_loss(logits, labels, ignore_index=-1)
+    total = acc.token_loss(logits, labels, ignore_index=-1, num_items=1, name="nll")
+    part = acc.token_loss(logits, labels, ignore_index=-1, num_items=torch.tensor(6), name="nll")
+    torch.testing.assert_close(total, mean * 3)
+    torch.testing.assert_close(part, mean / 2)
+    nothing = acc.token_loss(logits.requires_grad_(), torch.full((4,), -100))
+    nothing.backward()  # type: ignore[no-untyped-call]
+    assert nothing == 0
+    assert not logits.grad.any()  # type: ignore[union-attr]
+    found = logged(acc)
+    assert found["t/loss"] == found["t/nll"] == pytest.approx(mean.item(), rel=1e-6)
+    # Scores of few bits are taken for what they are, and the loss is not rounded like them.
+    coarse = logits.detach().bfloat16()
+    loss = acc.token_loss(coarse, labels.abs(), name="nll")
+    torch.testing.assert_close(loss, F.cross_entropy(coarse.float(), labels.abs()))
+    with pytest.raises(ValueError, match="do not go with labels"):
+        acc.token_loss(logits, labels[:3])
+    with pytest.raises(ValueError, match="so make it a"):
+        acc.token_loss(logits, labels, name="n")
+
+
+# -- Steps that are skipped ------------------------------------------------------------------------
+
+
+def test_a_rollback_drops_what_came_since_the_mark() -> None:
+    acc, kept = DeviceAccumulator(KINDS, NAMES), DeviceAccumulator(KINDS, NAMES)
+    for seed in range(6):
+        mark = acc.mark()
+        fold(acc, *sample(seed=seed))
+        if seed % 2:
+            acc.rollback(mark)
+        else:
+            fold(kept, *sample(seed=seed))
+        mark = acc.mark()
+        fold(acc, *sample(seed=seed))
+        acc.rollback(mark, where=torch.tensor(seed != 3))
+        if seed == 3:
+            fold(kept, *sample(seed=seed))
+    assert logged(acc) == logged(kept)
+    with pytest.raises(ValueError, match="drained since the mark"):
+        acc.rollback(mark)
+    with pytest.raises(ValueError, match="another accumulator"):
+        kept.rollback(acc.mark())
+
+
+# -- What the aggregator makes of it ---------------------------------------------------------------
+
+
+def test_nothing_is_lost_or_counted_twice_when_a_reduction_fails() -> None:
+    acc = DeviceAccumulator({"n": "sum", "len": "distribution"})
+    acc.update("n", torch.tensor([1.0, 2.0]))
+    acc.update("len", torch.tensor([5.0, 6.0]))
+    aggregator = MetricsAggregator()
+    aggregator.drain(acc)
+    with pytest.raises(RuntimeError, match="step"):
+        aggregator.reduce(step=-5)
+    acc.update("n", 4.0)
+    aggregator.drain(acc)
+    found = aggregator.get_metrics_for_logging("t", "interval")
+    assert found["t/n"] == 7.0
+    assert found["t/len_stat_count"] == 2.0
+    aggregator.drain(acc)
+    assert aggregator.get_metrics_for_logging("t")["t/n"] == 7.0
+
+
+def test_what_comes_in_while_a_drained_part_is_read_belongs_to_the_next() -> None:
+    acc = DeviceAccumulator({"n": "sum"})
+    aggregator = MetricsAggregator()
+    futures = []
+    for _ in range(3):
+        acc.update("n", 1.0)
+        aggregator.drain(acc)
+        acc.update("n", 10.0)
+        futures.append(aggregator.reduce_async())
+    intervals = [future.result().as_dict("t", "interval")["t/n"] for future in futures]
+    assert intervals == [1.0, 11.0, 11.0]
+
+
+def test_a_drain_that_clashes_changes_nothing() -> None:
+    acc = DeviceAccumulator({"new": "sum", "loss": "mean"}, ("a", "b"))
+    acc.update("new", 1.0, dataset_ids=torch.tensor(0))
+    acc.update("loss", 2.0, dataset_ids=torch.tensor(1))
+    other = MetricsAggregator()
+    other.record("loss", 5.0, "max", dataset="b")
+    with pytest.raises(ValueError, match="already registered with aggregation type 'max'"):
+        other.drain(acc)
+    assert other.get_metrics_for_logging("t") == {"t_b/loss": 5.0}
+    other = MetricsAggregator()
+    other.record("loss", 5.0)  # of no dataset, where this one has some
+    with pytest.raises(ValueError, match="loss"):
+        other.drain(acc)
+
+    class Mine(MaxAggHandler):
+        pass
+
+    other = MetricsAggregator()
+    other.register_handler(AggregationType.MEAN, Mine())
+    with pytest.raises(ValueError, match="another handler for 'mean'"):
+        other.drain(acc)
+    with pytest.raises(TypeError, match="takes an accumulator"):
+        other.drain({"loss": 1.0})
+    other.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        other.drain(acc)
+    assert logged(acc) == {"t_a/new": 1.0, "t_b/loss": 2.0}  # what was refused is still there
+
+
+def test_ranks_that_drain_nothing_learn_the_keys_from_those_that_do() -> None:
+    def rank(communicator: Any, route: str) -> tuple[list[dict[str, float]], dict[str, Any]]:
+        aggregator = MetricsAggregator(communicator=communicator, route=route)
+        acc = DeviceAccumulator(KINDS, NAMES)
+        seen = []
+        for turn in range(3):
+            if (communicator.rank + turn) % 2:
+                aggregator.drain(fold(acc, *sample(60, seed=10 * communicator.rank + turn)))
+            seen.append(aggregator.get_metrics_for_logging("t"))
+        return seen, aggregator.state_dict()
+
+    reference = MetricsAggregator(None)
+    wanted = []
+    for turn in range(3):
+        for number in range(3):
+            if (number + turn) % 2:
+                recorded(reference, *sample(60, seed=10 * number + turn))
+        wanted.append(reference.get_metrics_for_logging("t"))
+    for route in ("narrow", "wide"):
+        results = run_threads(lambda c, route=route: rank(c, route), 3)
+        assert all(result == results[0] for result in results)
+        for one, other in zip(results[0][0], wanted, strict=True):
+            check_equal(one, other)
+
+
+def drain_on_rank(rank: int) -> dict[str, float]:
+    acc = DeviceAccumulator(KINDS, NAMES)
+    aggregator = MetricsAggregator()
+    for seed in range(2):
+        fold(acc, *sample(40 + 10 * rank, seed=2 * rank + seed))
+    aggregator.drain(acc)
+    return aggregator.get_metrics_for_logging("t")
+
+
+def test_real_ranks_fold_what_each_has_accumulated() -> None:
+    reference = MetricsAggregator(None)
+    for rank in range(2):
+        for seed in range(2):
+            recorded(reference, *sample(40 + 10 * rank, seed=2 * rank + seed))
+    results = run_ranks(drain_on_rank, 2)
+    assert results[0] == results[1]
+    check_equal(results[0], reference.get_metrics_for_logging("t"))
+
+
+def test_a_checkpoint_goes_on_where_the_run_was() -> None:
+    acc, reference = DeviceAccumulator(KINDS, NAMES), MetricsAggregator(None)
+    first, resumed = MetricsAggregator(), MetricsAggregator()
+    first.drain(fold(acc, *sample(seed=1)))
+    resumed.load_state_dict(first.state_dict())
+    resumed.drain(fold(acc, *sample(seed=2)))
+    for seed in (1, 2):
+        recorded(reference, *sample(seed=seed))
+    check_equal(resumed.get_metrics_for_logging("t"), reference.get_metrics_for_logging("t"))
+
+
+# -- Bad input -------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_placed_is_left_out_and_counted(warned: list[str]) -> None:
+    x = torch.tensor([1.0, 2, 4, 8, 16, 32])
+    ids = torch.tensor([0, 1, 2, -1, 1, 2**31 - 1])
+    w = torch.tensor([1, 1, math.nan, 1, -1, 1])
+    for typed in (ids, ids.int()):
+        warned.clear()
+        acc = DeviceAccumulator({"loss": "mean", "n": "sum", "len": "distribution"}, ("a", "b"))
+        acc.update("loss", x, dataset_ids=typed, weights=w)
+        acc.update("n", x, dataset_ids=typed)
+        acc.update("len", x, dataset_ids=typed)
+        found = logged(acc)
+        counts = {name: v for name, v in found.items() if "len" not in name}
+        assert counts == {"t_a/loss": 1.0, "t_b/loss": 2.0, "t_a/n": 1.0, "t_b/n": 18.0}
+        assert (found["t_a/len_stat_count"], found["t_b/len_stat_count"]) == (1, 2)
+        assert len(warned) == 4
+        assert warned[0].startswith(
+            "3 values of metric 'loss' came with dataset_ids outside of 0..1"
+        )
+        assert warned[1].startswith("1 values of metric 'loss' came with weights")
+        assert warned[2].startswith("3 values of metric 'n'")
+    # Padding may have any id.
+    warned.clear()
+    acc.update("n", x, dataset_ids=ids, weights=(ids == 0) | (ids == 1))
+    assert logged(acc) == {"t_a/n": 1.0, "t_b/n": 18.0}
+    assert not warned
+
+
+def test_wrong_shapes_types_and_names_are_errors_that_change_nothing() -> None:
+    acc = DeviceAccumulator({"loss": "mean"}, ("a", "b"))
+    x, ids = torch.ones(4, 3), torch.zeros(4, dtype=torch.long)
+    acc.update("loss", x, dataset_ids=ids)
+    before = acc.tensors[0].clone()
+    elsewhere = torch.ones(4, 3, device="meta")
+    for error, complaint, name, values, options in (
+        (ValueError, r"no metric 'lost', but 'loss'", "lost", x, {}),
+        (ValueError, r"one of 2 datasets: give dataset_ids", "loss", x, {}),
+        (ValueError, r"shape \(3,\), but the values \(4, 3\)", "loss", x, {"dataset_ids": ids[:3]}),
+        (ValueError, r"weights .* \(4, 3, 1\)", "loss", x, {"weights": x[..., None]}),
+        (TypeError, "give integers", "loss", x, {"dataset_ids": x}),
+        (TypeError, "are a list: give a tensor on cpu", "loss", x, {"dataset_ids": [0, 1, 0, 1]}),
+        (TypeError, "complex", "loss", x * 1j, {}),
+        (TypeError, "are a str", "loss", "text", {}),
+        (ValueError, "on meta, but this accumulator is on cpu", "loss", elsewhere, {}),
+        (ValueError, "weights .* on meta", "loss", x, {"weights": elsewhere}),
+    ):
+        options = {"dataset_ids": ids, **options} if complaint[0] != "o" else options
+        if "one of 2" in complaint:
+            options = {}
+        with pytest.raises(error, match=complaint):
+            acc.update(name, values, **options)
+    assert torch.equal(acc.tensors[0], before)
+    with pytest.raises(ValueError, match="belongs to no dataset"):
+        DeviceAccumulator({"n": "sum"}).update("n", x, dataset_ids=ids)
+    for error, complaint, metrics, datasets in (
+        (ValueError, "'categorical_count', which no accumulator", {"x": "categorical_count"}, ()),
+        (TypeError, "by name", ["loss"], ()),
+        (TypeError, "give a list of names", {"x": "sum"}, "alpaca"),
+        (ValueError, "each name once", {"x": "sum"}, ("a", "a")),
+    ):
+        with pytest.raises(error, match=complaint):
+            DeviceAccumulator(metrics, datasets)
