@@ -28,6 +28,7 @@ _SUBJECTS = {
     "sample": "samples",
     "log": "reduction",
     "flat": "flatness",
+    "torch": "accumulation_torch",
     "devices": "devices",
     "accumulate": "accumulation",
 }

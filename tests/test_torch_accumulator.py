@@ -209,6 +209,40 @@ def test_one_id_and_one_weight_per_sample_do_for_each_token() -> None:
     assert (found["t_a/max"], found["t_c/min"]) == (5.0, 18.0)
 
 
+def test_metrics_of_the_same_samples_are_folded_together_as_alone() -> None:
+    kinds = {"a": "mean", "x": "max", "b": "mean", "n": "sum", "c": "mean", "l": "distribution"}
+    alone, together = (DeviceAccumulator(kinds, NAMES) for _ in range(2))
+    for seed, weighted in ((0, True), (1, False)):
+        x, w, ids = sample(seed=seed)
+        values = {
+            "l": x,
+            "c": x.reshape(60, 1) * torch.ones(1, 4),  # of another shape
+            "b": x > 0,
+            "a": -x,
+            "n": torch.arange(60),
+            "x": x * 2,
+        }
+        options = {"weights": w if weighted else None, "dataset_ids": ids}
+        for name, one in values.items():
+            alone.update(name, one, **options)
+        together.update_all(values, **options)
+        together.update_all({}, **options)
+    for one, other in zip(alone.tensors, together.tensors, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-14)
+    before = [tensor.clone() for tensor in together.tensors]
+    with pytest.raises(ValueError, match="no metric 'd'"):
+        together.update_all({"a": x, "d": x}, dataset_ids=ids)
+    with pytest.raises(ValueError, match="dataset_ids of metric 'b' have the shape"):
+        together.update_all({"a": x, "b": x[:3]}, dataset_ids=ids)
+    for one, other in zip(before, together.tensors, strict=True):
+        assert torch.equal(one, other)
+    with Watch() as watch:
+        DeviceAccumulator({f"m{i}": "mean" for i in range(20)}, NAMES).update_all(
+            {f"m{i}": x for i in range(20)}, dataset_ids=ids
+        )
+    assert watch.seen["scatter_add_"] == 1
+
+
 def test_the_histogram_is_that_of_the_host_at_64_buckets_per_octave() -> None:
     rng = np.random.default_rng(5)
     edges = np.float32([2**-126, 1, 1.5, 2, np.nextafter(np.float32(2), 0), 3.4e38, 64, 65])
@@ -330,6 +364,40 @@ def test_no_step_asks_the_device_and_a_log_reads_once() -> None:
             aggregator.drain(acc)
             aggregator.reduce()
         assert calls.seen == {"cpu": 1, "numpy": 1}, "one transfer, looked at once it is there"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_step_synchronises_a_gpu_and_neither_does_a_drain() -> None:
+    model = torch.nn.Linear(8, 16, device="cuda")
+    acc, plain = (
+        DeviceAccumulator({"loss": "mean", **KINDS}, NAMES, device=d) for d in ("cuda", "cpu")
+    )
+    aggregator, reference = MetricsAggregator(), MetricsAggregator()
+    batches = []
+    for seed in range(100):
+        x, w, ids = sample(48, seed)
+        batches.append([x.reshape(6, 8), w[:6], ids[:6], torch.randint(0, 16, (6,))])
+    on_gpu = [[tensor.cuda() for tensor in batch] for batch in batches]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x, w, ids, labels in on_gpu:
+            loss = acc.token_loss(model(x), labels, ids)
+            loss.backward()
+            mark = acc.mark()
+            fold(acc, x[:, 0], w, ids)
+            acc.rollback(mark, where=loss.isnan())
+        aggregator.drain(acc)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    model.cpu()
+    for x, w, ids, labels in batches:
+        plain.token_loss(model(x), labels, ids)
+        fold(plain, x[:, 0], w, ids)
+    reference.drain(plain)
+    found, wanted = (one.get_metrics_for_logging("t") for one in (aggregator, reference))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, rel=1e-4), name
 
 
 def test_the_work_of_an_update_does_not_depend_on_how_many_datasets_and_samples_there_are() -> None:
@@ -615,7 +683,7 @@ def test_wrong_shapes_types_and_names_are_errors_that_change_nothing() -> None:
     elsewhere = torch.ones(4, 3, device="meta")
     for error, complaint, name, values, options in (
         (ValueError, r"no metric 'lost', but 'loss'", "lost", x, {}),
-        (ValueError, r"one of 2 datasets: give dataset_ids", "loss", x, {}),
+        (ValueError, r"of one of 2 datasets: give dataset_ids", "loss", x, {}),
         (ValueError, r"shape \(3,\), but the values \(4, 3\)", "loss", x, {"dataset_ids": ids[:3]}),
         (ValueError, r"weights .* \(4, 3, 1\)", "loss", x, {"weights": x[..., None]}),
         (TypeError, "give integers", "loss", x, {"dataset_ids": x}),

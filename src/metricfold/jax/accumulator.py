@@ -170,6 +170,19 @@ class DeviceAccumulator:
             extrema = extrema.at[rows].max(batch.extrema())
         return self._of(self.layout, [counts, sums, extrema, grid, refused])
 
+    def update_all(
+        self, values: Mapping[str, Any], *, weights: Any = None, dataset_ids: Any = None
+    ) -> DeviceAccumulator:
+        """Return an accumulator that has also seen these `values` of several metrics, by name.
+
+        Raises:
+            TypeError, ValueError: as `update`.
+        """
+        accumulator = self
+        for name, one in values.items():
+            accumulator = accumulator.update(name, one, weights=weights, dataset_ids=dataset_ids)
+        return accumulator
+
     def merge(self, other: DeviceAccumulator) -> DeviceAccumulator:
         """Return an accumulator that has seen what both have.
 

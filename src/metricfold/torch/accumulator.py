@@ -23,7 +23,6 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -32,53 +31,18 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 from metricfold.arrays import whole_tensor
-from metricfold.device_lanes import (
-    CELLS,
-    EXTREMA,
-    FRACTION_BITS,
-    MOMENTS,
-    ZERO_CELL,
-    HostArrays,
-    Layout,
-    M,
-)
+from metricfold.device_lanes import CELLS, EXTREMA, MOMENTS, HostArrays, Layout
 from metricfold.metric import AggregationType
+from metricfold.torch.folding import (
+    EXTREMA_OF,
+    LAST_LANE,
+    Batch,
+    Lane,
+    stretched,
+    without_subnormals,
+)
 
 __all__ = ["AccumulatorMark", "DeviceAccumulator"]
-
-
-class _Lane(IntEnum):
-    """The sums of a row. Each aggregation uses the first few of them."""
-
-    UNWEIGHABLE = 0
-    """Values with a weight that cannot be; only written where there are weights."""
-    COUNT = 1
-    NANS = 2
-    WX = 3
-    W = 4
-    W2 = 5
-    UP = 6
-    DOWN = 7
-
-
-_LAST_LANE = {
-    AggregationType.MAX: _Lane.NANS,
-    AggregationType.MIN: _Lane.NANS,
-    AggregationType.SUM: _Lane.WX,
-    AggregationType.MEAN: _Lane.W,
-    AggregationType.DISTRIBUTION: _Lane.DOWN,
-}
-_EXTREMA = {
-    AggregationType.MAX: slice(0, 1),
-    AggregationType.MIN: slice(1, 2),
-    AggregationType.DISTRIBUTION: slice(0, 2),
-}
-"""Which of the largest x and the largest -x each aggregation needs."""
-_FINITE = _EXTREMA[AggregationType.DISTRIBUTION]
-_SMALLEST = float(np.finfo(np.float32).tiny)
-_SMALLEST_BUCKET = 1 << M
-_MAGNITUDE = 0x7FFF_FFFF
-_FRACTION = (1 << FRACTION_BITS) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +56,17 @@ class AccumulatorMark:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a metric is.
+    """Where a metric is: metrics of one aggregation stand side by side.
 
     Args:
-        row: of `sums` and `extrema`.
-        last: the last of the sums that it uses.
-        extrema: which of the extrema it uses, or None.
-        grid: its row of `grid`, or None.
+        row: of the sums and the extrema.
+        agg_type: of the metric.
+        grid: its row of the grid, if it is a DISTRIBUTION.
     """
 
     row: int
-    last: int
-    extrema: slice | None
-    grid: int | None
+    agg_type: AggregationType
+    grid: int
 
 
 class DeviceAccumulator:
@@ -156,17 +118,14 @@ class DeviceAccumulator:
         self.layout = layout = Layout.of(metrics, datasets)
         self._datasets = len(layout.datasets)
         self._drains = 0
+        types = dict(zip(layout.names, layout.types, strict=True))
+        in_order = sorted(types, key=lambda name: list(LAST_LANE).index(types[name]))
+        first = len(in_order) - len(layout.distributions)  # which come last
         self._places = {
-            name: _Place(
-                row,
-                _LAST_LANE[agg_type],
-                _EXTREMA.get(agg_type),
-                layout.distributions.index(name) if name in layout.distributions else None,
-            )
-            for row, (name, agg_type) in enumerate(zip(layout.names, layout.types, strict=True))
+            name: _Place(row, types[name], row - first) for row, name in enumerate(in_order)
         }
         rows, columns = len(layout.names), self._datasets + 2
-        shapes = [(rows, len(_Lane), columns), (rows, EXTREMA, columns)]
+        shapes = [(rows, len(Lane), columns), (rows, EXTREMA, columns)]
         if layout.distributions:
             shapes.append((len(layout.distributions), MOMENTS, self._datasets * CELLS + 1))
         try:
@@ -185,7 +144,6 @@ class DeviceAccumulator:
 
     # -- In the step
 
-    @torch.no_grad()
     def update(
         self, name: str, values: Any, *, weights: Any = None, dataset_ids: Tensor | None = None
     ) -> None:
@@ -206,26 +164,45 @@ class DeviceAccumulator:
                 numbers, tensors on another device, or no `dataset_ids` where there are several
                 datasets. Then nothing has changed.
         """
-        place = self._places.get(name)
-        if place is None:
-            place = self._places[self.layout.names[self.layout.place(name)]]
-        x = self._numbers(f"values of metric {name!r}", values)
-        columns = self._columns(name, dataset_ids, x)
-        where = f"weights of metric {name!r}"
-        given = None if weights is None else _spread(where, self._numbers(where, weights), x)
-        if not x.numel():
-            return
-        if place.grid is not None:
-            x = x.float()
-            x = torch.where(x.abs() < _SMALLEST, 0.0, x)
-        batch = _Batch.of(x, given, columns)
-        sums, extrema, *grids = self.tensors
-        first = _Lane.UNWEIGHABLE if batch.weights is not None else _Lane.COUNT
-        batch.add(sums[place.row, first : place.last + 1], place.last)
-        if place.extrema is not None:
-            batch.enlarge(extrema[place.row, place.extrema], place.extrema)
-        if place.grid is not None:
-            batch.add_to_grid(grids[0][place.grid], x, self._datasets)
+        self.update_all({name: values}, weights=weights, dataset_ids=dataset_ids)
+
+    @torch.no_grad()
+    def update_all(
+        self, values: Mapping[str, Any], *, weights: Any = None, dataset_ids: Tensor | None = None
+    ) -> None:
+        """Take in several metrics of the same samples, as `update` does each.
+
+        Metrics that stand side by side in the accumulator and have the same aggregation and shape
+        are folded together, in the time of one.
+
+        Args:
+            values: of each metric, by name.
+            weights: as in `update`, the same for all.
+            dataset_ids: as in `update`, the same for all.
+
+        Raises:
+            TypeError, ValueError: as `update`.
+        """
+        taken = {}
+        for name, given in values.items():
+            self.layout.place(name)
+            taken[name] = self._numbers(f"values of metric {name!r}", given)
+        columns = self._columns(taken, dataset_ids)
+        w = None if weights is None else self._numbers(f"weights of {_named(taken)}", weights)
+        for name, x in taken.items():
+            if w is not None:
+                _check_shape(f"weights of metric {name!r}", w, x)
+        groups: list[tuple[_Place, list[Tensor]]] = []
+        for name, place in self._places.items():
+            tensor = taken.get(name)
+            if tensor is None or not tensor.numel():
+                continue
+            if groups and _joins(groups[-1], place, tensor):
+                groups[-1][1].append(tensor)
+            else:
+                groups.append((place, [tensor]))
+        for start, group in groups:
+            self._fold(start, group, w, columns)
 
     def token_loss(
         self,
@@ -340,6 +317,28 @@ class DeviceAccumulator:
             tensor.zero_()
         extrema.fill_(-math.inf)
 
+    def _fold(
+        self, start: _Place, group: list[Tensor], w: Tensor | None, columns: Tensor | None
+    ) -> None:
+        """Fold values of metrics that stand side by side, from `start` on, all of one shape."""
+        if any(one.dtype != group[0].dtype for one in group):
+            group = [one.double() for one in group]
+        x = torch.stack(group) if len(group) > 1 else group[0].unsqueeze(0)
+        distribution = start.agg_type is AggregationType.DISTRIBUTION
+        if distribution:
+            x = without_subnormals(x.float())
+        batch = Batch.of(x, None if w is None else stretched(w, x.ndim - 1), columns)
+        sums, extrema, *grids = self.tensors
+        rows, last = slice(start.row, start.row + len(group)), LAST_LANE[start.agg_type]
+        first = Lane.UNWEIGHABLE if batch.weights is not None else Lane.COUNT
+        batch.add(sums[rows, first : last + 1], last)
+        which = EXTREMA_OF.get(start.agg_type)
+        if which is not None:
+            batch.enlarge(extrema[rows, which], which)
+        if distribution:
+            grid = grids[0][start.grid : start.grid + len(group)]
+            batch.add_to_grid(grid, x, self._datasets)
+
     def _numbers(self, what: str, given: Any) -> Tensor:
         """Return `given` as a tensor on this device."""
         if isinstance(given, numbers.Real | np.bool_):
@@ -362,25 +361,27 @@ class DeviceAccumulator:
             )
         return tensor.detach()
 
-    def _columns(self, name: str, dataset_ids: Any, x: Tensor) -> Tensor | None:
-        """Return the column of each value, of the shape of the first dimensions of `x`."""
-        where = f"dataset_ids of metric {name!r}"
+    def _columns(self, taken: Mapping[str, Tensor], dataset_ids: Any) -> Tensor | None:
+        """Return the column of each value, of the shape of the first dimensions of the values."""
         if dataset_ids is None:
             if self._datasets > 1:
                 raise ValueError(
-                    f"metric {name!r} is one of {self._datasets} datasets: give dataset_ids, the "
+                    f"{_named(taken)} is of one of {self._datasets} datasets: give dataset_ids, the "
                     f"place of each value's dataset in {self.layout.datasets!r}"
                 )
             return None
         if self.layout.datasets == ("",):
             raise ValueError(
-                f"metric {name!r} belongs to no dataset: leave dataset_ids out, or name the "
+                f"{_named(taken)} belongs to no dataset: leave dataset_ids out, or name the "
                 "datasets when the accumulator is made"
             )
-        ids = self._here(where, dataset_ids)
+        ids = self._here(f"dataset_ids of {_named(taken)}", dataset_ids)
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"{where} are of type {ids.dtype}: give integers")
-        _check_shape(where, ids, x)
+            raise TypeError(
+                f"dataset_ids of {_named(taken)} are of type {ids.dtype}: give integers"
+            )
+        for name, x in taken.items():
+            _check_shape(f"dataset_ids of metric {name!r}", ids, x)
         return ids.long().clamp(-1, self._datasets) + 1
 
     def _host_arrays(self, flat: np.ndarray[Any, Any]) -> HostArrays:
@@ -389,138 +390,27 @@ class DeviceAccumulator:
             parts.append(flat[start : start + tensor.numel()].reshape(tensor.shape))
             start += tensor.numel()
         sums, extrema, *grids = parts
+        order = [self._places[name].row for name in self.layout.names]
+        sums, extrema = sums[order], extrema[order]
         rows, inside = self.layout.rows, slice(1, -1)
 
-        def of_rows(lanes: list[_Lane]) -> np.ndarray[Any, Any]:
+        def of_rows(lanes: list[Lane]) -> np.ndarray[Any, Any]:
             return sums[:, lanes, inside].swapaxes(1, 2).reshape(rows, len(lanes))
 
-        strangers = sums[:, [_Lane.COUNT, _Lane.UNWEIGHABLE], :: self._datasets + 1]
-        unweighable = sums[:, _Lane.UNWEIGHABLE, inside]
+        strangers = sums[:, [Lane.COUNT, Lane.UNWEIGHABLE], :: self._datasets + 1]
+        unweighable = sums[:, Lane.UNWEIGHABLE, inside]
         refused = np.stack([strangers.sum((1, 2)), unweighable.sum(1)], axis=-1)
-        counts = of_rows([_Lane.COUNT, _Lane.NANS, _Lane.UP, _Lane.DOWN])
+        counts = of_rows([Lane.COUNT, Lane.NANS, Lane.UP, Lane.DOWN])
         grid = None
         if grids:
             grid = grids[0][..., :-1].swapaxes(1, 2).reshape(-1, MOMENTS, 1)
         return HostArrays(
             counts.astype(np.int64),
-            of_rows([_Lane.WX, _Lane.W, _Lane.W2])[..., None],
+            of_rows([Lane.WX, Lane.W, Lane.W2])[..., None],
             extrema[..., inside].swapaxes(1, 2).reshape(rows, EXTREMA),
             grid,
             refused.astype(np.int64),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """The values of one update, ready to be added up.
-
-    Args:
-        x: float64; 0 where they do not count.
-        kept: which of them count, or None if all do.
-        weights: finite and 0 or more, float64; None if all that count weigh 1.
-        unweighable: which weights had to be replaced.
-        nan: which of those that count are NaN.
-        columns: of each value, of the shape of their first dimensions; None if there is one.
-    """
-
-    x: Tensor
-    kept: Tensor | None
-    weights: Tensor | None
-    unweighable: Tensor | None
-    nan: Tensor
-    columns: Tensor | None
-
-    @classmethod
-    def of(cls, x: Tensor, given: Tensor | None, columns: Tensor | None) -> _Batch:
-        """Return the batch of values and weights of any type, of as many dimensions."""
-        kept = weights = unweighable = None
-        wide = x.double()
-        if given is not None:
-            kept = given
-            if given.dtype != torch.bool:
-                given = given.double()
-                weights = given.nan_to_num(nan=0.0, posinf=0.0).clamp_min(0.0)
-                unweighable, kept = given != weights, weights > 0
-            wide = torch.where(kept, wide, 0.0)
-        return cls(wide, kept, weights, unweighable, wide.isnan(), columns)
-
-    def add(self, lanes: Tensor, last: int) -> None:
-        """Add to `lanes`, shape (n, columns), of which `last` is the last."""
-        x, nan = self.x, self.nan
-        terms = [] if self.unweighable is None else [self._wide(self.unweighable)]
-        terms.append(torch.ones_like(x) if self.kept is None else self._wide(self.kept))
-        terms.append(nan.double())
-        if last >= _Lane.WX:
-            infinite = [x == math.inf, x == -math.inf] if last >= _Lane.UP else []
-            infinity = 0.0 if infinite else math.inf
-            finite = x.nan_to_num(nan=0.0, posinf=infinity, neginf=-infinity)
-            w = self.weights if last > _Lane.WX else None
-            terms.append(finite if w is None else finite * w)
-            if last >= _Lane.W:
-                dropped = nan | infinite[0] | infinite[1] if infinite else nan
-                w = torch.where(dropped, 0.0, terms[-3] if w is None else w)
-                terms += [w, w * w] if last >= _Lane.W2 else [w]
-            terms += [flags.double() for flags in infinite]
-        stacked, columns = self._per_column(torch.stack(terms), torch.sum)
-        if columns is None:
-            lanes[:, 1].add_(stacked)
-        else:
-            lanes.scatter_add_(1, columns.expand_as(stacked), stacked)
-
-    def enlarge(self, extrema: Tensor, which: slice) -> None:
-        """Let `extrema`, shape (n, columns), be at least the `which` of x and -x."""
-        excluded = self.nan if self.kept is None else self.nan | ~self.kept
-        largest = torch.stack([self.x, -self.x][which])
-        largest = torch.where(excluded, -math.inf, largest)
-        if which == _FINITE:
-            largest = torch.where(self.x.isinf(), -math.inf, largest)
-        largest, columns = self._per_column(largest, torch.amax)
-        if columns is None:
-            extrema[:, 1].copy_(torch.maximum(extrema[:, 1], largest))
-        else:
-            extrema.scatter_reduce_(1, columns.expand_as(largest), largest, "amax")
-
-    def add_to_grid(self, grid: Tensor, x: Tensor, datasets: int) -> None:
-        """Add to the cells of the buckets, shape (3, datasets · CELLS + 1), the last of no bucket.
-
-        Args:
-            grid: of one DISTRIBUTION.
-            x: the values as float32, of which none is subnormal.
-            datasets: how many there are.
-        """
-        bits = x.contiguous().view(torch.int32)
-        magnitude = bits & _MAGNITUDE
-        bucket = ((magnitude >> FRACTION_BITS) - (_SMALLEST_BUCKET - 1)).clamp_min(0)
-        cell = (ZERO_CELL + torch.where(bits < 0, -bucket, bucket)).long()
-        seen = x.isfinite() if self.kept is None else x.isfinite() & self.kept
-        if self.columns is not None:
-            columns = _stretched(self.columns, x.ndim)
-            seen = seen & (columns > 0) & (columns <= datasets)
-            cell = cell + (columns - 1) * CELLS
-        cell = torch.where(seen, cell, datasets * CELLS)
-        u = (magnitude & _FRACTION).double() * 2.0**-FRACTION_BITS
-        w = torch.ones_like(u) if self.weights is None else self.weights.expand_as(u)
-        moments = torch.stack([w, w * u, w * u * u]).reshape(MOMENTS, -1)
-        grid.scatter_add_(1, cell.reshape(1, -1).expand(MOMENTS, -1), moments)
-
-    def _wide(self, flags: Tensor) -> Tensor:
-        return flags.double().expand_as(self.x)
-
-    def _per_column(
-        self, terms: Tensor, reduce: Callable[[Tensor, tuple[int, ...]], Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return terms, shape (n, values...), with one value for each column, which become flat.
-
-        What has one column, such as all tokens of a sample, is reduced first: so many additions to
-        the same few places would wait for each other.
-        """
-        ndim = 0 if self.columns is None else self.columns.ndim
-        extra = tuple(range(1 + ndim, terms.ndim))
-        if extra:
-            terms = reduce(terms, extra)
-        if self.columns is None:
-            return terms, None
-        return terms.reshape(len(terms), -1), self.columns.reshape(1, -1)
 
 
 def _check_shape(what: str, tensor: Tensor, x: Tensor) -> None:
@@ -531,11 +421,16 @@ def _check_shape(what: str, tensor: Tensor, x: Tensor) -> None:
         )
 
 
-def _spread(what: str, tensor: Tensor, x: Tensor) -> Tensor:
-    """Return `tensor` with as many dimensions as `x`."""
-    _check_shape(what, tensor, x)
-    return _stretched(tensor, x.ndim)
+def _joins(group: tuple[_Place, list[Tensor]], place: _Place, x: Tensor) -> bool:
+    """Return whether the metric at `place` can be folded with those of a group."""
+    start, tensors = group
+    return (
+        place.row == start.row + len(tensors)
+        and place.agg_type is start.agg_type
+        and x.shape == tensors[0].shape
+    )
 
 
-def _stretched(tensor: Tensor, ndim: int) -> Tensor:
-    return tensor.reshape(tensor.shape + (1,) * (ndim - tensor.ndim))
+def _named(taken: Iterable[str]) -> str:
+    names = ", ".join(map(repr, taken))
+    return f"metric {names}"
