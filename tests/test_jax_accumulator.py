@@ -199,7 +199,7 @@ def test_weights_mask_padding_in_every_aggregation() -> None:
     assert found["t/mean"] == 1.5
     assert (found["t/sum"], found["t/max"], found["t/min"]) == (3.0, 2.0, 1.0)
     assert found["t/len_stat_count"] == 2
-    assert logged(acc.empty().update_all({name: x for name in KINDS}, weights=mask)) == found
+    assert logged(acc.empty().update_all(dict.fromkeys(KINDS, x), weights=mask)) == found
     # One weight per sample stands for all its tokens.
     acc = acc.empty().update("mean", np.float32([[1, 3], [5, 7]]), weights=np.array([3, 1]))
     assert logged(acc)["t/mean"] == 3.0
