@@ -63,5 +63,7 @@ def _listed(metrics: object) -> list[Metric]:
         return list(metrics)
     raise TypeError(
         f"the entry 'metrics' of a sample is a {type(metrics).__name__}, but that name belongs to "
-        "the list of Metric that a MetricTransform adds: rename what the dataset has there"
+        "the list of Metric that a MetricTransform adds: rename what the dataset has there; or, if "
+        "it came from with_metrics() of metricfold.integrations.datasets, let with_format() and "
+        "with_transform() come before it, the same for all datasets that are put together"
     )
