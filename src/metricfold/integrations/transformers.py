@@ -1,0 +1,548 @@
+"""`MetricfoldMixin`: metrics per dataset inside the Trainer of HF Transformers.
+
+    class Trainer(MetricfoldMixin, transformers.Trainer):
+        pass
+
+    args = TrainingArguments(..., remove_unused_columns=False)
+    trainer = Trainer(model, args, data_collator=pad, train_dataset=mixture, loss_per_dataset=True)
+    trainer.train()        # the log, TensorBoard, ...: docs/loss, code/loss, docs/tokens_seen, ...
+
+The samples carry their metrics under ``"metrics"``, as a `MetricTransform` leaves them there. They
+count when a step has consumed them, are reduced over all ranks when the Trainer logs, and are
+written into its checkpoints.
+
+A `TrainerCallback` could not do this: it never sees a batch, trackers that ran before it miss what
+it adds in ``on_log``, and its state is asked for on the saving rank only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+_missing = [name for name in ("transformers", "accelerate", "torch") if find_spec(name) is None]
+if _missing:
+    raise ImportError(
+        "metricfold.integrations.transformers needs transformers, accelerate and torch, and "
+        f"{' and '.join(_missing)} is not installed: pip install 'metricfold[transformers]'"
+    )
+
+import torch  # noqa: E402 (after the check above)
+
+from metricfold.aggregator import MetricsAggregator  # noqa: E402
+from metricfold.data.batch import MetricBatch  # noqa: E402
+from metricfold.data.collator import MetricsCollator  # noqa: E402
+from metricfold.data.sample import METRICS, take_metrics  # noqa: E402
+from metricfold.metric import Metric  # noqa: E402
+from metricfold.snapshot import Snapshot  # noqa: E402
+from metricfold.torch import DeviceAccumulator  # noqa: E402
+
+__all__ = ["CHECKPOINT_FILE", "MetricfoldMixin"]
+
+CHECKPOINT_FILE = "metricfold.json"
+"""What a checkpoint's folder holds of the metrics: `MetricsAggregator.state_dict` as JSON."""
+
+_IGNORED = -100
+"""The label that the losses of transformers leave out."""
+
+if TYPE_CHECKING:
+
+    class _Trainer:
+        """What the mixin needs of a `transformers.Trainer`, from 4.50 on."""
+
+        args: Any
+        accelerator: Any
+        compute_loss_func: Any
+        data_collator: Any
+        eval_dataset: Any
+        model: Any
+        state: Any
+        train_dataset: Any
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+        def get_train_dataloader(self) -> Any: ...
+        def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any: ...
+        def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any: ...
+        def training_step(self, *args: Any, **kwargs: Any) -> Any: ...
+        def prediction_step(self, *args: Any, **kwargs: Any) -> Any: ...
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any: ...
+        def log(self, *args: Any, **kwargs: Any) -> None: ...
+        def save_model(self, *args: Any, **kwargs: Any) -> None: ...
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None: ...
+        def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any: ...
+
+else:
+    _Trainer = object
+
+
+class MetricfoldMixin(_Trainer):
+    """Makes a Trainer take in, reduce, log and save the metrics that its samples carry.
+
+    Name it before the Trainer: ``class Trainer(MetricfoldMixin, transformers.Trainer)``. It takes
+    the Trainer's own arguments, and one more.
+
+    Args:
+        loss_per_dataset: report ``{dataset}/loss``: the mean loss per token of each dataset, and
+            ``all/loss``, over all ranks. The dataset of a sample is that of its metrics. For
+            causal language models; the loss that is back-propagated is what it was.
+
+    Attributes:
+        aggregator: what training has brought. Add to it as you like, such as
+            ``trainer.aggregator.record("lr_scale", 0.5)``, or replace it before ``train()``.
+        eval_aggregator: what the evaluation under way has brought; each starts with none.
+        accumulators: accumulators on the device of your own, to be read when the Trainer logs,
+            saves or ends an evaluation.
+
+    Raises:
+        ValueError: the Trainer is set up in a way that loses metrics or counts them several times;
+            says what to set.
+    """
+
+    aggregator: MetricsAggregator
+    eval_aggregator: MetricsAggregator
+    accumulators: list[DeviceAccumulator]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        above = cls.__mro__[: cls.__mro__.index(MetricfoldMixin)]
+        if any(_is_the_trainer(one) for one in above):
+            raise TypeError(
+                f"{cls.__name__} names MetricfoldMixin after the Trainer, which then never calls "
+                f"it: write class {cls.__name__}(MetricfoldMixin, Trainer)"
+            )
+
+    def __init__(self, *args: Any, loss_per_dataset: bool = False, **kwargs: Any) -> None:
+        if not any(map(_is_the_trainer, type(self).__mro__)):
+            raise TypeError(
+                "MetricfoldMixin is no Trainer by itself: write "
+                "class Trainer(MetricfoldMixin, transformers.Trainer)"
+            )
+        self.aggregator = MetricsAggregator(name="transformers-train")
+        self.eval_aggregator = MetricsAggregator(name="transformers-eval")
+        self.accumulators = []
+        self._evaluating = False
+        self._losses: dict[bool, _DatasetLoss] = {}  # by whether it is an evaluation's
+        self._origin: _Origin | None = None
+        self._state_to_save: dict[str, Any] | None = None
+        self._has_trained = False
+        super().__init__(*args, **kwargs)
+        self._check_setup()
+        if loss_per_dataset:
+            _check_loss(self)
+            device = self.args.device
+            self._losses = {False: _DatasetLoss(device), True: _DatasetLoss(device)}
+            self.compute_loss_func = self._loss_of_batch
+
+    # -- Batches
+
+    def get_train_dataloader(self) -> Any:
+        with self._collating(keep_samples=False):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_dispatch((*args, *kwargs.values()))
+        with self._collating(keep_samples=True):
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_dispatch((*args, *kwargs.values()))
+        with self._collating(keep_samples=True):
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _collating(self, *, keep_samples: bool) -> Iterator[None]:
+        """Let loaders that are made here collate metrics too, with whatever collator there is."""
+        own = self.data_collator
+        self.data_collator = _Collator(own, keep_samples, want_datasets=bool(self._losses))
+        try:
+            yield
+        finally:
+            self.data_collator = own
+
+    # -- Steps
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        metrics = self._take(inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.aggregator.update(metrics)
+        return loss
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        metrics = self._take(inputs)
+        outputs = super().prediction_step(model, inputs, *args, **kwargs)
+        self.eval_aggregator.update(metrics)
+        return outputs
+
+    def _take(self, inputs: MutableMapping[str, Any]) -> Sequence[Metric] | MetricBatch:
+        """Take the metrics out of a batch, and note where its rows are from."""
+        carried = inputs.pop(METRICS, None)
+        if not isinstance(carried, _Carried):  # of a loader that the user has made
+            self._origin = None
+            return [] if carried is None else carried
+        real = self._not_padded(carried.size)
+        self._origin = None if carried.datasets is None else _Origin(carried.datasets, real)
+        if carried.samples is None:
+            return carried.folded
+        return [metric for metrics in carried.samples[:real] for metric in metrics]
+
+    def _not_padded(self, size: int) -> int:
+        """Return how many of the samples of this rank's batch are not there to fill it up.
+
+        So that all ranks have as many batches of the same size, accelerate ends with samples from
+        the beginning. Training does learn from them; in an evaluation they are repetitions.
+        """
+        loader = self.accelerator.gradient_state
+        if not self._evaluating or not loader.end_of_dataloader or loader.remainder <= 0:
+            return size
+        # They are the last ones of all ranks' batches, taken rank by rank.
+        left: int = loader.remainder - self.accelerator.process_index * size
+        return min(max(left, 0), size)
+
+    def _loss_of_batch(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        """Return the loss that the model would, and take in that of each dataset."""
+        if self._origin is None:
+            raise ValueError(
+                "loss_per_dataset=True, but this batch does not say which datasets its samples are "
+                "from: let the Trainer make its own data loaders, and give it a data_collator"
+            )
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        of_mode = self._losses[self._evaluating]
+        return of_mode.take(logits, labels, self._origin, num_items_in_batch, self._into)
+
+    @property
+    def _into(self) -> MetricsAggregator:
+        return self.eval_aggregator if self._evaluating else self.aggregator
+
+    # -- Logs
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log `logs`, and what has come in; every rank takes part if the log is the Trainer's own.
+
+        Other logs, such as ``trainer.log({"my": 1.0})`` anywhere, go by untouched, for not all
+        ranks may make them. An evaluation's values are in its logs already.
+        """
+        if {"loss", "learning_rate"} <= logs.keys():
+            logs.update(_named("", self._reduced().as_dict("train", "auto", rollup=True)))
+        elif "train_runtime" in logs:
+            logs.update(_named("train_", self._reduced().as_dict("train", "run", rollup=True)))
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Evaluate, and add what the samples had to say to the result's metrics; on every rank."""
+        self._drain()  # what accumulators hold by now is of training
+        self.eval_aggregator.reset()
+        self._evaluating = True
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            snapshot = self._reduced()
+        finally:
+            self._drain()  # of an evaluation that has failed
+            self._evaluating = False
+        if not snapshot.empty:
+            values = snapshot.as_dict("eval", "interval", rollup=True)
+            output.metrics.update(_named(f"{metric_key_prefix}_", values))
+        return output
+
+    def _reduced(self) -> Snapshot:
+        self._drain()
+        return self._into.reduce(self.state.global_step)
+
+    def _drain(self) -> None:
+        for accumulator in self.accumulators:
+            self._into.drain(accumulator)
+        for loss in self._losses.values():
+            loss.drain(self._into)
+
+    # -- Checkpoints
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._drain()
+        self._state_to_save = self.aggregator.state_dict()  # on all ranks: only some will save it
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._state_to_save = None
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Save the model and, into a checkpoint, the metrics.
+
+        Of what a checkpoint consists of, the model comes first: so the metrics are there before
+        the folder is uploaded, and before older ones are deleted.
+        """
+        super().save_model(output_dir, *args, **kwargs)
+        if self._state_to_save is not None and output_dir is not None and self.args.should_save:
+            file = Path(output_dir, CHECKPOINT_FILE)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(self._state_to_save), encoding="utf-8")
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, from a checkpoint or from the start; called anew when a batch was too large."""
+        checkpoint = kwargs.get("resume_from_checkpoint")
+        for accumulator in self.accumulators:
+            accumulator.empty()
+        for loss in self._losses.values():
+            loss.empty()
+        if self._has_trained:
+            self.aggregator.reset()
+        if checkpoint is not None:
+            self._load_metrics(Path(checkpoint, CHECKPOINT_FILE))
+        self._has_trained = True
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _load_metrics(self, file: Path) -> None:
+        try:
+            state = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            warnings.warn(
+                f"the checkpoint {str(file.parent)!r} holds no {CHECKPOINT_FILE}, as one that was "
+                "saved without MetricfoldMixin: metrics start from nothing",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
+        except ValueError as error:
+            raise ValueError(
+                f"{str(file)!r} is damaged ({error}): resume from another checkpoint, or delete "
+                "this file to let metrics start from nothing"
+            ) from error
+        self.aggregator.load_state_dict(state)
+
+    # -- What cannot work
+
+    def _check_setup(self) -> None:
+        if self.args.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns=True removes the samples' metrics with every other column "
+                "that the model does not take: set TrainingArguments(remove_unused_columns=False)"
+            )
+        self._check_dispatch((self.train_dataset, self.eval_dataset))
+        sizes = ("get_tp_size", "get_cp_size", "get_sp_size")
+        if any(getattr(self, size)() > 1 for size in sizes if hasattr(self, size)):
+            raise ValueError(
+                "ranks that share a batch (tensor, context or sequence parallel) would each count "
+                "its metrics: MetricfoldMixin works with data parallel ranks only"
+            )
+
+    def _check_dispatch(self, given: Iterable[Any]) -> None:
+        """Refuse loaders that read on one rank and send tensors to the others."""
+        dispatch = self.args.accelerator_config.dispatch_batches
+        datasets = [
+            dataset
+            for one in given
+            for dataset in (one.values() if isinstance(one, dict) else (one,))
+        ]
+        iterable = any(isinstance(one, torch.utils.data.IterableDataset) for one in datasets)
+        if dispatch or (dispatch is None and iterable):
+            default = "" if dispatch else ", the default for iterable datasets,"
+            raise ValueError(
+                f"dispatch_batches=True{default} reads batches on one rank and sends the others "
+                "their tensors, without metrics: set "
+                'TrainingArguments(accelerator_config={"dispatch_batches": False})'
+            )
+
+
+# -- What a batch carries --------------------------------------------------------------------------
+
+
+class _Carried:
+    """A batch's entry ``"metrics"`` between the data worker and the step.
+
+    Args:
+        size: how many samples there are.
+        folded: the metrics of all of them.
+        samples: the metrics of each, where some may turn out to be repetitions; else None.
+        datasets: the dataset of each, if that was asked for.
+
+    Like a `MetricBatch` it stays what it is when batches are moved.
+    """
+
+    __slots__ = ("datasets", "folded", "samples", "size")
+
+    def __init__(
+        self,
+        size: int,
+        folded: MetricBatch,
+        samples: list[list[Metric]] | None,
+        datasets: tuple[str, ...] | None,
+    ) -> None:
+        self.size = size
+        self.folded = folded
+        self.samples = samples
+        self.datasets = datasets
+
+    def to(self, *args: object, **kwargs: object) -> _Carried:
+        return self
+
+    def pin_memory(self, device: object = None) -> _Carried:
+        return self
+
+
+class _Collator:
+    """Collates as `collator` does, and puts what the samples carry under ``"metrics"``."""
+
+    def __init__(
+        self, collator: Callable[[list[Any]], Any], keep_samples: bool, *, want_datasets: bool
+    ) -> None:
+        own = isinstance(collator, MetricsCollator)
+        self.collator = collator if own else MetricsCollator(collator)
+        self.keep_samples = keep_samples
+        self.want_datasets = want_datasets
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        batch = self.collator([*samples])
+        kept = datasets = None
+        if self.keep_samples or self.want_datasets:
+            kept = [take_metrics(sample)[1] for sample in samples]
+            datasets = tuple(map(_dataset_of, kept)) if self.want_datasets else None
+        folded = batch[METRICS]
+        batch[METRICS] = _Carried(
+            len(samples), folded, kept if self.keep_samples else None, datasets
+        )
+        return batch
+
+
+def _dataset_of(metrics: list[Metric]) -> str:
+    names = {metric.dataset_name for metric in metrics}
+    if len(names) != 1:
+        found = f"metrics of {', '.join(sorted(map(repr, names)))}" if names else "no metrics"
+        raise ValueError(
+            f"loss_per_dataset=True, but a sample carries {found}, so it does not say which "
+            "dataset its loss is of: give each sample the metrics of one dataset by a "
+            "MetricTransform, or write a compute_loss with a DeviceAccumulator of your own"
+        )
+    return str(names.pop())
+
+
+# -- Loss per dataset ------------------------------------------------------------------------------
+
+
+class _Origin:
+    """Where the rows of a batch are from: their datasets, and how many of them count."""
+
+    __slots__ = ("datasets", "real")
+
+    def __init__(self, datasets: tuple[str, ...], real: int) -> None:
+        self.datasets = datasets
+        self.real = real
+
+
+class _DatasetLoss:
+    """The loss of each dataset on the device; a dataset is known from its first sample on."""
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+        self._places: dict[str, int] = {}
+        self._accumulator: DeviceAccumulator | None = None
+
+    def take(
+        self, logits: Any, labels: Any, origin: _Origin, num_items: Any, into: MetricsAggregator
+    ) -> Any:
+        """Return the loss to back-propagate, and take in that of each dataset.
+
+        Args:
+            logits: shape (samples, tokens, classes); those at a place predict the next label.
+            labels: shape (samples, tokens).
+            origin: of the samples; those that do not count are the last.
+            num_items: what the sum of the losses is divided by; None: the number of labels.
+            into: what is drained into when there is a new dataset.
+        """
+        if len(origin.datasets) != len(labels):
+            raise ValueError(
+                f"loss_per_dataset=True, but a batch of {len(origin.datasets)} samples has labels "
+                f"of {len(labels)} rows: collate one row per sample, or write a compute_loss with "
+                "a DeviceAccumulator of your own, and dataset_ids per token"
+            )
+        accumulator = self._for(origin.datasets, into)
+        ids = torch.tensor([self._places[name] for name in origin.datasets])
+        ids = ids.to(logits.device, non_blocking=True)
+        # The labels move, not the logits, which are far larger.
+        targets = torch.nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
+        mark = accumulator.mark() if origin.real < len(labels) else None
+        loss = accumulator.token_loss(logits, targets.to(logits.device), ids, num_items=num_items)
+        if mark is not None:
+            accumulator.rollback(mark)
+            count = slice(origin.real)
+            accumulator.token_loss(logits[count], targets[count], ids[count])
+        return loss
+
+    def drain(self, into: MetricsAggregator) -> None:
+        if self._accumulator is not None:
+            into.drain(self._accumulator)
+
+    def empty(self) -> None:
+        if self._accumulator is not None:
+            self._accumulator.empty()
+
+    def _for(self, datasets: tuple[str, ...], into: MetricsAggregator) -> DeviceAccumulator:
+        new = [name for name in dict.fromkeys(datasets) if name not in self._places]
+        if self._accumulator is None or new:
+            self.drain(into)
+            for name in new:
+                self._places[name] = len(self._places)
+            self._accumulator = DeviceAccumulator(
+                {"loss": "mean"}, tuple(self._places), device=self._device
+            )
+        return self._accumulator
+
+
+def _check_loss(trainer: _Trainer) -> None:
+    """Refuse to compute the loss of a Trainer whose loss is another."""
+    from transformers.loss.loss_utils import (  # noqa: PLC0415 - slow, and loaded by now
+        LOSS_MAPPING,
+        ForCausalLMLoss,
+    )
+
+    config = getattr(trainer.model, "config", None)  # any model may be trained
+    text = config if config is None else config.get_text_config()
+    kind = LOSS_MAPPING.get(getattr(trainer.model, "loss_type", ""))
+    obstacles = {
+        "compute_loss_func": trainer.compute_loss_func is not None,
+        "label_smoothing_factor": trainer.args.label_smoothing_factor != 0,
+        "use_liger_kernel": trainer.args.use_liger_kernel,
+        "a model whose loss is not that of causal language models": kind is not ForCausalLMLoss,
+        "an encoder": getattr(config, "is_encoder_decoder", False),
+        "output_router_logits, which adds to the loss": getattr(
+            text, "output_router_logits", False
+        ),
+    }
+    found = [name for name, there in obstacles.items() if there]
+    if found:
+        raise ValueError(
+            f"loss_per_dataset=True does not go with {' and '.join(found)}: leave it out, and write "
+            "a compute_loss with a DeviceAccumulator of your own, listed in trainer.accumulators"
+        )
+
+
+# -- Names -----------------------------------------------------------------------------------------
+
+
+def _named(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Return values of ``as_dict("train")`` or ``as_dict("eval")`` under the Trainer's names.
+
+    ``train_docs/loss`` becomes ``{prefix}docs/loss``, and ``train/loss``, of all datasets or of
+    none, ``{prefix}all/loss``, for ``loss`` is the Trainer's.
+    """
+    named = {}
+    for key, value in values.items():  # in order: if a dataset is named "all", it comes later
+        rest = key.removeprefix("train").removeprefix("eval")
+        named[prefix + (f"all{rest}" if rest.startswith("/") else rest[1:])] = value
+    return named
+
+
+def _is_the_trainer(cls: type) -> bool:
+    """Return whether this is `transformers.Trainer`, without importing it, which takes seconds."""
+    return cls.__module__ == "transformers.trainer" and cls.__name__ == "Trainer"
