@@ -507,7 +507,7 @@ def _check_loss(trainer: _Trainer) -> None:
     )
 
     config = getattr(trainer.model, "config", None)  # any model may be trained
-    text = config if config is None else config.get_text_config()
+    text = getattr(config, "get_text_config", lambda: config)()
     kind = LOSS_MAPPING.get(getattr(trainer.model, "loss_type", ""))
     obstacles = {
         "compute_loss_func": trainer.compute_loss_func is not None,

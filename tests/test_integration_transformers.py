@@ -1,0 +1,436 @@
+"""The Trainer of HF Transformers with `MetricfoldMixin`, in real trainings on one and two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import pydoc_data.topics
+import random
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from metricfold import DefaultTrainingMetricTransform, MetricsAggregator, MetricsCollator
+from metricfold.integrations.transformers import CHECKPOINT_FILE, MetricfoldMixin
+from metricfold.torch import DeviceAccumulator
+
+PAD = 256
+UNEVEN = 7  # samples of the evaluation: two ranks of 2 a batch need 8
+SAVED, STEPS = 4, 9  # of 12 steps in an epoch; logs are at 3, 6 and 9
+
+
+# -- Data, model, trainer --------------------------------------------------------------------------
+
+
+def tagged(texts: list[str], name: str) -> list[dict[str, Any]]:
+    transform = DefaultTrainingMetricTransform()
+    transform.set_dataset_name(name)
+    return [transform({"input_ids": [*text.encode()[:48]]}) for text in texts if len(text) > 4]
+
+
+def mixture() -> list[dict[str, Any]]:
+    """Return 101 samples of two datasets, of 5 to 48 bytes."""
+    topics = pydoc_data.topics.topics
+    docs = [part for name in sorted(topics)[:9] for part in topics[name].split("\n")]
+    code = Path(textwrap.__file__).read_text().split("\n\n")
+    samples = tagged(docs, "docs")[:61] + tagged(code, "code")[:40]
+    random.Random(0).shuffle(samples)
+    assert len(samples) == 101
+    return samples
+
+
+def pad(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    ids = [torch.tensor(sample["input_ids"]) for sample in samples]
+    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD)
+    labels = ids.where(ids.ne(PAD), -100)
+    return {"input_ids": ids, "attention_mask": ids.ne(PAD), "labels": labels}
+
+
+def model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=PAD,
+    )
+    return LlamaForCausalLM(config)
+
+
+def arguments(folder: Path, **changes: Any) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        str(folder),
+        **{
+            "remove_unused_columns": False,
+            "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": STEPS,
+            "logging_steps": 3,
+            "save_strategy": "no",
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "ddp_find_unused_parameters": False,
+            **changes,
+        },
+    )
+
+
+def reference(model: Any, samples: list[dict[str, Any]], ledger: dict[str, float]) -> None:
+    """Add to `ledger` what samples have to say, looked at one by one."""
+    for sample in samples:
+        ids = torch.tensor(sample["input_ids"])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1].double()
+        losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
+        dataset = sample["metrics"][0].dataset_name
+        for name in (dataset, "all"):
+            for key, value in (
+                ("samples_seen", 1),
+                ("tokens_seen", len(ids)),
+                ("loss_sum", losses.item()),
+                ("loss_count", len(ids) - 1),
+            ):
+                ledger[f"{name}/{key}"] = ledger.get(f"{name}/{key}", 0.0) + value
+
+
+def plain_class() -> type:
+    from transformers import Trainer
+
+    class Plain(MetricfoldMixin, Trainer):
+        pass
+
+    return Plain
+
+
+def trainer_class() -> type:
+    class Ledgered(plain_class()):  # type: ignore[misc]
+        """A Trainer that keeps account of what it consumes, by other means."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.ledger: dict[str, float] = {}
+            self.seen: list[bytes] = []
+
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            texts = [bytes(row[row < PAD].tolist()) for row in inputs["input_ids"]]
+            self.seen += texts
+            by_text = {bytes(sample["input_ids"]): sample for sample in mixture()}
+            reference(self.model, [by_text[text] for text in texts], self.ledger)
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    return Ledgered
+
+
+def make(folder: Path, *, of: Any = None, **changes: Any) -> Any:
+    samples = mixture()
+    given = {key: changes.pop(key) for key in ("train_dataset", "data_collator") if key in changes}
+    return (of or trainer_class())(
+        model(),
+        arguments(folder, **changes),
+        **{"train_dataset": samples[UNEVEN:], "data_collator": pad, **given},
+        eval_dataset=samples[:UNEVEN],
+        loss_per_dataset=True,
+    )
+
+
+def merged(ledgers: list[dict[str, float]]) -> dict[str, float]:
+    """Return what all ranks and runs together should report."""
+    total: dict[str, float] = {}
+    for ledger in ledgers:
+        for key, value in ledger.items():
+            total[key] = total.get(key, 0.0) + value
+    for name in ("docs", "code", "all"):
+        total[f"{name}/loss"] = total.pop(f"{name}/loss_sum") / total.pop(f"{name}/loss_count")
+    return total
+
+
+def agree(logged: dict[str, float], expected: dict[str, float], prefix: str = "") -> None:
+    for key, value in expected.items():
+        tolerance = 1e-6 if key.endswith("loss") else 0.0
+        assert logged[prefix + key] == pytest.approx(value, rel=tolerance, abs=0), key
+
+
+# -- Two ranks, one launch -------------------------------------------------------------------------
+
+
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        return iter(mixture()[:24])
+
+
+def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for, though we have a group
+    saving = {"save_strategy": "steps", "save_steps": SAVED}
+    evaluating = {"eval_strategy": "steps", "eval_steps": SAVED, "load_best_model_at_end": True}
+
+    whole = make(
+        folder / "whole",
+        **saving,
+        **evaluating,
+        report_to="tensorboard",
+        include_num_input_tokens_seen="all",
+    )
+    output = whole.train()
+    history = [*whole.state.log_history]
+    told = {"loss": 3.0, "of": "one rank"}
+    if rank == 0:
+        whole.log(told)  # not the Trainer's own: no other rank takes part
+    evaluation: dict[str, float] = {}
+    reference(whole.model, whole.eval_dataset, evaluation)
+
+    resumed = make(folder / "resumed", **evaluating, **saving, save_total_limit=2)
+    resumed.train(resume_from_checkpoint=str(folder / f"whole/checkpoint-{SAVED}"))
+
+    plain = make(folder / "plain", max_steps=6, dataloader_num_workers=1)
+    plain._losses, plain.compute_loss_func = {}, None  # as without loss_per_dataset
+    plain.train()
+
+    iterable = make(
+        folder / "iterable",
+        train_dataset=Stream(),
+        max_steps=3,
+        accelerator_config={"dispatch_batches": False},
+    )
+    iterable.train()
+    return {
+        "history": history,
+        "output": output.metrics,
+        "told": told,
+        "best": whole.state.best_model_checkpoint,
+        "after": whole.aggregator.reduce().as_dict("train"),
+        "evaluated": whole.evaluate(),
+        "evaluation": evaluation,
+        "predicted": whole.predict(mixture()[:UNEVEN]).metrics,
+        "ledger": whole.ledger,
+        "seen": whole.seen,
+        "resumed": resumed.state.log_history,
+        "resumed_ledger": resumed.ledger,
+        "plain": plain.state.log_history,
+        "iterable": iterable.state.log_history,
+        "iterable_ledger": iterable.ledger,
+    }
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("two")
+    return folder, run_ranks(on_two_ranks, 2, folder, timeout=150)
+
+
+def test_totals_and_losses_of_two_ranks_are_those_counted_sample_by_sample(two: Any) -> None:
+    _, ranks = two
+    expected = merged([rank["ledger"] for rank in ranks])
+    assert expected["all/samples_seen"] == 2 * 2 * 2 * STEPS
+    for rank in ranks:
+        last = rank["history"][-1]
+        agree(last, expected, "train_")
+        assert rank["output"]["train_docs/loss"] == last["train_docs/loss"]
+    logs = [log for log in ranks[0]["history"] if "docs/loss" in log]
+    assert [log["step"] for log in logs] == [3, 6, 9]
+    assert [log["all/samples_seen"] for log in logs] == [24, 48, 72]
+    assert logs[-1]["num_input_tokens_seen"] >= logs[-1]["all/tokens_seen"]
+
+
+def test_an_evaluation_counts_each_sample_once_though_ranks_fill_up_their_batches(two: Any) -> None:
+    _, ranks = two
+    expected = merged([ranks[0]["evaluation"]])
+    assert expected["all/samples_seen"] == UNEVEN
+    for rank in ranks:
+        agree(rank["evaluated"], expected, "eval_")
+        agree(rank["predicted"], expected, "test_")
+        at_saves = [log for log in rank["history"] if "eval_docs/loss" in log]
+        assert [log["step"] for log in at_saves[:2]] == [4, 8]
+        assert at_saves[0]["eval_all/tokens_seen"] == expected["all/tokens_seen"]
+
+
+def test_a_resumed_run_reports_what_the_uninterrupted_one_does(two: Any) -> None:
+    folder, ranks = two
+    for rank in ranks:
+        assert len(rank["resumed"]) == len(rank["history"])
+        for log, again in zip(rank["history"], rank["resumed"], strict=True):
+            ours = {key: value for key, value in log.items() if "/" in key}
+            assert {key: again[key] for key in ours} == ours
+        assert rank["resumed_ledger"]["all/samples_seen"] == 2 * 2 * (STEPS - SAVED)
+    saved = [*folder.glob("whole/checkpoint-*"), *folder.glob("resumed/checkpoint-*")]
+    assert len(saved) == 3 + 2
+    assert all((checkpoint / CHECKPOINT_FILE).exists() for checkpoint in saved)
+
+
+def test_loading_the_best_model_leaves_the_metrics_at_the_end(two: Any) -> None:
+    _, ranks = two
+    for rank in ranks:
+        assert rank["best"] is not None
+        assert (
+            rank["after"]["train_docs/samples_seen"]
+            == (rank["history"][-1]["train_docs/samples_seen"])
+        )
+
+
+def test_a_log_that_one_rank_makes_goes_by_untouched(two: Any) -> None:
+    _, ranks = two
+    assert {key for key in ranks[0]["told"] if "/" in key} == set()
+    assert ranks[0]["told"]["of"] == "one rank"
+
+
+def test_the_loss_that_trains_the_model_stays_what_it_was(two: Any) -> None:
+    _, ranks = two
+    with_it = [log["loss"] for log in ranks[0]["history"] if "grad_norm" in log]
+    without = [log["loss"] for log in ranks[0]["plain"] if "grad_norm" in log]
+    assert without == pytest.approx(with_it[:2], rel=1e-6)
+    assert not any("docs/loss" in log for log in ranks[0]["plain"])
+    assert ranks[0]["plain"][-1]["train_docs/tokens_seen"] > 0
+
+
+def test_an_iterable_dataset_counts_what_was_consumed(two: Any) -> None:
+    _, ranks = two
+    expected = merged([rank["iterable_ledger"] for rank in ranks])
+    assert expected["all/samples_seen"] == 24
+    agree(ranks[0]["iterable"][-1], expected, "train_")
+
+
+def test_tensorboard_shows_what_the_trainer_logged(two: Any) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, ranks = two
+    events = next(folder.glob("whole/runs/**/events*"))
+    read = EventAccumulator(str(events.parent))
+    read.Reload()
+    logged = [log["docs/loss"] for log in ranks[0]["history"] if "docs/loss" in log]
+    shown = read.Scalars("train/docs/loss")
+    assert [event.step for event in shown] == [3, 6, 9]
+    assert [event.value for event in shown] == pytest.approx(logged, rel=1e-6)
+    assert read.Scalars("eval/code/loss")[0].step == SAVED
+
+
+# -- One rank --------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_exactly_on_one(two: Any, tmp_path: Path) -> None:
+    folder, ranks = two
+    # As many samples a step, so that the sampler deals the same ones.
+    one = make(tmp_path, per_device_train_batch_size=4)
+    one.train(resume_from_checkpoint=str(folder / f"whole/checkpoint-{SAVED}"))
+    whole, last = ranks[0]["history"][-1], one.state.log_history[-1]
+    counted = {key: value for key, value in whole.items() if "_seen" in key and "/" in key}
+    assert len(counted) == 6
+    assert {key: last[key] for key in counted} == counted
+    for name in ("docs", "code", "all"):
+        assert last[f"train_{name}/loss"] == pytest.approx(whole[f"train_{name}/loss"], rel=1e-5)
+        assert last[f"train_{name}/seq_len_stat_max"] == whole[f"train_{name}/seq_len_stat_max"]
+
+
+def test_training_anew_starts_from_nothing(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=2, data_collator=MetricsCollator(pad))
+    trainer.aggregator = MetricsAggregator(name="mine")
+    trainer.aggregator.derive("perplexity", lambda metrics: float(np.exp(metrics["loss"])))
+    for _ in range(2):
+        trainer.train()
+        last = trainer.state.log_history[-1]
+        assert last["train_all/samples_seen"] == 8
+        assert last["train_docs/perplexity"] == pytest.approx(np.exp(last["train_docs/loss"]))
+    with pytest.warns(RuntimeWarning, match=r"holds no metricfold.json.*start from nothing"):
+        trainer._load_metrics(tmp_path / CHECKPOINT_FILE)
+    (tmp_path / CHECKPOINT_FILE).write_text(json.dumps(trainer.aggregator.state_dict())[:-9])
+    with pytest.raises(ValueError, match=r"metricfold.json' is damaged .* another checkpoint"):
+        trainer._load_metrics(tmp_path / CHECKPOINT_FILE)
+
+
+def test_accumulators_of_the_users_own_are_read_at_logs_and_evaluations(tmp_path: Path) -> None:
+    class Own(plain_class()):  # type: ignore[misc]
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            labels, ids = inputs.pop("labels"), inputs.pop("dataset_ids")
+            outputs = model(**inputs)
+            loss = self.accumulators[0].token_loss(
+                outputs.logits[:, :-1], labels[:, 1:], ids, num_items=num_items_in_batch
+            )
+            return (loss, outputs) if return_outputs else loss
+
+    def with_ids(samples: list[dict[str, Any]]) -> dict[str, Any]:
+        names = [len(sample["input_ids"]) % 2 for sample in samples]
+        return {**pad(samples), "dataset_ids": torch.tensor(names)}
+
+    samples = mixture()
+    trainer = Own(
+        model(),
+        arguments(tmp_path, max_steps=2),
+        data_collator=with_ids,
+        train_dataset=samples[UNEVEN:],
+        eval_dataset=samples[:UNEVEN],
+    )
+    trainer.accumulators = [DeviceAccumulator({"loss": "mean"}, ("even", "odd"))]
+    trainer.train()
+    assert trainer.state.log_history[-1]["train_even/loss"] > 0
+    ledgers: list[dict[str, float]] = [{}, {}]
+    for sample in samples[:UNEVEN]:
+        reference(trainer.model, [sample], ledgers[len(sample["input_ids"]) % 2])
+    evaluated = trainer.evaluate()
+    for name, ledger in zip(("even", "odd"), ledgers, strict=True):
+        truth = ledger["all/loss_sum"] / ledger["all/loss_count"]
+        assert evaluated[f"eval_{name}/loss"] == pytest.approx(truth, rel=1e-6)
+
+
+def test_what_would_lose_metrics_is_refused_with_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"set TrainingArguments\(remove_unused_columns=False\)"):
+        make(tmp_path, remove_unused_columns=True)
+    set_it = r'accelerator_config={"dispatch_batches": False}'
+    with pytest.raises(ValueError, match=set_it):
+        make(tmp_path, accelerator_config={"dispatch_batches": True})
+    with pytest.raises(ValueError, match=f"default for iterable datasets.*{set_it}"):
+        make(tmp_path, train_dataset=Stream())
+    with pytest.raises(ValueError, match=set_it):
+        make(tmp_path).evaluate(Stream())
+
+
+def test_what_does_not_say_the_loss_of_each_dataset_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not go with label_smoothing_factor: leave it out"):
+        make(tmp_path, label_smoothing_factor=0.1)
+    samples = mixture()
+    bare = [{"input_ids": sample["input_ids"]} for sample in samples]
+    with pytest.raises(ValueError, match=r"a sample carries no metrics, .* MetricTransform"):
+        make(tmp_path, train_dataset=bare).train()
+    mixed = [{**one, "metrics": [*one["metrics"], *samples[0]["metrics"]]} for one in samples]
+    with pytest.raises(ValueError, match=r"a sample carries metrics of 'code', 'docs'"):
+        make(tmp_path, train_dataset=mixed).train()
+
+    def packed(given: list[dict[str, Any]]) -> dict[str, Any]:
+        return pad([{"input_ids": [id_ for one in given for id_ in one["input_ids"]]}])
+
+    with pytest.raises(ValueError, match="batch of 2 samples has labels of 1 rows"):
+        make(tmp_path, of=plain_class(), data_collator=packed).train()
+
+
+def test_the_mixin_stands_before_the_trainer() -> None:
+    from transformers import Trainer
+
+    with pytest.raises(TypeError, match=r"write class Wrong\(MetricfoldMixin, Trainer\)"):
+
+        class Wrong(Trainer, MetricfoldMixin):
+            pass
+
+    with pytest.raises(TypeError, match="no Trainer by itself"):
+        MetricfoldMixin()
