@@ -176,6 +176,19 @@ class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         return iter(mixture()[:24])
 
 
+def arrow_mixture() -> Any:
+    from datasets import Dataset, interleave_datasets
+
+    from metricfold.integrations.datasets import with_metrics
+
+    parts = []
+    for name in ("docs", "code"):
+        of_name = [one for one in mixture() if one["metrics"][0].dataset_name == name]
+        rows = Dataset.from_list([{"input_ids": one["input_ids"]} for one in of_name])
+        parts.append(with_metrics(rows, DefaultTrainingMetricTransform(), name))
+    return interleave_datasets(parts)
+
+
 def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for, though we have a group
@@ -204,6 +217,9 @@ def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     plain._losses, plain.compute_loss_func = {}, None  # as without loss_per_dataset
     plain.train()
 
+    arrow = make(folder / "arrow", train_dataset=arrow_mixture(), max_steps=3)
+    arrow.train()
+
     iterable = make(
         folder / "iterable",
         train_dataset=Stream(),
@@ -225,6 +241,8 @@ def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
         "resumed": resumed.state.log_history,
         "resumed_ledger": resumed.ledger,
         "plain": plain.state.log_history,
+        "arrow": arrow.state.log_history,
+        "arrow_ledger": arrow.ledger,
         "iterable": iterable.state.log_history,
         "iterable_ledger": iterable.ledger,
     }
@@ -300,11 +318,12 @@ def test_the_loss_that_trains_the_model_stays_what_it_was(two: Any) -> None:
     assert ranks[0]["plain"][-1]["train_docs/tokens_seen"] > 0
 
 
-def test_an_iterable_dataset_counts_what_was_consumed(two: Any) -> None:
+@pytest.mark.parametrize("kind", ["arrow", "iterable"])
+def test_datasets_of_other_kinds_count_what_was_consumed(two: Any, kind: str) -> None:
     _, ranks = two
-    expected = merged([rank["iterable_ledger"] for rank in ranks])
+    expected = merged([rank[f"{kind}_ledger"] for rank in ranks])
     assert expected["all/samples_seen"] == 24
-    agree(ranks[0]["iterable"][-1], expected, "train_")
+    agree(ranks[0][kind][-1], expected, "train_")
 
 
 def test_tensorboard_shows_what_the_trainer_logged(two: Any) -> None:
