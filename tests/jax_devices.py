@@ -10,7 +10,8 @@ must know that number before it starts, and a process that holds JAX cannot fork
 so none of this happens in the process of pytest. Starting JAX takes seconds: one process per number
 of devices serves all tests.
 
-Test modules import JAX inside of functions, for pytest imports the modules.
+Test modules import JAX inside of functions, for pytest imports the modules. Where JAX or Flax is not
+installed, the tests are skipped.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -53,6 +55,8 @@ class _Process:
             kind, content = self.pipe.recv()
         except EOFError:
             raise DevicesError(f"{request[1]}: the process died") from None
+        if kind == "skip":
+            pytest.skip(content)
         if kind == "error":
             raise DevicesError(content)
         return content
@@ -83,14 +87,16 @@ def run_devices(
         args, kwargs: passed on; they and the result travel as pickles.
         timeout: seconds until the process is killed.
     """
+    if not all(map(find_spec, ("jax", "flax"))):
+        pytest.skip("needs JAX and Flax")
     process = _processes.pop(devices, None) or _Process(devices)
     try:
         result = process.run(timeout, function.__module__, function.__qualname__, args, kwargs)
-    except DevicesError:
-        process.kill()  # what went wrong there must not reach the next test
+    except pytest.skip.Exception:
+        _processes[devices] = process
         raise
     except BaseException:
-        process.kill()
+        process.kill()  # what went wrong there must not reach the next test
         raise
     _processes[devices] = process
     return result
@@ -132,6 +138,8 @@ def _serve(devices: int, pipe: Connection) -> None:
             for part in name.split("."):
                 function = getattr(function, part)
             answer = "result", inspect.unwrap(function)(*args, **kwargs)
+        except pytest.skip.Exception as reason:
+            answer = "skip", str(reason)
         except BaseException:
             answer = "error", traceback.format_exc()
         pipe.send(answer)

@@ -8,7 +8,7 @@
 
 Starting JAX takes seconds, so the processes of one world serve one call after the other; a world in
 which something went wrong is killed, and the next call starts another. JAX is never imported by
-pytest's own process.
+pytest's own process. Where JAX is not installed, the tests are skipped.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+import pytest
 
 _context = multiprocessing.get_context("spawn")
 
@@ -91,6 +94,8 @@ def run_processes(
         args: passed to every process.
         timeout: seconds until all are killed.
     """
+    if not find_spec("jax"):
+        pytest.skip("needs JAX")
     world = _worlds.pop(size, None) or World(size)
     try:
         results = world.run(function, *args, timeout=timeout)

@@ -6,7 +6,8 @@
 
     results = run_ranks(total, 4)      # [result of rank 0, of rank 1, ...]
 
-Ranks are forked from a server that has torch loaded, so that starting one is cheap.
+Ranks are forked from a server that has torch loaded, so that starting one is cheap. Where torch is
+not installed, tests that ask for ranks are skipped; threads need nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import torch.distributed as dist
+import pytest
 
 from metricfold.communicator.threads import thread_world
 
@@ -52,6 +53,9 @@ def run_ranks(
         group_timeout: the process group's own timeout in seconds.
         dies: ranks that are meant to end without a result.
     """
+    pytest.importorskip("torch")
+    import torch.distributed as dist
+
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes: list[Connection] = []
     processes = []
@@ -107,6 +111,8 @@ def _run_rank(
     sender: Connection,
     args: tuple[Any, ...],
 ) -> None:
+    import torch.distributed as dist
+
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group(

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from handlers_of_users import LaneRMS, MyTypes, RMSHandler
 
 from metricfold import (
@@ -185,6 +184,7 @@ def test_equal_weights_give_the_unweighted_quantiles() -> None:
 
 
 def test_weight_0_contributes_nothing_not_even_a_nan() -> None:
+    torch = pytest.importorskip("torch")
     aggregator = MetricsAggregator()
     nan = float("nan")
     aggregator.update([Metric("d", "loss", nan, MEAN, 0), *lengths(nan, 7, weight=0)])
@@ -231,6 +231,8 @@ def test_infinities_in_sums_stay_infinite() -> None:
 
 
 def test_categories_are_compared_as_text() -> None:
+    torch = pytest.importorskip("torch")
+
     class Kind(Enum):
         A = 1
 
@@ -260,6 +262,7 @@ def test_a_rate_is_the_sum_per_second_of_the_view() -> None:
 
 
 def test_values_on_a_device_keep_their_place_in_the_window() -> None:
+    torch = pytest.importorskip("torch")
     aggregator = MetricsAggregator(dist_window_size=3)
     for value in (1, torch.tensor(2), 3, torch.tensor(4.0), 5):
         aggregator.update(lengths(value))
@@ -532,6 +535,7 @@ def test_what_is_no_handler_is_refused() -> None:
 
 @pytest.mark.parametrize("agg_type", [AggregationType.CUSTOM, MyTypes.RMS, "rms", "my.rms/type"])
 def test_any_enum_member_or_string_is_a_type(agg_type: Any) -> None:
+    torch = pytest.importorskip("torch")
     for handler in (RMSHandler(), LaneRMS()):
         aggregator = MetricsAggregator()
         aggregator.register_handler(agg_type, handler)

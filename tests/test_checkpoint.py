@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed.checkpoint as dcp
 from handlers_of_users import LaneRMS, MyTypes, ProductHandler, RMSHandler
 from ranks import run_ranks, run_threads
 
@@ -56,6 +54,8 @@ def truth(values: list[int]) -> dict[str, float]:
 
 
 def save_on(rank: int, world_size: int, path: str) -> tuple[dict[str, Any], dict[str, float]]:
+    import torch
+
     aggregator = new_aggregator()
     feed(aggregator, list(range(1 + rank, 41, world_size)))
     aggregator.reduce()
@@ -70,6 +70,8 @@ def save_on(rank: int, world_size: int, path: str) -> tuple[dict[str, Any], dict
 
 
 def load_on(rank: int, world_size: int, path: str) -> list[dict[str, float]]:
+    import torch
+
     aggregator = new_aggregator()
     feed(aggregator, [1000])
     aggregator.load_state_dict(torch.load(path, weights_only=True)["aggregator"])
@@ -143,6 +145,8 @@ def test_on_rank_0_only_it_raises_instead_of_hanging_and_without_sync_it_is_righ
 
 
 def distributed_checkpoint(rank: int, folder: str) -> dict[str, float]:
+    import torch.distributed.checkpoint as dcp
+
     aggregator = MetricsAggregator()
     feed_plain = [Metric("d", "sum", rank + 1, AggregationType.SUM)]
     aggregator.update(feed_plain)
@@ -162,6 +166,7 @@ def test_it_passes_through_torch_distributed_checkpoint(tmp_path: Path) -> None:
 
 
 def test_it_passes_through_json_and_weights_only_pickle() -> None:
+    torch = pytest.importorskip("torch")
     aggregator = new_aggregator()
     feed(aggregator, [1, 2, 3])
     aggregator.record("nothing finite", float("inf"), "max")

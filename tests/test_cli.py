@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from metricfold import __version__
 from metricfold.cli import main
+
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
 
 
 def forbid(path, mode):
@@ -63,6 +66,7 @@ class TestNumbers:
         assert "--ranks does not go with --framework jax: give --devices" in said
 
 
+@needs_torch
 class TestData:
     def test_path_that_does_not_exist(self, capsys):
         said = refused(capsys, "--data", "mine=nowhere.txt")
@@ -127,6 +131,7 @@ class TestData:
         assert (run / "metrics.jsonl").read_text() == "precious"
 
 
+@needs_torch
 class TestOut:
     def test_below_a_file(self, capsys, empty_folder):
         (empty_folder / "file").write_text("")
@@ -148,6 +153,7 @@ class TestOut:
         assert "holds files that are not the demo's" in refused(capsys, "--out", "thesis")
 
 
+@needs_torch
 class TestResume:
     def test_without_a_run(self, capsys):
         assert "holds no run to resume" in refused(capsys, "--resume", "--out", "nowhere")
@@ -189,6 +195,7 @@ def without(package, *arguments):
     )
 
 
+@needs_torch
 @pytest.mark.parametrize(
     ("package", "extra"), [("torch", "torch"), ("rich", "console"), ("tensorboard", "tensorboard")]
 )

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from metricfold import read_jsonl
@@ -181,8 +182,6 @@ def test_every_promised_metric_is_in_the_files(run):
 
 
 def test_the_loss_of_each_dataset_is_that_of_its_texts_one_by_one(run):
-    import torch
-
     from metricfold.demo.model import ByteTransformer
 
     folder, _ = run

@@ -136,6 +136,7 @@ class TestRun:
         assert events.Histograms("train_letters/seq_len")
         assert f"demo --framework jax --resume --out '{folder.path}'" in out
 
+    @pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
     def test_cannot_go_on_with_another_framework(self, run: tuple[RunFolder, str]) -> None:
         done = demo("--resume", "--out", run[0].path)
         assert done.returncode == 1

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_threads
@@ -186,6 +185,7 @@ def test_weighted_values_beyond_the_bound_keep_their_weights() -> None:
 
 
 def test_values_on_a_device_join_those_of_the_host() -> None:
+    torch = pytest.importorskip("torch")
     aggregator = MetricsAggregator(None, percentiles=PERCENTILES)
     take(aggregator, np.arange(1500))
     for value in range(1500, 1510):

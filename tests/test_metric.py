@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import inspect
 import math
-import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path
@@ -596,124 +593,6 @@ def test_a_dtensor_is_a_value_where_reading_it_is_no_collective() -> None:
         assert results == {"data/norm": 3.0, "data/plain": 1.5, "data/full": 6.0}
         assert "metric 'part': a DTensor placed as (Partial(sum),)" in complaint
         assert "full_tensor()" in complaint
-
-
-# -- JAX: in a process of its own, because a process that holds JAX warns when it forks ----------
-
-
-@pytest.fixture(scope="module")
-def jax_process() -> Iterator[Executor]:
-    if importlib.util.find_spec("jax") is None:
-        pytest.skip("JAX is not installed")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        yield executor
-
-
-def _jax_values() -> None:
-    import jax.numpy as jnp
-
-    for take in WAYS_IN:
-        for shape in ((), (1,), (1, 1)):
-            for dtype in (jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_):
-                one = jnp.ones(shape, dtype)
-                results = logged(
-                    take, Metric("d", "m", one, MEAN, one), Metric("d", "m", 4, MEAN, 2)
-                )
-                assert results == {"m": 3.0}
-        counts = logged(
-            take,
-            *[Metric("d", "m", value, CATEGORICAL) for value in (jnp.int32(3), jnp.array([True]))],
-        )
-        assert counts == {"m_count_3": 1.0, "m_count_True": 1.0}
-
-
-def _jax_deleted() -> None:
-    import jax
-    import jax.numpy as jnp
-
-    donate = jax.jit(lambda x: x + 1, donate_argnums=0)
-    aggregator = MetricsAggregator()
-    donated, deleted = jnp.float32(1), jnp.float32(2)
-    aggregator.record("donated", donated)
-    aggregator.record("weight", 1.0, weight=deleted)
-    aggregator.record("kept", jnp.float32(3))
-    aggregator.record("torch", torch.tensor(4.0))
-    aggregator.record("host", 5.0)
-    donate(donated)
-    deleted.delete()
-    with pytest.raises(
-        RuntimeError, match=r"'donated'.*donated or deleted before it was read"
-    ) as caught:
-        aggregator.reduce()
-    assert "metric 'weight'" in str(caught.value)
-    assert "jnp.copy" in str(caught.value)
-    assert aggregator.get_metrics_for_logging() == {
-        "data/kept": 3.0,
-        "data/torch": 4.0,
-        "data/host": 5.0,
-    }
-
-
-def _jax_traced() -> None:
-    import jax
-    import jax.numpy as jnp
-
-    aggregator = MetricsAggregator()
-
-    @jax.jit
-    def step(x: Any) -> Any:
-        with pytest.raises(TypeError, match=r"'m': a traced value has no number yet: return it"):
-            aggregator.record("m", x)
-        with pytest.raises(TypeError, match="'m': a traced value"):
-            aggregator.record("m", 1.0, weight=x)
-        return x
-
-    step(1.0)
-    with pytest.raises(ValueError, match=r"'m': a JAX array of shape \(2,\) is not one value"):
-        aggregator.record("m", jnp.ones(2))
-    with pytest.raises(TypeError, match=r"'m': an array of type complex64 is no number"):
-        aggregator.record("m", jnp.complex64(1))
-    with pytest.raises(TypeError, match=r"'m': an array of type key<fry> is no number"):
-        aggregator.record("m", jax.random.key(0))
-    assert aggregator.get_metrics_for_logging() == {}
-
-
-def _jax_reads_nothing() -> None:
-    import jax
-    import jax.numpy as jnp
-
-    array = type(jnp.ones(()))
-    read: list[str] = []
-    aggregator = MetricsAggregator()
-    value = jnp.ones(()) * 2
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("__array__", "__float__", "__int__", "__bool__", "item", "tolist"):
-            original = getattr(array, name)
-            patch.setattr(array, name, _telling(read, name, original))
-        with jax.transfer_guard_device_to_host("disallow"):
-            aggregator.record("m", value, weight=value)
-            aggregator.update([Metric("d", "m", value, DISTRIBUTION, value)])
-        assert read == []
-        float(value)
-        assert read != []
-    assert aggregator.get_metrics_for_logging()["data/m"] == 2.0
-
-
-def _telling(read: list[str], name: str, original: Any) -> Any:
-    def reading(self: Any, *args: Any, **kwargs: Any) -> Any:
-        read.append(name)
-        return original(self, *args, **kwargs)
-
-    return reading
-
-
-@pytest.mark.parametrize(
-    "check", [_jax_values, _jax_deleted, _jax_traced, _jax_reads_nothing], ids=lambda f: f.__name__
-)
-def test_any_one_element_jax_array_is_a_value(
-    jax_process: Executor, check: Callable[[], None]
-) -> None:
-    jax_process.submit(check).result(timeout=60)
 
 
 # -- What bad input gets -------------------------------------------------------------------------

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import pickle
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from enum import Enum
+from importlib.util import find_spec
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from handlers_of_users import LaneRMS, MyTypes, ProductHandler, RMSHandler
 
 from metricfold import (
@@ -37,6 +38,9 @@ SUM, MEAN, MAX, MIN, DISTRIBUTION, CATEGORICAL, RATE = (
     AggregationType.RATE,
 )
 NAN, INF = math.nan, math.inf
+
+# Arrays of torch are values like others, where it is installed.
+tensor: Any = importlib.import_module("torch").tensor if find_spec("torch") else np.array
 
 
 class Kind(str, Enum):
@@ -87,7 +91,7 @@ CASES = {
             ("nan", WITH_NAN, (1.0,)),
             ("nan with weights", WITH_NAN, WEIGHTS),
             ("nan of weight 0", [NAN, 2.0, NAN], (0.0,)),
-            ("arrays", [torch.tensor(2), np.float32(3), np.array([4.5]), torch.ones(1, 1)], (2,)),
+            ("arrays", [tensor(2), np.float32(3), np.array([4.5]), tensor([[1.0]])], (2,)),
         ]
     },
     **{
@@ -98,11 +102,11 @@ CASES = {
             ("as bools", [True, False, True, "True"]),
             ("as floats", [1.0, NAN, INF]),
             ("as Enum members", [Kind.CODE, Kind.PROSE, Kind.CODE, MyTypes.RMS]),
-            ("as arrays", [torch.tensor(3), np.int8(3), np.str_("x"), torch.tensor(True)]),
+            ("as arrays", [tensor(3), np.int8(3), np.str_("x"), tensor(True)]),
         ]
     },
     "lanes of a user": metrics("lane rms", PLAIN[:4], WEIGHTS),
-    "a user's own states": metrics(MyTypes.RMS, [3, 4, torch.tensor(5), np.float64(6)]),
+    "a user's own states": metrics(MyTypes.RMS, [3, 4, tensor(5), np.float64(6)]),
     "a user's own factors": metrics(MyTypes.PRODUCT, [2, 3, 2, 5]),
     "nothing": [],
 }
@@ -158,7 +162,7 @@ def test_batches_lists_and_records_add_up() -> None:
     values = [Metric("d", "m", value, MEAN) for value in (1, 2, 6)]
     aggregator.update(values)
     aggregator.update(sent(MetricBatch.from_metrics(values)))
-    aggregator.record("m", torch.tensor(11.0), dataset="d")
+    aggregator.record("m", tensor(11.0), dataset="d")
     assert aggregator.get_metrics_for_logging() == {"data_d/m": pytest.approx(29 / 7)}
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-import torch
 from handlers_of_users import MyTypes, RMSHandler
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,8 @@ from metricfold.handlers import CategoryState, LaneState, WindowState
 from metricfold.pool import Window, new_histogram
 from metricfold.routes import Narrow, Outgoing, Wide
 from metricfold.schema import HEADER_SIZE, Entry, Kind, Schema, digest
+
+torch: Any = importlib.import_module("torch") if find_spec("torch") else None
 
 # -- Whatever happens ----------------------------------------------------------------------------
 
@@ -35,7 +38,7 @@ events = st.sampled_from(
         "long window",
         "custom",
         "per rank",
-        "bad weight",
+        *(["bad weight"] if torch else []),  # numbers of the host are refused before
         "names clash",
         "reset",
         "save instead",

@@ -1,0 +1,39 @@
+"""What is not installed is not tested: frameworks are optional, and so are the tests of each.
+
+A test module whose subject is a framework imports it at its top. Where that framework is not
+installed, all of the module's tests are skipped. Others ask where they need one, by
+`pytest.importorskip`, or have `ranks`, `jax_devices` and `jax_processes` ask for them.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+FRAMEWORKS = (
+    *("torch", "torchdata", "lightning", "transformers", "accelerate", "datasets"),
+    *("jax", "flax", "optax", "grain", "orbax"),
+)
+
+
+def lacking(module: Path) -> list[str]:
+    """Return the frameworks that a test module imports at its top and that are not installed."""
+    imported = re.findall(r"^(?:import|from) (\w+)", module.read_text("utf-8"), re.MULTILINE)
+    return [name for name in FRAMEWORKS if name in imported and find_spec(name) is None]
+
+
+class NotInstalled(pytest.Module):
+    """A test module that cannot be imported here."""
+
+    def collect(self) -> list[pytest.Item]:
+        pytest.skip(f"needs {' and '.join(lacking(self.path))}", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    """Tell pytest how to collect a file: as it always does, unless something is lacking."""
+    return NotInstalled.from_parent(parent, path=module_path) if lacking(module_path) else None

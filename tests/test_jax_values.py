@@ -1,0 +1,147 @@
+"""Any one-element JAX array is a value, and nothing reads it before the log."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from jax_devices import on_devices
+
+from metricfold import AggregationType, Metric, MetricBatch, MetricsAggregator
+
+MEAN, DISTRIBUTION = AggregationType.MEAN, AggregationType.DISTRIBUTION
+CATEGORICAL = AggregationType.CATEGORICAL_COUNT
+
+
+def take_list(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
+    aggregator.update(metrics)
+
+
+def take_one_by_one(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
+    for dataset, name, value, agg_type, weight in metrics:
+        aggregator.record(name, value, agg_type, dataset=dataset, weight=weight)
+
+
+def take_batch(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
+    aggregator.update(pickle.loads(pickle.dumps(MetricBatch.from_metrics(metrics))))
+
+
+def logged(
+    take: Callable[[MetricsAggregator, list[Metric]], None], *metrics: Metric
+) -> dict[str, float]:
+    aggregator = MetricsAggregator()
+    take(aggregator, list(metrics))
+    return aggregator.get_metrics_for_logging()
+
+
+@on_devices(1)
+def test_values_and_weights_of_any_type_and_way_in() -> None:
+    import jax.numpy as jnp
+
+    for take in (take_list, take_one_by_one, take_batch):
+        for shape in ((), (1,), (1, 1)):
+            for dtype in (jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_):
+                one = jnp.ones(shape, dtype)
+                results = logged(
+                    take, Metric("d", "m", one, MEAN, one), Metric("d", "m", 4, MEAN, 2)
+                )
+                assert results == {"data_d/m": 3.0}
+        counts = logged(
+            take,
+            *[Metric("d", "m", value, CATEGORICAL) for value in (jnp.int32(3), jnp.array([True]))],
+        )
+        assert counts == {"data_d/m_count_3": 1.0, "data_d/m_count_True": 1.0}
+
+
+@on_devices(1)
+def test_an_array_that_was_donated_or_deleted_is_named_and_the_others_are_kept() -> None:
+    import jax
+    import jax.numpy as jnp
+
+    donate = jax.jit(lambda x: x + 1, donate_argnums=0)
+    aggregator = MetricsAggregator()
+    donated, deleted = jnp.float32(1), jnp.float32(2)
+    aggregator.record("donated", donated)
+    aggregator.record("weight", 1.0, weight=deleted)
+    aggregator.record("kept", jnp.float32(3))
+    aggregator.record("host", 5.0)
+    donate(donated)
+    deleted.delete()
+    with pytest.raises(
+        RuntimeError, match=r"'donated'.*donated or deleted before it was read"
+    ) as caught:
+        aggregator.reduce()
+    assert "metric 'weight'" in str(caught.value)
+    assert "jnp.copy" in str(caught.value)
+    assert aggregator.get_metrics_for_logging() == {"data/kept": 3.0, "data/host": 5.0}
+
+
+@on_devices(1)
+def test_arrays_of_torch_are_read_along_with_those_of_jax() -> None:
+    import jax.numpy as jnp
+
+    torch = pytest.importorskip("torch")
+    aggregator = MetricsAggregator()
+    for value in (jnp.float32(3), torch.tensor(4.0), 5.0, jnp.float32(6), torch.tensor(7.0)):
+        aggregator.record("x", value)
+    aggregator.record("len", torch.tensor(2), "distribution")
+    aggregator.record("len", jnp.int32(4), "distribution")
+    logged = aggregator.get_metrics_for_logging()
+    assert (logged["data/x"], logged["data/len_stat_mean"]) == (5.0, 3.0)
+
+
+@on_devices(1)
+def test_what_is_no_one_number_is_refused() -> None:
+    import jax
+    import jax.numpy as jnp
+
+    aggregator = MetricsAggregator()
+
+    @jax.jit
+    def step(x: Any) -> Any:
+        with pytest.raises(TypeError, match=r"'m': a traced value has no number yet: return it"):
+            aggregator.record("m", x)
+        with pytest.raises(TypeError, match="'m': a traced value"):
+            aggregator.record("m", 1.0, weight=x)
+        return x
+
+    step(1.0)
+    with pytest.raises(ValueError, match=r"'m': a JAX array of shape \(2,\) is not one value"):
+        aggregator.record("m", jnp.ones(2))
+    with pytest.raises(TypeError, match=r"'m': an array of type complex64 is no number"):
+        aggregator.record("m", jnp.complex64(1))
+    with pytest.raises(TypeError, match=r"'m': an array of type key<fry> is no number"):
+        aggregator.record("m", jax.random.key(0))
+    assert aggregator.get_metrics_for_logging() == {}
+
+
+@on_devices(1)
+def test_an_update_reads_nothing() -> None:
+    import jax
+    import jax.numpy as jnp
+
+    array = type(jnp.ones(()))
+    read: list[str] = []
+    aggregator = MetricsAggregator()
+    value = jnp.ones(()) * 2
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("__array__", "__float__", "__int__", "__bool__", "item", "tolist"):
+            original = getattr(array, name)
+            patch.setattr(array, name, _telling(read, name, original))
+        with jax.transfer_guard_device_to_host("disallow"):
+            aggregator.record("m", value, weight=value)
+            aggregator.update([Metric("d", "m", value, DISTRIBUTION, value)])
+        assert read == []
+        float(value)
+        assert read != []
+    assert aggregator.get_metrics_for_logging()["data/m"] == 2.0
+
+
+def _telling(read: list[str], name: str, original: Any) -> Any:
+    def reading(self: Any, *args: Any, **kwargs: Any) -> Any:
+        read.append(name)
+        return original(self, *args, **kwargs)
+
+    return reading
