@@ -6,6 +6,7 @@ import json
 import os
 import pydoc_data.topics
 import random
+import runpy
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -385,7 +386,10 @@ def test_accumulators_of_the_users_own_are_read_at_logs_and_evaluations(tmp_path
             labels, ids = inputs.pop("labels"), inputs.pop("dataset_ids")
             outputs = model(**inputs)
             loss = self.accumulators[0].token_loss(
-                outputs.logits[:, :-1], labels[:, 1:], ids, num_items=num_items_in_batch
+                outputs.logits[:, :-1],
+                labels[:, 1:],
+                ids,
+                num_items=num_items_in_batch / self.accelerator.num_processes,
             )
             return (loss, outputs) if return_outputs else loss
 
@@ -402,8 +406,11 @@ def test_accumulators_of_the_users_own_are_read_at_logs_and_evaluations(tmp_path
         eval_dataset=samples[:UNEVEN],
     )
     trainer.accumulators = [DeviceAccumulator({"loss": "mean"}, ("even", "odd"))]
-    trainer.train()
+    output = trainer.train()
     assert trainer.state.log_history[-1]["train_even/loss"] > 0
+    theirs = make(tmp_path, max_steps=2, logging_steps=2)
+    theirs.train()
+    assert output.training_loss == pytest.approx(theirs.state.log_history[0]["loss"], rel=1e-6)
     ledgers: list[dict[str, float]] = [{}, {}]
     for sample in samples[:UNEVEN]:
         reference(trainer.model, [sample], ledgers[len(sample["input_ids"]) % 2])
@@ -411,6 +418,48 @@ def test_accumulators_of_the_users_own_are_read_at_logs_and_evaluations(tmp_path
     for name, ledger in zip(("even", "odd"), ledgers, strict=True):
         truth = ledger["all/loss_sum"] / ledger["all/loss_count"]
         assert evaluated[f"eval_{name}/loss"] == pytest.approx(truth, rel=1e-6)
+
+
+def test_the_example_shows_the_truth_for_each_dataset(tmp_path: Path) -> None:
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples/transformers_mixture.py"))
+    main = example["main"]
+    main.__globals__.update(STEPS=4, EVERY=2)
+    _, rows = main(str(tmp_path))
+    assert [name for name, *_ in rows] == [
+        f"{phase}, {name}/loss"
+        for phase in ("training", "evaluation")
+        for name in ("all", "code", "docs")
+    ]
+    for name, theirs, ours, truth in rows:
+        assert ours == pytest.approx(truth, rel=1e-6), name
+        assert (theirs is not None) == ("all" in name)
+    assert len(example["table"](rows).splitlines()) == 7
+
+
+def test_gpt2_which_has_no_loss_type_is_a_causal_language_model_too(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+    losses = []
+    for loss_per_dataset in (True, False):
+        torch.manual_seed(0)
+        small = {"vocab_size": 257, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+        config = GPT2Config(**small, embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0)
+        trainer = plain_class()(
+            GPT2LMHeadModel(config),
+            arguments(tmp_path, max_steps=2, logging_steps=1),
+            data_collator=pad,
+            train_dataset=mixture(),
+            loss_per_dataset=loss_per_dataset,
+        )
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history[:-1]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+    masked = BertForMaskedLM(
+        BertConfig(vocab_size=257, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(ValueError, match="does not go with a model whose loss is not that of"):
+        plain_class()(masked, arguments(tmp_path), data_collator=pad, loss_per_dataset=True)
 
 
 def test_what_would_lose_metrics_is_refused_with_what_to_set(tmp_path: Path) -> None:

@@ -50,6 +50,9 @@ CHECKPOINT_FILE = "metricfold.json"
 _IGNORED = -100
 """The label that the losses of transformers leave out."""
 
+_CAUSAL_BY_DEFAULT = {"GPT2LMHeadModel"}
+"""Models that have no loss type, and take that of causal language models as the default."""
+
 if TYPE_CHECKING:
 
     class _Trainer:
@@ -509,6 +512,8 @@ def _check_loss(trainer: _Trainer) -> None:
     config = getattr(trainer.model, "config", None)  # any model may be trained
     text = getattr(config, "get_text_config", lambda: config)()
     kind = LOSS_MAPPING.get(getattr(trainer.model, "loss_type", ""))
+    if type(trainer.model).__name__ in _CAUSAL_BY_DEFAULT:
+        kind = ForCausalLMLoss
     obstacles = {
         "compute_loss_func": trainer.compute_loss_func is not None,
         "label_smoothing_factor": trainer.args.label_smoothing_factor != 0,
