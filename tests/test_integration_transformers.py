@@ -18,6 +18,7 @@ from ranks import run_ranks
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
 
 from metricfold import DefaultTrainingMetricTransform, MetricsAggregator, MetricsCollator
 from metricfold.integrations.transformers import CHECKPOINT_FILE, MetricfoldMixin
