@@ -18,6 +18,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
@@ -50,7 +51,7 @@ from metricfold.schema import Key, Kind, Schema
 from metricfold.snapshot import Derived, Handlers, Snapshot, WindowLike, check_window
 from metricfold.totals import Totals
 
-__all__ = ["MetricsAggregator"]
+__all__ = ["AggregatorMark", "MetricsAggregator"]
 
 _order_of_creation = itertools.count()
 _namesakes: dict[str, itertools.count[int]] = {}
@@ -123,6 +124,9 @@ class MetricsAggregator:
         self._delta = Delta()
         self._custom = CustomStates()
         self._late_custom: list[Late] = []
+        self._mark: AggregatorMark | None = None
+        self._late_custom_marked = 0
+        self._cuts = 0
         self._reducer = Reducer(check_route(route))
         self._last: tuple[Reduced, Kind] | None = None
         self._loaded: Saved | None = None
@@ -238,6 +242,73 @@ class MetricsAggregator:
             if self._dead is None:
                 self._delta.drained.append(drained)
         return empty
+
+    def mark(self) -> AggregatorMark:
+        """Return a mark to come back to by `rollback`, such as where a step begins.
+
+        It takes the time of what has come in since the mark before, not of what has accumulated, and
+        lasts until the next mark or the next call that talks to other ranks.
+
+        >>> aggregator = MetricsAggregator()
+        >>> for loss in (1.0, float("nan"), 3.0):
+        ...     mark = aggregator.mark()
+        ...     aggregator.record("loss", loss)
+        ...     if loss != loss:
+        ...         aggregator.rollback(mark)
+        >>> aggregator.get_metrics_for_logging("train")
+        {'train/loss': 2.0}
+        """
+        with self._lock:
+            self._check_usable()
+            self._delta.mark(self._keys.kept)
+            self._custom.mark()
+            self._late_custom_marked = len(self._late_custom)
+            self._mark = AggregatorMark(self, self._cuts)
+            return self._mark
+
+    def rollback(self, mark: AggregatorMark) -> None:
+        """Drop just what has come in since `mark`, as if it had never been; the mark stays good.
+
+        What an accumulator on the device held is dropped if it has been drained since; roll back
+        one that has not by its own `rollback`. The time that has passed, and times that a `timer`
+        took, are not taken back.
+
+        Args:
+            mark: the newest that `mark` returned.
+
+        Raises:
+            ValueError: the mark is of another aggregator, is not the newest, or what came after it
+                has been reduced, saved or replaced. Then nothing has changed.
+            TypeError: it is no mark.
+        """
+        if not isinstance(mark, AggregatorMark):
+            raise TypeError(f"rollback() takes what mark() returned, not {type(mark).__name__}")
+        with self._lock:
+            self._check_usable()
+            if mark.owner is not self:
+                raise ValueError(
+                    f"this mark is of aggregator {mark.owner.name!r}, not of {self.name!r}: give "
+                    "each back to its own"
+                )
+            if mark.cuts != self._cuts:
+                raise ValueError(
+                    "what came in after this mark has been reduced, saved or replaced already: call "
+                    "mark() anew after a log, state_dict(), load_state_dict() or reset()"
+                )
+            if mark is not self._mark:
+                raise ValueError(
+                    "a newer mark has been made since this one, and only the newest can be rolled "
+                    "back to: call mark() once, where a step begins"
+                )
+            self._delta.rollback()
+            self._custom.rollback(self._keys.of_key)
+            del self._late_custom[self._late_custom_marked :]
+
+    def _cut_off(self) -> None:
+        """Let go of the mark: what came after it is on its way."""
+        self._mark = None
+        self._cuts += 1
+        self._custom.unmark()
 
     def _take(self, columns: Sequence[Column]) -> None:
         with self._lock:
@@ -437,6 +508,7 @@ class MetricsAggregator:
             communicator = self._connect()
             self._claim_share(communicator)
             cut = self._delta.cut()
+            self._cut_off()
             # From here on the others are on their way: join them whatever happens, and say so there.
             number, wrong = _checked_step(step)
             error = wrong or self._read_late_custom() or self._keys.trouble()
@@ -490,6 +562,8 @@ class MetricsAggregator:
     def _forget(self, key: Key) -> int:
         """Drop what has accumulated of `key`; returns how many values that were."""
         self._custom.drop(key)
+        marked = self._late_custom[: self._late_custom_marked]
+        self._late_custom_marked -= sum(late.key == key for late in marked)
         self._late_custom = [late for late in self._late_custom if late.key != key]
         return self._delta.drop(key)
 
@@ -570,6 +644,7 @@ class MetricsAggregator:
         """Replace everything that has accumulated; what the ranks have agreed on stays."""
         self._delta = Delta()
         self._custom = CustomStates()
+        self._cut_off()
         self._late_custom = []
         self._last = None
         self._loaded = saved
@@ -619,6 +694,14 @@ class MetricsAggregator:
             "a MetricsAggregator cannot be pickled or copied: it is bound to its process. Save "
             "its state_dict() instead"
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AggregatorMark:
+    """A place that `MetricsAggregator.rollback` comes back to."""
+
+    owner: MetricsAggregator
+    cuts: int
 
 
 class _Unclaimed(NamedTuple):

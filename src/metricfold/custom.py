@@ -81,6 +81,7 @@ class CustomStates:
 
     def __init__(self) -> None:
         self._states: dict[Key, _States] = {}
+        self._marked: dict[Key, int] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._states)
@@ -104,9 +105,32 @@ class CustomStates:
             for key in new:
                 self._states.pop(key, None)
             raise
+        if self._marked is None:
+            self._settle(states)
+
+    @staticmethod
+    def _settle(states: Mapping[Key, _States]) -> None:
         for one in states.values():
             if len(one.since) >= _REPLAY:
                 one.settle()
+
+    def mark(self) -> None:
+        """Let `rollback` come back to here."""
+        self._settle(self._states)
+        self._marked = {key: len(one.since) for key, one in self._states.items()}
+
+    def rollback(self, handlers: Mapping[Key, AggregationHandler]) -> None:
+        """Drop what has come in since the mark; there is one."""
+        assert self._marked is not None
+        for key in list(self._states):
+            if key not in self._marked:
+                del self._states[key]
+            elif len(self._states[key].since) > self._marked[key]:
+                self._states[key].go_back(handlers[key], key, self._marked[key])
+
+    def unmark(self) -> None:
+        """Let go of the mark."""
+        self._marked = None
 
     def results(self, handlers: Mapping[Key, AggregationHandler]) -> bytes:
         """Return this rank's results and states as bytes, for all ranks."""
@@ -143,6 +167,8 @@ class CustomStates:
 
     def drop(self, key: Key) -> None:
         self._states.pop(key, None)
+        if self._marked is not None:
+            self._marked.pop(key, None)
 
     def inherit(self, view: str, states: Iterable[MetricState]) -> None:
         """Take over states out of a checkpoint."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -32,11 +33,14 @@ _ADDITIONS = 1024
 class Delta:
     """States per key, values that still lie on a device, and the time they took.
 
-    A reduction takes the whole delta away (`cut`) and, if it fails, puts it back (`restore`).
+    A reduction takes the whole delta away (`cut`) and, if it fails, puts it back (`restore`). What
+    has come in since the last `mark` can be dropped (`rollback`): it lies in `states` alone, and is
+    merged with what was there before when the next mark is made.
     """
 
     def __init__(self) -> None:
         self.states: dict[Key, State] = {}
+        self._marked: _Marked | None = None
         self.late: list[Late] = []
         self.drained: list[Drained] = []
         self.seconds = 0.0
@@ -76,18 +80,43 @@ class Delta:
                 self.late.extend(column.late)
                 late_keys.add(key)
         self._additions += 1
-        if self._additions >= _ADDITIONS:
+        if self._additions >= _ADDITIONS and self._marked is None:
             _merge_into(self._settled, states)
             states = self._settled
             self.states, self._additions = {}, 0
-        for key, categories in kept.items():
-            state = states.get(key)
-            if isinstance(state, CategoryState) and len(state.counts) > 2 * len(categories):
-                state.keep(categories)
+        _trim(states, kept)
+
+    def mark(self, kept: Mapping[Key, frozenset[str]]) -> None:
+        """Let `rollback` come back to here; takes the time of what has come in since the last mark.
+
+        Args:
+            kept: as in `add`.
+        """
+        before = {} if self._marked is None else self._marked.states
+        _merge_into(before, self.states)
+        _trim(before, kept)
+        if self._additions >= _ADDITIONS:
+            _merge_into(self._settled, before)
+            _trim(self._settled, kept)
+            before, self._additions = {}, 0
+        self.states = {}
+        self._marked = _Marked(before, len(self.late), len(self.drained))
+
+    def rollback(self) -> None:
+        """Drop what has come in since the mark; there is one."""
+        assert self._marked is not None
+        self.states = {}
+        del self.late[self._marked.late :], self.drained[self._marked.drained :]
+        self._late_keys = {entry.key for entry in self.late}
 
     def drop(self, key: Key) -> int:
         """Forget `key`; returns how many values it had."""
-        states = [states.pop(key, None) for states in (self.states, self._settled)]
+        layers = [self.states, self._settled]
+        if self._marked is not None:
+            layers.append(self._marked.states)
+            marked = self.late[: self._marked.late]
+            self._marked.late -= sum(entry.key == key for entry in marked)
+        states = [layer.pop(key, None) for layer in layers]
         late = sum(entry.key == key for entry in self.late)
         self.late = [entry for entry in self.late if entry.key != key]
         for drained in self.drained:
@@ -101,21 +130,47 @@ class Delta:
         taken = CutDelta(self._together(), self.late, self.drained, seconds)
         self.states, self._settled, self._additions = {}, {}, 0
         self.late, self._late_keys, self.drained = [], set(), []
+        self._marked = None
         self.seconds, self._since = 0.0, now
         return taken
 
     def restore(self, taken: CutDelta) -> None:
         """Put back what a failed reduction took; it comes before what has come since."""
-        _merge_into(taken.states, self._together())
-        self.states, self._settled = taken.states, {}
+        for layer in self._older():
+            _merge_into(taken.states, layer)
+        self._settled = taken.states
         self.drained = taken.drained + self.drained
+        if self._marked is not None:
+            self._marked.states = {}
+            self._marked.drained += len(taken.drained)
         self.seconds += taken.seconds
 
+    def _older(self) -> list[dict[Key, State]]:
+        """Return what there is below `states`, the oldest first."""
+        return [self._settled] if self._marked is None else [self._settled, self._marked.states]
+
     def _together(self) -> dict[Key, State]:
-        if not self._settled:
-            return self.states
-        _merge_into(self._settled, self.states)
-        return self._settled
+        layers = [layer for layer in (*self._older(), self.states) if layer]
+        if not layers:
+            return {}
+        for layer in layers[1:]:
+            _merge_into(layers[0], layer)
+        return layers[0]
+
+
+@dataclass(slots=True)
+class _Marked:
+    """What there was when the mark was made.
+
+    Args:
+        states: of the values since they were last settled.
+        late: how many values lay on a device.
+        drained: how many accumulators were on their way.
+    """
+
+    states: dict[Key, State]
+    late: int
+    drained: int
 
 
 class InTransit:
@@ -228,6 +283,14 @@ def _one_by_one(column: Column, state: WindowState) -> list[Late]:
         strict=True,
     )
     return [Late(column.key, column.agg_type, value, weight) for value, weight in pairs]
+
+
+def _trim(states: Mapping[Key, State], kept: Mapping[Key, frozenset[str]]) -> None:
+    """Let go of categories that are not told apart, where they have become many."""
+    for key, categories in kept.items():
+        state = states.get(key)
+        if isinstance(state, CategoryState) and len(state.counts) > 2 * len(categories):
+            state.keep(categories)
 
 
 def _merge_into(target: dict[Key, State], newer: Mapping[Key, State]) -> None:
