@@ -36,6 +36,7 @@ from metricfold.device_lanes import AnyAccumulator, Drained, Layout
 from metricfold.handlers import (
     AggregationHandler,
     DistributionAggHandler,
+    LaneHandler,
     built_in_handlers,
     check_on_nan,
     quiet,
@@ -49,6 +50,7 @@ from metricfold.reduction import Contribution, Reduced, Reducer
 from metricfold.routes import check_route
 from metricfold.schema import Key, Kind, Schema
 from metricfold.snapshot import Derived, Handlers, Snapshot, WindowLike, check_window
+from metricfold.timing import Elapsed, Timer, TimerKeys
 from metricfold.totals import Totals
 
 __all__ = ["AggregatorMark", "MetricsAggregator"]
@@ -124,6 +126,7 @@ class MetricsAggregator:
         self._delta = Delta()
         self._custom = CustomStates()
         self._late_custom: list[Late] = []
+        self._timers: dict[str, Elapsed] = {}
         self._mark: AggregatorMark | None = None
         self._late_custom_marked = 0
         self._cuts = 0
@@ -212,6 +215,70 @@ class MetricsAggregator:
         self._take([column])
         if per_rank:
             self._keys.per_rank.add(key)
+
+    def timer(self, name: str) -> Timer:
+        """Time a block, a function or the items of an iterable, as a metric of this rank.
+
+        A log then has the mean seconds of one use, ``{prefix}/{name}_seconds``, those of the longest,
+        ``{prefix}/{name}_seconds_max``, and the share of the interval's wall time over all ranks,
+        ``{prefix}/{name}_share``. `Snapshot.timing` tells the slowest and the fastest rank.
+
+        It is the host's time: on a GPU, a block that only enqueues work takes the time to enqueue.
+        A block that raises counts, too. Timers may be nested and run on several threads.
+
+        Args:
+            name: of what is timed.
+
+        Raises:
+            ValueError: another metric has one of these names; then nothing has changed.
+
+        >>> aggregator = MetricsAggregator()
+        >>> with aggregator.timer("data"):
+        ...     batch = [1, 2, 3]
+        >>> for batch in aggregator.timer("data").over([batch, batch]):
+        ...     pass
+        >>> snapshot = aggregator.reduce()
+        >>> sorted(snapshot.as_dict("train"))
+        ['train/data_seconds', 'train/data_seconds_max', 'train/data_share']
+        >>> snapshot.timing("data").slowest
+        0
+        """
+        elapsed = self._timers.get(name)
+        if elapsed is None:
+            check_name("the name of a timer", name)
+            keys = TimerKeys.of(name)
+            with self._lock:
+                self._check_usable()
+                columns = [Column(("", key), agg_type, None) for key, agg_type in keys.types()]
+                admission = self._keys.admit(columns)
+                handlers = [
+                    self._keys.handler_of(column.key, column.agg_type) for column in columns
+                ]
+                if not all(isinstance(handler, LaneHandler) for handler in handlers):
+                    raise ValueError(
+                        f"timer {name!r} needs handlers with lanes for 'mean', 'max' and 'rate', but "
+                        "another one is registered here: register yours for a type of its own"
+                    )
+                self._keys.commit(admission)
+                self._keys.per_rank.add(("", keys.share))
+                elapsed = self._timers.setdefault(name, Elapsed())
+        return Timer(elapsed.add)
+
+    def _stop_watches(self, world_size: int) -> None:
+        """Make metrics of the times that timers have taken."""
+        columns = []
+        for name, elapsed in self._timers.items():
+            uses, total, longest = elapsed.take()
+            if not uses:
+                continue
+            keys = TimerKeys.of(name)
+            # Added up over ranks and divided by the time, this is the mean of the ranks' shares.
+            numbers = (total / uses, longest, total / world_size)
+            for (key, agg_type), value in zip(keys.types(), numbers, strict=True):
+                columns.append(
+                    fold_value(("", key), agg_type, value, float(uses), self._keys.handler_of)
+                )
+        self._add(columns)
 
     def drain(self, accumulator: AnyAccumulator) -> AnyAccumulator:
         """Take in what an accumulator on the device holds, and return an empty one.
@@ -507,6 +574,7 @@ class MetricsAggregator:
                 raise self._dead.with_traceback(None)
             communicator = self._connect()
             self._claim_share(communicator)
+            self._stop_watches(communicator.world_size)
             cut = self._delta.cut()
             self._cut_off()
             # From here on the others are on their way: join them whatever happens, and say so there.
@@ -644,6 +712,8 @@ class MetricsAggregator:
         """Replace everything that has accumulated; what the ranks have agreed on stays."""
         self._delta = Delta()
         self._custom = CustomStates()
+        for elapsed in self._timers.values():
+            elapsed.take()
         self._cut_off()
         self._late_custom = []
         self._last = None
@@ -671,6 +741,7 @@ class MetricsAggregator:
     def leave_parent_behind(self) -> None:
         """In a forked child: new locks, for ours may be held by a thread that is not here."""
         self._renew_locks()
+        self._timers = {}
         self._in_flight = self._worker = None
         if self._communicator is not None:
             _leaked.append(self._communicator)

@@ -38,6 +38,7 @@ from metricfold.naming import ANYTHING, printed, show
 from metricfold.pool import Pool
 from metricfold.reduction import Reduced
 from metricfold.schema import Entry, Key
+from metricfold.timing import TimerKeys, Timing
 from metricfold.totals import NOBODY, Totals
 
 __all__ = ["Derived", "Handlers", "Snapshot", "WindowLike", "check_window"]
@@ -269,6 +270,37 @@ class Snapshot:
         if attendance is None:
             return len(self.lacking(dataset, name))
         return self.world_size - attendance.present(key)
+
+    def timing(self, name: str) -> Timing:
+        """Return what the timer `name` took in the interval, and which ranks are slow and fast.
+
+        Of several ranks with the same share the lowest is named.
+
+        Raises:
+            KeyError: there is no such timer, or no rank has used it in the interval.
+        """
+        keys = TimerKeys.of(name)
+        if ("", keys.share) not in self._reduced.schema:
+            raise KeyError(
+                f"no rank has used a timer {name!r}: aggregator.timer({name!r}) makes one"
+            )
+        mean, longest, share = (
+            self._finalized(("", key), "interval").get("") for key, _ in keys.types()
+        )
+        if mean is None or longest is None or share is None:
+            raise KeyError(f"no rank has used the timer {name!r} in the interval")
+        shares = [(own or 0.0) * self.world_size for own in self.per_rank(None, keys.share)]
+        slowest, fastest = (shares.index(one) for one in (max(shares), min(shares)))
+        return Timing(
+            mean,
+            longest,
+            self.owner(None, keys.max),
+            share,
+            slowest,
+            shares[slowest],
+            fastest,
+            shares[fastest],
+        )
 
     # -- Inside
 
