@@ -152,6 +152,18 @@ def test_the_owner_of_the_largest_gradient_is_the_rank_that_recorded_it(run):
         assert record.metrics["train/grad_norm_rank"] == np.argmax(norms)
 
 
+def test_the_wait_for_data_is_known_and_who_waited_longest(run):
+    folder, out = run
+    for record in read_jsonl(folder.metrics):
+        if "train/grad_norm" in record.metrics:
+            assert (
+                0 < record.metrics["train/data_seconds"] <= record.metrics["train/data_seconds_max"]
+            )
+            assert 0 < record.metrics["train/data_share"] < 1
+            assert record.metrics["train/data_slowest_rank"] in range(2 if record.step <= 12 else 3)
+    assert re.search(r"step 20  data_slowest_rank +[012] ", out)
+
+
 def test_every_promised_metric_is_in_the_files(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m metricfold.demo.train runs/demo --steps 200
 
 trains in a folder that ``metricfold demo`` has made; that command runs this file in the same way.
-metricfold asks six things of a loop:
+metricfold asks six things of a loop, and offers `timer`, which tells what it waits for:
 
 1. samples carry metrics, and `MetricsCollator` keeps them with their batch (see `batches`);
 2. `aggregator.update` takes the metrics of each batch that is trained on;
@@ -53,6 +53,7 @@ IGNORED = -100  # the label of what is not to be predicted
 ON_SCREEN = [
     *("*/loss", "*/perplexity", "*/grad_norm", "*/grad_norm_rank", "*/tok*"),
     *("*/seq_len_stat_mean", "*/seq_len_stat_std", "*/seq_len_stat_p50", "*/kind*"),
+    *("*/data_seconds", "*/data_share", "*/data_slowest_rank"),
 ]
 
 
@@ -84,7 +85,8 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
         JSONLSink(folder.metrics),
         TensorBoardSink(folder.tensorboard),
     ]
-    batches = ledger.timing(training_batches(mixture, range(start + 1, stop + 1), rank, world_size))
+    loader = training_batches(mixture, range(start + 1, stop + 1), rank, world_size)
+    batches = ledger.timing(aggregator.timer("data").over(loader))
     progress = track(batches, "training", total=steps, console=console, disable=rank > 0)
     with MetricsLogger(sinks) as logger:
         logger.rewind(start)
@@ -112,7 +114,7 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
             if step % LOG_EVERY == 0 or step == stop:
                 aggregator.drain(accumulator)
                 with ledger.logging():
-                    logger.log(step, aggregator, prefix="train", extra=gradients_of_ranks)
+                    logger.log(step, aggregator, prefix="train", extra=ranks_apart)
             if step % SAVE_EVERY == 0 or step == stop:
                 validate(model, mixture, validation)
                 logger.log(step, validation, prefix="val")
@@ -120,12 +122,13 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
     ledger.close(aggregator)
 
 
-def gradients_of_ranks(snapshot: Snapshot) -> dict[str, float | None]:
-    """Return whose gradient was the largest, and the largest of each rank."""
+def ranks_apart(snapshot: Snapshot) -> dict[str, float | None]:
+    """Return whose gradient was the largest, the largest of each rank, and who waited for data."""
     norms = snapshot.per_rank(None, "grad_norm")
     return {
         "train/grad_norm_rank": snapshot.owner(None, "grad_norm"),
         **{f"train/grad_norm/rank_{rank}": norm for rank, norm in enumerate(norms)},
+        "train/data_slowest_rank": snapshot.timing("data").slowest,
     }
 
 

@@ -54,6 +54,7 @@ SAVE_EVERY = 50  # after a validation pass
 ON_SCREEN = [
     *("*/loss", "*/perplexity", "*/grad_norm", "*/grad_norm_device", "*/tok*"),
     *("*/seq_len_stat_mean", "*/seq_len_stat_std", "*/seq_len_stat_p50", "*/kind*"),
+    *("*/data_seconds", "*/data_share"),
 ]
 
 Step: TypeAlias = Callable[[Any, dict[str, Any]], Any]
@@ -94,7 +95,8 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
         TensorBoardSink(folder.tensorboard),
     ]
     sharding = dp.create_data_parallel_sharding(mesh)
-    batches = ledger.timing(training_batches(mixture, range(start + 1, stop + 1), mesh.size))
+    loader = training_batches(mixture, range(start + 1, stop + 1), mesh.size)
+    batches = ledger.timing(aggregator.timer("data").over(loader))
     progress = track(batches, "training", total=steps, console=console)
     with MetricsLogger(sinks) as logger:
         logger.rewind(start)
