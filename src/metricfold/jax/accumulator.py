@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, auto_axes
 
 from metricfold.device_lanes import (
     CELLS,
@@ -147,6 +148,19 @@ class DeviceAccumulator:
             TypeError, ValueError: when the step is traced: an unknown name, shapes that do not fit,
                 types that are no numbers, or no `dataset_ids` where there are several datasets.
         """
+        laid_out = _over_explicit_axes(values, weights, dataset_ids)
+        if laid_out is None:
+            return self._updated(values, weights, dataset_ids, name)
+        # Where axes are explicit, JAX asks for the layout of each step on the way; XLA needs none.
+        update = auto_axes(
+            partial(DeviceAccumulator._updated, name=name),
+            axes=laid_out.explicit_axes,
+            out_sharding=NamedSharding(laid_out, PartitionSpec()),
+        )
+        updated: DeviceAccumulator = jax.jit(update)(self, values, weights, dataset_ids)
+        return updated
+
+    def _updated(self, values: Any, weights: Any, dataset_ids: Any, name: str) -> DeviceAccumulator:
         place = self.layout.place(name)
         batch = _Batch.of(name, values, weights, dataset_ids, self.layout.datasets)
         if not batch.values.size:
@@ -317,6 +331,17 @@ def _place(array: Any) -> Any:
     if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array):
         return None
     return array.sharding if array.committed else None
+
+
+def _over_explicit_axes(*given: Any) -> AbstractMesh | None:
+    """Return the mesh over whose explicit axes any of `given` is laid out."""
+    for array in given:
+        if isinstance(array, jax.Array):
+            layout: Any = jax.typeof(array).sharding
+            if any(layout.spec):
+                mesh: AbstractMesh = layout.mesh
+                return mesh
+    return None
 
 
 def _check_readable(name: str, array: Any, shape: tuple[int, ...]) -> None:
