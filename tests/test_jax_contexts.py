@@ -224,6 +224,9 @@ def test_gradients_pass_through_sums_and_means_as_through_lax() -> None:
 def test_under_plain_jit_values_are_already_those_of_the_whole_batch() -> None:
     import jax
     import numpy as np
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+    from jax_ways import mesh_of
 
     from metricfold.jax import DataParallel, DeviceMeshManager, DistributedMetrics
 
@@ -248,6 +251,23 @@ def test_under_plain_jit_values_are_already_those_of_the_whole_batch() -> None:
     assert found["mean"] == found["weighted"] == {"loss": 3.0, "n": 4.0, "b": 1.0}
     assert found["sum"] == found["max"] == found["gathered"] == {"loss": 3.0, "n": 4, "b": True}
     assert found["packed"].unpack() == {"loss": 3.0, "n": 4.0, "b": 1.0}
+    # On an Explicit mesh, what is split stays so in a dict, and is gathered to be packed.
+    explicit = jax.device_put(
+        np.float32([1, 2, 3, 6]), NamedSharding(mesh_of(AxisType.Explicit, data=4), P("data"))
+    )
+
+    @jax.jit
+    def both(x):
+        metrics = {"rows": x, "loss": x.mean(), "n": 4}
+        return (
+            dm.reduce_mean(metrics, axis_name=None),
+            dm.reduce_mean(metrics, axis_name=None, packed=True),
+        )
+
+    as_dict, packed = both(explicit)
+    assert as_dict["rows"].sharding.spec == P("data")
+    assert packed.unpack()["rows"].tolist() == [1, 2, 3, 6]
+    assert packed.unpack()["loss"] == 3.0
     # Outside of any transformation, too.
     assert dm.reduce_sum({"x": 2}, axis_name=None)["x"] == 2
 

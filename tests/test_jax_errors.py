@@ -85,6 +85,9 @@ def test_axis_names_that_make_no_sense() -> None:
                 lambda x, name=axis_name: DistributedMetrics().reduce_sum({"x": x}, name),
                 axis_name="batch",
             )(x)
+    for axis_name in (0, ("batch", 0), {"batch": 4}.values()):
+        with pytest.raises(TypeError, match=r"axis_name=.*give a name, a tuple of names, or None"):
+            jax.pmap(lambda x, name=axis_name: DistributedMetrics().reduce_sum({"x": x}, name))(x)
 
 
 @on_devices(4)
@@ -189,6 +192,10 @@ def test_what_cannot_be_collected() -> None:
         dm.collect_from_devices_static(jnp.zeros(3))
     with pytest.raises(TypeError, match=r"metrics\['loss'\] is a traced value.*all_gather"):
         jax.jit(dm.collect_from_devices)(metrics)
+    packed = jax.pmap(lambda x: dm.reduce_mean({"x": x}, packed=True))(np.zeros(4, np.float32))
+    for given in (packed, {"in": {"packed": packed}}):
+        with pytest.raises(TypeError, match=r"packed metrics.*unpack\(\)"):
+            dm.collect_from_devices(given)
     metrics["loss"].delete()
     with pytest.raises(RuntimeError, match=r"metrics\['loss'\] was donated or deleted"):
         dm.collect_from_devices(metrics)

@@ -34,11 +34,15 @@ def resolve_axes(axis_name: AxisName) -> Axes:
 
     Raises:
         NameError: an axis is not bound, or ``"batch"`` could mean several.
+        TypeError: no name, tuple of names, or None.
         ValueError: an empty tuple, or an axis that is named twice.
     """
     if axis_name is None:
         return bound_axes()
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    given = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(given, (tuple, list)) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"axis_name={axis_name!r}: give a name, a tuple of names, or None")
+    names = tuple(given)
     if not names:
         raise ValueError(
             "axis_name=() names no axis: name one, or give None for all that there are"

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from metricfold.jax.packed import PackedMetrics
 from metricfold.jax.trees import Leaf, flatten
 
 __all__ = ["collect"]
@@ -15,6 +16,11 @@ __all__ = ["collect"]
 
 def collect(metrics: Any) -> dict[str, Any]:
     """Return `metrics` with a list of per-device values in place of each array; one transfer."""
+    if any(map(_is_packed, jax.tree.leaves(metrics, is_leaf=_is_packed))):
+        raise TypeError(
+            "collect_from_devices takes the values of each device, but packed metrics hold what all "
+            "devices agree on: read them by unpack()"
+        )
     if not isinstance(metrics, Mapping):
         kind = type(metrics).__name__
         hint = ""
@@ -36,6 +42,10 @@ def collect(metrics: Any) -> dict[str, Any]:
     for i, host in zip(on_devices, jax.device_get([results[i] for i in on_devices]), strict=True):
         results[i] = host
     return jax.tree_util.tree_unflatten(structure, [_rows(value) for value in results])  # type: ignore[no-any-return]
+
+
+def _is_packed(tree: Any) -> bool:
+    return isinstance(tree, PackedMetrics)
 
 
 def _rows(value: Any) -> Any:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 
 from metricfold.jax.axes import Axes
 from metricfold.jax.reduction import Group, Reduced
@@ -114,6 +114,9 @@ def _section(group: Group) -> Section:
 def _as_words(values: jax.Array) -> jax.Array:
     if jnp.issubdtype(values.dtype, jnp.complexfloating):
         values = jnp.stack([values.real, values.imag], axis=-1)
+    layout = jax.typeof(values).sharding
+    if any(layout.spec):  # over an explicit mesh: one vector has one layout
+        values = reshard(values, NamedSharding(layout.mesh, PartitionSpec()))
     return lax.bitcast_convert_type(values, jnp.uint32).reshape(-1)
 
 
