@@ -27,12 +27,19 @@ import pytest
 from metricfold.communicator.threads import thread_world
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "metricfold"])
+_preloaded = ["torch", "torch.distributed", "metricfold"]
+_context.set_forkserver_preload(_preloaded)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class RankError(AssertionError):
     """A rank raised, died or hung; the message holds its traceback."""
+
+
+def preload(*modules: str) -> None:
+    """Load further modules before ranks are forked; call it where a test module is imported."""
+    _preloaded.extend(modules)
+    _context.set_forkserver_preload(_preloaded)
 
 
 def run_ranks(
