@@ -36,6 +36,7 @@ CUTS = {1: (0, 8), 2: (0, 3, 8), 4: (0, 1, 3, 6, 8)}
 EVENLY = (0, 4, 8)
 """For two pipelines, whose microbatches must all have one shape."""
 LEARNING_RATE = 0.3
+OVERFLOWING = (2, 6)  # steps, counted from 1, that are skipped in one of the trainings
 NO_CLIPPING = 1e9  # the norm is all that is wanted
 
 
@@ -238,6 +239,36 @@ def accumulated(rank: int, folder: Path) -> dict[str, float]:
     return job.totals()
 
 
+def skipping(rank: int, folder: Path) -> dict[str, float]:
+    """DDP; in two steps the gradients of one rank overflow, and no rank takes those steps."""
+    model = DistributedDataParallel(byte_model())
+    optimizer, job = sgd(model), Job("skipping", folder)
+    for step, batch in enumerate(batches(rank, 4), 1):
+        mark, mark_on_device = job.aggregator.mark(), job.acc.mark()
+        job.aggregator.update(batch.pop("metrics"))
+        loss = job.acc.token_loss(
+            model(batch["inputs"]),
+            batch["labels"],
+            batch["dataset"],
+            num_items=items(batch["labels"], None, 4),
+        )
+        if step in OVERFLOWING and rank == 2:
+            loss = loss * float("inf")
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), NO_CLIPPING)
+        job.aggregator.record("grad_norm", norm, "max")
+        if norm.isfinite():
+            optimizer.step()
+        else:
+            job.aggregator.rollback(mark)
+            job.acc.rollback(mark_on_device)
+            if rank == 0:
+                job.aggregator.record("skipped_steps", 1, "sum")
+        job.log(step)
+    return job.totals()
+
+
 def data_and_tensor_parallel(rank: int, folder: Path, counted: str) -> dict[str, float]:
     """FSDP2 over one dimension of a mesh, and layers cut in two over the other one.
 
@@ -346,6 +377,7 @@ def all_layouts(rank: int, folder: Path) -> dict[str, dict[str, float]]:
         "ddp": data_parallel(rank, folder),
         "fsdp": fully_sharded(rank, folder),
         "accumulated": accumulated(rank, folder),
+        "skipping": skipping(rank, folder),
         "tensor-by group": data_and_tensor_parallel(rank, folder, "by group"),
         "tensor-by owner": data_and_tensor_parallel(rank, folder, "by owner"),
         "tensor-twice": data_and_tensor_parallel(rank, folder, "twice"),

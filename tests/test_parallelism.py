@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch  # noqa: F401 - where there is none, conftest skips this module
 from parallel_trainings import (
     DATASETS,
     LOG_EVERY,
+    OVERFLOWING,
     PER_STEP,
     STEPS,
     Reference,
@@ -36,10 +38,11 @@ LAYOUTS = (
 )
 
 
-def counted(steps: range) -> dict[str, float]:
+def counted(steps: Sequence[int]) -> dict[str, float]:
     """Return what the samples of these steps say, by dataset, by plain Python."""
     result: dict[str, float] = {}
-    samples = read_samples(steps.stop)[PER_STEP * steps.start :]
+    everything = read_samples(max(steps) + 1)
+    samples = [one for step in steps for one in everything[PER_STEP * step : PER_STEP * (step + 1)]]
     for index, name in enumerate(DATASETS):
         own = [sample for sample in samples if sample["dataset"] == index]
         lengths = [len(sample["tokens"]) for sample in own]
@@ -62,7 +65,7 @@ def reference() -> Reference:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Any]:
     folder = tmp_path_factory.mktemp("logs")
-    return run_ranks(all_layouts, 4, folder), folder
+    return run_ranks(all_layouts, 4, folder, timeout=150), folder
 
 
 def prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
@@ -131,6 +134,23 @@ def test_over_one_dimension_of_a_pipeline_rank_0_has_no_loss(trained):
     records = read_jsonl(folder / "pipeline-ScheduleGPipe-by group.jsonl")
     assert records[-1].metrics["train_code/samples_seen"] == 16
     assert "train_code/loss" not in records[-1].metrics
+
+
+def test_a_skipped_step_leaves_nothing_behind(trained):
+    of_ranks, folder = trained
+    taken = [step for step in range(STEPS) if step + 1 not in OVERFLOWING]
+    reference = Reference.train(taken)
+    expected = prefixed("run", counted(taken))
+    approximate = {f"run_{name}/loss": reference.loss(slice(None), name) for name in DATASETS}
+    approximate["run/grad_norm"] = max(reference.norms)
+    for totals in of_ranks:
+        assert of(totals["skipping"], expected) == pytest.approx(expected, rel=1e-12)
+        assert of(totals["skipping"], approximate) == pytest.approx(approximate, rel=1e-4)
+        assert totals["skipping"]["run/skipped_steps"] == len(OVERFLOWING)
+    records = read_jsonl(folder / "skipping.jsonl")
+    assert [record.step for record in records] == [LOG_EVERY, 2 * LOG_EVERY]
+    for record, interval in zip(records, (slice(0, 2), slice(2, 4)), strict=True):
+        assert record.metrics["train/loss"] == pytest.approx(reference.loss(interval), rel=1e-4)
 
 
 def test_under_torchrun_totals_are_exact_though_a_worker_is_killed(tmp_path):
