@@ -147,6 +147,12 @@ class Job:
         self.acc = DeviceAccumulator({"loss": "mean"}, DATASETS)
         self.logger = MetricsLogger([JSONLSink(folder / f"{name}.jsonl")])
 
+    def loss(
+        self, logits: torch.Tensor, batch: dict[str, torch.Tensor], num_items: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the loss to back-propagate."""
+        return self.acc.token_loss(logits, batch["labels"], batch["dataset"], num_items=num_items)
+
     def log(self, step: int, *, owner: bool = True) -> None:
         if step % LOG_EVERY == 0:
             if owner:
@@ -171,23 +177,7 @@ def items(labels: torch.Tensor, group: dist.ProcessGroup | None, parts: int) -> 
 
 def data_parallel(rank: int, folder: Path) -> dict[str, float]:
     """DDP: every rank has samples of its own."""
-    model = DistributedDataParallel(byte_model())
-    optimizer, job = sgd(model), Job("ddp", folder)
-    for step, batch in enumerate(batches(rank, 4), 1):
-        job.aggregator.update(batch.pop("metrics"))
-        loss = job.acc.token_loss(
-            model(batch["inputs"]),
-            batch["labels"],
-            batch["dataset"],
-            num_items=items(batch["labels"], None, 4),
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), NO_CLIPPING)
-        job.aggregator.record("grad_norm", norm, "max")
-        optimizer.step()
-        job.log(step)
-    return job.totals()
+    return train_on_own_samples(rank, DistributedDataParallel(byte_model()), Job("ddp", folder))
 
 
 def fully_sharded(rank: int, folder: Path) -> dict[str, float]:
@@ -198,20 +188,36 @@ def fully_sharded(rank: int, folder: Path) -> dict[str, float]:
     for block in model[1:3]:
         fully_shard(block)
     fully_shard(model)
-    optimizer, job = sgd(model), Job("fsdp", folder)
+    return train_on_own_samples(rank, model, Job("fsdp", folder))
+
+
+def skipping(rank: int, folder: Path) -> dict[str, float]:
+    """DDP; in two steps the gradients of one rank overflow, and no rank takes those steps."""
+    model = DistributedDataParallel(byte_model())
+    return train_on_own_samples(rank, model, Job("skipping", folder), OVERFLOWING)
+
+
+def train_on_own_samples(
+    rank: int, model: nn.Module, job: Job, overflowing: Sequence[int] = ()
+) -> dict[str, float]:
+    optimizer = sgd(model)
     for step, batch in enumerate(batches(rank, 4), 1):
+        mark, mark_on_device = job.aggregator.mark(), job.acc.mark()
         job.aggregator.update(batch.pop("metrics"))
-        loss = job.acc.token_loss(
-            model(batch["inputs"]),
-            batch["labels"],
-            batch["dataset"],
-            num_items=items(batch["labels"], None, 4),
-        )
+        loss = job.loss(model(batch["inputs"]), batch, items(batch["labels"], None, 4))
+        if step in overflowing and rank == 2:
+            loss = loss * float("inf")
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), NO_CLIPPING)
         job.aggregator.record("grad_norm", norm, "max")
-        optimizer.step()
+        if norm.isfinite():
+            optimizer.step()
+        else:
+            job.aggregator.rollback(mark)
+            job.acc.rollback(mark_on_device)
+            if rank == 0:
+                job.aggregator.record("skipped_steps", 1, "sum")
         job.log(step)
     return job.totals()
 
@@ -231,40 +237,8 @@ def accumulated(rank: int, folder: Path) -> dict[str, float]:
         for number, batch in enumerate(parts, 1):
             job.aggregator.update(batch.pop("metrics"))
             with nullcontext() if number == len(parts) else model.no_sync():
-                job.acc.token_loss(
-                    model(batch["inputs"]), batch["labels"], batch["dataset"], num_items=num_items
-                ).backward()
+                job.loss(model(batch["inputs"]), batch, num_items).backward()
         optimizer.step()
-        job.log(step)
-    return job.totals()
-
-
-def skipping(rank: int, folder: Path) -> dict[str, float]:
-    """DDP; in two steps the gradients of one rank overflow, and no rank takes those steps."""
-    model = DistributedDataParallel(byte_model())
-    optimizer, job = sgd(model), Job("skipping", folder)
-    for step, batch in enumerate(batches(rank, 4), 1):
-        mark, mark_on_device = job.aggregator.mark(), job.acc.mark()
-        job.aggregator.update(batch.pop("metrics"))
-        loss = job.acc.token_loss(
-            model(batch["inputs"]),
-            batch["labels"],
-            batch["dataset"],
-            num_items=items(batch["labels"], None, 4),
-        )
-        if step in OVERFLOWING and rank == 2:
-            loss = loss * float("inf")
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), NO_CLIPPING)
-        job.aggregator.record("grad_norm", norm, "max")
-        if norm.isfinite():
-            optimizer.step()
-        else:
-            job.aggregator.rollback(mark)
-            job.acc.rollback(mark_on_device)
-            if rank == 0:
-                job.aggregator.record("skipped_steps", 1, "sum")
         job.log(step)
     return job.totals()
 
@@ -301,12 +275,7 @@ def data_and_tensor_parallel(rank: int, folder: Path, counted: str) -> dict[str,
         if owner:
             job.aggregator.update(metrics)
         with loss_parallel():
-            loss = job.acc.token_loss(
-                model(batch["inputs"]),
-                batch["labels"],
-                batch["dataset"],
-                num_items=items(batch["labels"], group, 2),
-            )
+            loss = job.loss(model(batch["inputs"]), batch, items(batch["labels"], group, 2))
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()
@@ -349,8 +318,8 @@ def data_and_pipeline_parallel(
     job = Job(name, folder, mesh["data"] if counted == "by group" else None)
 
     def loss_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        labels, dataset = target[:, :-1], target[:, -1]
-        return job.acc.token_loss(logits, labels, dataset, num_items=num_items)
+        microbatch = {"labels": target[:, :-1], "dataset": target[:, -1]}
+        return job.loss(logits, microbatch, num_items)
 
     pipeline = getattr(pipelining, schedule)(
         stage, n_microbatches=2, loss_fn=loss_of, scale_grads=False
@@ -371,9 +340,22 @@ def data_and_pipeline_parallel(
     return job.totals()
 
 
-def all_layouts(rank: int, folder: Path) -> dict[str, dict[str, float]]:
+def whole_mesh(rank: int) -> str:
+    """Give a mesh of two dimensions to an aggregator; return what it says."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    try:
+        MetricsAggregator(process_group=mesh).reduce()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def all_layouts(rank: int, folder: Path) -> dict[str, Any]:
     """Train in each layout, one after the other, since starting ranks takes longer than that."""
     return {
+        "whole mesh": whole_mesh(rank),
         "ddp": data_parallel(rank, folder),
         "fsdp": fully_sharded(rank, folder),
         "accumulated": accumulated(rank, folder),

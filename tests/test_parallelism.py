@@ -136,6 +136,13 @@ def test_over_one_dimension_of_a_pipeline_rank_0_has_no_loss(trained):
     assert "train_code/loss" not in records[-1].metrics
 
 
+def test_a_mesh_of_two_dimensions_is_refused_with_what_to_pass_instead(trained):
+    of_ranks, _ = trained
+    for of_one in of_ranks:
+        assert "a DeviceMesh of 2 dimensions" in of_one["whole mesh"]
+        assert "mesh['data']" in of_one["whole mesh"]
+
+
 def test_a_skipped_step_leaves_nothing_behind(trained):
     of_ranks, folder = trained
     taken = [step for step in range(STEPS) if step + 1 not in OVERFLOWING]
