@@ -1,0 +1,208 @@
+"""Metrics through Hugging Face Accelerate: its checkpoints, its trackers, its padded batches.
+
+    from metricfold.integrations.accelerate import TrackerSink, register
+
+    accelerator = Accelerator(log_with="tensorboard", project_dir="runs")
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    aggregator = MetricsAggregator()
+    register(accelerator, aggregator)                    # save_state() and load_state() have it
+    logger = MetricsLogger([ConsoleSink(), TrackerSink(accelerator)])
+
+A loader made with `MetricsCollator` can be prepared as it is: Accelerate's movers leave a
+`MetricBatch` alone. Only `dispatch_batches`, which sends tensors and nothing else from the first
+rank to the others, is out of the question; `register` refuses it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from metricfold.sinks.record import Record
+from metricfold.sinks.selection import SelectiveSink
+
+try:
+    import accelerate
+    import torch
+    from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
+except ImportError:
+    raise ImportError(
+        "metricfold.integrations.accelerate needs Hugging Face Accelerate, which is not installed: "
+        "pip install 'metricfold[accelerate]'"
+    ) from None
+
+if TYPE_CHECKING:
+    from metricfold.aggregator import MetricsAggregator
+    from metricfold.torch import DeviceAccumulator
+
+__all__ = ["TrackerSink", "register", "sample_weights"]
+
+_log = logging.getLogger("metricfold")
+
+
+def register(
+    accelerator: accelerate.Accelerator,
+    aggregator: MetricsAggregator,
+    *accumulators: DeviceAccumulator,
+) -> None:
+    """Let `accelerator.save_state` and `load_state` save and load `aggregator`.
+
+    Call it on every rank, after `accelerator.prepare`. `save_state`, which all ranks call anyway,
+    then is collective: the state that the first rank writes is that of all, and any number of ranks
+    can load it.
+
+    Args:
+        accelerator: which saves and loads.
+        aggregator: what is saved and loaded.
+        accumulators: drained into the aggregator before each save, so that it holds all that they
+            have taken in.
+
+    Raises:
+        ValueError: the aggregator is registered already, or batches are made on the first rank and
+            dispatched to the others, as Accelerate does by default with iterable datasets.
+    """
+    for registered in accelerator._custom_objects:  # noqa: SLF001
+        if isinstance(registered, _Checkpointed) and registered.aggregator is aggregator:
+            raise ValueError(
+                f"the aggregator {aggregator.name!r} is registered with this accelerator already, "
+                "and its checkpoints would hold it twice: call register() once"
+            )
+    loaders = accelerator._dataloaders  # noqa: SLF001 - has all that were prepared
+    if accelerator.dispatch_batches or any(isinstance(x, DataLoaderDispatcher) for x in loaders):
+        raise ValueError(
+            "the accelerator dispatches batches from the first rank (dispatch_batches=True, the "
+            "default for iterable datasets), which takes tensors alone, and no metrics: let each "
+            "rank load its own, with "
+            "Accelerator(dataloader_config=DataLoaderConfiguration(dispatch_batches=False))"
+        )
+    accelerator.register_for_checkpointing(_Checkpointed(aggregator, accumulators))
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpointed:
+    """What Accelerate saves and loads, on every rank."""
+
+    aggregator: MetricsAggregator
+    accumulators: tuple[DeviceAccumulator, ...]
+
+    def state_dict(self) -> dict[str, Any]:
+        self._drain()
+        return self.aggregator.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._drain()  # which is then replaced, like all that has come in since the last log
+        self.aggregator.load_state_dict(state)
+
+    def _drain(self) -> None:
+        for accumulator in self.accumulators:
+            self.aggregator.drain(accumulator)
+
+
+def sample_weights(accelerator: accelerate.Accelerator, samples: int) -> torch.Tensor:
+    """Return 1 for each sample of this rank's batch, and 0 for what only fills it up.
+
+    With ``even_batches=True``, its default, Accelerate repeats samples at the end of an epoch until
+    all ranks have the same number of full batches. In training these are samples like any others.
+    In an evaluation they count a second time, unless they have weight 0. Call it inside the loop
+    over a prepared loader.
+
+    Args:
+        accelerator: which has prepared the loader.
+        samples: how many samples this rank's batch has.
+
+    Returns:
+        float32 of shape (samples,), on the accelerator's device.
+
+    Raises:
+        RuntimeError: there is no loop over a prepared loader.
+        ValueError: the dataset has no length, so that nothing tells what fills up from the rest.
+    """
+    loader = accelerator.gradient_state.active_dataloader
+    if loader is None:
+        raise RuntimeError(
+            "sample_weights() speaks about the batch at hand: call it inside the loop over a loader "
+            "that accelerator.prepare() returned"
+        )
+    weights = torch.ones(samples, device=accelerator.device)
+    if accelerator.num_processes == 1 or not loader.end_of_dataloader:
+        return weights
+    if isinstance(loader.dataset, IterableDatasetShard) and not loader.dataset.drop_last:
+        raise ValueError(
+            "the dataset has no length, so nothing tells which samples of the last batch fill it "
+            "up: use a map-style dataset, drop_last=True, or a datasets.IterableDataset with at "
+            "least one shard per rank, which Accelerate does not fill up"
+        )
+    shards = (loader.batch_sampler, getattr(loader, "sampler", None))
+    filled = any(isinstance(shard, BatchSamplerShard) and shard.even_batches for shard in shards)
+    if filled and loader.remainder > 0:
+        # Gathered in the order of ranks, the samples that fill up come last.
+        weights[max(loader.remainder - accelerator.process_index * samples, 0) :] = 0
+    return weights
+
+
+class TrackerSink(SelectiveSink):
+    """Hands scalars to the accelerator's trackers, as `accelerator.log` does.
+
+    Trackers take numbers and texts: histograms go to sinks of metricfold's own. Close the logger
+    before `accelerator.end_training()`, which ends the trackers.
+
+    Args:
+        accelerator: made with ``log_with=``. `accelerator.init_trackers` comes before the first
+            record.
+        select: see `SelectiveSink`.
+        key_format: see `SelectiveSink`.
+
+    Raises:
+        ValueError: the accelerator was made without ``log_with=``.
+    """
+
+    def __init__(
+        self,
+        accelerator: accelerate.Accelerator,
+        *,
+        select: str | Sequence[str] = "*",
+        key_format: str | Callable[[str], str] = "{key}",
+    ) -> None:
+        super().__init__(select=select, key_format=key_format)
+        if not accelerator.log_with:
+            raise ValueError(
+                "the accelerator has no trackers: make it with Accelerator(log_with='tensorboard', "
+                "project_dir='runs') or another tracker, or leave out the TrackerSink"
+            )
+        self._accelerator = accelerator
+        self._had: set[int] = set()  # trackers that took the record at hand, before one failed
+
+    def __repr__(self) -> str:
+        return f"TrackerSink({self._accelerator.log_with!r})"
+
+    def flush(self) -> None:
+        """Do nothing: when a tracker flushes is its own business."""
+
+    def close(self) -> None:
+        """Do nothing: `accelerator.end_training` ends the trackers."""
+
+    def rewind(self, step: int) -> None:
+        """Say in the log that trackers cannot take back what they were given."""
+        _log.warning(
+            "Accelerate's trackers cannot take back steps: what they hold after step %d is shown "
+            "next to what comes now. JSONLSink, TensorBoardSink and WandbSink can, as far as their "
+            "backends do",
+            step,
+        )
+
+    def _write(self, record: Record) -> None:
+        if not record.metrics:
+            return
+        trackers: list[Any] = self._accelerator.trackers
+        if not trackers:
+            raise RuntimeError(
+                "the accelerator's trackers are not there yet: call accelerator.init_trackers() "
+                "before the first log"
+            )
+        for tracker in trackers:
+            if id(tracker) not in self._had:
+                tracker.log(record.metrics, step=record.step)
+                self._had.add(id(tracker))
+        self._had.clear()

@@ -1,0 +1,345 @@
+"""Training loops with Hugging Face Accelerate count what was trained on, on one and two ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports what could ask a server
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+pytest.importorskip("tensorboard")
+
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.utils import DataLoaderConfiguration
+
+from metricfold import (
+    DefaultTrainingMetricTransform,
+    MetricsAggregator,
+    MetricsCollator,
+    MetricsLogger,
+    read_jsonl,
+)
+from metricfold.integrations.accelerate import TrackerSink, register, sample_weights
+from metricfold.torch import DeviceAccumulator
+
+ROOT = Path(__file__).parent.parent
+LENGTHS = range(1, 20)
+BATCH = 4
+UPDATES, EVERY, HALF = 12, 4, 6  # of the example, fewer than it has
+
+
+def samples(length: int) -> list[dict[str, Any]]:
+    transform = DefaultTrainingMetricTransform()
+    transform.set_dataset_name("a")
+    return [transform({"tokens": [1] * (i + 1), "i": i}) for i in range(length)]
+
+
+def collate(batch: list[Any]) -> dict[str, Any]:
+    return {"i": torch.tensor([sample["i"] for sample in batch])}
+
+
+def loader(data: Any, **options: Any) -> Any:
+    return DataLoader(data, batch_size=BATCH, collate_fn=MetricsCollator(collate), **options)
+
+
+def accelerator(**configuration: Any) -> Accelerator:
+    return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**configuration))
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        return iter(samples(9))
+
+
+# -- Two ranks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("two")
+    return folder, run_ranks(on_two_ranks, 2, folder, timeout=150)
+
+
+def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for, though we have a group
+    torch.set_num_threads(1)
+    return {
+        "example": run_example(folder),
+        "even": read_by(accelerator()),
+        "uneven": read_by(accelerator(even_batches=False)),
+        "split": read_by(accelerator(split_batches=True)),
+        "sampler": read_by_a_sampler(rank),
+        "stream": read_streams(accelerator(dispatch_batches=False)),
+    }
+
+
+def example() -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "mixture", ROOT / "examples/accelerate_mixture.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_example(folder: Path) -> dict[str, Any]:
+    """Train without a break, then once more from the checkpoint half-way; evaluate."""
+    module = example()
+    module.UPDATES, module.EVERY, module.HALF = UPDATES, EVERY, HALF
+    logs = []
+    for resume in (False, True):
+        made = Accelerator(
+            cpu=True,
+            gradient_accumulation_steps=module.ACCUMULATION,
+            log_with="tensorboard",
+            project_dir=folder,
+        )
+        assert made.num_processes == 2
+        model = module.train(made, folder, resume=resume)
+        for tracker in made.trackers:  # end_training() would end the process group as well
+            tracker.finish()
+        if made.is_main_process:
+            logs.append([(one.step, one.metrics) for one in read_jsonl(folder / "log.jsonl")])
+    count = UPDATES * module.ACCUMULATION * module.BATCH * 2
+    trained = module.seen.select(range(count)).remove_columns("metrics")
+    truth = {}
+    for source, name in enumerate(module.NAMES):
+        lengths = [len(one["tokens"]) for one in trained if one["source"] == source]
+        truth[f"train_{name}/samples_seen"] = len(lengths)
+        truth[f"train_{name}/tokens_seen"] = sum(lengths)
+    return {"logs": logs, "truth": truth, "evaluation": module.evaluate(made, model)}
+
+
+def read_by(made: Accelerator) -> list[tuple[list[int], float]]:
+    """Return, for datasets of each length, what has weight 1 over ranks, and what was read."""
+    results = []
+    for length in LENGTHS:
+        aggregator = MetricsAggregator()
+        counted: list[int] = []
+        for batch in made.prepare(loader(samples(length))):
+            aggregator.update(batch.pop("metrics"))
+            weights = sample_weights(made, len(batch["i"]))
+            counted += batch["i"][weights > 0].tolist()
+        everyone: list[Any] = [None, None]
+        dist.all_gather_object(everyone, counted)
+        seen = aggregator.get_metrics_for_logging()["data_a/samples_seen"]
+        results.append((sorted(everyone[0] + everyone[1]), seen))
+    return results
+
+
+def read_by_a_sampler(rank: int) -> list[tuple[list[int], float]]:
+    """Do the same with torch's own sampler, and the rule that the documentation gives for it."""
+    results = []
+    for length in LENGTHS:
+        data = samples(length)
+        aggregator = MetricsAggregator()
+        counted: list[int] = []
+        at = 0
+        for batch in loader(data, sampler=DistributedSampler(data, 2, rank)):
+            aggregator.update(batch.pop("metrics"))
+            size = len(batch["i"])
+            places = torch.arange(at, at + size) * 2 + rank
+            at += size
+            counted += batch["i"][places < length].tolist()
+        everyone: list[Any] = [None, None]
+        dist.all_gather_object(everyone, counted)
+        seen = aggregator.get_metrics_for_logging()["data_a/samples_seen"]
+        results.append((sorted(everyone[0] + everyone[1]), seen))
+    return results
+
+
+def read_streams(made: Accelerator) -> dict[str, Any]:
+    import datasets
+
+    from metricfold.integrations.datasets import with_metrics
+
+    rows = {"tokens": [[1] * (i + 1) for i in range(9)], "i": list(range(9))}
+    stream = datasets.Dataset.from_dict(rows).to_iterable_dataset(num_shards=3)
+    stream = with_metrics(stream, DefaultTrainingMetricTransform(), "a")
+    aggregator = MetricsAggregator()
+    kept = 0.0
+    for batch in made.prepare(loader(stream)):
+        aggregator.update(batch.pop("metrics"))
+        kept += sample_weights(made, len(batch["i"])).sum().item()
+    aggregator.record("kept", kept, "sum")
+    results = aggregator.get_metrics_for_logging(prefix="d")
+    error = ""
+    for batch in made.prepare(loader(Stream())):
+        try:
+            sample_weights(made, len(batch["i"]))
+        except ValueError as caught:
+            error = str(caught)
+    return {"kept": results["d/kept"], "tokens": results["d_a/tokens_seen"], "error": error}
+
+
+def test_the_example_counts_what_it_trained_on(two: Any) -> None:
+    _, ranks = two
+    *_, (step, metrics) = ranks[0]["example"]["logs"][0]
+    assert step == UPDATES
+    truth = ranks[0]["example"]["truth"]
+    assert len(truth) == 4
+    assert {key: metrics[key] for key in truth} == truth
+    losses = [metrics["train/loss"] for _, metrics in ranks[0]["example"]["logs"][0]]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_a_resumed_training_logs_what_one_without_a_break_does(two: Any) -> None:
+    _, ranks = two
+    whole, resumed = ranks[0]["example"]["logs"]
+    assert [step for step, _ in whole] == [4, 8, 12]
+    for (step, metrics), (again, after) in zip(whole, resumed, strict=True):
+        assert step == again
+        assert after == pytest.approx(metrics, rel=1e-12)
+
+
+def test_the_trackers_have_what_the_log_has(two: Any) -> None:
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    folder, ranks = two
+    events = EventMultiplexer().AddRunsFromDirectory(str(folder / "mixture")).Reload()
+    (run,) = events.Runs()
+    shown = {event.step: event.value for event in events.Scalars(run, "train_docs/loss")}
+    logged = {step: metrics["train_docs/loss"] for step, metrics in ranks[0]["example"]["logs"][0]}
+    assert shown == pytest.approx(logged, rel=1e-6)
+
+
+def test_an_evaluation_is_that_of_each_text_by_itself(two: Any) -> None:
+    for rank in two[1]:
+        results = rank["example"]["evaluation"]
+        assert results["ours"] == pytest.approx(results["the truth, text by text"], rel=1e-6)
+        for name in ("gather(loss).mean()", "gather_for_metrics(loss.repeat(n))"):
+            assert results[f"theirs: {name}"] != pytest.approx(results["ours"], rel=1e-4)
+        assert (results["samples read"], results["samples held out"]) == (80, 77)
+
+
+@pytest.mark.parametrize("how", ["even", "uneven", "split", "sampler"])
+def test_each_sample_has_weight_once_whatever_fills_up_the_batches(two: Any, how: str) -> None:
+    for rank in two[1]:
+        for length, (counted, _) in zip(LENGTHS, rank[how], strict=True):
+            assert counted == list(range(length))
+
+
+def test_what_is_read_twice_counts_twice_in_the_metrics_of_samples(two: Any) -> None:
+    read = {how: [seen for _, seen in two[1][0][how]] for how in ("even", "uneven", "sampler")}
+    assert read["even"] == [-(-length // 8) * 8 for length in LENGTHS]
+    assert read["uneven"] == list(LENGTHS)
+    assert read["sampler"] == [length + length % 2 for length in LENGTHS]
+
+
+def test_a_stream_of_several_shards_is_read_once(two: Any) -> None:
+    for rank in two[1]:
+        assert rank["stream"]["kept"] == 9
+        assert rank["stream"]["tokens"] == sum(range(1, 10))
+        assert "the dataset has no length" in rank["stream"]["error"]
+
+
+# -- One process -----------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_what_accumulators_had_taken_in(tmp_path: Path) -> None:
+    made = accelerator()
+    aggregator, accumulator = MetricsAggregator(), DeviceAccumulator({"loss": "mean"})
+    register(made, aggregator, accumulator)
+    aggregator.record("steps", 1, "sum")
+    accumulator.update("loss", torch.tensor([1.0, 3.0]))
+    made.save_state(tmp_path)
+    aggregator.record("steps", 5, "sum")
+    accumulator.update("loss", torch.tensor([100.0]))
+    made.load_state(tmp_path)
+    accumulator.update("loss", torch.tensor([8.0]))
+    aggregator.drain(accumulator)
+    assert aggregator.get_metrics_for_logging("d") == {"d/steps": 1.0, "d/loss": 4.0}
+
+
+def test_loaders_that_dispatch_batches_are_refused_with_what_to_set() -> None:
+    what_to_set = r"DataLoaderConfiguration\(dispatch_batches=False\)"
+    with pytest.raises(ValueError, match=what_to_set):
+        register(accelerator(dispatch_batches=True), MetricsAggregator())
+    made = accelerator()
+    made.prepare(loader(Stream()))
+    with pytest.raises(ValueError, match=f"default for iterable datasets.*{what_to_set}"):
+        register(made, MetricsAggregator())
+    made = accelerator(dispatch_batches=False)
+    made.prepare(loader(Stream()))
+    register(made, MetricsAggregator())
+
+
+def test_an_aggregator_is_registered_once() -> None:
+    made, aggregator = accelerator(), MetricsAggregator(name="twice")
+    register(made, aggregator)
+    register(made, MetricsAggregator())
+    with pytest.raises(ValueError, match="'twice' is registered with this accelerator already"):
+        register(made, aggregator)
+
+
+def test_weights_are_of_the_batch_at_hand() -> None:
+    made = accelerator()
+    with pytest.raises(RuntimeError, match="inside the loop over a loader"):
+        sample_weights(made, 4)
+    for batch in made.prepare(loader(samples(9))):
+        assert sample_weights(made, len(batch["i"])).tolist() == [1.0] * len(batch["i"])
+
+
+class Kept(GeneralTracker):
+    name = "kept"
+    requires_logging_directory = False
+
+    def __init__(self, failures: int = 0) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+        self.failures = failures
+
+    @property
+    def tracker(self) -> Any:
+        return self.rows
+
+    @on_main_process
+    def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise OSError("the disk is full")
+        self.rows.append((step, dict(values)))
+
+
+def test_a_tracker_that_fails_once_gets_the_record_again_and_the_others_do_not() -> None:
+    steady, failing = Kept(), Kept(failures=1)
+    made = Accelerator(cpu=True, log_with=[steady, failing])
+    made.init_trackers("run")
+    with MetricsLogger([TrackerSink(made, select="*/loss", key_format="mine/{key}")]) as logger:
+        for step in (1, 2):
+            logger.log(step, {"a/loss": 0.5 / step, "a/other": 1.0})
+    rows = [(1, {"mine/a/loss": 0.5}), (2, {"mine/a/loss": 0.25})]
+    assert steady.rows == rows
+    assert failing.rows == rows
+
+
+def test_a_sink_without_trackers_says_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match=r"Accelerator\(log_with='tensorboard'"):
+        TrackerSink(Accelerator(cpu=True))
+    sink = TrackerSink(Accelerator(cpu=True, log_with=Kept()))
+    with caplog.at_level(logging.WARNING, "metricfold"):
+        sink.rewind(3)
+    assert "cannot take back steps" in caplog.text
+    assert "after step 3" in caplog.text
+    with pytest.raises(RuntimeError, match=r"call accelerator.init_trackers\(\)"):
+        sink.write(record())
+
+
+def record() -> Any:
+    from metricfold.sinks.record import Record
+
+    return Record(step=1, wall_time=0.0, metrics={"a/loss": 1.0})
