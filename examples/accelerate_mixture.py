@@ -6,7 +6,7 @@
 A small network learns to guess the next byte of Python's own documentation and of its sources, from
 Hugging Face datasets, with gradient accumulation, TensorBoard as Accelerate's tracker, and a
 checkpoint half-way that ``--resume`` goes on from. At the end the loss over held-out texts is
-computed as Accelerate's documentation does, with metricfold, and text by text.
+computed in the two ways that are common with Accelerate, with metricfold, and text by text.
 """
 
 import pydoc_data.topics
@@ -123,7 +123,7 @@ def train(accelerator, folder, *, resume):
     return model
 
 
-# -- The loss over held-out texts, three times -----------------------------------------------------
+# -- The loss over held-out texts, in four ways -----------------------------------------------------
 
 
 @torch.no_grad()

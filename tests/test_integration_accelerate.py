@@ -286,6 +286,39 @@ def test_an_aggregator_is_registered_once() -> None:
         register(made, aggregator)
 
 
+def test_a_step_that_was_skipped_leaves_no_metrics() -> None:
+    made = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    made.scaler = torch.amp.GradScaler("cpu")  # as mixed precision has it on a GPU
+    model = torch.nn.Linear(1, 1)
+    aggregator, accumulator = MetricsAggregator(), DeviceAccumulator({"loss": "mean"})
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    model, optimizer, batches = made.prepare(model, optimizer, loader(samples(24)))
+    skipped = []
+    mark, on_device = aggregator.mark(), accumulator.mark()
+    for batch in batches:
+        aggregator.update(batch.pop("metrics"))
+        with made.accumulate(model):
+            x = batch["i"][:, None].float()
+            x[x == 9] = torch.inf  # in the third batch of six, so in the second of three steps
+            loss = model(x).square().mean()
+            accumulator.update("loss", loss)
+            made.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        if made.sync_gradients:
+            skipped.append(made.optimizer_step_was_skipped)
+            if skipped[-1]:
+                aggregator.rollback(mark)
+                accumulator.rollback(on_device)
+            mark, on_device = aggregator.mark(), accumulator.mark()
+    aggregator.drain(accumulator)
+    results = aggregator.get_metrics_for_logging("d")
+    assert skipped == [False, True, False]
+    assert results["d_a/samples_seen"] == 16
+    assert results["d_a/tokens_seen"] == sum(range(1, 25)) - sum(range(9, 17))
+    assert torch.isfinite(torch.tensor(results["d/loss"]))
+
+
 def test_weights_are_of_the_batch_at_hand() -> None:
     made = accelerator()
     with pytest.raises(RuntimeError, match="inside the loop over a loader"):
