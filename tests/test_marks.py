@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_threads
 
-from metricfold import Metric, MetricsAggregator
+from metricfold import Metric, MetricBatch, MetricsAggregator
 from metricfold.torch import DeviceAccumulator
 
 KINDS = ("sum", "mean", "max", "rate", "distribution", "categorical_count", MyTypes.PRODUCT)
@@ -157,6 +160,37 @@ def test_categories_that_are_not_told_apart_take_no_memory_between_marks() -> No
         state: Any = states.get(("d", "id"))
         assert state is None or len(state.counts) <= 25
     assert sum(aggregator.get_metrics_for_logging("t").values()) == 2020
+
+
+def test_a_mark_that_is_never_renewed_costs_neither_precision_nor_order() -> None:
+    aggregator = MetricsAggregator(4)
+    aggregator.record("len", 0.0, "distribution")
+    mark = aggregator.mark()
+    batch = MetricBatch.from_metrics([Metric("d", "x", 0.1, "sum")])
+    for _ in range(2):  # what comes is put away in between: that is dropped, too
+        aggregator.rollback(mark)
+        for _ in range(100_000):
+            aggregator.update(batch)
+    for value in range(1, 2000):
+        aggregator.record("len", float(value), "distribution")
+    logged = aggregator.get_metrics_for_logging("t")
+    assert abs(logged["t_d/x"] - 10_000.0) <= 1e-12 * 10_000.0
+    assert (logged["t/len_stat_min"], logged["t/len_stat_max"]) == (1996.0, 1999.0)
+
+
+@pytest.mark.skipif(not hasattr(sys, "getrefcount"), reason="objects are not counted here")
+def test_an_aggregator_goes_when_nobody_holds_it_though_it_has_a_mark() -> None:
+    aggregator = MetricsAggregator()
+    mark = aggregator.mark()
+    gone = weakref.ref(aggregator)
+    gc.disable()
+    try:
+        del aggregator
+        assert gone() is None
+    finally:
+        gc.enable()
+    with pytest.raises(ValueError, match="this mark is of aggregator"):
+        MetricsAggregator().rollback(mark)
 
 
 def on_ranks(communicator: Any) -> list[dict[str, float]]:

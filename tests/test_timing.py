@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 from handlers_of_users import RMSHandler
 from ranks import run_ranks, run_threads
 
-from metricfold import MetricsAggregator, Snapshot
+from metricfold import MeanAggHandler, MetricsAggregator, Snapshot
 from metricfold.timing import Timing
 
 SLOW = 0.04
@@ -159,6 +161,8 @@ def test_names_that_clash_and_timers_that_are_none_are_refused() -> None:
         aggregator.timer("data")
     with pytest.raises(ValueError, match="name of a timer"):
         aggregator.timer("")
+    with pytest.raises(TypeError, match="name of a timer must be a string"):
+        aggregator.timer(["data"])  # type: ignore[arg-type]
     with pytest.raises(KeyError, match=r"no rank has used a timer 'data': aggregator\.timer"):
         aggregator.reduce().timing("data")
     aggregator.timer("step")
@@ -169,3 +173,97 @@ def test_names_that_clash_and_timers_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match="needs handlers with lanes"):
         other.timer("data")
     other.record("data_seconds", 1.0, "max")  # the name is still free
+
+
+def contradicted(communicator: Any) -> list[Any]:
+    """Rank 0 holds what rank 1's timer gives as another type, in the first two intervals."""
+    aggregator = MetricsAggregator(communicator=communicator)
+    found: list[Any] = []
+    for turn in range(3):
+        try:
+            if communicator.rank:
+                with aggregator.timer("data"):
+                    pass
+                with aggregator.timer("step"):
+                    pass
+            elif turn < 2:
+                aggregator.record("data_seconds", 1.0, "sum")
+        except ValueError as error:
+            found.append(f"alone: {error}")
+        try:
+            logged = aggregator.reduce().as_dict("t")
+            found.append(sum(name.startswith("t/step") for name in logged))
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_timer_whose_name_other_ranks_hold_otherwise_is_told_so_once_and_wedges_nothing() -> None:
+    zero, one = run_threads(contradicted, 2)
+    assert zero == [one[0], one[2], one[4]]  # what they say together
+    assert "rank 1 held metric 'data_seconds' as 'mean'" in zero[0]
+    assert zero[1:] == [3, 3]  # the other timer goes on
+    assert "already registered with aggregation type 'sum'" in one[1]
+    assert one[1] == one[3]
+
+
+class Unwilling(MeanAggHandler):
+    """A handler with lanes that fails for one value."""
+
+    def sums_of(self, values: Any, weights: Any) -> tuple[float, ...]:
+        if values.size and values[0] > SLOW:
+            raise ZeroDivisionError
+        return super().sums_of(values, weights)
+
+
+def failing_handler(communicator: Any) -> list[Any]:
+    aggregator = MetricsAggregator(communicator=communicator)
+    aggregator.register_handler("mean", Unwilling())
+    aggregator.record("n", 1.0, "sum")
+    for name in ("slow", "quick"):
+        with aggregator.timer(name):
+            time.sleep(1.5 * SLOW if (communicator.rank, name) == (1, "slow") else 0)
+    with pytest.raises(RuntimeError) as caught:
+        aggregator.reduce()
+    logged = aggregator.reduce().as_dict("t")
+    return [str(caught.value), logged["t/n"], "t/quick_share" in logged, "t/slow_share" in logged]
+
+
+def test_a_handler_that_fails_on_a_time_is_told_to_all_ranks_and_nothing_else_is_lost() -> None:
+    results = run_threads(failing_handler, 2)
+    assert results[0] == results[1]
+    assert "rank 1 could not take part: timer 'slow': the handler failed" in results[0][0]
+    assert results[0][1:] == [2.0, True, True]
+
+
+def test_a_timer_in_a_forked_child_says_that_its_times_would_be_lost() -> None:
+    script = """
+import os, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+from metricfold import MetricsAggregator
+
+aggregator = MetricsAggregator()
+
+@aggregator.timer("read")
+def read():
+    return 1
+
+if child := os.fork():
+    os.waitpid(child, 0)
+    read()
+    print(aggregator.reduce().timing("read").slowest)
+else:
+    for use in (read, lambda: aggregator.timer("read")):
+        try:
+            use()
+        except RuntimeError as error:
+            print(error, flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stderr == ""
+    timer, aggregator, rank = done.stdout.splitlines()
+    assert timer.startswith("this timer was inherited by a forked process")
+    assert "was inherited by a forked process" in aggregator
+    assert rank == "0"

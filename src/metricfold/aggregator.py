@@ -18,7 +18,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
@@ -243,7 +243,7 @@ class MetricsAggregator:
         >>> snapshot.timing("data").slowest
         0
         """
-        elapsed = self._timers.get(name)
+        elapsed = self._timers.get(name) if isinstance(name, str) else None
         if elapsed is None:
             check_name("the name of a timer", name)
             keys = TimerKeys.of(name)
@@ -264,9 +264,9 @@ class MetricsAggregator:
                 elapsed = self._timers.setdefault(name, Elapsed())
         return Timer(elapsed.add)
 
-    def _stop_watches(self, world_size: int) -> None:
-        """Make metrics of the times that timers have taken."""
-        columns = []
+    def _stop_watches(self, world_size: int) -> str:
+        """Make metrics of the times that timers have taken; returns an error, for all ranks."""
+        columns, errors = [], []
         for name, elapsed in self._timers.items():
             uses, total, longest = elapsed.take()
             if not uses:
@@ -274,11 +274,15 @@ class MetricsAggregator:
             keys = TimerKeys.of(name)
             # Added up over ranks and divided by the time, this is the mean of the ranks' shares.
             numbers = (total / uses, longest, total / world_size)
-            for (key, agg_type), value in zip(keys.types(), numbers, strict=True):
-                columns.append(
+            try:
+                columns += [
                     fold_value(("", key), agg_type, value, float(uses), self._keys.handler_of)
-                )
+                    for (key, agg_type), value in zip(keys.types(), numbers, strict=True)
+                ]
+            except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
+                errors.append(f"timer {name!r}: the handler failed: {failure!r}")
         self._add(columns)
+        return "; ".join(errors)
 
     def drain(self, accumulator: AnyAccumulator) -> AnyAccumulator:
         """Take in what an accumulator on the device holds, and return an empty one.
@@ -330,7 +334,7 @@ class MetricsAggregator:
             self._delta.mark(self._keys.kept)
             self._custom.mark()
             self._late_custom_marked = len(self._late_custom)
-            self._mark = AggregatorMark(self, self._cuts)
+            self._mark = AggregatorMark(self.name, self._keys, self._cuts)
             return self._mark
 
     def rollback(self, mark: AggregatorMark) -> None:
@@ -352,10 +356,10 @@ class MetricsAggregator:
             raise TypeError(f"rollback() takes what mark() returned, not {type(mark).__name__}")
         with self._lock:
             self._check_usable()
-            if mark.owner is not self:
+            if mark.keys is not self._keys:
                 raise ValueError(
-                    f"this mark is of aggregator {mark.owner.name!r}, not of {self.name!r}: give "
-                    "each back to its own"
+                    f"this mark is of aggregator {mark.name!r}, not of {self.name!r}: give each "
+                    "back to its own"
                 )
             if mark.cuts != self._cuts:
                 raise ValueError(
@@ -574,12 +578,12 @@ class MetricsAggregator:
                 raise self._dead.with_traceback(None)
             communicator = self._connect()
             self._claim_share(communicator)
-            self._stop_watches(communicator.world_size)
+            untimed = self._stop_watches(communicator.world_size)
             cut = self._delta.cut()
             self._cut_off()
             # From here on the others are on their way: join them whatever happens, and say so there.
             number, wrong = _checked_step(step)
-            error = wrong or self._read_late_custom() or self._keys.trouble()
+            error = wrong or untimed or self._read_late_custom() or self._keys.trouble()
             custom = b""
             if self._custom and not error:
                 try:
@@ -630,6 +634,12 @@ class MetricsAggregator:
     def _forget(self, key: Key) -> int:
         """Drop what has accumulated of `key`; returns how many values that were."""
         self._custom.drop(key)
+        # Whoever uses such a timer again is told, as anyone who records such a metric is.
+        self._timers = {
+            name: elapsed
+            for name, elapsed in self._timers.items()
+            if key[0] or key[1] not in TimerKeys.of(name).names()
+        }
         marked = self._late_custom[: self._late_custom_marked]
         self._late_custom_marked -= sum(late.key == key for late in marked)
         self._late_custom = [late for late in self._late_custom if late.key != key]
@@ -741,6 +751,8 @@ class MetricsAggregator:
     def leave_parent_behind(self) -> None:
         """In a forked child: new locks, for ours may be held by a thread that is not here."""
         self._renew_locks()
+        for elapsed in self._timers.values():
+            elapsed.leave_parent_behind()
         self._timers = {}
         self._in_flight = self._worker = None
         if self._communicator is not None:
@@ -769,9 +781,17 @@ class MetricsAggregator:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AggregatorMark:
-    """A place that `MetricsAggregator.rollback` comes back to."""
+    """A place that `MetricsAggregator.rollback` comes back to.
 
-    owner: MetricsAggregator
+    Args:
+        name: of the aggregator.
+        keys: its table, which tells it from others of that name. The aggregator itself would keep
+            itself alive through its newest mark.
+        cuts: how often it had been cut off.
+    """
+
+    name: str
+    keys: KeyTable = field(repr=False)
     cuts: int
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
@@ -34,8 +34,8 @@ class Delta:
     """States per key, values that still lie on a device, and the time they took.
 
     A reduction takes the whole delta away (`cut`) and, if it fails, puts it back (`restore`). What
-    has come in since the last `mark` can be dropped (`rollback`): it lies in `states` alone, and is
-    merged with what was there before when the next mark is made.
+    has come in since the last `mark` can be dropped (`rollback`): it lies apart, and is merged with
+    what was there before when the next mark is made.
     """
 
     def __init__(self) -> None:
@@ -80,9 +80,10 @@ class Delta:
                 self.late.extend(column.late)
                 late_keys.add(key)
         self._additions += 1
-        if self._additions >= _ADDITIONS and self._marked is None:
-            _merge_into(self._settled, states)
-            states = self._settled
+        if self._additions >= _ADDITIONS:
+            settled = self._settled if self._marked is None else self._marked.since
+            _merge_into(settled, states)
+            states = settled
             self.states, self._additions = {}, 0
         _trim(states, kept)
 
@@ -92,20 +93,22 @@ class Delta:
         Args:
             kept: as in `add`.
         """
-        before = {} if self._marked is None else self._marked.states
-        _merge_into(before, self.states)
-        _trim(before, kept)
-        if self._additions >= _ADDITIONS:
-            _merge_into(self._settled, before)
+        marked = _Marked() if self._marked is None else self._marked
+        _merge_into(marked.states, marked.since)
+        _merge_into(marked.states, self.states)
+        _trim(marked.states, kept)
+        marked.additions += self._additions
+        if marked.additions >= _ADDITIONS:
+            _merge_into(self._settled, marked.states)
             _trim(self._settled, kept)
-            before, self._additions = {}, 0
-        self.states = {}
-        self._marked = _Marked(before, len(self.late), len(self.drained))
+            marked.states, marked.additions = {}, 0
+        self._marked, marked.since, self.states, self._additions = marked, {}, {}, 0
+        marked.late, marked.drained = len(self.late), len(self.drained)
 
     def rollback(self) -> None:
         """Drop what has come in since the mark; there is one."""
         assert self._marked is not None
-        self.states = {}
+        self.states, self._marked.since, self._additions = {}, {}, 0
         del self.late[self._marked.late :], self.drained[self._marked.drained :]
         self._late_keys = {entry.key for entry in self.late}
 
@@ -113,7 +116,7 @@ class Delta:
         """Forget `key`; returns how many values it had."""
         layers = [self.states, self._settled]
         if self._marked is not None:
-            layers.append(self._marked.states)
+            layers += [self._marked.states, self._marked.since]
             marked = self.late[: self._marked.late]
             self._marked.late -= sum(entry.key == key for entry in marked)
         states = [layer.pop(key, None) for layer in layers]
@@ -136,8 +139,9 @@ class Delta:
 
     def restore(self, taken: CutDelta) -> None:
         """Put back what a failed reduction took; it comes before what has come since."""
-        for layer in self._older():
-            _merge_into(taken.states, layer)
+        _merge_into(taken.states, self._settled)
+        if self._marked is not None:
+            _merge_into(taken.states, self._marked.states)
         self._settled = taken.states
         self.drained = taken.drained + self.drained
         if self._marked is not None:
@@ -145,12 +149,9 @@ class Delta:
             self._marked.drained += len(taken.drained)
         self.seconds += taken.seconds
 
-    def _older(self) -> list[dict[Key, State]]:
-        """Return what there is below `states`, the oldest first."""
-        return [self._settled] if self._marked is None else [self._settled, self._marked.states]
-
     def _together(self) -> dict[Key, State]:
-        layers = [layer for layer in (*self._older(), self.states) if layer]
+        marked = [] if self._marked is None else [self._marked.states, self._marked.since]
+        layers = [layer for layer in (self._settled, *marked, self.states) if layer]
         if not layers:
             return {}
         for layer in layers[1:]:
@@ -164,13 +165,17 @@ class _Marked:
 
     Args:
         states: of the values since they were last settled.
+        additions: how often something was added to these.
         late: how many values lay on a device.
         drained: how many accumulators were on their way.
+        since: what has come since, but for the newest.
     """
 
-    states: dict[Key, State]
-    late: int
-    drained: int
+    states: dict[Key, State] = field(default_factory=dict)
+    additions: int = 0
+    late: int = 0
+    drained: int = 0
+    since: dict[Key, State] = field(default_factory=dict)
 
 
 class InTransit:

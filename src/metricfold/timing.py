@@ -73,6 +73,9 @@ class TimerKeys:
     def of(cls, name: str) -> TimerKeys:
         return cls(f"{name}_seconds", f"{name}_seconds_max", f"{name}_share")
 
+    def names(self) -> tuple[str, ...]:
+        return self.mean, self.max, self.share
+
     def types(self) -> tuple[tuple[str, AggregationType], ...]:
         """Return each name with its aggregation."""
         return (
@@ -85,13 +88,19 @@ class TimerKeys:
 class Elapsed:
     """The times of one timer on one rank since the last reduction."""
 
-    __slots__ = ("_lock", "longest", "total", "uses")
+    __slots__ = ("_inherited", "_lock", "longest", "total", "uses")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._inherited = False
         self.uses, self.total, self.longest = 0, 0.0, 0.0
 
     def add(self, seconds: float) -> None:
+        if self._inherited:
+            raise RuntimeError(
+                "this timer was inherited by a forked process, where its times would be lost: use "
+                "it in the training process, around what waits for the data workers"
+            )
         with self._lock:
             self.uses += 1
             self.total += seconds
@@ -103,6 +112,10 @@ class Elapsed:
             taken = (self.uses, self.total, self.longest)
             self.uses, self.total, self.longest = 0, 0.0, 0.0
             return taken
+
+    def leave_parent_behind(self) -> None:
+        """In a forked child: refuse what comes, for nobody will read it."""
+        self._inherited = True
 
 
 class Timer(ContextDecorator):
