@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accumulated import KINDS, NAMES, WEIGHTED, logged, recorded
+from accumulated import check_equal as check_equal_to
 from jax_devices import on_devices
 from jax_processes import end_processes, run_processes
 from ranks import run_threads
 
 FAST = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 """Undoes what these tests' processes do to compile quickly."""
-KINDS = {"mean": "mean", "sum": "sum", "max": "max", "min": "min", "len": "distribution"}
-NAMES = ("a", "b", "c")
-WEIGHTED = ("mean", "len")
+
+
+check_equal = functools.partial(check_equal_to, rtol=1e-6)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,38 +49,6 @@ def compiled() -> Any:
     import jax
 
     return jax.jit(fold)
-
-
-def recorded(aggregator: Any, x: Any, w: Any, ids: Any) -> Any:
-    """Record what `fold` folds, one by one."""
-    for name, kind in KINDS.items():
-        for value, weight, place in zip(x.tolist(), w.tolist(), ids.tolist(), strict=True):
-            aggregator.record(
-                name, value, kind, dataset=NAMES[place], weight=weight if name in WEIGHTED else 1.0
-            )
-    return aggregator
-
-
-def check_equal(found: dict[str, float], wanted: dict[str, float]) -> None:
-    """Check percentiles to a bucket's width, the rest to 1e-6, counts and extrema exactly."""
-    import numpy as np
-
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        if name.endswith(("count", "/max", "/min", "stat_max", "stat_min")):
-            assert found[name] == value or math.isnan(value), name
-        elif "stat_p" in name:
-            np.testing.assert_allclose(found[name], value, rtol=2**-6, atol=1e-3, err_msg=name)
-        else:
-            np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
-
-
-def logged(acc: Any, window: str = "run") -> dict[str, float]:
-    from metricfold import MetricsAggregator
-
-    aggregator = MetricsAggregator()
-    aggregator.drain(acc)
-    return aggregator.get_metrics_for_logging("t", window)
 
 
 # -- Against values that were recorded -------------------------------------------------------------

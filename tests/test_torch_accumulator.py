@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accumulated import KINDS, NAMES, WEIGHTED, check_equal, logged, recorded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks, run_threads
@@ -22,9 +23,6 @@ from metricfold import AggregationType, LogLinearHistogram, MaxAggHandler, Metri
 from metricfold.device_lanes import M
 from metricfold.torch import DeviceAccumulator
 
-KINDS = {"mean": "mean", "sum": "sum", "max": "max", "min": "min", "len": "distribution"}
-NAMES = ("a", "b", "c")
-WEIGHTED = ("mean", "len")
 IDS = torch.tensor([0, 1, 1])
 
 
@@ -40,34 +38,6 @@ def fold(acc: DeviceAccumulator, x: Any, w: Any, ids: Any) -> DeviceAccumulator:
     for name in acc.layout.names:
         acc.update(name, x, weights=w if name in WEIGHTED else None, dataset_ids=ids)
     return acc
-
-
-def recorded(aggregator: MetricsAggregator, x: Any, w: Any, ids: Any) -> MetricsAggregator:
-    """Record what `fold` folds, one by one."""
-    for name, kind in KINDS.items():
-        for value, weight, place in zip(x.tolist(), w.tolist(), ids.tolist(), strict=True):
-            aggregator.record(
-                name, value, kind, dataset=NAMES[place], weight=weight if name in WEIGHTED else 1.0
-            )
-    return aggregator
-
-
-def check_equal(found: dict[str, float], wanted: dict[str, float]) -> None:
-    """Check percentiles to a bucket's width, the rest to 1e-9, counts and extrema exactly."""
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        if name.endswith(("count", "/max", "/min", "stat_max", "stat_min")):
-            assert found[name] == value or math.isnan(value), name
-        elif "stat_p" in name:
-            np.testing.assert_allclose(found[name], value, rtol=2**-6, atol=1e-3, err_msg=name)
-        else:
-            np.testing.assert_allclose(found[name], value, rtol=1e-9, err_msg=name)
-
-
-def logged(acc: DeviceAccumulator, window: str = "run") -> dict[str, float]:
-    aggregator = MetricsAggregator()
-    aggregator.drain(acc)
-    return aggregator.get_metrics_for_logging("t", window)
 
 
 @pytest.fixture
