@@ -103,7 +103,7 @@ def test_any_values_are_taken_as_the_host_takes_them(rows: Any, on_nan: str) -> 
         x, w, ids = (torch.tensor(column) for column in zip(*row, strict=True))
         fold(acc, x, w, ids)
         for name, kind in KINDS.items():
-            for value, weight, place in row:
+            for value, weight, place in zip(*(t.tolist() for t in (x, w, ids)), strict=True):
                 value = 0.0 if kind == "distribution" and abs(value) < 2.0**-126 else value
                 weight = weight if name in WEIGHTED else 1.0
                 reference.record(name, value, kind, dataset=NAMES[place], weight=weight)
