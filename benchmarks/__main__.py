@@ -31,6 +31,7 @@ _SUBJECTS = {
     "torch": "accumulation_torch",
     "devices": "devices",
     "accumulate": "accumulation",
+    "demo": "demo_steps",
 }
 
 

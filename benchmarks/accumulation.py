@@ -102,7 +102,7 @@ def _ways() -> dict[str, Callable[[], object]]:
         metrics.update(loss=loss)
         return new
 
-    return {
+    ways: dict[str, Callable[[], object]] = {
         _BARE: lambda: kept(lambda loss: None),
         "aggregator.record of the array": lambda: kept(partial(aggregator.record, "loss")),
         "DeviceAccumulator inside": carrying(
@@ -113,6 +113,15 @@ def _ways() -> dict[str, Callable[[], object]]:
         "nnx.MultiMetric outside": lambda: kept(lambda loss: outside.update(loss=loss)),
         "float(loss)": lambda: kept(float),
     }
+    if find_spec("clu"):
+        from clu import metrics as clu
+
+        losses = clu.Collection.create(loss=clu.Average.from_output("loss"))
+        ways["clu.metrics inside, merged"] = carrying(
+            losses.empty(),
+            lambda seen, loss: seen.merge(losses.single_from_model_output(loss=loss)),
+        )
+    return ways
 
 
 if __name__ == "__main__":

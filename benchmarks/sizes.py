@@ -24,6 +24,10 @@ class Sizes:
         imports: interpreters started.
         device_metrics: numbers of metrics that a compiled step reduces over devices.
         compilations: how often each such step is compiled.
+        demo_rounds: turns of each way to take the demo's steps with JAX.
+        demo_steps: steps in a turn, with one log.
+        demo_tokens: of its longest text.
+        demo_width: of its model.
     """
 
     rounds: int
@@ -38,6 +42,10 @@ class Sizes:
     imports: int
     device_metrics: tuple[int, ...]
     compilations: int
+    demo_rounds: int
+    demo_steps: int
+    demo_tokens: int
+    demo_width: int
 
 
 FULL = Sizes(
@@ -53,6 +61,10 @@ FULL = Sizes(
     imports=11,
     device_metrics=(20, 100),
     compilations=5,
+    demo_rounds=12,
+    demo_steps=10,
+    demo_tokens=128,
+    demo_width=64,
 )
 
 QUICK = Sizes(
@@ -68,4 +80,8 @@ QUICK = Sizes(
     imports=1,
     device_metrics=(5,),
     compilations=1,
+    demo_rounds=1,
+    demo_steps=2,
+    demo_tokens=24,
+    demo_width=16,
 )

@@ -66,7 +66,7 @@ def test_a_quick_run_prints_a_table_of_finite_ratios(tmp_path: Path) -> None:
         "3 frozen dataclasses",
     }
     sections = {row["section"] for row in rows}
-    assert len(sections) == 8 + 2 * bool(find_spec("flax"))
+    assert len(sections) == 8 + 3 * bool(find_spec("flax"))
     for line in done.stdout.splitlines():
         assert line == line.rstrip()
 
