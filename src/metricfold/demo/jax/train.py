@@ -147,7 +147,7 @@ def compiled_steps(graph: Any, mesh: Mesh, names: list[str]) -> tuple[Step, Step
 
         gradients, (losses, tokens) = nnx.grad(scaled_loss, has_aux=True)(model)
         # Afterwards all devices hold the same gradient, and the one that spoiled it is not known.
-        norms = dm.all_gather({"norm": optax.global_norm(gradients)}, "data")["norm"]
+        norms = dm.all_gather({"norm": optax.tree.norm(gradients)}, "data")["norm"]
         optimizer.update(model, dp.all_reduce_gradients(gradients, "mean", "data"))
         metrics = {
             **reduced(losses, tokens, names),
