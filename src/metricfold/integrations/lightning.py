@@ -1,0 +1,353 @@
+"""`MetricfoldCallback`: metrics per dataset inside Lightning's Trainer.
+
+    metrics = MetricfoldCallback()
+    trainer = Trainer(callbacks=[metrics], logger=CSVLogger("runs"))
+    trainer.fit(model, DataLoader(mixture, batch_size=8, collate_fn=MetricsCollator(pad)))
+
+The callback takes the batch's metrics out before `training_step` sees the batch, and lets them count
+when the step is over. Every ``log_every_n_steps`` optimizer steps, at the end of an epoch and of an
+evaluation they are reduced over all ranks, and rank 0 hands them to the Trainer's own loggers. A
+checkpoint of the Trainer holds them.
+
+Lightning can do the latter two since its hooks run on all ranks, also those about checkpoints: only
+the file is written by one.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from metricfold.aggregator import MetricsAggregator
+from metricfold.data.batch import MetricBatch
+from metricfold.data.sample import METRICS
+from metricfold.snapshot import WindowLike, check_window
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import Callback
+
+    from metricfold.torch import DeviceAccumulator
+else:
+    # One library by two names, and each Trainer takes callbacks of its own.
+    _found = [name for name in ("lightning", "pytorch_lightning") if find_spec(name) is not None]
+    if not _found:
+        raise ImportError(
+            "metricfold.integrations.lightning needs Lightning, which is not installed: "
+            "pip install 'metricfold[lightning]'"
+        )
+    if min(_found, key=lambda name: name not in sys.modules) == "lightning":
+        from lightning.pytorch.callbacks import Callback
+    else:
+        from pytorch_lightning.callbacks import Callback
+
+import torch
+
+__all__ = ["MetricfoldCallback"]
+
+
+class MetricfoldCallback(Callback):
+    """Takes in, reduces, logs and saves the metrics that batches carry.
+
+    Args:
+        aggregator: of what training brings; default: a new one.
+        eval_aggregator: of what a validation or test brings; default: a new one.
+        accumulators: accumulators on the device that your steps fill; they are read when there is a
+            log or a checkpoint. The list `accumulators` may also be filled later, as in a module's
+            `on_fit_start`.
+        window: what a log of training speaks about, as in `Snapshot.as_dict`; ``"auto"``: totals
+            over the run, everything else over the time since the log before.
+
+    Keys are ``train_{dataset}/{name}``, and ``train/{name}`` for all datasets together and for what
+    is recorded without one; of evaluations ``val`` and ``test``. They are logged at the Trainer's
+    ``global_step``, and are in ``trainer.callback_metrics`` of all ranks, for such callbacks as
+    `EarlyStopping` to monitor. An evaluation speaks about itself alone, and Lightning's sanity check
+    about nothing.
+
+    Raises:
+        ValueError: there is another one in the Trainer, or ranks share batches.
+    """
+
+    def __init__(
+        self,
+        *,
+        aggregator: MetricsAggregator | None = None,
+        eval_aggregator: MetricsAggregator | None = None,
+        accumulators: Iterable[DeviceAccumulator] = (),
+        window: WindowLike = "auto",
+    ) -> None:
+        super().__init__()
+        check_window(window)
+        self.accumulators = [*accumulators]
+        self.window = window
+        self._aggregator = aggregator
+        self._eval_aggregator = eval_aggregator
+        self._trainer: Trainer | None = None  # the one that has called setup
+        self._taken: list[MetricBatch] = []  # of the step under way
+        self._evaluating = False
+        self._logged_step = 0
+        self._warned = False
+
+    # An aggregator belongs to its process. Made when it is first asked for, it is made by the
+    # processes that `strategy="ddp_spawn"` and those of notebooks start.
+
+    @property
+    def aggregator(self) -> MetricsAggregator:
+        """What training has brought: add to it as you like, such as by `record` in a step."""
+        if self._aggregator is None:
+            self._aggregator = MetricsAggregator(name="lightning-train")
+        return self._aggregator
+
+    @property
+    def eval_aggregator(self) -> MetricsAggregator:
+        """What the evaluation under way has brought; each starts with none."""
+        if self._eval_aggregator is None:
+            self._eval_aggregator = MetricsAggregator(name="lightning-eval")
+        return self._eval_aggregator
+
+    # -- The Trainer
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, MetricfoldCallback) for callback in callbacks) > 1:
+            raise ValueError(
+                "this Trainer has several MetricfoldCallbacks, of which the first would take all "
+                "metrics: leave one, in Trainer(callbacks=...) or in configure_callbacks()"
+            )
+        sampler = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+        if sampler.get("num_replicas", trainer.world_size) != trainer.world_size:
+            raise ValueError(
+                "ranks that share a batch (tensor parallel) would each count its metrics: "
+                "MetricfoldCallback works with data parallel ranks only"
+            )
+        self._trainer = trainer
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer = None
+
+    # -- Training
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluating = False
+        self._logged_step = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._taken = self._take(batch)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._count(batch)
+        # Several batches may make one step (accumulated gradients), or one several (optimizers).
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step // every > self._logged_step // every:
+            self._log(trainer, "train", self.window)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > self._logged_step:
+            self._log(trainer, "train", self.window)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, "train", self.window)  # what came after, as in the module's hooks
+
+    # -- Evaluation
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._drain()  # what accumulators hold by now is of training
+        self.eval_aggregator.reset()
+        self._evaluating = True
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._taken = self._take(batch)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._count(batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # In the end of the epoch, for other callbacks look at its values when all of it has ended.
+        if not trainer.sanity_checking:
+            self._log(trainer, "val", "interval")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._drain()  # of a sanity check
+        self._evaluating = False
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_start(trainer, pl_module)
+
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._taken = self._take(batch)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._count(batch)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, "test", "interval")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_end(trainer, pl_module)
+
+    def on_predict_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._take(batch)  # the step need not know of them here either
+
+    # -- Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the run's metrics; the Trainer calls it on all ranks.
+
+        After an exception, ranks may not come any more: where there are several, it is then the
+        state as of the last reduction, and a warning says so.
+        """
+        trainer = self._trainer
+        if trainer is not None and trainer.interrupted and trainer.world_size > 1:
+            self._warn(
+                "a checkpoint is saved after an exception, where other ranks may not answer: its "
+                f"metrics are those of the last log or checkpoint, and of step {self._logged_step} "
+                "or later"
+            )
+            return self.aggregator.state_dict(sync=False)
+        self._drain()
+        return self.aggregator.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`, in a fit; a model is evaluated, not what it was trained on."""
+        if not self._resumes(self._trainer):
+            return
+        for accumulator in self.accumulators:
+            accumulator.empty()
+        self.aggregator.load_state_dict(state_dict)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._resumes(trainer) and self.state_key not in checkpoint.get("callbacks", {}):
+            self._warn(
+                "the checkpoint holds no metrics, as one that was saved without "
+                "MetricfoldCallback: they start from nothing"
+            )
+
+    # -- Inside
+
+    @property
+    def _into(self) -> MetricsAggregator:
+        return self.eval_aggregator if self._evaluating else self.aggregator
+
+    def _take(self, batch: Any) -> list[MetricBatch]:
+        """Take the metrics out of a batch."""
+        taken = []
+        for carrier in _carriers(batch):
+            metrics = carrier.get(METRICS)
+            if isinstance(metrics, MetricBatch):
+                taken.append(carrier.pop(METRICS))
+            elif isinstance(metrics, list) and carrier is batch:
+                self._warn_once(
+                    f"the batch's 'metrics' are a list of {len(metrics)}, which nobody counts: set "
+                    "DataLoader(collate_fn=MetricsCollator(...))"
+                )
+        return taken
+
+    def _count(self, batch: Any) -> None:
+        """Take in what the step under way had; a batch that it fetched itself still carries it."""
+        for metrics in (*self._taken, *self._take(batch)):
+            self._into.update(metrics)
+        self._taken = []
+
+    def _drain(self) -> None:
+        for accumulator in self.accumulators:
+            self._into.drain(accumulator)
+
+    def _log(self, trainer: Trainer, prefix: str, window: WindowLike) -> None:
+        """Reduce, and hand out the values; on every rank."""
+        step = trainer.global_step
+        self._drain()
+        snapshot = self._into.reduce(step)
+        if not self._evaluating:
+            self._logged_step = step
+        if snapshot.empty:
+            if not self._evaluating and not snapshot.as_dict(prefix, "run"):
+                self._warn_once(
+                    "there are no metrics to log: let samples carry some and set "
+                    "DataLoader(collate_fn=MetricsCollator(...)), or record() them in training_step"
+                )
+            return
+        values = snapshot.as_dict(prefix, window, rollup=True)
+        trainer.callback_metrics.update(
+            {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
+        )
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics({"epoch": trainer.current_epoch, **values}, step=step)
+                logger.save()
+
+    @staticmethod
+    def _resumes(trainer: Trainer | None) -> bool:
+        return trainer is None or trainer.state.fn == "fit"
+
+    def _warn_once(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            self._warn(message)
+
+    def _warn(self, message: str) -> None:
+        if self._trainer is None or self._trainer.is_global_zero:
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _carriers(batch: Any) -> Iterator[MutableMapping[str, Any]]:
+    """Yield what may carry metrics: a mapping, also as the first item of a list or tuple.
+
+    Either may be one of several batches, as a `CombinedLoader` puts them together.
+    """
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    several = isinstance(batch, Mapping | list | tuple)
+    for part in (batch, *parts) if several else (batch,):
+        first = part[0] if isinstance(part, list | tuple) and part else part
+        if isinstance(first, MutableMapping):
+            yield first
