@@ -15,7 +15,9 @@ the file is written by one.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from importlib.util import find_spec
@@ -47,6 +49,10 @@ else:
 import torch
 
 __all__ = ["MetricfoldCallback"]
+
+
+_PATIENCE = 10.0
+"""So many seconds a rank that saves after an exception waits for the others."""
 
 
 class MetricfoldCallback(Callback):
@@ -242,19 +248,34 @@ class MetricfoldCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run's metrics; the Trainer calls it on all ranks.
 
-        After an exception, ranks may not come any more: where there are several, it is then the
-        state as of the last reduction, and a warning says so.
+        After an exception other ranks may not come: there it waits for them for some seconds, and
+        then returns the state as of the last reduction, with a warning that says so.
         """
-        trainer = self._trainer
-        if trainer is not None and trainer.interrupted and trainer.world_size > 1:
-            self._warn(
-                "a checkpoint is saved after an exception, where other ranks may not answer: its "
-                f"metrics are those of the last log or checkpoint, and of step {self._logged_step} "
-                "or later"
-            )
-            return self.aggregator.state_dict(sync=False)
         self._drain()
-        return self.aggregator.state_dict()
+        trainer = self._trainer
+        if trainer is None or not trainer.interrupted or trainer.world_size == 1:
+            return self.aggregator.state_dict()
+        return self._state_of_those_who_come(trainer)
+
+    def _state_of_those_who_come(self, trainer: Trainer) -> dict[str, Any]:
+        states: list[dict[str, Any]] = []
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):
+                states.append(self.aggregator.state_dict())
+
+        # A thread that may be left behind: it ends with the process, which will not last.
+        asking = threading.Thread(target=ask, name="metricfold-lightning", daemon=True)
+        asking.start()
+        asking.join(_PATIENCE)
+        if states:
+            return states[0]
+        self._warn(
+            f"a checkpoint is saved after an exception, at step {trainer.global_step}, but not all "
+            "ranks have come to it: its metrics are those of the last log or checkpoint, since "
+            "which they lack something"
+        )
+        return self.aggregator.state_dict(sync=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`, in a fit; a model is evaluated, not what it was trained on."""

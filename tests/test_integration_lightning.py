@@ -1,0 +1,523 @@
+"""Lightning's Trainer with `MetricfoldCallback`, in real trainings on one and two ranks."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from torch.utils.data import DataLoader, DistributedSampler
+
+pytest.importorskip("lightning")
+if importlib.util.find_spec("sklearn") is None:
+    pytest.skip("the digits are scikit-learn's", allow_module_level=True)
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+import metricfold.integrations.lightning
+from metricfold import AggregationType, Metric, MetricsAggregator, MetricsCollator, MetricTransform
+from metricfold.integrations.lightning import MetricfoldCallback
+from metricfold.torch import DeviceAccumulator
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        # Lightning's advice about speed and about what is small here.
+        ".*does not have many workers",
+        ".*number of training batches.*smaller than the logging",
+        # One model serves the tests that evaluate and those that do not.
+        "You defined a `validation_step` but have no",
+        # Who resumes need not go on saving.
+        "Be aware that when using `ckpt_path`, callbacks used to create",
+        # What Lightning 2.6 and torchdata 0.11 call in PyTorch 2.13.
+        ".isinstance.treespec, LeafSpec.. is deprecated",
+        "'set_vital' is deprecated",
+    )
+]
+
+NAMES = ("low", "high")  # the digits up to 4, and those from 5
+TRAINED, EVALUATED = 50, 13  # samples
+ACCUMULATED = 2  # batches of 4 samples per step: 7 steps an epoch on one rank, 4 on two
+
+
+# -- Data, model, trainer --------------------------------------------------------------------------
+
+
+class Ink(MetricTransform):
+    def _generate_metrics(self, sample: Any) -> list[Metric]:
+        ink = sample["image"].sum().item()
+        return [
+            Metric(self.dataset_name, "samples_seen", 1, AggregationType.SUM),
+            Metric(self.dataset_name, "ink", ink, AggregationType.DISTRIBUTION),
+        ]
+
+
+@cache
+def digits() -> list[dict[str, Any]]:
+    """Return scanned digits, tagged by dataset."""
+    package = importlib.util.find_spec("sklearn")  # not imported, for that takes seconds
+    assert package is not None
+    file = Path(package.submodule_search_locations[0], "datasets/data/digits.csv.gz")
+    table = np.loadtxt(file, delimiter=",", max_rows=TRAINED + EVALUATED)
+    images, labels = table[:, :-1], table[:, -1]
+    transforms = [Ink(), Ink()]
+    for name, transform in zip(NAMES, transforms, strict=True):
+        transform.set_dataset_name(name)
+    return [
+        transforms[int(label > 4)](
+            {
+                "image": torch.tensor(images[index], dtype=torch.float32),
+                "label": int(label),
+                "dataset": int(label > 4),
+                "index": index,
+            }
+        )
+        for index, label in enumerate(labels)
+    ]
+
+
+class Classifier(LightningModule):
+    """A small model that keeps account of what it consumes, by other means."""
+
+    def __init__(self, metrics: MetricfoldCallback, *, fails_at: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(64, 10)
+        self.metrics = metrics
+        self.fails_at = fails_at
+        self.ledger: list[tuple[int, int, float]] = []  # step, sample, loss
+        self.evaluated: list[tuple[int, float]] = []
+        self.batches = 0
+
+    def setup(self, stage: str) -> None:
+        self.losses = DeviceAccumulator({"loss": "mean"}, NAMES, device=self.device)
+        self.metrics.accumulators[:] = [self.losses]
+
+    def losses_of(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        assert set(batch) == {"image", "label", "dataset", "index"}
+        logits = self.layer(batch["image"] / 16)
+        self.losses.token_loss(logits, batch["label"], batch["dataset"])
+        return torch.nn.functional.cross_entropy(logits, batch["label"], reduction="none")
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        losses = self.losses_of(batch)
+        self.batches += 1
+        if self.batches == self.fails_at:
+            raise ArithmeticError("something in the step")
+        self.metrics.aggregator.record("batches", 1, "sum")
+        step = self.trainer.global_step + 1
+        rows = zip(batch["index"].tolist(), losses.tolist(), strict=True)
+        self.ledger += [(step, index, loss) for index, loss in rows]
+        return losses.mean()
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        losses = self.losses_of(batch)
+        self.metrics.eval_aggregator.record("batches", 1, "sum")
+        if not self.trainer.sanity_checking:
+            self.evaluated += zip(batch["index"].tolist(), losses.tolist(), strict=True)
+
+    def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.losses_of(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def loader(
+    samples: list[Any], *, of: Callable[..., Any] = DataLoader, **changes: Any
+) -> DataLoader[Any]:
+    return of(samples, **{"batch_size": 4, "collate_fn": MetricsCollator(), **changes})
+
+
+def train_loader(**changes: Any) -> DataLoader[Any]:
+    return loader(digits()[:TRAINED], **changes)
+
+
+def val_loader(**changes: Any) -> DataLoader[Any]:
+    return loader(digits()[TRAINED:], **changes)
+
+
+def make(folder: Path, *callbacks: Any, **changes: Any) -> Trainer:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    return Trainer(
+        **{
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 2,
+            "accumulate_grad_batches": ACCUMULATED,
+            "log_every_n_steps": 3,
+            "logger": CSVLogger(folder, name="", version=""),
+            "default_root_dir": folder,
+            "enable_checkpointing": any(isinstance(one, ModelCheckpoint) for one in callbacks),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [*callbacks],
+            **changes,
+        }
+    )
+
+
+def every_epoch(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder / "saved", "{epoch}", save_top_k=-1)
+
+
+def on_exception(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder / "failed", save_on_exception=True, every_n_epochs=9)
+
+
+def saved_on_exception(folder: Path) -> MetricsAggregator:
+    (file,) = folder.glob("failed/*.ckpt")
+    saved = torch.load(file, weights_only=True)
+    aggregator = MetricsAggregator()
+    aggregator.load_state_dict(saved["callbacks"]["MetricfoldCallback"])
+    return aggregator
+
+
+# -- The truth -------------------------------------------------------------------------------------
+
+
+def truth(
+    prefix: str, rows: Iterable[tuple[int, float]], totals: Iterable[int]
+) -> dict[str, float]:
+    """Return what should be logged.
+
+    Args:
+        prefix: of the keys.
+        rows: sample and loss of each one in the interval.
+        totals: each sample that counts.
+    """
+    samples = digits()
+    rows, totals = list(rows), list(totals)
+    expected: dict[str, float] = {}
+    for key, datasets in ((prefix, (0, 1)), (f"{prefix}_low", (0,)), (f"{prefix}_high", (1,))):
+        inside = [(index, loss) for index, loss in rows if samples[index]["dataset"] in datasets]
+        ink = [samples[index]["image"].sum().item() for index, _ in inside]
+        seen = sum(samples[index]["dataset"] in datasets for index in totals)
+        expected[f"{key}/samples_seen"] = seen
+        if not inside:
+            continue
+        expected[f"{key}/loss"] = float(np.mean([loss for _, loss in inside]))
+        expected[f"{key}/ink_stat_mean"] = float(np.mean(ink))
+        expected[f"{key}/ink_stat_p50"] = float(np.percentile(ink, 50))
+    return expected
+
+
+def read(folder: Path, key: str) -> dict[int, dict[str, float]]:
+    """Return what Lightning's CSV file has, by step, of the rows that have `key`."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {
+        int(row["step"]): {name: float(text) for name, text in row.items() if text}
+        for row in rows
+        if row.get(key)
+    }
+
+
+def agree(logged: dict[str, float], expected: dict[str, float]) -> None:
+    for key, value in expected.items():
+        tolerance = 1e-6 if key.endswith("/loss") else 1e-12
+        assert logged[key] == pytest.approx(value, rel=tolerance, abs=0), key
+
+
+def check_training(
+    folder: Path, ledgers: list[Any], steps: list[int], *, since: int = 0
+) -> None:
+    """Compare all logs of a training, from step `since` on, with what the models consumed."""
+    rows = [row for ledger in ledgers for row in ledger]
+    logged = read(folder, "train/samples_seen")
+    assert list(logged) == steps
+    for before, step in zip([since, *steps], steps, strict=False):
+        interval = [(index, loss) for at, index, loss in rows if before < at <= step]
+        totals = [index for at, index, _ in rows if at <= step]
+        agree(logged[step], truth("train", interval, totals))
+
+
+# -- One rank --------------------------------------------------------------------------------------
+
+
+def test_logs_of_a_training_are_what_its_samples_say(tmp_path: Path) -> None:
+    metrics = MetricfoldCallback()
+    model = Classifier(metrics)
+    tensorboard = TensorBoardLogger(tmp_path, name="", version="board")
+    watch = (
+        EarlyStopping("val/loss", patience=9, check_on_train_epoch_end=False),
+        ModelCheckpoint(tmp_path / "best", monitor="val_high/loss"),
+    )
+    trainer = make(
+        tmp_path, *watch, metrics, logger=[CSVLogger(tmp_path, name="", version=""), tensorboard]
+    )
+    trainer.validate(model, val_loader(), verbose=False)
+    before = [*model.evaluated]
+    trainer.fit(model, train_loader(), val_loader())
+
+    check_training(tmp_path, [model.ledger], [3, 6, 7, 9, 12, 14])
+    assert len(model.ledger) == 2 * TRAINED
+    evaluations = read(tmp_path, "val/samples_seen")
+    assert list(evaluations) == [0, 7, 14]  # not the sanity check
+    assert evaluations[7]["val/batches"] == 4
+    agree(evaluations[0], truth("val", before, range(TRAINED, TRAINED + EVALUATED)))
+    for number, step in enumerate((7, 14), start=1):
+        rows = model.evaluated[number * EVALUATED :][:EVALUATED]
+        agree(evaluations[step], truth("val", rows, [index for index, _ in rows]))
+    assert trainer.callback_metrics["val/loss"].item() == evaluations[14]["val/loss"]
+    assert watch[1].best_model_score is not None
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    shown = {event.step: event.value for event in board.Scalars("train_low/samples_seen")}
+    logged = read(tmp_path, "train/samples_seen")
+    assert shown == {step: row["train_low/samples_seen"] for step, row in logged.items()}
+
+
+def test_a_test_has_its_own_values_and_leaves_those_of_the_run(tmp_path: Path) -> None:
+    metrics = MetricfoldCallback()
+    model = Classifier(metrics)
+    trainer = make(tmp_path, metrics, every_epoch(tmp_path))
+    trainer.fit(model, train_loader())
+    trainer.test(model, val_loader(), ckpt_path=str(tmp_path / "saved/epoch=0.ckpt"), verbose=False)
+    rows = model.evaluated
+    agree(read(tmp_path, "test/loss")[14], truth("test", rows, [index for index, _ in rows]))
+    assert len(trainer.predict(model, val_loader()) or ()) == 4
+    totals = metrics.aggregator.get_metrics_for_logging("train")
+    assert totals["train_low/samples_seen"] + totals["train_high/samples_seen"] == 2 * TRAINED
+
+
+def test_batches_read_ahead_when_a_run_breaks_off_count_once(tmp_path: Path) -> None:
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+
+    def data() -> DataLoader[Any]:
+        return train_loader(of=stateful, num_workers=1, prefetch_factor=4)
+
+    broken = Classifier(MetricfoldCallback(), fails_at=10)
+    saver = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=3, save_top_k=-1)
+    with pytest.raises(ArithmeticError):
+        make(tmp_path / "broken", broken.metrics, saver).fit(broken, data())
+
+    again = Classifier(MetricfoldCallback())
+    make(tmp_path / "again", again.metrics).fit(
+        again, data(), ckpt_path=tmp_path / "saved/step=3.ckpt"
+    )
+    consumed = [row for row in broken.ledger if row[0] <= 3] + again.ledger
+    assert sorted(index for _, index, _ in consumed) == sorted([*range(TRAINED)] * 2)
+    agree(
+        read(tmp_path / "again", "train/samples_seen")[14],
+        {"train/samples_seen": 2 * TRAINED, "train/batches": 26},
+    )
+    again_logged = read(tmp_path / "again", "train/samples_seen")
+    interval = [(index, loss) for step, index, loss in consumed if 3 < step <= 6]
+    totals = [index for step, index, _ in consumed if step <= 6]
+    agree(again_logged[6], truth("train", interval, totals))
+
+
+def test_a_step_that_failed_does_not_count_in_the_checkpoint_that_it_leaves(tmp_path: Path) -> None:
+    broken = Classifier(MetricfoldCallback(), fails_at=4)
+    with pytest.raises(ArithmeticError):
+        make(tmp_path, broken.metrics, on_exception(tmp_path)).fit(broken, train_loader())
+    aggregator = saved_on_exception(tmp_path)
+    agree(aggregator.reduce().as_dict("t", rollup=True), {"t/samples_seen": 12, "t/batches": 3})
+
+
+def test_batches_of_several_loaders_and_tuples_are_found(tmp_path: Path) -> None:
+    class Any_(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            (one, _), two = batch["tuple"], batch["dict"]
+            return super().training_step(one, batch_idx) + super().training_step(two, batch_idx)
+
+    pairs = [(sample, sample["label"]) for sample in digits()[:8]]
+    model = Any_(MetricfoldCallback())
+    make(tmp_path, model.metrics).fit(
+        model, {"tuple": loader(pairs), "dict": loader(digits()[20:28])}
+    )
+    check_training(tmp_path, [model.ledger], [1, 2])
+    assert len(model.ledger) == 32
+
+
+def test_what_cannot_work_says_what_to_do(tmp_path: Path) -> None:
+    class Other(MetricfoldCallback):
+        pass
+
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `Metricfold"):
+        make(tmp_path, MetricfoldCallback(), MetricfoldCallback())
+    model = Classifier(MetricfoldCallback())
+    with pytest.raises(ValueError, match=r"several MetricfoldCallbacks.*leave one"):
+        make(tmp_path, model.metrics, Other()).fit(model, train_loader())
+    with pytest.raises(ValueError, match="window"):
+        MetricfoldCallback(window="epoch")
+
+
+def test_a_collator_that_is_missing_is_warned_about_once(tmp_path: Path) -> None:
+    class Bare(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.layer(batch["image"]).square().mean()
+
+    def lose(samples: list[Any]) -> dict[str, Any]:
+        return {"image": torch.stack([sample["image"] for sample in samples])}
+
+    def keep(samples: list[Any]) -> dict[str, Any]:
+        return {**lose(samples), "metrics": [sample["metrics"] for sample in samples]}
+
+    for collate in (lose, keep):
+        model = Bare(MetricfoldCallback())
+        trainer = make(tmp_path, model.metrics)
+        with pytest.warns(RuntimeWarning, match=r"collate_fn=MetricsCollator") as caught:
+            trainer.fit(model, train_loader(collate_fn=collate))
+        assert len([one for one in caught if "MetricsCollator" in str(one.message)]) == 1
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_without_a_logger_values_are_there_to_be_monitored(tmp_path: Path) -> None:
+    model = Classifier(MetricfoldCallback())
+    trainer = make(tmp_path, model.metrics, logger=False, max_epochs=1)
+    trainer.fit(model, train_loader())
+    assert trainer.callback_metrics["train/samples_seen"] == TRAINED
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_without_metrics_is_warned_about(tmp_path: Path) -> None:
+    model = Classifier(MetricfoldCallback())
+    make(tmp_path, every_epoch(tmp_path), max_epochs=1).fit(model, train_loader(collate_fn=bare))
+    with pytest.warns(RuntimeWarning, match="holds no metrics.*start from nothing"):
+        make(tmp_path / "again", model.metrics).fit(
+            model, train_loader(), ckpt_path=tmp_path / "saved/epoch=0.ckpt"
+        )
+    assert read(tmp_path / "again", "train/samples_seen")[14]["train/samples_seen"] == TRAINED
+
+
+def bare(samples: list[Any]) -> Any:
+    batch = MetricsCollator()(samples)
+    del batch["metrics"]
+    return batch
+
+
+# -- Two ranks, one launch -------------------------------------------------------------------------
+
+
+class Unpadded(DistributedSampler[Any]):
+    """Deals out all samples, and none of them twice."""
+
+    def __iter__(self) -> Any:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))
+
+
+def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(LOCAL_WORLD_SIZE="2", GROUP_RANK="0", TORCHELASTIC_RUN_ID="tests")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for, though we have a group
+    ranks: dict[str, Any] = {"devices": 2, "strategy": "ddp"}
+
+    whole = Classifier(MetricfoldCallback())
+    checkpoints = every_epoch(folder)
+    trainer = make(folder / "whole", whole.metrics, checkpoints, **ranks)
+    trainer.fit(whole, train_loader(), val_loader())
+    padded = [*whole.evaluated]
+    whole.evaluated.clear()
+    trainer.test(whole, val_loader(sampler=Unpadded(digits()[TRAINED:])), verbose=False)
+    state = whole.metrics.state_dict()
+
+    resumed = Classifier(MetricfoldCallback())
+    make(folder / "resumed", resumed.metrics, **ranks).fit(
+        resumed, train_loader(), ckpt_path=folder / "saved/epoch=0.ckpt"
+    )
+
+    broken = Classifier(MetricfoldCallback(), fails_at=14)
+    with pytest.raises(ArithmeticError):
+        make(folder / "broken", broken.metrics, on_exception(folder), **ranks).fit(
+            broken, train_loader()
+        )
+    metricfold.integrations.lightning._PATIENCE = 0.3
+    alone: dict[str, Any] = {}
+    if rank == 0:
+        broken.metrics.aggregator.record("batches", 1, "sum")  # nobody comes to hear of it
+        with pytest.warns(RuntimeWarning, match="at step 7, but not all ranks"):
+            alone = broken.metrics.state_dict()
+    return {
+        "ledger": whole.ledger,
+        "padded": padded,
+        "unpadded": whole.evaluated,
+        "monitored": trainer.callback_metrics["test/loss"].item(),
+        "state": state,
+        "resumed": resumed.ledger,
+        "broken": broken.ledger,
+        "alone": alone,
+    }
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("two")
+    return folder, run_ranks(on_two_ranks, 2, folder, timeout=150)
+
+
+def test_logs_of_two_ranks_are_what_the_samples_of_both_say(two: Any) -> None:
+    folder, ranks = two
+    check_training(folder / "whole", [rank["ledger"] for rank in ranks], [3, 4, 6, 8])
+    assert ranks[0]["state"] == ranks[1]["state"]
+    assert ranks[0]["monitored"] == ranks[1]["monitored"]
+
+
+def test_an_evaluation_counts_the_samples_that_fill_up_unless_the_sampler_leaves_them_out(
+    two: Any,
+) -> None:
+    folder, ranks = two
+    rows = [row for rank in ranks for row in rank["padded"][-7:]]
+    assert len(rows) == EVALUATED + 1
+    agree(
+        read(folder / "whole", "val/samples_seen")[8],
+        truth("val", rows, [index for index, _ in rows]),
+    )
+    rows = [row for rank in ranks for row in rank["unpadded"]]
+    logged = read(folder / "whole", "test/samples_seen")[8]
+    agree(logged, truth("test", rows, range(TRAINED, TRAINED + EVALUATED)))
+
+
+def test_a_resumed_training_of_two_ranks_logs_what_the_whole_one_did(two: Any) -> None:
+    folder, ranks = two
+    whole, resumed = (read(folder / of, "train/samples_seen") for of in ("whole", "resumed"))
+    assert resumed == {step: whole[step] for step in (6, 8)}
+    assert sum(len(rank["resumed"]) for rank in ranks) == TRAINED
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_exactly_on_one(two: Any, tmp_path: Path) -> None:
+    folder, ranks = two
+    one = Classifier(MetricfoldCallback())
+    make(tmp_path, one.metrics).fit(
+        one, train_loader(), ckpt_path=folder / "saved/epoch=0.ckpt"
+    )
+    assert len(one.ledger) == TRAINED
+    of_two = [row for rank in ranks for row in rank["ledger"] if row[0] <= 4]
+    check_training(tmp_path, [of_two, one.ledger], [6, 9, 11], since=4)
+
+
+def test_a_checkpoint_after_an_exception_on_all_ranks_is_exact(two: Any) -> None:
+    folder, ranks = two
+    consumed = [index for rank in ranks for _, index, _ in rank["broken"]]
+    agree(
+        saved_on_exception(folder).reduce().as_dict("t", rollup=True),
+        {"t/samples_seen": len(consumed), "t/batches": 2 * 13},
+    )
+
+
+def test_a_rank_that_saves_alone_after_an_exception_has_the_last_state(two: Any) -> None:
+    folder, ranks = two
+    totals = saved_on_exception(folder).get_metrics_for_logging("t")
+    aggregator = MetricsAggregator()
+    aggregator.load_state_dict(ranks[0]["alone"])
+    assert aggregator.get_metrics_for_logging("t") == totals
