@@ -117,6 +117,11 @@ def test_the_core_works_from_end_to_end_with_numpy_alone(bare: Path, tmp_path: P
         ("TensorBoardSink", "TensorBoardSink('runs')", "metricfold[tensorboard]"),
         ("WandbSink", "WandbSink(project='p')", "metricfold[wandb]"),
         ("MetricsCollator", "MetricsCollator()([{'x': 1}])", "metricfold[torch]"),
+        (
+            "Lightning",
+            "__import__('metricfold.integrations.lightning')",
+            "metricfold[lightning]",
+        ),
     ],
 )
 def test_what_needs_an_extra_says_what_to_install(

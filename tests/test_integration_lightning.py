@@ -232,9 +232,7 @@ def agree(logged: dict[str, float], expected: dict[str, float]) -> None:
         assert logged[key] == pytest.approx(value, rel=tolerance, abs=0), key
 
 
-def check_training(
-    folder: Path, ledgers: list[Any], steps: list[int], *, since: int = 0
-) -> None:
+def check_training(folder: Path, ledgers: list[Any], steps: list[int], *, since: int = 0) -> None:
     """Compare all logs of a training, from step `since` on, with what the models consumed."""
     rows = [row for ledger in ledgers for row in ledger]
     logged = read(folder, "train/samples_seen")
@@ -498,9 +496,7 @@ def test_a_resumed_training_of_two_ranks_logs_what_the_whole_one_did(two: Any) -
 def test_a_checkpoint_of_two_ranks_goes_on_exactly_on_one(two: Any, tmp_path: Path) -> None:
     folder, ranks = two
     one = Classifier(MetricfoldCallback())
-    make(tmp_path, one.metrics).fit(
-        one, train_loader(), ckpt_path=folder / "saved/epoch=0.ckpt"
-    )
+    make(tmp_path, one.metrics).fit(one, train_loader(), ckpt_path=folder / "saved/epoch=0.ckpt")
     assert len(one.ledger) == TRAINED
     of_two = [row for rank in ranks for row in rank["ledger"] if row[0] <= 4]
     check_training(tmp_path, [of_two, one.ledger], [6, 9, 11], since=4)
