@@ -85,7 +85,8 @@ class Delta:
             _merge_into(settled, states)
             states = settled
             self.states, self._additions = {}, 0
-        _trim(states, kept)
+        if kept:
+            _trim(states, kept)
 
     def mark(self, kept: Mapping[Key, frozenset[str]]) -> None:
         """Let `rollback` come back to here; takes the time of what has come in since the last mark.
