@@ -103,8 +103,10 @@ def test_workers_may_fork_and_using_the_aggregator_there_is_an_error() -> None:
 
 
 EXIT = """
-import os, sys, time
+import atexit, os, sys, time, weakref
 import torch.distributed as dist
+last = []
+atexit.register(lambda: [hook() for hook in last])  # before metricfold's own, so it runs after them
 from metricfold import MetricsAggregator
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="tcp://127.0.0.1:" + sys.argv[2], rank=rank,
@@ -146,18 +148,30 @@ def run_script(body: str) -> list[tuple[int, float, str]]:
     return ended
 
 
-def test_a_clean_exit_lets_the_reduction_under_way_finish() -> None:
+def test_a_clean_exit_lets_the_reduction_under_way_finish_and_ends_its_connection() -> None:
     ended = run_script(
         """
         if rank == 1:
             time.sleep(2)
         future = aggregator.reduce_async()
         future.add_done_callback(lambda f: print("total", f.result().as_dict("t"), flush=True))
+        # A thread of gloo's that is still busy when the interpreter is torn down aborts the process,
+        # but seldom: this tells each time whether it is gone by then.
+        group = weakref.ref(aggregator._communicator._group)
+        def check():
+            print("ended", group() is None, flush=True)
+            try:
+                aggregator.reduce()
+            except RuntimeError as error:
+                print("too late:", error, flush=True)
+        last.append(check)
         """
     )
     for status, _, output in ended:
         assert status == 0, output
         assert "total {'t/x': 4.0}" in output
+        assert "ended True" in output
+        assert "too late: aggregator '0' has given its connection back" in output
 
 
 def test_an_exit_after_an_error_does_not_wait_for_missing_ranks() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeAlias
 
-__all__ = ["Forkable", "Worker", "at_exit", "watch_forks"]
+__all__ = ["Forkable", "Releasable", "Worker", "at_exit", "release_at_exit", "watch_forks"]
 
 _EXIT_WAIT = 2.0
 """How many seconds an exit after an exception waits for a task under way."""
@@ -48,6 +48,31 @@ def at_exit(callback: Callable[[bool], None]) -> None:
     # too, and is imported above so that its hook is the older one: the last in is the first out.
     hook = getattr(threading, "_register_atexit", atexit.register)
     hook(call)
+
+
+class Releasable(Protocol):
+    """Something whose C++ threads must be gone when the interpreter is torn down."""
+
+    def release(self) -> None:
+        """Let go of those threads; nothing else of this process will use them."""
+
+
+_releasable: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def release_at_exit(one: Releasable) -> None:
+    """Tell `one` when the interpreter exits, after what `at_exit` calls and the user's own hooks."""
+    _releasable.add(one)
+
+
+def _release_all() -> None:
+    for one in list(_releasable):
+        one.release()
+
+
+# The last in is the first out: hooks that are registered from now on still find everything there.
+# What ends without this hook, a forked child of multiprocessing, tears no interpreter down.
+atexit.register(_release_all)
 
 
 # -- Threads -------------------------------------------------------------------------------------
@@ -130,6 +155,8 @@ def watch_forks(one: Forkable) -> None:
 
 
 def _after_fork() -> None:
+    # Their threads are the parent's: in the child there is nothing to wait for.
+    _releasable.clear()
     for one in list(_forkable):
         one.leave_parent_behind()
 

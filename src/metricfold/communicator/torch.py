@@ -23,6 +23,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from metricfold.communicator.base import Communicator, MissingRanksError
 from metricfold.pool import FloatArray
+from metricfold.processes import release_at_exit
 
 __all__ = ["TorchCommunicator"]
 
@@ -57,12 +58,26 @@ class TorchCommunicator(Communicator):
         )
         self._calls = 0
         self._group: Any = None
+        self._work: Any = None
+        self._released = False
 
     def current(self) -> bool:
         return dist.is_initialized() and c10d._get_default_group() is self._default_group
 
     def close(self) -> None:
         self._group = None
+
+    def release(self) -> None:
+        """At exit: end the group while gloo's thread can still let go of what it holds.
+
+        That thread may hold the tensors of a collective for a moment after it is done. Letting go
+        of them takes the interpreter, and a C++ thread that asks for it while it is torn down
+        aborts the process. The group's destructor waits for the thread.
+        """
+        self._released = True
+        # It would also wait for a collective that goes on, which the exit after an error must not.
+        if self._work is None or self._work.is_completed():
+            self._group = None
 
     # -- Collectives
 
@@ -83,17 +98,24 @@ class TorchCommunicator(Communicator):
         return reduced
 
     def _run(self, issue: Callable[[], Any]) -> None:
+        if self._released:
+            raise RuntimeError(
+                f"aggregator {self._name!r} has given its connection back, for the interpreter is "
+                "exiting: reduce before that, or in an exit hook registered after metricfold is "
+                "imported"
+            )
         self._calls += 1
         started = time.monotonic()
         try:
             if self._group is None:
                 self._group = self._connect()
-            work = issue()
+            self._work = issue()
         except MissingRanksError:
             raise
         except RuntimeError as error:
             raise self._diagnosed(error, started) from error
-        self._wait(work)
+        self._wait(self._work)
+        self._work = None
 
     # -- Missing ranks
 
@@ -116,6 +138,7 @@ class TorchCommunicator(Communicator):
                 warned = True
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
+        release_at_exit(self)
         return c10d.ProcessGroupGloo(self._store, self.rank, self.world_size, self._timeout)
 
     def _wait(self, work: Any) -> None:
