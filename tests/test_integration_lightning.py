@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import logging
 import os
+import runpy
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -400,6 +401,25 @@ def bare(samples: list[Any]) -> Any:
     batch = MetricsCollator()(samples)
     del batch["metrics"]
     return batch
+
+
+def test_the_example_shows_the_truth_for_each_dataset(tmp_path: Path) -> None:
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples/lightning_digits.py"))
+    main = example["main"]
+    main.__globals__.update(EPOCHS=1, EVALUATED=73)
+    trainer, rows = main(str(tmp_path))
+    assert trainer.global_step == 72
+    assert [name for name, *_ in rows] == [
+        "training, all/loss",
+        "evaluation, all/loss",
+        "evaluation, low/loss",
+        "evaluation, high/loss",
+        "evaluation, all/ink_stat_p50",
+        "evaluation, all/samples_seen",
+    ]
+    for name, _, ours, truth in rows:
+        assert ours == pytest.approx(truth, rel=1e-6), name
+    assert len(example["table"](rows).splitlines()) == 7
 
 
 # -- Two ranks, one launch -------------------------------------------------------------------------
