@@ -118,8 +118,9 @@ class CheckedReader(Reader):
 
     def truth_of_training(self):
         """Return the mean loss since the log before the last, over all ranks."""
-        last = [(total, n) for step, total, n in self.seen if step > self.seen[-1][0] - EVERY]
-        total, n = self.trainer.strategy.reduce(torch.tensor(last).sum(0), reduce_op="sum")
+        before = (self.seen[-1][0] - 1) // EVERY * EVERY
+        last = torch.tensor([(total, n) for step, total, n in self.seen if step > before])
+        total, n = self.trainer.strategy.reduce(last.sum(0), reduce_op="sum")
         return {"all/loss": (total / n).item()}
 
     def truth_of_evaluation(self, samples):
@@ -172,7 +173,8 @@ def main(folder):
     trainer.validate(model, loader(held_out), verbose=False)
     rows += compare("evaluation", "val", trainer, truth)
     if trainer.world_size > 1:
-        trainer.validate(model, loader(held_out, sampler=Unpadded(held_out)), verbose=False)
+        sampler = Unpadded(held_out, trainer.world_size, trainer.global_rank)
+        trainer.validate(model, loader(held_out, sampler=sampler), verbose=False)
         rows += compare("unpadded", "val", trainer, truth)
     return trainer, rows
 

@@ -24,6 +24,7 @@ if importlib.util.find_spec("sklearn") is None:
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 import metricfold.integrations.lightning
 from metricfold import AggregationType, Metric, MetricsAggregator, MetricsCollator, MetricTransform
@@ -425,6 +426,11 @@ def test_the_example_shows_the_truth_for_each_dataset(tmp_path: Path) -> None:
 # -- Two ranks, one launch -------------------------------------------------------------------------
 
 
+class Parallel(Classifier):
+    def configure_model(self) -> None:
+        """Shards nothing; Lightning asks for this method."""
+
+
 class Unpadded(DistributedSampler[Any]):
     """Deals out all samples, and none of them twice."""
 
@@ -460,6 +466,11 @@ def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
         make(folder / "broken", broken.metrics, on_exception(folder), **ranks).fit(
             broken, train_loader()
         )
+    tensor_parallel = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+    sharing = make(folder, MetricfoldCallback(), devices=2, strategy=tensor_parallel)
+    with pytest.raises(ValueError, match="ranks that share a batch"):
+        sharing.fit(Parallel(MetricfoldCallback()), train_loader())
+
     metricfold.integrations.lightning._PATIENCE = 0.3
     alone: dict[str, Any] = {}
     if rank == 0:
