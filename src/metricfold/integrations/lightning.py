@@ -278,7 +278,7 @@ class MetricfoldCallback(Callback):
         return self.aggregator.state_dict(sync=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict`, in a fit; a model is evaluated, not what it was trained on."""
+        """Go on from `state_dict` in a fit; an evaluation of a checkpoint leaves the metrics alone."""
         if not self._resumes(self._trainer):
             return
         for accumulator in self.accumulators:
