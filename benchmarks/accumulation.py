@@ -1,56 +1,63 @@
-"""What a step's loss costs on its way into a metric, without a log: JAX, one device, one process.
+"""What metrics cost on their way into an accumulator, without a log: JAX, one device, one process.
 
-The step itself does next to nothing, so that what is added to it shows. In a process of its own,
-because one that holds JAX must not fork.
+The steps themselves do next to nothing, so that what is added to them shows.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
-from benchmarks.sizes import FULL, QUICK, Sizes
-from benchmarks.table import Section, cost
+from benchmarks.own_process import found_in_own_process, installed, print_found
+from benchmarks.sizes import Sizes
+from benchmarks.table import Section, cost, speedup
 from benchmarks.timing import interleaved
 
 __all__ = ["measure"]
 
+_DATASETS, _SAMPLES = 8, 32
 _BARE = "the step alone"
+_OURS = "DeviceAccumulator inside"
+_BY_HAND = "sums and counts by segment_sum"
+_CLU = f"{_DATASETS} clu Averages, masked and merged inside"
+_NNX = f"{_DATASETS} nnx Averages, masked, split and merged inside"
 
 
 def measure(sizes: Sizes) -> list[Section]:
-    """Return what each way to keep the loss makes of the step's time; nothing without JAX."""
-    if not all(map(find_spec, ("jax", "flax"))):
+    """Return what each way to keep losses makes of the step's time; nothing without JAX."""
+    if not installed("jax", "flax"):
         return []
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.accumulation", *(["--quick"] if sizes is QUICK else [])],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        check=True,
-        timeout=300,
+    found = found_in_own_process("benchmarks.accumulation", sizes)
+    one, each = found["one"], found["each"]
+    single = Section("JAX: a tiny step that keeps its loss for the next log")
+    single.rows = [cost(way, one[way], _BARE, one[_BARE]) for way in one if way != _BARE]
+    datasets = Section(
+        f"JAX: a tiny step that keeps the loss of each of {_DATASETS} datasets, {_SAMPLES} samples"
     )
-    times = json.loads(done.stdout)
-    section = Section("JAX: a tiny step that keeps its loss for the next log")
-    section.rows = [cost(way, times[way], _BARE, times[_BARE]) for way in times if way != _BARE]
-    return [section]
+    datasets.rows = [cost(way, each[way], _BARE, each[_BARE]) for way in each if way != _BARE]
+    datasets.rows.append(cost(_OURS, each[_OURS], _BY_HAND, each[_BY_HAND]))
+    datasets.rows += [
+        speedup(_OURS, each[_OURS], other, each[other]) for other in (_CLU, _NNX) if other in each
+    ]
+    if not installed("clu"):
+        for section in (single, datasets):
+            section.notes.append("clu is not installed")
+    return [single, datasets]
 
 
 # -- In the process with JAX ---------------------------------------------------------------------
 
 
-def main() -> None:
-    """Print the seconds of each way, round by round."""
-    sizes = QUICK if "--quick" in sys.argv else FULL
-    print(json.dumps(interleaved(_ways(), sizes.rounds)))
+def _found(sizes: Sizes) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds of each way, round by round."""
+    return {
+        "one": interleaved(_with_one_loss(), sizes.rounds),
+        "each": interleaved(_with_a_loss_each(), sizes.rounds),
+    }
 
 
-def _ways() -> dict[str, Callable[[], object]]:
+def _with_one_loss() -> dict[str, Callable[[], object]]:
     """Return the steps; each waits until its weight is there, as the next one would."""
     import jax
     import jax.numpy as jnp
@@ -71,22 +78,6 @@ def _ways() -> dict[str, Callable[[], object]]:
         keep(loss)
         new.block_until_ready()
 
-    def carrying(state: Any, add: Callable[[Any, Any], Any]) -> Callable[[], None]:
-        """Return a step that carries `state`, to which `add` adds the loss inside."""
-
-        @partial(jax.jit, donate_argnums=1)
-        def carry(weight: Any, state: Any) -> tuple[Any, Any]:
-            new, loss = trained(weight)
-            return new, add(state, loss)
-
-        carried = [state]
-
-        def run() -> None:
-            new, carried[0] = carry(weight, carried[0])
-            new.block_until_ready()
-
-        return run
-
     aggregator = MetricsAggregator()
     outside, inside, split = (nnx.MultiMetric(loss=nnx.metrics.Average("loss")) for _ in range(3))
     graph, state = nnx.split(split)
@@ -105,24 +96,110 @@ def _ways() -> dict[str, Callable[[], object]]:
     ways: dict[str, Callable[[], object]] = {
         _BARE: lambda: kept(lambda loss: None),
         "aggregator.record of the array": lambda: kept(partial(aggregator.record, "loss")),
-        "DeviceAccumulator inside": carrying(
-            DeviceAccumulator({"loss": "mean"}), lambda acc, loss: acc.update("loss", loss)
+        _OURS: _carrying(
+            trained,
+            weight,
+            DeviceAccumulator({"loss": "mean"}),
+            lambda acc, loss: acc.update("loss", loss),
         ),
-        "nnx.MultiMetric inside, split and merged": carrying(state, updated),
+        "nnx.MultiMetric inside, split and merged": _carrying(trained, weight, state, updated),
         "nnx.MultiMetric inside nnx.jit": lambda: with_metrics(weight, inside).block_until_ready(),
         "nnx.MultiMetric outside": lambda: kept(lambda loss: outside.update(loss=loss)),
         "float(loss)": lambda: kept(float),
     }
-    if find_spec("clu"):
-        from clu import metrics as clu
+    if installed("clu"):
+        from clu.metrics import Average, Collection
 
-        losses = clu.Collection.create(loss=clu.Average.from_output("loss"))
-        ways["clu.metrics inside, merged"] = carrying(
+        losses = Collection.create(loss=Average.from_output("loss"))
+        ways["clu Collection inside, merged"] = _carrying(
+            trained,
+            weight,
             losses.empty(),
             lambda seen, loss: seen.merge(losses.single_from_model_output(loss=loss)),
         )
     return ways
 
 
+def _with_a_loss_each() -> dict[str, Callable[[], object]]:
+    """Return steps that keep sums and counts of the losses of each dataset, inside."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from metricfold.jax import DeviceAccumulator
+
+    x, weight = jnp.linspace(0.5, 1.5, _SAMPLES), jnp.float32(1)
+    ids = jnp.arange(_SAMPLES) % _DATASETS
+
+    def trained(weight: Any) -> tuple[Any, Any]:
+        return weight + 1e-6, x * weight
+
+    step = jax.jit(trained)
+    names = [f"dataset_{i}" for i in range(_DATASETS)]
+    graph, state = nnx.split(
+        nnx.MultiMetric(**{name: nnx.metrics.Average("loss") for name in names})
+    )
+
+    def updated(state: Any, losses: Any, ids: Any) -> Any:
+        metrics = nnx.merge(graph, state)
+        metrics.update(loss=losses, mask={name: ids == i for i, name in enumerate(names)})
+        return nnx.state(metrics)
+
+    def added(state: Any, losses: Any, ids: Any) -> Any:
+        sums, counts = state
+        return (
+            sums + jax.ops.segment_sum(losses, ids, _DATASETS),
+            counts + jax.ops.segment_sum(jnp.ones_like(ids), ids, _DATASETS),
+        )
+
+    def with_ids(state: Any, add: Callable[[Any, Any, Any], Any]) -> Callable[[], None]:
+        return _carrying(trained, weight, state, add, ids)
+
+    ways: dict[str, Callable[[], object]] = {
+        _BARE: lambda: jax.block_until_ready(step(weight)[0]),
+        _OURS: with_ids(
+            DeviceAccumulator({"loss": "mean"}, datasets=names),
+            lambda acc, losses, ids: acc.update("loss", losses, dataset_ids=ids),
+        ),
+        _BY_HAND: with_ids((jnp.zeros(_DATASETS), jnp.zeros(_DATASETS, jnp.int32)), added),
+        _NNX: with_ids(state, updated),
+    }
+    if installed("clu"):
+        from clu.metrics import Average
+
+        ways[_CLU] = with_ids(
+            [Average.empty() for _ in names],
+            lambda averages, losses, ids: [
+                average.merge(Average.from_model_output(losses, mask=ids == i))
+                for i, average in enumerate(averages)
+            ],
+        )
+    return ways
+
+
+def _carrying(
+    trained: Callable[[Any], tuple[Any, Any]],
+    weight: Any,
+    state: Any,
+    add: Callable[..., Any],
+    *others: Any,
+) -> Callable[[], None]:
+    """Return a step that carries `state`, to which `add` adds the loss inside, given `others` too."""
+    import jax
+
+    @partial(jax.jit, donate_argnums=1)
+    def carry(weight: Any, state: Any, *others: Any) -> tuple[Any, Any]:
+        new, loss = trained(weight)
+        return new, add(state, loss, *others)
+
+    carried = [state]
+
+    def run() -> None:
+        new, carried[0] = carry(weight, carried[0], *others)
+        new.block_until_ready()
+
+    return run
+
+
 if __name__ == "__main__":
-    main()
+    print_found(_found)

@@ -1,24 +1,16 @@
-"""Metrics reduced over JAX devices, inside the compiled step: how they are given back is what costs.
-
-JAX learns the number of its devices before it starts, so all of this is measured in a process of
-its own, which prints what it found as JSON.
-"""
+"""Metrics reduced over JAX devices, inside the compiled step: how they are given back is what costs."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
-from benchmarks.sizes import FULL, QUICK, Sizes
+from benchmarks.own_process import found_in_own_process, installed, print_found
+from benchmarks.sizes import Sizes
 from benchmarks.table import Section, amount, at_most, cost, speedup
 from benchmarks.timing import interleaved
 
@@ -42,21 +34,14 @@ class _Measured:
 
 def measure(sizes: Sizes) -> list[Section]:
     """Return the cost of a step that does nothing but reduce its metrics; nothing without JAX."""
-    if not all(map(find_spec, ("jax", "flax"))):
+    if not installed("jax", "flax"):
         return []
-    virtual = f"--xla_force_host_platform_device_count={_DEVICES}"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.devices", *(["--quick"] if sizes is QUICK else [])],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": virtual},
-        stdout=subprocess.PIPE,
-        check=True,
-        timeout=600,
-    )
+    measured = found_in_own_process("benchmarks.devices", sizes, _DEVICES)
     section = Section(f"JAX: a step that means metrics over {_DEVICES} virtual CPU devices")
     section.notes.append(
         "XLA joins the collectives of all leaves into one, which still costs for each array"
     )
-    for number, found in json.loads(done.stdout).items():
+    for number, found in measured.items():
         section.rows += _rows(int(number), {way: _Measured(**it) for way, it in found.items()})
     return [section]
 
@@ -83,15 +68,12 @@ def _rows(number: int, found: dict[str, _Measured]) -> list[Any]:
 # -- In the process with the devices -------------------------------------------------------------
 
 
-def main() -> None:
-    """Print the measurements of all ways, by number of metrics."""
-    sizes = QUICK if "--quick" in sys.argv else FULL
-    results = {number: _measure(number, sizes) for number in sizes.device_metrics}
-    print(
-        json.dumps(
-            {n: {way: asdict(it) for way, it in found.items()} for n, found in results.items()}
-        )
-    )
+def _found(sizes: Sizes) -> dict[int, dict[str, dict[str, Any]]]:
+    """Return the measurements of all ways, by number of metrics."""
+    return {
+        number: {way: asdict(it) for way, it in _measure(number, sizes).items()}
+        for number in sizes.device_metrics
+    }
 
 
 def _measure(number: int, sizes: Sizes) -> dict[str, _Measured]:
@@ -170,4 +152,4 @@ def _read(step: Any, values: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    print_found(_found)

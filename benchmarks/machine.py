@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 __all__ = ["load", "machine"]
@@ -17,13 +18,21 @@ def machine() -> str:
     return (
         f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} cores, "
         f"load {load()}; Python {platform.python_version()}, NumPy {np.__version__}, "
-        f"torch {torch.__version__} (gloo, 1 thread a rank)"
+        f"torch {torch.__version__} (gloo, 1 thread a rank){_jax()}"
     )
 
 
 def load() -> str:
     """Return how many processes wanted to run in the last minute."""
     return f"{os.getloadavg()[0]:.1f}"
+
+
+def _jax() -> str:
+    # Not imported: a process that holds JAX must not fork, and ranks are about to be.
+    try:
+        return f", jax {version('jax')}"
+    except PackageNotFoundError:
+        return ""
 
 
 def _processor() -> str:

@@ -27,7 +27,7 @@ class Sizes:
         demo_rounds: turns of each way to take the demo's steps with JAX.
         demo_steps: steps in a turn, with one log.
         demo_tokens: of its longest text.
-        demo_width: of its model.
+        demo_blocks: of its model.
     """
 
     rounds: int
@@ -45,7 +45,7 @@ class Sizes:
     demo_rounds: int
     demo_steps: int
     demo_tokens: int
-    demo_width: int
+    demo_blocks: int
 
 
 FULL = Sizes(
@@ -63,8 +63,8 @@ FULL = Sizes(
     compilations=5,
     demo_rounds=12,
     demo_steps=10,
-    demo_tokens=128,
-    demo_width=64,
+    demo_tokens=64,
+    demo_blocks=2,
 )
 
 QUICK = Sizes(
@@ -83,5 +83,5 @@ QUICK = Sizes(
     demo_rounds=1,
     demo_steps=2,
     demo_tokens=24,
-    demo_width=16,
+    demo_blocks=0,
 )

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from benchmarks.contenders import MetricfoldEverywhere, PickledStatesEverywhere
 from benchmarks.meter import Meter
+from benchmarks.own_process import installed
 from benchmarks.peers.libraries import Library
 from benchmarks.peers.points import QUICK, Point
 from benchmarks.peers.results import Outcome, Results, Row
@@ -66,7 +67,17 @@ def test_a_quick_run_prints_a_table_of_finite_ratios(tmp_path: Path) -> None:
         "3 frozen dataclasses",
     }
     sections = {row["section"] for row in rows}
-    assert len(sections) == 8 + 3 * bool(find_spec("flax"))
+    with_jax, with_demo = installed("jax", "flax"), installed("jax", "flax", "optax")
+    assert len(sections) == 8 + 3 * with_jax + with_demo
+    contenders = {
+        "8 nnx Averages": with_jax,
+        "8 clu Averages": installed("jax", "flax", "clu"),
+        "metrics on, in DeviceAccumulators": with_demo,
+        "float(loss) every step": with_demo,
+    }
+    for contender, expected in contenders.items():
+        found = any(contender in row["what"] + row["against"] for row in rows)
+        assert found == expected, contender
     for line in done.stdout.splitlines():
         assert line == line.rstrip()
 
