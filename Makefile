@@ -24,9 +24,9 @@ demo: $(STAMP)  ## train a small language model on two ranks; DEMO_ARGS="--ranks
 	@echo "==> metricfold demo: two ranks train a small language model"
 	@$(BIN)/metricfold demo $(DEMO_ARGS)
 
-test: $(STAMP)
-	@echo "==> the whole test suite, in random order, warnings as errors"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(STAMP)  ## PYTEST_ARGS="tests/test_metric.py -x" and the like pass through
+	@echo "==> the whole test suite, in random order, warnings as errors, up to four files at a time"
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@echo "==> ruff format, ruff check, mypy --strict"

@@ -236,7 +236,9 @@ def test_any_one_element_tensor_is_a_value_and_a_weight(
 
 @every_way_in
 @pytest.mark.parametrize("agg_type", [SUM, MEAN, MAX, MIN, DISTRIBUTION, CATEGORICAL], ids=str)
-@pytest.mark.parametrize("convert", [torch.tensor, np.float32, np.array, np.int64], ids=str)
+@pytest.mark.parametrize(
+    "convert", [torch.tensor, np.float32, np.array, np.int64], ids=lambda one: one.__name__
+)
 def test_an_array_value_gives_what_the_number_gives(
     take: Take, agg_type: AggregationType, convert: Callable[[int], Any]
 ) -> None:

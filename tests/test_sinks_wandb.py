@@ -243,7 +243,7 @@ if sys.argv[2] == "kill":
     time.sleep(60)
 if sys.argv[2] == "inspect":
     logger.flush()
-    children = os.popen(f"ps -o args= --ppid {os.getpid()}").read()
+    children = os.popen(f"ps -ww -o args= --ppid {os.getpid()}").read()
     print("core without reports:", "wandb-core" in children and "--no-observability" in children)
 """
 
