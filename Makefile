@@ -25,8 +25,8 @@ demo: $(STAMP)  ## train a small language model on two ranks; DEMO_ARGS="--ranks
 	@$(BIN)/metricfold demo $(DEMO_ARGS)
 
 test: $(STAMP)  ## PYTEST_ARGS="tests/test_metric.py -x" and the like pass through
-	@echo "==> the whole test suite, in random order, warnings as errors, up to four files at a time"
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	@echo "==> the whole test suite, in random order, warnings as errors"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@echo "==> ruff format, ruff check, mypy --strict"

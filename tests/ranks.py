@@ -140,7 +140,7 @@ def _run_rank(
 
 
 def run_threads(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 20.0
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
 ) -> list[Any]:
     """Return what ``function(communicator, *args)`` returned on each of `world_size` threads.
 

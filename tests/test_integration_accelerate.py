@@ -20,6 +20,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("tensorboard")
 
 from accelerate import Accelerator
+from accelerate.state import GradientState
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import DataLoaderConfiguration
 
@@ -54,6 +55,8 @@ def loader(data: Any, **options: Any) -> Any:
 
 
 def accelerator(**configuration: Any) -> Accelerator:
+    # All accelerators of a process share it, with the loaders of loops that a test has left early.
+    GradientState._reset_state()
     return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**configuration))
 
 
