@@ -123,7 +123,7 @@ def test_reset_forgets_every_value_and_keeps_the_types() -> None:
     aggregator.update([Metric("d", "tokens", 5, SUM)])
     aggregator.reset()
     assert aggregator.get_metrics_for_logging("t") == {}
-    with pytest.raises(ValueError, match="is already registered with aggregation type 'sum'"):
+    with pytest.raises(ValueError, match="is already registered with aggregation type sum"):
         aggregator.update([Metric("d", "tokens", 5, MAX)])
 
 
@@ -467,7 +467,7 @@ def test_one_name_with_two_types_in_one_dataset_is_refused() -> None:
     aggregator = MetricsAggregator()
     aggregator.update([Metric("d", "x", 1, SUM), Metric("other", "x", 1, MAX)])
     for bad in ([Metric("d", "x", 1, MEAN)], MetricBatch.from_metrics([Metric("d", "x", 1, MEAN)])):
-        with pytest.raises(ValueError, match="is already registered with aggregation type 'sum'"):
+        with pytest.raises(ValueError, match="is already registered with aggregation type sum"):
             aggregator.update(bad)
     with pytest.raises(ValueError, match="is already registered with aggregation type"):
         aggregator.update([Metric("new", "y", 1, SUM), Metric("new", "y", 1, MAX)])
@@ -489,7 +489,7 @@ def test_replacing_a_handler_in_use_warns_and_its_metrics_keep_the_old_one(
     aggregator.update([Metric("d", "old", 5, SUM)])
     with caplog.at_level(logging.WARNING, "metricfold"):
         aggregator.register_handler(SUM, Doubled())
-    assert "Replacing handler for sum" in caplog.text
+    assert "Replacing handler for AggregationType.SUM" in caplog.text
     assert "metric 'old' of dataset 'd'" in caplog.text
     assert len(caplog.records) == 1
     aggregator.update([Metric("d", "old", 1, SUM), Metric("d", "new", 1, SUM)])

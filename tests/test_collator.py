@@ -419,7 +419,7 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_counts_every_batch_once(stop_af
                 tagged(metrics=[Metric("d", "n", 1, "max")]),
             ],
             ValueError,
-            "'n' of dataset 'd' is already registered with aggregation type 'sum'",
+            "'n' of dataset 'd' is already registered with aggregation type sum",
         ),
     ],
     ids=str,

@@ -570,7 +570,7 @@ def test_a_drain_that_clashes_changes_nothing() -> None:
 
     acc = DeviceAccumulator({"new": "sum", "loss": "mean"}).update("new", 1).update("loss", 2.0)
     for name, kind, complaint in (
-        ("loss", "max", "already registered with aggregation type 'max'"),
+        ("loss", "max", "already registered with aggregation type max"),
         ("loss_stat_x", "sum", None),
     ):
         aggregator = MetricsAggregator()

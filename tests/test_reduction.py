@@ -308,13 +308,13 @@ def test_conflicting_types_are_an_error_once_and_do_not_wedge_the_run() -> None:
     seen = results[0]
     assert seen["first"].startswith("ValueError: ")
     assert "rank 1 held metric 'x' of dataset 'd' as 'mean'" in seen["first"]
-    assert "is already registered with aggregation type 'sum'" in seen["first"]
+    assert "is already registered with aggregation type sum" in seen["first"]
     assert "rank 2 held metric 'len_stat_p50' of dataset 'd'" in seen["first"]
     assert seen["second"] == "ok"
     assert seen["logged"]["t_d/x"] == 6.0
     assert seen["logged"]["t_d/fine"] == 2.0
     assert seen["logged"]["t_d/len_stat_count"] == 2.0
-    assert "is already registered with aggregation type 'sum'" in seen["local"]
+    assert "is already registered with aggregation type sum" in seen["local"]
     assert seen["after"] == 9.0
 
 

@@ -100,7 +100,7 @@ def test_a_key_format_that_is_no_format_of_the_key_is_refused(key_format):
 
 
 def test_a_key_function_that_returns_no_string_is_refused():
-    with pytest.raises(TypeError, match="None of 'a'"):
+    with pytest.raises(TypeError, match="of 'a' must be a string, but is None"):
         written({"a": 1.0}, key_format=lambda key: None)
 
 

@@ -206,7 +206,7 @@ def _join(agreed: dict[Key, Entry], claims: Claims, entry: Entry) -> str:
             )
         return (
             f"{show(entry.key)} as {entry.type!r}, but it is already registered with aggregation "
-            f"type {known.type!r} on the other ranks"
+            f"type {known.type} on the other ranks"
         )
     try:
         claims.add(entry.key, entry.suffixes)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from enum import Enum
 from typing import Any, NamedTuple
 
 from metricfold.data.batch import Column, MetricBatch, check_same_type, fold_metrics
@@ -17,7 +18,7 @@ from metricfold.handlers import (
     built_in_handlers,
     quiet,
 )
-from metricfold.metric import TypeLike, resolve_type, type_label
+from metricfold.metric import TypeLike, check_key, check_name, resolve_type, type_label
 from metricfold.naming import Claims, show
 from metricfold.schema import Entry, Key, Schema
 
@@ -84,7 +85,9 @@ class KeyTable:
             _logger.warning(
                 "Replacing handler for %s: metrics that it already handles keep the old one (%s); "
                 "metrics seen from now on take the new one",
-                label,
+                f"{type(agg_type).__name__}.{agg_type.name}"
+                if isinstance(agg_type, Enum)
+                else agg_type,
                 ", ".join(in_use[:5]) + (", ..." if len(in_use) > 5 else ""),
             )
         self.handlers[agg_type] = handler
@@ -317,11 +320,12 @@ class KeyTable:
         )
 
     def check_saved(
-        self, entries: Iterable[Entry], custom_types: Iterable[tuple[Key, str]]
+        self, entries: Collection[Entry], custom_types: Collection[tuple[Key, str]]
     ) -> Admission:
         """Check the keys of a checkpoint; changes nothing. Raises ValueError if one cannot be."""
         columns: list[Column] = []
         labels = [(entry.key, entry.type) for entry in entries]
+        _check_saved_names(entries, custom_types)
         for key, label in dict.fromkeys([*labels, *custom_types]):
             try:
                 agg_type = self.type_of_label(label)
@@ -402,6 +406,18 @@ class KeyRegistry:
                     show(key),
                 )
             return self._keys.adopt(schema, losers)
+
+
+def _check_saved_names(entries: Iterable[Entry], custom_types: Iterable[tuple[Key, str]]) -> None:
+    """Refuse a checkpoint whose names no call would have taken."""
+    try:
+        for key in (*(entry.key for entry in entries), *(key for key, _ in custom_types)):
+            check_key(*key)
+        for entry in entries:
+            for category in entry.categories:
+                check_name(f"a category of {show(entry.key)}", category)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the state is damaged: {error}") from None
 
 
 def _suffixes(handler: AggregationHandler) -> tuple[str, ...]:

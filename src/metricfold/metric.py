@@ -9,6 +9,7 @@ immutable record that Python has to create and to pickle.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
@@ -18,6 +19,7 @@ __all__ = [
     "Metric",
     "MetricState",
     "TypeLike",
+    "check_key",
     "check_name",
     "is_name",
     "resolve_type",
@@ -130,16 +132,41 @@ def type_label(agg_type: TypeLike) -> str:
     return agg_type
 
 
+# Control characters, what ends a line, what turns the order of the text around it, and halves of
+# surrogate pairs, which no file can hold. By number, not by `str.isprintable` alone: that refuses
+# U+3000 and what joins the parts of an emoji or of a Persian word, and each Python has other emoji.
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
 def is_name(name: object) -> bool:
-    """Return whether `name` can be printed as part of one key on one line."""
-    return isinstance(name, str) and name != "" and name.isprintable()
+    r"""Return whether `name` can be printed as part of one key on one line.
+
+    >>> is_name("損失 👩‍🔬"), is_name("a\nb"), is_name("")
+    (True, False, False)
+    """
+    if not isinstance(name, str) or not name:
+        return False
+    return name.isprintable() or _UNPRINTABLE.search(name) is None
 
 
 def check_name(what: str, name: object) -> None:
     """Refuse a name that is none, and say why."""
+    if is_name(name):
+        return
     if not isinstance(name, str):
         raise TypeError(f"{what} must be a string, but is {name!r}")
     if not name:
         raise ValueError(f"{what} is empty: give it a name")
-    if not name.isprintable():
-        raise ValueError(f"{what} {name!r} holds a line break or another unprintable character")
+    raise ValueError(
+        f"{what} {name!r} holds a line break or another unprintable character: give it a name on "
+        "one line"
+    )
+
+
+def check_key(dataset_name: object, metric_name: object) -> None:
+    """Refuse the names of a metric; one without a dataset has the dataset ``""``."""
+    check_name(f"the name of a metric of dataset {dataset_name!r}", metric_name)
+    if dataset_name != "":
+        check_name(f"the dataset name of metric {metric_name!r}", dataset_name)

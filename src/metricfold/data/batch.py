@@ -322,7 +322,7 @@ def _check_category(key: Key, category: str) -> None:
     """Refuse what cannot be printed as part of one key on one line."""
     if not category:
         raise ValueError(f"{show(key)}: the category is empty: give it a text, such as 'none'")
-    if not category.isprintable():
+    if not is_name(category):
         raise ValueError(
             f"{show(key)}: the category {reprlib.repr(category)} holds a line break or another "
             "unprintable character: give a text on one line"
@@ -439,8 +439,8 @@ def check_same_type(key: Key, registered: TypeLike, given: TypeLike) -> None:
     if registered != given:
         raise ValueError(
             f"{show(key)} is already registered with aggregation type "
-            f"{type_label(registered)!r}, so it cannot take a value of type "
-            f"{type_label(given)!r}: give one of them another name"
+            f"{type_label(registered)}, so it cannot take a value of type {type_label(given)}: "
+            "give one of them another name"
         )
 
 

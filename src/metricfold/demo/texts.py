@@ -19,6 +19,8 @@ from pathlib import Path
 from textwrap import dedent
 from typing import NamedTuple
 
+from metricfold.metric import is_name
+
 __all__ = [
     "BUILT_IN",
     "MAX_BYTES_PER_TEXT",
@@ -152,9 +154,7 @@ def _read_jsonl(path: Path) -> Iterator[Text]:
         kind = record.get("kind")
         yield Text(
             text,
-            kind
-            if isinstance(kind, str) and kind.isprintable() and kind
-            else _kind_of_section(text),
+            kind if is_name(kind) else _kind_of_section(text),
         )
 
 

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import TypeVar
 
+from metricfold.metric import check_name
 from metricfold.sinks.record import Record
 
 __all__ = ["SelectiveSink"]
@@ -98,8 +99,7 @@ class SelectiveSink(ABC):
         if place is None:
             return None
         name = self._format(key)
-        if not isinstance(name, str):
-            raise TypeError(f"key_format makes {name!r} of {key!r}, which is not a string")
+        check_name(f"what key_format makes of {key!r}", name)
         return name, place
 
 
