@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import subprocess
 import sys
 import threading
@@ -267,3 +269,173 @@ else:
     assert timer.startswith("this timer was inherited by a forked process")
     assert "was inherited by a forked process" in aggregator
     assert rank == "0"
+
+
+def spanning(communicator: Any, route: str) -> list[Any]:
+    """A block that spans three logs, and ends in the fourth interval."""
+    aggregator = MetricsAggregator(communicator=communicator, route=route)
+    found: list[Any] = []
+    with aggregator.timer("epoch"):
+        for _ in range(3):
+            time.sleep(SLOW / 4)
+            snapshot = aggregator.reduce()
+            timing = snapshot.timing("epoch")
+            found.append((snapshot.as_dict("t", "interval").keys(), timing.mean, timing.max_rank))
+            assert 0 < timing.share <= 1
+    time.sleep(SLOW)
+    last = aggregator.reduce()
+    timing = last.timing("epoch")
+    assert timing.mean is not None
+    assert timing.max is not None
+    assert 3 * SLOW / 4 <= timing.mean <= timing.max
+    assert timing.share < 1
+    assert last.as_dict("t", "run")["t/epoch_share"] < 1
+    return found
+
+
+@pytest.mark.parametrize("route", ["narrow", "wide"])
+def test_the_share_is_cut_at_a_log_where_a_block_used_to_count_for_the_interval_it_ended_in(
+    route: str,
+) -> None:
+    one, two = run_threads(spanning, 2, route)
+    assert one == two == [({"t/epoch_share": 0}.keys(), None, None)] * 3
+
+
+def test_a_block_that_goes_on_has_all_of_each_interval() -> None:
+    aggregator = MetricsAggregator()
+    with aggregator.timer("epoch"):
+        for _ in range(2):
+            assert aggregator.reduce().timing("epoch").share == pytest.approx(1.0, abs=1e-6)
+
+
+def share_and_uses(aggregator: MetricsAggregator, name: str) -> tuple[float, int, float]:
+    """Return the share of an interval that is all one timer, its uses, and the longest."""
+    uses = aggregator._timers[name].uses
+    timing = aggregator.reduce().timing(name)
+    assert timing.max is not None
+    return timing.share, uses, timing.max
+
+
+def test_a_timer_nested_in_itself_counts_once_for_each_thread() -> None:
+    aggregator = MetricsAggregator()
+    with aggregator.timer("step"), aggregator.timer("other"), aggregator.timer("step"):
+        time.sleep(SLOW)
+    share, uses, longest = share_and_uses(aggregator, "step")
+    assert uses == 1
+    assert share <= 1
+    assert longest >= SLOW
+    again = aggregator.timer("step")
+    with again, again:
+        time.sleep(SLOW / 4)
+    share, uses, _ = share_and_uses(aggregator, "step")
+    assert (uses, share <= 1) == (1, True)
+
+    def work() -> None:
+        with aggregator.timer("step"):
+            time.sleep(SLOW)
+
+    with aggregator.timer("step"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    share, uses, _ = share_and_uses(aggregator, "step")
+    assert uses == 2
+    assert share > 1
+
+
+def test_tasks_of_one_thread_have_uses_of_their_own() -> None:
+    aggregator = MetricsAggregator()
+
+    async def fetch(seconds: float) -> None:
+        with aggregator.timer("fetch"):
+            await asyncio.sleep(seconds)
+
+    @aggregator.timer("call")
+    async def call() -> str:
+        await asyncio.sleep(SLOW)
+        return "result"
+
+    async def main() -> str:
+        await asyncio.gather(fetch(SLOW), fetch(2 * SLOW))
+        return await call()
+
+    assert asyncio.run(main()) == "result"
+    assert aggregator._timers["fetch"].uses == 2
+    assert aggregator._timers["fetch"].total >= 3 * SLOW
+    # Calling a coroutine function takes no time; awaiting it does.
+    assert aggregator._timers["call"].total >= SLOW
+
+
+def test_a_use_may_end_elsewhere_as_that_of_a_generator_does() -> None:
+    aggregator = MetricsAggregator()
+
+    def items() -> Any:
+        with aggregator.timer("items"):
+            yield 1
+            yield 2
+
+    left = items()
+    next(left)
+    with aggregator.timer("step"):
+        pass
+    contextvars.copy_context().run(left.close)
+    assert (aggregator._timers["items"].uses, aggregator._timers["step"].uses) == (1, 1)
+    # Nothing of the generator's stays around what comes later.
+    with aggregator.timer("items"):
+        pass
+    assert aggregator._timers["items"].uses == 2
+    with pytest.raises(TypeError, match=r"a timer cannot decorate .*items'.*over"):
+        aggregator.timer("items")(items)
+
+
+def test_items_that_are_not_taken_are_not_timed_and_a_loader_that_fails_is() -> None:
+    aggregator = MetricsAggregator()
+
+    def loader() -> Any:
+        yield 1
+        yield 2
+        raise ZeroDivisionError
+
+    for _ in aggregator.timer("data").over(loader()):
+        break
+    assert aggregator._timers["data"].uses == 1
+    with pytest.raises(ZeroDivisionError):
+        list(aggregator.timer("data").over(loader()))
+    assert aggregator._timers["data"].uses == 4
+    for _ in aggregator.timer("data").over([]):
+        pass
+    assert aggregator._timers["data"].uses == 4
+    assert not aggregator._timers["data"].running
+
+
+def test_a_pause_is_left_out_of_the_share_of_a_timer_that_goes_on() -> None:
+    aggregator = MetricsAggregator()
+    with aggregator.timer("epoch"):
+        time.sleep(SLOW / 4)
+        with aggregator.pause():
+            time.sleep(SLOW)
+            snapshot = aggregator.reduce()
+            assert snapshot.timing("epoch").share == pytest.approx(1.0, abs=1e-6)
+            with aggregator.timer("save"):
+                pass
+            timing = aggregator.reduce().timing("save")
+            assert (timing.share, timing.slowest_share) == (0.0, 0.0)  # of an interval without time
+        time.sleep(SLOW / 4)
+    snapshot = aggregator.reduce()
+    assert snapshot.timing("epoch").share <= 1
+    mean = snapshot.timing("epoch").mean
+    assert mean is not None
+    assert mean >= 1.5 * SLOW  # how long it took is another thing
+
+
+def test_a_block_in_which_a_state_is_loaded_counts_when_it_ends() -> None:
+    aggregator = MetricsAggregator()
+    state = aggregator.state_dict()
+    with aggregator.timer("set_up"):
+        time.sleep(SLOW / 4)
+        aggregator.load_state_dict(state)
+        time.sleep(SLOW / 4)
+    timing = aggregator.reduce().timing("set_up")
+    assert timing.mean is not None
+    assert timing.mean >= SLOW / 2
+    assert timing.share == 0  # time counts from the first value on that comes in after a load

@@ -16,6 +16,7 @@ import itertools
 import operator
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 from metricfold.checkpoint import Saved, decode, encode, share
+from metricfold.clock import Clock, Pause
 from metricfold.communicator import (
     Communicator,
     LocalCommunicator,
@@ -42,7 +44,14 @@ from metricfold.handlers import (
     quiet,
 )
 from metricfold.keys import Admission, KeyRegistry, KeyTable
-from metricfold.metric import Metric, MetricState, TypeLike, check_name, resolve_type
+from metricfold.metric import (
+    AggregationType,
+    Metric,
+    MetricState,
+    TypeLike,
+    check_name,
+    resolve_type,
+)
 from metricfold.naming import show
 from metricfold.pool import Window
 from metricfold.processes import Worker, watch_forks
@@ -124,6 +133,7 @@ class MetricsAggregator:
         self._process_group = process_group
         self._warned: set[str] = set()
         self._delta = Delta()
+        self._clock = Clock()
         self._custom = CustomStates()
         self._late_custom: list[Late] = []
         self._timers: dict[str, Elapsed] = {}
@@ -220,11 +230,13 @@ class MetricsAggregator:
         """Time a block, a function or the items of an iterable, as a metric of this rank.
 
         A log then has the mean seconds of one use, ``{prefix}/{name}_seconds``, those of the longest,
-        ``{prefix}/{name}_seconds_max``, and the share of the interval's wall time over all ranks,
+        ``{prefix}/{name}_seconds_max``, and the share of the interval's time over all ranks,
         ``{prefix}/{name}_share``. `Snapshot.timing` tells the slowest and the fastest rank.
 
         It is the host's time: on a GPU, a block that only enqueues work takes the time to enqueue.
-        A block that raises counts, too. Timers may be nested and run on several threads.
+        A block that raises counts, too. Timers may be nested and run on several threads; one that is
+        nested in itself, on one thread, counts once. A use belongs to the interval in which it ends,
+        and each interval's share has the part that fell into it, without that of a `pause`.
 
         Args:
             name: of what is timed.
@@ -261,23 +273,51 @@ class MetricsAggregator:
                     )
                 self._keys.commit(admission)
                 self._keys.per_rank.add(("", keys.share))
-                elapsed = self._timers.setdefault(name, Elapsed())
-        return Timer(elapsed.add)
+                elapsed = self._timers.setdefault(name, Elapsed(self._clock))
+        return Timer(elapsed)
 
-    def _stop_watches(self, world_size: int) -> str:
-        """Make metrics of the times that timers have taken; returns an error, for all ranks."""
+    def pause(self) -> Pause:
+        """Leave the time of a block, such as an evaluation or a save, out of what counts.
+
+        Rates, shares of timers, `Snapshot.seconds` and `Snapshot.run_seconds` are as if it had taken
+        no time. What is recorded in it counts as ever. Every rank has the block, for seconds are the
+        slowest rank's. Blocks may be nested, and run on several threads.
+
+        Time counts from the first value on that comes in, also after `load_state_dict` and `reset`.
+
+        >>> aggregator = MetricsAggregator()
+        >>> aggregator.record("tokens_per_second", 1000, "rate")
+        >>> with aggregator.pause():
+        ...     pass  # evaluate()
+        """
+        with self._lock:
+            self._check_usable()
+        return Pause(self._clock)
+
+    def _stop_watches(self, world_size: int, shown: float) -> str:
+        """Make metrics of the times that timers have taken; returns an error, for all ranks.
+
+        Args:
+            world_size: the number of ranks.
+            shown: what the clock shows where the interval ends.
+        """
         columns, errors = [], []
         for name, elapsed in self._timers.items():
-            uses, total, longest = elapsed.take()
-            if not uses:
-                continue
+            taken = elapsed.take(shown)
             keys = TimerKeys.of(name)
-            # Added up over ranks and divided by the time, this is the mean of the ranks' shares.
-            numbers = (total / uses, longest, total / world_size)
+            uses = float(taken.uses)
+            numbers: list[tuple[str, AggregationType, float, float]] = []
+            if uses:
+                numbers.append((keys.mean, AggregationType.MEAN, taken.total / uses, uses))
+                numbers.append((keys.max, AggregationType.MAX, taken.longest, 1.0))
+            if uses or taken.counted:
+                # Added up over ranks and divided by the time: the mean of the ranks' shares.
+                share = taken.counted / world_size
+                numbers.append((keys.share, AggregationType.RATE, share, 1.0))
             try:
                 columns += [
-                    fold_value(("", key), agg_type, value, float(uses), self._keys.handler_of)
-                    for (key, agg_type), value in zip(keys.types(), numbers, strict=True)
+                    fold_value(("", key), agg_type, value, weight, self._keys.handler_of)
+                    for key, agg_type, value, weight in numbers
                 ]
             except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
                 errors.append(f"timer {name!r}: the handler failed: {failure!r}")
@@ -310,6 +350,8 @@ class MetricsAggregator:
             admission = self._keys.admit_drained(accumulator.layout.keys())
             drained, empty = Drained(accumulator), accumulator.empty()
             self._keys.commit_drained(admission)
+            if not self._clock.running:
+                self._clock.start(time.perf_counter())
             if self._dead is None:
                 self._delta.drained.append(drained)
         return empty
@@ -392,6 +434,8 @@ class MetricsAggregator:
             self._add(admission.lanes)
 
     def _add(self, columns: Sequence[Column]) -> None:
+        if columns and not self._clock.running:
+            self._clock.start(time.perf_counter())
         if self._dead is None:  # else nothing can reduce it any more: do not pile it up
             self._delta.add(columns, self._keys.of_key, self._keys.kept)
 
@@ -409,6 +453,8 @@ class MetricsAggregator:
             late += column.late
         self._custom.update(now)
         self._late_custom += late
+        if not self._clock.running:
+            self._clock.start(time.perf_counter())
 
     def register_handler(self, agg_type: TypeLike, handler: AggregationHandler) -> None:
         """Let `handler` combine the metrics of `agg_type`.
@@ -578,8 +624,10 @@ class MetricsAggregator:
                 raise self._dead.with_traceback(None)
             communicator = self._connect()
             self._claim_share(communicator)
-            untimed = self._stop_watches(communicator.world_size)
+            shown = self._clock.now()
+            untimed = self._stop_watches(communicator.world_size, shown)
             cut = self._delta.cut()
+            seconds = self._clock.cut(shown)
             self._cut_off()
             # From here on the others are on their way: join them whatever happens, and say so there.
             number, wrong = _checked_step(step)
@@ -593,7 +641,7 @@ class MetricsAggregator:
             closes = kind is Kind.REDUCE and not error
             closed = self._custom.close_interval() if closes else {}
             mine = Contribution(
-                kind, cut.states, cut.seconds, custom, tuple(self._custom.keys()), number, error
+                kind, cut.states, seconds, custom, tuple(self._custom.keys()), number, error
             )
             return _Begun(communicator, cut, mine, closed)
 
@@ -608,6 +656,7 @@ class MetricsAggregator:
         except BaseException as error:
             with self._lock:
                 self._delta.restore(begun.cut)
+                self._clock.restore(mine.seconds)
                 self._custom.reopen_interval(begun.closed)
                 if isinstance(error, MissingRanksError):
                     self._dead = error
@@ -722,8 +771,9 @@ class MetricsAggregator:
         """Replace everything that has accumulated; what the ranks have agreed on stays."""
         self._delta = Delta()
         self._custom = CustomStates()
+        self._clock.restart()
         for elapsed in self._timers.values():
-            elapsed.take()
+            elapsed.take(self._clock.now())
         self._cut_off()
         self._late_custom = []
         self._last = None
@@ -751,6 +801,7 @@ class MetricsAggregator:
     def leave_parent_behind(self) -> None:
         """In a forked child: new locks, for ours may be held by a thread that is not here."""
         self._renew_locks()
+        self._clock.leave_parent_behind()
         for elapsed in self._timers.values():
             elapsed.leave_parent_behind()
         self._timers = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,7 +30,7 @@ _ADDITIONS = 1024
 
 
 class Delta:
-    """States per key, values that still lie on a device, and the time they took.
+    """States per key, and values that still lie on a device.
 
     A reduction takes the whole delta away (`cut`) and, if it fails, puts it back (`restore`). What
     has come in since the last `mark` can be dropped (`rollback`): it lies apart, and is merged with
@@ -43,11 +42,9 @@ class Delta:
         self._marked: _Marked | None = None
         self.late: list[Late] = []
         self.drained: list[Drained] = []
-        self.seconds = 0.0
         self._late_keys: set[Key] = set()
         self._settled: dict[Key, State] = {}
         self._additions = 0
-        self._since = time.monotonic()
 
     def add(
         self,
@@ -129,13 +126,10 @@ class Delta:
 
     def cut(self) -> CutDelta:
         """Return what has accumulated, and begin anew."""
-        now = time.monotonic()
-        seconds = self.seconds + now - self._since
-        taken = CutDelta(self._together(), self.late, self.drained, seconds)
+        taken = CutDelta(self._together(), self.late, self.drained)
         self.states, self._settled, self._additions = {}, {}, 0
         self.late, self._late_keys, self.drained = [], set(), []
         self._marked = None
-        self.seconds, self._since = 0.0, now
         return taken
 
     def restore(self, taken: CutDelta) -> None:
@@ -148,7 +142,6 @@ class Delta:
         if self._marked is not None:
             self._marked.states = {}
             self._marked.drained += len(taken.drained)
-        self.seconds += taken.seconds
 
     def _together(self) -> dict[Key, State]:
         marked = [] if self._marked is None else [self._marked.states, self._marked.since]
@@ -228,11 +221,9 @@ class CutDelta:
         states: dict[Key, State],
         late: list[Late],
         drained: list[Drained],
-        seconds: float,
     ) -> None:
         self.states = states
         self.drained = drained
-        self.seconds = seconds
         self.errors: list[str] = []
         self._late = InTransit(late)
 

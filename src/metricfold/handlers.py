@@ -458,10 +458,19 @@ class SumAggHandler(LaneHandler):
 
 
 class RateAggHandler(SumAggHandler):
-    """Total of the values per second of wall time, by the slowest rank's clock."""
+    """Total of the values per second of wall time, by the slowest rank's clock.
+
+    Over no time, as in a pause that spans an interval, there is no rate to report.
+    """
 
     def result(self, lanes: Mapping[str, float]) -> float:
         return lanes["sum"] / lanes["seconds"] if lanes["seconds"] else math.nan
+
+    def finalize_lanes(self, state: ReducedState) -> dict[str, float]:
+        reported = super().finalize_lanes(state)
+        if not state.seconds:
+            reported.pop("", None)
+        return reported
 
 
 class MeanAggHandler(LaneHandler):

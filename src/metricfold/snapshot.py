@@ -74,8 +74,9 @@ class Snapshot:
 
     Attributes:
         world_size: the number of ranks that took part.
-        seconds: wall time of the interval, by the slowest rank's clock.
-        run_seconds: wall time of the run.
+        seconds: wall time of the interval, by the slowest rank's clock: from the first value on,
+            without what a `MetricsAggregator.pause` took.
+        run_seconds: the same of the run, over restarts.
     """
 
     def __init__(self, reduced: Reduced, handlers: Handlers) -> None:
@@ -274,28 +275,31 @@ class Snapshot:
     def timing(self, name: str) -> Timing:
         """Return what the timer `name` took in the interval, and which ranks are slow and fast.
 
-        Of several ranks with the same share the lowest is named.
+        Of several ranks with the same share the lowest is named. An interval that was all pause has
+        shares of 0.
 
         Raises:
             KeyError: there is no such timer, or no rank has used it in the interval.
         """
         keys = TimerKeys.of(name)
-        if ("", keys.share) not in self._reduced.schema:
+        schema = self._reduced.schema
+        if ("", keys.share) not in schema:
             raise KeyError(
                 f"no rank has used a timer {name!r}: aggregator.timer({name!r}) makes one"
             )
         mean, longest, share = (
-            self._finalized(("", key), "interval").get("") for key, _ in keys.types()
+            self._finalized(("", key), "interval").get("") if ("", key) in schema else None
+            for key in keys.names()
         )
-        if mean is None or longest is None or share is None:
+        if mean is None and share is None:
             raise KeyError(f"no rank has used the timer {name!r} in the interval")
         shares = [(own or 0.0) * self.world_size for own in self.per_rank(None, keys.share)]
         slowest, fastest = (shares.index(one) for one in (max(shares), min(shares)))
         return Timing(
             mean,
             longest,
-            self.owner(None, keys.max),
-            share,
+            None if longest is None else self.owner(None, keys.max),
+            share or 0.0,
             slowest,
             shares[slowest],
             fastest,

@@ -6,25 +6,32 @@
     for batch in aggregator.timer("data").over(loader):      # the same
         ...
 
-A use adds to three numbers of its rank. Only when a reduction begins do they become metrics: so a
-timer costs a microsecond, however often it is used. Three keys say all there is to say:
+A use adds to a few numbers of its rank. Only when a reduction begins do they become metrics: so a
+timer costs a microsecond or two, however often it is used. Three keys say all there is to say:
 
     data_seconds        MEAN    of one use
     data_seconds_max    MAX     of one use, and whose it was
-    data_share          RATE    seconds per second: the share of the wall time, over ranks
+    data_share          RATE    seconds per second: the share of the time that counts, over ranks
 
-The last is known per rank, on either route, and so is the slowest rank.
+The last is known per rank, on either route, and so is the slowest rank. It is cut where a reduction
+cuts: each interval has the part of a use that fell into it. The other two are of the uses that have
+ended in the interval.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ContextDecorator
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from threading import get_ident
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from metricfold.clock import Clock
 from metricfold.metric import AggregationType
 
 if TYPE_CHECKING:
@@ -33,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["Elapsed", "Timer", "TimerKeys", "Timing"]
 
 T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +48,19 @@ class Timing:
     """What a timer took in the interval, over all ranks (`Snapshot.timing`).
 
     Args:
-        mean: seconds of one use.
-        max: seconds of the longest use.
+        mean: seconds of one use that has ended in the interval; None if none has.
+        max: seconds of the longest; None as before.
         max_rank: the rank that the longest use was on; None if that is not known.
-        share: of the interval's wall time, 0 to 1: the mean over ranks. More than 1 if several
-            threads of a rank use the timer at the same time.
+        share: of the interval's time that counts, 0 to 1: the mean over ranks. More than 1 if
+            several threads or tasks of a rank use the timer at the same time.
         slowest: the rank that spent the most time on it.
         slowest_share: its own share.
         fastest: the rank that spent the least; a rank that never used it spent none.
         fastest_share: its own share.
     """
 
-    mean: float
-    max: float
+    mean: float | None
+    max: float | None
     max_rank: int | None
     share: float
     slowest: int
@@ -85,51 +93,98 @@ class TimerKeys:
         )
 
 
+class Taken(NamedTuple):
+    """What a timer took on one rank since the last reduction.
+
+    Args:
+        uses: how many have ended.
+        total: the seconds that these took.
+        longest: the seconds of the longest.
+        counted: the seconds that fell into the interval, also of uses that still go on.
+    """
+
+    uses: int
+    total: float
+    longest: float
+    counted: float
+
+
 class Elapsed:
     """The times of one timer on one rank since the last reduction."""
 
-    __slots__ = ("_inherited", "_lock", "longest", "total", "uses")
+    __slots__ = ("clock", "counted", "inherited", "lock", "longest", "running", "total", "uses")
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inherited = False
-        self.uses, self.total, self.longest = 0, 0.0, 0.0
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        # Reentrant: a signal handler, or the end of a generator, may come in between.
+        self.lock = threading.RLock()
+        self.inherited = False
+        self.running: dict[Timer, None] = {}
+        self.uses, self.total, self.longest, self.counted = 0, 0.0, 0.0, 0.0
 
-    def add(self, seconds: float) -> None:
-        if self._inherited:
-            raise RuntimeError(
-                "this timer was inherited by a forked process, where its times would be lost: use "
-                "it in the training process, around what waits for the data workers"
-            )
-        with self._lock:
-            self.uses += 1
-            self.total += seconds
-            self.longest = max(self.longest, seconds)
+    def take(self, shown: float) -> Taken:
+        """Return what has been taken so far, and begin anew.
 
-    def take(self) -> tuple[int, float, float]:
-        """Return how many uses there were, their total and the longest, and begin anew."""
-        with self._lock:
-            taken = (self.uses, self.total, self.longest)
-            self.uses, self.total, self.longest = 0, 0.0, 0.0
+        Args:
+            shown: what the clock showed where the interval ends.
+        """
+        with self.lock:
+            for timer in list(self.running):
+                timer.count(shown)
+            taken = Taken(self.uses, self.total, self.longest, self.counted)
+            self.uses, self.total, self.longest, self.counted = 0, 0.0, 0.0, 0.0
             return taken
 
     def leave_parent_behind(self) -> None:
         """In a forked child: refuse what comes, for nobody will read it."""
-        self._inherited = True
+        self.inherited = True
+        self.lock = threading.RLock()
 
 
 class Timer(ContextDecorator):
     """Times a block, each call of a function that it decorates, or the items of an iterable.
 
-    One timer times one block at a time; `MetricsAggregator.timer` makes one for each use.
+    Nested in itself, on one thread, it counts once: the outermost use has all of the time.
+
+    Attributes:
+        running: whether a use goes on, and counts.
+        outer: the use, of any timer, that this one is nested in.
     """
 
-    def __init__(self, add: Callable[[float], None]) -> None:
-        self._add = add
-        self._began = 0.0
+    # All that a use does is written out here, for it may be one of a million.
+
+    def __init__(self, elapsed: Elapsed) -> None:
+        self._elapsed = elapsed
+        self.running = False
+        self.outer: Timer | None = None
+        self._again: list[Timer] = []  # uses that began while this one was going on
 
     def __enter__(self) -> Timer:  # noqa: PYI034 - typing.Self needs Python 3.11
-        self._began = time.perf_counter()
+        elapsed = self._elapsed
+        if elapsed.inherited:
+            raise RuntimeError(
+                "this timer was inherited by a forked process, where its times would be lost: use "
+                "it in the training process, around what waits for the data workers"
+            )
+        if self.running:
+            self._again.append(Timer(elapsed).__enter__())
+            return self
+        outer, thread = _innermost.get(), get_ident()
+        if outer is not None:
+            while outer is not None and not outer.running:  # of a generator that has been left
+                outer = outer.outer
+            if outer is not None and outer.has(elapsed, thread):
+                return self
+        self.outer, self._thread = outer, thread
+        self._began = began = perf_counter()
+        running, place = elapsed.clock.hand
+        if not running:
+            elapsed.clock.start(began)
+            running, place = elapsed.clock.hand
+        self._counted = began - place if running else place
+        self.running = True
+        elapsed.running[self] = None
+        _innermost.set(self)
         return self
 
     def __exit__(
@@ -138,20 +193,81 @@ class Timer(ContextDecorator):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._add(time.perf_counter() - self._began)
+        if self._again:
+            self._again.pop().__exit__(kind, error, traceback)
+        elif self.running:
+            ended = perf_counter()
+            elapsed = self._elapsed
+            running, place = elapsed.clock.hand
+            if not running:
+                elapsed.clock.start(ended)  # a checkpoint may have been loaded in the block
+            seconds = ended - self._began
+            with elapsed.lock:
+                self.count(ended - place if running else place)
+                elapsed.uses += 1
+                elapsed.total += seconds
+                elapsed.longest = max(elapsed.longest, seconds)
+                self._stop()
+
+    def _stop(self) -> None:
+        self.running = False
+        self._elapsed.running.pop(self, None)
+        if _innermost.get() is self:  # else it ends elsewhere, as a generator may
+            _innermost.set(self.outer)
+
+    def count(self, shown: float) -> None:
+        """Let what has gone by until the clock showed `shown` count for the interval."""
+        if shown > self._counted:
+            self._elapsed.counted += shown - self._counted
+            self._counted = shown
+
+    def has(self, elapsed: Elapsed, thread: int) -> bool:
+        """Return whether this use, or one that it is nested in, is of that timer and thread."""
+        one: Timer | None = self
+        while one is not None:
+            if one._elapsed is elapsed and one.running and one._thread == thread:  # noqa: SLF001
+                return True
+            one = one.outer
+        return False
+
+    def __call__(self, func: Function) -> Function:
+        if inspect.iscoroutinefunction(func):
+
+            @functools.wraps(func)
+            async def timed(*args: Any, **kwargs: Any) -> Any:
+                with self._recreate_cm():
+                    return await func(*args, **kwargs)
+
+            return timed  # type: ignore[return-value]
+        if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
+            raise TypeError(
+                f"a timer cannot decorate {func.__qualname__!r}: calling a generator function takes "
+                "no time, for it runs when its items are asked for. Time the wait for each item, "
+                "'for item in aggregator.timer(...).over(items)', or a block inside it"
+            )
+        return super().__call__(func)
 
     def _recreate_cm(self) -> Timer:
         # Calls of a decorated function may be nested, and on several threads.
-        return Timer(self._add)
+        return Timer(self._elapsed)
 
     def over(self, iterable: Iterable[T]) -> Iterator[T]:
         """Yield the items, and time the wait for each; the end is not waited for an item."""
         iterator = iter(iterable)
+        use = self._recreate_cm()
         while True:
-            began = time.perf_counter()
+            use.__enter__()
             try:
                 item = next(iterator)
             except StopIteration:
+                use._stop()  # noqa: SLF001
                 return
-            self._add(time.perf_counter() - began)
+            except BaseException:
+                use.__exit__(None, None, None)
+                raise
+            use.__exit__(None, None, None)
             yield item
+
+
+_innermost: ContextVar[Timer | None] = ContextVar("metricfold timer", default=None)
+"""The use that what runs here is nested in. A task has its own, and begins with its maker's."""
