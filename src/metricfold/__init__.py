@@ -16,6 +16,7 @@ from metricfold.handlers import (
     RateAggHandler,
     SumAggHandler,
 )
+from metricfold.merging import merge_state_dicts
 from metricfold.metric import AggregationType, Metric, MetricState
 from metricfold.sinks import (
     ConsoleSink,
@@ -59,6 +60,7 @@ __all__ = [
     "SumAggHandler",
     "TensorBoardSink",
     "WandbSink",
+    "merge_state_dicts",
     "read_jsonl",
 ]
 

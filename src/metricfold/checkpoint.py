@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,16 +93,45 @@ def decode(state: object) -> Saved:
             f"the state's payload is {type(payload).__name__}, not text: it is damaged"
         )
     content = _checked_content(payload)
+    try:
+        return _decoded(content)
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        # Its checksum is right, so it was written like that.
+        raise ValueError(
+            f"the state's payload is not what MetricsAggregator.state_dict() writes "
+            f"({type(error).__name__}: {error}): load an earlier checkpoint"
+        ) from error
+
+
+def _decoded(content: Any) -> Saved:
     schema = Schema(Schema.entries_from_json(json.dumps(content["entries"])))
-    return Saved(
+    if len(schema.entries) < len(content["entries"]):
+        raise ValueError("it holds a key twice")
+    saved = Saved(
         run=_decode_totals(schema, content["run"]),
         interval=_decode_totals(schema, content["interval"]),
         windows={
             (key[0], key[1]): [_decode_window(window) for window in windows]
             for key, windows in content["windows"]
         },
-        custom=content["custom"],
+        custom={view: list(content["custom"][view]) for view in ("run", "interval")},
     )
+    _check_fit(schema, saved)
+    return saved
+
+
+def _check_fit(schema: Schema, saved: Saved) -> None:
+    """Refuse values of keys that the schema lacks or knows as something else."""
+    recent = {entry.key for entry in schema.distributions if entry.bounded}
+    accumulating = {entry.key for entry in schema.distributions if not entry.bounded}
+    pools = saved.run.pools.keys() | saved.interval.pools.keys()
+    custom = {entry.key: entry.type for entry in schema if entry.custom}
+    if not (saved.windows.keys() <= recent and pools <= accumulating):
+        raise ValueError("it holds values of a metric that is no such DISTRIBUTION")
+    for states in saved.custom.values():
+        for state in states:
+            if custom.get((state["dataset"], state["name"])) != state["type"]:
+                raise ValueError("it holds a state of a metric whose handler has none")
 
 
 def share(windows: Sequence[Window], rank: int, world_size: int, limit: int) -> Window:
@@ -180,8 +210,11 @@ def _decode_totals(schema: Schema, content: Mapping[str, Any]) -> Totals:
             for key, window in ((key, _decode_window(window)) for key, window in content["pools"])
         },
     )
-    if (totals.sums.size, totals.maxs.size) != (schema.sum_width, schema.max_width):
-        raise ValueError("the state's totals do not fit its keys: it is damaged")
+    widths = (totals.sums.size, totals.lost.size, totals.maxs.size)
+    if widths != (schema.sum_width, schema.sum_width, schema.max_width):
+        raise ValueError("its totals do not fit its keys")
+    if not 0.0 <= totals.seconds < math.inf:
+        raise ValueError(f"its wall time is {totals.seconds!r} seconds")
     return totals
 
 
@@ -196,12 +229,20 @@ def _encode_window(window: Window) -> dict[str, Any]:
 
 def _decode_window(content: Mapping[str, Any]) -> Window:
     weights, older = content["weights"], content["older"]
-    return Window(
+    window = Window(
         _to_array(content["values"]),
         None if weights is None else _to_array(weights),
         int(content["fresh"]),
         None if older is None else histogram_from(older),
     )
+    fitting = window.weights is None or (
+        window.weights.size == window.values.size and bool((window.weights > 0.0).all())
+    )
+    if not (
+        fitting and np.isfinite(window.values).all() and 0 <= window.fresh <= window.values.size
+    ):
+        raise ValueError("it holds values that are no numbers, or weights that do not fit them")
+    return window
 
 
 def _to_text(array: FloatArray) -> str:
@@ -217,7 +258,7 @@ def _checked_content(payload: str) -> Any:
         parsed = json.loads(payload)
         if parsed["checksum"] == _checksum(parsed["content"]):
             return parsed["content"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise ValueError(
         "the state's payload is truncated or damaged (its checksum differs): load an earlier "

@@ -146,6 +146,14 @@ class Entry:
         )
         return joined.with_categories(other.categories)
 
+    def united(self, other: Entry) -> Entry:
+        """Return this entry with room for all that `other` holds, however many categories.
+
+        Associative and commutative. Whoever goes on from it has a bound of its own.
+        """
+        joined = replace(self, categories=()).joined(replace(other, categories=()))
+        return replace(joined, categories=tuple(sorted({*self.categories, *other.categories})))
+
     def with_categories(self, categories: Iterable[str]) -> Entry:
         """Return the entry with more categories, the first ones, as many as there is room for."""
         known = set(self.categories)
@@ -156,6 +164,14 @@ class Entry:
         full = self.full or len(new) > room
         kept = known.union(new[:room], [OTHER] if full else [])
         return replace(self, categories=tuple(sorted(kept)), full=full)
+
+    @property
+    def kind(self) -> str:
+        """What the entry is, for messages that tell it from another."""
+        if self.distributed:
+            return f"{self.type!r} of {'recent' if self.bounded else 'all'} values"
+        lanes = f"{self.sums} SUM and {self.maxs} MAX lanes" if self.sums else "no lanes"
+        return f"{self.type!r} with {lanes}"
 
     def compatible(self, other: Entry) -> bool:
         return self._nature == other._nature

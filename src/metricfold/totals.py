@@ -105,7 +105,7 @@ class Totals:
         return replace(moved, seconds=self.seconds, pools=self.pools)
 
     def plus(self, newer: Totals) -> Totals:
-        """Add what one reduction has merged."""
+        """Add what came after: what one reduction has merged, or another job."""
         added = newer.sums
         with np.errstate(invalid="ignore"):
             sums = self.sums + added
@@ -119,7 +119,7 @@ class Totals:
             self.schema,
             sums,
             # Once a sum is infinite its rounding has no meaning.
-            self.lost + np.where(np.isfinite(sums), small, 0.0),
+            self.lost + newer.lost + np.where(np.isfinite(sums), small, 0.0),
             np.maximum(self.maxs, newer.maxs),
             np.where(larger, newer.owners, self.owners),
             np.where(larger, newer.tied, self.tied),
