@@ -37,7 +37,8 @@ def take(aggregator: MetricsAggregator, kind: Any, value: int, late: bool) -> No
         acc.update("lengths", number)
         aggregator.drain(acc)
     elif value % 2:
-        aggregator.record(name, number, kind, dataset="d", weight=1 + value % 3)
+        weight = 1 + value % 3 if kind in ("mean", "distribution") else 1
+        aggregator.record(name, number, kind, dataset="d", weight=weight)
     else:
         aggregator.update([Metric("d", name, number, kind), Metric("e", name, value, kind)])
 

@@ -79,10 +79,17 @@ def metrics(
 PLAIN = [3, 1.5, -2, True, 1e300, 0.0, -0.0, 7, 2**53 - 1]
 WITH_NAN = [*PLAIN, NAN, INF, -INF, NAN, 4.0]
 WEIGHTS = (1.0, 0.0, 2, 0.5, 0)
+COUNTS_OR_NOT = (1.0, 0.0, 1, True, False)
+
+
+def taken_by(agg_type: AggregationType, weights: tuple[float, ...]) -> tuple[float, ...]:
+    """Return `weights`, or such as go with a type in which a value counts or does not."""
+    return weights if agg_type in (MEAN, DISTRIBUTION) or weights == (0.0,) else COUNTS_OR_NOT
+
 
 CASES = {
     **{
-        f"{agg_type.name} of {name}": metrics(agg_type, values, weights)
+        f"{agg_type.name} of {name}": metrics(agg_type, values, taken_by(agg_type, weights))
         for agg_type in (SUM, MEAN, MAX, MIN, DISTRIBUTION)
         for name, values, weights in [
             ("numbers", PLAIN, (1.0,)),
@@ -105,12 +112,12 @@ CASES = {
             ("as arrays", [tensor(3), np.int8(3), np.str_("x"), tensor(True)]),
         ]
     },
-    "lanes of a user": metrics("lane rms", PLAIN[:4], WEIGHTS),
+    "lanes of a user": metrics("lane rms", PLAIN[:4], COUNTS_OR_NOT),
     "a user's own states": metrics(MyTypes.RMS, [3, 4, tensor(5), np.float64(6)]),
     "a user's own factors": metrics(MyTypes.PRODUCT, [2, 3, 2, 5]),
     "nothing": [],
 }
-EMPTY = {"nothing", "MEAN of nan of weight 0", "DISTRIBUTION of nan of weight 0"}
+EMPTY = {"nothing", *(name for name in CASES if name.endswith("nan of weight 0"))}
 CASES["everything at once"] = shuffled(
     *[
         metric._replace(name=name)

@@ -177,7 +177,7 @@ class MetricsAggregator:
             columns = self._keys.columns_of(metrics)
         elif isinstance(metrics, list | tuple) and not isinstance(metrics, Metric):
             with quiet():
-                columns = fold_metrics(metrics, self._keys.handler_of, wait=False)
+                columns = fold_metrics(metrics, self._keys.handler_of, in_worker=False)
         else:
             raise TypeError(
                 f"update() takes a list of Metric or a MetricBatch, not {type(metrics).__name__}"
@@ -203,7 +203,9 @@ class MetricsAggregator:
             agg: the aggregation, such as ``"mean"`` or `AggregationType.MAX`.
             dataset: the dataset; without one the metric is logged as ``{prefix}/{name}``.
             weight: how much the value counts in a MEAN or DISTRIBUTION, such as its number of
-                tokens; a number or a one-element array.
+                tokens; a number or a one-element array. Other types take 1, or 0: a value of weight
+                0 contributes nothing, in any type, not even its name. On a device any weight may be
+                given to them, and what is not 0 is 1.
             per_rank: let `Snapshot.per_rank` know each rank's value however many ranks there are,
                 such as of a step's time; otherwise it does on the narrow route alone.
 
@@ -217,7 +219,7 @@ class MetricsAggregator:
         key = (dataset or "", name)
         with quiet():
             column = fold_value(key, agg_type, value, weight, self._keys.handler_of)
-        if per_rank and column.state is None:
+        if per_rank and column.state is None and not column.weightless:
             raise ValueError(
                 f"{show(key)} has a handler without lanes, so per_rank=True has no effect: leave "
                 "it out"
@@ -261,11 +263,9 @@ class MetricsAggregator:
             keys = TimerKeys.of(name)
             with self._lock:
                 self._check_usable()
-                columns = [Column(("", key), agg_type, None) for key, agg_type in keys.types()]
-                admission = self._keys.admit(columns)
-                handlers = [
-                    self._keys.handler_of(column.key, column.agg_type) for column in columns
-                ]
+                types = [(("", key), agg_type) for key, agg_type in keys.types()]
+                admission = self._keys.admit_keys(types)
+                handlers = [self._keys.handler_of(*one) for one in types]
                 if not all(isinstance(handler, LaneHandler) for handler in handlers):
                     raise ValueError(
                         f"timer {name!r} needs handlers with lanes for 'mean', 'max' and 'rate', but "
@@ -308,7 +308,9 @@ class MetricsAggregator:
             uses = float(taken.uses)
             numbers: list[tuple[str, AggregationType, float, float]] = []
             if uses:
-                numbers.append((keys.mean, AggregationType.MEAN, taken.total / uses, uses))
+                mean = self._keys.handler_of(("", keys.mean), AggregationType.MEAN)
+                weight = uses if mean is None or mean.weighted else 1.0
+                numbers.append((keys.mean, AggregationType.MEAN, taken.total / uses, weight))
                 numbers.append((keys.max, AggregationType.MAX, taken.longest, 1.0))
             if uses or taken.counted:
                 # Added up over ranks and divided by the time: the mean of the ranks' shares.

@@ -191,7 +191,11 @@ class InTransit:
             self._numbers = partial(_raise, error)
 
     def arrive(self, errors: list[str]) -> Iterator[tuple[Late, Any, Any]]:
-        """Wait, and yield each with its value and weight; `errors` takes what cannot be used."""
+        """Wait, and yield each that counts, with its value and weight.
+
+        Args:
+            errors: takes what cannot be used.
+        """
         numbers = iter(self._numbers())
         for one in self._late:
             value, weight = (
@@ -205,7 +209,7 @@ class InTransit:
                 errors.append(
                     f"{show(one.key)}: the weight {weight!r} is not a finite number of 0 or more"
                 )
-            else:
+            elif weight:
                 yield one, value, weight
 
 

@@ -256,6 +256,9 @@ class AggregationHandler(ABC):
     Declare lanes (`LaneHandler`) to ride in the packed collective instead.
     """
 
+    weighted: ClassVar[bool] = True
+    """Whether a metric may have a weight other than 1. One of weight 0 never comes here."""
+
     @abstractmethod
     def initialize_metric_state(
         self, dataset_name: str, metric_name: str, agg_type: TypeLike
@@ -307,7 +310,7 @@ class LaneHandler(AggregationHandler):
     sum_lanes: ClassVar[tuple[str, ...]] = ()
     max_lanes: ClassVar[tuple[str, ...]] = ()
     weighted: ClassVar[bool] = False
-    """Whether weights matter; then values of weight 0 never reach the fold."""
+    """Whether weights matter; where they do not, other weights than 1 and 0 are refused."""
     initial: ClassVar[float] = 0.0
     """What `MetricState.value` is before the first value."""
 
@@ -343,12 +346,12 @@ class LaneHandler(AggregationHandler):
         return LaneState((0.0,) * self.sum_width, (-math.inf,) * self.max_width)
 
     def fold(self, values: FloatArray, weights: FloatArray | None) -> State:
-        """Return the state of `values`, shape (n,), with `weights`, or None if all are 1."""
+        """Return the state of `values`, shape (n,), with `weights`, or None if all are 1.
+
+        No weight is 0: such a value is left out before.
+        """
         if not self.weighted:
             weights = None
-        elif weights is not None and not weights.all():
-            kept = weights != 0
-            values, weights = values[kept], weights[kept]
         count, nans = values.size, 0
         # A sum is NaN if a value is (or if infinities cancel): one pass instead of two.
         if math.isnan(values.sum()):
@@ -398,6 +401,8 @@ class LaneHandler(AggregationHandler):
         return MetricState(dataset_name, metric_name, self.initial, agg_type, metadata)
 
     def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+        if not metric.weight:
+            return
         weights = None if metric.weight == 1.0 else np.array([metric.weight], dtype=np.float64)
         state = self.empty()
         state.merge(self._state_of(local_agg_metric))
@@ -560,15 +565,11 @@ class DistributionAggHandler(LaneHandler):
         return WindowState((0.0,) * self.sum_width, limit=self.limit)
 
     def fold(self, values: FloatArray, weights: FloatArray | None) -> WindowState:
-        if weights is not None:
-            if not weights.all():
-                kept = weights != 0
-                values, weights = values[kept], weights[kept]
-            if weights.size and weights.max() > LARGEST_WEIGHT:
-                raise ValueError(
-                    f"the weight {weights.max():g} is too large: a value of a DISTRIBUTION weighs "
-                    f"{LARGEST_WEIGHT:g} at most"
-                )
+        if weights is not None and weights.size and weights.max() > LARGEST_WEIGHT:
+            raise ValueError(
+                f"the weight {weights.max():g} is too large: a value of a DISTRIBUTION weighs "
+                f"{LARGEST_WEIGHT:g} at most"
+            )
         count, nans, infinities = values.size, 0, 0
         total = float(values.sum())
         if not math.isfinite(total):
@@ -682,6 +683,8 @@ class CategoricalCountAggHandler(LaneHandler):
         }
 
     def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+        if not metric.weight:
+            return
         state = self._state_of(local_agg_metric)
         state.merge(self.fold_categories([str(metric.value)]))
         self._store(state, local_agg_metric)

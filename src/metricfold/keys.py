@@ -114,8 +114,8 @@ class KeyTable:
     def familiar(self, columns: Sequence[Column]) -> bool:
         """Return whether all columns are of keys that are known, and folded as they are here."""
         stock = self._stock
-        for column in columns:  # noqa: SIM110 - a generator would take twice the time
-            if stock.get(column.key) is not column.agg_type:
+        for column in columns:
+            if column.state is None or stock.get(column.key) is not column.agg_type:
                 return False
         return True
 
@@ -124,9 +124,9 @@ class KeyTable:
         columns: list[Column] = []
         for column in batch.columns:
             handler = self.handler_of(column.key, column.agg_type)
-            if column.state is None and isinstance(handler, LaneHandler):
+            if column.state is None and column.metrics:
                 with quiet():
-                    columns += fold_metrics(column.metrics, self.handler_of, wait=False)
+                    columns += fold_metrics(column.metrics, self.handler_of, in_worker=False)
                 continue
             if column.state is not None and type(handler) is not _STOCK[column.agg_type]:
                 raise ValueError(
@@ -141,38 +141,63 @@ class KeyTable:
     def admit(self, columns: Sequence[Column]) -> Admission:
         """Check columns against what is known; changes nothing. Raises ValueError on a clash."""
         types = self._types
-        unknown = []
+        unknown: list[tuple[Key, TypeLike]] = []
+        stateless = False
         for column in columns:
+            stateless = stateless or column.state is None
             known = types.get(column.key)
-            if known is None:
-                unknown.append(column)
-            elif known is not column.agg_type:
-                check_same_type(column.key, known, column.agg_type)
-        claims, new = self._claims, _NOTHING_NEW
-        if unknown:
-            claims, new = claims.copy(), {}
-            for column in unknown:
-                if column.key in new:
-                    check_same_type(column.key, new[column.key][0], column.agg_type)
-                    continue
-                handler = self._handler_for(column.key, column.agg_type)
-                claims.add(column.key, _suffixes(handler))
-                new[column.key] = (column.agg_type, handler)
-        # A column without a state has a handler without lanes.
+            if known is not None:
+                if known is not column.agg_type:
+                    check_same_type(column.key, known, column.agg_type)
+            elif column.weightless:
+                self._handler_for(column.key, column.agg_type)
+            else:
+                unknown.append((column.key, column.agg_type))
+        new, claims = self._learnable(unknown)
+        if not stateless:
+            return Admission(columns, (), new, claims)
+        # What counts and has no state has a handler without lanes.
         custom = [
             (column, new[column.key][1] if column.key in new else self.of_key[column.key])
             for column in columns
-            if column.state is None
+            if column.state is None and not column.weightless
         ]
-        lanes = [column for column in columns if column.state is not None] if custom else columns
+        lanes = [column for column in columns if column.state is not None]
         return Admission(lanes, custom, new, claims)
+
+    def admit_keys(self, keys: Iterable[tuple[Key, TypeLike]]) -> Admission:
+        """Check keys of which values may come; changes nothing. Raises ValueError on a clash."""
+        unknown = []
+        for key, agg_type in keys:
+            if key in self._types:
+                check_same_type(key, self._types[key], agg_type)
+            else:
+                unknown.append((key, agg_type))
+        return Admission((), (), *self._learnable(unknown))
+
+    def _learnable(
+        self, unknown: Sequence[tuple[Key, TypeLike]]
+    ) -> tuple[Mapping[Key, tuple[TypeLike, AggregationHandler]], Claims]:
+        """Return what there is to learn about unknown keys; raises ValueError on a clash."""
+        if not unknown:
+            return _NOTHING_NEW, self._claims
+        claims = self._claims.copy()
+        new: dict[Key, tuple[TypeLike, AggregationHandler]] = {}
+        for key, agg_type in unknown:
+            if key in new:
+                check_same_type(key, new[key][0], agg_type)
+                continue
+            handler = self._handler_for(key, agg_type)
+            claims.add(key, _suffixes(handler))
+            new[key] = (agg_type, handler)
+        return new, claims
 
     def admit_drained(self, keys: Iterable[tuple[Key, TypeLike]]) -> Admission:
         """Check keys that a device has folded; changes nothing. Raises ValueError on a clash."""
-        columns = [Column(key, agg_type, None) for key, agg_type in keys]
-        admission = self.admit(columns)
+        keys = list(keys)
+        admission = self.admit_keys(keys)
         new: dict[Key, tuple[TypeLike, AggregationHandler]] = {}
-        for key, agg_type in ((column.key, column.agg_type) for column in columns):
+        for key, agg_type in keys:
             handler = self.of_key.get(key) or admission.new[key][1]
             if type(handler) is not _STOCK[agg_type]:
                 raise ValueError(
@@ -323,7 +348,7 @@ class KeyTable:
         self, entries: Collection[Entry], custom_types: Collection[tuple[Key, str]]
     ) -> Admission:
         """Check the keys of a checkpoint; changes nothing. Raises ValueError if one cannot be."""
-        columns: list[Column] = []
+        keys: list[tuple[Key, TypeLike]] = []
         labels = [(entry.key, entry.type) for entry in entries]
         _check_saved_names(entries, custom_types)
         for key, label in dict.fromkeys([*labels, *custom_types]):
@@ -334,8 +359,8 @@ class KeyTable:
                     f"the state holds {show(key)} of type {label!r}, for which no handler is "
                     "registered: call register_handler() before load_state_dict()"
                 ) from None
-            columns.append(Column(key, agg_type, None))
-        admission = self.admit(columns)
+            keys.append((key, agg_type))
+        admission = self.admit_keys(keys)
         new = dict(admission.new)
         for entry in entries:
             if entry.key in new:

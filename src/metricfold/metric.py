@@ -69,8 +69,9 @@ class Metric(NamedTuple):
         name: the metric's name; may hold ``/``.
         value: a number, or any one-element array; for CATEGORICAL_COUNT the category.
         agg_type: how values combine: an `AggregationType`, your own `Enum` member, or a string.
-        weight: how much the value counts in MEAN and DISTRIBUTION, at least 0. Weight 0
-            contributes nothing, not even a NaN. Other types ignore it.
+        weight: how much the value counts in MEAN and DISTRIBUTION, at least 0; other types take
+            1 or 0. A metric of weight 0 contributes nothing, in any type: no value, name, NaN or
+            category.
 
     >>> Metric("alpaca", "tokens_seen", 512, AggregationType.SUM).weight
     1.0

@@ -11,6 +11,7 @@ import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
+from itertools import compress
 from operator import itemgetter
 from typing import Any, NoReturn, TypeAlias
 
@@ -44,7 +45,6 @@ __all__ = [
     "Late",
     "MetricBatch",
     "check_same_type",
-    "checked_weights",
     "fold_metrics",
     "fold_numbers",
     "fold_value",
@@ -75,7 +75,8 @@ class Column:
         key: (dataset name, metric name).
         agg_type: the aggregation of all its values.
         state: the folded values; None for a handler without lanes.
-        metrics: for a handler without lanes, its metrics in order.
+        metrics: for a handler without lanes, its metrics in order; from a data worker also those
+            that the training process has to refuse.
         late: values still on a device, in order.
     """
 
@@ -94,6 +95,11 @@ class Column:
         self.state = state
         self.metrics = metrics
         self.late = late
+
+    @property
+    def weightless(self) -> bool:
+        """Whether nothing of it counts: all that it says is which type its key was given."""
+        return self.state is None and not self.metrics and not self.late
 
 
 class MetricBatch:
@@ -117,7 +123,7 @@ class MetricBatch:
             ValueError, TypeError: a metric is not valid; names the metric and says what to do.
         """
         with quiet():
-            return cls(fold_metrics(list(metrics), _built_in, wait=True))
+            return cls(fold_metrics(list(metrics), _built_in, in_worker=True))
 
     def to(self, *args: object, **kwargs: object) -> MetricBatch:
         return self
@@ -146,15 +152,16 @@ def fold_metrics(
     metrics: Sequence[Metric],
     handler_of: HandlerOf,
     *,
-    wait: bool,
+    in_worker: bool,
 ) -> list[Column]:
     """Return one column per key of `metrics`, in order of first appearance.
 
     Args:
         metrics: any number of metrics.
         handler_of: what folds a key of that type; None: nothing does, it keeps its metrics.
-        wait: read device arrays here (a data worker has no device to wait for) instead of
-            holding them for the reduction.
+        in_worker: fold as a data worker does. Device arrays are read here, where no device is to
+            be waited for, instead of being held for the reduction. A weight that its type does not
+            take is handed on, for the training process to refuse: it would end the worker.
     """
     columns = []
     for key, group in _by_key(metrics).items():
@@ -162,7 +169,7 @@ def fold_metrics(
         _check_key(key)
         agg_type = _one_type(key, types)
         handler = handler_of(key, agg_type)
-        columns.append(_fold_group(key, agg_type, values, weights, handler, wait))
+        columns.append(_fold_group(key, agg_type, values, weights, handler, in_worker))
     return columns
 
 
@@ -174,7 +181,8 @@ def fold_value(
     handler_of: HandlerOf,
 ) -> Column:
     """Return the column of a single value; device arrays are held."""
-    return _fold_group(key, agg_type, (value,), (weight,), handler_of(key, agg_type), wait=False)
+    handler = handler_of(key, agg_type)
+    return _fold_group(key, agg_type, (value,), (weight,), handler, in_worker=False)
 
 
 def _by_key(metrics: Sequence[Metric]) -> dict[Key, list[Metric]]:
@@ -235,31 +243,87 @@ def _fold_group(
     values: Sequence[Any],
     weights: Sequence[Any],
     handler: AggregationHandler | None,
-    wait: bool,
+    in_worker: bool,
 ) -> Column:
-    if isinstance(handler, CategoricalCountAggHandler):
-        return _fold_categories(key, agg_type, values, weights, handler, wait)
-    if not isinstance(handler, LaneHandler):
-        return _keep_metrics(key, agg_type, values, weights, wait)
-    late: list[Late] = []
     # By type, not by value: comparing a device array with a number would wait for the device.
+    plain = _NUMBERS.issuperset(map(type, weights))
+    if not plain or weights.count(1.0) < len(weights):
+        weighted = handler is None or handler.weighted
+        if not plain:
+            weights = [_weight(key, weight, weighted, in_worker) for weight in weights]
+        values, weights, strange = _counted(key, values, weights, weighted)
+        if not values:
+            return Column(key, agg_type, None)
+        if strange is not None:
+            if in_worker:
+                return _keep_metrics(key, agg_type, values, weights, in_worker)
+            _refuse_weight(key, agg_type, strange)
+    if isinstance(handler, CategoricalCountAggHandler):
+        return _fold_categories(key, agg_type, values, weights, handler, in_worker)
+    if not isinstance(handler, LaneHandler):
+        return _keep_metrics(key, agg_type, values, weights, in_worker)
+    late: list[Late] = []
     if not (_NUMBERS.issuperset(map(type, values)) and _NUMBERS.issuperset(map(type, weights))):
-        values, weights, late = _numbers(key, agg_type, values, weights, wait)
+        values, weights, late = _numbers(key, agg_type, values, weights, in_worker)
     return Column(key, agg_type, fold_numbers(key, handler, values, weights), late=late)
+
+
+def _weight(key: Key, weight: Any, weighted: bool, in_worker: bool) -> Any:
+    """Return a weight as a number; one that lies on a device is left there, but for a worker."""
+    if type(weight) in _NUMBERS:
+        return weight
+    on_device = arrays.backend_of(weight) is not None
+    if on_device and not in_worker:
+        return weight
+    number = _number(key, "weight", weight)
+    # What lies on a device cannot be refused where it is given, so that only "0 or not" matters.
+    return 1.0 if on_device and not weighted and 0 < number < np.inf else number
+
+
+def _counted(
+    key: Key, values: Sequence[Any], weights: Sequence[Any], weighted: bool
+) -> tuple[Sequence[Any], Sequence[Any], float | None]:
+    """Return the values whose weight is not 0, with their weights, after a check of these.
+
+    The third is a weight other than 0 and 1, if there is one and it means nothing here. Weights on
+    a device are not looked at.
+    """
+    host = [weight for weight in weights if type(weight) in _NUMBERS]
+    checked = _checked_weights(key, host)
+    strange = None
+    if checked is not None:
+        if not checked.all():
+            counts = [type(weight) not in _NUMBERS or weight != 0 for weight in weights]
+            values, weights = list(compress(values, counts)), list(compress(weights, counts))
+        if not weighted:
+            strange = next((weight for weight in host if weight not in (0, 1)), None)
+    return values, weights, strange
+
+
+def _refuse_weight(key: Key, agg_type: TypeLike, weight: float) -> NoReturn:
+    built_in = isinstance(agg_type, AggregationType)
+    weighing = "use 'mean' or 'distribution'" if built_in else "let its handler say weighted = True"
+    raise ValueError(
+        f"{show(key)}: a value of type {type_label(agg_type)!r} counts once (weight 1) or not at all "
+        f"(weight 0), so the weight {weight!r} would be ignored: leave it out, or {weighing}"
+    )
 
 
 def fold_numbers(
     key: Key, handler: LaneHandler, values: Sequence[float], weights: Sequence[float]
 ) -> LaneState:
-    """Fold host numbers, after a check of the weights."""
-    array, weighing = _floats(key, "a value", values), checked_weights(key, weights)
+    """Fold host numbers, whose weights have been checked and are not 0."""
+    array = _floats(key, "a value", values)
+    weighing = None
+    if weights.count(1.0) < len(weights):
+        weighing = _floats(key, "a weight", weights)
     try:
         return handler.fold(array, weighing)
     except ValueError as error:
         raise ValueError(f"{show(key)}: {error}") from error
 
 
-def checked_weights(key: Key, weights: Sequence[float]) -> FloatArray | None:
+def _checked_weights(key: Key, weights: Sequence[float]) -> FloatArray | None:
     """Return host weights as an array, or None if all are 1.
 
     Raises:
@@ -291,31 +355,36 @@ def _fold_categories(
     values: Sequence[Any],
     weights: Sequence[Any],
     handler: CategoricalCountAggHandler,
-    wait: bool,
+    in_worker: bool,
 ) -> Column:
-    # They count for nothing here, but a weight that is none is a mistake all the same.
-    checked_weights(key, _host_weights(key, weights))
     late: list[Late] = []
     categories: list[str] = []
-    for value in values:
-        if type(value) is str:
+    for value, weight in zip(values, weights, strict=True):
+        if type(value) is str and type(weight) in _NUMBERS:
             categories.append(value)
             continue
-        held = _hold(key, value, wait)
-        if held is not None:
-            late.append(Late(key, agg_type, held, 1.0))
+        held, held_weight = _hold(key, value, in_worker), _hold(key, weight, in_worker)
+        category = _category(key, value) if held is None else held
+        if held is None and held_weight is None:
+            categories.append(category)
             continue
-        category = _host_scalar(key, value)
-        if not isinstance(category, str | int | float | Enum):
-            raise TypeError(
-                f"{show(key)}: the value {_quote(value)} is no category: give a text, a number, an "
-                "Enum member, or an array of one element"
-            )
-        categories.append(str(category))
+        if held is None:
+            _check_category(key, category)
+        late.append(Late(key, agg_type, category, 1.0 if held_weight is None else held_weight))
     state = handler.fold_categories(categories)
     for category in state.counts:
         _check_category(key, category)
     return Column(key, agg_type, state, late=late)
+
+
+def _category(key: Key, value: Any) -> str:
+    category = _host_scalar(key, value)
+    if not isinstance(category, str | int | float | Enum):
+        raise TypeError(
+            f"{show(key)}: the value {_quote(value)} is no category: give a text, a number, an "
+            "Enum member, or an array of one element"
+        )
+    return str(category)
 
 
 def _check_category(key: Key, category: str) -> None:
@@ -330,14 +399,13 @@ def _check_category(key: Key, category: str) -> None:
 
 
 def _keep_metrics(
-    key: Key, agg_type: TypeLike, values: Sequence[Any], weights: Sequence[Any], wait: bool
+    key: Key, agg_type: TypeLike, values: Sequence[Any], weights: Sequence[Any], in_worker: bool
 ) -> Column:
     """Keep the metrics of a handler without lanes; what a value may be is its business."""
-    checked_weights(key, _host_weights(key, weights))
     metrics: list[Metric] = []
     late: list[Late] = []
     for value, weight in zip(values, weights, strict=True):
-        held, held_weight = _hold(key, value, wait), _hold(key, weight, wait)
+        held, held_weight = _hold(key, value, in_worker), _hold(key, weight, in_worker)
         # Once one value is late the later ones queue behind it: such a handler may mind the order.
         if held is not None or held_weight is not None or late:
             late.append(
@@ -349,42 +417,31 @@ def _keep_metrics(
                 )
             )
         else:
-            host = _host_scalar(key, value), agg_type, _host_scalar(key, weight)
-            metrics.append(Metric(*key, *host))
+            metrics.append(Metric(*key, _host_scalar(key, value), agg_type, weight))
     return Column(key, agg_type, None, metrics, late)
 
 
-def _host_weights(key: Key, weights: Sequence[Any]) -> Sequence[float]:
-    """Return those of `weights` that can be looked at without waiting for a device."""
-    if _NUMBERS.issuperset(map(type, weights)):
-        return weights
-    return [_number(key, "weight", one) for one in weights if arrays.backend_of(one) is None]
-
-
 def _numbers(
-    key: Key, agg_type: TypeLike, values: Sequence[Any], weights: Sequence[Any], wait: bool
+    key: Key, agg_type: TypeLike, values: Sequence[Any], weights: Sequence[Any], in_worker: bool
 ) -> tuple[list[float], list[float], list[Late]]:
     """Split values into host numbers, and what has to wait for a device."""
     host: list[float] = []
     host_weights: list[float] = []
     late: list[Late] = []
     for value, weight in zip(values, weights, strict=True):
-        held, held_weight = _hold(key, value, wait), _hold(key, weight, wait)
+        held, held_weight = _hold(key, value, in_worker), _hold(key, weight, in_worker)
         number = _number(key, "value", value) if held is None else held
-        factor = _number(key, "weight", weight) if held_weight is None else held_weight
         # Once one value is late the later ones queue behind it: a window is in order of arrival.
         if held is None and held_weight is None and not late:
             host.append(number)
-            host_weights.append(factor)
+            host_weights.append(weight)
             continue
-        if held_weight is None:
-            checked_weights(key, [factor])
-        late.append(Late(key, agg_type, number, factor))
+        late.append(Late(key, agg_type, number, weight if held_weight is None else held_weight))
     return host, host_weights, late
 
 
-def _hold(key: Key, value: Any, wait: bool) -> Any:
-    if wait or type(value) in _NUMBERS:
+def _hold(key: Key, value: Any, in_worker: bool) -> Any:
+    if in_worker or type(value) in _NUMBERS:
         return None
     try:
         return arrays.hold(value)

@@ -1,0 +1,465 @@
+"""What a weight, a mask, a NaN and nothing at all mean, the same whichever way values come in.
+
+A table of cases is run through a list of ways in, each of which hands metrics to an aggregator, and
+through a list of ways out, each of which gives the results. What is right is worked out here from
+the values alone (`truth`).
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from handlers_of_users import LaneRMS
+from ranks import run_threads
+
+from metricfold import (
+    AggregationHandler,
+    AggregationType,
+    CategoricalCountAggHandler,
+    DistributionAggHandler,
+    LaneHandler,
+    MaxAggHandler,
+    MeanAggHandler,
+    Metric,
+    MetricBatch,
+    MetricsAggregator,
+    MetricState,
+    SumAggHandler,
+)
+
+SUM, MEAN, MAX, MIN, DISTRIBUTION, CATEGORICAL, RATE = (
+    AggregationType.SUM,
+    AggregationType.MEAN,
+    AggregationType.MAX,
+    AggregationType.MIN,
+    AggregationType.DISTRIBUTION,
+    AggregationType.CATEGORICAL_COUNT,
+    AggregationType.RATE,
+)
+NAN, INF = math.nan, math.inf
+
+
+class LaneMean(LaneHandler):
+    """A mean by lanes of a user's own, which takes weights."""
+
+    sum_lanes = ("total", "weight")
+    weighted = True
+
+    def sums_of(self, values: Any, weights: Any) -> tuple[float, ...]:
+        assert weights is None or weights.all(), "a value of weight 0 has come to a fold"
+        weights = np.ones_like(values) if weights is None else weights
+        return float(values @ weights), float(weights.sum())
+
+    def result(self, lanes: Mapping[str, float]) -> float:
+        return lanes["total"] / lanes["weight"]
+
+
+class StateMean(AggregationHandler):
+    """The same with a state of its own."""
+
+    def initialize_metric_state(
+        self, dataset_name: str, metric_name: str, agg_type: Any
+    ) -> MetricState:
+        return MetricState(dataset_name, metric_name, 0.0, agg_type, {"total": 0.0, "weight": 0.0})
+
+    def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+        assert metric.weight, "a value of weight 0 has come to a handler"
+        self._add(local_agg_metric, metric.weight * metric.value, metric.weight)
+
+    def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+        return [local_agg_metric]
+
+    def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> MetricState:
+        merged = self.initialize_metric_state("", "", "")
+        for state in local_agg_metrics:
+            self._add(merged, state.metadata["total"], state.metadata["weight"])
+        return merged
+
+    def _add(self, state: MetricState, total: float, weight: float) -> None:
+        state.metadata["total"] += total
+        state.metadata["weight"] += weight
+        state.value = state.metadata["total"] / state.metadata["weight"]
+
+
+def aggregator_of_users(**options: Any) -> MetricsAggregator:
+    aggregator = MetricsAggregator(**options)
+    aggregator.register_handler("lane rms", LaneRMS())
+    aggregator.register_handler("lane mean", LaneMean())
+    aggregator.register_handler("state mean", StateMean())
+    return aggregator
+
+
+# -- The ways in ---------------------------------------------------------------------------------
+
+WayIn = Callable[[MetricsAggregator, list[Metric]], None]
+
+
+def as_list(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
+    aggregator.update(metrics)
+
+
+def as_collated_batch(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
+    aggregator.update(pickle.loads(pickle.dumps(MetricBatch.from_metrics(metrics))))
+
+
+def by_record(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
+    for dataset, name, value, agg, weight in metrics:
+        aggregator.record(name, value, agg, dataset=dataset, weight=weight)
+
+
+def with_weights_on_a_device(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
+    torch = pytest.importorskip("torch")
+    as_list(aggregator, [metric._replace(weight=torch.tensor(metric.weight)) for metric in metrics])
+
+
+def on_a_torch_device(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
+    torch = pytest.importorskip("torch")
+    for dataset, name, value, agg, weight in metrics:
+        held = value if isinstance(value, str) else torch.tensor(value)
+        aggregator.record(name, held, agg, dataset=dataset, weight=torch.tensor(weight))
+
+
+def on_a_jax_device(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
+    numpy = pytest.importorskip("jax.numpy")
+    for dataset, name, value, agg, weight in metrics:
+        held = value if isinstance(value, str) else numpy.asarray(value)
+        aggregator.record(name, held, agg, dataset=dataset, weight=numpy.asarray(weight))
+
+
+ON_THE_HOST: list[WayIn] = [as_list, as_collated_batch, by_record]
+ON_DEVICES: list[WayIn] = [with_weights_on_a_device, on_a_torch_device, on_a_jax_device]
+WAYS_IN = [*ON_THE_HOST, *ON_DEVICES]
+every_way_in = pytest.mark.parametrize("way_in", WAYS_IN, ids=lambda way: way.__name__)
+every_host_way_in = pytest.mark.parametrize("way_in", ON_THE_HOST, ids=lambda way: way.__name__)
+
+# -- The ways out --------------------------------------------------------------------------------
+
+WayOut = Callable[[WayIn, list[Metric], Mapping[str, Any]], dict[str, float]]
+
+
+def alone(way_in: WayIn, metrics: list[Metric], options: Mapping[str, Any]) -> dict[str, float]:
+    aggregator = aggregator_of_users(**options)
+    way_in(aggregator, metrics)
+    return aggregator.get_metrics_for_logging("t")
+
+
+def from_a_checkpoint(
+    way_in: WayIn, metrics: list[Metric], options: Mapping[str, Any]
+) -> dict[str, float]:
+    saving, loading = aggregator_of_users(**options), aggregator_of_users(**options)
+    way_in(saving, metrics)
+    loading.load_state_dict(saving.state_dict())
+    return loading.get_metrics_for_logging("t")
+
+
+def over_two_ranks(
+    way_in: WayIn, metrics: list[Metric], options: Mapping[str, Any]
+) -> dict[str, float]:
+    """Half of the metrics each, over the exchange that `options` name."""
+
+    def train(communicator: Any) -> dict[str, float]:
+        aggregator = aggregator_of_users(communicator=communicator, **options)
+        way_in(aggregator, metrics[communicator.rank :: 2])
+        return aggregator.get_metrics_for_logging("t")
+
+    first, second = run_threads(train, 2)
+    assert str(first) == str(second)
+    return first  # type: ignore[no-any-return]
+
+
+# -- The table -----------------------------------------------------------------------------------
+
+
+class Value(NamedTuple):
+    value: Any
+    weight: float = 1.0
+    dataset: str = "a"
+
+
+COUNTING = {
+    "one value": [Value(5)],
+    "two datasets": [Value(3.0), Value(1.0, 1, "b"), Value(2.5), Value(-4.0, 1, "b")],
+    "ints and bools": [Value(3), Value(True), Value(False, True), Value(7, True)],
+    "padding": [Value(3.0), Value(1.0), Value(99.0, 0), Value(-99.0, False), Value(2.0, True)],
+    "padding that is no number": [Value(3.0), Value(NAN, 0), Value(INF, 0.0), Value(-INF, 0)],
+    "padding first": [Value(NAN, 0), Value(7.0), Value(NAN, 0, "b"), Value(2.0, 1, "b")],
+    "a dataset of padding alone": [Value(2.0), Value(4.0, 0, "b"), Value(NAN, 0, "b")],
+    "nothing but padding": [Value(4.0, 0), Value(NAN, 0), Value(1.0, 0, "b")],
+    "nothing": [],
+    "a NaN": [Value(1.0), Value(NAN), Value(3.0), Value(4.0, 1, "b")],
+    "infinities": [Value(1.0), Value(INF), Value(2.0), Value(-INF, 1, "b")],
+}
+WEIGHING = {
+    "weights": [Value(3.0, 2), Value(1.0, 0.5), Value(5.0, 1.5), Value(4.0, 3, "b")],
+    "weights and padding": [Value(3.0, 2), Value(NAN, 0), Value(5.0, 0.25), Value(9.0, 0, "b")],
+    "a weighty NaN": [Value(3.0, 2), Value(NAN, 3), Value(5.0, 0.5)],
+    "a weighty infinity": [Value(3.0, 2), Value(INF, 3), Value(5.0, 0.5)],
+}
+WEIGHED = (MEAN, DISTRIBUTION, "lane mean", "state mean")
+TYPES = (SUM, MEAN, MAX, MIN, DISTRIBUTION, RATE, "lane rms", "lane mean", "state mean")
+
+
+def truth(agg: Any, values: Sequence[Value], on_nan: str) -> dict[str, float]:
+    """Return what `values` come to; None for what this test knows nothing about."""
+    results: dict[str, float] = {}
+    for dataset in dict.fromkeys(value.dataset for value in values):
+        counted = [value for value in values if value.weight and value.dataset == dataset]
+        x = np.array([value.value for value in counted], dtype=float)
+        w = np.array([value.weight for value in counted], dtype=float)
+        for suffix, result in _truth(agg, x, w, on_nan).items() if counted else ():
+            results[f"t_{dataset}/m{suffix}"] = result
+    return results
+
+
+def _truth(agg: Any, x: Any, w: Any, on_nan: str) -> dict[str, float]:
+    if agg is DISTRIBUTION:
+        return _distribution(x, w)
+    nans = int(np.isnan(x).sum())
+    if agg == "state mean" or on_nan == "propagate" or agg in ("lane rms", "lane mean"):
+        counts = {}
+        if nans:
+            return {"": NAN}
+    else:
+        counts = {"_nan_count": float(nans)} if nans else {}
+        x, w = x[~np.isnan(x)], w[~np.isnan(x)]
+    results = {
+        SUM: x.sum,
+        RATE: lambda: x.sum() or NAN,
+        MAX: x.max,
+        MIN: x.min,
+        MEAN: lambda: x @ w / w.sum(),
+        "lane mean": lambda: x @ w / w.sum(),
+        "state mean": lambda: x @ w / w.sum(),
+        "lane rms": lambda: np.mean(x**2) ** 0.5,
+    }
+    return {"": float(results[agg]()), **counts}
+
+
+def _distribution(x: Any, w: Any) -> dict[str, float]:
+    finite = np.isfinite(x)
+    results = {
+        "nan_count": float(np.isnan(x).sum()),
+        "inf_count": float(np.isinf(x).sum()),
+        "count": float(finite.sum()),
+    }
+    results = {name: count for name, count in results.items() if count}
+    x, w = x[finite], w[finite]
+    if x.size:
+        mean = x @ w / w.sum()
+        results |= {"mean": mean, "min": x.min(), "max": x.max()}
+        # How weighted values are ranked is the business of tests/test_distribution.py.
+        plain = (w == 1).all()
+        for percentile in (5, 50, 95):
+            results[f"p{percentile:02d}"] = np.percentile(x, percentile) if plain else math.pi
+        if x.size > 1:
+            results["std"] = (w @ (x - mean) ** 2 / (w.sum() - w @ w / w.sum())) ** 0.5
+    return {f"_stat_{name}": float(result) for name, result in results.items()}
+
+
+def check(agg: Any, found: Mapping[str, float], wanted: Mapping[str, float]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if agg is RATE and math.isfinite(value):
+            assert found[name] * value > 0, name
+        elif value != math.pi:
+            assert found[name] == pytest.approx(value, rel=1e-12, nan_ok=True), name
+
+
+def metrics_of(agg: Any, values: Sequence[Value]) -> list[Metric]:
+    return [Metric(dataset, "m", value, agg, weight) for value, weight, dataset in values]
+
+
+def cases(agg: Any) -> dict[str, list[Value]]:
+    return COUNTING | WEIGHING if agg in WEIGHED else COUNTING
+
+
+@every_way_in
+@pytest.mark.parametrize("on_nan", ["propagate", "skip"])
+@pytest.mark.parametrize("agg", TYPES, ids=str)
+def test_every_way_in_means_the_same(agg: Any, on_nan: str, way_in: WayIn) -> None:
+    for name, values in cases(agg).items():
+        found = alone(way_in, metrics_of(agg, values), {"on_nan": on_nan})
+        try:
+            check(agg, found, truth(agg, values, on_nan))
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}\nfound {found}") from error
+
+
+@pytest.mark.parametrize("way_out", [from_a_checkpoint, over_two_ranks], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("agg", TYPES, ids=str)
+def test_every_way_out_means_the_same(agg: Any, way_out: WayOut) -> None:
+    for name, values in cases(agg).items():
+        if agg is RATE and way_out is from_a_checkpoint:
+            continue  # a rate begins anew: no time has passed
+        for options in ({"route": "narrow"}, {"route": "wide"}):
+            found = way_out(as_list, metrics_of(agg, values), options)
+            try:
+                check(agg, found, truth(agg, values, "propagate"))
+            except AssertionError as error:
+                raise AssertionError(f"{name}, {options}: {error}\nfound {found}") from error
+
+
+# -- Weight 0 ------------------------------------------------------------------------------------
+
+
+@every_way_in
+def test_a_category_of_weight_0_is_none(way_in: WayIn) -> None:
+    aggregator = MetricsAggregator()
+    weights = {"a": 1, "b": 0, "": 1, "c": 0.0}
+    metrics = [
+        Metric("d", "kind", kind or "a", CATEGORICAL, weight) for kind, weight in weights.items()
+    ]
+    way_in(aggregator, [*metrics, Metric("e", "kind", 3, CATEGORICAL, 0)])
+    assert aggregator.get_metrics_for_logging("t") == {"t_d/kind_count_a": 2.0}
+
+
+@every_host_way_in
+@pytest.mark.parametrize("agg", [*TYPES, CATEGORICAL], ids=str)
+def test_what_a_value_of_weight_0_is_does_not_matter(agg: Any, way_in: WayIn) -> None:
+    aggregator = aggregator_of_users()
+    for value in (NAN, None, "", "two\nlines", object(), np.zeros(3), 10**400, np.ma.masked):
+        way_in(aggregator, [Metric("d", "m", value, agg, 0)])
+    assert aggregator.get_metrics_for_logging("t") == {}
+    # A key that has had no value has no type yet.
+    way_in(aggregator, [Metric("d", "m", 2.0, SUM)])
+    assert aggregator.get_metrics_for_logging("t") == {"t_d/m": 2.0}
+
+
+@every_host_way_in
+def test_a_metric_of_weight_0_takes_no_name(way_in: WayIn) -> None:
+    aggregator = MetricsAggregator()
+    way_in(aggregator, [Metric("d", "len_stat_mean", 2.0, SUM, 0)])
+    way_in(aggregator, [Metric("d", "len", 2.0, DISTRIBUTION)])
+    way_in(aggregator, [Metric("d", "len_stat_max", 2.0, SUM, 0)])
+    assert aggregator.get_metrics_for_logging("t")["t_d/len_stat_mean"] == 2.0
+
+
+@every_host_way_in
+@pytest.mark.parametrize(
+    ("metric", "complaint"),
+    [
+        (Metric("d", "", 1, SUM, 0), "the name of a metric.* is empty"),
+        (Metric("d", "m", 1, "median", 0), "metric 'm' of dataset 'd'.*'median', for which no han"),
+        (Metric("d", "loss", 1, SUM, 0), "metric 'loss' of dataset 'd' is already registered"),
+        (Metric("d", "m", 1, None, 0), "None is not an aggregation type"),  # type: ignore[arg-type]
+        (Metric("d", "m", 1, SUM, -0.5), "the weight -0.5 is not a finite number of 0 or more"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_at_weight_0_too(way_in: WayIn, metric: Metric, complaint: str) -> None:
+    aggregator = MetricsAggregator()
+    aggregator.record("loss", 2.0, dataset="d")
+    with pytest.raises((TypeError, ValueError), match=complaint):
+        way_in(aggregator, [metric])
+    assert aggregator.get_metrics_for_logging("t") == {"t_d/loss": 2.0}
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [SumAggHandler(), MeanAggHandler(), MaxAggHandler(), DistributionAggHandler(), LaneMean()],
+    ids=lambda handler: type(handler).__name__,
+)
+def test_a_handler_that_is_called_by_hand_leaves_weight_0_out(handler: LaneHandler) -> None:
+    state = handler.initialize_metric_state("d", "m", SUM)
+    for value, weight in ((NAN, 0), (3.0, 1.0), (99.0, 0.0)):
+        handler.update(state, Metric("d", "m", value, SUM, weight))
+    assert state.value == 3.0
+    assert state.metadata["count"] == 1.0
+    counter = CategoricalCountAggHandler()
+    state = counter.initialize_metric_state("d", "kind", CATEGORICAL)
+    for category, weight in (("a", 1.0), ("b", 0)):
+        counter.update(state, Metric("d", "kind", category, CATEGORICAL, weight))
+    assert state.metadata["counts"] == {"a": 1}
+
+
+def test_a_record_of_weight_0_with_values_per_rank_is_nothing() -> None:
+    aggregator = MetricsAggregator()
+    aggregator.record("seconds", NAN, weight=0, per_rank=True)
+    aggregator.record("seconds", 2.0, per_rank=True)
+    assert aggregator.get_metrics_for_logging("t") == {"t/seconds": 2.0}
+
+
+# -- Weights where none count --------------------------------------------------------------------
+
+UNWEIGHED = (SUM, MAX, MIN, RATE, CATEGORICAL, "lane rms")
+
+
+@every_host_way_in
+@pytest.mark.parametrize("weight", [2, 0.5, np.float32(3), np.array([7])], ids=repr)
+@pytest.mark.parametrize("agg", UNWEIGHED, ids=str)
+def test_a_weight_that_was_ignored_is_refused_with_the_whole_batch(
+    agg: Any, weight: Any, way_in: WayIn
+) -> None:
+    """0.1.0 took such a value with any weight, and ignored that."""
+    aggregator = aggregator_of_users()
+    aggregator.record("before", 1.0)
+    first, bad = Metric("d", "first", 1.0, MEAN), Metric("d", "m", 1.0, agg, weight)
+    advice = "handler say weighted = True" if agg == "lane rms" else "use 'mean' or 'distribution'"
+    if way_in is by_record:
+        first = bad
+    with pytest.raises(ValueError, match=r"metric 'm' of dataset 'd'.*once \(weight 1\)") as caught:
+        way_in(aggregator, [first, bad])
+    assert advice in str(caught.value)
+    assert "would be ignored" in str(caught.value)
+    assert aggregator.get_metrics_for_logging("t") == {"t/before": 1.0}
+    # Once the key is known it is refused all the same.
+    way_in(aggregator, [bad._replace(weight=1)])
+    with pytest.raises(ValueError, match="would be ignored"):
+        way_in(aggregator, [first, bad])
+
+
+@pytest.mark.parametrize("agg", UNWEIGHED, ids=str)
+def test_a_data_worker_hands_such_a_weight_on(agg: Any) -> None:
+    batch = MetricBatch.from_metrics(
+        [Metric("d", "m", value, agg, weight) for value, weight in [(1, 2), (NAN, 0), (3, 1)]]
+    )
+    aggregator = aggregator_of_users()
+    aggregator.record("m", 5, agg, dataset="d")
+    before = aggregator.reduce().as_dict()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"metric 'm' of dataset 'd'.*would be ignored"):
+            aggregator.update(pickle.loads(pickle.dumps(batch)))
+    after = aggregator.reduce().as_dict()
+    assert after.keys() == before.keys()
+    assert agg is RATE or after == before
+
+
+@pytest.mark.parametrize("way_in", ON_DEVICES + ON_THE_HOST[:2], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("agg", UNWEIGHED, ids=str)
+def test_of_a_weight_on_a_device_only_0_or_not_matters_there(agg: Any, way_in: WayIn) -> None:
+    torch = pytest.importorskip("torch")
+    values = [(3.0, 2.0), (3.0, 0.5), (9.0, 0.0)]
+    if way_in in ON_THE_HOST:
+        values = [(value, torch.tensor(weight)) for value, weight in values]
+        if agg == "lane rms" and way_in is as_collated_batch:
+            pytest.skip("a worker knows no handler of a user's, so reads a weight as any other")
+    aggregator = aggregator_of_users()
+    way_in(aggregator, [Metric("d", "m", value, agg, weight) for value, weight in values])
+    results = aggregator.get_metrics_for_logging("t")
+    if agg is not RATE:
+        name, wanted = {SUM: ("m", 6.0), CATEGORICAL: ("m_count_3.0", 2.0)}.get(agg, ("m", 3.0))
+        assert results == {f"t_d/{name}": wanted}
+    assert len(results) == 1
+
+
+@every_host_way_in
+def test_a_handler_without_lanes_gets_every_weight_but_0(way_in: WayIn) -> None:
+    aggregator = aggregator_of_users()
+    weighed = [(2.0, 0), (2.0, 0.5), (5.0, 3), (1.0, np.int64(2)), (NAN, 0.0)]
+    way_in(aggregator, [Metric("d", "m", value, "state mean", weight) for value, weight in weighed])
+    way_in(aggregator, [Metric("d", "m", 7.0, "state mean", 0)])
+    assert aggregator.get_metrics_for_logging("t") == {"t_d/m": (1 + 15 + 2) / 5.5}
+
+
+def test_a_timer_is_not_refused_where_a_mean_of_your_own_takes_no_weights() -> None:
+    aggregator = MetricsAggregator()
+    aggregator.register_handler(MEAN, LaneRMS())
+    for _ in range(3):
+        with aggregator.timer("data"):
+            pass
+    assert aggregator.get_metrics_for_logging("t")["t/data_seconds"] > 0
