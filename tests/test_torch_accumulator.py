@@ -679,3 +679,15 @@ def test_wrong_shapes_types_and_names_are_errors_that_change_nothing() -> None:
     ):
         with pytest.raises(error, match=complaint):
             DeviceAccumulator(metrics, datasets)
+
+
+def test_what_0_1_pickled_is_read() -> None:
+    held = fold(DeviceAccumulator({"loss": "mean", "n": "sum"}), torch.ones(3), None, None)
+    _, slots = held.__reduce_ex__(2)[2]
+    slots["_drains"] = slots.pop("_fill", 0)  # which was a number then, by this name
+    restored = DeviceAccumulator.__new__(DeviceAccumulator)
+    restored.__setstate__((None, slots))
+    mark = restored.mark()
+    restored.update("n", 5.0)
+    restored.rollback(mark)
+    assert logged(restored) == {"t/loss": 1.0, "t/n": 3.0}

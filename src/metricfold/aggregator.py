@@ -61,6 +61,7 @@ from metricfold.schema import Key, Kind, Schema
 from metricfold.snapshot import Derived, Handlers, Snapshot, WindowLike, check_window
 from metricfold.timing import Elapsed, Timer, TimerKeys
 from metricfold.totals import Totals
+from metricfold.uncompiled import leave_alone, uncompiled
 
 __all__ = ["AggregatorMark", "MetricsAggregator"]
 
@@ -75,6 +76,7 @@ _leaked: list[Communicator] = []
 parent has, so it must not run there."""
 
 
+@uncompiled
 class MetricsAggregator:
     """Aggregates metrics over samples, datasets and ranks.
 
@@ -154,6 +156,7 @@ class MetricsAggregator:
         self._renew_locks()
         self._process = os.getpid()
         watch_forks(self)
+        leave_alone()
 
     # -- Taking metrics in
 

@@ -40,6 +40,7 @@ from metricfold.reduction import Reduced
 from metricfold.schema import Entry, Key
 from metricfold.timing import TimerKeys, Timing
 from metricfold.totals import NOBODY, Totals
+from metricfold.uncompiled import uncompiled
 
 __all__ = ["Derived", "Handlers", "Snapshot", "WindowLike", "check_window"]
 
@@ -69,6 +70,7 @@ class Handlers:
     warned: set[str]
 
 
+@uncompiled
 class Snapshot:
     """What all ranks had accumulated when they reduced; immutable, and the same on every rank.
 

@@ -18,6 +18,7 @@ from metricfold.sinks.record import Sink, checked_numbers
 from metricfold.sinks.shutdown import unwatch, watch
 from metricfold.sinks.worker import error_of
 from metricfold.snapshot import Snapshot, WindowLike, check_window
+from metricfold.uncompiled import leave_alone, uncompiled
 
 if TYPE_CHECKING:
     from metricfold.aggregator import MetricsAggregator
@@ -34,6 +35,7 @@ _DYING_SECONDS = 10.0  # in all after SIGTERM; schedulers send SIGKILL after 30 
 _GRACE_AFTER_ERROR = 2.0  # seconds for a reduction that other ranks may never join
 
 
+@uncompiled
 class MetricsLogger:
     """Hands metrics to sinks, in the background and on one rank only.
 
@@ -74,6 +76,7 @@ class MetricsLogger:
         self._reductions: dict[Future[Snapshot], weakref.ref[object]] = {}
         self._closed = False
         watch(self)
+        leave_alone()
 
     def __enter__(self) -> MetricsLogger:  # noqa: PYI034 - typing.Self needs Python 3.11
         return self

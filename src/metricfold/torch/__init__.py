@@ -18,5 +18,8 @@ if find_spec("torch") is None:
     )
 
 from metricfold.torch.accumulator import AccumulatorMark, DeviceAccumulator
+from metricfold.uncompiled import leave_alone
 
 __all__ = ["AccumulatorMark", "DeviceAccumulator"]
+
+leave_alone()

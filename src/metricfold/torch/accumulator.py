@@ -41,17 +41,25 @@ from metricfold.torch.folding import (
     stretched,
     without_subnormals,
 )
+from metricfold.uncompiled import uncompiled
 
 __all__ = ["AccumulatorMark", "DeviceAccumulator"]
 
 
 @dataclass(frozen=True, slots=True)
 class AccumulatorMark:
-    """What an accumulator held when `DeviceAccumulator.mark` was called, on its device."""
+    """What an accumulator held when `DeviceAccumulator.mark` was called, on its device.
+
+    Args:
+        owner: the accumulator.
+        tensors: copies of its own.
+        fill: stands for the time from one drain to the next. A number, which is what tells one from
+            another, would be a constant to a compiler, and a graph would be made for each log.
+    """
 
     owner: DeviceAccumulator
     tensors: tuple[Tensor, ...]
-    drains: int
+    fill: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +107,7 @@ class DeviceAccumulator:
     {'train_alpaca/loss': 1.0, 'train_orca/loss': 3.0}
     """
 
-    __slots__ = ("__weakref__", "_datasets", "_drains", "_places", "device", "layout", "tensors")
+    __slots__ = ("__weakref__", "_datasets", "_fill", "_places", "device", "layout", "tensors")
 
     layout: Layout
     device: torch.device
@@ -117,7 +125,7 @@ class DeviceAccumulator:
     ) -> None:
         self.layout = layout = Layout.of(metrics, datasets)
         self._datasets = len(layout.datasets)
-        self._drains = 0
+        self._fill = object()
         types = dict(zip(layout.names, layout.types, strict=True))
         in_order = sorted(types, key=lambda name: list(LAST_LANE).index(types[name]))
         first = len(in_order) - len(layout.distributions)  # which come last
@@ -253,7 +261,7 @@ class DeviceAccumulator:
 
     def mark(self) -> AccumulatorMark:
         """Return a mark to come back to by `rollback`, such as where a step begins."""
-        return AccumulatorMark(self, tuple(t.clone() for t in self.tensors), self._drains)
+        return AccumulatorMark(self, tuple(t.clone() for t in self.tensors), self._fill)
 
     @torch.no_grad()
     def rollback(self, mark: AccumulatorMark, where: Tensor | None = None) -> None:
@@ -269,7 +277,7 @@ class DeviceAccumulator:
         """
         if mark.owner is not self:
             raise ValueError("this mark is of another accumulator: call mark() on this one")
-        if mark.drains != self._drains:
+        if mark.fill is not self._fill:
             raise ValueError(
                 "this accumulator has been drained since the mark: mark each step anew, after the "
                 "log"
@@ -279,6 +287,7 @@ class DeviceAccumulator:
 
     # -- On the host
 
+    @uncompiled
     def start_read(self) -> Callable[[], HostArrays]:
         """Begin the transfer to the host; what is returned waits for it, on any thread."""
         together = torch.cat([tensor.reshape(-1) for tensor in self.tensors])
@@ -295,11 +304,16 @@ class DeviceAccumulator:
 
         return finish
 
+    @uncompiled
     def empty(self) -> DeviceAccumulator:
         """Forget everything, and return this accumulator."""
-        self._drains += 1
+        self._fill = object()
         self._clear()
         return self
+
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        for name, value in state[1].items():
+            setattr(self, "_fill" if name == "_drains" else name, value)  # as it was called in 0.1
 
     def __repr__(self) -> str:
         metrics = {
