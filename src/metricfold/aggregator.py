@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
+from metricfold import hints
 from metricfold.checkpoint import Saved, decode, encode, share
 from metricfold.clock import Clock, Pause
 from metricfold.communicator import (
@@ -33,6 +34,7 @@ from metricfold.communicator import (
 )
 from metricfold.custom import CustomStates, restored
 from metricfold.data.batch import Column, Late, MetricBatch, fold_metrics, fold_value
+from metricfold.data.sample import guard_default_collate
 from metricfold.delta import CutDelta, Delta, InTransit
 from metricfold.device_lanes import AnyAccumulator, Drained, Layout
 from metricfold.handlers import (
@@ -52,7 +54,7 @@ from metricfold.metric import (
     check_name,
     resolve_type,
 )
-from metricfold.naming import show
+from metricfold.naming import check_prefix, show
 from metricfold.pool import Window
 from metricfold.processes import Worker, watch_forks
 from metricfold.reduction import Contribution, Reduced, Reducer
@@ -123,6 +125,7 @@ class MetricsAggregator:
         route: str = "auto",
         communicator: Communicator | None = None,
     ) -> None:
+        guard_default_collate()
         self._keys = KeyTable(
             built_in_handlers(dist_window_size, percentiles, check_on_nan(on_nan), max_categories)
         )
@@ -183,7 +186,8 @@ class MetricsAggregator:
                 columns = fold_metrics(metrics, self._keys.handler_of, in_worker=False)
         else:
             raise TypeError(
-                f"update() takes a list of Metric or a MetricBatch, not {type(metrics).__name__}"
+                "update() takes a list of Metric or a MetricBatch, not "
+                f"{type(metrics).__name__}{hints.for_metrics(metrics)}"
             )
         self._take(columns)
 
@@ -218,7 +222,10 @@ class MetricsAggregator:
         check_name("the name of a metric", name)
         if dataset is not None:
             check_name(f"the dataset of metric {name!r}", dataset)
-        agg_type = resolve_type(agg)
+        try:
+            agg_type = resolve_type(agg)
+        except TypeError as error:
+            raise TypeError(f"{error}{hints.for_agg(name, value, agg)}") from None
         key = (dataset or "", name)
         with quiet():
             column = fold_value(key, agg_type, value, weight, self._keys.handler_of)
@@ -539,7 +546,7 @@ class MetricsAggregator:
         Raises:
             ValueError: an empty prefix or an unknown window; else as `reduce`.
         """
-        check_name("the prefix", prefix)
+        check_prefix(prefix)
         check_window(window)
         return self.reduce().as_dict(prefix, window)
 

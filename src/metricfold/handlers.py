@@ -772,6 +772,13 @@ def check_percentiles(percentiles: Sequence[float]) -> tuple[float, ...]:
             )
         if not 0 <= percentile <= 100:
             raise ValueError(f"percentiles={percentiles!r}: each must lie in 0..100")
+    if given and max(given) <= 1 and any(0 < percentile < 1 for percentile in given):
+        hundred = [round(float(percentile) * 100, 6) for percentile in given]
+        meant = tuple(int(one) if one.is_integer() else one for one in hundred)
+        raise ValueError(
+            f"percentiles={percentiles!r} are fractions, but percentiles lie in 0..100: write "
+            f"percentiles={meant!r}. If you do mean those below the first, give one above it too"
+        )
     checked = tuple(map(float, given))
     if list(checked) != sorted(set(checked)):
         raise ValueError(f"percentiles={percentiles!r}: give them ascending, each once")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from enum import Enum
 from typing import Any, NamedTuple
 
+from metricfold import hints
 from metricfold.data.batch import Column, MetricBatch, check_same_type, fold_metrics
 from metricfold.handlers import (
     AggregationHandler,
@@ -232,7 +233,8 @@ class KeyTable:
             known = ", ".join(sorted(self.by_label()))
             raise ValueError(
                 f"{show(key)} has the aggregation type {type_label(agg_type)!r}, for which no "
-                f"handler is registered: call register_handler() first, or use one of {known}"
+                "handler is registered: call register_handler() first, or use one of "
+                f"{known}{hints.for_label(type_label(agg_type))}"
             )
         return handler
 

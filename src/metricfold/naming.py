@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TypeAlias
 
-__all__ = ["ANYTHING", "Claims", "Key", "printed", "show"]
+from metricfold.metric import check_name
+
+__all__ = ["ANYTHING", "Claims", "Key", "check_prefix", "printed", "repeated", "show"]
 
 ANYTHING = "\x00"
 """Stands for any text in what a key claims; no name can hold it, since names are printable."""
@@ -19,6 +21,31 @@ def printed(key: Key) -> str:
     """Return what follows the prefix when `key` is logged: ``_alpaca/loss``, or ``/loss``."""
     dataset, name = key
     return f"_{dataset}/{name}" if dataset else f"/{name}"
+
+
+def check_prefix(prefix: object) -> None:
+    """Refuse a prefix that is no name, or that brings along the slash that is printed anyway."""
+    check_name("the prefix", prefix)
+    assert isinstance(prefix, str)
+    if prefix.endswith("/"):
+        bare = prefix.rstrip("/") or "train"
+        raise ValueError(
+            f"prefix={prefix!r} would print '{prefix}/loss', for a slash follows the prefix anyway: "
+            f"write prefix={bare!r}"
+        )
+
+
+def repeated(prefix: str, names: Iterable[str]) -> str:
+    """Return what to say of the first of `names` that begins with the prefix; nothing if none does."""
+    start = f"{prefix}/"
+    for name in names:
+        if name.startswith(start):
+            return (
+                f"the metric {name!r} is printed as '{prefix}/{name}', because it is logged with "
+                f"prefix={prefix!r}: name it {name[len(start) :] or 'loss'!r}, and the prefix is put "
+                "in front"
+            )
+    return ""
 
 
 class Claims:

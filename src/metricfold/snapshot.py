@@ -10,6 +10,7 @@ Nothing is finalised before it is asked for: a rank that does not look does not 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,8 +34,7 @@ from metricfold.handlers import (
     quiet,
 )
 from metricfold.histogram import Histogram
-from metricfold.metric import check_name
-from metricfold.naming import ANYTHING, printed, show
+from metricfold.naming import ANYTHING, check_prefix, printed, repeated, show
 from metricfold.pool import Pool
 from metricfold.reduction import Reduced
 from metricfold.schema import Entry, Key
@@ -43,6 +43,8 @@ from metricfold.totals import NOBODY, Totals
 from metricfold.uncompiled import uncompiled
 
 __all__ = ["Derived", "Handlers", "Snapshot", "WindowLike", "check_window"]
+
+_logger = logging.getLogger("metricfold")
 
 View: TypeAlias = Literal["run", "interval"]
 WindowLike: TypeAlias = str | Mapping[str, str]
@@ -128,8 +130,9 @@ class Snapshot:
         Raises:
             ValueError: an empty prefix or an unknown window.
         """
-        check_name("the prefix", prefix)
+        check_prefix(prefix)
         check_window(window)
+        self._warn_of_repeated(prefix)
         if window != "run":
             self._warn_if_empty()
         groups: dict[str, dict[str, float]] = {}
@@ -153,7 +156,7 @@ class Snapshot:
 
     def histograms(self, prefix: str = "data", window: WindowLike = "auto") -> dict[str, Histogram]:
         """Return the histogram of every DISTRIBUTION that has values, keyed as in `as_dict`."""
-        check_name("the prefix", prefix)
+        check_prefix(prefix)
         check_window(window)
         found: dict[str, Histogram] = {}
         for key, view in self._views(window):
@@ -485,6 +488,15 @@ class Snapshot:
                 "of one interval, take both from one snapshot = aggregator.reduce()",
             )
 
+    def _warn_of_repeated(self, prefix: str) -> None:
+        about = f"prefix {prefix}"
+        if about in self._handlers.warned:
+            return
+        text = repeated(prefix, (name for _, name in self._keys()))
+        if text:
+            self._handlers.warned.add(about)
+            _logger.warning(text)
+
     def _warn_once(self, about: str, message: str) -> None:
         if about not in self._handlers.warned:
             self._handlers.warned.add(about)
@@ -510,8 +522,9 @@ def check_window(window: WindowLike) -> None:
     for one in chosen:
         if not isinstance(one, str) or one not in _WINDOWS:
             raise ValueError(
-                f"window={one!r}: use 'run', 'interval', 'auto', or a dict from metric names to "
-                "those"
+                f"window={one!r}: use 'run' (everything since the start), 'interval' (since the log "
+                "before), 'auto' (totals over the run, all else over the interval), or a dict from "
+                "metric names to those"
             )
 
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metricfold.communicator.base import Communicator, MissingRanksError, jax_job
+from metricfold.communicator.base import Communicator, MissingRanksError, jax_job, likely_cause
 from metricfold.pool import FloatArray
 
 __all__ = ["JaxCommunicator"]
@@ -242,11 +242,8 @@ class JaxCommunicator(Communicator):
         who = ", ".join(map(str, missing)) or "unknown"
         return MissingRanksError(
             f"aggregator {self._name!r}: missing from a collective call: process(es) {who} of "
-            f"{self.world_size}; {how}. The usual cause is a call on some processes only, such as "
-            "inside `if jax.process_index() == 0:`; every process must call reduce(), "
-            "logger.log(), get_metrics_for_logging() and state_dict(). Another is an aggregator "
-            "that only some processes have made: those without a name= pair by the order in which "
-            "they are made. This aggregator cannot talk to other processes any more, but JAX can: "
+            f"{self.world_size}; {how}. "
+            f"{likely_cause(how, 'process', 'if jax.process_index() == 0:')}. This aggregator cannot talk to other processes any more, but JAX can: "
             "make a new aggregator on all processes and load the last state",
             missing,
         )

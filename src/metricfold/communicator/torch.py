@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from metricfold.communicator.base import Communicator, MissingRanksError
+from metricfold.communicator.base import Communicator, MissingRanksError, likely_cause
 from metricfold.pool import FloatArray
 from metricfold.processes import release_at_exit
 
@@ -223,12 +223,8 @@ class TorchCommunicator(Communicator):
         who = ", ".join(str(self._ranks[rank]) for rank in missing) or "unknown"
         return MissingRanksError(
             f"aggregator {self._name!r}: missing from a collective call: rank(s) {who} of "
-            f"{self.world_size}; {how}. The usual cause is a call on some ranks only, such as "
-            "inside `if rank == 0:`; every rank must call reduce(), logger.log(), "
-            "get_metrics_for_logging() and state_dict(). Another is an aggregator that only some "
-            "ranks have made: those without a name= pair by the order in which they are made. This "
-            "aggregator cannot talk to other "
-            "ranks any more: make a new one on all ranks and load the last state",
+            f"{self.world_size}; {how}. {likely_cause(how, 'rank', 'if rank == 0:')}. This aggregator "
+            "cannot talk to other ranks any more: make a new one on all ranks and load the last state",
             [self._ranks[rank] for rank in missing],
         )
 

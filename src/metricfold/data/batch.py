@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
-from metricfold import arrays
+from metricfold import arrays, hints
 from metricfold.handlers import (
     AggregationHandler,
     CategoricalCountAggHandler,
@@ -167,7 +167,10 @@ def fold_metrics(
     for key, group in _by_key(metrics).items():
         _, _, values, types, weights = zip(*group, strict=True)
         _check_key(key)
-        agg_type = _one_type(key, types)
+        try:
+            agg_type = _one_type(key, types)
+        except TypeError as error:
+            raise TypeError(f"{error}{hints.for_metric(group[0])}") from None
         handler = handler_of(key, agg_type)
         columns.append(_fold_group(key, agg_type, values, weights, handler, in_worker))
     return columns
@@ -204,7 +207,7 @@ def _check_items(metrics: Sequence[object]) -> None:
         if not isinstance(item, Metric):
             raise TypeError(
                 f"item {position} of the metrics is {_quote(item)}, which is no Metric: give "
-                "Metric(dataset_name, name, value, agg_type) objects"
+                f"Metric(dataset_name, name, value, agg_type) objects{hints.for_metrics(metrics)}"
             )
 
 
@@ -212,6 +215,11 @@ def _check_key(key: Key) -> None:
     dataset_name, name = key
     if is_name(dataset_name) and is_name(name):
         return
+    if not isinstance(name, str):
+        raise TypeError(
+            f"the name of a metric of dataset {reprlib.repr(dataset_name)} must be a string, but is "
+            f"{reprlib.repr(name)}{hints.for_stacked(name)}"
+        )
     check_name(f"the name of a metric of dataset {dataset_name!r}", name)
     if dataset_name is None:
         raise TypeError(
@@ -455,7 +463,7 @@ def _number(key: Key, what: str, value: Any) -> float:
     if not isinstance(scalar, int | float | np.floating):
         raise TypeError(
             f"{show(key)}: the {what} {_quote(value)} is no number: give an int, a float, or an "
-            "array of one element"
+            f"array of one element{hints.for_value(value)}"
         )
     try:
         return float(scalar)

@@ -1,14 +1,15 @@
-"""Where metrics travel: in a list under ``"metrics"`` of each sample."""
+"""Where metrics travel: in a list under ``"metrics"`` of each sample, up to a `MetricsCollator`."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping, MutableMapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from metricfold.metric import Metric
 
-__all__ = ["METRICS", "take_metrics", "with_metrics"]
+__all__ = ["METRICS", "guard_default_collate", "take_metrics", "with_metrics"]
 
 METRICS = "metrics"
 
@@ -21,6 +22,7 @@ def with_metrics(sample: Sample, metrics: list[Metric]) -> Sample:
     Raises:
         TypeError: what it has under ``"metrics"`` is something else.
     """
+    guard_default_collate()
     tagged: Any
     if type(sample) is dict and METRICS not in sample:  # nearly always
         tagged = {**sample, METRICS: [*metrics]}
@@ -66,4 +68,45 @@ def _listed(metrics: object) -> list[Metric]:
         "the list of Metric that a MetricTransform adds: rename what the dataset has there; or, if "
         "it came from with_metrics() of metricfold.integrations.datasets, let with_format() and "
         "with_transform() come before it, the same for all datasets that are put together"
+    )
+
+
+# -- Without a MetricsCollator -------------------------------------------------------------------
+
+_guarded = False
+
+
+def guard_default_collate() -> None:
+    """Let torch's ``default_collate``, if torch is there, refuse metrics and say what takes them.
+
+    Left to itself it takes each `Metric` apart and complains of one of its fields, or stacks the
+    fields of several metrics. PyTorch documents this registry for types that it does not know.
+    """
+    global _guarded  # noqa: PLW0603 - torch's registry is global, too
+    if _guarded:
+        return
+    module = sys.modules.get("torch.utils.data._utils.collate")
+    registry = getattr(module, "default_collate_fn_map", None)
+    if registry is not None:
+        registry[_Metrics] = _refuse_to_stack
+        _guarded = True
+
+
+class _AreMetrics(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        if isinstance(value, list) and value:
+            value = value[0]
+        return isinstance(value, Metric)
+
+
+class _Metrics(metaclass=_AreMetrics):
+    """A metric, or a list of them: lists of uneven lengths are refused as lists before all else."""
+
+
+def _refuse_to_stack(batch: object, *, collate_fn_map: object = None) -> NoReturn:
+    raise ValueError(
+        "samples of this DataLoader carry metrics, which default_collate cannot make a batch of: "
+        "give the DataLoader collate_fn=MetricsCollator(), which collates the rest by "
+        "default_collate, or MetricsCollator(your_collate_fn), and hand what it makes to "
+        "aggregator.update(batch.pop('metrics'))"
     )

@@ -14,13 +14,21 @@ Import it where it is needed: ``import metricfold`` alone loads neither JAX nor 
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 _missing = [package for package in ("jax", "flax") if find_spec(package) is None]
 if _missing:
+    _python = ".".join(map(str, sys.version_info[:2]))
     raise ImportError(
         f"metricfold.jax needs jax and flax, and {' and '.join(_missing)} is not installed: "
-        "pip install 'metricfold[jax]'"
+        + (
+            "pip install 'metricfold[jax]'"
+            if sys.version_info >= (3, 11)
+            else f"their versions that it works with need Python 3.11, and on this Python {_python} "
+            "pip install 'metricfold[jax]' installs neither. Make an environment with Python 3.11 "
+            "or newer"
+        )
     )
 
 from metricfold.jax.accumulator import DeviceAccumulator  # noqa: E402 (after the check above)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import os
+import reprlib
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import TYPE_CHECKING, SupportsIndex
 
-from metricfold.metric import check_name
+from metricfold import hints
+from metricfold.naming import check_prefix, repeated
 from metricfold.sinks.pipeline import Entry, Extra, Pipeline
 from metricfold.sinks.record import Sink, checked_numbers
 from metricfold.sinks.shutdown import unwatch, watch
@@ -74,6 +76,7 @@ class MetricsLogger:
         # Reductions that are under way or have failed, and whose they are. Each call on this dict
         # is atomic: reductions end on threads of their own.
         self._reductions: dict[Future[Snapshot], weakref.ref[object]] = {}
+        self._prefixes: set[str] = set()  # that a key has been said to repeat
         self._closed = False
         watch(self)
         leave_alone()
@@ -127,16 +130,13 @@ class MetricsLogger:
         wall_time = time.time()
         step = _checked_step(step)
         if prefix is not None:
-            check_name("prefix", prefix)
+            check_prefix(prefix)
         check_window(window)
         values: Mapping[str, float] | Future[Snapshot]
         if isinstance(source, Mapping):
             if not self._writes():
                 return
-            values = {
-                key if prefix is None else f"{prefix}/{key}": value
-                for key, value in checked_numbers("source", source).items()
-            }
+            values = self._prefixed(checked_numbers("source", source), prefix)
         elif isinstance(source, Snapshot):
             _check_prefix_given(prefix, source)
             if not self._writes():
@@ -151,7 +151,8 @@ class MetricsLogger:
                 return
         else:
             raise TypeError(
-                f"cannot log {source!r}: give an aggregator, a Snapshot, or a dict of numbers"
+                f"cannot log {reprlib.repr(source)}: give an aggregator, a Snapshot, or a dict of "
+                f"numbers{hints.for_source(source)}"
             )
         # Only now that this rank has joined the reduction may what rank 0 alone was given be
         # refused: the other ranks would wait for it.
@@ -234,6 +235,16 @@ class MetricsLogger:
             if (error := error_of(sink.close)) is not None:
                 _log.warning("%r could not be closed: %s: %s", sink, type(error).__name__, error)
 
+    def _prefixed(self, numbers: dict[str, float], prefix: str | None) -> dict[str, float]:
+        if prefix is None:
+            return numbers
+        if prefix not in self._prefixes:
+            text = repeated(prefix, numbers)
+            if text:
+                self._prefixes.add(prefix)
+                _log.warning(text)
+        return {f"{prefix}/{key}": value for key, value in numbers.items()}
+
     def _reduced(self, source: MetricsAggregator, step: int) -> Future[Snapshot]:
         owner: weakref.ref[object] = weakref.ref(source)
         future = source.reduce_async(step=step)
@@ -295,7 +306,9 @@ def _checked_step(step: SupportsIndex, least: int = 0) -> int:
     try:
         number = operator.index(step)
     except TypeError:
-        raise TypeError(f"step is {step!r}, but must be a whole number") from None
+        raise TypeError(
+            f"step is {reprlib.repr(step)}, but must be a whole number{hints.for_step(step)}"
+        ) from None
     if number < least:
         raise ValueError(f"step is {number}, but must be at least {least}")
     return number

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import numbers
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
+from numbers import Real
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from metricfold import hints
 from metricfold.histogram import Histogram
 from metricfold.metric import check_name
 
@@ -88,14 +91,26 @@ def checked_numbers(what: str, values: Mapping[str, float]) -> dict[str, float]:
     for key, value in values.items():
         check_name(f"a key of {what}", key)
         # The exact types first: asking an abstract class is slow.
-        if type(value) not in (float, int) and not isinstance(value, numbers.Real | np.bool_):
+        number = value if type(value) in (float, int) else _host_number(value)
+        if number is None:
             raise TypeError(
-                f"{what}[{key!r}] is {value!r} of type {type(value).__name__}, which is not a "
-                "number: convert it with float(), or record it in an aggregator, which reads "
-                "arrays without making the device wait"
+                f"{what}[{key!r}] is {reprlib.repr(value)} of type {type(value).__name__}, which is "
+                f"not a number: {hints.for_number(key, value)}"
             )
         try:
-            numbers_by_key[key] = float(value)
+            numbers_by_key[key] = float(number)
         except OverflowError:
             raise ValueError(f"{what}[{key!r}] is too large for a float") from None
     return numbers_by_key
+
+
+def _host_number(value: object) -> Real | Decimal | None:
+    """Return `value` if it is a number, or an array without axes that holds one on the host.
+
+    That is what `jax.device_get` and NumPy's own reductions return. A masked one holds none.
+    """
+    if isinstance(value, np.timedelta64 | np.ma.MaskedArray):
+        return None
+    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    return value if isinstance(value, Real | Decimal) else None
