@@ -200,7 +200,7 @@ MISTAKES = {
     "window all": (
         lambda: MetricsAggregator().get_metrics_for_logging(window="all"),
         ValueError,
-        ["'run' (everything since the start)"],
+        ["'run'", "The run is everything since the start"],
     ),
     "fractions": (
         lambda: MetricsAggregator(percentiles=(0.5, 0.99)),

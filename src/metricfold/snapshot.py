@@ -522,9 +522,8 @@ def check_window(window: WindowLike) -> None:
     for one in chosen:
         if not isinstance(one, str) or one not in _WINDOWS:
             raise ValueError(
-                f"window={one!r}: use 'run' (everything since the start), 'interval' (since the log "
-                "before), 'auto' (totals over the run, all else over the interval), or a dict from "
-                "metric names to those"
+                f"window={one!r}: use 'run', 'interval', 'auto', or a dict from metric names to "
+                "those. The run is everything since the start, and the interval since the log before"
             )
 
 
