@@ -41,11 +41,11 @@ class Registry(Protocol):
         """Return the keys that this rank holds otherwise than the ranks have agreed."""
         ...
 
-    def adopt(self, schema: Schema, losers: Mapping[Key, int]) -> str:
+    def adopt(self, agreed: Agreed, losers: Mapping[Key, int]) -> str:
         """Take over what the ranks have agreed on; returns what this rank cannot do with it.
 
         Args:
-            schema: the agreed keys.
+            agreed: the keys, and which of them are new.
             losers: keys that this rank must forget, and how many values of each have gone.
         """
         ...
@@ -91,7 +91,7 @@ def news(
 
 def encoded(entries: Sequence[Entry]) -> bytes:
     """Return news as they travel; nothing if there are none."""
-    return zlib.compress(Schema(entries).to_json().encode(), level=1) if entries else b""
+    return zlib.compress(Schema.entries_to_json(entries).encode(), level=1) if entries else b""
 
 
 def decoded(blob: bytes) -> list[Entry]:
@@ -157,46 +157,68 @@ class Agreed:
     """What the ranks have come to.
 
     Args:
+        before: the schema that they had.
         schema: has room for all that could be agreed on.
-        lost: what could not.
+        changed: its entries that are new or have got more room.
+        lost: what could not be agreed on.
     """
 
+    before: Schema
     schema: Schema
+    changed: list[Entry]
     lost: list[Lost]
 
-    def overflowed(self, known: Iterable[Entry]) -> list[Entry]:
-        """Return the entries that have just got more categories than are told apart."""
-        before = {entry.key for entry in known if OTHER in entry.categories}
-        return [entry for entry in self.schema if entry.full and entry.key not in before]
+    def overflowed(self, run: Schema) -> list[Entry]:
+        """Return the entries that have just got more categories than are told apart.
+
+        Args:
+            run: of the run total, which may be out of a checkpoint.
+        """
+        return [
+            entry
+            for entry in self.changed
+            if entry.full
+            and not any(
+                OTHER in known.entries[entry.key].categories
+                for known in (self.before, run)
+                if entry.key in known
+            )
+        ]
 
 
-def agree(schema: Schema, blobs: Sequence[bytes]) -> Agreed:
-    """Give the schema room for the news of all ranks, by rank."""
-    claims = Claims()
-    agreed = dict(schema.entries)
-    for entry in agreed.values():
-        claims.add(entry.key, entry.suffixes)
+def agree(schema: Schema, claims: Claims, blobs: Sequence[bytes]) -> Agreed:
+    """Give the schema room for the news of all ranks, by rank.
+
+    Args:
+        schema: that all ranks have.
+        claims: the names of its keys; gets those of the new ones.
+        blobs: everyone's news.
+    """
     senders: dict[bytes, list[int]] = {}
     for rank, blob in enumerate(blobs):
         if blob:
             senders.setdefault(blob, []).append(rank)
-    lost: dict[tuple[Key, str], Lost] = {}
     # Of equal news, in the order of the first who brought them, the others add nothing.
-    for blob, ranks in senders.items():
-        for entry in decoded(blob):
-            reason = _join(agreed, claims, entry)
+    news_of = [(decoded(blob), ranks) for blob, ranks in senders.items()]
+    changed: dict[Key, Entry] = {}
+    lost: dict[tuple[Key, str], Lost] = {}
+    for entries, ranks in news_of:
+        for entry in entries:
+            reason = _join(schema, changed, claims, entry)
             if reason:
                 one = lost.setdefault((entry.key, entry.type), Lost(entry.key, [], reason))
                 one.ranks.extend(ranks)
-    return Agreed(Schema(agreed.values()), list(lost.values()))
+    return Agreed(
+        schema, schema.grown(changed.values()), list(changed.values()), list(lost.values())
+    )
 
 
-def _join(agreed: dict[Key, Entry], claims: Claims, entry: Entry) -> str:
-    """Add `entry` to the agreed ones; returns why it cannot be, or nothing."""
-    known = agreed.get(entry.key)
+def _join(schema: Schema, changed: dict[Key, Entry], claims: Claims, entry: Entry) -> str:
+    """Add `entry` to the changed ones; returns why it cannot be, or nothing."""
+    known = changed.get(entry.key) or schema.entries.get(entry.key)
     if known is not None:
         if known.compatible(entry):
-            agreed[entry.key] = known.joined(entry)
+            changed[entry.key] = known.joined(entry)
             return ""
         if known.bounded != entry.bounded:
             sizes = ("dist_window_size=None", "a window size")
@@ -209,10 +231,12 @@ def _join(agreed: dict[Key, Entry], claims: Claims, entry: Entry) -> str:
             f"type {known.type} on the other ranks"
         )
     try:
-        claims.add(entry.key, entry.suffixes)
+        claims.add([(entry.key, entry.suffixes)])
     except ValueError as error:
         return f"{show(entry.key)} as {entry.type!r}, but {error}"
-    agreed[entry.key] = replace(entry, categories=(), full=False).joined(entry)
+    if entry.categories or entry.full:
+        entry = replace(entry, categories=(), full=False).joined(entry)
+    changed[entry.key] = entry
     return ""
 
 

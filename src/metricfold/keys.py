@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metricfold import hints
 from metricfold.data.batch import Column, MetricBatch, check_same_type, fold_metrics
@@ -20,8 +20,11 @@ from metricfold.handlers import (
     quiet,
 )
 from metricfold.metric import TypeLike, check_key, check_name, resolve_type, type_label
-from metricfold.naming import Claims, show
+from metricfold.naming import Claimed, Claims, show
 from metricfold.schema import Entry, Key, Schema
+
+if TYPE_CHECKING:
+    from metricfold.agreement import Agreed
 
 __all__ = ["Admission", "KeyRegistry", "KeyTable"]
 
@@ -30,12 +33,12 @@ _STOCK = {agg_type: type(handler) for agg_type, handler in built_in_handlers().i
 
 
 class Admission(NamedTuple):
-    """Columns that may be taken in, and the keys that are new with them."""
+    """Columns that may be taken in, and the keys that are new with them, with their names."""
 
     lanes: Sequence[Column]
     custom: Sequence[tuple[Column, AggregationHandler]]
     new: Mapping[Key, tuple[TypeLike, AggregationHandler]]
-    claims: Claims
+    claims: Claimed | None
 
 
 _NOTHING_NEW: Mapping[Key, tuple[TypeLike, AggregationHandler]] = {}
@@ -58,6 +61,7 @@ class KeyTable:
 
     def __init__(self, handlers: dict[TypeLike, AggregationHandler]) -> None:
         self.handlers = handlers
+        self._of_label = {type_label(agg_type): agg_type for agg_type in handlers}
         self.of_key: dict[Key, AggregationHandler] = {}
         self.derived: dict[str, Callable[[Mapping[str, float]], float]] = {}
         self.odd: set[Key] = set()
@@ -66,6 +70,8 @@ class KeyTable:
         self.drained: set[Key] = set()
         self._types: dict[Key, TypeLike] = {}
         self._claims = Claims()
+        self._agreed: Schema | None = None
+        self._entries: dict[tuple[int, TypeLike], tuple[AggregationHandler, Entry]] = {}
         self._unhandled: dict[Key, str] = {}
         # Keys whose values fold here as they do in a data worker.
         self._stock: dict[Key, TypeLike] = {}
@@ -91,18 +97,19 @@ class KeyTable:
                 else agg_type,
                 ", ".join(in_use[:5]) + (", ..." if len(in_use) > 5 else ""),
             )
-        self.handlers[agg_type] = handler
+        self.handlers[agg_type], self._of_label[label] = handler, agg_type
         for key, missing in list(self._unhandled.items()):
             if missing == label:
                 self._learn(key, agg_type, handler)
                 del self._unhandled[key]
 
     def by_label(self) -> dict[str, AggregationHandler]:
-        return {type_label(agg_type): handler for agg_type, handler in self.handlers.items()}
+        """Return the handler of each type, by the type's label."""
+        return {label: self.handlers[agg_type] for label, agg_type in self._of_label.items()}
 
     def type_of_label(self, label: str) -> TypeLike:
         """Return the registered type of that label; raises KeyError if there is none."""
-        return {type_label(agg_type): agg_type for agg_type in self.handlers}[label]
+        return self._of_label[label]
 
     # -- Taking columns in
 
@@ -178,20 +185,18 @@ class KeyTable:
 
     def _learnable(
         self, unknown: Sequence[tuple[Key, TypeLike]]
-    ) -> tuple[Mapping[Key, tuple[TypeLike, AggregationHandler]], Claims]:
+    ) -> tuple[Mapping[Key, tuple[TypeLike, AggregationHandler]], Claimed | None]:
         """Return what there is to learn about unknown keys; raises ValueError on a clash."""
         if not unknown:
-            return _NOTHING_NEW, self._claims
-        claims = self._claims.copy()
+            return _NOTHING_NEW, None
         new: dict[Key, tuple[TypeLike, AggregationHandler]] = {}
         for key, agg_type in unknown:
             if key in new:
                 check_same_type(key, new[key][0], agg_type)
-                continue
-            handler = self._handler_for(key, agg_type)
-            claims.add(key, _suffixes(handler))
-            new[key] = (agg_type, handler)
-        return new, claims
+            else:
+                new[key] = (agg_type, self._handler_for(key, agg_type))
+        claimed = self._claims.check((key, _suffixes(handler)) for key, (_, handler) in new.items())
+        return new, claimed
 
     def admit_drained(self, keys: Iterable[tuple[Key, TypeLike]]) -> Admission:
         """Check keys that a device has folded; changes nothing. Raises ValueError on a clash."""
@@ -240,11 +245,11 @@ class KeyTable:
 
     def commit(self, admission: Admission) -> None:
         """Take over what `admit` found new."""
-        if not admission.new:
+        if admission.claims is None:
             return
         for key, (agg_type, handler) in admission.new.items():
             self._learn(key, agg_type, handler)
-        self._claims = admission.claims
+        self._claims.commit(admission.claims)
 
     def _learn(self, key: Key, agg_type: TypeLike, handler: AggregationHandler) -> None:
         self._types[key], self.of_key[key] = agg_type, handler
@@ -260,66 +265,92 @@ class KeyTable:
 
     def entry(self, key: Key) -> Entry:
         """Return how `key` travels, as far as its handler decides it."""
-        handler = self.of_key[key]
-        label, suffixes = type_label(self._types[key]), _suffixes(handler)
-        if not isinstance(handler, LaneHandler):
-            return Entry(key, label, 0, 0, suffixes)
-        entry = Entry(
+        usual = self._usual(key)
+        return Entry(
             key,
-            label,
-            handler.sum_width,
-            handler.max_width,
-            suffixes,
-            per_rank=key in self.per_rank,
+            usual.type,
+            usual.sums,
+            usual.maxs,
+            usual.suffixes,
+            per_rank=key in self.per_rank and not usual.custom,
+            distributed=usual.distributed,
+            bounded=usual.bounded,
+            drained=usual.distributed and key in self.drained,
+            most=usual.most,
         )
-        if isinstance(handler, DistributionAggHandler):
-            return replace(
-                entry,
-                distributed=True,
-                bounded=handler.window_size is not None,
-                drained=key in self.drained,
-            )
-        if isinstance(handler, CategoricalCountAggHandler):
-            return replace(entry, most=handler.max_categories)
-        return entry
 
-    def adopt(self, schema: Schema, losers: Iterable[Key]) -> str:
+    def _usual(self, key: Key) -> Entry:
+        """Return how keys travel that have the type and the handler of `key`."""
+        handler, agg_type = self.of_key[key], self._types[key]
+        known = self._entries.get((id(handler), agg_type))
+        if known is None or known[0] is not handler:
+            known = handler, _usual_entry(handler, type_label(agg_type))
+            self._entries[id(handler), agg_type] = known
+        return known[1]
+
+    def adopt(self, agreed: Agreed, losers: Iterable[Key]) -> str:
         """Take over what the ranks have agreed on; returns what this rank cannot do with it.
 
         Args:
-            schema: the agreed keys.
+            agreed: the keys, and which of them are new.
             losers: keys that this rank brought, and that the others hold otherwise.
         """
+        losers = list(losers)
         for key in losers:
             del self._types[key], self.of_key[key]
             self._stock.pop(key, None)
             self.drained.discard(key)
-        claims = Claims()
-        for entry in schema:
-            claims.add(entry.key, entry.suffixes)
-        self.odd = set()
-        for key in self._types:
-            agreed = schema.entries.get(key)
-            if agreed is not None:
-                if not agreed.compatible(self.entry(key)):
+        changed = agreed.changed
+        if losers or not self._claim_new(agreed):
+            changed = list(agreed.schema)
+            self._claim_anew(agreed.schema)
+        for entry in changed:
+            if entry.key not in self._types:
+                self._take_over(entry)
+            if entry.key in self._types and not entry.compatible(self._usual(entry.key)):
+                self.odd.add(entry.key)
+            if entry.full:
+                self.kept[entry.key] = frozenset(entry.categories)
+        self._agreed = agreed.schema
+        return self.trouble()
+
+    def _claim_new(self, agreed: Agreed) -> bool:
+        """Claim the names of keys that are new; returns whether that is all there is to claim."""
+        if self._agreed is None and not agreed.before.entries:
+            self._agreed = agreed.before
+        if self._agreed is not agreed.before:
+            return False
+        unknown = []
+        for entry in agreed.changed:
+            if entry.key not in agreed.before:
+                handler = self.of_key.get(entry.key)
+                if handler is None:
+                    unknown.append((entry.key, entry.suffixes))
+                elif entry.key in self.odd or entry.suffixes != self._usual(entry.key).suffixes:
+                    return False
+        try:
+            self._claims.add(unknown)
+        except ValueError:
+            return False
+        return True
+
+    def _claim_anew(self, schema: Schema) -> None:
+        """Let what the ranks have agreed on come first, then what is known here alone."""
+        self._claims = Claims()
+        self._claims.add((entry.key, entry.suffixes) for entry in schema)
+        self.odd, self.kept = set(), {}
+        for key, handler in self.of_key.items():
+            if key not in schema:
+                try:
+                    self._claims.add([(key, _suffixes(handler))])
+                except ValueError:
                     self.odd.add(key)
-                continue
-            try:
-                claims.add(key, _suffixes(self.of_key[key]))
-            except ValueError:
-                self.odd.add(key)
         for name in list(self.derived):
             try:
-                claims.derive(name)
+                self._claims.derive(name)
             except ValueError as error:
                 _logger.warning("the derived metric %r is given up: %s", name, error)
                 del self.derived[name]
-        for entry in schema:
-            if entry.key not in self._types:
-                self._take_over(entry)
-        self._claims = claims
-        self.kept = {entry.key: frozenset(entry.categories) for entry in schema if entry.full}
-        return self.trouble()
 
     def _take_over(self, entry: Entry) -> None:
         try:
@@ -424,7 +455,7 @@ class KeyRegistry:
     def odd(self) -> set[Key]:
         return self._keys.odd
 
-    def adopt(self, schema: Schema, losers: Mapping[Key, int]) -> str:
+    def adopt(self, agreed: Agreed, losers: Mapping[Key, int]) -> str:
         with self._lock:
             for key, count in losers.items():
                 _logger.warning(
@@ -432,7 +463,7 @@ class KeyRegistry:
                     count + self._forget(key),
                     show(key),
                 )
-            return self._keys.adopt(schema, losers)
+            return self._keys.adopt(agreed, losers)
 
 
 def _check_saved_names(entries: Iterable[Entry], custom_types: Iterable[tuple[Key, str]]) -> None:
@@ -450,3 +481,16 @@ def _check_saved_names(entries: Iterable[Entry], custom_types: Iterable[tuple[Ke
 def _suffixes(handler: AggregationHandler) -> tuple[str, ...]:
     # What a handler without lanes will call its results is known only when it finalises.
     return handler.suffixes() if isinstance(handler, LaneHandler) else ("",)
+
+
+def _usual_entry(handler: AggregationHandler, label: str) -> Entry:
+    """Return how keys of a handler travel: an entry without a key."""
+    suffixes = _suffixes(handler)
+    if not isinstance(handler, LaneHandler):
+        return Entry(("", ""), label, 0, 0, suffixes)
+    entry = Entry(("", ""), label, handler.sum_width, handler.max_width, suffixes)
+    if isinstance(handler, DistributionAggHandler):
+        return replace(entry, distributed=True, bounded=handler.window_size is not None)
+    if isinstance(handler, CategoricalCountAggHandler):
+        return replace(entry, most=handler.max_categories)
+    return entry

@@ -111,7 +111,7 @@ def _united(schemas: Sequence[Schema]) -> Schema:
             known = united.get(entry.key)
             if known is None:
                 try:
-                    claims.add(entry.key, entry.suffixes)
+                    claims.add([(entry.key, entry.suffixes)])
                 except ValueError as error:
                     raise ValueError(f"states[{place}]: {error}") from error
                 united[entry.key], first[entry.key] = entry, place

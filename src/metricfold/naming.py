@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from types import MappingProxyType
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 from metricfold.metric import check_name
 
-__all__ = ["ANYTHING", "Claims", "Key", "check_prefix", "printed", "repeated", "show"]
+__all__ = ["ANYTHING", "Claimed", "Claims", "Key", "check_prefix", "printed", "repeated", "show"]
 
 ANYTHING = "\x00"
 """Stands for any text in what a key claims; no name can hold it, since names are printable."""
@@ -53,81 +53,168 @@ class Claims:
 
     A key claims its name with every suffix that its handler may append; a suffix that ends in
     `ANYTHING` claims all names that begin so. A key with a dataset also claims the name without it,
-    where the sum over datasets is printed.
+    where the sum over datasets is printed, together with its namesakes in other datasets.
     """
 
-    def __init__(
-        self,
-        exact: Mapping[str, Key] = MappingProxyType({}),
-        beginnings: Mapping[str, Key] = MappingProxyType({}),
-        derived: Iterable[str] = (),
-    ) -> None:
-        self._exact = dict(exact)
-        self._open = dict(beginnings)
-        self._derived = set(derived)
+    def __init__(self) -> None:
+        self._claimed = Claimed()
+        self._derived: list[str] = []
+        # By what may be a metric's name in them; those that are not listed yet.
+        self._printing: dict[str, str] = {}
+        self._unlisted: list[str] = []
 
-    def copy(self) -> Claims:
-        """Return claims that change on their own."""
-        return Claims(self._exact, self._open, self._derived)
+    def add(self, keys: Iterable[tuple[Key, Iterable[str]]]) -> None:
+        """Claim the names of all `keys`, each with its suffixes; raises ValueError as `check`."""
+        self.commit(self.check(keys))
 
-    def add(self, key: Key, suffixes: Iterable[str]) -> None:
-        """Claim the names of `key`; raises ValueError, and claims none, if one is taken."""
-        dataset, name = key
-        owners = [key, (ANYTHING, name)] if dataset else [key]
-        texts = [(owner, suffix) for owner in owners for suffix in suffixes]
-        for owner, suffix in texts:
-            self._check(key, owner, _text(owner, suffix))
-            self._check_derived(key, _text(owner, suffix))
-        for owner, suffix in texts:
-            text = _text(owner, suffix)
-            if text.endswith(ANYTHING):
-                self._open[text[:-1]] = owner
-            else:
-                self._exact[text] = owner
+    def check(self, keys: Iterable[tuple[Key, Iterable[str]]]) -> Claimed:
+        """Return what `keys`, each with its suffixes, would claim; claims nothing.
+
+        Raises:
+            ValueError: one of the names is taken, by another key or by a derived metric.
+        """
+        claimed, proposed = self._claimed, Claimed(self._claimed.endings)
+        for key, suffixes in keys:
+            texts: dict[str, Key] = {}
+            for owner in _owners(key):
+                for suffix in suffixes:
+                    if suffix.endswith(ANYTHING):
+                        claimed.expect(suffix[:-1])
+                        proposed.expect(suffix[:-1])
+                    texts[_text(owner, suffix)] = owner
+            for text, owner in texts.items():
+                if claimed.owners.get(text) != owner:  # else a namesake in another dataset has it
+                    _refuse_clash(key, text, claimed.clash(text, owner))
+                    _refuse_clash(key, text, proposed.clash(text, owner))
+                    if self._derived:
+                        self._refuse_derived(key, text)
+            for text, owner in texts.items():
+                proposed.enter(text, owner)
+        return proposed
+
+    def commit(self, proposed: Claimed) -> None:
+        """Take over what `check` found free."""
+        for text, owner in proposed.owners.items():
+            if self._claimed.enter(text, owner):
+                self._unlisted.append(text)
 
     def derive(self, name: str) -> None:
         """Claim `name`, in every dataset, for a derived metric."""
-        if name in self._derived:
+        place = bisect_left(self._derived, name)
+        if self._derived[place : place + 1] == [name]:
             raise ValueError(f"a derived metric {name!r} is defined already")
-        beginnings = ((text + ANYTHING, owner) for text, owner in self._open.items())
-        for text, owner in (*self._exact.items(), *beginnings):
-            if _may_print(text, name):
-                raise ValueError(
-                    f"a derived metric cannot be called {name!r}: {show(owner)} prints that name"
-                )
-        self._derived.add(name)
+        text = self._claim_on(name)
+        if text is not None:
+            raise ValueError(
+                f"a derived metric cannot be called {name!r}: {show(self._claimed.owners[text])} "
+                "prints that name"
+            )
+        self._derived.insert(place, name)
 
-    def _check(self, key: Key, owner: Key, text: str) -> None:
-        for taken, other in self._clashes(text):
-            if other != owner:
-                raise ValueError(
-                    f"{show(key)} would print {_shown(text)}, which {show(other)} claims already "
-                    f"(as {_shown(taken)}): give one of them another name"
-                )
+    def _refuse_derived(self, key: Key, text: str) -> None:
+        for rest in _rests(text):
+            name = rest.removesuffix(ANYTHING)
+            place = bisect_left(self._derived, name)
+            for derived in self._derived[place : place + 1]:
+                if derived == name or (name != rest and derived.startswith(name)):
+                    raise ValueError(
+                        f"{show(key)} would print the name of the derived metric {derived!r}: give "
+                        "one of them another name"
+                    )
 
-    def _check_derived(self, key: Key, text: str) -> None:
-        for name in self._derived:
-            if _may_print(text, name):
-                raise ValueError(
-                    f"{show(key)} would print the name of the derived metric {name!r}: give one "
-                    "of them another name"
-                )
+    def _claim_on(self, name: str) -> str | None:
+        """Return a claim that `name` belongs to, in whichever dataset."""
+        while self._unlisted:
+            text = self._unlisted.pop()
+            for rest in _rests(text):
+                self._printing[rest] = text
+        beginnings = (name[:length] + ANYTHING for length in range(len(name) + 1))
+        found = map(self._printing.get, (name, *beginnings))
+        return next((text for text in found if text is not None), None)
 
-    def _clashes(self, text: str) -> Iterator[tuple[str, Key]]:
-        if text.endswith(ANYTHING):
-            start = text[:-1]
-            for taken, other in self._exact.items():
-                if taken.startswith(start):
-                    yield taken, other
-            for taken, other in self._open.items():
-                if taken.startswith(start) or start.startswith(taken):
-                    yield taken + ANYTHING, other
-            return
-        if text in self._exact:
-            yield text, self._exact[text]
-        for taken, other in self._open.items():
-            if text.startswith(taken):
-                yield taken + ANYTHING, other
+
+class Claimed:
+    """Claimed names, and which of them begin alike: what one more costs does not grow with them.
+
+    Two whole names clash if they are equal: one look-up. One that claims all that begins so ends in
+    one of few *endings*, nearly always ``_count_``. So another can only begin with it where it
+    holds such an ending, and is listed there.
+
+    Attributes:
+        owners: the key that each name belongs to.
+        endings: that are known so far.
+    """
+
+    def __init__(self, endings: Iterable[str] = ()) -> None:
+        self.owners: dict[str, Key] = {}
+        self.endings = list(endings)
+        self._beginning: dict[str, list[str]] = {}
+
+    def enter(self, text: str, owner: Key) -> bool:
+        """Let `text` belong to `owner`; returns whether that is new."""
+        if text in self.owners:
+            return False
+        self.owners[text] = owner
+        if self.endings:
+            self._list(text, self.endings)
+        return True
+
+    def expect(self, ending: str) -> None:
+        """List from now on what begins with anything that ends so."""
+        if ending not in self.endings:
+            self.endings.append(ending)
+            for text in self.owners:
+                self._list(text, (ending,))
+
+    def clash(self, text: str, owner: Key) -> tuple[str, Key] | None:
+        """Return a name of another owner that what `text` claims is part of, or has part in."""
+        other = self.owners.get(text)
+        if other is not None and other != owner:
+            return text, other
+        if not self.endings:
+            return None
+        longer = self._beginning.get(text[:-1], ()) if text.endswith(ANYTHING) else ()
+        for taken in (*(start + ANYTHING for start in _starts(text, self.endings)), *longer):
+            other = self.owners.get(taken)
+            if other is not None and other != owner:
+                return taken, other
+        return None
+
+    def _list(self, text: str, endings: Iterable[str]) -> None:
+        for start in _starts(text, endings):
+            self._beginning.setdefault(start, []).append(text)
+
+
+def _refuse_clash(key: Key, text: str, clash: tuple[str, Key] | None) -> None:
+    if clash is not None:
+        taken, other = clash
+        raise ValueError(
+            f"{show(key)} would print {_shown(text)}, which {show(other)} claims already (as "
+            f"{_shown(taken)}): give one of them another name"
+        )
+
+
+def _owners(key: Key) -> list[Key]:
+    """Return in whose name a key claims: its own, and that of the sum over its datasets."""
+    dataset, name = key
+    return [key, (ANYTHING, name)] if dataset else [key]
+
+
+def _starts(text: str, endings: Iterable[str]) -> Iterator[str]:
+    """Yield each beginning of `text` that ends in one of `endings`."""
+    for ending in endings:
+        place = text.find(ending)
+        while place >= 0:
+            yield text[: place + len(ending)]
+            place = text.find(ending, place + 1)
+
+
+def _rests(text: str) -> Iterator[str]:
+    """Yield what may be a metric's name in `text`: a dataset may end at any of the slashes."""
+    place = text.find("/")
+    while place >= 0:
+        yield text[place + 1 :]
+        place = text.find("/", place + 1)
 
 
 def _text(owner: Key, suffix: str) -> str:
@@ -137,16 +224,6 @@ def _text(owner: Key, suffix: str) -> str:
 
 def _shown(text: str) -> str:
     return repr(text.lstrip("_").replace(ANYTHING, "*"))
-
-
-def _may_print(text: str, derived: str) -> bool:
-    """Return whether `derived`, in whichever dataset, may print what `text` claims."""
-    # A dataset may end at any of the slashes.
-    names = (text[place + 1 :] for place, character in enumerate(text) if character == "/")
-    return any(
-        derived.startswith(name[:-1]) if name.endswith(ANYTHING) else derived == name
-        for name in names
-    )
 
 
 def show(owner: Key) -> str:

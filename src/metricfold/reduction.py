@@ -26,7 +26,7 @@ from metricfold.handlers import (
     State,
     WindowState,
 )
-from metricfold.naming import show
+from metricfold.naming import Claims, show
 from metricfold.pool import FloatArray, Pool, Window
 from metricfold.routes import (
     Attendance,
@@ -144,7 +144,7 @@ class Reducer:
     """
 
     def __init__(self, wanted: RouteChoice = RouteChoice.AUTO) -> None:
-        self.schema = Schema()
+        self.schema, self._claims = Schema(), Claims()
         self.run = Totals.empty(self.schema)
         self.interval = Totals.empty(self.schema)
         self.windows: dict[Key, Window] = {}
@@ -166,7 +166,7 @@ class Reducer:
 
     def rebind(self) -> None:
         """Begin on a new communicator, whose ranks may be others: agree on everything anew."""
-        self.schema = Schema()
+        self.schema, self._claims = Schema(), Claims()
         if not self.run.sums.any():
             # Nothing but this process's own clock, which is no reason for ranks to disagree.
             self.run = self.interval = Totals.empty(self.schema)
@@ -396,9 +396,9 @@ class Reducer:
         """
         blobs = self._exchange_blobs(communicator, headers, blob)
         self.schema_rounds += 1
-        agreed = agree(self.schema, blobs)
+        agreed = agree(self.schema, self._claims, blobs)
         if communicator.rank == 0:
-            for entry in agreed.overflowed((*self.schema, *self.run.schema)):
+            for entry in agreed.overflowed(self.run.schema):
                 _warn_of_categories(entry)
         self.schema = agreed.schema
         losers = {}
@@ -408,7 +408,7 @@ class Reducer:
                 losers[lost.key] = 0 if state is None else int(state.sums[COUNT])
                 windows.pop(lost.key, None)
         try:
-            mine.error = registry.adopt(self.schema, losers)
+            mine.error = registry.adopt(agreed, losers)
         except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
             mine.error = f"it could not take over the agreed keys: {error!r}"
         if agreed.lost:

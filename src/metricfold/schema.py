@@ -11,9 +11,11 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from functools import cached_property
+from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from metricfold.pool import Window
 
 __all__ = ["AGREED", "HEADER_SIZE", "Entry", "Field", "Key", "Kind", "Schema", "digest", "places"]
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Kind(IntEnum):
@@ -72,6 +74,9 @@ AGREED = Field.ROUTE + 1
 """So many fields, from the first, must be the same on all ranks."""
 HEADER_SIZE = 16
 """A few more than there are fields, for later versions."""
+
+
+_HASH_BITS = 2**52 - 1
 
 
 def digest(data: bytes) -> int:
@@ -191,13 +196,20 @@ class Entry:
     def plain(self) -> dict[str, Any]:
         """Return the entry in JSON types, without what is as usual."""
         return {
-            field.name: value
-            for field in _FIELDS
-            if (value := getattr(self, field.name)) != field.default or field.default is MISSING
+            name: value
+            for name, value, default in zip(_NAMES, _values_of(self), _DEFAULTS, strict=True)
+            if value != default
         }
 
+    def digest(self) -> int:
+        """Return a hash that tells it from others."""
+        return digest(ascii(_values_of(self)).encode())
 
-_FIELDS = fields(Entry)
+
+_NAMES = tuple(field.name for field in fields(Entry))
+_DEFAULTS = tuple(field.default for field in fields(Entry))
+_values_of = attrgetter(*_NAMES)
+_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Schema:
@@ -205,23 +217,73 @@ class Schema:
 
     Attributes:
         entries: each key's entry, sorted by key.
-        sums: places of its SUM lanes.
-        maxs: places of its MAX lanes.
+        hash: the same for the same entries, however the schema has grown.
     """
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self.entries: dict[Key, Entry] = {
             entry.key: entry for entry in sorted(entries, key=lambda entry: entry.key)
         }
-        self.sums, self.sum_width = places(self, lambda entry: entry.sum_width)
-        self.maxs, self.max_width = places(self, lambda entry: entry.maxs)
-        self.hash = digest(self.to_json().encode())
+        self.hash = sum(entry.digest() for entry in self) & _HASH_BITS
+
+    def grown(self, changed: Iterable[Entry]) -> Schema:
+        """Return the schema with these entries, of new keys or in the place of those it has.
+
+        Most of what a new schema takes is for the entries that are new in it.
+        """
+        entries = dict(self.entries)
+        number = self.hash
+        for entry in changed:
+            known = entries.get(entry.key)
+            number += entry.digest() - (0 if known is None else known.digest())
+            entries[entry.key] = entry
+        grown = Schema()
+        grown.hash = number & _HASH_BITS
+        grown.entries = (
+            entries
+            if len(entries) == len(self.entries)
+            else {key: entries[key] for key in sorted(entries)}
+        )
+        return grown
 
     def __contains__(self, key: Key) -> bool:
         return key in self.entries
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries.values())
+
+    # What follows from the entries, each found when it is first asked for.
+
+    @cached_property
+    def sums(self) -> dict[Key, slice]:
+        """Places of each key's SUM lanes."""
+        return places(self, lambda entry: entry.sum_width)[0]
+
+    @cached_property
+    def maxs(self) -> dict[Key, slice]:
+        """Places of each key's MAX lanes."""
+        return places(self, lambda entry: entry.maxs)[0]
+
+    @cached_property
+    def sum_width(self) -> int:
+        return int(self._sum_ends[-1])
+
+    @cached_property
+    def max_width(self) -> int:
+        return int(self._max_ends[-1])
+
+    @cached_property
+    def _sum_ends(self) -> IndexArray:
+        """Where the SUM lanes of each key begin, and where the last ones end."""
+        return _ends(entry.sum_width for entry in self)
+
+    @cached_property
+    def _max_ends(self) -> IndexArray:
+        return _ends(entry.maxs for entry in self)
+
+    @cached_property
+    def _positions(self) -> dict[Key, int]:
+        return {key: position for position, key in enumerate(self.entries)}
 
     @cached_property
     def has_custom(self) -> bool:
@@ -241,7 +303,11 @@ class Schema:
         return Schema(replace(entry, categories=()) for entry in self if entry.per_rank)
 
     def to_json(self) -> str:
-        return json.dumps([entry.plain() for entry in self], separators=(",", ":"))
+        return self.entries_to_json(self)
+
+    @staticmethod
+    def entries_to_json(entries: Iterable[Entry]) -> str:
+        return _json([entry.plain() for entry in entries])
 
     @staticmethod
     def entries_from_json(text: str) -> list[Entry]:
@@ -304,20 +370,19 @@ class Schema:
 
         Categories that there was no room for stand where the others are counted.
         """
-        sums = np.zeros(older.sum_width, dtype=np.intp)
-        maxs = np.zeros(older.max_width, dtype=np.intp)
+        here = np.array([self._positions[key] for key in older.entries], dtype=np.intp)
+        sums = _moved(older._sum_ends, self._sum_ends[here])
         for old in older:
-            new = self.entries[old.key]
-            start = self.sums[old.key].start
-            lanes = list(range(start, start + old.sums))
             if old.categories:
-                lane_of = {c: start + new.sums + i for i, c in enumerate(new.categories)}
+                new = self.entries[old.key]
+                start = self._sum_ends[self._positions[old.key]] + new.sums
+                lane_of = {category: start + i for i, category in enumerate(new.categories)}
                 rest = lane_of.get(OTHER, 0)
-                lanes += [lane_of.get(category, rest) for category in old.categories]
-            sums[older.sums[old.key]] = lanes
-            place = self.maxs[old.key]
-            maxs[older.maxs[old.key]] = range(place.start, place.stop)
-        return sums, maxs
+                place = older._sum_ends[older._positions[old.key]] + old.sums
+                sums[place : place + len(old.categories)] = [
+                    lane_of.get(category, rest) for category in old.categories
+                ]
+        return sums, _moved(older._max_ends, self._max_ends[here])
 
 
 IndexArray = npt.NDArray[np.intp]
@@ -332,3 +397,13 @@ def places(
         found[entry.key] = slice(start, start + width(entry))
         start = found[entry.key].stop
     return found, start
+
+
+def _ends(widths: Iterable[int]) -> IndexArray:
+    return np.fromiter(accumulate(widths, initial=0), dtype=np.intp)
+
+
+def _moved(ends: IndexArray, starts: IndexArray) -> IndexArray:
+    """Return where each lane stands, once the lanes between `ends` begin at `starts`."""
+    lanes: IndexArray = np.arange(ends[-1]) + np.repeat(starts - ends[:-1], np.diff(ends))
+    return lanes

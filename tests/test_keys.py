@@ -1,0 +1,223 @@
+"""Ranks come to one schema, at a price per key that does not grow with those they have agreed on."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_threads
+
+from metricfold import MetricsAggregator, agreement, keys, naming
+from metricfold.agreement import Agreed, agree, encoded
+from metricfold.communicator import Communicator
+from metricfold.data.batch import Column
+from metricfold.handlers import built_in_handlers
+from metricfold.keys import KeyTable
+from metricfold.metric import resolve_type
+from metricfold.naming import Claims
+from metricfold.schema import Entry, Key, Schema
+
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"on_nan": "skip"},
+    {"percentiles": (50, 99)},
+    {"window_size": None},
+)
+NAMES = ("a", "b", "a_nan_count", "a_stat_p99", "a_count_x", "x")
+AGGREGATIONS = ("sum", "mean", "distribution", "categorical_count")
+
+records = st.tuples(
+    st.integers(0, 2),  # the rank
+    st.tuples(st.sampled_from(["", "d", "e"]), st.sampled_from(NAMES)),
+    st.sampled_from(AGGREGATIONS),
+)
+rounds = st.lists(st.lists(records, max_size=4), min_size=1, max_size=5)
+
+
+class World:
+    """The key tables of some ranks, and what these have agreed on."""
+
+    def __init__(self, settings_of: Any, derived: Any) -> None:
+        self.tables = [KeyTable(built_in_handlers(**one)) for one in settings_of]
+        self.schema, self.claims = Schema(), Claims()
+        for table, name in zip(self.tables, derived, strict=True):
+            if name:
+                table.derive(name, len)
+
+    def record(self, rank: int, key: Key, agg: str) -> None:
+        table = self.tables[rank]
+        try:
+            table.commit(table.admit([Column(key, resolve_type(agg), None)]))
+        except ValueError:
+            return  # a name that is taken on that rank
+
+    def agree(self) -> Agreed:
+        blobs = []
+        for table in self.tables:
+            unknown = [key for key in table.of_key if key not in self.schema or key in table.odd]
+            blobs.append(encoded([table.entry(key) for key in sorted(unknown)]))
+        agreed = agree(self.schema, self.claims, blobs)
+        for rank, table in enumerate(self.tables):
+            table.adopt(agreed, [lost.key for lost in agreed.lost if rank in lost.ranks])
+        self.schema = agreed.schema
+        return agreed
+
+
+def begun_anew(table: KeyTable, agreed: Schema) -> tuple[Claims, set[Key]]:
+    """Return the names in use and the keys held otherwise, found out from all keys at once."""
+    claims, otherwise = Claims(), set()
+    claims.add((entry.key, entry.suffixes) for entry in agreed)
+    for key in table.of_key:
+        entry = agreed.entries.get(key)
+        if entry is not None:
+            if not entry.compatible(table.entry(key)):
+                otherwise.add(key)
+            continue
+        try:
+            claims.add([(key, table.entry(key).suffixes)])
+        except ValueError:
+            otherwise.add(key)
+    return claims, otherwise
+
+
+def answer(claims: Claims, key: Key, suffixes: tuple[str, ...]) -> str:
+    try:
+        claims.check([(key, suffixes)])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@given(
+    rounds,
+    st.tuples(*[st.sampled_from(SETTINGS)] * 3),
+    st.tuples(*[st.sampled_from(["", "a", "x"])] * 3),
+)
+@settings(max_examples=120, deadline=None)
+def test_ranks_know_after_each_log_what_all_keys_at_once_would_tell(
+    story: Any, settings_of: Any, derived: Any
+) -> None:
+    world = World(settings_of, derived)
+    for batch in story:
+        for record in batch:
+            world.record(*record)
+        agreed = world.agree()
+        assert agreed.schema.entries == Schema(agreed.schema).entries
+        assert agreed.schema.hash == Schema(agreed.schema).hash
+        for table in world.tables:
+            claims, otherwise = begun_anew(table, agreed.schema)
+            assert table.odd == otherwise
+            for name in NAMES:
+                for agg in AGGREGATIONS:
+                    suffixes = table.handlers[resolve_type(agg)].suffixes()  # type: ignore[attr-defined]
+                    for dataset in ("", "f"):
+                        theirs = answer(table._claims, (dataset, name), suffixes)
+                        if "derived" not in theirs:
+                            assert bool(theirs) == bool(answer(claims, (dataset, name), suffixes))
+                    for known in table.derived:
+                        assert known not in table.of_key
+
+
+lanes = st.builds(
+    Entry,
+    key=st.tuples(st.sampled_from("de"), st.sampled_from("abcdef")),
+    type=st.just("x"),
+    sums=st.integers(1, 5),
+    maxs=st.integers(0, 2),
+    categories=st.lists(st.sampled_from("pqr"), unique=True).map(lambda c: tuple(sorted(c))),
+    most=st.just(9),
+)
+
+
+@given(st.lists(lanes, unique_by=lambda entry: entry.key), st.lists(lanes))
+def test_lanes_stand_where_their_keys_do_in_a_schema_that_has_grown(
+    first: list[Entry], later: list[Entry]
+) -> None:
+    older, grown = Schema(first), dict(Schema(first).entries)
+    for entry in later:
+        known = grown.get(entry.key)
+        grown[entry.key] = entry if known is None else known.with_categories(entry.categories)
+    newer = older.grown(grown.values())
+    assert newer.entries == Schema(grown.values()).entries
+    sums, maxs = newer.lanes_from(older)
+    for entry in older:
+        place, there = older.sums[entry.key], newer.sums[entry.key]
+        wide = newer.entries[entry.key]
+        fixed = list(range(there.start, there.start + entry.sums))
+        named = [there.start + wide.sums + wide.categories.index(c) for c in entry.categories]
+        assert sums[place].tolist() == fixed + named
+        there = newer.maxs[entry.key]
+        assert maxs[older.maxs[entry.key]].tolist() == list(range(there.start, there.stop))
+    assert (newer.sum_width, newer.max_width) == (
+        sum(entry.sum_width for entry in newer),
+        sum(entry.maxs for entry in newer),
+    )
+
+
+def lines_run(function: Any, *modules: Any) -> int:
+    """Return how many lines of `modules` run while `function` is called, on this thread."""
+    files = {str(Path(module.__file__)) for module in modules}
+    lines: Counter[str] = Counter()
+
+    def count(frame: Any, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename not in files:
+            return None
+        lines[event] += 1
+        return count
+
+    sys.settrace(count)
+    try:
+        function()
+    finally:
+        sys.settrace(None)
+    return lines["line"]
+
+
+@pytest.mark.parametrize("agg", ["mean", "categorical_count"])
+def test_what_one_more_key_takes_does_not_grow_with_those_agreed_on(agg: str) -> None:
+    def lines(communicator: Communicator, known: int) -> int:
+        aggregator = MetricsAggregator(communicator=communicator)
+        for index in range(known):
+            aggregator.record(f"layer{index}/load", 1.0, agg, dataset=f"set_{index % 3}")
+        aggregator.reduce()
+
+        def two_more(nth: str) -> None:
+            if communicator.rank == 0:
+                aggregator.record(f"{nth} of one rank", 1.0, agg, dataset="set_1")
+            aggregator.derive(f"{nth} derived", len)
+            aggregator.reduce()
+            aggregator.record(f"{nth} of both", 1.0, agg)
+            aggregator.reduce()
+
+        two_more("first")  # derive() lists, once, the names that are there
+        return lines_run(lambda: two_more("second"), agreement, keys, naming)
+
+    few, many = (run_threads(lambda c, n=n: lines(c, n), 2) for n in (20, 400))
+    for less, more in zip(few, many, strict=True):
+        assert less > 50
+        assert more <= less + 5
+
+
+def test_a_rank_that_took_a_key_over_but_handles_it_otherwise_says_so_at_once() -> None:
+    """Before, its next reduction could not pack what it held, on every try from then on."""
+
+    def disagree(communicator: Communicator) -> str:
+        bounded = None if communicator.rank == 0 else 10
+        aggregator = MetricsAggregator(bounded, communicator=communicator)
+        if communicator.rank == 0:
+            aggregator.record("len", 1.0, "distribution")
+        aggregator.reduce()
+        aggregator.record("len", 2.0, "distribution")
+        with pytest.raises(
+            ValueError, match="rank 1 held metric 'len' with a window size"
+        ) as error:
+            aggregator.reduce()
+        return str(error.value)
+
+    first, second = run_threads(disagree, 2)
+    assert first == second
