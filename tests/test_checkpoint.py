@@ -315,7 +315,7 @@ def test_a_handler_with_other_lanes_than_the_saved_one_is_refused() -> None:
 
     aggregator = new_aggregator()
     aggregator.register_handler("lane rms", Wider())
-    with pytest.raises(ValueError, match=r"3 SUM and 0 MAX lanes, but Wider has 4 and 0"):
+    with pytest.raises(ValueError, match=r"3 SUM and 0 MAX lanes, but Wider has 4 SUM and 0 MAX"):
         aggregator.load_state_dict(good_state())
 
 

@@ -43,9 +43,10 @@ from metricfold.handlers import (
     LaneHandler,
     built_in_handlers,
     check_on_nan,
+    name_of,
     quiet,
 )
-from metricfold.keys import Admission, KeyRegistry, KeyTable
+from metricfold.keys import INSTEAD, Admission, KeyRegistry, KeyTable
 from metricfold.metric import (
     AggregationType,
     Metric,
@@ -279,7 +280,7 @@ class MetricsAggregator:
                 if not all(isinstance(handler, LaneHandler) for handler in handlers):
                     raise ValueError(
                         f"timer {name!r} needs handlers with lanes for 'mean', 'max' and 'rate', but "
-                        "another one is registered here: register yours for a type of its own"
+                        f"another one is registered here: {INSTEAD}"
                     )
                 self._keys.commit(admission)
                 self._keys.per_rank.add(("", keys.share))
@@ -775,7 +776,7 @@ class MetricsAggregator:
                 except Exception as failure:
                     raise ValueError(
                         f"the state of {show(key)} cannot be restored by "
-                        f"{type(handler).__name__}.deserialize_metadata: {failure!r}"
+                        f"{name_of(handler)}.deserialize_metadata: {failure!r}"
                     ) from failure
         return revived
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from metricfold.handlers import AggregationHandler, LaneHandler
-from metricfold.metric import Metric, MetricState, TypeLike, type_label
+from metricfold.handlers import AggregationHandler, name_of, number_of, reported
+from metricfold.metric import Metric, MetricState, TypeLike, quote, type_label
 from metricfold.naming import show
 from metricfold.schema import Key
 
@@ -209,7 +209,11 @@ class CustomResults:
 
 
 def combined(
-    key: Key, label: str, results: list[MetricState], handler: AggregationHandler | None
+    key: Key,
+    label: str,
+    results: list[MetricState],
+    handler: AggregationHandler | None,
+    seconds: float,
 ) -> dict[str, float]:
     """Return what the results of one name come to, by the suffix that the name takes."""
     if handler is None:
@@ -218,15 +222,23 @@ def combined(
             "call register_handler() on every rank"
         )
     result = results[0] if len(results) == 1 else handler.finalize_dist_agg(results)
-    if isinstance(handler, LaneHandler):
-        return handler.report(result)
     try:
-        return {"": float(result.value)}
-    except (TypeError, ValueError):
+        return reported(handler, result, seconds)
+    except TypeError:
+        if _is_number(result.value):
+            raise  # of a hook of the handler
         raise TypeError(
-            f"the handler of type {label!r} finalised {show(key)} to {result.value!r}, which is "
-            "not a number"
+            f"the handler of type {label!r} finalised {show(key)} to {quote(result.value)}, which "
+            "is not a number"
         ) from None
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        number_of(value)
+    except TypeError:
+        return False
+    return True
 
 
 def restored(saved: SavedState, handler: AggregationHandler, agg_type: TypeLike) -> MetricState:
@@ -245,7 +257,7 @@ def _save(key: Key, handler: AggregationHandler, state: MetricState) -> SavedSta
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"the state of {show(key)} cannot be saved as JSON ({error}): override "
-            f"serialize_metadata and deserialize_metadata in {type(handler).__name__}"
+            f"serialize_metadata and deserialize_metadata in {name_of(handler)}"
         ) from None
     return {"dataset": key[0], "name": key[1], "type": type_label(state.agg_type), **plain}
 

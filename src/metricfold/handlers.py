@@ -19,20 +19,23 @@ or implements the four methods of `AggregationHandler`, which may keep any state
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
+from enum import Enum
 from numbers import Real
-from operator import add
+from operator import add, mul
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
 from metricfold.histogram.weights import LARGEST_WEIGHT
-from metricfold.metric import AggregationType, Metric, MetricState, TypeLike
-from metricfold.naming import ANYTHING
+from metricfold.metric import AggregationType, Metric, MetricState, TypeLike, quote
+from metricfold.naming import ANYTHING, show
 from metricfold.pool import (
     EXACT_VALUES,
     FloatArray,
@@ -44,7 +47,7 @@ from metricfold.pool import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
     from collections.abc import Set as AbstractSet
 
     from metricfold.histogram import LogLinearHistogram
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OTHER",
     "AggregationHandler",
+    "ByContract",
     "CategoricalCountAggHandler",
     "CategoryState",
     "DistributionAggHandler",
@@ -67,8 +71,12 @@ __all__ = [
     "SumAggHandler",
     "WindowState",
     "built_in_handlers",
+    "category_of",
+    "name_of",
+    "number_of",
     "percentile_name",
     "quiet",
+    "reported",
 ]
 
 Lanes: TypeAlias = tuple[float, ...]
@@ -258,6 +266,8 @@ class AggregationHandler(ABC):
 
     weighted: ClassVar[bool] = True
     """Whether a metric may have a weight other than 1. One of weight 0 never comes here."""
+    is_total: ClassVar[bool] = False
+    """Whether ``window="auto"`` means the run, as for a sum, rather than the interval."""
 
     @abstractmethod
     def initialize_metric_state(
@@ -285,6 +295,10 @@ class AggregationHandler(ABC):
         """Return what `serialize_metadata` was given."""
         return metadata
 
+    def registered(self) -> AggregationHandler:
+        """Return what handles the metrics of a type that this handler is registered for."""
+        return self
+
 
 class LaneHandler(AggregationHandler):
     """A handler whose state is a few float64 lanes, each combined by SUM or by MAX.
@@ -292,6 +306,9 @@ class LaneHandler(AggregationHandler):
     Declare the lanes by name, fold values into them, and compute the result from the merged
     lanes. ``count``, ``nans`` and ``seconds`` are there in every result. A minimum is the MAX of
     the negative.
+
+    Lanes know nothing of the methods of the contract. A subclass that overrides one of them is a
+    handler without lanes: its metrics are handled by the contract alone.
 
     Args:
         on_nan: ``"propagate"`` reports NaN when one came in; ``"skip"`` leaves NaN out and
@@ -391,60 +408,263 @@ class LaneHandler(AggregationHandler):
             reported["_nan_count"] = nans
         return reported
 
-    # The contract, for those who call a handler themselves or return a state of a built-in type
-    # from a handler of their own.
+    # The contract, for those who call a handler themselves, override a method of it, or return a
+    # state of a type with lanes from a handler of their own. A state's value is what its metadata
+    # come to; a value that somebody has set since then is meant, and counts instead of them.
+
+    value_is_all: ClassVar[bool] = False
+    """Whether the value alone says all that a state holds."""
+
+    def registered(self) -> AggregationHandler:
+        return ByContract(self) if self._is_overridden() else self
+
+    def _is_overridden(self) -> bool:
+        """Return whether a subclass or this very object has its own way with the contract."""
+        ours = next(_CONTRACTS[kind] for kind in type(self).__mro__ if kind in _CONTRACTS)
+        return any(
+            name in vars(self) or getattr(type(self), name) is not method
+            for name, method in ours.items()
+        )
 
     def initialize_metric_state(
         self, dataset_name: str, metric_name: str, agg_type: TypeLike
     ) -> MetricState:
-        metadata = self._metadata(self.empty())
-        return MetricState(dataset_name, metric_name, self.initial, agg_type, metadata)
+        state = MetricState(dataset_name, metric_name, self.initial, agg_type)
+        self._store(self.empty(), state)
+        return state
 
     def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
         if not metric.weight:
             return
-        weights = None if metric.weight == 1.0 else np.array([metric.weight], dtype=np.float64)
-        state = self.empty()
-        state.merge(self._state_of(local_agg_metric))
-        state.merge(self.fold(np.array([metric.value], dtype=np.float64), weights))
-        self._store(state, local_agg_metric)
+        with quiet():
+            state = self._held(local_agg_metric, finished=False)
+            state.merge(self._folded(metric))
+            self._store(state, local_agg_metric)
 
     def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+        lanes = self._lanes_of(local_agg_metric.metadata)
+        if lanes is not None:
+            given = local_agg_metric.value if _is_set(local_agg_metric) else None
+            with quiet():
+                self._store(lanes, local_agg_metric)
+            if given is not None:
+                local_agg_metric.value = given
         return [local_agg_metric]
 
     def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> MetricState:
-        first = local_agg_metrics[0]
-        merged = self._state_of(first)
-        for state in local_agg_metrics[1:]:
-            merged.merge(self._state_of(state))
-        result = MetricState(first.dataset_name, first.metric_name, 0.0, first.agg_type)
-        self._store(merged, result)
+        first, *others = local_agg_metrics
+        result = MetricState(first.dataset_name, first.metric_name, self.initial, first.agg_type)
+        with quiet():
+            merged = self._held(first)
+            for state in others:
+                merged.merge(self._held(state))
+            self._store(merged, result)
         return result
 
-    def report(self, local_agg_metric: MetricState) -> dict[str, float]:
-        """Return what to report of a state, by the suffix that the metric's name takes."""
-        seconds = local_agg_metric.metadata.get("seconds", math.nan)
-        return self.finalize(self._reduced(self._state_of(local_agg_metric), seconds))
+    def report(self, local_agg_metric: MetricState, seconds: float = math.nan) -> dict[str, float]:
+        """Return what to report of a finalised state, by the suffix that the metric's name takes.
+
+        Args:
+            local_agg_metric: the state.
+            seconds: wall time that it speaks about, if its metadata do not say.
+        """
+        seconds = local_agg_metric.metadata.get("seconds", seconds)
+        with quiet():
+            found = self.finalize(self._reduced(self._held(local_agg_metric), seconds))
+        if _is_set(local_agg_metric) and not self.value_is_all:
+            found = {**found, "": number_of(local_agg_metric.value)}
+        return found
+
+    def _folded(self, metric: Metric) -> State:
+        """Return the state of a single metric."""
+        key = (metric.dataset_name, metric.name)
+        try:
+            value, weight = number_of(metric.value), number_of(metric.weight)
+        except TypeError as error:
+            raise TypeError(f"{show(key)}: {error}") from None
+        return self.fold(np.array([value]), None if weight == 1.0 else np.array([weight]))
 
     def _store(self, state: State, target: MetricState) -> None:
         target.metadata.update(self._metadata(state))
-        target.value = self.report(target).get("", self.initial)
+        target.value = target.metadata[_STORED] = self._value_of(state, target.metadata)
+
+    def _metadata(self, state: State) -> dict[str, Any]:
+        return dict(zip(self._lane_names, (*state.sums, *state.maxs), strict=True))
+
+    def _value_of(self, state: State, metadata: Mapping[str, Any]) -> float:
+        lanes = ReducedState(state.sums, state.maxs, metadata.get("seconds", math.nan))
+        return self.finalize_lanes(lanes).get("", self.initial)
 
     def _reduced(self, state: State, seconds: float) -> ReducedState:
         return ReducedState(state.sums, state.maxs, seconds)
 
-    def _metadata(self, state: State) -> dict[str, Any]:
-        names = (*COMMON_LANES, *self.sum_lanes, *self.max_lanes)
-        return dict(zip(names, (*state.sums, *state.maxs), strict=True))
+    @property
+    def _lane_names(self) -> tuple[str, ...]:
+        return *COMMON_LANES, *self.sum_lanes, *self.max_lanes
 
-    def _state_of(self, state: MetricState) -> State:
-        """Return the state's lanes; a state that carries only a value counts as that one value."""
-        if COMMON_LANES[COUNT] not in state.metadata:
-            return self.fold(np.array([state.value], dtype=np.float64), None)
-        return LaneState(
-            tuple(float(state.metadata[lane]) for lane in (*COMMON_LANES, *self.sum_lanes)),
-            tuple(float(state.metadata[lane]) for lane in self.max_lanes),
+    def _held(self, state: MetricState, *, finished: bool = True) -> State:
+        """Return what anyone's `state` holds; its value, where its metadata do not say.
+
+        Args:
+            state: whose metadata may be of any kind.
+            finished: whether nothing is added to it any more. Its value then stands for one value
+                at least; until then it may be no more than what it began with.
+        """
+        lanes = self._lanes_of(state.metadata)
+        if lanes is not None and not _is_set(state):
+            return lanes
+        return self._of_value(state.value, lanes, finished=finished)
+
+    def _lanes_of(self, metadata: Mapping[str, Any]) -> State | None:
+        """Return the lanes in `metadata`, or None if those are not of this type."""
+        # States of the first version bear no mark, but have these names and no others.
+        if _STORED not in metadata and metadata.keys() != set(self._lane_names):
+            return None
+        lanes = _numbers_in(metadata, self._lane_names)
+        if lanes is None:
+            return None
+        return LaneState(lanes[: self.sum_width], lanes[self.sum_width :])
+
+    def _of_value(self, value: Any, lanes: State | None, *, finished: bool) -> State:
+        """Return what a state holds of which the value alone is known, or has been set.
+
+        Args:
+            value: the state's.
+            lanes: what its metadata hold, which the value differs from; None: nothing.
+            finished: as in `_held`.
+        """
+        if not finished and (value is None or not self.value_is_all):
+            return self.empty() if lanes is None else lanes
+        one = self.fold(np.array([number_of(value)]), None)
+        if lanes is not None and lanes.sums[NANS]:
+            nans = self.empty()
+            nans.sums = (lanes.sums[NANS],) * 2 + nans.sums[2:]
+            one.merge(nans)
+        return one
+
+
+class ByContract(AggregationHandler):
+    """A handler of lanes whose contract is overridden, and which is therefore asked by it alone.
+
+    Args:
+        handler: answers.
+    """
+
+    def __init__(self, handler: LaneHandler) -> None:
+        self.handler = handler
+
+    @property
+    def is_total(self) -> bool:  # type: ignore[override]
+        return self.handler.is_total
+
+    @property
+    def weighted(self) -> bool:  # type: ignore[override]
+        return self.handler.weighted
+
+    def initialize_metric_state(
+        self, dataset_name: str, metric_name: str, agg_type: TypeLike
+    ) -> MetricState:
+        return self.handler.initialize_metric_state(dataset_name, metric_name, agg_type)
+
+    def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+        self.handler.update(local_agg_metric, metric)
+
+    def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+        return self.handler.finalize_local_agg(local_agg_metric)
+
+    def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> MetricState:
+        return self.handler.finalize_dist_agg(local_agg_metrics)
+
+    def serialize_metadata(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        return self.handler.serialize_metadata(metadata)
+
+    def deserialize_metadata(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        return self.handler.deserialize_metadata(metadata)
+
+
+def reported(handler: AggregationHandler, result: MetricState, seconds: float) -> dict[str, float]:
+    """Return what to report of a finalised state, by the suffix that the metric's name takes.
+
+    Args:
+        handler: of the state's type.
+        result: the state, finalised over all ranks.
+        seconds: wall time that it speaks about.
+
+    Raises:
+        TypeError: the value is no number.
+    """
+    answering = handler.handler if isinstance(handler, ByContract) else handler
+    if isinstance(answering, LaneHandler):
+        return answering.report(result, seconds)
+    return {"": number_of(result.value)}
+
+
+def name_of(handler: AggregationHandler) -> str:
+    """Return how messages speak of a handler."""
+    return type(handler.handler if isinstance(handler, ByContract) else handler).__name__
+
+
+_STORED = "__value__"
+"""Marks metadata as those of a state of lanes, and says what value they came to."""
+
+
+def _is_set(state: MetricState) -> bool:
+    """Return whether the value is another one than what the metadata came to."""
+    stored = state.metadata.get(_STORED, state.value)
+    if state.value is stored:
+        return False
+    try:
+        value = number_of(state.value)
+    except TypeError:
+        return True
+    return value != stored and not (math.isnan(value) and stored != stored)  # noqa: PLR0124
+
+
+def number_of(value: Any) -> float:
+    """Return the number that `value` is, or that is all it holds.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    # A text may spell a number, and NumPy's masked value is NaN with a warning.
+    if value is not np.ma.masked and not isinstance(value, str | bytes | bytearray):
+        item = getattr(value, "item", None)
+        with contextlib.suppress(Exception):  # a framework's own may be of any kind
+            return float(value if item is None else item())
+    raise TypeError(f"{quote(value)} is no number")
+
+
+def category_of(value: Any) -> str:
+    """Return the text that `value` counts under.
+
+    Raises:
+        TypeError: it is no category.
+    """
+    if not isinstance(value, str | int | float | Enum):
+        raise TypeError(
+            f"the value {quote(value)} is no category: give a text, a number, an Enum member, or "
+            "an array of one element"
         )
+    return str(value)
+
+
+def _array_of(values: Any) -> FloatArray | None:
+    """Return a list of numbers as an array of shape (n,), or None if it is none."""
+    if not isinstance(values, list | tuple | deque | np.ndarray):
+        return None
+    try:
+        array = np.asarray(list(values))
+    except Exception:  # noqa: BLE001 - what it holds may be of any kind
+        return None
+    return array.astype(np.float64) if array.ndim == 1 and array.dtype.kind in "biuf" else None
+
+
+def _numbers_in(metadata: Mapping[str, Any], names: Iterable[str]) -> Lanes | None:
+    """Return what `metadata` hold under `names`, or None if one is missing or is no number."""
+    try:
+        return tuple(number_of(metadata[name]) for name in names)
+    except (KeyError, TypeError):
+        return None
 
 
 # -- The built-ins -------------------------------------------------------------------------------
@@ -454,6 +674,8 @@ class SumAggHandler(LaneHandler):
     """Total of the values; integers are exact up to 2^53."""
 
     sum_lanes = ("sum",)
+    is_total = True
+    value_is_all = True
 
     def sums_of(self, values: FloatArray, weights: FloatArray | None) -> tuple[float, ...]:
         return (float(values.sum()),)
@@ -465,8 +687,11 @@ class SumAggHandler(LaneHandler):
 class RateAggHandler(SumAggHandler):
     """Total of the values per second of wall time, by the slowest rank's clock.
 
-    Over no time, as in a pause that spans an interval, there is no rate to report.
+    Over no time, as in a pause that spans an interval, there is no rate to report. By the contract
+    the value is the total, which is divided where it is reported.
     """
+
+    is_total = False
 
     def result(self, lanes: Mapping[str, float]) -> float:
         return lanes["sum"] / lanes["seconds"] if lanes["seconds"] else math.nan
@@ -476,6 +701,9 @@ class RateAggHandler(SumAggHandler):
         if not state.seconds:
             reported.pop("", None)
         return reported
+
+    def _value_of(self, state: State, metadata: Mapping[str, Any]) -> float:
+        return super()._value_of(state, {"seconds": 1.0, **metadata})
 
 
 class MeanAggHandler(LaneHandler):
@@ -492,12 +720,34 @@ class MeanAggHandler(LaneHandler):
     def result(self, lanes: Mapping[str, float]) -> float:
         return lanes["weighted_sum"] / lanes["weight"]
 
+    # By the contract: the sum and the count, each value as often as its weight says.
+
+    def _metadata(self, state: State) -> dict[str, Any]:
+        _, nans, weighted_sum, weight = state.sums
+        return {"sum": weighted_sum, "count": weight, "nans": nans}
+
+    def _lanes_of(self, metadata: Mapping[str, Any]) -> State | None:
+        first_version = "weighted_sum" in metadata and _STORED not in metadata
+        names = ("weighted_sum", "weight") if first_version else ("sum", "count")
+        lanes = _numbers_in(metadata, names)
+        if lanes is None or not 0 <= lanes[1] < math.inf:
+            return None
+        (nans,) = _numbers_in(metadata, ("nans",)) or (0.0,)
+        return LaneState((lanes[1] + nans, nans, *lanes))
+
+    def _of_value(self, value: Any, lanes: State | None, *, finished: bool) -> State:
+        if lanes is None or not lanes.sums[-1]:
+            return super()._of_value(value, lanes, finished=finished)
+        *counts, _, weight = lanes.sums
+        return LaneState((*counts, number_of(value) * weight, weight))
+
 
 class MaxAggHandler(LaneHandler):
     """Largest value."""
 
     max_lanes = ("max",)
     initial = -math.inf
+    value_is_all = True
 
     def maxs_of(self, values: FloatArray) -> tuple[float, ...]:
         return (float(values.max()),)
@@ -511,6 +761,7 @@ class MinAggHandler(LaneHandler):
 
     max_lanes = ("negative_min",)
     initial = math.inf
+    value_is_all = True
 
     def maxs_of(self, values: FloatArray) -> tuple[float, ...]:
         return (-float(values.min()),)
@@ -614,39 +865,122 @@ class DistributionAggHandler(LaneHandler):
             reported["_stat_inf_count"] = float(state.sums[2])
         return reported
 
+    # By the contract: the recent values, and a histogram of those before them if there is no bound.
+
+    def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+        metadata = local_agg_metric.metadata
+        with quiet():
+            one = self._folded(metric)
+            assert isinstance(one, WindowState)
+            # In place: a copy of the window for each value would cost as much as it is large.
+            if not isinstance(metadata.get("values"), list | deque):
+                metadata.update(self._metadata(self._held(local_agg_metric, finished=False)))
+            _, nans, infinities, *_ = one.sums
+            metadata["nans"] = metadata.get("nans", 0.0) + nans
+            metadata["infinities"] = metadata.get("infinities", 0.0) + infinities
+            if one.size:
+                self._append(metadata, number_of(metric.value), number_of(metric.weight))
+            metadata.pop("statistics", None)
+            if self.window_size is None and len(metadata["values"]) >= self.limit + _UNFOLDED:
+                self._condense(local_agg_metric)
+            mean = self._mean(metadata)
+            if mean is not None:
+                local_agg_metric.value = metadata[_STORED] = mean
+
+    def _append(self, metadata: dict[str, Any], value: float, weight: float) -> None:
+        values, weights = metadata["values"], metadata.get("weights")
+        if weights is None and weight != 1.0:
+            weights = []
+        if weights is not None:
+            # Who adds to the values alone means a weight of 1.
+            weights = [*weights, *[1.0] * (len(values) - len(weights)), weight]
+        values.append(value)
+        if self.window_size is not None:
+            while len(values) > self.window_size:
+                del values[0]
+        metadata["weights"] = None if weights is None else weights[len(weights) - len(values) :]
+
+    def _condense(self, state: MetricState) -> None:
+        lanes = self._lanes_of(state.metadata)
+        assert lanes is not None
+        lanes.limit = self.limit
+        state.metadata.update(self._metadata(lanes))
+
+    @staticmethod
+    def _mean(metadata: Mapping[str, Any]) -> float | None:
+        """Return the mean of the recent values, if those are all."""
+        values, weights = metadata["values"], metadata.get("weights")
+        if not values or metadata.get("older") is not None:
+            return None
+        if weights is None:
+            return float(sum(values) / len(values))
+        return float(sum(map(mul, values, weights)) / sum(weights))
+
+    def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+        metadata, most = local_agg_metric.metadata, self.window_size
+        values = metadata.get("values")
+        if most is not None and isinstance(values, list | deque) and len(values) > most:
+            weights = metadata.get("weights")
+            metadata["values"] = list(values)[-most:]
+            metadata["weights"] = None if weights is None else list(weights)[-most:]
+        return super().finalize_local_agg(local_agg_metric)
+
+    def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> MetricState:
+        result = super().finalize_dist_agg(local_agg_metrics)
+        if any(map(_is_set, local_agg_metrics)):
+            weights = [self._held(state).sums[-1] for state in local_agg_metrics]
+            values = [number_of(state.value) for state in local_agg_metrics]
+            result.value = sum(map(mul, values, weights)) / (sum(weights) or math.nan)
+        return result
+
+    def _store(self, state: State, target: MetricState) -> None:
+        found = self.finalize(self._reduced(state, math.nan))
+        target.metadata.update(self._metadata(state))
+        target.metadata["statistics"] = {k.removeprefix("_stat_"): v for k, v in found.items()}
+        target.value = target.metadata[_STORED] = found.get("_stat_mean", self.initial)
+
+    def _metadata(self, state: State) -> dict[str, Any]:
+        assert isinstance(state, WindowState)
+        window = state.window()
+        _, nans, infinities, *_ = state.sums
+        older = window.older if self.window_size is None else None
+        return {
+            "values": window.values.tolist(),
+            "weights": None if window.weights is None else window.weights.tolist(),
+            "older": None if older is None else older.to_dict(),
+            "nans": nans,
+            "infinities": infinities,
+        }
+
+    def _lanes_of(self, metadata: Mapping[str, Any]) -> WindowState | None:
+        values = _array_of(metadata.get("values"))
+        weights = metadata.get("weights")
+        if values is None:
+            return None
+        if weights is not None:
+            weights = _array_of(weights)
+            if weights is None:
+                return None
+            weights = np.concatenate([weights, np.ones(max(values.size - weights.size, 0))])
+            weights = weights[weights.size - values.size :]
+        state = self.fold(values, weights)
+        found = (_numbers_in(metadata, (name,)) or (0.0,) for name in ("nans", "infinities"))
+        (nans,), (infinities,) = found
+        lanes = zip(state.sums, (nans + infinities, nans, infinities, 0.0, 0.0), strict=True)
+        state.sums = tuple(here + more for here, more in lanes)
+        if isinstance(older := metadata.get("older"), Mapping):
+            state.older = histogram_from(older)
+        return state
+
+    def _of_value(self, value: Any, lanes: State | None, *, finished: bool) -> State:
+        # A set value is the mean that somebody wants to see; the values stay what they are.
+        return super()._of_value(value, None, finished=finished) if lanes is None else lanes
+
     def _reduced(self, state: State, seconds: float) -> ReducedState:
         assert isinstance(state, WindowState)
         window = state.window()
         pool = window.interval() if self.window_size is None else window.recent()
         return ReducedState(state.sums, state.maxs, seconds, pool)
-
-    def _store(self, state: State, target: MetricState) -> None:
-        target.metadata.update(self._metadata(state))
-        reported = self.report(target)
-        target.metadata["statistics"] = {k.removeprefix("_stat_"): v for k, v in reported.items()}
-        target.value = reported.get("_stat_mean", self.initial)
-
-    def _metadata(self, state: State) -> dict[str, Any]:
-        assert isinstance(state, WindowState)
-        window = state.window()
-        lanes = dict(zip((*COMMON_LANES, *self.sum_lanes), state.sums, strict=True))
-        return {
-            **lanes,
-            "values": window.values.tolist(),
-            "weights": None if window.weights is None else window.weights.tolist(),
-            "older": None if window.older is None else window.older.to_dict(),
-        }
-
-    def _state_of(self, state: MetricState) -> WindowState:
-        if COMMON_LANES[COUNT] not in state.metadata:
-            return self.fold(np.array([state.value], dtype=np.float64), None)
-        sums = tuple(float(state.metadata[lane]) for lane in (*COMMON_LANES, *self.sum_lanes))
-        weights, older = state.metadata["weights"], state.metadata["older"]
-        chunk = (
-            np.array(state.metadata["values"], dtype=np.float64),
-            None if weights is None else np.array(weights, dtype=np.float64),
-        )
-        return WindowState(sums, [chunk], older=None if older is None else histogram_from(older))
 
 
 class CategoricalCountAggHandler(LaneHandler):
@@ -656,6 +990,8 @@ class CategoricalCountAggHandler(LaneHandler):
         max_categories: how many categories are told apart, over all ranks and the whole run: the
             first that the ranks agree on. What else occurs is counted as `OTHER`.
     """
+
+    is_total = True
 
     def __init__(self, max_categories: int = 1000) -> None:
         super().__init__()
@@ -682,12 +1018,60 @@ class CategoricalCountAggHandler(LaneHandler):
             if count
         }
 
+    # By the contract: how often each category occurred; the value is their sum.
+
     def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
         if not metric.weight:
             return
-        state = self._state_of(local_agg_metric)
-        state.merge(self.fold_categories([str(metric.value)]))
-        self._store(state, local_agg_metric)
+        metadata = local_agg_metric.metadata
+        try:
+            category = category_of(metric.value)
+        except TypeError as error:
+            key = (metric.dataset_name, metric.name)
+            raise TypeError(f"{show(key)}: {error}") from None
+        if not isinstance(metadata.get("counts"), Counter):
+            metadata.update(self._metadata(self._held(local_agg_metric, finished=False)))
+        counts = metadata["counts"]
+        self._count(counts, self.fold_categories([category]).counts.items())
+        local_agg_metric.value = metadata[_STORED] = float(sum(counts.values()))
+
+    def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> MetricState:
+        result = super().finalize_dist_agg(local_agg_metrics)
+        if any(map(_is_set, local_agg_metrics)):
+            result.value = sum(number_of(state.value) for state in local_agg_metrics)
+        return result
+
+    def _count(self, counts: Counter[str], more: Iterable[tuple[str, float]]) -> None:
+        """Add `more`; categories beyond the first `max_categories` are counted as `OTHER`."""
+        for category, count in more:
+            full = len(counts) - (OTHER in counts) >= self.max_categories
+            known = category in counts or not full
+            counts[category if known else OTHER] += count  # type: ignore[assignment]
+
+    def _metadata(self, state: State) -> dict[str, Any]:
+        assert isinstance(state, CategoryState)
+        counts: Counter[str] = Counter()
+        self._count(counts, state.counts.items())
+        return {"counts": counts}
+
+    def _value_of(self, state: State, metadata: Mapping[str, Any]) -> float:
+        return float(state.sums[COUNT])
+
+    def _lanes_of(self, metadata: Mapping[str, Any]) -> CategoryState | None:
+        given = metadata.get("counts")
+        if not isinstance(given, Mapping):
+            return None
+        found = _numbers_in(given, given)
+        if found is None or not all(0 <= count < math.inf for count in found):
+            return None
+        counts: Counter[str] = Counter()
+        self._count(counts, zip(map(str, given), found, strict=True))
+        return CategoryState((float(sum(found)), 0.0), counts)
+
+    def _of_value(self, value: Any, lanes: State | None, *, finished: bool) -> State:
+        if lanes is not None:
+            return lanes
+        return self.fold_categories([category_of(value)] if finished else [])
 
     def _reduced(self, state: State, seconds: float) -> ReducedState:
         assert isinstance(state, CategoryState)
@@ -696,19 +1080,31 @@ class CategoricalCountAggHandler(LaneHandler):
             state.sums + counts, state.maxs, seconds, categories=tuple(state.counts)
         )
 
-    def _store(self, state: State, target: MetricState) -> None:
-        target.metadata.update(self._metadata(state))
-        target.value = float(state.sums[COUNT])
 
-    def _metadata(self, state: State) -> dict[str, Any]:
-        assert isinstance(state, CategoryState)
-        return {"count": float(state.sums[COUNT]), "counts": dict(state.counts)}
-
-    def _state_of(self, state: MetricState) -> CategoryState:
-        if COMMON_LANES[COUNT] not in state.metadata:
-            return self.fold_categories([str(state.value)])
-        counts = state.metadata["counts"]
-        return CategoryState((float(sum(counts.values())), 0.0), dict(counts))
+_CONTRACTS: dict[type, dict[str, Any]] = {
+    kind: {
+        name: getattr(kind, name)
+        for name in (
+            "initialize_metric_state",
+            "update",
+            "finalize_local_agg",
+            "finalize_dist_agg",
+            "serialize_metadata",
+            "deserialize_metadata",
+        )
+    }
+    for kind in (
+        LaneHandler,
+        SumAggHandler,
+        RateAggHandler,
+        MeanAggHandler,
+        MaxAggHandler,
+        MinAggHandler,
+        DistributionAggHandler,
+        CategoricalCountAggHandler,
+    )
+}
+"""The contract as each handler here has it."""
 
 
 def built_in_handlers(

@@ -17,6 +17,7 @@ from metricfold.handlers import (
     DistributionAggHandler,
     LaneHandler,
     built_in_handlers,
+    name_of,
     quiet,
 )
 from metricfold.metric import TypeLike, check_key, check_name, resolve_type, type_label
@@ -26,7 +27,10 @@ from metricfold.schema import Entry, Key, Schema
 if TYPE_CHECKING:
     from metricfold.agreement import Agreed
 
-__all__ = ["Admission", "KeyRegistry", "KeyTable"]
+__all__ = ["INSTEAD", "Admission", "KeyRegistry", "KeyTable"]
+
+INSTEAD = "register yours for a type of its own (AggregationType.CUSTOM, your own Enum member or a string)"
+"""What to do where a built-in handler is needed and another one is registered."""
 
 _logger = logging.getLogger("metricfold")
 _STOCK = {agg_type: type(handler) for agg_type, handler in built_in_handlers().items()}
@@ -97,6 +101,7 @@ class KeyTable:
                 else agg_type,
                 ", ".join(in_use[:5]) + (", ..." if len(in_use) > 5 else ""),
             )
+        handler = handler.registered()
         self.handlers[agg_type], self._of_label[label] = handler, agg_type
         for key, missing in list(self._unhandled.items()):
             if missing == label:
@@ -140,8 +145,7 @@ class KeyTable:
                 raise ValueError(
                     f"{show(column.key)} was folded by MetricsCollator, which knows the built-in "
                     f"handlers only, but this aggregator has another handler for "
-                    f"{type_label(column.agg_type)!r}: register yours for a type of its own "
-                    "(AggregationType.CUSTOM, your own Enum member or a string)"
+                    f"{type_label(column.agg_type)!r}: {INSTEAD}"
                 )
             columns.append(column)
         return columns
@@ -208,8 +212,7 @@ class KeyTable:
             if type(handler) is not _STOCK[agg_type]:
                 raise ValueError(
                     f"{show(key)} was folded on a device, which knows the built-in handlers only, "
-                    f"but this aggregator has another handler for {type_label(agg_type)!r}: register "
-                    "yours for a type of its own"
+                    f"but this aggregator has another handler for {type_label(agg_type)!r}: {INSTEAD}"
                 )
             if isinstance(handler, DistributionAggHandler) and handler.window_size is not None:
                 if key not in admission.new:
@@ -400,14 +403,13 @@ class KeyTable:
                 agg_type, handler = new[entry.key]
                 new[entry.key] = (agg_type, self._as_agreed(entry, handler))
             handler = self.of_key.get(entry.key) or new[entry.key][1]
-            widths = (0, 0)
+            held, has = _lanes(entry.sums, entry.maxs), "no lanes"
             if isinstance(handler, LaneHandler):
-                widths = (handler.sum_width, handler.max_width)
-            if widths != (entry.sums, entry.maxs):
+                has = _lanes(handler.sum_width, handler.max_width)
+            if held != has:
                 raise ValueError(
-                    f"the state holds {show(entry.key)} with {entry.sums} SUM and {entry.maxs} "
-                    f"MAX lanes, but {type(handler).__name__} has {widths[0]} and {widths[1]}: "
-                    "register the handler that saved it"
+                    f"the state holds {show(entry.key)} with {held}, but {name_of(handler)} has "
+                    f"{has}: register the handler that saved it"
                 )
             if isinstance(handler, DistributionAggHandler) and entry.bounded != (
                 handler.window_size is not None
@@ -464,6 +466,10 @@ class KeyRegistry:
                     show(key),
                 )
             return self._keys.adopt(agreed, losers)
+
+
+def _lanes(sums: int, maxs: int) -> str:
+    return f"{sums} SUM and {maxs} MAX lanes" if sums else "no lanes"
 
 
 def _check_saved_names(entries: Iterable[Entry], custom_types: Iterable[tuple[Key, str]]) -> None:

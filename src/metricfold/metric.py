@@ -10,6 +10,7 @@ immutable record that Python has to create and to pickle.
 from __future__ import annotations
 
 import re
+import reprlib
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
@@ -22,6 +23,7 @@ __all__ = [
     "check_key",
     "check_name",
     "is_name",
+    "quote",
     "resolve_type",
     "type_label",
 ]
@@ -171,3 +173,11 @@ def check_key(dataset_name: object, metric_name: object) -> None:
     check_name(f"the name of a metric of dataset {dataset_name!r}", metric_name)
     if dataset_name != "":
         check_name(f"the dataset name of metric {metric_name!r}", dataset_name)
+
+
+def quote(value: object) -> str:
+    """Return how a message speaks of a value that may be anything, in a few words on one line."""
+    kind, shape = type(value).__name__, getattr(value, "shape", ())
+    if shape:
+        return f"({kind} of shape {tuple(shape)})"
+    return f"{' '.join(reprlib.repr(value).split())} ({kind})"

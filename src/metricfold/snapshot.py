@@ -28,9 +28,7 @@ from metricfold.handlers import (
     Lanes,
     LaneState,
     MeanAggHandler,
-    RateAggHandler,
     ReducedState,
-    SumAggHandler,
     quiet,
 )
 from metricfold.histogram import Histogram
@@ -52,7 +50,6 @@ WindowLike: TypeAlias = str | Mapping[str, str]
 
 Derived: TypeAlias = Callable[[Mapping[str, float]], float]
 _WINDOWS = ("run", "interval", "auto")
-_TOTALS = (SumAggHandler, CategoricalCountAggHandler)
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,10 +388,12 @@ class Snapshot:
         """Add the results of handlers without lanes; one that fails is left out and named."""
         for view in ("run", "interval"):
             for key, label, results in self._reduced.custom.names(view):
-                if _choose(window, key[1]) != view:
+                handler = self._handlers.of_type.get(label)
+                if _choose(window, key[1], handler) != view:
                     continue
+                seconds = self._totals(view).seconds
                 try:
-                    values = combined(key, label, results, self._handlers.of_type.get(label))
+                    values = combined(key, label, results, handler, seconds)
                 except Exception as error:  # noqa: BLE001 - the user's handler
                     self._warn_once(f"{key}", f"{show(key)} is left out: {error!r}")
                     continue
@@ -512,10 +511,6 @@ class _Recorded(dict[str, float]):
         raise _MissingError(name)
 
 
-def _is_total(handler: AggregationHandler | None) -> bool:
-    return isinstance(handler, _TOTALS) and not isinstance(handler, RateAggHandler)
-
-
 def check_window(window: WindowLike) -> None:
     """Refuse a window that is none."""
     chosen = list(window.values()) if isinstance(window, Mapping) else [window]
@@ -536,7 +531,7 @@ def _check_view(window: str) -> View:
 def _choose(window: WindowLike, name: str, handler: AggregationHandler | None = None) -> View:
     chosen = window if isinstance(window, str) else window.get(name, "auto")
     if chosen == "auto":
-        return "run" if _is_total(handler) else "interval"
+        return "run" if handler is not None and handler.is_total else "interval"
     return _check_view(chosen)
 
 

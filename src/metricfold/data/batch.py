@@ -10,7 +10,6 @@ from __future__ import annotations
 import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
 from itertools import compress
 from operator import itemgetter
 from typing import Any, NoReturn, TypeAlias
@@ -26,6 +25,7 @@ from metricfold.handlers import (
     LaneState,
     WindowState,
     built_in_handlers,
+    category_of,
     quiet,
 )
 from metricfold.metric import (
@@ -34,6 +34,7 @@ from metricfold.metric import (
     TypeLike,
     check_name,
     is_name,
+    quote,
     resolve_type,
     type_label,
 )
@@ -206,7 +207,7 @@ def _check_items(metrics: Sequence[object]) -> None:
     for position, item in enumerate(metrics):
         if not isinstance(item, Metric):
             raise TypeError(
-                f"item {position} of the metrics is {_quote(item)}, which is no Metric: give "
+                f"item {position} of the metrics is {quote(item)}, which is no Metric: give "
                 f"Metric(dataset_name, name, value, agg_type) objects{hints.for_metrics(metrics)}"
             )
 
@@ -386,13 +387,11 @@ def _fold_categories(
 
 
 def _category(key: Key, value: Any) -> str:
-    category = _host_scalar(key, value)
-    if not isinstance(category, str | int | float | Enum):
-        raise TypeError(
-            f"{show(key)}: the value {_quote(value)} is no category: give a text, a number, an "
-            "Enum member, or an array of one element"
-        )
-    return str(category)
+    scalar = _host_scalar(key, value)
+    try:
+        return category_of(scalar)
+    except TypeError as error:
+        raise TypeError(f"{show(key)}: {error}") from None
 
 
 def _check_category(key: Key, category: str) -> None:
@@ -462,21 +461,13 @@ def _number(key: Key, what: str, value: Any) -> float:
     scalar = _host_scalar(key, value)
     if not isinstance(scalar, int | float | np.floating):
         raise TypeError(
-            f"{show(key)}: the {what} {_quote(value)} is no number: give an int, a float, or an "
+            f"{show(key)}: the {what} {quote(value)} is no number: give an int, a float, or an "
             f"array of one element{hints.for_value(value)}"
         )
     try:
         return float(scalar)
     except OverflowError:
         raise _too_large(key, f"the {what}") from None
-
-
-def _quote(value: object) -> str:
-    """Return how a message speaks of a value that may be anything, in a few words on one line."""
-    kind, shape = type(value).__name__, getattr(value, "shape", ())
-    if shape:
-        return f"({kind} of shape {tuple(shape)})"
-    return f"{' '.join(reprlib.repr(value).split())} ({kind})"
 
 
 def _host_scalar(key: Key, value: Any) -> Any:
