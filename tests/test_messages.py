@@ -156,7 +156,7 @@ MISTAKES = {
     "a batch": (update(a_batch), TypeError, ["dict", "update(batch.pop('metrics'))"]),
     "a tuple": (update(lambda: (a_batch(), 1)), TypeError, ["update(batch[0].pop('metrics'))"]),
     "no metrics in it": (update(lambda: {"x": [1]}), TypeError, ["collate_fn=MetricsCollator"]),
-    "numbers": (update(lambda: {"loss": 1.0}), TypeError, ["aggregator.record(name, value)"]),
+    "numbers": (update(lambda: {"loss": 1.0}), TypeError, ["aggregator.record_all({...})"]),
     "None": (update(lambda: None), TypeError, ["MetricsCollator", "'metrics'"]),
     "one metric": (update(lambda: LOSS), TypeError, ["update([metric])"]),
     "a generator": (update(lambda: iter([LOSS])), TypeError, ["update(list(metrics))"]),

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
+import numpy as np
+
 from metricfold import hints
 from metricfold.checkpoint import Saved, decode, encode, share
 from metricfold.clock import Clock, Pause
@@ -33,7 +35,17 @@ from metricfold.communicator import (
     connect,
 )
 from metricfold.custom import CustomStates, restored
-from metricfold.data.batch import Column, Late, MetricBatch, fold_metrics, fold_value
+from metricfold.data.batch import (
+    Column,
+    Late,
+    MetricBatch,
+    fold_each,
+    fold_metrics,
+    fold_together,
+    fold_value,
+    is_many,
+    listed,
+)
 from metricfold.data.sample import guard_default_collate
 from metricfold.delta import CutDelta, Delta, InTransit
 from metricfold.device_lanes import AnyAccumulator, Drained, Layout
@@ -200,25 +212,38 @@ class MetricsAggregator:
         *,
         dataset: str | None = None,
         weight: Any = 1.0,
+        each: bool = False,
         per_rank: bool = False,
     ) -> None:
-        """Take in one metric of a step.
+        """Take in one metric of a step, or each element of an array.
 
         Args:
             name: the metric's name.
             value: a number or any one-element array; one on a device stays there until the next
-                reduction, and no graph or buffer of the caller is kept.
+                reduction, and no graph or buffer of the caller is kept. With ``each=True`` or
+                an array of weights: a NumPy, torch or JAX array of any shape, whose elements each
+                count. Masked ones do not. Integers beyond 2^53 are refused there if a float64 does
+                not hold them.
             agg: the aggregation, such as ``"mean"`` or `AggregationType.MAX`.
             dataset: the dataset; without one the metric is logged as ``{prefix}/{name}``.
             weight: how much the value counts in a MEAN or DISTRIBUTION, such as its number of
                 tokens; a number or a one-element array. Other types take 1, or 0: a value of weight
                 0 contributes nothing, in any type, not even its name. On a device any weight may be
-                given to them, and what is not 0 is 1.
+                given to them, and what is not 0 is 1. An array of the shape of `value` weighs each
+                of its elements; what is masked has weight 0.
+            each: count each element of an array; `weight` may then be one for all.
             per_rank: let `Snapshot.per_rank` know each rank's value however many ranks there are,
                 such as of a step's time; otherwise it does on the narrow route alone.
 
         Raises:
             ValueError, TypeError: as `update`; then nothing has changed.
+
+        >>> aggregator = MetricsAggregator()
+        >>> aggregator.record("len", np.array([[3, 5], [4, 0]]), "max", each=True)
+        >>> losses, mask = np.array([2.0, 4.0, 9.0]), np.array([True, True, False])
+        >>> aggregator.record("loss", losses, weight=mask)
+        >>> aggregator.get_metrics_for_logging("train")
+        {'train/len': 5.0, 'train/loss': 3.0}
         """
         check_name("the name of a metric", name)
         if dataset is not None:
@@ -229,7 +254,8 @@ class MetricsAggregator:
             raise TypeError(f"{error}{hints.for_agg(name, value, agg)}") from None
         key = (dataset or "", name)
         with quiet():
-            column = fold_value(key, agg_type, value, weight, self._keys.handler_of)
+            fold = fold_each if each or is_many(value, weight) else fold_value
+            column = fold(key, agg_type, value, weight, self._keys.handler_of)
         if per_rank and column.state is None and not column.weightless:
             raise ValueError(
                 f"{show(key)} has a handler without lanes, so per_rank=True has no effect: leave "
@@ -238,6 +264,55 @@ class MetricsAggregator:
         self._take([column])
         if per_rank:
             self._keys.per_rank.add(key)
+
+    def record_all(
+        self,
+        metrics: Mapping[str, Any],
+        agg: TypeLike | Mapping[str, TypeLike] = "mean",
+        *,
+        dataset: str | None = None,
+        weight: Any = 1.0,
+    ) -> None:
+        """Take in several metrics of a step: all of them, or none if one cannot be.
+
+        Args:
+            metrics: by name, a value as `record` takes it.
+            agg: the aggregation of all, or of each by name.
+            dataset: as in `record`.
+            weight: of each; a number or a one-element array. Types in which no weight counts leave
+                their metric out if it is 0, and take it once for any other.
+
+        Raises:
+            ValueError, TypeError: as `record`, or `agg` lacks one of the names; then nothing has
+                changed.
+
+        >>> aggregator = MetricsAggregator()
+        >>> types = {"loss": "mean", "grad_norm": "max"}
+        >>> aggregator.record_all({"loss": 2.0, "grad_norm": 0.5}, types, weight=3)
+        >>> aggregator.record_all({"loss": 4.0, "grad_norm": 0.7}, types, weight=1)
+        >>> aggregator.get_metrics_for_logging("train")
+        {'train/grad_norm': 0.7, 'train/loss': 2.5}
+        """
+        if not isinstance(metrics, Mapping):
+            raise TypeError(
+                f"record_all() takes the values by name, as in {{'loss': loss}}, not "
+                f"{type(metrics).__name__}{hints.for_metrics(metrics)}"
+            )
+        if dataset is not None:
+            check_name("the dataset of the metrics", dataset)
+        values: dict[Key, tuple[TypeLike, Any]] = {}
+        for name, value in metrics.items():
+            check_name("the name of a metric", name)
+            key = (dataset or "", name)
+            if isinstance(agg, Mapping) and name not in agg:
+                raise ValueError(
+                    f"{show(key)} has no aggregation: agg= has {', '.join(map(repr, agg))}. Name "
+                    "that of each metric, or give one for all"
+                )
+            values[key] = (agg[name] if isinstance(agg, Mapping) else agg, value)
+        with quiet():
+            columns = fold_together(values, weight, self._keys.handler_of)
+        self._take(columns)
 
     def timer(self, name: str) -> Timer:
         """Time a block, a function or the items of an iterable, as a metric of this rank.
@@ -740,9 +815,12 @@ class MetricsAggregator:
         late, self._late_custom = self._late_custom, []
         errors: list[str] = []
         for one, value, weight in InTransit(late).arrive(errors):
-            metric = Metric(*one.key, value, one.agg_type, weight)
+            pairs = [(value, weight)]
+            if isinstance(value, np.ndarray):
+                pairs = list(zip(listed(value), listed(weight), strict=True))
+            metrics = [Metric(*one.key, each, one.agg_type, own) for each, own in pairs]
             try:
-                self._custom.update([(one.key, self._keys.of_key[one.key], [metric])])
+                self._custom.update([(one.key, self._keys.of_key[one.key], metrics)])
             except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
                 errors.append(f"{show(one.key)}: the handler failed: {failure!r}")
         return "; ".join(errors)

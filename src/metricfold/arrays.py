@@ -3,7 +3,8 @@
 A training loop must not wait for its device because of a metric, so an array is not read when it
 comes in. It is *held* (torch: a detached clone, because callers reuse buffers and a graph must not
 stay alive; JAX arrays are immutable: the array itself), and all that are held are *read* in one
-transfer per device when a reduction needs them.
+transfer per device when a reduction needs them. What is held is one number, or the elements of an
+array, each of which counts.
 
 No framework is imported here: an array can only come from a framework that its owner has imported
 already, so `sys.modules` tells which ones to ask.
@@ -15,10 +16,12 @@ import sys
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["backend_of", "hold", "read", "whole_tensor"]
+__all__ = ["backend_of", "hold", "hold_each", "not_one_value", "read", "whole_tensor"]
 
 
 class ArrayBackend(ABC):
@@ -34,13 +37,21 @@ class ArrayBackend(ABC):
     def hold(self, value: Any) -> Any:
         """Return a 0-d array that the caller cannot change any more, without waiting for it."""
 
+    @abstractmethod
+    def hold_each(self, value: Any) -> Any:
+        """Return as many elements as there are, likewise."""
+
     def lost(self, value: Any) -> str | None:
         """Return why a held value cannot be read any more, or None if it can."""
         return None
 
     @abstractmethod
     def start(self, values: Sequence[Any]) -> Callable[[], list[Any]]:
-        """Enqueue the transfer; what is returned waits for it and gives Python numbers."""
+        """Enqueue the transfer; what is returned waits for it.
+
+        It gives a Python number for each array of one element, and for others a NumPy array of their
+        elements, shape (n,), whose numbers are those on the device.
+        """
 
 
 class TorchArrays(ArrayBackend):
@@ -52,12 +63,22 @@ class TorchArrays(ArrayBackend):
     def hold(self, value: Any) -> Any:
         value = whole_tensor(value)
         if value.numel() != 1:
-            raise ValueError(_not_one("tensor", value.shape))
+            raise ValueError(not_one_value("tensor", value.shape))
+        self._check(value)
+        return value.detach().clone().reshape(())
+
+    def hold_each(self, value: Any) -> Any:
+        value = whole_tensor(value)
+        self._check(value)
+        contiguous = sys.modules["torch"].contiguous_format
+        return value.detach().clone(memory_format=contiguous).reshape(-1)
+
+    @staticmethod
+    def _check(value: Any) -> None:
         if value.is_complex():
             raise ValueError("a complex tensor is no number: give its real part or its magnitude")
         if value.is_meta:
             raise ValueError("a tensor on the meta device has no number: give a real one")
-        return value.detach().clone().reshape(())
 
     def start(self, values: Sequence[Any]) -> Callable[[], list[Any]]:
         torch = sys.modules["torch"]
@@ -66,31 +87,49 @@ class TorchArrays(ArrayBackend):
             groups.setdefault(value.device, {}).setdefault(value.dtype, []).append(index)
         reads: list[tuple[Any, Any, list[tuple[Any, list[int]]]]] = []
         for device, by_dtype in groups.items():
-            # MPS has no float64; everywhere else float64 holds every dtype that we take.
-            wide = torch.float32 if device.type == "mps" else torch.float64
-            stacks = [
-                torch.stack([values[i] for i in indices]).to(wide) for indices in by_dtype.values()
-            ]
-            together = torch.cat(stacks)
+            # The bytes as they are: no number is rounded. Widest first, so that all are aligned.
+            ordered = sorted(by_dtype.items(), key=lambda one: -one[0].itemsize)
+            parts = [torch.cat([values[i].reshape(-1) for i in indices]) for _, indices in ordered]
+            one_kind = len(parts) == 1
+            together = parts[0] if one_kind else torch.cat([p.view(torch.uint8) for p in parts])
             ready = None
             if device.type == "cuda":
                 ready = torch.cuda.Event()
                 ready.record(torch.cuda.current_stream(device))
-            reads.append((together, ready, list(by_dtype.items())))
+            reads.append((together, ready, ordered))
 
         def finish() -> list[Any]:
             numbers: list[Any] = [None] * len(values)
-            for together, ready, by_dtype in reads:
+            for together, ready, ordered in reads:
                 if ready is not None:
                     ready.synchronize()
-                host = iter(together.cpu().tolist())
-                for dtype, indices in by_dtype:
-                    kind = bool if dtype == torch.bool else _number_kind(dtype.is_floating_point)
-                    for index in indices:
-                        numbers[index] = kind(next(host))
+                host, place = together.cpu(), 0
+                for dtype, indices in ordered:
+                    part = host
+                    if len(ordered) > 1:
+                        size = sum(values[i].numel() for i in indices) * dtype.itemsize
+                        part = host[place : place + size].view(dtype)
+                        place += size
+                    _hand_out(part, [(i, values[i].numel()) for i in indices], numbers)
             return numbers
 
         return finish
+
+
+def _hand_out(part: Any, sizes: Sequence[tuple[int, int]], numbers: list[Any]) -> None:
+    """Put the elements of `part` where they belong, which is a place and a size for each array."""
+    if all(size == 1 for _, size in sizes):
+        for (place, _), number in zip(sizes, part.tolist(), strict=True):
+            numbers[place] = number
+        return
+    torch = sys.modules["torch"]
+    known = part.dtype in (torch.float64, torch.float32, torch.float16)
+    elements = (part.float() if part.is_floating_point() and not known else part).numpy()
+    first = 0
+    for place, size in sizes:
+        last = first + size
+        numbers[place] = elements[first].item() if size == 1 else elements[first:last]
+        first = last
 
 
 class JaxArrays(ArrayBackend):
@@ -100,19 +139,32 @@ class JaxArrays(ArrayBackend):
         return isinstance(value, sys.modules["jax"].Array)
 
     def hold(self, value: Any) -> Any:
+        self._check(value)
+        if value.size != 1:
+            raise ValueError(not_one_value("JAX array", value.shape))
+        return value
+
+    def hold_each(self, value: Any) -> Any:
+        self._check(value)
+        if not (value.is_fully_addressable or value.is_fully_replicated):
+            raise ValueError(
+                "the elements of this JAX array lie on several processes, and none has them all: "
+                "give each process's own part, or use a metricfold.jax.DeviceAccumulator"
+            )
+        return value
+
+    @staticmethod
+    def _check(value: Any) -> None:
         jax = sys.modules["jax"]
         if isinstance(value, jax.core.Tracer):
             raise TypeError(
                 "a traced value has no number yet: return it from the jitted function and record "
                 "the result"
             )
-        if value.size != 1:
-            raise ValueError(_not_one("JAX array", value.shape))
         numpy = jax.numpy
         kinds = (numpy.bool_, numpy.integer, numpy.floating)
         if not any(numpy.issubdtype(value.dtype, kind) for kind in kinds):
             raise TypeError(f"an array of type {value.dtype} is no number to aggregate")
-        return value
 
     def lost(self, value: Any) -> str | None:
         if not value.is_deleted():
@@ -126,7 +178,10 @@ class JaxArrays(ArrayBackend):
         jax = sys.modules["jax"]
         for value in values:
             value.copy_to_host_async()
-        return lambda: [host.item() for host in jax.device_get(list(values))]
+        return lambda: [
+            host.item() if host.size == 1 else np.ravel(host)
+            for host in jax.device_get(list(values))
+        ]
 
 
 def whole_tensor(value: Any) -> Any:
@@ -148,12 +203,12 @@ def whole_tensor(value: Any) -> Any:
 _BACKENDS = (TorchArrays(), JaxArrays())
 
 
-def _not_one(kind: str, shape: Sequence[int]) -> str:
-    return f"a {kind} of shape {tuple(shape)} is not one value: reduce it first, such as by .mean()"
-
-
-def _number_kind(is_float: bool) -> type:
-    return float if is_float else int
+def not_one_value(kind: str, shape: Sequence[int]) -> str:
+    """Return what to tell who gives many values where one is taken."""
+    return (
+        f"a {kind} of shape {tuple(shape)} is not one value: reduce it first, such as by .mean(), or "
+        "count each element: record(..., each=True), or weight= an array of that shape"
+    )
 
 
 def backend_of(value: object) -> ArrayBackend | None:
@@ -170,10 +225,16 @@ def hold(value: object) -> object | None:
     return None if backend is None else backend.hold(value)
 
 
+def hold_each(value: object) -> object | None:
+    """Return the elements of a device array, to be read later; None if `value` is none."""
+    backend = backend_of(value)
+    return None if backend is None else backend.hold_each(value)
+
+
 def read(values: Sequence[Any]) -> Callable[[], list[Any]]:
     """Enqueue the transfer of held arrays; call the result, on any thread, for the numbers.
 
-    In the place of one that cannot be read stands the exception that says why.
+    Of an array of more than one element they are a NumPy array, shape (n,), of its own type. In the place of one that cannot be read stands the exception that says why.
     """
     by_backend: dict[ArrayBackend, list[int]] = {}
     for index, value in enumerate(values):

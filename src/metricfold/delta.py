@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Any, NoReturn
 
+import numpy as np
+
 from metricfold import arrays
-from metricfold.data.batch import Column, Late, fold_numbers
+from metricfold.data.batch import (
+    Column,
+    Late,
+    Numbers,
+    bad_weight,
+    counted_elements,
+    fold_numbers,
+    listed,
+)
 from metricfold.device_lanes import Drained
 from metricfold.handlers import (
     AggregationHandler,
@@ -66,7 +76,7 @@ class Delta:
             if late_keys and key in late_keys and isinstance(state, WindowState):
                 # A window is in order of arrival: these queue behind what is still on the device.
                 # NaN and infinities have no place in it and are merely counted.
-                self.late.extend(_one_by_one(column, state))
+                self.late.append(_as_late(column, state))
                 count, nans, infinities, *_ = state.sums
                 state = WindowState((count - state.size, nans, infinities, 0.0, 0.0))
             known = states.get(key)
@@ -118,7 +128,7 @@ class Delta:
             marked = self.late[: self._marked.late]
             self._marked.late -= sum(entry.key == key for entry in marked)
         states = [layer.pop(key, None) for layer in layers]
-        late = sum(entry.key == key for entry in self.late)
+        late = sum(entry.count for entry in self.late if entry.key == key)
         self.late = [entry for entry in self.late if entry.key != key]
         for drained in self.drained:
             drained.drop(key)
@@ -191,7 +201,7 @@ class InTransit:
             self._numbers = partial(_raise, error)
 
     def arrive(self, errors: list[str]) -> Iterator[tuple[Late, Any, Any]]:
-        """Wait, and yield each that counts, with its value and weight.
+        """Wait, and yield each that counts, with its value and weight, or arrays of these.
 
         Args:
             errors: takes what cannot be used.
@@ -203,12 +213,17 @@ class InTransit:
                 for array in (one.value, one.weight)
             )
             failed = [item for item in (value, weight) if isinstance(item, Exception)]
+            bad = None if failed else bad_weight(weight)
             if failed:
                 errors.append(f"{show(one.key)}: {failed[0]}")
-            elif not 0 <= weight < math.inf:
+            elif bad is not None:
                 errors.append(
-                    f"{show(one.key)}: the weight {weight!r} is not a finite number of 0 or more"
+                    f"{show(one.key)}: the weight {bad!r} is not a finite number of 0 or more"
                 )
+            elif isinstance(value, np.ndarray):
+                values, weights = counted_elements(value, weight)
+                if values.size:
+                    yield one, values, weights
             elif weight:
                 yield one, value, weight
 
@@ -237,17 +252,18 @@ class CutDelta:
         What cannot be read or folded is dropped and reported in `errors`: this rank still takes
         part in the reduction, so that the others do not wait for it.
         """
-        by_key: dict[Key, tuple[list[Any], list[float]]] = {}
+        by_key: dict[Key, list[tuple[Any, Any]]] = {}
         for late, value, weight in self._late.arrive(self.errors):
-            values, weights = by_key.setdefault(late.key, ([], []))
-            values.append(value)
-            weights.append(weight)
+            by_key.setdefault(late.key, []).append((value, weight))
         self._late = InTransit(())
-        for key, (values, weights) in by_key.items():
-            try:
-                self._fold(key, handlers[key], values, weights)
-            except Exception as error:  # noqa: BLE001 - the user's; raised on all ranks
-                self.errors.append(f"{show(key)}: the handler failed: {error!r}")
+        for key, arrived in by_key.items():
+            for values, weights in _in_runs(arrived):
+                try:
+                    self._fold(key, handlers[key], values, weights)
+                except ValueError as error:  # which names the metric
+                    self.errors.append(str(error))
+                except Exception as error:  # noqa: BLE001 - the user's; raised on all ranks
+                    self.errors.append(f"{show(key)}: the handler failed: {error!r}")
         while self.drained:
             try:
                 states = self.drained.pop(0).arrive()
@@ -258,10 +274,10 @@ class CutDelta:
                 self._merge(key, handlers[key], state)
 
     def _fold(
-        self, key: Key, handler: AggregationHandler, values: list[Any], weights: list[float]
+        self, key: Key, handler: AggregationHandler, values: Numbers, weights: Numbers
     ) -> None:
         if isinstance(handler, CategoricalCountAggHandler):
-            state: State = handler.fold_categories(map(str, values))
+            state: State = handler.fold_categories(map(str, listed(values)))
         else:
             assert isinstance(handler, LaneHandler)
             state = fold_numbers(key, handler, values, weights)
@@ -276,14 +292,19 @@ def _empty(handler: AggregationHandler) -> State:
     return handler.empty()
 
 
-def _one_by_one(column: Column, state: WindowState) -> list[Late]:
+def _as_late(column: Column, state: WindowState) -> Late:
     values, weights, *_ = state.window()
-    pairs = zip(
-        values.tolist(),
-        [1.0] * values.size if weights is None else weights.tolist(),
-        strict=True,
-    )
-    return [Late(column.key, column.agg_type, value, weight) for value, weight in pairs]
+    return Late(column.key, column.agg_type, values, 1.0 if weights is None else weights)
+
+
+def _in_runs(arrived: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Numbers, Numbers]]:
+    """Yield values and weights in order: single ones that follow each other as lists."""
+    for single, run in groupby(arrived, key=lambda pair: not isinstance(pair[0], np.ndarray)):
+        if single:
+            values, weights = zip(*run, strict=True)
+            yield values, weights
+        else:
+            yield from run
 
 
 def _trim(states: Mapping[Key, State], kept: Mapping[Key, frozenset[str]]) -> None:

@@ -868,6 +868,8 @@ class DistributionAggHandler(LaneHandler):
     # By the contract: the recent values, and a histogram of those before them if there is no bound.
 
     def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+        if not metric.weight:
+            return
         metadata = local_agg_metric.metadata
         with quiet():
             one = self._folded(metric)

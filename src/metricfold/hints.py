@@ -35,6 +35,7 @@ __all__ = [
     "for_stacked",
     "for_step",
     "for_value",
+    "for_weight",
 ]
 
 _COLLATE = "give the DataLoader collate_fn=MetricsCollator(your_collate_fn)"
@@ -58,7 +59,7 @@ def for_metrics(given: object) -> str:
             where = "batch[0]" if listed else "batch"
             return f"; take the metrics out of the batch first, update({where}.pop('metrics'))"
         if batch and all(map(_is_number, batch.values())):
-            return "; record the numbers of a step one by one, aggregator.record(name, value)"
+            return "; record the numbers of a step by aggregator.record_all({...})"
         return f"; a batch without an entry 'metrics' brings none: {_COLLATE}"
     if given is None:
         return f"; {_COLLATE}, whose batches always have an entry 'metrics'"
@@ -160,7 +161,7 @@ def for_number(name: str, value: object) -> str:
     if backend is not None or isinstance(value, Sequence | np.ndarray):
         return (
             "give one number of it, such as its mean. How its values spread is shown by "
-            "aggregator.record(name, each, 'distribution')"
+            f"aggregator.record({name!r}, array, 'distribution', each=True)"
         )
     if isinstance(value, complex):
         return "give its real part or abs() of it"
@@ -178,7 +179,19 @@ def for_value(value: object) -> str:
     if isinstance(value, str):
         return "; texts are counted by the type 'categorical_count'"
     if isinstance(value, list | tuple):
-        return "; give one number of it, such as its mean, or each of them by itself"
+        return (
+            "; give one number of it, such as its mean, or count each: record(name, np.asarray(...), "
+            "each=True)"
+        )
+    return ""
+
+
+def for_weight(weight: object) -> str:
+    """Return what to write instead of a `weight`."""
+    if weight is None:
+        return "; leave it out where each counts once"
+    if isinstance(weight, list | tuple):
+        return "; give np.asarray(...) of the weights of an array, one for each element"
     return ""
 
 

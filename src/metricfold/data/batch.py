@@ -7,14 +7,18 @@ about one metric shrinks to a few numbers before it crosses to the training proc
 
 from __future__ import annotations
 
+import math
 import reprlib
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
 from itertools import compress
 from operator import itemgetter
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from metricfold import arrays, hints
 from metricfold.handlers import (
@@ -45,20 +49,36 @@ __all__ = [
     "Column",
     "Late",
     "MetricBatch",
+    "bad_weight",
     "check_same_type",
+    "counted_elements",
+    "fold_each",
     "fold_metrics",
     "fold_numbers",
+    "fold_together",
     "fold_value",
+    "is_many",
+    "listed",
 ]
 
+Numbers: TypeAlias = "Sequence[Any] | npt.NDArray[Any]"
 HandlerOf: TypeAlias = "Callable[[Key, TypeLike], AggregationHandler | None]"
 _METRIC = {Metric}
 _NUMBERS = {int, float, bool}
+_LARGEST_INT = 2**53
+"""Up to here a float64 holds every integer."""
 _key_of = itemgetter(0, 1)
 
 
 class Late:
-    """A value (or weight) that still lies on a device, to be read at the reduction."""
+    """A value (or weight) that still lies on a device, to be read at the reduction.
+
+    Args:
+        key: (dataset name, metric name).
+        agg_type: the aggregation.
+        value: a number or a category; or an array that is not 0-d, whose elements each count.
+        weight: a number; or an array of one for each element.
+    """
 
     __slots__ = ("agg_type", "key", "value", "weight")
 
@@ -67,6 +87,11 @@ class Late:
         self.agg_type = agg_type
         self.value = value
         self.weight = weight
+
+    @property
+    def count(self) -> int:
+        """How many values it stands for."""
+        return math.prod(getattr(self.value, "shape", ()))
 
 
 class Column:
@@ -189,6 +214,63 @@ def fold_value(
     return _fold_group(key, agg_type, (value,), (weight,), handler, in_worker=False)
 
 
+def fold_together(
+    values: Mapping[Key, tuple[TypeLike, Any]], weight: Any, handler_of: HandlerOf
+) -> list[Column]:
+    """Return the columns of single values, each with its aggregation, that share one weight.
+
+    It counts where weights do; other types ask whether it is 0.
+    """
+    columns = []
+    for key, (agg, value) in values.items():
+        agg_type = _resolved(key, agg)
+        handler = handler_of(key, agg_type)
+        own = weight
+        if handler is not None and not handler.weighted and arrays.backend_of(weight) is None:
+            own = _count_or_not(key, weight)
+        columns.append(_fold_group(key, agg_type, (value,), (own,), handler, in_worker=False))
+    return columns
+
+
+def fold_each(
+    key: Key, agg_type: TypeLike, values: Any, weights: Any, handler_of: HandlerOf
+) -> Column:
+    """Return the column of an array whose elements each count; device arrays are held.
+
+    Args:
+        key: (dataset name, metric name).
+        agg_type: its aggregation.
+        values: a NumPy, torch or JAX array of any shape.
+        weights: an array of that shape, or one weight for all.
+        handler_of: as in `fold_metrics`.
+    """
+    if isinstance(values, str | int | float | Enum) or getattr(values, "shape", None) == ():
+        return fold_value(key, agg_type, values, weights, handler_of)
+    handler = handler_of(key, agg_type)
+    weighing = _weights_of_each(key, agg_type, values, weights, handler)
+    elements = _elements(key, values)
+    if arrays.backend_of(weighing) is None and not (elements.shape[0] and np.any(weighing)):
+        return Column(key, agg_type, None)
+    if arrays.backend_of(elements) is None:
+        if arrays.backend_of(weighing) is None:
+            counted, own = counted_elements(elements, weighing)
+            if not counted.size:
+                return Column(key, agg_type, None)
+            return _fold_counted(key, agg_type, counted, own, handler, in_worker=False)
+        # The weights are not known yet. Fold the values all the same, to refuse here what cannot be.
+        _fold_counted(key, agg_type, *counted_elements(elements, 1.0), handler, in_worker=False)
+    column = _fold_counted(key, agg_type, [], [], handler, in_worker=False)
+    column.late = [Late(key, agg_type, elements, weighing)]
+    return column
+
+
+def is_many(value: Any, weight: Any) -> bool:
+    """Return whether a weight for each element of an array is given."""
+    if type(weight) in _NUMBERS or not (_is_array(weight) and _is_array(value)):
+        return False
+    return bool(math.prod(weight.shape) != 1)
+
+
 def _by_key(metrics: Sequence[Metric]) -> dict[Key, list[Metric]]:
     if not _METRIC.issuperset(map(type, metrics)):
         _check_items(metrics)
@@ -267,13 +349,27 @@ def _fold_group(
             if in_worker:
                 return _keep_metrics(key, agg_type, values, weights, in_worker)
             _refuse_weight(key, agg_type, strange)
+    return _fold_counted(key, agg_type, values, weights, handler, in_worker)
+
+
+def _fold_counted(
+    key: Key,
+    agg_type: TypeLike,
+    values: Numbers,
+    weights: Numbers,
+    handler: AggregationHandler | None,
+    in_worker: bool,
+) -> Column:
+    """Return the column of values that count, whose weights have been checked."""
     if isinstance(handler, CategoricalCountAggHandler):
-        return _fold_categories(key, agg_type, values, weights, handler, in_worker)
+        return _fold_categories(key, agg_type, listed(values), listed(weights), handler, in_worker)
     if not isinstance(handler, LaneHandler):
-        return _keep_metrics(key, agg_type, values, weights, in_worker)
+        return _keep_metrics(key, agg_type, listed(values), listed(weights), in_worker)
     late: list[Late] = []
-    if not (_NUMBERS.issuperset(map(type, values)) and _NUMBERS.issuperset(map(type, weights))):
-        values, weights, late = _numbers(key, agg_type, values, weights, in_worker)
+    if not isinstance(values, np.ndarray):
+        plain = _NUMBERS.issuperset(map(type, values)) and _NUMBERS.issuperset(map(type, weights))
+        if not plain:
+            values, weights, late = _numbers(key, agg_type, values, listed(weights), in_worker)
     return Column(key, agg_type, fold_numbers(key, handler, values, weights), late=late)
 
 
@@ -284,9 +380,16 @@ def _weight(key: Key, weight: Any, weighted: bool, in_worker: bool) -> Any:
     on_device = arrays.backend_of(weight) is not None
     if on_device and not in_worker:
         return weight
-    number = _number(key, "weight", weight)
     # What lies on a device cannot be refused where it is given, so that only "0 or not" matters.
-    return 1.0 if on_device and not weighted and 0 < number < np.inf else number
+    if on_device and not weighted:
+        return _count_or_not(key, weight)
+    return _number(key, "weight", weight)
+
+
+def _count_or_not(key: Key, weight: Any) -> float:
+    """Return 1.0 for any weight but 0."""
+    number = _number(key, "weight", weight)
+    return 1.0 if 0 < number < np.inf else number
 
 
 def _counted(
@@ -318,13 +421,13 @@ def _refuse_weight(key: Key, agg_type: TypeLike, weight: float) -> NoReturn:
     )
 
 
-def fold_numbers(
-    key: Key, handler: LaneHandler, values: Sequence[float], weights: Sequence[float]
-) -> LaneState:
+def fold_numbers(key: Key, handler: LaneHandler, values: Numbers, weights: Numbers) -> LaneState:
     """Fold host numbers, whose weights have been checked and are not 0."""
     array = _floats(key, "a value", values)
     weighing = None
-    if weights.count(1.0) < len(weights):
+    if isinstance(weights, np.ndarray):
+        weighing = None if (weights == 1).all() else weights
+    elif weights.count(1.0) < len(weights):
         weighing = _floats(key, "a weight", weights)
     try:
         return handler.fold(array, weighing)
@@ -342,12 +445,17 @@ def _checked_weights(key: Key, weights: Sequence[float]) -> FloatArray | None:
         return None
     array = _floats(key, "a weight", weights)
     if not (array.min() >= 0 and array.max() < np.inf):
-        bad = next(weight for weight in weights if not 0 <= weight < np.inf)
-        raise ValueError(f"{show(key)}: the weight {bad!r} is not a finite number of 0 or more")
+        _refuse_bad(key, next(weight for weight in weights if not 0 <= weight < np.inf))
     return array
 
 
-def _floats(key: Key, what: str, numbers: Sequence[float]) -> FloatArray:
+def _refuse_bad(key: Key, weight: float) -> NoReturn:
+    raise ValueError(f"{show(key)}: the weight {weight!r} is not a finite number of 0 or more")
+
+
+def _floats(key: Key, what: str, numbers: Numbers) -> FloatArray:
+    if isinstance(numbers, np.ndarray):
+        return _exact_floats(key, what, numbers)
     try:
         return np.array(numbers, dtype=np.float64)
     except OverflowError:
@@ -388,6 +496,8 @@ def _fold_categories(
 
 def _category(key: Key, value: Any) -> str:
     scalar = _host_scalar(key, value)
+    if isinstance(scalar, np.ndarray) and scalar.size != 1:
+        raise ValueError(f"{show(key)}: {arrays.not_one_value('NumPy array', scalar.shape)}")
     try:
         return category_of(scalar)
     except TypeError as error:
@@ -459,10 +569,13 @@ def _hold(key: Key, value: Any, in_worker: bool) -> Any:
 def _number(key: Key, what: str, value: Any) -> float:
     """Return `value` as a float if it is a real number or holds exactly one."""
     scalar = _host_scalar(key, value)
+    if isinstance(scalar, np.ndarray) and scalar.size != 1 and what == "value":
+        raise ValueError(f"{show(key)}: {arrays.not_one_value('NumPy array', scalar.shape)}")
     if not isinstance(scalar, int | float | np.floating):
+        for_it = hints.for_value if what == "value" else hints.for_weight
         raise TypeError(
             f"{show(key)}: the {what} {quote(value)} is no number: give an int, a float, or an "
-            f"array of one element{hints.for_value(value)}"
+            f"array of one element{for_it(value)}"
         )
     try:
         return float(scalar)
@@ -473,7 +586,11 @@ def _number(key: Key, what: str, value: Any) -> float:
 def _host_scalar(key: Key, value: Any) -> Any:
     """Return the one element of an array, and anything else as it is."""
     if isinstance(value, np.ndarray | np.generic):
-        return value.item() if value.size == 1 else value
+        if value.size != 1 or value.dtype.kind in "mM":  # the latter's items may be mere ints
+            return value
+        if _is_masked(value) and np.ma.getmaskarray(value).any():
+            raise ValueError(f"{show(key)}: what is masked has no value: leave the metric out")
+        return value.item()
     backend = arrays.backend_of(value)
     if backend is None:
         return value
@@ -498,6 +615,123 @@ def check_same_type(key: Key, registered: TypeLike, given: TypeLike) -> None:
             f"{type_label(registered)}, so it cannot take a value of type {type_label(given)}: "
             "give one of them another name"
         )
+
+
+# -- Arrays of which each element counts ---------------------------------------------------------
+
+
+def _weights_of_each(
+    key: Key, agg_type: TypeLike, values: Any, weights: Any, handler: AggregationHandler | None
+) -> Any:
+    """Return the weights of an array's elements, or the one of all; on a device they are held."""
+    if not _is_array(values):
+        raise TypeError(
+            f"{show(key)}: each=True takes an array, which {quote(values)} is not: give "
+            "np.asarray(...) of it"
+        )
+    many = _is_array(weights) and math.prod(weights.shape) != 1
+    if many and tuple(weights.shape) != tuple(values.shape):
+        raise ValueError(
+            f"{show(key)}: weights of shape {tuple(weights.shape)} do not go with values of shape "
+            f"{tuple(values.shape)}: give one weight for each value, or one for all"
+        )
+    if arrays.backend_of(weights) is not None:
+        return _hold_each(key, weights) if many else _hold(key, weights, in_worker=False)
+    weighing: Any
+    if many:
+        given = _elements(key, weights)
+        weighing = _exact_floats(key, "a weight", np.asarray(given))
+        if _is_masked(given):
+            weighing[np.ma.getmaskarray(given)] = 0.0
+    else:
+        weighing = _number(key, "weight", weights)
+    bad = bad_weight(weighing)
+    if bad is not None:
+        _refuse_bad(key, bad)
+    if handler is not None and not handler.weighted:
+        strange = np.extract((weighing != 0) & (weighing != 1), weighing)
+        if strange.size:
+            _refuse_weight(key, agg_type, strange[0].item())
+    return weighing
+
+
+def _elements(key: Key, values: Any) -> Any:
+    """Return the elements of an array, as a copy of shape (n,), perhaps masked; or held."""
+    if arrays.backend_of(values) is not None:
+        return _hold_each(key, values)
+    elements = np.array(
+        np.ma.getdata(values) if _is_masked(values) else values, subok=False
+    ).ravel()
+    if not _is_masked(values):
+        return elements
+    return np.ma.MaskedArray(elements, mask=np.ma.getmaskarray(values).ravel())
+
+
+def counted_elements(values: Any, weights: Any) -> tuple[Any, Any]:
+    """Return the elements that are neither masked nor of weight 0, and the weight of each.
+
+    Args:
+        values: shape (n,), perhaps masked; on the host.
+        weights: of the same shape, or a number.
+    """
+    weighing = np.broadcast_to(np.asarray(weights, dtype=np.float64), values.shape)
+    counts = weighing != 0
+    if _is_masked(values):
+        counts &= ~np.ma.getmaskarray(values)
+    if counts.all():
+        return np.asarray(values), weighing
+    return np.asarray(values)[counts], weighing[counts]
+
+
+def listed(numbers: Numbers) -> Sequence[Any]:
+    """Return Python's own numbers or texts for those of an array."""
+    return numbers.tolist() if isinstance(numbers, np.ndarray) else numbers
+
+
+def bad_weight(weights: Any) -> float | None:
+    """Return a weight that is negative, infinite or NaN, if there is one."""
+    if isinstance(weights, int | float):
+        return None if 0 <= weights < np.inf else weights
+    given = np.asarray(weights)
+    bad = given[~((given >= 0) & (given < np.inf))]
+    return bad[0].item() if bad.size else None
+
+
+def _exact_floats(key: Key, what: str, numbers: npt.NDArray[Any]) -> FloatArray:
+    """Return the elements of an array as float64, if none of them changes by that."""
+    kind = numbers.dtype.kind
+    # The float and int types of ml_dtypes are of the kind of raw bytes, which are numpy.void.
+    if kind not in "biuf" and (kind != "V" or issubclass(numbers.dtype.type, np.void)):
+        raise TypeError(
+            f"{show(key)}: an array of type {numbers.dtype} holds no real numbers: give one of floats, "
+            "ints or bools"
+        )
+    floats = numbers.astype(np.float64)
+    if kind in "iu":
+        large = np.abs(floats) >= _LARGEST_INT
+        if large.any() and floats[large].astype(object).tolist() != numbers[large].tolist():
+            raise ValueError(
+                f"{show(key)}: {what} is an integer of more than 2^53, which a 64-bit float does not "
+                "hold exactly: give .astype(float) of the array if it may be rounded"
+            )
+    return floats
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray | np.generic) or arrays.backend_of(value) is not None
+
+
+def _is_masked(value: Any) -> bool:
+    # NumPy loads this module when it is first used.
+    masked = sys.modules.get("numpy.ma")
+    return masked is not None and isinstance(value, masked.MaskedArray)
+
+
+def _hold_each(key: Key, value: Any) -> Any:
+    try:
+        return arrays.hold_each(value)
+    except Exception as error:  # noqa: BLE001 - a framework's own may be of any kind
+        _refuse(key, error)
 
 
 # -- Pickling ------------------------------------------------------------------------------------
