@@ -11,6 +11,7 @@ Nothing is finalised before it is asked for: a rank that does not look does not 
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -447,7 +448,9 @@ class Snapshot:
                     derived_any = True
                 except _MissingError as error:
                     missing.add(error.args[0])
-                except Exception as error:  # noqa: BLE001 - the user's function; isolated, named
+                except BaseException as error:  # the user's function; isolated, named
+                    if not isinstance(error, Exception) and _may_exit():
+                        raise
                     derived_any = True
                     where = f"dataset {dataset!r}" if dataset else "all datasets together"
                     self._warn_once(
@@ -509,6 +512,11 @@ class _MissingError(KeyError):
 class _Recorded(dict[str, float]):
     def __missing__(self, name: str) -> float:
         raise _MissingError(name)
+
+
+def _may_exit() -> bool:
+    """Return whether `sys.exit` would end the program here, and not just a thread of the logger."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def check_window(window: WindowLike) -> None:

@@ -13,7 +13,7 @@ and the users who want none of it never pay for it.
 from metricfold.sinks.console import ConsoleSink
 from metricfold.sinks.jsonl import JSONLSink, read_jsonl
 from metricfold.sinks.logger import MetricsLogger
-from metricfold.sinks.record import Record, Sink
+from metricfold.sinks.record import Record, RecordRefused, Sink
 from metricfold.sinks.selection import SelectiveSink
 from metricfold.sinks.tensorboard import TensorBoardSink
 from metricfold.sinks.wandb import WandbSink
@@ -23,6 +23,7 @@ __all__ = [
     "JSONLSink",
     "MetricsLogger",
     "Record",
+    "RecordRefused",
     "SelectiveSink",
     "Sink",
     "TensorBoardSink",

@@ -181,7 +181,8 @@ class MetricsLogger:
     def flush(self) -> bool:
         """Wait until everything logged so far is where its sinks put it, and return whether it is.
 
-        A sink that gets nothing done in half a minute is waited for no longer.
+        False if anything logged since the flush before is missing in a sink. A sink that fails is
+        waited for 5 s, and one that gets nothing done half a minute.
         """
         self._check_open()
         wait(self._running())

@@ -13,9 +13,11 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
 
 from metricfold.histogram import Histogram
+from metricfold.sinks.loud import say
 from metricfold.sinks.record import Record, Sink, checked_numbers
 from metricfold.sinks.worker import SinkWorker, wait_for
 from metricfold.snapshot import Snapshot, WindowLike
@@ -87,14 +89,15 @@ class Pipeline:
         made = self._made(patience, deadline)
         flushes = [(worker, worker.flush()) for worker in self._workers]
         answers = [
-            worker.wait(done, patience=patience, deadline=deadline) for worker, done in flushes
+            worker.wait(flush.done, patience=patience, deadline=deadline) and flush.well
+            for worker, flush in flushes
         ]
         return made and all(answers)
 
     def close(self, *, hurry: bool, patience: float, deadline: float | None = None) -> None:
         """Write and flush what was accepted, close the sinks, and end the threads.
 
-        What could not be written in time is reported.
+        What could not be written is said in one table.
 
         Args:
             hurry: do not wait for reductions that are still under way.
@@ -105,10 +108,13 @@ class Pipeline:
             self._hurry.set_result(None)
         self._made(patience, deadline)
         self._inbox.put(None)
-        closings = [(worker, worker.close()) for worker in self._workers]
+        closings = [(worker, worker.close(patience)) for worker in self._workers]
+        table: list[str] = []
         for worker, done in closings:
             closed = worker.wait(done, patience=patience, deadline=deadline)
-            worker.report_unwritten(closed=closed)
+            table += worker.report(closed=closed)
+        if table:
+            say("not all that was logged has been written:\n  " + "\n  ".join(table))
 
     def _made(self, patience: float, deadline: float | None) -> bool:
         """Wait until the entries accepted so far are records, and return whether they are."""
@@ -120,12 +126,12 @@ class Pipeline:
         while (item := self._inbox.get()) is not None:
             match item:
                 case _Accepted(entry, workers):
-                    record = self._made_of(entry)
+                    made = self._made_of(entry)
                     for worker in workers:
-                        if record is None:
-                            worker.release()
+                        if isinstance(made, Record):
+                            worker.put(made)
                         else:
-                            worker.put(record)
+                            worker.release(unmade=made is _Unmade.SAID)
                 case _Rewind(step):
                     for worker in self._workers:
                         worker.rewind(step)
@@ -133,8 +139,8 @@ class Pipeline:
                     passed.set()
             self._handled += 1
 
-    def _made_of(self, entry: Entry) -> Record | None:
-        """Return the record of `entry`, once its reduction is done; None if there is none."""
+    def _made_of(self, entry: Entry) -> Record | _Unmade:
+        """Return the record of `entry`, once its reduction is done."""
         if isinstance(entry.source, Future):
             either: list[Future[Any]] = [entry.source, self._hurry]
             wait(either, return_when=FIRST_COMPLETED)
@@ -144,14 +150,14 @@ class Pipeline:
                     "ranks when this process ended",
                     entry.step,
                 )
-                return None
+                return _Unmade.SAID
             if entry.source.cancelled() or entry.source.exception() is not None:
-                return None  # the logger raises it where the training can see it
+                return _Unmade.RAISED
         try:
             return self._record(entry)
-        except Exception:  # noqa: BLE001 - training must not die of it, least of all on one rank
+        except BaseException:  # noqa: BLE001 - training must not die of it, least of all on one rank
             _log.exception("the metrics of step %d are left out", entry.step)
-            return None
+            return _Unmade.SAID
 
     def _record(self, entry: Entry) -> Record:
         histograms: dict[str, Histogram] = {}
@@ -184,9 +190,16 @@ class Pipeline:
             found = function(entry.source.result())
             known = {key: value for key, value in found.items() if value is not None}
             return checked_numbers("extra", known)
-        except Exception:  # noqa: BLE001 - the user's; the metrics are written all the same
+        except BaseException:  # noqa: BLE001 - the user's; the metrics are written all the same
             _log.exception("the extra numbers of step %d are left out", entry.step)
             return {}
+
+
+class _Unmade(Enum):
+    """Why there is no record."""
+
+    SAID = "something failed, which has been said"
+    RAISED = "its reduction failed, which the logger raises where the training can see it"
 
 
 class _Accepted(NamedTuple):

@@ -15,7 +15,7 @@ from metricfold import hints
 from metricfold.histogram import Histogram
 from metricfold.metric import check_name
 
-__all__ = ["Record", "Sink", "checked_numbers"]
+__all__ = ["Record", "RecordRefused", "Sink", "checked_numbers"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,13 +50,32 @@ class Record:
     __hash__ = None  # type: ignore[assignment]  # what it holds can be altered
 
 
+class RecordRefused(ValueError):  # noqa: N818 - it says what becomes of the record
+    """A sink's word that it will never take this record, although it takes others.
+
+    The record is skipped and counted. Any `ValueError`, `TypeError`, `ArithmeticError`,
+    `LookupError` or `AttributeError` says so, too.
+
+    Args:
+        reason: why.
+        displaced: the step of a record that the sink had taken and that this one, which it has
+            taken, has replaced.
+    """
+
+    def __init__(self, reason: str, *, displaced: int | None = None) -> None:
+        super().__init__(reason)
+        self.displaced = displaced
+
+
 @runtime_checkable
 class Sink(Protocol):
     """Anything with these four methods; subclass `SelectiveSink` for ``select=`` and ``key_format=``.
 
-    All four are called from one thread, which belongs to this sink alone. A method that raises is
-    called again with the same argument, so one that fails should leave nothing half-written. Every
-    rank makes the same sinks and rank 0 alone writes: open files in `write`, not in ``__init__``.
+    All four are called from one thread, which belongs to this sink alone. What `write` raises says
+    what becomes of the record: by an `OSError` it is held and offered again, by a `RecordRefused`
+    or another error of values it is skipped, and by any other error held until the next record
+    shows whether it was at fault. So one that fails should leave nothing half-written. Every rank
+    makes the same sinks and rank 0 alone writes: open files in `write`, not in ``__init__``.
     """
 
     def write(self, record: Record) -> None:
