@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import operator
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
+from numbers import Real
 from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 import numpy as np
@@ -70,6 +72,7 @@ from metricfold.metric import (
 from metricfold.naming import check_prefix, show
 from metricfold.pool import Window
 from metricfold.processes import Worker, watch_forks
+from metricfold.recomputation import not_given_before, recomputed
 from metricfold.reduction import Contribution, Reduced, Reducer
 from metricfold.routes import check_route
 from metricfold.schema import Key, Kind, Schema
@@ -79,6 +82,8 @@ from metricfold.totals import Totals
 from metricfold.uncompiled import leave_alone, uncompiled
 
 __all__ = ["AggregatorMark", "MetricsAggregator"]
+
+_log = logging.getLogger("metricfold")
 
 _order_of_creation = itertools.count()
 _namesakes: dict[str, itertools.count[int]] = {}
@@ -187,6 +192,9 @@ class MetricsAggregator:
                 already, its name clashes with another, its value or weight is of the wrong kind.
                 Then nothing has changed, not even for the metrics before it.
         """
+        if recomputed():
+            self._pass_over(metrics.columns if isinstance(metrics, MetricBatch) else metrics)
+            return
         if isinstance(metrics, MetricBatch):
             with self._lock:
                 if self._keys.familiar(metrics.columns):
@@ -245,6 +253,9 @@ class MetricsAggregator:
         >>> aggregator.get_metrics_for_logging("train")
         {'train/len': 5.0, 'train/loss': 3.0}
         """
+        if recomputed():
+            self._pass_over([Metric(dataset or "", name, value, agg, weight)])
+            return
         check_name("the name of a metric", name)
         if dataset is not None:
             check_name(f"the dataset of metric {name!r}", dataset)
@@ -510,6 +521,21 @@ class MetricsAggregator:
         self._mark = None
         self._cuts += 1
         self._custom.unmark()
+
+    def _pass_over(self, metrics: Iterable[Metric | Column]) -> None:
+        """Leave out what a repeated forward gives; what its first has not given is lost, so say so."""
+        lost = set()
+        for one in metrics:
+            if isinstance(one, Column):
+                key, counts = one.key, not one.weightless
+            else:
+                key, counts = one[:2], not (isinstance(one.weight, Real) and one.weight == 0)
+            if counts and key not in self._keys.of_key:
+                lost.add(show(key))
+        lost -= self._warned
+        if lost:
+            self._warned |= lost
+            _log.warning("%s", not_given_before(sorted(lost)))
 
     def _take(self, columns: Sequence[Column]) -> None:
         with self._lock:

@@ -18,8 +18,9 @@ if find_spec("torch") is None:
     )
 
 from metricfold.torch.accumulator import AccumulatorMark, DeviceAccumulator
+from metricfold.torch.recomputing import once, recomputing
 from metricfold.uncompiled import leave_alone
 
-__all__ = ["AccumulatorMark", "DeviceAccumulator"]
+__all__ = ["AccumulatorMark", "DeviceAccumulator", "once", "recomputing"]
 
 leave_alone()

@@ -19,6 +19,7 @@ about rounding, as it must be on devices that have no float64.
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +34,7 @@ from torch.nn import functional as F  # noqa: N812 - its name everywhere
 from metricfold.arrays import whole_tensor
 from metricfold.device_lanes import CELLS, EXTREMA, MOMENTS, HostArrays, Layout
 from metricfold.metric import AggregationType
+from metricfold.recomputation import not_given_before, recomputed
 from metricfold.torch.folding import (
     EXTREMA_OF,
     LAST_LANE,
@@ -41,9 +43,12 @@ from metricfold.torch.folding import (
     stretched,
     without_subnormals,
 )
+from metricfold.torch.recomputing import asked, counts
 from metricfold.uncompiled import uncompiled
 
 __all__ = ["AccumulatorMark", "DeviceAccumulator"]
+
+_logger = logging.getLogger("metricfold")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,17 @@ class DeviceAccumulator:
     {'train_alpaca/loss': 1.0, 'train_orca/loss': 3.0}
     """
 
-    __slots__ = ("__weakref__", "_datasets", "_fill", "_places", "device", "layout", "tensors")
+    __slots__ = (
+        "__weakref__",
+        "_datasets",
+        "_fill",
+        "_given",
+        "_nothing",
+        "_places",
+        "device",
+        "layout",
+        "tensors",
+    )
 
     layout: Layout
     device: torch.device
@@ -125,7 +140,6 @@ class DeviceAccumulator:
     ) -> None:
         self.layout = layout = Layout.of(metrics, datasets)
         self._datasets = len(layout.datasets)
-        self._fill = object()
         types = dict(zip(layout.names, layout.types, strict=True))
         in_order = sorted(types, key=lambda name: list(LAST_LANE).index(types[name]))
         first = len(in_order) - len(layout.distributions)  # which come last
@@ -148,6 +162,7 @@ class DeviceAccumulator:
                 f"a step gives, or use device='cpu' ({error})"
             ) from error
         self.device = self.tensors[0].device
+        self._begin()
         self._clear()
 
     # -- In the step
@@ -191,6 +206,14 @@ class DeviceAccumulator:
         Raises:
             TypeError, ValueError: as `update`.
         """
+        flag = None
+        if torch.compiler.is_compiling():
+            flag = counts(self._nothing)
+        elif recomputed():
+            self._pass_over(values)
+            return
+        else:
+            self._given.update(values)
         taken = {}
         for name, given in values.items():
             self.layout.place(name)
@@ -210,7 +233,7 @@ class DeviceAccumulator:
             else:
                 groups.append((place, [tensor]))
         for start, group in groups:
-            self._fold(start, group, w, columns)
+            self._fold(start, group, w, columns, flag)
 
     def token_loss(
         self,
@@ -311,9 +334,14 @@ class DeviceAccumulator:
         self._clear()
         return self
 
-    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
-        for name, value in state[1].items():
-            setattr(self, "_fill" if name == "_drains" else name, value)  # as it was called in 0.1
+    def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
+        of_subclass, slots = state
+        for name, value in slots.items():
+            if name in DeviceAccumulator.__slots__:  # 0.1 had another one
+                setattr(self, name, value)
+        if of_subclass:
+            vars(self).update(of_subclass)
+        self._begin()
 
     def __repr__(self) -> str:
         metrics = {
@@ -325,6 +353,18 @@ class DeviceAccumulator:
 
     # -- Inside
 
+    def _begin(self) -> None:
+        self._fill = object()
+        self._given: set[str] = set()  # metrics that have come in, but by graphs
+        self._nothing = self.tensors[0].new_empty(0)  # but where it lies
+
+    def _pass_over(self, values: Mapping[str, Any]) -> None:
+        """Leave out what a repeated forward gives; what its first has not given is lost, so say so."""
+        lost = [name for name in values if name not in self._given]
+        if lost and self.device not in asked:  # else a graph may have been the first
+            self._given.update(lost)
+            _logger.warning("%s", not_given_before([_named(lost)]))
+
     def _clear(self) -> None:
         sums, extrema, *grids = self.tensors
         for tensor in (sums, *grids):
@@ -332,7 +372,12 @@ class DeviceAccumulator:
         extrema.fill_(-math.inf)
 
     def _fold(
-        self, start: _Place, group: list[Tensor], w: Tensor | None, columns: Tensor | None
+        self,
+        start: _Place,
+        group: list[Tensor],
+        w: Tensor | None,
+        columns: Tensor | None,
+        flag: Tensor | None,
     ) -> None:
         """Fold values of metrics that stand side by side, from `start` on, all of one shape."""
         if any(one.dtype != group[0].dtype for one in group):
@@ -341,7 +386,7 @@ class DeviceAccumulator:
         distribution = start.agg_type is AggregationType.DISTRIBUTION
         if distribution:
             x = without_subnormals(x.float())
-        batch = Batch.of(x, None if w is None else stretched(w, x.ndim - 1), columns)
+        batch = Batch.of(x, None if w is None else stretched(w, x.ndim - 1), columns, flag)
         sums, extrema, *grids = self.tensors
         rows, last = slice(start.row, start.row + len(group)), LAST_LANE[start.agg_type]
         first = Lane.UNWEIGHABLE if batch.weights is not None else Lane.COUNT

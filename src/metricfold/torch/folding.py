@@ -68,6 +68,7 @@ class Batch:
         nan: which of those that count are NaN.
         columns: where each value belongs, of the shape of the first dimensions of values; None if
             all belong to the one dataset.
+        counts: a flag that says whether any of this counts; None if it does.
     """
 
     x: Tensor
@@ -76,9 +77,12 @@ class Batch:
     unweighable: Tensor | None
     nan: Tensor
     columns: Tensor | None
+    counts: Tensor | None
 
     @classmethod
-    def of(cls, x: Tensor, given: Tensor | None, columns: Tensor | None) -> Batch:
+    def of(
+        cls, x: Tensor, given: Tensor | None, columns: Tensor | None, counts: Tensor | None
+    ) -> Batch:
         """Return the batch of values, shape (metrics, values...), and weights, which broadcast."""
         kept = weights = unweighable = None
         wide = x.double()
@@ -89,7 +93,7 @@ class Batch:
                 weights = given.nan_to_num(nan=0.0, posinf=0.0).clamp_min(0.0)
                 unweighable, kept = given != weights, weights > 0
             wide = torch.where(kept, wide, 0.0)
-        return cls(wide, kept, weights, unweighable, wide.isnan(), columns)
+        return cls(wide, kept, weights, unweighable, wide.isnan(), columns, counts)
 
     def add(self, lanes: Tensor, last: int) -> None:
         """Add to `lanes`, shape (metrics, n, columns), of which `last` is the last."""
@@ -109,6 +113,7 @@ class Batch:
                 terms += [w, w * w] if last >= Lane.W2 else [w]
             terms += [flags.double() for flags in infinite]
         stacked, columns = self._per_column(torch.stack(terms, dim=1), torch.sum)
+        stacked = self._if_it_counts(stacked, 0.0)
         if columns is None:
             lanes[..., 1].add_(stacked)
         else:
@@ -122,6 +127,7 @@ class Batch:
         signed = [self.x, -self.x][which]
         largest = torch.stack([torch.where(excluded, -math.inf, x) for x in signed], dim=1)
         largest, columns = self._per_column(largest, torch.amax)
+        largest = self._if_it_counts(largest, -math.inf)
         if columns is None:
             extrema[..., 1].copy_(torch.maximum(extrema[..., 1], largest))
         else:
@@ -148,7 +154,11 @@ class Batch:
         u = (magnitude & _FRACTION).double() * 2.0**-FRACTION_BITS
         w = torch.ones_like(u) if self.weights is None else self.weights.expand_as(u)
         moments = torch.stack([w, w * u, w * u * u], dim=1).reshape(len(x), MOMENTS, -1)
+        moments = self._if_it_counts(moments, 0.0)
         grid.scatter_add_(2, cell.reshape(len(x), 1, -1).expand_as(moments), moments)
+
+    def _if_it_counts(self, terms: Tensor, identity: float) -> Tensor:
+        return terms if self.counts is None else torch.where(self.counts, terms, identity)
 
     def _wide(self, flags: Tensor) -> Tensor:
         return flags.double().expand_as(self.x)
