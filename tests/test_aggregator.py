@@ -309,11 +309,31 @@ def test_a_macro_mean_never_overwrites_a_metric() -> None:
 def test_a_record_without_dataset_under_a_rolled_up_name_is_refused_either_way() -> None:
     aggregator = MetricsAggregator()
     aggregator.update([Metric("a", "loss", 1.0, MEAN)])
-    with pytest.raises(ValueError, match="over all its datasets, claims already"):
+    with pytest.raises(ValueError, match="'loss'") as caught:
         aggregator.record("loss", 1.0)
+    assert str(caught.value) == (
+        "metric 'loss' without a dataset would print '/loss', which the total over all datasets of "
+        "metric 'loss' prints already: give one of them another name, or a dataset to both"
+    )
     aggregator.record("norm", 1.0)
-    with pytest.raises(ValueError, match=r"metric 'norm' claims already"):
-        aggregator.update([Metric("a", "norm", 1.0, MEAN)])
+    with pytest.raises(ValueError, match="'norm'") as caught:
+        aggregator.update([Metric("a", "new", 1.0, MEAN), Metric("a", "norm", 1.0, MEAN)])
+    assert str(caught.value) == (
+        "the total over all datasets of metric 'norm' of dataset 'a' would print '/norm', which "
+        "metric 'norm' without a dataset prints already: give one of them another name, or a dataset "
+        "to both"
+    )
+    aggregator.update([Metric("a", "len", 1.0, AggregationType.DISTRIBUTION)])
+    with pytest.raises(
+        ValueError, match=r"'len_stat_max' without a dataset .* of metric 'len' prints"
+    ):
+        aggregator.record("len_stat_max", 1.0)
+    aggregator.update([Metric("a", "kind", "x", AggregationType.CATEGORICAL_COUNT)])
+    with pytest.raises(
+        ValueError, match=r"of metric 'kind' prints already \(as '/kind_count_\*'\)"
+    ):
+        aggregator.record("kind_count_y", 1.0)
+    assert aggregator.reduce().as_dict("t").keys() >= {"t_a/loss", "t/norm", "t_a/kind_count_x"}
 
 
 def test_derived_metrics_are_computed_per_dataset_and_for_the_rollup() -> None:

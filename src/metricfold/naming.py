@@ -84,8 +84,8 @@ class Claims:
                     texts[_text(owner, suffix)] = owner
             for text, owner in texts.items():
                 if claimed.owners.get(text) != owner:  # else a namesake in another dataset has it
-                    _refuse_clash(key, text, claimed.clash(text, owner))
-                    _refuse_clash(key, text, proposed.clash(text, owner))
+                    _refuse_clash(key, owner, text, claimed.clash(text, owner))
+                    _refuse_clash(key, owner, text, proposed.clash(text, owner))
                     if self._derived:
                         self._refuse_derived(key, text)
             for text, owner in texts.items():
@@ -185,13 +185,22 @@ class Claimed:
             self._beginning.setdefault(start, []).append(text)
 
 
-def _refuse_clash(key: Key, text: str, clash: tuple[str, Key] | None) -> None:
-    if clash is not None:
-        taken, other = clash
-        raise ValueError(
-            f"{show(key)} would print {_shown(text)}, which {show(other)} claims already (as "
-            f"{_shown(taken)}): give one of them another name"
-        )
+def _refuse_clash(key: Key, owner: Key, text: str, clash: tuple[str, Key] | None) -> None:
+    """Refuse what `key` would print, itself or as a total, if something else prints that."""
+    if clash is None:
+        return
+    taken, other = clash
+    mine = f"the total over all datasets of {show(key)}" if owner[0] == ANYTHING else _alone(key)
+    also = "" if taken == text else f" (as {_shown(taken)})"
+    both = ", or a dataset to both" if "" in (key[0], other[0]) else ""
+    raise ValueError(
+        f"{mine} would print {_shown(text)}, which {_alone(other)} prints already{also}: give one of "
+        f"them another name{both}"
+    )
+
+
+def _alone(owner: Key) -> str:
+    return show(owner) if owner[0] else f"{show(owner)} without a dataset"
 
 
 def _owners(key: Key) -> list[Key]:
@@ -230,5 +239,5 @@ def show(owner: Key) -> str:
     """Return how messages speak of a key."""
     dataset, name = owner
     if dataset == ANYTHING:
-        return f"metric {name!r}, over all its datasets,"
+        return f"the total over all datasets of metric {name!r}"
     return f"metric {name!r} of dataset {dataset!r}" if dataset else f"metric {name!r}"
