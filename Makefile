@@ -24,9 +24,14 @@ demo: $(STAMP)  ## train a small language model on two ranks; DEMO_ARGS="--ranks
 	@echo "==> metricfold demo: two ranks train a small language model"
 	@$(BIN)/metricfold demo $(DEMO_ARGS)
 
+# pytest's exit status 5: what PYTEST_ARGS selects holds no tests of this part.
 test: $(STAMP)  ## PYTEST_ARGS="tests/test_metric.py -x" and the like pass through
 	@echo "==> the whole test suite, in random order, warnings as errors"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@together=0; alone=0; \
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not alone" $(PYTEST_ARGS) || together=$$?; \
+	echo "==> the tests that must run alone"; \
+	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS) || alone=$$?; \
+	case $$together/$$alone in 0/0|0/5|5/0) ;; *) exit 1;; esac
 
 lint: $(STAMP)
 	@echo "==> ruff format, ruff check, mypy --strict"

@@ -1,6 +1,7 @@
-"""What is not installed is not tested: frameworks are optional, and so are the tests of each.
+"""What holds for all tests: what is skipped, and how others are spared what they need not do.
 
-A test module whose subject is a framework imports it at its top. Where that framework is not
+What is not installed is not tested: frameworks are optional, and so are the tests of each. A test
+module whose subject is a framework imports it at its top. Where that framework is not
 installed, all of the module's tests are skipped. Others ask where they need one, by
 `pytest.importorskip`, or have `ranks`, `jax_devices` and `jax_processes` ask for them.
 """
@@ -12,6 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from jax_devices import compile_quickly
+
+compile_quickly()
 
 FRAMEWORKS = (
     *("torch", "torchdata", "lightning", "transformers", "accelerate", "datasets"),

@@ -33,6 +33,27 @@ import pytest
 
 _context = multiprocessing.get_context("spawn")
 
+QUICKLY = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+"""Options of XLA: code that runs once need not be fast; to compile it is what takes the time."""
+FAST = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+    "xla_cpu_parallel_codegen_split_count": 32,
+}
+"""What they are for users: give it as ``compiler_options`` where a promise rests on the code."""
+
+
+def compile_quickly() -> None:
+    """Have all processes that start from here on compile quickly, unless the user says how."""
+    flags = (f"--{name}={str(value).lower()}" for name, value in QUICKLY.items())
+    os.environ.setdefault("XLA_FLAGS", " ".join(flags))
+
 
 class DevicesError(AssertionError):
     """What ran on the devices raised, died or hung; the message holds its traceback."""
@@ -123,9 +144,7 @@ def on_devices(*counts: int) -> Callable[[Callable[..., None]], Callable[..., No
 
 
 def _serve(devices: int, pipe: Connection) -> None:
-    # Code that runs once need not be fast; what takes the time is to compile it.
-    quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {quickly}"
+    os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
     os.environ["JAX_PLATFORMS"] = "cpu"
     warnings.simplefilter("error")
     while True:

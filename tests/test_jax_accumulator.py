@@ -11,13 +11,9 @@ from typing import Any
 import pytest
 from accumulated import KINDS, NAMES, WEIGHTED, logged, recorded
 from accumulated import check_equal as check_equal_to
-from jax_devices import on_devices
+from jax_devices import FAST, on_devices
 from jax_processes import end_processes, run_processes
 from ranks import run_threads
-
-FAST = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-"""Undoes what these tests' processes do to compile quickly."""
-
 
 check_equal = functools.partial(check_equal_to, rtol=1e-6)
 
