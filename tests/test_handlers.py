@@ -169,7 +169,7 @@ def test_a_custom_result_never_overwrites_another_metric() -> None:
     aggregator.update(
         [Metric("d", "loss", 1.0, AggregationType.MEAN), Metric("d", "x", 1, "greedy")]
     )
-    with pytest.warns(RuntimeWarning, match="name 'loss', which another metric"):
+    with pytest.warns(RuntimeWarning, match="result 'loss' of metric 'x' of .* left out"):
         assert aggregator.get_metrics_for_logging("t") == {"t_d/loss": 1.0}
 
 

@@ -749,7 +749,7 @@ class MetricsAggregator:
             custom = b""
             if self._custom and not error:
                 try:
-                    custom = self._custom.results(self._keys.of_key)
+                    custom = self._custom.results(self._keys.of_key, self._keys.by_label())
                 except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
                     error = f"a custom handler failed to finalise: {failure!r}"
             closes = kind is Kind.REDUCE and not error

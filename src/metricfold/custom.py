@@ -9,19 +9,24 @@ with them: each counts once.
 from __future__ import annotations
 
 import copy
-import pickle
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+from metricfold.handlers import AggregationHandler, name_of, number_of, reported, travelling
+from metricfold.metric import (
+    Metric,
+    MetricState,
+    TypeLike,
+    quote,
+    resolve_type,
+    type_label,
+)
+from metricfold.naming import Key, show
+from metricfold.plain import NotPlainError, pack, unpack
 
-from metricfold.handlers import AggregationHandler, name_of, number_of, reported
-from metricfold.metric import Metric, MetricState, TypeLike, quote, type_label
-from metricfold.naming import show
-from metricfold.schema import Key
-
-__all__ = ["CustomResults", "CustomStates", "SavedState", "combined", "restored"]
+__all__ = ["CustomResults", "CustomStates", "Result", "SavedState", "restored"]
 
 SavedState = dict[str, Any]
 """A state as plain JSON types, with its key and type."""
@@ -57,9 +62,9 @@ class _States:
     def take(self, handler: AggregationHandler, key: Key, metric: Metric) -> None:
         """Hand one value to the handler, for both views."""
         if self.run is None:
-            self.run = handler.initialize_metric_state(*key, metric.agg_type)
+            self.run = _begun(handler, key, metric.agg_type)
         if self.interval is None:
-            self.interval = handler.initialize_metric_state(*key, metric.agg_type)
+            self.interval = _begun(handler, key, metric.agg_type)
         handler.update(self.run, metric)
         handler.update(self.interval, metric)
         self.since.append(metric)
@@ -132,23 +137,33 @@ class CustomStates:
         """Let go of the mark."""
         self._marked = None
 
-    def results(self, handlers: Mapping[Key, AggregationHandler]) -> bytes:
-        """Return this rank's results and states as bytes, for all ranks."""
-        results: dict[str, list[MetricState]] = {"run": [], "interval": []}
-        saved: dict[str, list[SavedState]] = {"run": [], "interval": []}
-        unsaved = ""
-        for key, states in self._states.items():
-            for view, found in results.items():
+    def results(
+        self,
+        handlers: Mapping[Key, AggregationHandler],
+        of_type: Mapping[str, AggregationHandler],
+    ) -> bytes:
+        """Return this rank's results and states as bytes, for all ranks.
+
+        Args:
+            handlers: of each key.
+            of_type: the handler of each type, by its label.
+        """
+        sent: dict[str, Any] = {"results": {}, "saved": {}, "unsent": "", "unsaved": ""}
+        for view in _VIEWS:
+            results, saved = sent["results"][view], sent["saved"][view] = [], []
+            for key, states in self._states.items():
+                handler = handlers[key]
                 for state in states.of(view):
-                    found += [
-                        replace(result, agg_type=type_label(result.agg_type))
-                        for result in handlers[key].finalize_local_agg(copy.deepcopy(state))
-                    ]
+                    finalised = _finalised(key, handler, copy.deepcopy(state))
                     try:
-                        saved[view].append(_save(key, handlers[key], state))
+                        results += [_sent(key, handler, one, of_type) for one in finalised]
+                    except TypeError as error:
+                        sent["unsent"] = str(error)
+                    try:
+                        saved.append(_save(key, handler, state))
                     except (TypeError, ValueError) as error:
-                        unsaved = str(error)
-        return pickle.dumps((results, saved, unsaved))
+                        sent["unsaved"] = str(error)
+        return json.dumps(sent, separators=(",", ":")).encode()
 
     def close_interval(self) -> dict[Key, list[MetricState]]:
         """Begin a new interval; what is returned can be put back with `reopen_interval`."""
@@ -178,59 +193,102 @@ class CustomStates:
             (own.inherited_run if view == "run" else own.inherited_interval).append(state)
 
 
+_VIEWS = ("run", "interval")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What the ranks' results of one name come to.
+
+    Args:
+        key: the name that it prints under.
+        label: its type's.
+        origin: the key whose handler gave it.
+        parts: each rank's value and metadata, packed.
+    """
+
+    key: Key
+    label: str
+    origin: Key
+    parts: list[tuple[Any, Any]]
+
+    def finalised(self, handler: AggregationHandler | None, seconds: float) -> dict[str, float]:
+        """Return what to report, by the suffix that the name takes.
+
+        Args:
+            handler: of the type.
+            seconds: wall time that the view speaks about.
+
+        Raises:
+            ValueError, TypeError: the type has no handler, or what the handler gives is no number;
+                and whatever the handler raises.
+        """
+        if handler is None:
+            raise ValueError(
+                f"{show(self.key)} was finalised to type {self.label!r}, for which no handler is "
+                "registered: call register_handler() on every rank"
+            )
+        states = [
+            MetricState(
+                *self.key,
+                unpack(value),
+                resolve_type(self.label),
+                handler.deserialize_metadata(unpack(metadata)),
+            )
+            for value, metadata in self.parts
+        ]
+        result = states[0] if len(states) == 1 else handler.finalize_dist_agg(states)
+        if not isinstance(result, MetricState):
+            raise TypeError(
+                f"{name_of(handler)}.finalize_dist_agg returned {quote(result)} for "
+                f"{show(self.key)}: return a MetricState"
+            )
+        try:
+            return reported(handler, result, seconds)
+        except TypeError:
+            if _is_number(result.value):
+                raise  # of a hook of the handler
+            raise TypeError(
+                f"the handler of type {self.label!r} finalised {show(self.key)} to "
+                f"{quote(result.value)}, which is not a number"
+            ) from None
+
+
 class CustomResults:
-    """Everyone's results, combined when asked for."""
+    """Everyone's results, combined when asked for.
+
+    Raises:
+        TypeError: a rank has a result that cannot travel; on all ranks.
+    """
 
     def __init__(self, blobs: Iterable[bytes] = ()) -> None:
-        self._results: dict[str, list[MetricState]] = {"run": [], "interval": []}
-        self.saved: dict[str, list[SavedState]] = {"run": [], "interval": []}
+        self._results: dict[str, list[Any]] = {view: [] for view in _VIEWS}
+        self.saved: dict[str, list[SavedState]] = {view: [] for view in _VIEWS}
         self.unsaved = ""
         for blob in blobs:
             if not blob:
                 continue
-            results, saved, unsaved = pickle.loads(blob)  # noqa: S301 - our own ranks sent it
-            for view in self._results:
-                self._results[view] += results[view]
-                self.saved[view] += saved[view]
-            self.unsaved = self.unsaved or unsaved
+            sent = json.loads(blob)
+            if sent["unsent"]:
+                raise TypeError(sent["unsent"])
+            for view in _VIEWS:
+                self._results[view] += sent["results"][view]
+                self.saved[view] += sent["saved"][view]
+            self.unsaved = self.unsaved or sent["unsaved"]
 
     def has(self, view: str) -> bool:
         """Return whether any rank had a result."""
         return bool(self._results[view])
 
-    def names(self, view: str) -> Iterator[tuple[Key, str, list[MetricState]]]:
-        """Yield each name with the label of its type and all ranks' results."""
-        groups: dict[tuple[Key, str], list[MetricState]] = {}
-        for result in self._results[view]:
-            key = (result.dataset_name, result.metric_name)
-            groups.setdefault((key, str(result.agg_type)), []).append(result)
-        for (key, label), results in groups.items():
-            yield key, label, copy.deepcopy(results)
-
-
-def combined(
-    key: Key,
-    label: str,
-    results: list[MetricState],
-    handler: AggregationHandler | None,
-    seconds: float,
-) -> dict[str, float]:
-    """Return what the results of one name come to, by the suffix that the name takes."""
-    if handler is None:
-        raise ValueError(
-            f"{show(key)} was finalised to type {label!r}, for which no handler is registered: "
-            "call register_handler() on every rank"
-        )
-    result = results[0] if len(results) == 1 else handler.finalize_dist_agg(results)
-    try:
-        return reported(handler, result, seconds)
-    except TypeError:
-        if _is_number(result.value):
-            raise  # of a hook of the handler
-        raise TypeError(
-            f"the handler of type {label!r} finalised {show(key)} to {quote(result.value)}, which "
-            "is not a number"
-        ) from None
+    def of(self, view: str) -> list[Result]:
+        """Return the results of a view; first those that print their metric's own name."""
+        groups: dict[str, Result] = {}
+        for dataset, name, label, origin, value, metadata in self._results[view]:
+            one = Result((dataset, name), label, tuple(origin), [])
+            # A name may be anything here: it is checked where it would be printed.
+            group = groups.setdefault(repr((one.key, label, one.origin)), one)
+            group.parts.append((value, metadata))
+        return sorted(groups.values(), key=lambda result: result.key != result.origin)
 
 
 def _is_number(value: Any) -> bool:
@@ -241,38 +299,77 @@ def _is_number(value: Any) -> bool:
     return True
 
 
+def _begun(handler: AggregationHandler, key: Key, agg_type: TypeLike) -> MetricState:
+    state = handler.initialize_metric_state(*key, agg_type)
+    if not isinstance(state, MetricState):
+        raise TypeError(
+            f"{name_of(handler)}.initialize_metric_state returned {quote(state)} for {show(key)}: "
+            "return a MetricState"
+        )
+    return state
+
+
+def _finalised(key: Key, handler: AggregationHandler, state: MetricState) -> list[MetricState]:
+    """Return a rank's results; raises TypeError if the handler returns anything else."""
+    results = handler.finalize_local_agg(state)
+    listed = list(results) if isinstance(results, Iterable) else [None]
+    if not all(isinstance(result, MetricState) for result in listed):
+        raise TypeError(
+            f"{name_of(handler)}.finalize_local_agg returned {quote(results)} for {show(key)}: "
+            "return a list of MetricState"
+        )
+    return listed
+
+
+def _sent(
+    key: Key,
+    handler: AggregationHandler,
+    result: MetricState,
+    of_type: Mapping[str, AggregationHandler],
+) -> list[Any]:
+    """Return a result of `key` as it travels; raises TypeError if it cannot."""
+    try:
+        label = type_label(resolve_type(result.agg_type))
+        answering = of_type.get(label)
+        value, metadata = travelling(answering, result)
+        names = {"dataset_name": result.dataset_name, "metric_name": result.metric_name}
+        packed = _packed(**names, value=value, metadata=metadata)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name_of(handler)} finalised {show(key)} to what cannot travel between ranks: {error}. "
+            "Return plain data, or override serialize_metadata and deserialize_metadata"
+        ) from None
+    dataset, name, value, metadata = packed.values()
+    return [dataset, name, label, key, value, metadata]
+
+
+def _packed(**fields: Any) -> dict[str, Any]:
+    """Return fields of a state as plain data; raises TypeError if one is none."""
+    packed = {}
+    for name, content in fields.items():
+        try:
+            packed[name] = pack(content)
+        except NotPlainError as error:
+            error.field = name + error.field
+            raise
+        except RecursionError:
+            raise TypeError(f"{name} holds itself, or is nested too deeply") from None
+    return packed
+
+
 def restored(saved: SavedState, handler: AggregationHandler, agg_type: TypeLike) -> MetricState:
     """Return the state that was saved."""
-    metadata = handler.deserialize_metadata(copy.deepcopy(saved["metadata"]))
-    return MetricState(saved["dataset"], saved["name"], saved["value"], agg_type, metadata)
+    metadata = handler.deserialize_metadata(unpack(saved["metadata"]))
+    return MetricState(saved["dataset"], saved["name"], unpack(saved["value"]), agg_type, metadata)
 
 
 def _save(key: Key, handler: AggregationHandler, state: MetricState) -> SavedState:
     try:
-        content = {
-            "value": state.value,
-            "metadata": handler.serialize_metadata(copy.deepcopy(state.metadata)),
-        }
-        plain = _plain(content)
+        metadata = handler.serialize_metadata(copy.deepcopy(state.metadata))
+        packed = _packed(value=state.value, metadata=metadata)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"the state of {show(key)} cannot be saved as JSON ({error}): override "
             f"serialize_metadata and deserialize_metadata in {name_of(handler)}"
         ) from None
-    return {"dataset": key[0], "name": key[1], "type": type_label(state.agg_type), **plain}
-
-
-def _plain(value: Any) -> Any:
-    """Return `value` in JSON types; raises TypeError where JSON would change what it says."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, dict):
-        wrong = next((key for key in value if not isinstance(key, str)), None)
-        if wrong is not None:
-            raise TypeError(f"the dict key {wrong!r} is no text")
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"{type(value).__name__} is no JSON type")
+    return {"dataset": key[0], "name": key[1], "type": type_label(state.agg_type), **packed}

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
+from metricfold import arrays
 from metricfold.histogram.weights import LARGEST_WEIGHT
 from metricfold.metric import AggregationType, Metric, MetricState, TypeLike, quote
 from metricfold.naming import ANYTHING, show
@@ -77,6 +78,7 @@ __all__ = [
     "percentile_name",
     "quiet",
     "reported",
+    "travelling",
 ]
 
 Lanes: TypeAlias = tuple[float, ...]
@@ -468,7 +470,8 @@ class LaneHandler(AggregationHandler):
             local_agg_metric: the state.
             seconds: wall time that it speaks about, if its metadata do not say.
         """
-        seconds = local_agg_metric.metadata.get("seconds", seconds)
+        if _STORED in local_agg_metric.metadata:
+            seconds = local_agg_metric.metadata.get("seconds", seconds)
         with quiet():
             found = self.finalize(self._reduced(self._held(local_agg_metric), seconds))
         if _is_set(local_agg_metric) and not self.value_is_all:
@@ -597,6 +600,28 @@ def reported(handler: AggregationHandler, result: MetricState, seconds: float) -
     if isinstance(answering, LaneHandler):
         return answering.report(result, seconds)
     return {"": number_of(result.value)}
+
+
+def travelling(handler: AggregationHandler | None, result: MetricState) -> tuple[Any, Any]:
+    """Return the value and the metadata of a rank's result as other ranks get to see them.
+
+    Args:
+        handler: of the result's type, if there is one here.
+        result: what a handler finalised to.
+    """
+    value, metadata = result.value, result.metadata
+    if isinstance(handler, LaneHandler):
+        # Whatever else the metadata hold is the business of who made them.
+        with contextlib.suppress(TypeError, ValueError):  # said where the result is missed
+            result = handler.finalize_dist_agg([result])
+            return result.value, result.metadata
+        metadata = {}
+    elif handler is not None:
+        metadata = handler.serialize_metadata(metadata)
+    if arrays.backend_of(value) is not None:
+        with contextlib.suppress(TypeError):
+            value = number_of(value)
+    return value, metadata
 
 
 def name_of(handler: AggregationHandler) -> str:

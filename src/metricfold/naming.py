@@ -98,6 +98,11 @@ class Claims:
             if self._claimed.enter(text, owner):
                 self._unlisted.append(text)
 
+    def owner(self, key: Key, suffix: str) -> Key | None:
+        """Return another key that has claimed what `key` would print with `suffix`, if one has."""
+        clash = self._claimed.clash(_text(key, suffix), key)
+        return None if clash is None else clash[1]
+
     def derive(self, name: str) -> None:
         """Claim `name`, in every dataset, for a derived metric."""
         place = bisect_left(self._derived, name)

@@ -15,11 +15,12 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from metricfold.custom import combined
+from metricfold.custom import Result
 from metricfold.handlers import (
     COUNT,
     NANS,
@@ -33,7 +34,8 @@ from metricfold.handlers import (
     quiet,
 )
 from metricfold.histogram import Histogram
-from metricfold.naming import ANYTHING, check_prefix, printed, repeated, show
+from metricfold.metric import check_key, check_name
+from metricfold.naming import ANYTHING, Claims, check_prefix, printed, repeated, show
 from metricfold.pool import Pool
 from metricfold.reduction import Reduced
 from metricfold.schema import Entry, Key
@@ -387,27 +389,49 @@ class Snapshot:
 
     def _add_custom(self, window: WindowLike, groups: dict[str, dict[str, float]]) -> None:
         """Add the results of handlers without lanes; one that fails is left out and named."""
+        printing: dict[str, Result] = {}
         for view in ("run", "interval"):
-            for key, label, results in self._reduced.custom.names(view):
-                handler = self._handlers.of_type.get(label)
-                if _choose(window, key[1], handler) != view:
-                    continue
-                seconds = self._totals(view).seconds
+            for result in self._reduced.custom.of(view):
                 try:
-                    values = combined(key, label, results, handler, seconds)
+                    check_key(*result.key)
+                    handler = self._handlers.of_type.get(result.label)
+                    if _choose(window, result.key[1], handler) != view:
+                        continue
+                    values = result.finalised(handler, self._totals(view).seconds)
+                    for suffix in values:
+                        self._check_printing(result, suffix, printing)
                 except Exception as error:  # noqa: BLE001 - the user's handler
-                    self._warn_once(f"{key}", f"{show(key)} is left out: {error!r}")
+                    what = show(result.origin)
+                    if result.key != result.origin:
+                        what = f"the result {result.key[1]!r} of {what}"
+                    self._warn_once(f"{result.key}", f"{what} is left out: {error!r}")
                     continue
-                group = groups.setdefault(key[0], {})
+                dataset, name = result.key
+                group = groups.setdefault(dataset, {})
                 for suffix, value in values.items():
-                    if key[1] + suffix in group:
-                        self._warn_once(
-                            f"{key}",
-                            f"a custom handler finalised to the name {key[1] + suffix!r}, which "
-                            f"another metric of the same dataset prints: that one is kept",
-                        )
-                    else:
-                        group[key[1] + suffix] = value
+                    printing[printed(result.key) + suffix] = result
+                    group[name + suffix] = value
+
+    def _check_printing(self, result: Result, suffix: str, printing: Mapping[str, Result]) -> None:
+        """Refuse what a result would print if it is no name, or if something else prints it."""
+        text, name = printed(result.key) + suffix, result.key[1] + suffix
+        check_name("what it prints", name)
+        owner = self._claims.owner(result.key, suffix)
+        if owner is None and result.key != result.origin and result.key in self._reduced.schema:
+            owner = result.key
+        if owner is None and text in printing:
+            owner = printing[text].origin
+        if owner is not None:
+            raise ValueError(f"{show(owner)} prints the name {name!r}: give one another name")
+        if name in self._handlers.derived:
+            raise ValueError(f"a derived metric has the name {name!r}: give one another name")
+
+    @cached_property
+    def _claims(self) -> Claims:
+        """What the agreed keys print, whether they have values now or not."""
+        claims = Claims()
+        claims.add((entry.key, entry.suffixes) for entry in self._reduced.schema)
+        return claims
 
     def _roll_up(
         self, window: WindowLike, group: dict[str, float], *, rollup: bool, macro: bool
