@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import pickle
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_threads
 
-from metricfold import AggregationType, Metric, MetricsAggregator
+from metricfold import (
+    AggregationType,
+    CategoricalCountAggHandler,
+    Metric,
+    MetricBatch,
+    MetricsAggregator,
+    MetricsCollator,
+    MetricState,
+)
 from metricfold.communicator import Communicator
 
 BOTH = pytest.mark.parametrize("route", ["narrow", "wide"])
@@ -162,3 +174,153 @@ def test_every_value_counts_once(story: list[list[list[str]]], most: int, route:
 def test_a_bound_that_is_none_is_refused(most: Any) -> None:
     with pytest.raises(ValueError, match="give the number of categories to tell apart"):
         MetricsAggregator(max_categories=most)
+
+
+# -- Categories out of data that are no names
+
+
+Take = Callable[[MetricsAggregator, Any, str], None]
+
+
+def take_list(aggregator: MetricsAggregator, categories: Any, choice: str) -> None:
+    count(aggregator, categories)
+
+
+def take_one_by_one(aggregator: MetricsAggregator, categories: Any, choice: str) -> None:
+    for category in categories:
+        aggregator.record("id", category, "categorical_count", dataset="d")
+
+
+def take_collated(aggregator: MetricsAggregator, categories: Any, choice: str) -> None:
+    collate = MetricsCollator(lambda samples: {"n": len(samples)}, on_bad_name=choice)
+    samples = [
+        {"metrics": [Metric("d", "id", category, AggregationType.CATEGORICAL_COUNT)]}
+        for category in categories
+    ]
+    aggregator.update(pickle.loads(pickle.dumps(collate(samples)))["metrics"])
+
+
+every_way_in = pytest.mark.parametrize("take", [take_list, take_one_by_one, take_collated])
+BAD = {
+    "": "__empty__",
+    "a\nb": "a\\nb",
+    "\x1b[0m": "\\x1b[0m",
+    "\u2028": "\\u2028",
+    "\u202eevil": "\\u202eevil",
+    "half \ud83d": "half \\ud83d",
+    np.str_("a\tb"): "a\\tb",
+}
+
+
+@every_way_in
+def test_a_category_that_cannot_be_printed_counts_spelled_out_and_is_told_of_once(
+    take: Take, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was refused, which ended the run from a data worker."""
+    aggregator = MetricsAggregator()
+    for _ in range(2):
+        take(aggregator, ["prose", *BAD, "prose", "a\\nb"], "replace")
+    logged = counted(aggregator.get_metrics_for_logging("t"))
+    assert logged == {"prose": 4.0} | dict.fromkeys(BAD.values(), 2.0) | {"a\\nb": 4.0}
+    (record,) = caplog.records
+    assert "metric 'id' of dataset 'd' has a category that cannot be printed" in record.getMessage()
+    assert "on_bad_name='refuse'" in record.getMessage()
+    resumed = MetricsAggregator()
+    resumed.load_state_dict(json.loads(json.dumps(aggregator.state_dict())))
+    assert counted(resumed.get_metrics_for_logging("t")) == logged
+
+
+@every_way_in
+@pytest.mark.parametrize("category", BAD, ids=ascii)
+def test_a_category_that_cannot_be_printed_may_be_refused(take: Take, category: str) -> None:
+    aggregator = MetricsAggregator(on_bad_name="refuse")
+    with pytest.raises(
+        ValueError,
+        match=r"metric 'id' of dataset 'd': the category .*(is empty|holds a line break)",
+    ):
+        take(aggregator, [category], "refuse")
+    assert aggregator.get_metrics_for_logging() == {}
+
+
+def test_a_category_that_waits_for_its_weight_is_replaced_or_refused_where_it_comes_in(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch = pytest.importorskip("torch")
+    metric = Metric("d", "id", "", AggregationType.CATEGORICAL_COUNT, torch.tensor(1.0))
+    aggregator = MetricsAggregator()
+    aggregator.update([metric])
+    assert len(caplog.records) == 1
+    assert counted(aggregator.get_metrics_for_logging("t")) == {"__empty__": 1.0}
+    with pytest.raises(ValueError, match="the category is empty"):
+        MetricsAggregator(on_bad_name="refuse").update([metric])
+
+
+def test_an_override_and_an_expansion_replace_it_too(caplog: pytest.LogCaptureFixture) -> None:
+    class Upper(CategoricalCountAggHandler):
+        def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+            super().update(local_agg_metric, metric._replace(value=metric.value.upper()))
+
+    class Expanding(Upper):
+        def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+            counts = {"a\rb": 2, "": 1}
+            return [
+                MetricState("d", "all", 0.0, AggregationType.CATEGORICAL_COUNT, {"counts": counts}),
+                MetricState("d", "one", "\x00", AggregationType.CATEGORICAL_COUNT),
+            ]
+
+    aggregator = MetricsAggregator()
+    aggregator.register_handler("upper", Upper())
+    aggregator.register_handler("expanding", Expanding())
+    for _ in range(2):
+        aggregator.record("x", "a\nb", "upper", dataset="d")
+    aggregator.record("y", "a", "expanding", dataset="d")
+    assert aggregator.get_metrics_for_logging("t") == {
+        "t_d/x_count_A\\nB": 2.0,
+        "t_d/all_count_a\\rb": 2.0,
+        "t_d/all_count___empty__": 1.0,
+        "t_d/one_count_\\x00": 1.0,
+    }
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda choice: MetricsAggregator(on_bad_name=choice),
+        lambda choice: MetricsCollator(on_bad_name=choice),
+        lambda choice: MetricBatch.from_metrics([], on_bad_name=choice),
+        lambda choice: CategoricalCountAggHandler(on_bad_name=choice),
+    ],
+)
+def test_a_choice_that_is_none_is_refused(call: Any) -> None:
+    for choice in ("skip", None, True):
+        with pytest.raises(ValueError, match=r"on_bad_name=.*: use 'replace' or 'refuse'"):
+            call(choice)
+
+
+class Kinds:
+    """A dataset some of whose samples say nothing about their kind."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        kind = ("prose", "", "a\nb", "code")[place % 4]
+        return {"metrics": [Metric("d", "id", kind, AggregationType.CATEGORICAL_COUNT)], "n": place}
+
+
+def test_no_data_worker_ends_because_of_a_category(caplog: pytest.LogCaptureFixture) -> None:
+    data = pytest.importorskip("torch.utils.data")
+    loader = data.DataLoader(Kinds(), batch_size=4, num_workers=1, collate_fn=MetricsCollator())
+    aggregator = MetricsAggregator()
+    for batch in loader:
+        aggregator.update(batch.pop("metrics"))
+    logged = counted(aggregator.get_metrics_for_logging("t"))
+    assert logged == {"prose": 2.0, "__empty__": 2.0, "a\\nb": 2.0, "code": 2.0}
+    assert len(caplog.records) == 1  # here, and not in the worker
+
+
+def test_names_that_the_program_makes_stay_errors() -> None:
+    for metric in (Metric("d", "", 1, "sum"), Metric("a\nb", "x", 1, "sum")):
+        with pytest.raises(ValueError, match=r"is empty|holds a line break"):
+            MetricBatch.from_metrics([metric])

@@ -286,14 +286,6 @@ def test_a_category_counts_under_its_text(take: Take, value: Any, text: str) -> 
 
 
 @every_way_in
-@pytest.mark.parametrize("category", ["", "a\nb", "a\x1bb"], ids=repr)
-def test_a_category_that_cannot_be_printed_in_a_key_is_refused(take: Take, category: str) -> None:
-    metrics = [Metric("d", "kind", value, CATEGORICAL) for value in ("prose", category, "code")]
-    with pytest.raises(ValueError, match="metric 'kind' of dataset 'd': the category"):
-        logged(take, *metrics)
-
-
-@every_way_in
 def test_a_custom_handler_gets_numbers_in_the_order_they_came(take: Take) -> None:
     class Keeper(RMSHandler):
         seen: list[Any]
@@ -647,18 +639,6 @@ BAD_VALUES += [
     ],
     (bad(torch.zeros(2), CATEGORICAL), NOT_ONE),
     (bad(np.array(["a", "b"]), CATEGORICAL), NOT_ONE),
-    *[
-        (bad(value, CATEGORICAL), f"metric 'loss' of dataset 'alpaca': the category {complaint}")
-        for value, complaint in [
-            ("", "is empty: give it a text"),
-            (np.str_(""), "is empty: give it a text"),
-            ("a\nb", r"'a\\nb' holds a line break or another unprintable character"),
-            ("\u2028", r"'\\u2028' holds a line break"),
-            ("half of \ud83d", r"'half of \\ud83d' holds"),
-            (np.array(["a\tb"])[0], r"'a\\tb' holds"),
-            ("many\nlines " * 1000, r"'many.*\.\.\..*' holds"),
-        ]
-    ],
 ]
 BAD_WEIGHTS = [
     (bad(2.0, agg_type, weight), complaint)

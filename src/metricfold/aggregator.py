@@ -47,6 +47,7 @@ from metricfold.data.batch import (
     fold_value,
     is_many,
     listed,
+    say_replaced,
 )
 from metricfold.data.sample import guard_default_collate
 from metricfold.delta import CutDelta, Delta, InTransit
@@ -114,6 +115,9 @@ class MetricsAggregator:
         percentiles: which percentiles a DISTRIBUTION reports, ascending, each in 0..100.
         max_categories: how many categories of a CATEGORICAL_COUNT are told apart over all ranks;
             the rest are counted as ``__other__``.
+        on_bad_name: what becomes of a category that is empty or cannot be printed: ``"replace"``
+            counts it as ``__empty__``, or with what cannot be printed spelled out, and warns of a
+            metric's first; ``"refuse"`` raises. Batches bring what their `MetricsCollator` chose.
         route: ``"narrow"``: one all-gather per reduction. ``"wide"``: two all-reduces, whose cost
             for a rank does not grow with their number. ``"auto"``: the wide one where an
             all-gather would move more than 4 MiB in all.
@@ -140,12 +144,15 @@ class MetricsAggregator:
         on_nan: str = "propagate",
         percentiles: Sequence[float] = (5, 50, 95),
         max_categories: int = 1000,
+        on_bad_name: str = "replace",
         route: str = "auto",
         communicator: Communicator | None = None,
     ) -> None:
         guard_default_collate()
         self._keys = KeyTable(
-            built_in_handlers(dist_window_size, percentiles, check_on_nan(on_nan), max_categories)
+            built_in_handlers(
+                dist_window_size, percentiles, check_on_nan(on_nan), max_categories, on_bad_name
+            )
         )
         if name is not None:
             check_name("the aggregator's name", name)
@@ -196,6 +203,8 @@ class MetricsAggregator:
             self._pass_over(metrics.columns if isinstance(metrics, MetricBatch) else metrics)
             return
         if isinstance(metrics, MetricBatch):
+            if metrics.replaced:
+                say_replaced(metrics, self._keys.handler_of)
             with self._lock:
                 if self._keys.familiar(metrics.columns):
                     self._check_usable()

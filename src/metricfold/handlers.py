@@ -20,7 +20,9 @@ or implements the four methods of `AggregationHandler`, which may keep any state
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -35,7 +37,15 @@ import numpy as np
 
 from metricfold import arrays
 from metricfold.histogram.weights import LARGEST_WEIGHT
-from metricfold.metric import AggregationType, Metric, MetricState, TypeLike, quote
+from metricfold.metric import (
+    AggregationType,
+    Metric,
+    MetricState,
+    TypeLike,
+    escaped,
+    is_name,
+    quote,
+)
 from metricfold.naming import ANYTHING, show
 from metricfold.pool import (
     EXACT_VALUES,
@@ -80,6 +90,8 @@ __all__ = [
     "reported",
     "travelling",
 ]
+
+_logger = logging.getLogger("metricfold")
 
 Lanes: TypeAlias = tuple[float, ...]
 
@@ -206,13 +218,20 @@ class WindowState(LaneState):
 
 
 class CategoryState(LaneState):
-    """A total count, and one count per category."""
+    """A total count, and one count per category.
 
-    __slots__ = ("counts",)
+    Args:
+        sums: the SUM lanes.
+        counts: by category.
+        replaced: one of the texts that count under another, since they cannot be printed; or None.
+    """
 
-    def __init__(self, sums: Lanes, counts: dict[str, int]) -> None:
+    __slots__ = ("counts", "replaced")
+
+    def __init__(self, sums: Lanes, counts: dict[str, int], replaced: str | None = None) -> None:
         super().__init__(sums)
         self.counts = counts
+        self.replaced = replaced
 
     def merge(self, other: LaneState) -> None:
         assert isinstance(other, CategoryState)
@@ -1016,23 +1035,60 @@ class CategoricalCountAggHandler(LaneHandler):
     Args:
         max_categories: how many categories are told apart, over all ranks and the whole run: the
             first that the ranks agree on. What else occurs is counted as `OTHER`.
+        on_bad_name: what becomes of a category that is empty or cannot be printed: ``"replace"``
+            counts it as ``__empty__``, or with what cannot be printed spelled out, and warns of a
+            metric's first; ``"refuse"`` raises ValueError.
     """
 
     is_total = True
 
-    def __init__(self, max_categories: int = 1000) -> None:
+    def __init__(self, max_categories: int = 1000, *, on_bad_name: str = "replace") -> None:
         super().__init__()
         self.max_categories = check_max_categories(max_categories)
+        self.on_bad_name = check_on_bad_name(on_bad_name)
+        self._told: set[tuple[str, str]] = set()
 
     def empty(self) -> CategoryState:
         return CategoryState((0.0,) * self.sum_width, {})
 
     def fold_categories(self, categories: Iterable[str]) -> CategoryState:
-        """Return the state of `categories`."""
+        """Return the state of `categories`.
+
+        Raises:
+            ValueError: one is empty or cannot be printed, and is not to be replaced.
+        """
         counts: dict[str, int] = {}
         for category in categories:
             counts[category] = counts.get(category, 0) + 1
-        return CategoryState((float(sum(counts.values())), 0.0), counts)
+        bad = [category for category in counts if not is_name(category)]
+        for category in bad:
+            name, count = self.printable(category), counts.pop(category)
+            counts[name] = counts.get(name, 0) + count
+        replaced = bad[0] if bad else None
+        return CategoryState((float(sum(counts.values())), 0.0), counts, replaced)
+
+    def printable(self, category: str) -> str:
+        """Return what an unprintable category counts as; raises ValueError if it is refused."""
+        if self.on_bad_name == "replace":
+            return escaped(category)
+        if not category:
+            raise ValueError("the category is empty: give it a text, such as 'none'")
+        raise ValueError(
+            f"the category {reprlib.repr(category)} holds a line break or another unprintable "
+            "character: give a text on one line"
+        )
+
+    def tell(self, key: tuple[str, str], replaced: str) -> None:
+        """Warn that a category of `key` counts under another text, once for each key."""
+        if key not in self._told:
+            self._told.add(key)
+            _logger.warning(
+                "%s has a category that cannot be printed, %s, which counts as %r: all such are "
+                "spelled out. on_bad_name='refuse' refuses them",
+                show(key),
+                reprlib.repr(replaced),
+                escaped(replaced),
+            )
 
     def suffixes(self) -> tuple[str, ...]:
         return (f"_count_{ANYTHING}",)
@@ -1059,7 +1115,10 @@ class CategoricalCountAggHandler(LaneHandler):
         if not isinstance(metadata.get("counts"), Counter):
             metadata.update(self._metadata(self._held(local_agg_metric, finished=False)))
         counts = metadata["counts"]
-        self._count(counts, self.fold_categories([category]).counts.items())
+        one = self.fold_categories([category])
+        self._count(counts, one.counts.items())
+        if one.replaced is not None:
+            self.tell((metric.dataset_name, metric.name), one.replaced)
         local_agg_metric.value = metadata[_STORED] = float(sum(counts.values()))
 
     def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> MetricState:
@@ -1091,8 +1150,11 @@ class CategoricalCountAggHandler(LaneHandler):
         found = _numbers_in(given, given)
         if found is None or not all(0 <= count < math.inf for count in found):
             return None
+        names = (
+            category if is_name(category) else escaped(category) for category in map(str, given)
+        )
         counts: Counter[str] = Counter()
-        self._count(counts, zip(map(str, given), found, strict=True))
+        self._count(counts, zip(names, found, strict=True))
         return CategoryState((float(sum(found)), 0.0), counts)
 
     def _of_value(self, value: Any, lanes: State | None, *, finished: bool) -> State:
@@ -1139,6 +1201,7 @@ def built_in_handlers(
     percentiles: Sequence[float] = (5, 50, 95),
     on_nan: str = "propagate",
     max_categories: int = 1000,
+    on_bad_name: str = "replace",
 ) -> dict[TypeLike, AggregationHandler]:
     """Return a handler for every type that has one from the start."""
     return {
@@ -1147,7 +1210,9 @@ def built_in_handlers(
         AggregationType.MAX: MaxAggHandler(on_nan=on_nan),
         AggregationType.MIN: MinAggHandler(on_nan=on_nan),
         AggregationType.DISTRIBUTION: DistributionAggHandler(window_size, percentiles),
-        AggregationType.CATEGORICAL_COUNT: CategoricalCountAggHandler(max_categories),
+        AggregationType.CATEGORICAL_COUNT: CategoricalCountAggHandler(
+            max_categories, on_bad_name=on_bad_name
+        ),
         AggregationType.RATE: RateAggHandler(on_nan=on_nan),
     }
 
@@ -1212,3 +1277,9 @@ def check_on_nan(on_nan: str) -> str:
     if on_nan not in ("propagate", "skip"):
         raise ValueError(f"on_nan={on_nan!r}: use 'propagate' or 'skip'")
     return on_nan
+
+
+def check_on_bad_name(on_bad_name: str) -> str:
+    if on_bad_name not in ("replace", "refuse"):
+        raise ValueError(f"on_bad_name={on_bad_name!r}: use 'replace' or 'refuse'")
+    return on_bad_name

@@ -16,12 +16,14 @@ from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
 
 __all__ = [
+    "EMPTY",
     "AggregationType",
     "Metric",
     "MetricState",
     "TypeLike",
     "check_key",
     "check_name",
+    "escaped",
     "is_name",
     "quote",
     "resolve_type",
@@ -59,6 +61,9 @@ class AggregationType(Enum):
 
 TypeLike: TypeAlias = AggregationType | Enum | str
 """What names an aggregation: a built-in type, a member of the user's own `Enum`, or a string."""
+
+EMPTY = "__empty__"
+"""Stands for a category out of data that is an empty text."""
 
 _BUILT_IN = {member.value: member for member in AggregationType}
 
@@ -152,6 +157,17 @@ def is_name(name: object) -> bool:
     if not isinstance(name, str) or not name:
         return False
     return name.isprintable() or _UNPRINTABLE.search(name) is None
+
+
+def escaped(name: str) -> str:
+    r"""Return `name` with what cannot be printed spelled out.
+
+    >>> print(escaped("a\nb"))
+    a\nb
+    >>> escaped("")
+    '__empty__'
+    """
+    return _UNPRINTABLE.sub(lambda bad: ascii(bad[0])[1:-1], name) or EMPTY
 
 
 def check_name(what: str, name: object) -> None:

@@ -30,6 +30,7 @@ from metricfold.handlers import (
     WindowState,
     built_in_handlers,
     category_of,
+    check_on_bad_name,
     quiet,
 )
 from metricfold.metric import (
@@ -59,6 +60,7 @@ __all__ = [
     "fold_value",
     "is_many",
     "listed",
+    "say_replaced",
 ]
 
 Numbers: TypeAlias = "Sequence[Any] | npt.NDArray[Any]"
@@ -136,20 +138,36 @@ class MetricBatch:
     Hand it to `MetricsAggregator.update`; its metrics count then, and only then.
     """
 
-    __slots__ = ("columns",)
+    __slots__ = ("columns", "replaced")
 
-    def __init__(self, columns: Iterable[Column] = ()) -> None:
+    def __init__(
+        self, columns: Iterable[Column] = (), replaced: Iterable[tuple[Key, str]] = ()
+    ) -> None:
         self.columns = tuple(columns)
+        # Categories that count under another text: the training process says so, once.
+        self.replaced = tuple(replaced)
 
     @classmethod
-    def from_metrics(cls, metrics: Iterable[Metric]) -> MetricBatch:
+    def from_metrics(
+        cls, metrics: Iterable[Metric], *, on_bad_name: str = "replace"
+    ) -> MetricBatch:
         """Fold `metrics` with the built-in handlers; other types keep their metrics as they are.
+
+        Args:
+            metrics: of any samples.
+            on_bad_name: what becomes of a category that is empty or cannot be printed:
+                ``"replace"`` counts it as ``__empty__``, or with what cannot be printed spelled
+                out; ``"refuse"`` raises.
 
         Raises:
             ValueError, TypeError: a metric is not valid; names the metric and says what to do.
         """
+        handlers = _BUILT_IN[check_on_bad_name(on_bad_name)]
         with quiet():
-            return cls(fold_metrics(list(metrics), _built_in, in_worker=True))
+            columns = fold_metrics(
+                list(metrics), lambda key, agg_type: handlers.get(agg_type), in_worker=True
+            )
+        return cls(columns, _replaced(columns))
 
     def to(self, *args: object, **kwargs: object) -> MetricBatch:
         return self
@@ -168,7 +186,8 @@ class MetricBatch:
     # Between processes: built-in states as plain numbers, which pickle far faster than objects.
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpack_batch, (tuple(_pack_column(column) for column in self.columns),)
+        columns = tuple(_pack_column(column) for column in self.columns)
+        return _unpack_batch, (columns, self.replaced) if self.replaced else (columns,)
 
 
 # -- Folding -------------------------------------------------------------------------------------
@@ -485,12 +504,18 @@ def _fold_categories(
         if held is None and held_weight is None:
             categories.append(category)
             continue
-        if held is None:
-            _check_category(key, category)
         late.append(Late(key, agg_type, category, 1.0 if held_weight is None else held_weight))
-    state = handler.fold_categories(categories)
-    for category in state.counts:
-        _check_category(key, category)
+    # Those that wait for their weights are folded later, but refused here.
+    waiting = [one.value for one in late if isinstance(one.value, str)]
+    try:
+        state = handler.fold_categories(categories)
+        replaced = [state.replaced, handler.fold_categories(waiting).replaced]
+    except ValueError as error:
+        raise ValueError(f"{show(key)}: {error}") from None
+    if not in_worker:
+        for text in replaced:
+            if text is not None:
+                handler.tell(key, text)
     return Column(key, agg_type, state, late=late)
 
 
@@ -502,17 +527,6 @@ def _category(key: Key, value: Any) -> str:
         return category_of(scalar)
     except TypeError as error:
         raise TypeError(f"{show(key)}: {error}") from None
-
-
-def _check_category(key: Key, category: str) -> None:
-    """Refuse what cannot be printed as part of one key on one line."""
-    if not category:
-        raise ValueError(f"{show(key)}: the category is empty: give it a text, such as 'none'")
-    if not is_name(category):
-        raise ValueError(
-            f"{show(key)}: the category {reprlib.repr(category)} holds a line break or another "
-            "unprintable character: give a text on one line"
-        )
 
 
 def _keep_metrics(
@@ -759,10 +773,13 @@ def _pack_state(state: LaneState) -> tuple[Any, ...]:
     return "l", state.sums, state.maxs
 
 
-def _unpack_batch(columns: Iterable[tuple[Any, ...]]) -> MetricBatch:
-    return MetricBatch(
+def _unpack_batch(
+    columns: Iterable[tuple[Any, ...]], replaced: Iterable[tuple[Key, str]] = ()
+) -> MetricBatch:
+    unpacked = (
         _unpack_column(key, resolve_type(agg_type), *content) for key, agg_type, content in columns
     )
+    return MetricBatch(unpacked, replaced)
 
 
 def _unpack_column(key: Key, agg_type: TypeLike, kind: str, first: Any, second: Any) -> Column:
@@ -786,8 +803,20 @@ def _from_bytes(weights: bytes | None) -> FloatArray | None:
     return None if weights is None else np.frombuffer(weights)
 
 
-_BUILT_IN = built_in_handlers()
+_BUILT_IN = {choice: built_in_handlers(on_bad_name=choice) for choice in ("replace", "refuse")}
 
 
-def _built_in(key: Key, agg_type: TypeLike) -> AggregationHandler | None:
-    return _BUILT_IN.get(agg_type)
+def say_replaced(batch: MetricBatch, handler_of: HandlerOf) -> None:
+    """Warn of the categories that a data worker has replaced, once for each key."""
+    for key, text in batch.replaced:
+        handler = handler_of(key, AggregationType.CATEGORICAL_COUNT)
+        if isinstance(handler, CategoricalCountAggHandler):
+            handler.tell(key, text)
+
+
+def _replaced(columns: Iterable[Column]) -> list[tuple[Key, str]]:
+    return [
+        (column.key, column.state.replaced)
+        for column in columns
+        if isinstance(column.state, CategoryState) and column.state.replaced is not None
+    ]

@@ -15,6 +15,7 @@ from typing import Any
 
 from metricfold.data.batch import MetricBatch
 from metricfold.data.sample import METRICS, take_metrics
+from metricfold.handlers import check_on_bad_name
 from metricfold.metric import Metric
 
 __all__ = ["MetricsCollator"]
@@ -25,6 +26,8 @@ class MetricsCollator:
 
     Args:
         collate_fn: turns a list of samples into a batch; default: torch's ``default_collate``.
+        on_bad_name: what becomes of a category of the data that is empty or cannot be printed, as
+            in `MetricBatch.from_metrics`: by default it is replaced, and no worker ends.
 
     Samples are mappings, or tuples whose first item is one. `collate_fn` gets shallow copies
     without ``"metrics"``, and returns a mutable mapping, or a list or tuple whose first item is
@@ -39,10 +42,16 @@ class MetricsCollator:
     {'x': [1, 2], 'metrics': MetricBatch(alpaca/samples_seen)}
     """
 
-    def __init__(self, collate_fn: Callable[[list[Any]], Any] | None = None) -> None:
+    def __init__(
+        self,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        *,
+        on_bad_name: str = "replace",
+    ) -> None:
         if collate_fn is not None and not callable(collate_fn):
             raise TypeError(f"MetricsCollator takes a collate function, not {collate_fn!r}")
         self.collate_fn = collate_fn
+        self.on_bad_name = check_on_bad_name(on_bad_name)
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         metrics: list[Metric] = []
@@ -52,7 +61,7 @@ class MetricsCollator:
                 "MetricsCollator got no samples, and default_collate cannot make a batch of none: "
                 "leave empty batches out of the batch sampler, or give a collate function that can"
             )
-        batch = MetricBatch.from_metrics(metrics)
+        batch = MetricBatch.from_metrics(metrics, on_bad_name=self.on_bad_name)
         collated = (self.collate_fn or _default_collate())(bare)
         target = _mapping_of(collated)
         # Batch movers and samplers look at the first entry to learn the size of a batch.
