@@ -103,6 +103,7 @@ def log_all(sink, count=30, gap=0.004, **choice):
         for step in range(count):
             logger.log(step, {"x": float(step)})
             time.sleep(gap)
+        logger.flush()
 
 
 def errors_in(caplog):

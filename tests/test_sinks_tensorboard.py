@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metricfold.histogram import Histogram
-from metricfold.sinks import Record, TensorBoardSink
+from metricfold.sinks import MetricsLogger, Record, TensorBoardSink
 
 
 def read(logdir):
@@ -146,6 +146,42 @@ def test_rewind_makes_no_file(tmp_path):
     sink.rewind(5)
     sink.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_relative_folder_is_meant_from_where_the_sink_was_made(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    sink = TensorBoardSink("runs")
+    monkeypatch.chdir(tmp_path / "other")
+    for record in losses(1, 2):
+        sink.write(record)
+    sink.rewind(1)
+    sink.close()
+    assert steps(tmp_path / "runs") == [1]
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_file_that_is_gone_is_begun_anew(tmp_path, caplog):
+    sink = TensorBoardSink(tmp_path)
+    (first,) = losses(1)
+    sink.write(first)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    for record in losses(2, 3):
+        sink.write(record)
+    sink.close()
+    assert steps(tmp_path) == [2, 3]
+    (warning,) = [one.getMessage() for one in caplog.records if one.name == "metricfold"]
+    assert "has been moved or removed" in warning
+
+
+def test_a_step_that_tensorboard_cannot_hold_costs_one_record(tmp_path, caplog):
+    """Before, it cost all that came after it."""
+    with MetricsLogger([TensorBoardSink(tmp_path)]) as logger:
+        for step in (1, 2**63, 3):
+            logger.log(step, {"train/loss": 1.0})
+    assert steps(tmp_path) == [1, 3]
+    assert "2 written, 1 skipped, 0 lost" in caplog.records[-1].getMessage()
 
 
 def test_a_url_is_refused(tmp_path):

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import stat
+import threading
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["AppendFile"]
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+"""What file systems without locks answer, such as some of networks."""
 
 
 class AppendFile:
@@ -17,30 +31,169 @@ class AppendFile:
 
     Args:
         path: the file; it and the folders above it are made when missing.
+
+    Attributes:
+        guard: to be held by one who does several things that belong together, for a file that is
+            shared.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._locked = False
+        self._process = os.getpid()
+        self._users = 1
+        self.guard = threading.RLock()
+
+    @classmethod
+    def shared(cls, path: Path) -> AppendFile:
+        """Return the one file that all in this process share, locked against other processes.
+
+        Raises:
+            BlockingIOError: another process writes to it.
+        """
+        file = cls(path)
+        with _sharing:
+            for other in _shared:
+                if other.joined(file):
+                    file.close()
+                    return other
+            try:
+                file._lock()
+            except BaseException:
+                file.close()
+                raise
+            _shared.add(file)
+            return file
+
+    def joined(self, other: AppendFile) -> bool:
+        """Take one more user if `other` is this file, and say whether it is."""
+        with self.guard:
+            is_open = self._descriptor >= 0 and self._process == os.getpid()
+            same = is_open and self.identity == other.identity
+            self._users += same
+            return same
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """The device and inode of the open file."""
+        return _identity(os.fstat(self._descriptor))
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._descriptor).st_size
+
+    @property
+    def locked(self) -> bool:
+        """Whether no other process can write to the file."""
+        return self._locked
+
+    def current(self) -> bool:
+        """Return whether the path still names the open file: somebody may have moved or removed it."""
+        try:
+            return _identity(self._path.stat()) == self.identity
+        except FileNotFoundError:
+            return False
+
+    def _lock(self) -> None:
+        try:
+            self._locked = _lock(self._descriptor)
+        except BlockingIOError:
+            raise BlockingIOError(
+                errno.EWOULDBLOCK,
+                "another process writes to this file, and two would cut each other's lines: give "
+                "each one its own, or end the other",
+                str(self._path),
+            ) from None
 
     def write(self, piece: bytes) -> int:
         """Append `piece` and return its length in bytes."""
-        start = os.fstat(self._descriptor).st_size
-        rest = memoryview(piece)
-        try:
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
-        except OSError:
-            os.ftruncate(self._descriptor, start)
-            raise
-        return len(piece)
+        with self.guard:
+            start = self.size
+            rest = memoryview(piece)
+            try:
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
+            except OSError:
+                # What another process may have written behind it is not cut off with it.
+                if self._locked or self.size == start + len(piece) - len(rest):
+                    os.ftruncate(self._descriptor, start)
+                raise
+            return len(piece)
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Return up to `size` bytes from `offset` on."""
+        return os.pread(self._descriptor, size, offset)
 
     def truncate(self, size: int) -> None:
         """Cut everything after the first `size` bytes."""
         os.ftruncate(self._descriptor, size)
 
+    def replace(self, pieces: Iterable[bytes]) -> None:
+        """Put `pieces` in the place of all that the file holds: all of them, or it stays as it was.
+
+        A symbolic link stays one.
+        """
+        target = Path(os.path.realpath(self._path))
+        beside = target.with_name(f"{target.name}.rewinding")
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+        new = os.open(beside, flags, 0o600)
+        try:
+            os.fchmod(new, stat.S_IMODE(os.fstat(self._descriptor).st_mode))
+            with os.fdopen(os.dup(new), "wb") as file:
+                file.writelines(pieces)
+                file.flush()
+                os.fsync(new)
+            if self._locked:
+                _lock(new)
+            beside.replace(target)
+        except BaseException:
+            os.close(new)
+            beside.unlink(missing_ok=True)
+            raise
+        old, self._descriptor = self._descriptor, new
+        os.close(old)
+        # Not all file systems let a folder be opened and synced.
+        with contextlib.suppress(OSError):
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        if self._descriptor >= 0:
+        """Close the file, if nobody shares it any more."""
+        with self.guard:
+            self._users -= 1
+            if self._users or self._descriptor < 0:
+                return
             descriptor, self._descriptor = self._descriptor, -1
+            if self._locked:
+                # A fork, such as a data worker, shares the lock and would keep it.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
+
+
+_shared: weakref.WeakSet[AppendFile] = weakref.WeakSet()
+_sharing = threading.Lock()
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock the file against other processes; return whether that is possible here."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    return True

@@ -9,17 +9,22 @@ strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, and `read_jsonl` turns th
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from metricfold.histogram import Histogram
 from metricfold.sinks.files import AppendFile
+from metricfold.sinks.loud import mention
 from metricfold.sinks.record import Record
 from metricfold.sinks.selection import SelectiveSink
 
@@ -30,11 +35,14 @@ class JSONLSink(SelectiveSink):
     """Appends each record to a file as one line of JSON.
 
     A line is in the file, whole, as soon as it is written: a process that is killed loses none.
-    An existing file is continued; after a resume, `MetricsLogger.rewind` takes away the lines of
-    the steps that will be run again.
+    An existing file of records is continued; any other file is left as it is, and nothing is
+    written. After a resume, `MetricsLogger.rewind` takes away the lines of the steps that will be
+    run again. One process at a time writes to a file: a second one waits, and writes once the first
+    has closed it. If the file is moved or removed, a new one is begun.
 
     Args:
-        path: the file; made at the first record, with the folders above it.
+        path: the file; made at the first record, with the folders above it. A relative one is meant
+            from the folder that is current when the sink is made.
         select: see `SelectiveSink`.
         key_format: see `SelectiveSink`.
     """
@@ -47,8 +55,9 @@ class JSONLSink(SelectiveSink):
         key_format: str | Callable[[str], str] = "{key}",
     ) -> None:
         super().__init__(select=select, key_format=key_format)
-        self.path = Path(path)
+        self.path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
         self._file: AppendFile | None = None
+        self._end = 0  # where the file ended when this sink last saw it
 
     def __repr__(self) -> str:
         return f"JSONLSink({str(self.path)!r})"
@@ -67,79 +76,190 @@ class JSONLSink(SelectiveSink):
         if not self.path.exists():
             return
         file = self._opened()
-        cut = None  # where the first line to take away starts
-        kept = []  # lines after the cut that stay: someone logged steps out of order
-        for number, start, line in _lines(self.path):
-            if _parsed(line, self.path, number)["step"] > step:
-                cut = start if cut is None else cut
+        with file.guard:
+            cut, scattered = None, False  # where the first line to take away starts
+            for line in _lines(self.path):
+                if line.is_later(step):
+                    cut = line.start if cut is None else cut
+                elif cut is not None:
+                    scattered = True
+            if scattered:  # someone logged steps out of order
+                lines = _lines(self.path)
+                file.replace(line.text for line in lines if not line.is_later(step))
             elif cut is not None:
-                kept.append(line)
-        if cut is not None:
-            file.truncate(cut)
-            file.write(b"".join(kept))
+                # At once, and without room on the disk.
+                file.truncate(cut)
+            self._end = file.size
 
     def _write(self, record: Record) -> None:
-        self._opened().write(_encoded(record))
+        file = self._opened()
+        with file.guard:
+            file.write(_encoded(record))
+            self._end = file.size
 
     def _opened(self) -> AppendFile:
+        if self._file is not None and not self._file.current():
+            mention(
+                f"{self.path} has been moved or removed while {self!r} was writing to it: a new "
+                "file is begun there"
+            )
+            self.close()
         if self._file is None:
-            file = AppendFile(self.path)
+            file = AppendFile.shared(self.path)
             try:
-                _mend_last_line(self.path, file)
+                self._check_ours(file)
             except BaseException:
                 file.close()
                 raise
-            self._file = file
-        return self._file
+            self._file, self._end = file, -1
+        file = self._file
+        with file.guard:
+            if file.size != self._end:  # somebody has cut it, or written to it
+                _mend_last_line(file)
+        return file
+
+    def _check_ours(self, file: AppendFile) -> None:
+        """Refuse a file that holds anything but records, or half of one."""
+        start = file.read(_HEAD, 0)
+        first, newline, _ = start.partition(b"\n")
+        if not start or _parsed(first) is not None or (not newline and _began(first)):
+            return
+        raise FileExistsError(
+            errno.EEXIST,
+            f"holds something else than records of JSONLSink ({first[:40]!r}), and is left as it "
+            "is: give another path, or move the file away",
+            str(self.path),
+        )
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
     """Return the records of a file that `JSONLSink` wrote.
 
-    A last line that breaks off in the middle is left out: that is what a machine that went down
-    while writing leaves behind.
+    Lines that break off, as a machine that goes down leaves them behind, are left out. How many they
+    are is logged as a warning; of the last line that goes without saying.
 
     Raises:
         ValueError: anything else that is not a record; names the file and the line.
     """
     path = Path(path)
-    return [_decoded(_parsed(line, path, number), path, number) for number, _, line in _lines(path)]
+    records: list[Record] = []
+    torn: list[int] = []
+    for line in _lines(path):
+        record = line.record()
+        if record is not None:
+            records.append(_decoded(record, line, path))
+        elif not line.is_torn():
+            raise _no_record(line, path, "it has no whole number 'step', or no 'metrics'")
+        elif line.text.endswith(b"\n"):
+            torn.append(line.number)
+    if torn:
+        mention(
+            f"{path}: {len(torn)} lines break off in the middle and are left out; the first of them "
+            f"is line {torn[0]}"
+        )
+    return records
 
 
-def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Yield number, offset in bytes, and text of each line, but for a last one that breaks off."""
-    start = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.endswith(b"\n") or _is_complete(line):
-                yield number, start, line
-            start += len(line)
+# -- Lines ---------------------------------------------------------------------------------------
+
+_BEGINNING = b'{"step": '
+_AFTER_STEP = b', "wall_time": '
+_HEAD = 1 << 20  # so much of a file shows whose it is
+_LONGEST = 1 << 28  # bytes of a line; no record comes near
 
 
-def _is_complete(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
+class _Line(NamedTuple):
+    """One line of a file.
+
+    Args:
+        number: from 1 on.
+        start: its offset in bytes.
+        text: with its line break, if it has one.
+    """
+
+    number: int
+    start: int
+    text: bytes
+
+    def is_torn(self) -> bool:
+        """Return whether this is what a crash leaves of a record."""
+        # A file system may have made room for more than it came to write.
+        if not _began(self._torn_part().rstrip(b"\n")) and b"\0" not in self.text:
+            return False
+        try:
+            json.loads(self.text)
+        except RecursionError:
+            return False
+        except ValueError:
+            return True
         return False
 
+    def _torn_part(self) -> bytes:
+        """Return the line up to where another record begins in it."""
+        at = self.text.rfind(_BEGINNING)
+        return self.text[:at] if at > 0 else self.text
 
-def _mend_last_line(path: Path, file: AppendFile) -> None:
+    def record(self) -> dict[str, Any] | None:
+        """Return the record of this line, or that behind a torn one that nothing had closed."""
+        parsed = _parsed(self.text)
+        if parsed is None and self.is_torn():
+            parsed = _parsed(self.text[len(self._torn_part()) :])
+        return parsed
+
+    def is_later(self, step: int) -> bool:
+        """Return whether this is a record of a step after `step`."""
+        record = self.record()
+        return record is not None and record["step"] > step
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    start = 0
+    with path.open("rb") as file:
+        for number in itertools.count(1):
+            text = file.readline(_LONGEST + 1)
+            if not text:
+                return
+            if len(text) > _LONGEST:
+                raise ValueError(
+                    f"{path}, line {number} is longer than {_LONGEST} bytes, which no record is: "
+                    "give the path of a file that JSONLSink wrote"
+                )
+            yield _Line(number, start, text)
+            start += len(text)
+
+
+def _began(text: bytes) -> bool:
+    """Return whether `text` is the beginning of a line that `JSONLSink` writes."""
+    match = re.match(rb'\{"step": -?\d*', text)
+    if match is None:
+        return text != b"" and _BEGINNING.startswith(text)
+    rest = text[match.end() :]
+    return rest.startswith(_AFTER_STEP) or _AFTER_STEP.startswith(rest)
+
+
+def _mend_last_line(file: AppendFile) -> None:
     """Give the file an end that a line can follow: a broken last line would swallow the next."""
-    size = path.stat().st_size
-    start, last = size, b""
-    with path.open("rb") as reader:
-        while start > 0 and b"\n" not in last:
-            begin = max(0, start - 65536)
-            reader.seek(begin)
-            last = reader.read(start - begin) + last
-            start = begin
-    last = last[last.rfind(b"\n") + 1 :]
+    blocks: list[bytes] = []
+    start = file.size
+    while start > 0:
+        begin = max(0, start - 65536)
+        block = file.read(start - begin, begin)
+        cut = block.rfind(b"\n") + 1
+        blocks.append(block[cut:])
+        start = begin + cut
+        if cut:
+            break
+    last = b"".join(reversed(blocks))
     if not last:
         return
-    if _is_complete(last):
-        file.write(b"\n")
+    # Without a lock it may be what another process is about to finish.
+    if file.locked and _began(last) and _parsed(last) is None:
+        file.truncate(start)
     else:
-        file.truncate(size - len(last))
+        file.write(b"\n")
+
+
+# -- Writing -------------------------------------------------------------------------------------
 
 
 def _encoded(record: Record) -> bytes:
@@ -172,40 +292,78 @@ def _histogram(histogram: Histogram) -> dict[str, object]:
     }
 
 
-def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
+# -- Reading -------------------------------------------------------------------------------------
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """Return what a line holds if that is a record, as far as its keys tell."""
     try:
-        parsed = json.loads(line)
-    except ValueError:
-        parsed = None
-    if not isinstance(parsed, dict) or not isinstance(parsed.get("step"), int):
-        raise ValueError(
-            f"{path}, line {number} is not a record of JSONLSink: {line[:60]!r}; "
-            "remove the line, or give the path of a file that JSONLSink wrote"
-        )
-    return parsed
+        parsed = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):  # the latter: it nests deeper than any record
+        return None
+    is_record = (
+        isinstance(parsed, dict)
+        and type(parsed.get("step")) is int
+        and isinstance(parsed.get("metrics"), dict)
+    )
+    return parsed if is_record else None
 
 
-def _decoded(parsed: dict[str, Any], path: Path, number: int) -> Record:
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _decoded(record: dict[str, Any], line: _Line, path: Path) -> Record:
     try:
         return Record(
-            step=parsed["step"],
-            wall_time=float(parsed["wall_time"]),
-            prefix=str(parsed.get("prefix", "")),  # older lines have none
-            metrics={key: float(value) for key, value in parsed["metrics"].items()},
-            histograms={
-                key: Histogram(
-                    edges=np.array(value["edges"], dtype=np.float64),
-                    counts=np.array(value["counts"], dtype=np.float64),
-                    minimum=float(value["minimum"]),
-                    maximum=float(value["maximum"]),
-                    total=float(value["total"]),
-                    total_squares=float(value["total_squares"]),
-                )
-                for key, value in parsed["histograms"].items()
-            },
+            step=record["step"],
+            wall_time=_to_number(record["wall_time"]),
+            prefix=_to_text(record.get("prefix", "")),  # older lines have none
+            metrics={key: _to_number(value) for key, value in record["metrics"].items()},
+            histograms={key: _to_histogram(value) for key, value in record["histograms"].items()},
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _no_record(line, path, f"{type(error).__name__}: {error}") from error
+
+
+def _no_record(line: _Line, path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"{path}, line {line.number} is not a record of JSONLSink ({why}): {line.text[:60]!r}; remove "
+        "the line, or give the path of a file that JSONLSink wrote"
+    )
+
+
+def _to_number(value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str) and value in _NOT_FINITE:
+        return _NOT_FINITE[value]
+    raise TypeError(f"{value!r:.60} is no number")
+
+
+def _to_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.60} is no text")
+    return value
+
+
+def _to_histogram(value: dict[str, Any]) -> Histogram:
+    edges, counts = _to_array(value["edges"]), _to_array(value["counts"])
+    if edges.size != counts.size + 1 or (np.diff(edges) < 0).any() or (counts < 0).any():
         raise ValueError(
-            f"{path}, line {number} is not a record of JSONLSink ({type(error).__name__}: {error}): "
-            "remove the line, or give the path of a file that JSONLSink wrote"
-        ) from error
+            "the histogram does not fit: edges ascend, and there is one count, at least 0, from each "
+            "to the next"
+        )
+    moments = ("minimum", "maximum", "total", "total_squares")
+    return Histogram(edges, counts, *(_to_number(value[name]) for name in moments))
+
+
+def _to_array(values: object) -> npt.NDArray[np.float64]:
+    if not isinstance(values, list):
+        raise TypeError(f"{values!r:.60} is no list")
+    array = np.array([_to_number(value) for value in values], dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError("an edge or a count of the histogram is not finite")
+    return array

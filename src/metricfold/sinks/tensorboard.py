@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from metricfold.sinks.buckets import coarsened
 from metricfold.sinks.files import AppendFile
+from metricfold.sinks.loud import mention
 from metricfold.sinks.record import Record
 from metricfold.sinks.selection import SelectiveSink, require
 
@@ -30,8 +31,9 @@ class TensorBoardSink(SelectiveSink):
     """Writes scalars and histograms to an event file that ``tensorboard --logdir`` shows.
 
     Args:
-        logdir: the folder for event files, a local path, made at the first record. TensorBoard
-            follows only the newest file of a folder: give each sink a folder of its own.
+        logdir: the folder for event files, a local path, made at the first record; a relative one
+            is meant from the folder that is current when the sink is made. TensorBoard follows only
+            the newest file of a folder: give each sink a folder of its own.
         select: see `SelectiveSink`.
         key_format: see `SelectiveSink`.
 
@@ -53,7 +55,7 @@ class TensorBoardSink(SelectiveSink):
                 f"logdir={os.fspath(logdir)!r} is a URL: give a folder, such as a mounted bucket"
             )
         require("tensorboard", sink="TensorBoardSink", extra="tensorboard")
-        self.logdir = Path(logdir)
+        self.logdir = Path(os.path.abspath(logdir))  # noqa: PTH100 - resolve() would follow links
         self._file: AppendFile | None = None
 
     def __repr__(self) -> str:
@@ -98,6 +100,12 @@ class TensorBoardSink(SelectiveSink):
     def _append(self, event: Any) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: PLC0415
 
+        if self._file is not None and not self._file.current():
+            mention(
+                f"an event file in {self.logdir} has been moved or removed while {self!r} was "
+                "writing to it: a new one is begun"
+            )
+            self.close()
         if self._file is None:
             self._file = self._new_file()
         RecordWriter(self._file).write(event.SerializeToString())

@@ -56,6 +56,9 @@ class WandbSink(SelectiveSink):
             )
         require("wandb", sink="WandbSink", extra="wandb")
         self.run = run
+        if init.get("dir"):
+            # A relative one is meant from here, wherever the first record is written.
+            init["dir"] = os.path.abspath(init["dir"])  # noqa: PTH100 - as it is, but absolute
         self._init = init
         self._owned = False
         self._shown: float = float("-inf")  # steps up to here are in the run for good
