@@ -189,6 +189,23 @@ def in_a_masked_array(aggregator: MetricsAggregator, metrics: list[Metric]) -> N
             _as_arrays(aggregator, group, np.asarray, masked)
 
 
+def by_a_torch_accumulator(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
+    torch = pytest.importorskip("torch")
+    from metricfold.torch import DeviceAccumulator
+
+    if not metrics:
+        return
+    datasets = list(dict.fromkeys(metric.dataset_name for metric in metrics))
+    accumulator = DeviceAccumulator({metrics[0].name: metrics[0].agg_type}, datasets)
+    accumulator.update(
+        metrics[0].name,
+        torch.tensor([metric.value for metric in metrics], dtype=torch.float64),
+        weights=torch.tensor([metric.weight for metric in metrics], dtype=torch.float64),
+        dataset_ids=torch.tensor([datasets.index(metric.dataset_name) for metric in metrics]),
+    )
+    aggregator.drain(accumulator)
+
+
 ON_THE_HOST: list[WayIn] = [as_list, as_collated_batch, by_record]
 IN_ARRAYS: list[WayIn] = [in_an_array, in_a_masked_array]
 ON_DEVICES: list[WayIn] = [with_weights_on_a_device, on_a_torch_device, on_a_jax_device]
@@ -198,8 +215,8 @@ ARRAYS_ON_DEVICES: list[WayIn] = [
     in_an_array_weighed_on_a_device,
     in_a_torch_array_weighed_here,
 ]
-WAYS_IN = [*ON_THE_HOST, *IN_ARRAYS, *ON_DEVICES, *ARRAYS_ON_DEVICES]
-every_way_in = pytest.mark.parametrize("way_in", WAYS_IN, ids=lambda way: way.__name__)
+ACCUMULATORS: list[WayIn] = [by_a_torch_accumulator]
+WAYS_IN = [*ON_THE_HOST, *IN_ARRAYS, *ON_DEVICES, *ARRAYS_ON_DEVICES, *ACCUMULATORS]
 every_host_way_in = pytest.mark.parametrize("way_in", ON_THE_HOST, ids=lambda way: way.__name__)
 
 # -- The ways out --------------------------------------------------------------------------------
@@ -266,6 +283,7 @@ WEIGHING = {
     "a weighty infinity": [Value(3.0, 2), Value(INF, 3), Value(5.0, 0.5)],
 }
 WEIGHED = (MEAN, DISTRIBUTION, "lane mean", "state mean")
+ACCUMULATED = (SUM, MEAN, MAX, MIN, DISTRIBUTION)
 TYPES = (SUM, MEAN, MAX, MIN, DISTRIBUTION, RATE, "lane rms", "lane mean", "state mean")
 
 
@@ -343,9 +361,12 @@ def cases(agg: Any) -> dict[str, list[Value]]:
     return COUNTING | WEIGHING if agg in WEIGHED else COUNTING
 
 
-@every_way_in
 @pytest.mark.parametrize("on_nan", ["propagate", "skip"])
-@pytest.mark.parametrize("agg", TYPES, ids=str)
+@pytest.mark.parametrize(
+    ("agg", "way_in"),
+    [(agg, way) for way in WAYS_IN for agg in (ACCUMULATED if way in ACCUMULATORS else TYPES)],
+    ids=lambda one: getattr(one, "__name__", str(one)),
+)
 def test_every_way_in_means_the_same(agg: Any, on_nan: str, way_in: WayIn) -> None:
     for name, values in cases(agg).items():
         found = alone(way_in, metrics_of(agg, values), {"on_nan": on_nan})
@@ -495,15 +516,21 @@ def test_a_data_worker_hands_such_a_weight_on(agg: Any) -> None:
     assert agg is RATE or after == before
 
 
-@pytest.mark.parametrize("way_in", ON_DEVICES + ON_THE_HOST[:2], ids=lambda way: way.__name__)
-@pytest.mark.parametrize("agg", UNWEIGHED, ids=str)
+@pytest.mark.parametrize(
+    ("agg", "way_in"),
+    [
+        (agg, way)
+        for way in [*ON_DEVICES, as_list, as_collated_batch]
+        for agg in UNWEIGHED
+        if not (agg == "lane rms" and way is as_collated_batch)  # a worker knows no such handler
+    ],
+    ids=lambda one: getattr(one, "__name__", str(one)),
+)
 def test_of_a_weight_on_a_device_only_0_or_not_matters_there(agg: Any, way_in: WayIn) -> None:
     torch = pytest.importorskip("torch")
     values = [(3.0, 2.0), (3.0, 0.5), (9.0, 0.0)]
     if way_in in ON_THE_HOST:
         values = [(value, torch.tensor(weight)) for value, weight in values]
-        if agg == "lane rms" and way_in is as_collated_batch:
-            pytest.skip("a worker knows no handler of a user's, so reads a weight as any other")
     aggregator = aggregator_of_users()
     way_in(aggregator, [Metric("d", "m", value, agg, weight) for value, weight in values])
     results = aggregator.get_metrics_for_logging("t")

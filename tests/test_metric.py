@@ -554,7 +554,7 @@ def test_a_bad_weight_on_a_device_is_named_at_the_reduction_and_the_others_are_k
 
 def _distributed_values(rank: int) -> tuple[dict[str, float], str]:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     mesh = init_device_mesh("cpu", (2,))
     aggregator = MetricsAggregator()
@@ -567,13 +567,28 @@ def _distributed_values(rank: int) -> tuple[dict[str, float], str]:
         complaint = ""
     except ValueError as error:
         complaint = str(error)
+    shard = DTensor.from_local(torch.arange(2.0) + rank, mesh, [Shard(0)], run_check=False)
+    try:
+        aggregator.record("shard", shard, each=True)
+    except ValueError as error:
+        complaint += str(error)
+    aggregator.record("shard", shard.to_local(), "sum", each=True)
+    wholes = DTensor.from_local(torch.arange(3.0), mesh, [Replicate()], run_check=False)
+    aggregator.record("wholes", wholes, each=True)
     aggregator.record("full", part.full_tensor())
     return aggregator.get_metrics_for_logging(), complaint
 
 
 def test_a_dtensor_is_a_value_where_reading_it_is_no_collective() -> None:
     for results, complaint in run_ranks(_distributed_values, 2):
-        assert results == {"data/norm": 3.0, "data/plain": 1.5, "data/full": 6.0}
+        assert results == {
+            "data/norm": 3.0,
+            "data/plain": 1.5,
+            "data/full": 6.0,
+            "data/shard": 4.0,
+            "data/wholes": 1.0,
+        }
+        assert "metric 'shard': a DTensor placed as (Shard(dim=0),)" in complaint
         assert "metric 'part': a DTensor placed as (Partial(sum),)" in complaint
         assert "full_tensor()" in complaint
 

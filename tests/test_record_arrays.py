@@ -302,8 +302,8 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
         r"weights of shape \(3,\) do not go",
     ),
     "a list": (([1.0, 2.0],), {}, r"the value \[1.0, 2.0\] \(list\).* np.asarray"),
-    "each of a list": (([1.0],), {"each": True}, r"each=True takes an array, which \[1.0\] \(list"),
-    "each of nothing": ((None,), {"each": True}, "each=True takes an array, which None"),
+    "each of a list": (([1.0],), {"each": True}, r"\[1.0\] \(list\) is no array whose"),
+    "each of nothing": ((None,), {"each": True}, r"None \(NoneType\) is no array whose"),
     "a list of weights": ((np.ones(2),), {"weight": [1, 0]}, r"the weight \[1, 0\].*np.asarray"),
     "texts": ((np.array(["a", "b"]),), {"each": True}, "of type <U1 holds no real numbers"),
     "complex": ((np.ones(2) * 1j,), {"each": True}, "of type complex128 holds no real numbers"),
@@ -355,6 +355,72 @@ def test_a_bad_array_on_a_device_is_refused_where_it_comes_in(make: Any) -> None
         with pytest.raises((TypeError, ValueError), match=f"^metric 'm': .*{complaint}"):
             aggregator.record("m", *arguments, **options)
         assert aggregator.get_metrics_for_logging("t") == {}
+
+
+def test_what_numpy_or_torch_can_make_an_array_of_is_told_so() -> None:
+    class Series:
+        """As of pandas."""
+
+        shape = (2,)
+
+        def __array__(self, *_: Any, **__: Any) -> Any:
+            return np.ones(2)
+
+    for options in ({}, {"each": True}, {"weight": np.ones(2)}):
+        with pytest.raises(TypeError, match=r"metric 'm'.*Series.*np.asarray\(...\)"):
+            recorded(Series(), **options)
+    with pytest.raises(TypeError, match=r"the weight .*Series.*np.asarray\(...\)"):
+        recorded(np.ones(2), weight=Series())
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ValueError, match="metric 'm': the array cannot be taken as a value"):
+        recorded(torch.ones(3).to_sparse(), each=True)
+
+
+# -- From public reports -------------------------------------------------------------------------
+
+
+def test_a_batch_of_padding_alone_changes_no_mean() -> None:
+    """tracel-ai/burn#5577, torchrec#283: 0 / 0 of a batch without targets was weighed by its size."""
+    aggregator = MetricsAggregator()
+    for correct, valid in ((1, 1), (0, 10), (0, 0)):
+        accuracy = np.float64(correct) / valid if valid else NAN
+        aggregator.record("accuracy", accuracy, weight=valid)
+    assert aggregator.get_metrics_for_logging("t") == {"t/accuracy": 1 / 11}
+
+
+@every_framework
+def test_a_nan_among_values_with_weights_is_left_out_with_its_weight(make: Any) -> None:
+    """torchmetrics#1897, #3434: values and weights lost their NaN each on their own."""
+    aggregator = MetricsAggregator(on_nan="skip")
+    aggregator.record("m", make([1.0, NAN, 4.0]), weight=make([1.0, 5.0, 2.0]))
+    assert aggregator.get_metrics_for_logging("t") == {"t/m": 3.0, "t/m_nan_count": 1.0}
+
+
+@every_framework
+def test_an_array_of_zeros_counts(make: Any) -> None:
+    """torchmetrics#1063: zeros were taken for an empty array."""
+    for agg in ("max", "min", "mean", "sum"):
+        assert recorded(make([0.0, 0.0]), agg, each=True) == {"t/m": 0.0}
+    assert recorded(make([0, 0]), "categorical_count", each=True) == {"t/m_count_0": 2.0}
+
+
+@every_framework
+def test_a_nan_under_the_mask_does_not_poison_the_mean(make: Any) -> None:
+    """verl#6349, WeatherGenerator#2723: NaN * 0 is NaN."""
+    losses, mask = make([[1.0, NAN], [3.0, INF]]), make([[True, False], [True, False]])
+    for agg, wanted in {"mean": 2.0, "sum": 4.0, "max": 3.0}.items():
+        assert recorded(losses, agg, weight=mask) == {"t/m": wanted}
+    losses = make([[1.0, NAN], [3.0, 5.0]])
+    assert str(recorded(losses, weight=make([[1.0, 1.0], [1.0, 0.0]]))) == "{'t/m': nan}"
+
+
+@every_framework
+def test_an_empty_batch_leaves_a_mean_as_it_was(make: Any) -> None:
+    """tensorflow#61281: it was NaN from then on."""
+    aggregator = MetricsAggregator()
+    for values in ([1.0, 3.0], [], [5.0, 7.0]):
+        aggregator.record("m", make(np.array(values)), each=True)
+    assert aggregator.get_metrics_for_logging("t") == {"t/m": 4.0}
 
 
 # -- Masked --------------------------------------------------------------------------------------

@@ -195,7 +195,8 @@ def whole_tensor(value: Any) -> Any:
     if not all(placement.is_replicate() for placement in value.placements):
         raise ValueError(
             f"a DTensor placed as {value.placements} has its value only once the ranks combine "
-            "it: give value.full_tensor(), on every rank"
+            "it: give value.full_tensor(), on every rank. To count each element of one that is sharded "
+            "give value.to_local(), each rank its own"
         )
     return value.to_local()
 

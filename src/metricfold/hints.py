@@ -178,7 +178,7 @@ def for_value(value: object) -> str:
         return "; record nothing where there is no number"
     if isinstance(value, str):
         return "; texts are counted by the type 'categorical_count'"
-    if isinstance(value, list | tuple):
+    if _is_like_an_array(value):
         return (
             "; give one number of it, such as its mean, or count each: record(name, np.asarray(...), "
             "each=True)"
@@ -190,7 +190,7 @@ def for_weight(weight: object) -> str:
     """Return what to write instead of a `weight`."""
     if weight is None:
         return "; leave it out where each counts once"
-    if isinstance(weight, list | tuple):
+    if _is_like_an_array(weight):
         return "; give np.asarray(...) of the weights of an array, one for each element"
     return ""
 
@@ -231,6 +231,12 @@ def _types_like(label: str) -> list[str]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real | Decimal | np.bool_)
+
+
+def _is_like_an_array(value: object) -> bool:
+    """Return whether NumPy makes an array of `value` that is none yet, such as of a pandas Series."""
+    known = isinstance(value, np.ndarray | np.generic) or arrays.backend_of(value) is not None
+    return not known and (isinstance(value, list | tuple) or hasattr(value, "__array__"))
 
 
 def _is_batch(value: object) -> bool:

@@ -263,7 +263,7 @@ def fold_each(
         weights: an array of that shape, or one weight for all.
         handler_of: as in `fold_metrics`.
     """
-    if isinstance(values, str | int | float | Enum) or getattr(values, "shape", None) == ():
+    if isinstance(values, str | int | float | Enum) or _shape(key, values) == ():
         return fold_value(key, agg_type, values, weights, handler_of)
     handler = handler_of(key, agg_type)
     weighing = _weights_of_each(key, agg_type, values, weights, handler)
@@ -285,7 +285,7 @@ def fold_each(
 
 def is_many(value: Any, weight: Any) -> bool:
     """Return whether a weight for each element of an array is given."""
-    if type(weight) in _NUMBERS or not (_is_array(weight) and _is_array(value)):
+    if type(weight) in _NUMBERS or type(value) in _NUMBERS or not _is_array(weight):
         return False
     return bool(math.prod(weight.shape) != 1)
 
@@ -634,19 +634,27 @@ def check_same_type(key: Key, registered: TypeLike, given: TypeLike) -> None:
 # -- Arrays of which each element counts ---------------------------------------------------------
 
 
+def _shape(key: Key, array: Any) -> tuple[int, ...]:
+    if not _is_array(array):
+        raise TypeError(
+            f"{show(key)}: {quote(array)} is no array whose elements could each count: give "
+            "np.asarray(...) of it"
+        )
+    try:
+        return tuple(array.shape)
+    except Exception as error:  # noqa: BLE001 - such as of a nested tensor, which has none
+        _refuse(key, error)
+
+
 def _weights_of_each(
     key: Key, agg_type: TypeLike, values: Any, weights: Any, handler: AggregationHandler | None
 ) -> Any:
     """Return the weights of an array's elements, or the one of all; on a device they are held."""
-    if not _is_array(values):
-        raise TypeError(
-            f"{show(key)}: each=True takes an array, which {quote(values)} is not: give "
-            "np.asarray(...) of it"
-        )
-    many = _is_array(weights) and math.prod(weights.shape) != 1
-    if many and tuple(weights.shape) != tuple(values.shape):
+    shape = _shape(key, weights) if _is_array(weights) else ()
+    many = math.prod(shape) != 1
+    if many and shape != tuple(values.shape):
         raise ValueError(
-            f"{show(key)}: weights of shape {tuple(weights.shape)} do not go with values of shape "
+            f"{show(key)}: weights of shape {shape} do not go with values of shape "
             f"{tuple(values.shape)}: give one weight for each value, or one for all"
         )
     if arrays.backend_of(weights) is not None:
