@@ -348,3 +348,29 @@ def test_a_custom_state_that_cannot_be_restored_is_refused_and_changes_nothing()
     with pytest.raises(ValueError, match=r"cannot be restored by Forgetful.*boom"):
         aggregator.load_state_dict(good_state())
     assert aggregator.get_metrics_for_logging("t") == {"t/x": 1.0}
+
+
+def save_without_the_others(communicator: Communicator, values: list[float]) -> dict[str, Any]:
+    aggregator = MetricsAggregator(50, communicator=communicator, route="wide")
+    mine = values[communicator.rank :: communicator.world_size]
+    aggregator.update([Metric("d", "len", value, DISTRIBUTION) for value in mine])
+    aggregator.reduce()
+    return aggregator.state_dict(sync=False)
+
+
+def test_recent_values_drawn_from_a_sketch_are_spread_like_all_on_however_many_ranks() -> None:
+    """Until now they were loaded in ascending order, so that fewer ranks kept the largest."""
+    values = [float(value) for value in range(1, 201)]
+    state = run_threads(save_without_the_others, 4, values)[0]
+    for ranks, count in ((1, 50), (2, 100), (4, 200)):
+        logged = run_threads(recent_of, ranks, state)[0]
+        assert logged["t_d/len_stat_count"] == count
+        assert logged["t_d/len_stat_mean"] == pytest.approx(100.5, rel=0.02)
+        assert logged["t_d/len_stat_p05"] == pytest.approx(10.95, abs=4)
+        assert logged["t_d/len_stat_p95"] == pytest.approx(190.05, abs=4)
+
+
+def recent_of(communicator: Communicator, state: dict[str, Any]) -> dict[str, float]:
+    aggregator = MetricsAggregator(50, communicator=communicator)
+    aggregator.load_state_dict(state)
+    return aggregator.get_metrics_for_logging("t")

@@ -36,6 +36,9 @@ __all__ = ["Wide"]
 _MOST_DRAWN = 4096
 """So many values stand for those of all ranks where these have not been gathered."""
 
+_GOLDEN = 0.6180339887498949
+"""Multiples of the golden ratio, modulo 1, are spread evenly wherever they are cut off."""
+
 _FLAGS = (Field.PENDING, Field.ERROR, Field.SECONDS)
 _HEAD = 2 * AGREED + len(_FLAGS)
 
@@ -313,7 +316,12 @@ class Summed(Recent):
             # Nobody has everyone's values: as many that are spread as the histogram says.
             pool = self.recent(key)
             size = min(pool.count, _MOST_DRAWN)
-            return [Window(pool.quantiles((np.arange(size) + 0.5) / size))] if size else []
+            if not size:
+                return []
+            values = pool.quantiles((np.arange(size) + 0.5) / size)
+            # Whoever loads them keeps some of the newest: these have to be spread like all.
+            ages = np.argsort(np.argsort(np.arange(size) * _GOLDEN % 1.0))
+            return [Window(values[ages])]
         first, *others = (self._route.window_of(row, key) for row in self._saved)
         return [first._replace(older=self.interval(key).histogram), *others]
 
