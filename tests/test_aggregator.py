@@ -172,15 +172,6 @@ def test_weights_count_in_means_and_distributions() -> None:
     assert logged["t_d/len_stat_count"] == 3.0
 
 
-def test_equal_weights_give_the_unweighted_quantiles() -> None:
-    values = [5.0, 1.0, 8.0, 2.5, 2.5, 9.0]
-    plain, weighted = MetricsAggregator(), MetricsAggregator()
-    plain.update(lengths(*values))
-    weighted.update(lengths(*values, weight=7.0))
-    expected = plain.get_metrics_for_logging("t")
-    assert weighted.get_metrics_for_logging("t") == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("agg_type", [SUM, MEAN, MAX, MIN])
 def test_a_nan_is_seen_or_skipped_and_counted(agg_type: AggregationType) -> None:
     values = [1.0, float("nan"), 3.0]

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from handlers_of_users import RMSHandler
-from hypothesis import given
-from hypothesis import strategies as st
 
 from metricfold import (
     AggregationHandler,
@@ -29,7 +27,6 @@ from metricfold import (
 )
 from metricfold.communicator import Communicator
 from metricfold.handlers import built_in_handlers, percentile_name
-from metricfold.pool import quantiles
 
 from ranks import run_threads  # isort: skip
 
@@ -217,35 +214,6 @@ def test_a_rate_by_hand_is_a_total_until_it_knows_its_seconds() -> None:
     state.metadata["seconds"] = 4.0
     RateAggHandler().update(state, Metric("d", "x", 2, AggregationType.RATE))
     assert state.value == 3.0
-
-
-@given(
-    values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30),
-    q=st.lists(st.floats(0, 1), min_size=1, max_size=5),
-    scale=st.floats(1e-3, 1e3),
-    data=st.data(),
-)
-def test_weighted_quantiles(values: list[float], q: list[float], scale: float, data: Any) -> None:
-    array, ranks = np.array(values), np.array(sorted(q))
-    plain = np.quantile(array, ranks)
-    # The linear rule at equal weights, whatever their size.
-    almost = np.full(array.size, scale)
-    almost[0] *= 1 + 1e-12
-    spread = 1e-9 * max(np.ptp(array), 1.0)
-    assert quantiles(array, almost, ranks) == pytest.approx(plain, abs=spread)
-    # Monotone, inside the values, and blind to the scale of the weights.
-    weights = np.array(
-        data.draw(st.lists(st.floats(0.01, 100), min_size=array.size, max_size=array.size))
-    )
-    found = quantiles(array, weights, ranks)
-    assert (np.diff(found) >= -spread).all()
-    assert ((found >= array.min()) & (found <= array.max())).all()
-    assert quantiles(array, weights * scale, ranks) == pytest.approx(found, abs=spread)
-
-
-def test_a_heavy_value_is_the_median() -> None:
-    values, weights = np.array([10.0, 20.0, 30.0]), np.array([98.0, 1.0, 1.0])
-    assert quantiles(values, weights, np.array([0.5]))[0] == pytest.approx(10, abs=0.2)
 
 
 @pytest.mark.parametrize(

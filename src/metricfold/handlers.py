@@ -819,10 +819,10 @@ class DistributionAggHandler(LaneHandler):
 
     NaN and infinities are left out of the statistics and counted. ``std`` is the sample standard
     deviation: absent for one value, 0.0 when all are equal. With weights, ``mean`` is
-    sum(w * x) / sum(w), the variance is unbiased for weights that say how reliable a value is,
-    and percentiles interpolate between values placed by cumulative weight, which is NumPy's
-    ``linear`` rule when all weights are equal. ``count`` is the number of values that the other
-    statistics speak about.
+    sum(w * x) / sum(w) and the variance is unbiased for weights that say how reliable a value is.
+    Percentiles are NumPy's by its ``linear`` rule, each value repeated as often as its weight says;
+    weights that come to less than one a value are scaled to that. ``count`` is the number of values
+    that the other statistics speak about.
 
     Args:
         window_size: how many of its most recent values each rank keeps, for the view of the run;

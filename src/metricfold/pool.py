@@ -227,25 +227,20 @@ class Window(NamedTuple):
 def quantiles(values: FloatArray, weights: FloatArray | None, q: FloatArray) -> FloatArray:
     """Return the quantiles `q`, each in 0..1, of `values`, shape (n,), n > 0.
 
-    NumPy's ``linear`` rule. With weights, its generalisation by A. Akinshin ("Weighted quantile
-    estimators", 2023): the mean of the weighted step function over a window of width 1 / n*, where
-    n* = sum(w)^2 / sum(w^2) is the effective sample size. Equal weights give the linear rule.
+    NumPy's ``linear`` rule; with weights the rule of `histogram.estimation.quantiles`, each value a
+    cell of no width.
     """
-    if weights is None or (weights == weights[0]).all():
+    if weights is None or (weights[0] <= 1.0 and (weights == weights[0]).all()):
         return np.quantile(values, q)
+    from metricfold.histogram.estimation import (  # noqa: PLC0415 - loaded when it is first needed
+        Profile,
+    )
+    from metricfold.histogram.estimation import quantiles as of_cells  # noqa: PLC0415
+
     order = np.argsort(values, kind="stable")
     values, weights = values[order], weights[order]
-    # Scale first: the sums of huge or tiny weights must neither overflow nor vanish.
-    weights = weights / weights.max()
-    total = weights.sum()
-    effective = total * total / (weights * weights).sum()
-    through = np.concatenate(([0.0], np.cumsum(weights) / total))
-    starts = (effective - 1.0) * q / effective
-    covered = np.clip((through - starts[:, np.newaxis]) * effective, 0.0, 1.0)
-    covered[:, -1] = 1.0
-    estimates = np.diff(covered, axis=1) @ values
-    clipped: FloatArray = np.clip(estimates, values[0], values[-1])
-    return clipped
+    cells = Profile(weights, values, np.zeros(values.size), values, values)
+    return of_cells(cells, values.size, q)
 
 
 def _moments(values: FloatArray, weights: FloatArray | None) -> tuple[float, float]:

@@ -107,44 +107,70 @@ def mean_and_deviation(profile: Profile, effective: float) -> tuple[float, float
     return min(max(_scaled(mean, exponent), low), high), _scaled(deviation, exponent)
 
 
-def quantiles(profile: Profile, effective: float, q: FloatArray) -> FloatArray:
+def quantiles(profile: Profile, count: int, q: FloatArray) -> FloatArray:
     """Return the quantiles `q`, each in 0..1, shape (k,).
 
-    NumPy's ``linear`` rule on the estimated order statistics, and its generalisation to weights by
-    A. Akinshin ("Weighted quantile estimators", 2023): the mean of the weighted step function over
-    a window of one n*-th of all weight, where n* is the effective sample size.
+    NumPy's ``linear`` rule on the estimated order statistics, with weights as numbers of copies. A
+    sample of n values stands for N = max(sum(w), n): weights that come to less, such as shares, are
+    scaled to n. Quantile q is the mean of the ascending values over the stretch of cumulated weight
+    from q(N - 1) to q(N - 1) + 1. So whole weights say what repeating the values would, unit weights
+    what NumPy says, and sum(w) and n are all that has to be known of a sample to merge it.
 
     Args:
         profile: cells, at least one.
-        effective: effective sample size, sum(w)² / sum(w²).
+        count: how many values there are, n.
         q: shape (k,).
     """
-    # From here on weight is counted in effective values, so the window is 1 wide.
-    counts = profile.weights * (effective / profile.weights.sum())
+    counts = _counts(profile.weights, count)
     through = np.cumsum(counts)
-    before = through - counts
+    before = np.concatenate(([0.0], through[:-1]))
     last = len(counts) - 1
-    starts = (effective - 1.0) * q
-    first = np.minimum(np.searchsorted(through, starts, side="right"), last)
-    final = np.minimum(np.searchsorted(through, starts + 1.0, side="left"), last)
+    whole = through[-1]
+    reach = max(whole - 1.0, 0.0)
+    starts = reach * q
+    first = np.searchsorted(through, starts, side="right")
+    final = np.searchsorted(through, starts + 1.0, side="left")
+    # Beside huge weights 1 is nothing: what it falls short by says how much of the stretch lies in
+    # each of two cells that meet there. Elsewhere it is 0.
+    short = ((whole - reach) - 1.0) * q
+    if short.any():
+        first = np.minimum(first, np.searchsorted(through, starts, side="left"))
+        final = np.maximum(final, np.searchsorted(through, starts, side="right"))
+    first, final = np.minimum(first, last), np.minimum(final, last)
 
-    length, values = _covered(profile, counts, first, starts - before[first])
+    values = _covered(profile, counts, first, (starts - before[first]) + short)
+    length = np.clip((through[first] - starts) - short, 0.0, 1.0)
     for k in np.flatnonzero(final > first + 1):
-        # Whole cells inside a window: only where weights are far below average.
+        # Whole cells inside a stretch: only where values weigh less than 1.
         inner = slice(first[k] + 1, final[k])
-        inside = counts[inner].sum()
-        mean = float(counts[inner] @ profile.means[inner]) / inside
-        values[k] = _between(values[k], mean, inside / (length[k] + inside))
-        length[k] += inside
+        inside = float(counts[inner].sum())
+        if inside:
+            mean = float((counts[inner] / inside) @ profile.means[inner])
+            values[k] = _between(values[k], mean, inside / (length[k] + inside))
+            length[k] += inside
     crossing = np.flatnonzero(final > first)
     if crossing.size:
         cell = final[crossing]
-        rest, beyond = _covered(profile, counts, cell, starts[crossing] - before[cell])
-        share = rest / (length[crossing] + rest)
+        start = (starts[crossing] - before[cell]) + short[crossing]
+        beyond = _covered(profile, counts, cell, start)
+        share = np.maximum(1.0 - length[crossing], 0.0)
         values[crossing] = _between(values[crossing], beyond, share)
-    values[q == 0.0] = profile.lows[0]
-    values[q == 1.0] = profile.highs[-1]
+    # The extremes are known, if they are all that the stretch holds.
+    if counts[0] >= 1.0:
+        values[q == 0.0] = profile.lows[0]
+    if counts[-1] >= 1.0:
+        values[q == 1.0] = profile.highs[-1]
     return values
+
+
+def _counts(weights: FloatArray, count: int) -> FloatArray:
+    """Return how many values each cell stands for."""
+    if weights.sum() >= count:
+        return weights  # as they are: whole numbers stay exact
+    # Scale first: the sum of tiny weights must not vanish.
+    weights = weights / weights.max()
+    scaled: FloatArray = weights * (count / weights.sum())
+    return scaled
 
 
 def as_histogram(profile: Profile, bins: int | None) -> Histogram:
@@ -200,10 +226,8 @@ def _below(profile: Profile, edges: FloatArray) -> FloatArray:
     return below
 
 
-def _covered(
-    profile: Profile, counts: FloatArray, cell: IntArray, start: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Return how much of `cell` the window from `start` to `start + 1` covers, and the mean there.
+def _covered(profile: Profile, counts: FloatArray, cell: IntArray, start: FloatArray) -> FloatArray:
+    """Return the mean of `cell` where the stretch from `start` to `start + 1` covers it.
 
     Order statistic r of a cell of n values, r = 0..n-1, covers r..r+1.
     """
@@ -223,7 +247,8 @@ def _covered(
         deviations[many] = np.where(shapes.known[shape], found, deviations[many])
     with np.errstate(over="ignore"):
         values = profile.means[cell] + profile.deviations[cell] * deviations
-    return end - start, np.clip(values, profile.lows[cell], profile.highs[cell])
+    covered: FloatArray = np.clip(values, profile.lows[cell], profile.highs[cell])
+    return covered
 
 
 def _between(one: FloatArray, other: FloatArray | float, share: FloatArray) -> FloatArray:

@@ -380,8 +380,8 @@ class LogLinearHistogram:
     def quantile(self, q: npt.ArrayLike) -> float | FloatArray:
         """Return the quantile `q`, or one for each of an array of them; NaN without values.
 
-        NumPy's ``linear`` rule on the estimated order statistics. With weights its generalisation:
-        the weighted step function, averaged over a window of one effective sample.
+        NumPy's ``linear`` rule on the estimated order statistics. A weight is a number of copies;
+        weights that come to less than one each are scaled to that.
 
         Raises:
             ValueError: a `q` lies outside of 0..1.
@@ -393,7 +393,7 @@ class LogLinearHistogram:
         if profile is None:
             found = np.full(asked.size, math.nan)
         else:
-            found = quantiles(profile, self._effective(), asked.reshape(-1))
+            found = quantiles(profile, self.count, asked.reshape(-1))
         return found.reshape(asked.shape) if asked.ndim else float(found[0])
 
     def histogram(self, bins: int | None = None) -> Histogram:
