@@ -26,12 +26,16 @@ numbers = st.one_of(
 )
 names = st.sampled_from(["a", "b", "c"])
 weights = st.sampled_from([1.0, 1.0, 0.0, 0.5, 3])
+# Elsewhere a value counts or does not.
+counts = st.sampled_from([1.0, 1.0, 0.0])
+WEIGHTED = (AggregationType.MEAN, AggregationType.DISTRIBUTION)
 
 
 def of_type(agg_type: Any, values: st.SearchStrategy[Any]) -> st.SearchStrategy[Metric]:
     named = names.map(lambda name: f"{name} {agg_type}")
     datasets = st.sampled_from(["alpaca", "orca"])
-    return st.builds(Metric, datasets, named, values, st.just(agg_type), weights)
+    weighing = weights if agg_type in WEIGHTED else counts
+    return st.builds(Metric, datasets, named, values, st.just(agg_type), weighing)
 
 
 anything = st.one_of(
@@ -76,7 +80,7 @@ def live(
                 for ranks in story[: number + 1]
                 for metrics in ranks
                 for metric in metrics
-                if metric.agg_type != MyTypes.RMS
+                if metric.agg_type != MyTypes.RMS and metric.weight  # else it contributes no name
                 for key in [(metric.dataset_name, metric.name)]
             }
         )
