@@ -1,4 +1,4 @@
-"""The aggregator alone: windows, names, NaN, rollups, derived metrics, handlers."""
+"""The aggregator alone: windows, names, NaN, derived metrics, handlers."""
 
 from __future__ import annotations
 
@@ -248,53 +248,7 @@ def test_values_on_a_device_keep_their_place_in_the_window() -> None:
     assert logged["t_d/len_stat_mean"] == 4.0
 
 
-# -- Rollup and derived metrics ------------------------------------------------------------------
-
-
-def test_the_rollup_merges_the_states_of_all_datasets() -> None:
-    aggregator = MetricsAggregator()
-    aggregator.update(
-        [
-            Metric("a", "loss", 1.0, MEAN, 30),
-            Metric("b", "loss", 4.0, MEAN, 10),
-            Metric("a", "only", 1, SUM),
-            Metric("a", "mixed", 1, SUM),
-            Metric("b", "mixed", 1, MAX),
-            Metric("a", "kind", "x", CATEGORICAL),
-            Metric("b", "kind", "y", CATEGORICAL),
-            Metric("b", "kind", "x", CATEGORICAL),
-            *lengths(1, 2, 3, dataset="a"),
-            *lengths(100, dataset="b", weight=2),
-        ]
-    )
-    snapshot = aggregator.reduce()
-    plain = snapshot.as_dict("t")
-    rolled = snapshot.as_dict("t", rollup=True, macro=True)
-    extra = {key: value for key, value in rolled.items() if key not in plain}
-    assert extra["t/loss"] == 1.75
-    assert extra["t/loss_macro"] == 2.5
-    assert (extra["t/kind_count_x"], extra["t/kind_count_y"]) == (2.0, 1.0)
-    assert extra["t/len_stat_count"] == 4.0
-    assert extra["t/len_stat_mean"] == pytest.approx((1 + 2 + 3 + 200) / 5)
-    assert "t/only" not in extra
-    assert "t/mixed" not in extra
-
-
-def test_the_rollup_is_there_when_only_one_of_its_datasets_got_values() -> None:
-    aggregator = MetricsAggregator()
-    aggregator.update([Metric("a", "loss", 1.0, MEAN), Metric("b", "loss", 3.0, MEAN)])
-    aggregator.reduce()
-    aggregator.update([Metric("a", "loss", 5.0, MEAN)])
-    logged = aggregator.reduce().as_dict("t", "auto", rollup=True)
-    assert logged == {"t/loss": 5.0, "t_a/loss": 5.0}
-
-
-def test_a_macro_mean_never_overwrites_a_metric() -> None:
-    aggregator = MetricsAggregator()
-    aggregator.update([Metric("a", "loss", 1.0, MEAN), Metric("b", "loss", 3.0, MEAN)])
-    aggregator.record("loss_macro", 7.0)
-    with pytest.raises(ValueError, match="loss_macro, which is a metric of its own"):
-        aggregator.reduce().as_dict("t", macro=True)
+# -- Derived metrics ------------------------------------------------------------------
 
 
 def test_a_record_without_dataset_under_a_rolled_up_name_is_refused_either_way() -> None:

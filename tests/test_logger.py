@@ -270,6 +270,55 @@ def test_the_public_names_are_there(tmp_path):
 # -- Bad input -----------------------------------------------------------------------------------
 
 
+def one_dataset(aggregator):
+    aggregator.record("loss", 2.0, dataset="code/a")
+    aggregator.record("norm", 3.0)
+    return aggregator
+
+
+@pytest.mark.parametrize(
+    ("rollup", "totals"),
+    [
+        (True, {"t/loss"}),
+        (False, set()),
+        ("levels", {"t/loss", "t_code/loss"}),
+    ],
+)
+def test_totals_are_there_with_one_dataset_as_rollup_says(rollup, totals):
+    sink, aggregator = Memory(), MetricsAggregator()
+    with MetricsLogger([sink]) as logger:
+        for step in range(2):
+            logger.log(step, one_dataset(aggregator), prefix="t", rollup=rollup)
+        logger.log(2, one_dataset(aggregator).reduce(), prefix="t", rollup=rollup)
+    assert [record.metrics.keys() for record in sink.records] == [
+        {"t_code/a/loss", "t/norm", *totals}
+    ] * 3
+
+
+@pytest.mark.parametrize("way", ["extra", "function", "dict"])
+def test_a_key_that_is_logged_by_the_user_stays_his_where_a_total_would_print_it(way, caplog):
+    sink, aggregator = Memory(), MetricsAggregator()
+    aggregator.derive("double", lambda m: 2 * m["loss"])
+    mine = {"t/loss": 9.0, "t/double": 8.0, "t/norm": 7.0}
+    with MetricsLogger([sink]) as logger:
+        for step in range(2):
+            if way == "dict":
+                logger.log(step, {"loss": 9.0, "double": 8.0}, prefix="t")
+            extra = {"extra": mine, "function": lambda _: mine, "dict": {}}[way]
+            logger.log(step, one_dataset(aggregator), prefix="t", extra=extra)
+        logger.log(2, one_dataset(aggregator), prefix="t")  # whose keys do not become others'
+    *logged, last = [record.metrics for record in sink.records if "t/norm" in record.metrics]
+    own = {"t_code/a/loss": 2.0, "t_code/a/double": 4.0, "t/norm": 3.0}
+    given = {} if way == "dict" else {"t/loss": 9.0, "t/double": 8.0}
+    assert logged == [{**own, **given}] * 2
+    assert last == own
+    said = warnings_in(caplog)
+    assert "'t/double', 't/loss' would be totals over datasets, but are logged as extra=" in said[0]
+    # What was recorded is no total.
+    assert len(said) == (1 if way == "dict" else 2)
+    assert way == "dict" or "extra= names 't/norm', which are metrics of their own" in said[1]
+
+
 def test_extra_may_be_a_function_of_the_snapshot(tmp_path, caplog):
     def owner(snapshot):
         return {"t/owner": snapshot.owner(None, "grad"), "t/none": None, "lr": 0.5}
@@ -311,6 +360,7 @@ def test_a_value_that_is_no_number_is_named(where, value, shown):
         ((1, {}), {"prefix": ""}, ValueError, "prefix is empty"),
         ((1, {}), {"prefix": "a\nb"}, ValueError, "prefix"),
         ((1, {}), {"window": "all"}, ValueError, "window"),
+        ((1, {}), {"rollup": "all"}, ValueError, "rollup='all': use True"),
         ((1, {"": 1.0}), {}, ValueError, "a key of source is empty"),
         ((1, {3: 1.0}), {}, TypeError, "a key of source must be a string"),
         ((1, {"x": 10**400}), {}, ValueError, "too large"),

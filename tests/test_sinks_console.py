@@ -153,6 +153,53 @@ def test_the_console_shows_the_prefix_that_was_logged():
     assert row.split()[2:] == ["loss", "1.500", "1.500", "1.500"]
 
 
+def test_one_dataset_is_one_column_and_its_totals_are_none_until_there_is_another():
+    console, file = piped()
+    aggregator = MetricsAggregator()
+    with MetricsLogger([ConsoleSink(console)]) as logger:
+        for step, datasets in enumerate((("docs",), ("docs",), ("docs", "code"), ("docs",))):
+            for place, dataset in enumerate(datasets):
+                aggregator.record("loss", 2.25 + place, dataset=dataset)
+            aggregator.record("norm", 0.5)
+            logger.log(step, aggregator, prefix="train", extra={"lr": 0.25})
+    lines = [line.split() for line in file.getvalue().splitlines()]
+    assert [line[2:] for line in lines[:8]] == [
+        ["train", "docs"],
+        ["norm", "0.5000"],
+        ["loss", "2.250"],
+        ["lr", "0.2500"],
+    ] * 2
+    assert [line[2:] for line in lines[8:]] == [
+        ["train", "all", "code", "docs"],
+        ["norm", "0.5000", "-", "-"],
+        ["loss", "2.750", "3.250", "2.250"],
+        ["lr", "0.2500", "-", "-"],
+        # Nothing jumps any more.
+        ["train", "all", "code", "docs"],
+        ["norm", "0.5000", "-", "-"],
+        ["loss", "2.250", "-", "2.250"],
+        ["lr", "0.2500", "-", "-"],
+    ]
+
+
+def test_a_total_that_says_something_else_has_its_column():
+    both = {"train/loss": 2.5, "train_docs/loss": 2.25, "train/n": 1.0, "train_docs/n": 1.0}
+    assert shown(Record(1, 0.0, both))[0].split()[2:] == ["train", "all", "docs"]
+
+
+def test_a_live_table_of_one_dataset_has_one_column():
+    console, file = terminal()
+    sink = ConsoleSink(console)
+    for step in range(3):
+        metrics = {"train/loss": 2.25, "train_docs/loss": 2.25, "train/lr": 0.5}
+        sink.write(Record(step, 0.0, metrics))
+    sink.close()
+    text = "\n".join(screen(file.getvalue()))
+    assert re.search(r"^ +docs$", text, re.MULTILINE)
+    assert re.search(r"^ loss +2.250$", text, re.MULTILINE)
+    assert re.search(r"^ lr +0.5000$", text, re.MULTILINE)
+
+
 def test_keys_without_prefix_are_shown_too():
     assert shown(Record(1, 0.0, {"loss": 1.5})) == ["step 1          all", "step 1  loss  1.500"]
 

@@ -51,6 +51,7 @@ from metricfold.data.batch import (
 )
 from metricfold.data.sample import guard_default_collate
 from metricfold.delta import CutDelta, Delta, InTransit
+from metricfold.derived import Derived, DerivedMetric, check_derived_window
 from metricfold.device_lanes import AnyAccumulator, Drained, Layout
 from metricfold.handlers import (
     AggregationHandler,
@@ -77,7 +78,7 @@ from metricfold.recomputation import not_given_before, recomputed
 from metricfold.reduction import Contribution, Reduced, Reducer
 from metricfold.routes import check_route
 from metricfold.schema import Key, Kind, Schema
-from metricfold.snapshot import Derived, Handlers, Snapshot, WindowLike, check_window
+from metricfold.snapshot import Handlers, Snapshot, WindowLike, check_window
 from metricfold.timing import Elapsed, Timer, TimerKeys
 from metricfold.totals import Totals
 from metricfold.uncompiled import leave_alone, uncompiled
@@ -590,24 +591,35 @@ class MetricsAggregator:
         with self._lock:
             self._keys.register(agg_type, handler)
 
-    def derive(self, name: str, fn: Derived) -> None:
+    def derive(self, name: str, fn: Derived, window: str | None = None) -> None:
         """Report a metric that is computed from others after the reduction.
 
         Args:
             name: what it prints as.
             fn: takes one dataset's metrics by name, such as ``m["loss"]`` or
                 ``m["seq_len_stat_p50"]``, and returns a number. It is called for each dataset,
-                and for all together; a dataset that lacks a metric it asks for is passed over. If
-                it raises, that is warned about once and the others are not affected.
+                and for datasets together; a dataset that lacks a metric it asks for is passed over.
+                If it raises, that is warned about once and the others are not affected.
+            window: ``"interval"`` or ``"run"``: all that `fn` is given speaks about that, whatever
+                the log shows. It is what a ratio of two SUMs needs: in a log, these are totals of
+                the run. None: `fn` is given what the log shows.
 
         Raises:
-            ValueError: another metric prints that name.
+            ValueError: another metric prints that name, or another window.
+
+        >>> aggregator = MetricsAggregator()
+        >>> aggregator.derive("success_rate", lambda m: m["passed"] / m["tried"], window="interval")
+        >>> aggregator.record("passed", 3, "sum")
+        >>> aggregator.record("tried", 4, "sum")
+        >>> aggregator.reduce().as_dict("train", window="auto")
+        {'train/passed': 3.0, 'train/tried': 4.0, 'train/success_rate': 0.75}
         """
         check_name("the name of a derived metric", name)
         if not callable(fn):
             raise TypeError(f"derive({name!r}, ...) takes a function, not {fn!r}")
+        metric = DerivedMetric(fn, check_derived_window(name, window))
         with self._lock:
-            self._keys.derive(name, fn)
+            self._keys.derive(name, metric)
 
     # -- Results
 

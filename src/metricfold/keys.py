@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metricfold import hints
 from metricfold.data.batch import Column, MetricBatch, check_same_type, fold_metrics
+from metricfold.derived import DerivedMetric
 from metricfold.handlers import (
     AggregationHandler,
     CategoricalCountAggHandler,
@@ -54,7 +55,7 @@ class KeyTable:
     Attributes:
         handlers: what handles each type.
         of_key: each key's handler. A key keeps the handler that it began with.
-        derived: functions of a dataset's metrics, by the name that they print.
+        derived: metrics that are computed from others, by the name that they print.
         odd: keys that this rank holds otherwise than the ranks have agreed. Values of them have
             come in while a reduction was under way; the next one refuses them, on all ranks.
         per_rank: keys of which each rank's values are wanted, whatever the route.
@@ -67,7 +68,7 @@ class KeyTable:
         self.handlers = handlers
         self._of_label = {type_label(agg_type): agg_type for agg_type in handlers}
         self.of_key: dict[Key, AggregationHandler] = {}
-        self.derived: dict[str, Callable[[Mapping[str, float]], float]] = {}
+        self.derived: dict[str, DerivedMetric] = {}
         self.odd: set[Key] = set()
         self.per_rank: set[Key] = set()
         self.kept: dict[Key, frozenset[str]] = {}
@@ -259,10 +260,10 @@ class KeyTable:
         if type(handler) is _STOCK.get(agg_type):
             self._stock[key] = agg_type
 
-    def derive(self, name: str, function: Callable[[Mapping[str, float]], float]) -> None:
-        """Let `function` give the derived metric `name`; raises ValueError if that is taken."""
+    def derive(self, name: str, metric: DerivedMetric) -> None:
+        """Add the derived metric `name`; raises ValueError if that is taken."""
         self._claims.derive(name)
-        self.derived[name] = function
+        self.derived[name] = metric
 
     # -- What the ranks agree on
 

@@ -11,7 +11,6 @@ Nothing is finalised before it is asked for: a rank that does not look does not 
 from __future__ import annotations
 
 import logging
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from metricfold.custom import Result
+from metricfold.derived import DerivedMetric, add_derived
 from metricfold.handlers import (
     COUNT,
     NANS,
@@ -39,11 +39,12 @@ from metricfold.naming import ANYTHING, Claims, check_prefix, printed, repeated,
 from metricfold.pool import Pool
 from metricfold.reduction import Reduced
 from metricfold.schema import Entry, Key
+from metricfold.tables import Group, Origin, Rollup, Table, check_rollup, levels_of, named
 from metricfold.timing import TimerKeys, Timing
 from metricfold.totals import NOBODY, Totals
 from metricfold.uncompiled import uncompiled
 
-__all__ = ["Derived", "Handlers", "Snapshot", "WindowLike", "check_window"]
+__all__ = ["Handlers", "Snapshot", "WindowLike", "check_window"]
 
 _logger = logging.getLogger("metricfold")
 
@@ -51,7 +52,6 @@ View: TypeAlias = Literal["run", "interval"]
 WindowLike: TypeAlias = str | Mapping[str, str]
 """``"run"``, ``"interval"``, ``"auto"``, or a mapping from metric names to those."""
 
-Derived: TypeAlias = Callable[[Mapping[str, float]], float]
 _WINDOWS = ("run", "interval", "auto")
 
 
@@ -62,13 +62,13 @@ class Handlers:
     Args:
         of_key: the handler of each key.
         of_type: the handler of each type, by its label, for results of custom handlers.
-        derived: functions of a dataset's metrics, by the name that they print.
-        warned: derived metrics whose failure has been reported.
+        derived: metrics that are computed from others, by the name that they print.
+        warned: what has been said already.
     """
 
     of_key: Mapping[Key, AggregationHandler]
     of_type: Mapping[str, AggregationHandler]
-    derived: Mapping[str, Derived]
+    derived: Mapping[str, DerivedMetric]
     warned: set[str]
 
 
@@ -110,7 +110,7 @@ class Snapshot:
         prefix: str = "data",
         window: WindowLike = "run",
         *,
-        rollup: bool = False,
+        rollup: Rollup = False,
         macro: bool = False,
     ) -> dict[str, float]:
         """Return every metric's value, keyed ``{prefix}_{dataset}/{name}``.
@@ -122,37 +122,35 @@ class Snapshot:
                 that received something. ``"auto"``: totals (SUM, CATEGORICAL_COUNT) over the run,
                 everything else over the interval. A mapping chooses per metric name; names that
                 it lacks are ``"auto"``.
-            rollup: report ``{prefix}/{name}`` too, over all datasets, for names that occur in
-                more than one: an exact merge of their states, not a mean of their results.
-            macro: report ``{prefix}/{name}_macro`` for such names of type MEAN: the plain mean of
-                the datasets' means.
+            rollup: report ``{prefix}/{name}`` too, over all datasets, be it one or many: an exact
+                merge of their states, not a mean of their results. ``"levels"``: those of datasets
+                whose names begin alike as well, such as ``{prefix}_code/{name}`` over
+                ``code/python`` and ``code/rust``. Metrics whose handler has no lanes have none.
+            macro: report ``{prefix}/{name}_macro`` for names of type MEAN: the plain mean of the
+                datasets' means.
+
+        What was recorded under a name is what it prints: a total that would print the same is left
+        out, with a warning.
 
         Raises:
-            ValueError: an empty prefix or an unknown window.
+            ValueError: an empty prefix, an unknown window, or a ``rollup`` that is none.
         """
         check_prefix(prefix)
         check_window(window)
+        check_rollup(rollup)
         self._warn_of_repeated(prefix)
         if window != "run":
             self._warn_if_empty()
-        groups: dict[str, dict[str, float]] = {}
-        with quiet():
-            for key, view in self._views(window):
-                dataset, name = key
-                group = groups.setdefault(dataset, {})
-                for suffix, value in self._finalized(key, view).items():
-                    group[name + suffix] = value
-        self._add_custom(window, groups)
-        if rollup or macro:
-            with quiet():
-                self._roll_up(window, groups.setdefault("", {}), rollup=rollup, macro=macro)
-        self._derive(groups)
-        named: dict[str, float] = {}
-        for dataset, group in sorted(groups.items()):
-            head = prefix + printed((dataset, ""))
-            for name, value in group.items():
-                named[head + name] = value
-        return named
+        shown = self._table(window, rollup=rollup, macro=macro)
+        tables: dict[str | None, Table] = {None: shown}
+        for metric in self._handlers.derived.values():
+            view = metric.window
+            if view is not None and view not in tables:
+                same = view == window
+                tables[view] = shown if same else self._table(view, rollup=rollup, macro=macro)
+        there = ", ".join(sorted({key[1] for key in self._keys()}))
+        add_derived(self._handlers.derived, tables, self._printable_names(), there, self._warn_once)
+        return named(shown, prefix, self._warn_once)
 
     def histograms(self, prefix: str = "data", window: WindowLike = "auto") -> dict[str, Histogram]:
         """Return the histogram of every DISTRIBUTION that has values, keyed as in `as_dict`."""
@@ -387,7 +385,25 @@ class Snapshot:
             return sums[COUNT]
         return handler.finalize_lanes(ReducedState(sums, maxs, self.seconds)).get("")
 
-    def _add_custom(self, window: WindowLike, groups: dict[str, dict[str, float]]) -> None:
+    def _table(self, window: WindowLike, *, rollup: Rollup, macro: bool) -> Table:
+        """Return the values of all metrics, but for derived ones."""
+        table: Table = {}
+        views = dict(self._views(window))
+        finalized: dict[Key, dict[str, float]] = {}
+        with quiet():
+            for key, view in views.items():
+                dataset, name = key
+                results = finalized[key] = self._finalized(key, view)
+                values = table.setdefault(dataset, Group()).values
+                for suffix, value in results.items():
+                    values[name + suffix] = value
+        self._add_custom(window, table)
+        if rollup or macro:
+            with quiet():
+                self._add_totals(table, views, finalized, rollup=rollup, macro=macro)
+        return table
+
+    def _add_custom(self, window: WindowLike, table: Table) -> None:
         """Add the results of handlers without lanes; one that fails is left out and named."""
         printing: dict[str, Result] = {}
         for view in ("run", "interval"):
@@ -407,10 +423,10 @@ class Snapshot:
                     self._warn_once(f"{result.key}", f"{what} is left out: {error!r}")
                     continue
                 dataset, name = result.key
-                group = groups.setdefault(dataset, {})
+                group = table.setdefault(dataset, Group())
                 for suffix, value in values.items():
                     printing[printed(result.key) + suffix] = result
-                    group[name + suffix] = value
+                    group.put(name + suffix, value, Origin.RESULT, self._warn_once, dataset)
 
     def _check_printing(self, result: Result, suffix: str, printing: Mapping[str, Result]) -> None:
         """Refuse what a result would print if it is no name, or if something else prints it."""
@@ -433,63 +449,83 @@ class Snapshot:
         claims.add((entry.key, entry.suffixes) for entry in self._reduced.schema)
         return claims
 
-    def _roll_up(
-        self, window: WindowLike, group: dict[str, float], *, rollup: bool, macro: bool
+    def _add_totals(
+        self,
+        table: Table,
+        views: Mapping[Key, View],
+        finalized: Mapping[Key, Mapping[str, float]],
+        *,
+        rollup: Rollup,
+        macro: bool,
     ) -> None:
-        """Add the metrics over all datasets to the group without a dataset."""
-        namesakes: dict[str, list[Entry]] = {}
-        for entry in self._reduced.schema:
-            if entry.key[0] and not entry.custom:
-                namesakes.setdefault(entry.key[1], []).append(entry)
-        views = dict(self._views(window))
-        for name, entries in namesakes.items():
+        """Add the metrics over several datasets, as far as one of these has a value.
+
+        Args:
+            table: what they are added to.
+            views: the view of each key that has a value.
+            finalized: the results of each of these.
+            rollup: see `as_dict`.
+            macro: see `as_dict`.
+        """
+        for (level, name), entries in self._namesakes(levels=rollup == "levels").items():
             members = [entry.key for entry in entries if entry.key in views]
-            # The same name may be another aggregation in another dataset: those do not add up.
-            if len(entries) < 2 or len({entry.type for entry in entries}) > 1 or not members:
+            if not members:
+                continue
+            if len({entry.type for entry in entries}) > 1:
+                self._warn_of_types(entries)
                 continue
             handler = self._handlers.of_key[members[0]]
             assert isinstance(handler, LaneHandler)
+            group = table.setdefault(level, Group())
             if rollup:
-                merged = _merged([self._state(key, views[key]) for key in members])
-                results = handler.finalize(merged)
-                group.update({name + suffix: value for suffix, value in results.items()})
-            if macro and isinstance(handler, MeanAggHandler):
-                if f"{name}_macro" in group:
-                    raise ValueError(
-                        f"macro=True would print {name}_macro, which is a metric of its own: give "
-                        "that one another name"
+                results = finalized[members[0]]
+                if len(members) > 1:
+                    results = handler.finalize(
+                        _merged([self._state(key, views[key]) for key in members])
                     )
-                means = [self._finalized(key, views[key]).get("", np.nan) for key in members]
-                group[f"{name}_macro"] = float(np.mean(means))
+                for suffix, value in results.items():
+                    group.put(name + suffix, value, Origin.TOTAL, self._warn_once, level)
+            if macro and not level and isinstance(handler, MeanAggHandler):
+                means = [finalized[key].get("", np.nan) for key in members]
+                value = float(np.mean(means))
+                group.put(f"{name}_macro", value, Origin.TOTAL, self._warn_once, level)
 
-    def _derive(self, groups: Mapping[str, dict[str, float]]) -> None:
-        for name, function in self._handlers.derived.items():
-            missing: set[str] = set()
-            derived_any = False
-            for dataset, group in groups.items():
-                try:
-                    group[name] = float(function(_Recorded(group)))
-                    derived_any = True
-                except _MissingError as error:
-                    missing.add(error.args[0])
-                except BaseException as error:  # the user's function; isolated, named
-                    if not isinstance(error, Exception) and _may_exit():
-                        raise
-                    derived_any = True
-                    where = f"dataset {dataset!r}" if dataset else "all datasets together"
+    def _namesakes(self, *, levels: bool) -> dict[tuple[str, str], list[Entry]]:
+        """Return the keys that a total is over, by the name that it prints.
+
+        Args:
+            levels: whether to name those, too, whose datasets' names begin alike.
+        """
+        datasets = {entry.key[0] for entry in self._reduced.schema}
+        found: dict[tuple[str, str], list[Entry]] = {}
+        for entry in self._reduced.schema:
+            dataset, name = entry.key
+            if not dataset or entry.custom:
+                continue
+            found.setdefault(("", name), []).append(entry)
+            for level in levels_of(dataset) if levels else ():
+                if level in datasets:
                     self._warn_once(
-                        name,
-                        f"the derived metric {name!r} failed for {where} and is left out: "
-                        f"{error!r}",
+                        f"level {level}",
+                        f"rollup='levels' leaves out the level {level!r}, for there is a dataset "
+                        f"of that name next to {dataset!r}: call it '{level}/...' to have it in",
                     )
-            known = self._printable_names()
-            unknown = [metric for metric in sorted(missing) if not known(metric)]
-            if unknown and not derived_any:
-                self._warn_once(
-                    name,
-                    f"the derived metric {name!r} needs {', '.join(map(repr, unknown))}, which no "
-                    f"dataset has; there are: {', '.join(sorted({key[1] for key in self._keys()}))}",
-                )
+                else:
+                    found.setdefault((level, name), []).append(entry)
+        return found
+
+    def _warn_of_types(self, entries: list[Entry]) -> None:
+        """Say that a name is of another type in another dataset, so that nothing adds up."""
+        datasets: dict[str, str] = {}
+        for entry in entries:
+            datasets.setdefault(entry.type, entry.key[0])
+        said = " and ".join(f"{kind!r} in dataset {one!r}" for kind, one in datasets.items())
+        name = entries[0].key[1]
+        self._warn_once(
+            f"types of {name}",
+            f"metric {name!r} is {said}, which do not add up, so there is no total over datasets: "
+            "give one of them another name",
+        )
 
     def _printable_names(self) -> Callable[[str], bool]:
         """Return what tells whether some key may print a name, now or in another interval."""
@@ -527,20 +563,6 @@ class Snapshot:
         if about not in self._handlers.warned:
             self._handlers.warned.add(about)
             warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
-class _MissingError(KeyError):
-    """A derived metric asked for a metric that its dataset does not have."""
-
-
-class _Recorded(dict[str, float]):
-    def __missing__(self, name: str) -> float:
-        raise _MissingError(name)
-
-
-def _may_exit() -> bool:
-    """Return whether `sys.exit` would end the program here, and not just a thread of the logger."""
-    return threading.current_thread() is threading.main_thread()
 
 
 def check_window(window: WindowLike) -> None:

@@ -27,6 +27,7 @@ from metricfold.aggregator import MetricsAggregator
 from metricfold.data.batch import MetricBatch
 from metricfold.data.sample import METRICS
 from metricfold.snapshot import WindowLike, check_window
+from metricfold.tables import Rollup, check_rollup
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -66,12 +67,14 @@ class MetricfoldCallback(Callback):
             `on_fit_start`.
         window: what a log of training speaks about, as in `Snapshot.as_dict`; ``"auto"``: totals
             over the run, everything else over the time since the log before.
+        rollup: which totals over datasets there are, as in `Snapshot.as_dict`.
 
-    Keys are ``train_{dataset}/{name}``, and ``train/{name}`` for all datasets together and for what
-    is recorded without one; of evaluations ``val`` and ``test``. They are logged at the Trainer's
-    ``global_step``, and are in ``trainer.callback_metrics`` of all ranks, for such callbacks as
-    `EarlyStopping` to monitor. An evaluation speaks about itself alone, and Lightning's sanity check
-    about nothing.
+    Keys are ``train_{dataset}/{name}``, and ``train/{name}`` for all datasets together, be it one or
+    many, and for what is recorded without one; of evaluations ``val`` and ``test``. They are logged at
+    the Trainer's ``global_step``, and are in ``trainer.callback_metrics`` of all ranks, for such
+    callbacks as `EarlyStopping` to monitor. A key that the module logs itself, by `self.log`, stays
+    its own. An evaluation speaks about itself alone, and Lightning's sanity check about nothing; the
+    time of an evaluation is a pause in that of training.
 
     Raises:
         ValueError: there is another one in the Trainer, or ranks share batches.
@@ -84,17 +87,23 @@ class MetricfoldCallback(Callback):
         eval_aggregator: MetricsAggregator | None = None,
         accumulators: Iterable[DeviceAccumulator] = (),
         window: WindowLike = "auto",
+        rollup: Rollup = True,
     ) -> None:
         super().__init__()
         check_window(window)
+        check_rollup(rollup)
         self.accumulators = [*accumulators]
         self.window = window
+        self.rollup = rollup
         self._aggregator = aggregator
         self._eval_aggregator = eval_aggregator
         self._trainer: Trainer | None = None  # the one that has called setup
         self._taken: list[MetricBatch] = []  # of the step under way
         self._evaluating = False
+        self._pause = contextlib.ExitStack()  # while there is an evaluation
         self._logged_step = 0
+        self._monitored: dict[str, torch.Tensor] = {}  # what callback_metrics has from here
+        self._kept: set[str] = set()  # keys of the module's that would be ours too
         self._warned = False
 
     # An aggregator belongs to its process. Made when it is first asked for, it is made by the
@@ -132,7 +141,13 @@ class MetricfoldCallback(Callback):
         self._trainer = trainer
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._pause.close()
         self._trainer = None
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._pause.close()  # of an evaluation that has failed
 
     # -- Training
 
@@ -171,6 +186,8 @@ class MetricfoldCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._drain()  # what accumulators hold by now is of training
         self.eval_aggregator.reset()
+        self._pause.close()
+        self._pause.enter_context(self.aggregator.pause())
         self._evaluating = True
 
     def on_validation_batch_start(
@@ -202,6 +219,7 @@ class MetricfoldCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._drain()  # of a sanity check
         self._evaluating = False
+        self._pause.close()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_validation_start(trainer, pl_module)
@@ -338,14 +356,33 @@ class MetricfoldCallback(Callback):
                     "DataLoader(collate_fn=MetricsCollator(...)), or record() them in training_step"
                 )
             return
-        values = snapshot.as_dict(prefix, window, rollup=True)
-        trainer.callback_metrics.update(
-            {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
-        )
+        monitored = trainer.callback_metrics
+        values = snapshot.as_dict(prefix, window, rollup=self.rollup)
+        values = self._without_theirs(values, {*_logged_by(trainer), *self._of_others(monitored)})
+        tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
+        self._monitored.update(tensors)
+        monitored.update(tensors)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics({"epoch": trainer.current_epoch, **values}, step=step)
                 logger.save()
+
+    def _of_others(self, monitored: Mapping[str, torch.Tensor]) -> Iterator[str]:
+        """Yield the keys of what others have put among the metrics that are monitored."""
+        for key, value in monitored.items():
+            if value is not self._monitored.get(key):
+                yield key
+
+    def _without_theirs(self, values: dict[str, float], theirs: set[str]) -> dict[str, float]:
+        """Leave out what is logged otherwise under the same key, and say so once for each."""
+        kept = theirs & values.keys()
+        if new := sorted(kept - self._kept):
+            self._kept.update(new)
+            self._warn(
+                f"{', '.join(map(repr, new))} is logged by the module too, as by self.log(): its "
+                "values are kept and ours left out; to have both, log it under another name"
+            )
+        return {key: value for key, value in values.items() if key not in kept}
 
     @staticmethod
     def _resumes(trainer: Trainer | None) -> bool:
@@ -359,6 +396,14 @@ class MetricfoldCallback(Callback):
     def _warn(self, message: str) -> None:
         if self._trainer is None or self._trainer.is_global_zero:
             warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _logged_by(trainer: Trainer) -> Iterator[str]:
+    """Yield the keys that the module logs, also those whose values come at the end of an epoch."""
+    results: Mapping[str, Any] = getattr(trainer, "_results", None) or {}
+    for result in results.values():
+        name = result.meta.name
+        yield from (name, f"{name}_step", f"{name}_epoch")
 
 
 def _carriers(batch: Any) -> Iterator[MutableMapping[str, Any]]:

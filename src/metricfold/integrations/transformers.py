@@ -40,6 +40,7 @@ from metricfold.data.collator import MetricsCollator  # noqa: E402
 from metricfold.data.sample import METRICS, take_metrics  # noqa: E402
 from metricfold.metric import Metric  # noqa: E402
 from metricfold.snapshot import Snapshot  # noqa: E402
+from metricfold.tables import Rollup, check_rollup  # noqa: E402
 from metricfold.torch import DeviceAccumulator  # noqa: E402
 
 __all__ = ["CHECKPOINT_FILE", "MetricfoldMixin"]
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any: ...
         def log(self, *args: Any, **kwargs: Any) -> None: ...
         def save_model(self, *args: Any, **kwargs: Any) -> None: ...
+        def is_world_process_zero(self) -> bool: ...
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None: ...
         def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -87,9 +89,12 @@ class MetricfoldMixin(_Trainer):
     """Makes a Trainer take in, reduce, log and save the metrics that its samples carry.
 
     Name it before the Trainer: ``class Trainer(MetricfoldMixin, transformers.Trainer)``. It takes
-    the Trainer's own arguments, and one more.
+    the Trainer's own arguments, and two more.
 
     Args:
+        rollup: which totals over datasets are reported, as ``all/{name}`` and, with ``"levels"``,
+            ``{level}/{name}``; see `Snapshot.as_dict`. A key that is in the Trainer's logs or
+            metrics already, such as one of ``compute_metrics``, stays what it is.
         loss_per_dataset: report ``{dataset}/loss``: the mean loss per token of each dataset, and
             ``all/loss``, over all ranks. The dataset of a sample is that of its metrics. For
             causal language models; the loss that is back-propagated is what it was.
@@ -119,12 +124,21 @@ class MetricfoldMixin(_Trainer):
                 f"it: write class {cls.__name__}(MetricfoldMixin, Trainer)"
             )
 
-    def __init__(self, *args: Any, loss_per_dataset: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        loss_per_dataset: bool = False,
+        rollup: Rollup = True,
+        **kwargs: Any,
+    ) -> None:
         if not any(map(_is_the_trainer, type(self).__mro__)):
             raise TypeError(
                 "MetricfoldMixin is no Trainer by itself: write "
                 "class Trainer(MetricfoldMixin, transformers.Trainer)"
             )
+        check_rollup(rollup)
+        self._rollup: Rollup = rollup
+        self._kept: set[str] = set()  # keys of the Trainer's that would be ours too
         self.aggregator = MetricsAggregator(name="transformers-train")
         self.eval_aggregator = MetricsAggregator(name="transformers-eval")
         self.accumulators = []
@@ -230,9 +244,9 @@ class MetricfoldMixin(_Trainer):
         ranks may make them. An evaluation's values are in its logs already.
         """
         if {"loss", "learning_rate"} <= logs.keys():
-            logs.update(_named("", self._reduced().as_dict("train", "auto", rollup=True)))
+            self._add(logs, "", self._reduced().as_dict("train", "auto", rollup=self._rollup))
         elif "train_runtime" in logs:
-            logs.update(_named("train_", self._reduced().as_dict("train", "run", rollup=True)))
+            self._add(logs, "train_", self._reduced().as_dict("train", "run", rollup=self._rollup))
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(
@@ -248,17 +262,51 @@ class MetricfoldMixin(_Trainer):
         self.eval_aggregator.reset()
         self._evaluating = True
         try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            with self.aggregator.pause():
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
             snapshot = self._reduced()
         finally:
             self._drain()  # of an evaluation that has failed
             self._evaluating = False
         if not snapshot.empty:
-            values = snapshot.as_dict("eval", "interval", rollup=True)
-            output.metrics.update(_named(f"{metric_key_prefix}_", values))
+            values = snapshot.as_dict("eval", "interval", rollup=self._rollup)
+            self._add(output.metrics, f"{metric_key_prefix}_", values)
         return output
+
+    def _add(self, metrics: dict[str, float], prefix: str, values: Mapping[str, float]) -> None:
+        """Add `values` to the Trainer's metrics, whose own stay what they are.
+
+        ``train_docs/loss`` becomes ``{prefix}docs/loss``, and ``train/loss``, of all datasets or of
+        none, ``{prefix}all/loss``, for ``loss`` is the Trainer's.
+        """
+        named: dict[str, float] = {}
+        for key, value in values.items():  # those of all datasets come first
+            rest = key.removeprefix("train").removeprefix("eval")
+            name = prefix + (f"all{rest}" if rest.startswith("/") else rest[1:])
+            if name in named:
+                self._warn_of(
+                    name, "of a dataset named 'all', and of all datasets together", "first"
+                )
+            named[name] = value
+        for name, value in named.items():
+            if name in metrics:
+                self._warn_of(name, "the Trainer's own already, and one of ours", "Trainer's")
+            else:
+                metrics[name] = value
+
+    def _warn_of(self, name: str, whose: str, stays: str) -> None:
+        """Say, once, that two would have one name."""
+        if name not in self._kept:
+            self._kept.add(name)
+            if self.is_world_process_zero():
+                warnings.warn(
+                    f"{name!r} is {whose}: the {stays} is kept and the other left out; to have "
+                    "both, give one of them another name",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
 
     def _reduced(self) -> Snapshot:
         self._drain()
@@ -273,12 +321,14 @@ class MetricfoldMixin(_Trainer):
     # -- Checkpoints
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._drain()
-        self._state_to_save = self.aggregator.state_dict()  # on all ranks: only some will save it
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        finally:
-            self._state_to_save = None
+        with self.aggregator.pause():
+            self._drain()
+            # On all ranks: only some will save it.
+            self._state_to_save = self.aggregator.state_dict()
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+            finally:
+                self._state_to_save = None
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Save the model and, into a checkpoint, the metrics.
@@ -530,22 +580,6 @@ def _check_loss(trainer: _Trainer) -> None:
             f"loss_per_dataset=True does not go with {' and '.join(found)}: leave it out, and write "
             "a compute_loss with a DeviceAccumulator of your own, listed in trainer.accumulators"
         )
-
-
-# -- Names -----------------------------------------------------------------------------------------
-
-
-def _named(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
-    """Return values of ``as_dict("train")`` or ``as_dict("eval")`` under the Trainer's names.
-
-    ``train_docs/loss`` becomes ``{prefix}docs/loss``, and ``train/loss``, of all datasets or of
-    none, ``{prefix}all/loss``, for ``loss`` is the Trainer's.
-    """
-    named = {}
-    for key, value in values.items():  # in order: if a dataset is named "all", it comes later
-        rest = key.removeprefix("train").removeprefix("eval")
-        named[prefix + (f"all{rest}" if rest.startswith("/") else rest[1:])] = value
-    return named
 
 
 def _is_the_trainer(cls: type) -> bool:

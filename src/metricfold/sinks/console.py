@@ -6,7 +6,8 @@
      tokens_seen        120,000        80,000        40,000
 
 Keys are read as ``{prefix}_{dataset}/{name}`` and ``{prefix}/{name}``: one table per prefix, one
-column per dataset (``all`` for what has none), one row per name. What has no ``/`` joins the table
+column per dataset (``all`` for what has none), one row per name. While there is one dataset, a column
+of its totals would say the same again: both are one. What has no ``/`` joins the table
 of the keys it came with. Where a key does not start with the prefix that it was logged with, what
 comes before the first ``_`` is taken for one.
 """
@@ -17,7 +18,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from metricfold.sinks.record import Record
@@ -96,7 +97,7 @@ class ConsoleSink(SelectiveSink):
             shown = self._boards.get(board.prefix)
             laid_out = self._boards[board.prefix] = board.over(shown) if shown else board
             if not live:
-                self._print(console, board, laid_out.columns)
+                self._print(console, replace(board, columns=laid_out.columns).folded())
         if not live:
             return
         if self._live is None:
@@ -123,7 +124,10 @@ class ConsoleSink(SelectiveSink):
         width = self._opened().width
         boards = list(self._boards.values())
         limits = _shares([len(board.rows) for board in boards], height)
-        tables = (_table(*each, width) for each in zip(boards, limits, strict=True))
+        tables = (
+            _table(board.folded(), limit, width)
+            for board, limit in zip(boards, limits, strict=True)
+        )
         return Group(*tables)
 
     def _draw(self, live: Live) -> None:
@@ -131,9 +135,9 @@ class ConsoleSink(SelectiveSink):
         # left for a progress bar.
         live.update(self._tables(self._opened().height - 3), refresh=True)
 
-    def _print(self, console: Console, board: _Board, columns: list[str]) -> None:
+    def _print(self, console: Console, board: _Board) -> None:
         widths = self._widths.setdefault(board.prefix, {})
-        for line in _lines(board, columns, widths):
+        for line in _lines(board, widths):
             console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
@@ -154,6 +158,18 @@ class _Board:
         if column not in self.columns:
             self.columns.append(column)
         self.cells[row, column] = cell
+
+    def folded(self) -> _Board:
+        """Return a board of one column if the totals of all datasets say what the only one says."""
+        if len(self.columns) != 2 or _ALL not in self.columns:
+            return self
+        (only,) = (column for column in self.columns if column != _ALL)
+        pairs = [(self.cells.get((row, _ALL)), self.cells.get((row, only))) for row in self.rows]
+        both = [total == own for total, own in pairs if total is not None and own is not None]
+        if not both or not all(both):
+            return self
+        cells = {(row, only): cell for (row, _), cell in self.cells.items()}
+        return replace(self, columns=[only], cells=cells)
 
     def over(self, shown: _Board) -> _Board:
         """Return this board laid out as the one `shown` before it, so that nothing jumps."""
@@ -334,8 +350,9 @@ def _cell(cell: str) -> RenderableType:
     return text
 
 
-def _lines(board: _Board, columns: list[str], widths: dict[str, int]) -> list[str]:
+def _lines(board: _Board, widths: dict[str, int]) -> list[str]:
     """Return a line per row; `widths` is kept from record to record, so that columns stay put."""
+    columns = board.columns
     names = ["step", "row", *columns]
     grid = [[f"step {board.step}", board.prefix, *columns]]
     for row in board.rows:

@@ -20,6 +20,7 @@ from metricfold.sinks.record import Sink, checked_numbers
 from metricfold.sinks.shutdown import unwatch, watch
 from metricfold.sinks.worker import error_of
 from metricfold.snapshot import Snapshot, WindowLike, check_window
+from metricfold.tables import Rollup, check_rollup
 from metricfold.uncompiled import leave_alone, uncompiled
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class MetricsLogger:
         *,
         prefix: str | None = None,
         window: WindowLike = "auto",
+        rollup: Rollup = True,
         extra: Extra | None = None,
     ) -> None:
         """Log the metrics of `source` at `step`; every rank calls it, global rank 0 writes.
@@ -116,6 +118,9 @@ class MetricsLogger:
             prefix: what keys start with, such as ``"train"``. Needed for an aggregator and for a
                 `Snapshot`; keys of a dict are used as they are, or as ``{prefix}/{key}``.
             window: see `MetricsAggregator.get_metrics_for_logging`; a dict has none.
+            rollup: which totals over datasets to log, as in `Snapshot.as_dict`; a dict has none. A
+                key that is logged in a dict or as `extra` stays what it is: a total that would
+                print the same is left out, with a warning.
             extra: further numbers, such as a learning rate, with their keys as they are; or a
                 function that gives them when it is handed the `Snapshot`, such as
                 ``lambda s: {"train/grad_rank": s.owner(None, "grad_norm")}``, called on a thread
@@ -123,7 +128,7 @@ class MetricsLogger:
 
         Raises:
             TypeError: an argument of the wrong kind, such as a value that is not a number.
-            ValueError: a negative step, an empty prefix or an unknown window.
+            ValueError: a negative step, an empty prefix, an unknown window or rollup.
             Exception: what this aggregator's reduction before has raised, on every rank alike.
         """
         self._check_open()
@@ -132,6 +137,7 @@ class MetricsLogger:
         if prefix is not None:
             check_prefix(prefix)
         check_window(window)
+        check_rollup(rollup)
         values: Mapping[str, float] | Future[Snapshot]
         if isinstance(source, Mapping):
             if not self._writes():
@@ -161,7 +167,7 @@ class MetricsLogger:
                 raise TypeError("extra is a function of a Snapshot, but the source is a dict")
         else:
             extra = checked_numbers("extra", extra or {})
-        self._opened().submit(Entry(step, wall_time, values, prefix or "", window, extra))
+        self._opened().submit(Entry(step, wall_time, values, prefix or "", window, rollup, extra))
 
     def rewind(self, step: SupportsIndex) -> None:
         """Take back what sinks hold of the steps after `step`: call it after loading a checkpoint.

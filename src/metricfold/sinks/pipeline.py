@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
@@ -21,6 +22,7 @@ from metricfold.sinks.loud import say
 from metricfold.sinks.record import Record, Sink, checked_numbers
 from metricfold.sinks.worker import SinkWorker, wait_for
 from metricfold.snapshot import Snapshot, WindowLike
+from metricfold.tables import Rollup
 
 __all__ = ["Entry", "Extra", "Pipeline"]
 
@@ -40,6 +42,7 @@ class Entry(NamedTuple):
         source: numbers by key, or the result, perhaps still to come, of a reduction.
         prefix: what keys start with; empty for a dict that was given none.
         window: what its numbers speak about.
+        rollup: which totals over datasets it has.
         extra: further numbers by key, or what gives them.
     """
 
@@ -48,6 +51,7 @@ class Entry(NamedTuple):
     source: Mapping[str, float] | Future[Snapshot]
     prefix: str
     window: WindowLike
+    rollup: Rollup
     extra: Extra
 
 
@@ -64,6 +68,7 @@ class Pipeline:
         # A SimpleQueue may be used in a signal handler that interrupts a `put` to the same queue.
         self._inbox: queue.SimpleQueue[_Accepted | _Rewind | _Barrier | None] = queue.SimpleQueue()
         self._handled = 0
+        self._own: set[str] = set()  # keys that were logged as extra= or in a dict
         self._clashes: set[str] = set()
         self._hurry: Future[None] = Future()  # done: wait for no reduction any more
         self._thread = threading.Thread(target=self._run, name="metricfold log", daemon=True)
@@ -161,24 +166,39 @@ class Pipeline:
 
     def _record(self, entry: Entry) -> Record:
         histograms: dict[str, Histogram] = {}
+        given = self._extra(entry)
+        self._own |= given.keys()
         if isinstance(entry.source, Future):
             snapshot = entry.source.result()
-            metrics = snapshot.as_dict(entry.prefix, entry.window, rollup=True)
+            metrics = snapshot.as_dict(entry.prefix, entry.window, rollup=entry.rollup)
             histograms = snapshot.histograms(entry.prefix, entry.window)
+            if entry.rollup and not self._own.isdisjoint(metrics):
+                recorded = snapshot.as_dict(entry.prefix, entry.window, rollup=False)
+                totals = (self._own & metrics.keys()) - recorded.keys()
+                metrics = {key: value for key, value in metrics.items() if key not in totals}
+                self._warn_of_clashes(
+                    totals,
+                    "%s would be totals over datasets, but are logged as extra= or in a dict: those "
+                    "are kept and the totals left out; to have both, give these another name",
+                )
         else:
             metrics = dict(entry.source)
-        given = self._extra(entry)
+            self._own |= metrics.keys()
         extra = {key: value for key, value in given.items() if key not in metrics}
-        clashes = given.keys() - extra.keys() - self._clashes
-        if clashes:
-            self._clashes |= clashes
-            _log.warning(
-                "extra= names %s, which are metrics of their own: the metrics are kept and the "
-                "extra values left out; give these another name",
-                ", ".join(repr(key) for key in sorted(clashes)),
-            )
+        self._warn_of_clashes(
+            given.keys() - extra.keys(),
+            "extra= names %s, which are metrics of their own: the metrics are kept and the extra "
+            "values left out; give these another name",
+        )
         together = {**metrics, **extra}
         return Record(entry.step, entry.wall_time, together, histograms, entry.prefix)
+
+    def _warn_of_clashes(self, keys: AbstractSet[str], message: str) -> None:
+        """Say, once for each key, what is left out."""
+        clashes = keys - self._clashes
+        if clashes:
+            self._clashes |= clashes
+            _log.warning(message, ", ".join(repr(key) for key in sorted(clashes)))
 
     @staticmethod
     def _extra(entry: Entry) -> Mapping[str, float]:
