@@ -210,8 +210,8 @@ def test_a_rate_by_hand_is_a_total_until_it_knows_its_seconds() -> None:
     """It was NaN until then, which nobody could add to or change."""
     state = state_of(RateAggHandler(), [10])
     assert state.value == 10.0
-    assert RateAggHandler().report(state, seconds=5.0) == {"": 2.0}
     state.metadata["seconds"] = 4.0
+    assert RateAggHandler().report(state) == {"": 2.5}
     RateAggHandler().update(state, Metric("d", "x", 2, AggregationType.RATE))
     assert state.value == 3.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import pickle
 from collections import Counter, deque
 from collections.abc import Callable
@@ -289,6 +290,31 @@ class Magnitudes(DistributionAggHandler):
         local_agg_metric.metadata["values"].append(abs(metric.value))
 
 
+class GeometricMean(MeanAggHandler):
+    """Has states of its own making in all four methods."""
+
+    def initialize_metric_state(
+        self, dataset_name: str, metric_name: str, agg_type: Any
+    ) -> MetricState:
+        metadata = {"sum": 0.0, "count": 0}
+        return MetricState(dataset_name, metric_name, 0.0, agg_type, metadata)
+
+    def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+        local_agg_metric.metadata["sum"] += math.log2(metric.value)
+        local_agg_metric.metadata["count"] += 1
+
+    def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+        metadata = local_agg_metric.metadata
+        local_agg_metric.value = 2 ** (metadata["sum"] / metadata["count"])
+        return [local_agg_metric]
+
+    def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> MetricState:
+        first, second = local_agg_metrics
+        for key in first.metadata:
+            first.metadata[key] += second.metadata[key]
+        return self.finalize_local_agg(first)[0]
+
+
 class FirstLetters(CategoricalCountAggHandler):
     def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
         local_agg_metric.metadata["counts"][metric.value[0]] += 1
@@ -316,6 +342,7 @@ def of_two_ranks(handler: type[AggregationHandler], values: list[list[Any]]) -> 
         (MeanSquare, [[1.0, -2.0], [3.0]], {"": 14 / 3}),
         (ShortWindow, [[1.0, 2.0, 3.0, 4.0], [5.0]], statistics([2.0, 3.0, 4.0, 0.5, 5.0])),
         (Magnitudes, [[1.0, -2.0], [3.0]], statistics([1.0, 2.0, 3.0])),
+        (GeometricMean, [[1.0, 4.0], [16.0]], {"": 4.0}),
         (FirstLetters, [["ab", "ac"], ["b"]], {"_count_a": 2.0, "_count_b": 1.0}),
     ],
 )
@@ -348,6 +375,86 @@ def test_a_value_that_an_override_sets_is_what_counts_from_then_on() -> None:
     assert run_of(Smoothed(), [4.0, 8.0]) == {"": 5.0}
     # Each rank's value counts as one then.
     assert of_two_ranks(Smoothed, [[4.0, 8.0], [2.0]]) == {"": 3.0}
+
+
+def test_a_value_that_fits_changed_metadata_is_not_printed_beside_them() -> None:
+    class Trimmed(DistributionAggHandler):
+        def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+            values = [value for value in local_agg_metric.metadata["values"] if value < 10]
+            local_agg_metric.metadata["values"] = values
+            local_agg_metric.value = float(np.mean(values))
+            return [local_agg_metric]
+
+    assert "" not in run_of(Trimmed(), [0.1, 0.2, 0.6, 50.0])
+    assert "" not in of_two_ranks(Trimmed, [[0.1, 0.7], [0.3, 50.0]])
+
+
+def test_what_reports_a_result_may_be_overridden_too() -> None:
+    class InPercent(MeanAggHandler):
+        def report(self, local_agg_metric: MetricState) -> dict[str, float]:
+            return {"_percent": 100 * super().report(local_agg_metric)[""]}
+
+    assert run_of(InPercent(), [0.5, 0.25]) == {"_percent": 37.5}
+
+
+def test_states_of_the_run_and_of_the_interval_share_nothing() -> None:
+    class Shared(MeanAggHandler):
+        metadata = {"sum": 0.0, "count": 0}  # noqa: RUF012 - the mistake
+
+        def initialize_metric_state(
+            self, dataset_name: str, metric_name: str, agg_type: Any
+        ) -> MetricState:
+            return MetricState(dataset_name, metric_name, 0.0, agg_type, self.metadata)
+
+        def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+            local_agg_metric.metadata["sum"] += metric.value
+            local_agg_metric.metadata["count"] += 1
+
+    class Total(Shared):
+        def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+            local_agg_metric.value = local_agg_metric.metadata["count"]
+            return [local_agg_metric]
+
+    assert run_of(Total(), [1.0, 2.0]) == {"": 2.0}
+
+
+def test_a_state_that_says_another_type_is_saved_and_loaded_all_the_same() -> None:
+    class Sums(SumAggHandler):
+        def initialize_metric_state(
+            self, dataset_name: str, metric_name: str, agg_type: Any
+        ) -> MetricState:
+            return MetricState(dataset_name, metric_name, 1.0, AggregationType.SUM)
+
+    first, second = MetricsAggregator(), MetricsAggregator()
+    for aggregator in (first, second):
+        aggregator.register_handler("mine", Sums())
+    as_list(first, [1.0])
+    second.load_state_dict(first.state_dict())
+    assert second.get_metrics_for_logging("t") == {"t_d/x": 2.0}
+
+
+def test_a_handler_that_fails_to_finalise_is_named_with_its_metric() -> None:
+    class Broken(SumAggHandler):
+        def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+            raise OSError("no")
+
+    with pytest.raises(
+        RuntimeError, match=r"Broken.finalize_local_agg failed for metric 'x' of .*OSError\('no'\)"
+    ):
+        run_of(Broken(), [1.0])
+
+
+def test_a_state_of_ones_own_making_prints_its_value() -> None:
+    class Tail(DistributionAggHandler):
+        def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+            values = list(local_agg_metric.metadata["values"])
+            return [
+                MetricState("d", "x", max(values), local_agg_metric.agg_type, {"values": values})
+            ]
+
+    assert run_of(GeometricMean(), [2.0, 8.0]) == {"": 4.0}
+    found = run_of(Tail(), [2.0, 8.0])
+    assert (found[""], found["_stat_mean"]) == (8.0, 5.0)
 
 
 # -- What is an override, and what is not

@@ -60,6 +60,16 @@ def test_arrays_of_numbers_come_back_as_they_were(dtype: str, shape: tuple[int, 
     assert back.flags.writeable
 
 
+def test_a_long_list_of_floats_travels_in_little_and_comes_back_bit_for_bit() -> None:
+    values = [0.1 * place for place in range(1000)] + [float("inf"), -0.0]
+    assert sent({"values": values}) == {"values": values}
+    assert type(sent(values)[0]) is float
+    assert len(json.dumps(pack(values))) < 11 * len(values)
+    mixed = [*values, 1]
+    assert sent(mixed) == mixed
+    assert type(sent(mixed)[-1]) is int
+
+
 def test_a_factory_and_a_bound_come_back_too() -> None:
     back = sent({"d": defaultdict(int, a=1), "q": deque([1, 2], maxlen=2)})
     back["d"]["b"] += 1

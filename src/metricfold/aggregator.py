@@ -772,7 +772,7 @@ class MetricsAggregator:
                 try:
                     custom = self._custom.results(self._keys.of_key, self._keys.by_label())
                 except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
-                    error = f"a custom handler failed to finalise: {failure!r}"
+                    error = f"a custom handler failed to finalise: {failure}"
             closes = kind is Kind.REDUCE and not error
             closed = self._custom.close_interval() if closes else {}
             mine = Contribution(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,10 +40,13 @@ _REPLAY = 256
 class _States:
     """The states of one key: for each view the rank's own, and those it inherited.
 
+    The key's type is kept beside them, for what a handler writes into a state is its business.
+
     A handler may raise when it has changed its state halfway. Copying the state before every value
     would cost as much as the state is large; so there is an older copy, and the values since.
     """
 
+    agg_type: TypeLike
     run: MetricState | None = None
     interval: MetricState | None = None
     inherited_run: list[MetricState] = field(default_factory=list)
@@ -62,9 +65,9 @@ class _States:
     def take(self, handler: AggregationHandler, key: Key, metric: Metric) -> None:
         """Hand one value to the handler, for both views."""
         if self.run is None:
-            self.run = _begun(handler, key, metric.agg_type)
+            self.run = _begun(handler, key, self.agg_type)
         if self.interval is None:
-            self.interval = _begun(handler, key, metric.agg_type)
+            self.interval = _begun(handler, key, self.agg_type)
         handler.update(self.run, metric)
         handler.update(self.interval, metric)
         self.since.append(metric)
@@ -94,21 +97,25 @@ class CustomStates:
     def keys(self) -> Iterable[Key]:
         return self._states.keys()
 
-    def update(self, work: Iterable[tuple[Key, AggregationHandler, Iterable[Metric]]]) -> None:
+    def update(self, work: Iterable[tuple[Key, AggregationHandler, Sequence[Metric]]]) -> None:
         """Hand each metric to its handler; if one raises, every state is as it was before."""
         work = list(work)
-        new = [key for key, *_ in work if key not in self._states]
-        states = {key: self._states.setdefault(key, _States()) for key, *_ in work}
+        new = {key for key, _, metrics in work if metrics and key not in self._states}
+        states: dict[Key, _States] = {}
+        for key, _, metrics in work:
+            if metrics:
+                states[key] = self._states.setdefault(key, _States(metrics[0].agg_type))
         before = {key: len(one.since) for key, one in states.items()}
         try:
             for key, handler, metrics in work:
                 for metric in metrics:
                     states[key].take(handler, key, metric)
         except BaseException:
-            for key, handler, _ in work:
-                states[key].go_back(handler, key, before[key])
+            for key, handler, metrics in work:
+                if metrics:
+                    states[key].go_back(handler, key, before[key])
             for key in new:
-                self._states.pop(key, None)
+                del self._states[key]
             raise
         if self._marked is None:
             self._settle(states)
@@ -160,7 +167,7 @@ class CustomStates:
                     except TypeError as error:
                         sent["unsent"] = str(error)
                     try:
-                        saved.append(_save(key, handler, state))
+                        saved.append(_save(key, states.agg_type, handler, state))
                     except (TypeError, ValueError) as error:
                         sent["unsaved"] = str(error)
         return json.dumps(sent, separators=(",", ":")).encode()
@@ -189,7 +196,7 @@ class CustomStates:
         """Take over states out of a checkpoint."""
         for state in states:
             key = (state.dataset_name, state.metric_name)
-            own = self._states.setdefault(key, _States())
+            own = self._states.setdefault(key, _States(state.agg_type))
             (own.inherited_run if view == "run" else own.inherited_interval).append(state)
 
 
@@ -300,7 +307,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _begun(handler: AggregationHandler, key: Key, agg_type: TypeLike) -> MetricState:
-    state = handler.initialize_metric_state(*key, agg_type)
+    # A copy: the states of the run and of the interval may share nothing.
+    state = copy.deepcopy(handler.initialize_metric_state(*key, agg_type))
     if not isinstance(state, MetricState):
         raise TypeError(
             f"{name_of(handler)}.initialize_metric_state returned {quote(state)} for {show(key)}: "
@@ -310,8 +318,13 @@ def _begun(handler: AggregationHandler, key: Key, agg_type: TypeLike) -> MetricS
 
 
 def _finalised(key: Key, handler: AggregationHandler, state: MetricState) -> list[MetricState]:
-    """Return a rank's results; raises TypeError if the handler returns anything else."""
-    results = handler.finalize_local_agg(state)
+    """Return a rank's results; raises if the handler does, or returns anything else."""
+    try:
+        results = handler.finalize_local_agg(state)
+    except Exception as error:
+        raise RuntimeError(
+            f"{name_of(handler)}.finalize_local_agg failed for {show(key)}: {error!r}"
+        ) from error
     listed = list(results) if isinstance(results, Iterable) else [None]
     if not all(isinstance(result, MetricState) for result in listed):
         raise TypeError(
@@ -363,7 +376,9 @@ def restored(saved: SavedState, handler: AggregationHandler, agg_type: TypeLike)
     return MetricState(saved["dataset"], saved["name"], unpack(saved["value"]), agg_type, metadata)
 
 
-def _save(key: Key, handler: AggregationHandler, state: MetricState) -> SavedState:
+def _save(
+    key: Key, agg_type: TypeLike, handler: AggregationHandler, state: MetricState
+) -> SavedState:
     try:
         metadata = handler.serialize_metadata(copy.deepcopy(state.metadata))
         packed = _packed(value=state.value, metadata=metadata)
@@ -372,4 +387,4 @@ def _save(key: Key, handler: AggregationHandler, state: MetricState) -> SavedSta
             f"the state of {show(key)} cannot be saved as JSON ({error}): override "
             f"serialize_metadata and deserialize_metadata in {name_of(handler)}"
         ) from None
-    return {"dataset": key[0], "name": key[1], "type": type_label(state.agg_type), **packed}
+    return {"dataset": key[0], "name": key[1], "type": type_label(agg_type), **packed}

@@ -482,20 +482,21 @@ class LaneHandler(AggregationHandler):
             self._store(merged, result)
         return result
 
-    def report(self, local_agg_metric: MetricState, seconds: float = math.nan) -> dict[str, float]:
+    def report(self, local_agg_metric: MetricState) -> dict[str, float]:
         """Return what to report of a finalised state, by the suffix that the metric's name takes.
 
-        Args:
-            local_agg_metric: the state.
-            seconds: wall time that it speaks about, if its metadata do not say.
+        Its metadata may say under ``"seconds"`` what wall time it speaks about.
         """
-        if _STORED in local_agg_metric.metadata:
-            seconds = local_agg_metric.metadata.get("seconds", seconds)
+        metadata = local_agg_metric.metadata
         with quiet():
-            found = self.finalize(self._reduced(self._held(local_agg_metric), seconds))
-        if _is_set(local_agg_metric) and not self.value_is_all:
-            found = {**found, "": number_of(local_agg_metric.value)}
-        return found
+            held = self._held(local_agg_metric)
+            found = self.finalize(self._reduced(held, metadata.get("seconds", math.nan)))
+            if self.value_is_all or not _is_set(local_agg_metric):
+                return found
+            value = number_of(local_agg_metric.value)
+            # What is left of a mean that is multiplied by its weight and divided by it.
+            known = math.isclose(value, self._value_of(held, metadata), rel_tol=1e-9)
+        return found if known and "" not in found else {**found, "": value}
 
     def _folded(self, metric: Metric) -> State:
         """Return the state of a single metric."""
@@ -615,9 +616,14 @@ def reported(handler: AggregationHandler, result: MetricState, seconds: float) -
     Raises:
         TypeError: the value is no number.
     """
-    answering = handler.handler if isinstance(handler, ByContract) else handler
+    answering = handler
+    if isinstance(handler, ByContract):
+        answering = handler.handler
+        # In a state of an override's own making, a value that is not the first one has been set.
+        result.metadata.setdefault(_STORED, handler.handler.initial)
     if isinstance(answering, LaneHandler):
-        return answering.report(result, seconds)
+        result.metadata.setdefault("seconds", seconds)
+        return answering.report(result)
     return {"": number_of(result.value)}
 
 
@@ -980,10 +986,13 @@ class DistributionAggHandler(LaneHandler):
         return result
 
     def _store(self, state: State, target: MetricState) -> None:
+        super()._store(state, target)
         found = self.finalize(self._reduced(state, math.nan))
-        target.metadata.update(self._metadata(state))
         target.metadata["statistics"] = {k.removeprefix("_stat_"): v for k, v in found.items()}
-        target.value = target.metadata[_STORED] = found.get("_stat_mean", self.initial)
+
+    def _value_of(self, state: State, metadata: Mapping[str, Any]) -> float:
+        found = self.finalize(self._reduced(state, math.nan))
+        return found.get("_stat_mean", self.initial)
 
     def _metadata(self, state: State) -> dict[str, Any]:
         assert isinstance(state, WindowState)
@@ -1178,6 +1187,7 @@ _CONTRACTS: dict[type, dict[str, Any]] = {
             "update",
             "finalize_local_agg",
             "finalize_dist_agg",
+            "report",
             "serialize_metadata",
             "deserialize_metadata",
         )
@@ -1193,7 +1203,7 @@ _CONTRACTS: dict[type, dict[str, Any]] = {
         CategoricalCountAggHandler,
     )
 }
-"""The contract as each handler here has it."""
+"""The contract, and what reports its results, as each handler here has it."""
 
 
 def built_in_handlers(

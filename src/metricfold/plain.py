@@ -24,6 +24,7 @@ __all__ = ["NotPlainError", "pack", "unpack"]
 _KIND = "__kind__"
 """Marks a JSON object that stands for something else."""
 
+_MANY = 32
 _SCALARS = {type(None), bool, int, float, str}
 _FACTORIES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict, Counter, deque)}
 
@@ -58,7 +59,7 @@ def pack(value: Any) -> Any:
     if kind in _SCALARS:
         return value
     if kind is list:
-        return _packed(value)
+        return _packed(value) if len(value) < _MANY else _many(value)
     if kind is dict and _KIND not in value and all(type(key) is str for key in value):
         return dict(zip(value, _packed(value.values(), value), strict=True))
     if isinstance(value, np.generic) and value.dtype.kind in "biufU":
@@ -88,6 +89,14 @@ def _pack_container(kind: type, value: Any) -> dict[str, Any] | None:
         data = base64.b64encode(array.tobytes()).decode("ascii")
         return {_KIND: "array", "type": array.dtype.str, "shape": list(value.shape), "data": data}
     return None
+
+
+def _many(values: list[Any]) -> Any:
+    """Return a long list, such as a window of values: as an array, where its items are floats."""
+    if {float}.issuperset(map(type, values)):
+        data = np.array(values, "<f8").tobytes()
+        return {_KIND: "floats", "data": base64.b64encode(data).decode("ascii")}
+    return _packed(values)
 
 
 def _packed(values: Iterable[Any], places: Iterable[Any] | None = None) -> list[Any]:
@@ -132,6 +141,8 @@ def unpack(packed: Any) -> Any:
 
 
 def _unpack_container(kind: str, packed: dict[str, Any]) -> Any:
+    if kind == "floats":
+        return np.frombuffer(base64.b64decode(packed["data"], validate=True), "<f8").tolist()
     if kind == "array":
         dtype = np.dtype(packed["type"])
         if dtype.kind not in "biufc":
