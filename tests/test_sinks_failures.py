@@ -268,7 +268,7 @@ def test_a_record_that_replaces_another_is_counted_as_one(caplog):
     class Latest(Remote):
         def write(self, record):
             if record.step in self.got:
-                raise RecordRefused("the newer one wins", displaced=record.step)
+                raise RecordRefused("the newer one wins", displaced=[record.step])
             super().write(record)
 
     with MetricsLogger([Latest()]) as logger:

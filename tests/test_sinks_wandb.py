@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ import wandb
 from wandb_files import finished, history, run_files
 
 from metricfold.histogram import Histogram
-from metricfold.sinks import MetricsLogger, Record, WandbSink
+from metricfold.sinks import MetricsLogger, Record, RecordRefused, WandbSink
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,7 @@ def test_scalars_and_histograms_arrive_in_an_offline_run(tmp_path):
     (path,) = run_files(tmp_path / "new" / "out")
     assert history(path) == {
         3: {
+            "step": 3,
             "train_a/loss": 2.5,
             "lr": 1e-5,
             "train_a/len _type": "histogram",
@@ -63,7 +65,7 @@ def test_scalars_and_histograms_arrive_in_an_offline_run(tmp_path):
             "train_a/len bins": [0.0, 1.0, 2.0, 4.0],
             "val_a/loss": 7.5,
         },
-        5: {"train_a/loss": 2.25},
+        5: {"train_a/loss": 2.25, "step": 5},
     }
     (run,) = [one.run for one in finished(path) if one.WhichOneof("record_type") == "run"]
     assert (run.project, run.display_name) == ("p", "n")
@@ -100,7 +102,11 @@ def test_a_run_that_the_user_started_is_used_and_left_open(tmp_path):
     run.log({"mine": 1.0}, step=3)
     run.finish()
     (path,) = run_files(tmp_path)
-    assert history(path) == {1: {"train/loss": 0.25}, 2: {"train/loss": 0.5}, 3: {"mine": 1.0}}
+    assert history(path) == {
+        1: {"train/loss": 0.25, "step": 1},
+        2: {"train/loss": 0.5, "step": 2},
+        3: {"mine": 1.0},
+    }
 
 
 def test_a_run_that_is_given_is_used(tmp_path):
@@ -137,13 +143,14 @@ def test_rewind_of_the_users_run_says_that_it_cannot_and_leaves_out_what_is_show
     write(sink, *losses(10, 20, 30))
     sink.rewind(20)
     assert f"resume_from='{run.id}?_step=20'" in caplog.text
-    sink.write(Record(30, 1.0, {"train/loss": -1.0}))
+    with pytest.raises(RecordRefused, match="keeps what it holds of step 30"):
+        sink.write(Record(30, 1.0, {"train/loss": -1.0}))
     write(sink, *losses(40))
     sink.close()
     run.finish()
     rows = history(run_files(tmp_path)[0])
     assert list(rows) == [10, 20, 30, 40]
-    assert rows[30] == {"train/loss": 7.5}
+    assert rows[30] == {"train/loss": 7.5, "step": 30}
 
 
 def test_rewind_with_nothing_to_take_back_starts_nothing_and_says_so(tmp_path, caplog):
@@ -159,12 +166,154 @@ def test_rewind_with_nothing_to_take_back_starts_nothing_and_says_so(tmp_path, c
     assert list(history(run_files(tmp_path)[0])) == [21, 22]
 
 
-def test_a_step_that_wandb_would_drop_silently_is_an_error_that_says_what_to_do(tmp_path):
-    sink = WandbSink(dir=tmp_path)
-    write(sink, *losses(10))
-    with pytest.raises(ValueError, match=r"refuses step 9 after step 10 .*logger\.rewind"):
-        write(sink, *losses(9))
+# -- Steps that W&B would leave out ---------------------------------------------------------------
+
+
+def shown(folder):
+    """Return what each key has at each step of its own prefix, and the axes that W&B was told."""
+    (path,) = run_files(folder)
+    found, axes = {}, {}
+    for record in finished(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            row = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            for key, value in row.items():
+                axis = f"{key.partition('/')[0].partition('_')[0]}/step"
+                if not key.endswith("/step") and axis in row:
+                    found.setdefault(key, {})[row[axis]] = value
+        if kind == "metric":
+            axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+    return found, axes
+
+
+def logged(run, sink, script):
+    """Log what `script(log)` does, and return the table that the logger closes with."""
+    with MetricsLogger([sink]) as logger:
+
+        def log(step, prefix, **values):
+            logger.log(step, values, prefix=prefix)
+            logger.flush()
+
+        script(log)
+    run.finish()
+
+
+def table(caplog):
+    errors = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
+    (line,) = [line for one in errors for line in one.splitlines() if " written, " in line]
+    return line.partition(": ")[2]
+
+
+def test_validation_by_epochs_joins_the_rows_of_training(tmp_path, caplog):
+    """Before, the first of them was an error, after which nothing more was logged to W&B."""
+    run = started(tmp_path)
+
+    def script(log):
+        for step in range(1, 21):
+            log(step, "train", loss=float(step))
+            if step % 5 == 0:
+                log(step // 5, "val", acc=step / 20)
+
+    logged(run, WandbSink(run=run), script)
+    found, axes = shown(tmp_path)
+    assert found["train/loss"] == {step: float(step) for step in range(1, 21)}
+    assert found["val/acc"] == {1: 0.25, 2: 0.5, 3: 0.75, 4: 1.0}
+    assert axes == {"val/step": "", "val/acc": "val/step"}
+    assert not [one for one in caplog.records if one.levelno >= logging.ERROR]
+
+
+def test_rows_that_something_else_logs_between_cost_none_of_ours(tmp_path):
+    run = started(tmp_path)
+
+    def script(log):
+        for step in range(1, 12):
+            log(step, "train", loss=float(step))
+            if step in (1, 5):
+                for part in ("export", "move", "generate"):
+                    run.log({f"profiling/{part}": 0.5})
+                run.log({"table": wandb.Table(columns=["a"], data=[[1]])})
+
+    logged(run, WandbSink(), script)
+    found, _ = shown(tmp_path)
+    late = {2, 3, 4, 6, 7, 8, 9}
+    assert found["train/loss"].keys() >= {1, 5, 10, 11}
+    assert all(found["train/loss"][step] == float(step) for step in found["train/loss"])
+    assert found["train/loss"].keys() & late, "what is behind joins the row that is open"
+
+
+def test_a_late_row_joins_what_is_open_and_the_one_on_time_wins(tmp_path, caplog):
+    run = started(tmp_path)
+
+    def script(log):
+        log(10, "train", loss=1.0)
+        log(7, "eval", acc=0.7)
+        log(8, "eval", acc=0.8)  # that row has one already
+        log(10, "eval", acc=1.0)  # and this is its own
+        log(11, "train", loss=1.1)
+
+    logged(run, WandbSink(), script)
+    found, axes = shown(tmp_path)
+    assert found == {"train/loss": {10: 1.0, 11: 1.1}, "eval/acc": {10: 1.0}}
+    assert axes["eval/acc"] == "eval/step"
+    assert table(caplog) == "3 written, 2 skipped, 0 lost"
+    said = " ".join(one.getMessage() for one in caplog.records)
+    assert "leaves out step 8: after a resume call logger.rewind(step)" in said
+
+
+def test_a_forgotten_rewind_costs_the_steps_that_are_there_and_no_later_ones(tmp_path, caplog):
+    run = started(tmp_path)
+
+    def script(log):
+        for step in (*range(1, 11), *range(7, 15)):
+            log(step, "train", loss=float(step))
+
+    logged(run, WandbSink(), script)
+    found, _ = shown(tmp_path)
+    assert found["train/loss"] == {step: float(step) for step in range(1, 15)}
+    assert table(caplog) == "15 written, 3 skipped, 0 lost"
+
+
+def test_with_a_step_metric_steps_may_go_back(tmp_path, caplog):
+    run = started(tmp_path)
+
+    def script(log):
+        for step in (1, 2, 3, 2, 4):
+            log(step, "train", loss=float(step))
+        log(1, "val", acc=0.5)
+        run.log({"mine": 1.0})
+        log(5, "train", loss=5.0)
+
+    logged(run, WandbSink(step_metric="global"), script)
+    found, axes = shown(tmp_path)
+    assert found["train/loss"] == {step: float(step) for step in (1, 2, 3, 4, 5)}
+    assert found["val/acc"] == {1: 0.5}
+    assert axes == {"global": "", "*": "global"}
+    assert len(history(run_files(tmp_path)[0])) == 8
+    assert not [one for one in caplog.records if one.levelno >= logging.ERROR]
+
+
+def test_with_a_step_metric_a_rewind_of_an_own_run_goes_on_in_a_new_one(tmp_path):
+    sink = WandbSink(dir=tmp_path, step_metric="global")
+    write(sink, *losses(10, 20, 30))
+    sink.rewind(20)
+    write(sink, *losses(30))
     sink.close()
+    assert sorted(len(history(path)) for path in run_files(tmp_path)) == [1, 3]
+
+
+def test_a_metric_called_step_and_a_key_format_that_knows_no_axis_keep_theirs(tmp_path):
+    names = {"step": "mine/step", "train/loss": "loss"}
+    sink = WandbSink(dir=tmp_path, key_format=lambda key: names[key])
+    sink.write(Record(3, 1.0, {"train/loss": 1.0, "step": 99.0}))
+    sink.write(Record(4, 1.0, {"train/loss": 2.0}, prefix="train"))
+    sink.close()
+    assert history(run_files(tmp_path)[0]) == {
+        3: {"loss": 1.0, "mine/step": 99.0},
+        4: {"loss": 2.0, "train/step": 4},
+    }
 
 
 SCRIPT = """
@@ -222,4 +371,4 @@ def test_the_logger_closes_the_run(tmp_path):
     with MetricsLogger([WandbSink(dir=tmp_path, select="*/loss", key_format="x/{key}")]) as logger:
         logger.log(1, {"train/loss": 0.5, "lr": 1.0})
     assert wandb.run is None
-    assert history(run_files(tmp_path)[0]) == {1: {"x/train/loss": 0.5}}
+    assert history(run_files(tmp_path)[0]) == {1: {"x/train/loss": 0.5, "x/step": 1}}

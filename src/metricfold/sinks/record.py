@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from numbers import Real
@@ -58,13 +58,13 @@ class RecordRefused(ValueError):  # noqa: N818 - it says what becomes of the rec
 
     Args:
         reason: why.
-        displaced: the step of a record that the sink had taken and that this one, which it has
-            taken, has replaced.
+        displaced: the steps of records that the sink had taken before and that this one, which it
+            has taken, has replaced: those are what is skipped then.
     """
 
-    def __init__(self, reason: str, *, displaced: int | None = None) -> None:
+    def __init__(self, reason: str, *, displaced: Sequence[int] = ()) -> None:
         super().__init__(reason)
-        self.displaced = displaced
+        self.displaced = tuple(displaced)
 
 
 @runtime_checkable

@@ -1,6 +1,12 @@
 """Weights & Biases: into the run that you started, or else into an offline run of its own.
 
-W&B's history only grows: it refuses steps that go back, and nothing can be removed from a client.
+W&B's history only grows: it leaves out rows whose steps go back, and nothing can be removed from a
+client. Its own step also advances with each row that anything else in the program logs, such as a
+table, a profiler or an evaluation by epochs. So every row says its step in a column of its own, and
+one that is behind joins the row that W&B has not closed yet:
+
+    _step 20  {"train/loss": 1.5, "train/step": 20, "val/acc": 0.7, "val/step": 3}
+
 What that means after a resume is said by `WandbSink.rewind`.
 """
 
@@ -12,8 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from metricfold.metric import check_name, is_name
 from metricfold.sinks.buckets import coarsened
-from metricfold.sinks.record import Record
+from metricfold.sinks.record import Record, RecordRefused
 from metricfold.sinks.selection import SelectiveSink, require
 
 __all__ = ["WandbSink"]
@@ -26,11 +33,17 @@ _MAX_BUCKETS = 512  # W&B refuses histograms of more
 class WandbSink(SelectiveSink):
     """Logs scalars and histograms to Weights & Biases.
 
+    Every row has its step as ``{prefix}/step``, or as ``step`` where there is no prefix. A record
+    whose step is behind that of the run joins the run's newest row, and W&B is told that its keys
+    have ``{prefix}/step`` as their axis. Where that row has its keys already, it is refused.
+
     Args:
         run: the run to log to. By default the active one (`wandb.run`) when the first record is
             written, and when there is none a new one, which is offline unless ``mode=`` or the
             environment variable ``WANDB_MODE`` says otherwise. A run that you started is yours to
             finish, after the logger is closed.
+        step_metric: a column that is the axis of all keys, such as ``"train/global_step"``: rows are
+            then logged without W&B's own step, and none can be behind.
         select: see `SelectiveSink`.
         key_format: see `SelectiveSink`.
         init: arguments for `wandb.init` of a new run, such as ``project="llm"`` or ``dir="out"``.
@@ -44,6 +57,7 @@ class WandbSink(SelectiveSink):
         self,
         *,
         run: Any = None,
+        step_metric: str | None = None,
         select: str | Sequence[str] = "*",
         key_format: str | Callable[[str], str] = "{key}",
         **init: Any,
@@ -55,13 +69,21 @@ class WandbSink(SelectiveSink):
                 "wandb.init, which has made your run already; leave out one or the other"
             )
         require("wandb", sink="WandbSink", extra="wandb")
+        if step_metric is not None:
+            check_name("step_metric", step_metric)
         self.run = run
+        self._step_metric = step_metric
         if init.get("dir"):
             # A relative one is meant from here, wherever the first record is written.
             init["dir"] = os.path.abspath(init["dir"])  # noqa: PTH100 - as it is, but absolute
         self._init = init
         self._owned = False
         self._shown: float = float("-inf")  # steps up to here are in the run for good
+        self._newest = -1
+        self._row = _Row(-1)
+        self._axis_names: dict[str, str] = {}  # by prefix
+        self._axes: set[str] = set()  # those of prefixes that have been behind
+        self._defined: set[str] = set()  # keys that W&B knows the axis of
 
     def __repr__(self) -> str:
         return f"WandbSink(run={self.run.id!r})" if self.run is not None else "WandbSink()"
@@ -74,6 +96,8 @@ class WandbSink(SelectiveSink):
         if self._owned:
             self.run.finish()
             self.run, self._owned = None, False
+            self._row, self._newest = _Row(-1), -1
+            self._axes, self._defined = set(), set()
 
     def rewind(self, step: int) -> None:
         """Go on from `step` as far as W&B allows, and say in the log what that is.
@@ -83,7 +107,8 @@ class WandbSink(SelectiveSink):
         and new values for them are left out.
         """
         run = self._found()
-        if run is None or run.step <= step:
+        held = -1 if run is None else run.step if self._step_metric is None else self._newest
+        if held <= step:
             _log.info("W&B holds no step after %d: nothing to rewind", step)
         elif self._owned:
             group = self._init.get("group") or run.group or run.id
@@ -91,7 +116,7 @@ class WandbSink(SelectiveSink):
                 "W&B cannot remove steps: run %s is finished with what it holds, up to step %d, and "
                 "a new run in the group %r goes on after step %d",
                 run.id,
-                run.step,
+                held,
                 group,
                 step,
             )
@@ -99,13 +124,13 @@ class WandbSink(SelectiveSink):
             self._init = {name: value for name, value in self._init.items() if name != "id"}
             self._init["group"] = group
         else:
-            self._shown = run.step
+            self._shown = held
             _log.warning(
                 "W&B cannot remove steps: your run %s keeps what it holds, up to step %d, and new "
                 "values for the steps until there are left out. To rewind the run itself, start "
                 "it with wandb.init(resume_from='%s?_step=%d')",
                 run.id,
-                run.step,
+                held,
                 run.id,
                 step,
             )
@@ -113,19 +138,88 @@ class WandbSink(SelectiveSink):
     def _write(self, record: Record) -> None:
         import wandb  # noqa: PLC0415
 
-        if record.step <= self._shown:
-            return
         run = self.run = self._found() or self._started()
-        if record.step < run.step:
-            raise ValueError(
-                f"W&B refuses step {record.step} after step {run.step} of run {run.id}: after a "
-                "resume call logger.rewind(step), and leave the steps of run.log to the logger"
+        if record.step <= self._shown:
+            raise RecordRefused(
+                f"run {run.id} of W&B keeps what it holds of step {record.step}, which rewind() "
+                "could not remove"
             )
         row: dict[str, Any] = dict(record.metrics)
         for key, histogram in record.histograms.items():
             if histogram.counts.any():
                 row[key] = wandb.Histogram(np_histogram=coarsened(histogram, _MAX_BUCKETS))
-        run.log(row, step=record.step)
+        axis = self._axis_of(record.prefix)
+        row.setdefault(axis, record.step)
+        if self._step_metric is not None:
+            self._define_all(run, self._step_metric)
+            run.log({**row, self._step_metric: record.step})
+        elif record.step < run.step:
+            self._join(run, row, axis, record.step)
+        else:
+            self._append(run, row, axis, record.step)
+        self._newest = max(self._newest, record.step)
+
+    def _axis_of(self, prefix: str) -> str:
+        """Return the column of the steps that were logged with `prefix`."""
+        if prefix not in self._axis_names:
+            axis = f"{prefix}/step" if prefix else "step"
+            try:
+                named = self._format(axis)
+            except Exception:  # noqa: BLE001 - the user's, which may know the metrics alone
+                named = axis
+            self._axis_names[prefix] = named if is_name(named) else axis
+        return self._axis_names[prefix]
+
+    def _append(self, run: Any, row: dict[str, Any], axis: str, step: int) -> None:
+        """Log a row at its own step, which wins over those that had joined it from behind."""
+        open_row = self._open_at(step)
+        if axis in self._axes:
+            self._define(run, row, axis)
+        run.log(row, step=step)
+        displaced = [late for late, keys in open_row.late if not keys.isdisjoint(row)]
+        open_row.late = [one for one in open_row.late if one[0] not in displaced]
+        open_row.keys |= row.keys()
+        if displaced:
+            raise RecordRefused(
+                f"W&B has one row for each of its steps: that of step {step} takes the place of what "
+                f"was logged from behind, of step {displaced[-1]}. Give what has steps of its own a "
+                "prefix of its own, or use WandbSink(step_metric=...)",
+                displaced=displaced,
+            )
+
+    def _join(self, run: Any, row: dict[str, Any], axis: str, step: int) -> None:
+        """Log a row whose step is behind with the newest one."""
+        open_row = self._open_at(run.step)
+        taken = sorted(open_row.keys & row.keys())
+        if taken:
+            raise RecordRefused(
+                f"W&B is at step {run.step} already, where {taken[0]!r} has a value, and leaves out "
+                f"step {step}: after a resume call logger.rewind(step); or use "
+                "WandbSink(step_metric=...), where steps may go back"
+            )
+        self._axes.add(axis)
+        self._define(run, row, axis)
+        run.log(row, step=run.step)
+        open_row.late.append((step, set(row)))
+        open_row.keys |= row.keys()
+
+    def _open_at(self, step: int) -> _Row:
+        if self._row.step != step:
+            self._row = _Row(step)
+        return self._row
+
+    def _define(self, run: Any, row: dict[str, Any], axis: str) -> None:
+        """Tell W&B that `axis` is what the keys of `row` are drawn over."""
+        for key in (axis, *row):
+            if key not in self._defined:
+                self._defined.add(key)
+                run.define_metric(key, step_metric=None if key == axis else axis)
+
+    def _define_all(self, run: Any, axis: str) -> None:
+        if axis not in self._defined:
+            self._defined.add(axis)
+            run.define_metric(axis)
+            run.define_metric("*", step_metric=axis, step_sync=True)
 
     def _found(self) -> Any:
         if self.run is not None:
@@ -150,3 +244,20 @@ class WandbSink(SelectiveSink):
         run = wandb.init(**{"settings": settings, **self._init, "mode": mode})
         self._owned = True
         return run
+
+
+class _Row:
+    """The row that W&B has not closed yet, as far as this sink has logged it.
+
+    Attributes:
+        step: W&B's own.
+        keys: what it has already.
+        late: steps and keys of records that have joined it from behind.
+    """
+
+    __slots__ = ("keys", "late", "step")
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.keys: set[str] = set()
+        self.late: list[tuple[int, set[str]]] = []

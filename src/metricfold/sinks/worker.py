@@ -391,13 +391,14 @@ class SinkWorker:
         self._flush_due = self._flush_due or time.monotonic() + FLUSH_SECONDS
 
     def _skip(self, record: Record, error: BaseException) -> None:
-        if isinstance(error, RecordRefused) and error.displaced is not None:
-            # This one is written, in the place of one that had been.
-            self._flush_due = self._flush_due or time.monotonic() + FLUSH_SECONDS
-            self._note("write()", error, error.displaced)
-        else:
-            self._note("write()", error, record.step)
-        self._skipped += 1
+        displaced = error.displaced if isinstance(error, RecordRefused) else ()
+        for step in displaced or (record.step,):
+            self._note("write()", error, step)
+            self._skipped += 1
+        if displaced:
+            # This one is written, in the place of those that had been.
+            self._took()
+            self._written -= len(displaced)
 
     def _note(self, what: str, error: BaseException, step: int | None = None) -> None:
         """Count what is left out for `error`, and say it the first time."""
