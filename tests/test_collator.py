@@ -483,6 +483,36 @@ def test_an_error_in_a_worker_arrives_with_its_message() -> None:
     batches._shutdown_workers()
 
 
+class Weighty(Texts):
+    """Sums with weights: of 0 for what fills up, and of 1 but for one sample."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        weight = {5: 2.0, 2: 0.0}.get(index, 1.0)
+        metrics = [
+            Metric(
+                "alpaca", "seen", float("nan") if weight == 0 else 1, AggregationType.SUM, weight
+            ),
+            Metric("alpaca", "padding", index, AggregationType.MAX, 0),
+        ]
+        return {**super().__getitem__(index), "metrics": metrics}
+
+
+def test_a_weight_that_is_refused_ends_no_worker_but_its_batch_alone() -> None:
+    loader = DataLoader(Weighty(), BATCH, num_workers=1, collate_fn=MetricsCollator(pad))
+    aggregator, refused = MetricsAggregator(), []
+    for number, batch in enumerate(loader):
+        try:
+            aggregator.update(batch.pop("metrics"))
+        except ValueError as error:
+            refused.append((number, str(error)))
+    [(number, message)] = refused
+    assert number == 1
+    assert "metric 'seen' of dataset 'alpaca': a value of type 'sum' counts once" in message
+    assert "the weight 2.0 would be ignored" in message
+    # But for the batch and what fills up; nothing has made a name of what has no weight.
+    assert aggregator.get_metrics_for_logging() == {"data_alpaca/seen": SIZE - BATCH - 1.0}
+
+
 # -- The page about it ---------------------------------------------------------------------------
 
 
