@@ -7,6 +7,7 @@ import os
 import queue
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,8 +15,10 @@ from typing import Any, Protocol, TypeAlias
 
 __all__ = ["Forkable", "Releasable", "Worker", "at_exit", "release_at_exit", "watch_forks"]
 
-_EXIT_WAIT = 2.0
-"""How many seconds an exit after an exception waits for a task under way."""
+_GRACE = 10.0
+_GRACE_AFTER_ERROR = 2.0
+"""Seconds for which an exit waits for other ranks, which may never come: a launcher restarts a job
+only once its processes are gone."""
 
 _Task: TypeAlias = tuple[Callable[[], Any], "Future[Any]"]
 
@@ -23,17 +26,16 @@ _Task: TypeAlias = tuple[Callable[[], Any], "Future[Any]"]
 # -- Exit ----------------------------------------------------------------------------------------
 
 
-def at_exit(callback: Callable[[bool], None]) -> None:
-    """Call `callback` when the interpreter exits; its argument tells whether after an error.
+def at_exit(callback: Callable[[float], None]) -> None:
+    """Call `callback` when the interpreter exits.
 
-    Python does not tell an exit by `sys.exit(1)` in the main program from a clean one.
+    Its argument says, on the monotonic clock, until when it may wait for other ranks. All callbacks
+    share that moment: 2 s after an error, else 10 s after the first of them, for Python does not
+    tell an exit by `sys.exit(1)` in the main program from a clean one.
     """
 
     def call() -> None:
-        error = sys.exc_info()[1] or getattr(sys, "last_value", None)
-        if isinstance(error, SystemExit) and not error.code:
-            error = None
-        callback(error is not None)
+        callback(_deadline_of_exit())
 
     # Imported late because most of those who import metricfold have nothing to finish.
     import concurrent.futures.thread  # noqa: F401, PLC0415
@@ -48,6 +50,17 @@ def at_exit(callback: Callable[[bool], None]) -> None:
     # too, and is imported above so that its hook is the older one: the last in is the first out.
     hook = getattr(threading, "_register_atexit", atexit.register)
     hook(call)
+
+
+_exits: dict[int, float] = {}  # the deadline of the process, by its id: forks inherit this
+
+
+def _deadline_of_exit() -> float:
+    error = sys.exc_info()[1] or getattr(sys, "last_value", None)
+    if isinstance(error, SystemExit) and not error.code:
+        error = None
+    grace = _GRACE if error is None else _GRACE_AFTER_ERROR
+    return _exits.setdefault(os.getpid(), time.monotonic() + grace)
 
 
 class Releasable(Protocol):
@@ -131,9 +144,9 @@ def _finish_at_exit(worker: Worker) -> None:
     _workers.add(worker)
 
 
-def _finish_all(after_error: bool) -> None:
+def _finish_all(deadline: float) -> None:
     for worker in list(_workers):
-        worker.finish(_EXIT_WAIT if after_error else None)
+        worker.finish(max(deadline - time.monotonic(), 0.0))
 
 
 # -- Forks ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import logging
 import operator
 import os
 import reprlib
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 from metricfold import hints
 from metricfold.naming import check_prefix, repeated
+from metricfold.sinks.ends import look_after, unwatch, watch
 from metricfold.sinks.pipeline import Entry, Extra, Pipeline
 from metricfold.sinks.record import Sink, checked_numbers
-from metricfold.sinks.shutdown import unwatch, watch
 from metricfold.sinks.worker import error_of
 from metricfold.snapshot import Snapshot, WindowLike, check_window
 from metricfold.tables import Rollup, check_rollup
@@ -36,6 +37,7 @@ _PATIENCE = 30.0  # seconds in which a sink must get something done for close() 
 _DYING_PATIENCE = 5.0
 _DYING_SECONDS = 10.0  # in all after SIGTERM; schedulers send SIGKILL after 30 or so
 _GRACE_AFTER_ERROR = 2.0  # seconds for a reduction that other ranks may never join
+_SAY_AFTER = 10.0  # seconds of waiting for other ranks, after which close() says so
 
 
 @uncompiled
@@ -78,7 +80,9 @@ class MetricsLogger:
         # is atomic: reductions end on threads of their own.
         self._reductions: dict[Future[Snapshot], weakref.ref[object]] = {}
         self._prefixes: set[str] = set()  # that a key has been said to repeat
-        self._closed = False
+        self._accepting = threading.RLock()  # so that close() loses nothing that log() accepts
+        self._closing, self._closed = threading.Event(), threading.Event()
+        self._dying = False
         watch(self)
         leave_alone()
 
@@ -132,6 +136,7 @@ class MetricsLogger:
             Exception: what this aggregator's reduction before has raised, on every rank alike.
         """
         self._check_open()
+        look_after()
         wall_time = time.time()
         step = _checked_step(step)
         if prefix is not None:
@@ -167,7 +172,13 @@ class MetricsLogger:
                 raise TypeError("extra is a function of a Snapshot, but the source is a dict")
         else:
             extra = checked_numbers("extra", extra or {})
-        self._opened().submit(Entry(step, wall_time, values, prefix or "", window, rollup, extra))
+        with self._accepting:
+            if not self._closing.is_set():
+                self._opened().submit(
+                    Entry(step, wall_time, values, prefix or "", window, rollup, extra)
+                )
+        # Closed meanwhile: by another thread, or by a signal's handler in this one.
+        self._check_open()
 
     def rewind(self, step: SupportsIndex) -> None:
         """Take back what sinks hold of the steps after `step`: call it after loading a checkpoint.
@@ -201,36 +212,62 @@ class MetricsLogger:
         if errors:
             raise errors[0]
 
-    def end_on_exit(self, *, after_error: bool) -> None:
+    def end_on_exit(self, *, deadline: float) -> None:
         """Close, when the interpreter exits without anyone having done so."""
-        _report(self._close(grace=_GRACE_AFTER_ERROR if after_error else None))
+        _report(self._close(grace=max(deadline - time.monotonic(), 0.0)))
 
     def end_on_signal(self, *, dying: bool) -> None:
         """Write, within seconds, everything logged; close as well if the process is about to die."""
         deadline = time.monotonic() + _DYING_SECONDS
-        if dying:
+        self._dying = self._dying or dying
+        if dying and not self._closing.is_set():
             self._close(grace=_DYING_PATIENCE, patience=_DYING_PATIENCE, deadline=deadline)
-        else:
-            wait(self._running(), timeout=_DYING_PATIENCE)
-            if self._pipeline is not None:
-                self._pipeline.flush(patience=_DYING_PATIENCE, deadline=deadline)
+            return
+        wait(self._running(), timeout=_DYING_PATIENCE)
+        if self._pipeline is not None:
+            self._pipeline.flush(patience=_DYING_PATIENCE, deadline=deadline)
 
     def _close(
         self, *, grace: float | None, patience: float = _PATIENCE, deadline: float | None = None
     ) -> list[BaseException]:
-        """Close once, and return the errors of reductions that nobody has been told of."""
-        if self._closed or self._pid != os.getpid():
+        """Close once, and return the errors of reductions that nobody has been told of.
+
+        Args:
+            grace: seconds to wait for reductions under way; None: as long as they take.
+            patience: as in `Pipeline.close`.
+            deadline: as in `Pipeline.close`.
+        """
+        if self._pid != os.getpid():
             return []
+        with self._accepting:
+            first = not self._closing.is_set()
+            self._closing.set()
+        if not first:  # another thread is at it: the process must not end before that one is done
+            self._closed.wait(patience if grace is None else grace + patience)
+            return []
+        try:
+            return self._end(grace=grace, patience=patience, deadline=deadline)
+        finally:
+            self._closed.set()
+            unwatch(self)
+
+    def _end(
+        self, *, grace: float | None, patience: float, deadline: float | None
+    ) -> list[BaseException]:
         reductions = self._running()
         # On ranks that write nothing too: a rank that leaves would fail the reduction of the rest.
-        unfinished = wait(reductions, timeout=grace).not_done
+        unfinished = wait(reductions, timeout=_SAY_AFTER if grace is None else grace).not_done
+        if unfinished and grace is None:
+            _log.warning(
+                "close() waits for other ranks, which have not taken part in the reduction of the "
+                "last log yet, until the aggregator's timeout"
+            )
+            unfinished = wait(reductions).not_done
         if self._pipeline is not None:
             self._pipeline.close(hurry=bool(unfinished), patience=patience, deadline=deadline)
         else:
             self._close_unused_sinks()
-        self._closed = True
         self._reductions.clear()
-        unwatch(self)
         finished = (future for future in reductions if future.done() and not future.cancelled())
         return [error for future in finished if (error := future.exception()) is not None]
 
@@ -287,13 +324,15 @@ class MetricsLogger:
         return self._pipeline
 
     def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("this MetricsLogger is closed: make a new one, or close it later")
         if self._pid != os.getpid():
             raise RuntimeError(
                 "this MetricsLogger belongs to the process that made it, and this is a fork of "
                 "that: log there, or make a logger here"
             )
+        if self._closing.is_set():
+            if self._dying:  # of a signal, at any moment: there is nobody left to tell
+                time.sleep(_DYING_SECONDS)
+            raise RuntimeError("this MetricsLogger is closed: make a new one, or close it later")
 
 
 def _report(errors: Sequence[BaseException]) -> None:
