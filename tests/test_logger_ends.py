@@ -404,3 +404,99 @@ stay()
         (*accepted, _), errors = finish(process)
     assert (process.returncode, errors) == (-signal.SIGTERM, "")
     check_all_written(tmp_path, accepted)
+
+
+def test_log_against_close_from_another_thread_writes_what_it_accepted(tmp_path):
+    for trial in range(30):
+        path = tmp_path / f"{trial}.jsonl"
+        logger = MetricsLogger([JSONLSink(path)], queue_size=10**6)
+        accepted, errors = [], []
+
+        def log(logger=logger, accepted=accepted, errors=errors):
+            try:
+                for step in range(10**6):
+                    logger.log(step, {"x": 1.0})
+                    accepted.append(step)
+            except RuntimeError as error:
+                errors.append(str(error))
+
+        threads = [threading.Thread(target=log)]
+        threads[0].start()
+        time.sleep(0.001 * (trial % 5))
+        closers = [threading.Thread(target=logger.close) for _ in range(2)]
+        for thread in closers:
+            thread.start()
+        for thread in [*closers, *threads]:
+            thread.join()
+        assert len(errors) == 1
+        assert "closed" in errors[0]
+        written = steps(path) if path.exists() else []
+        # The last one may have been refused at the very moment at which it was on its way.
+        assert accepted == written[: len(accepted)]
+        assert len(written) <= len(accepted) + 1
+
+
+def test_a_handler_that_closes_the_logger_loses_nothing(tmp_path):
+    code = """
+logger = MetricsLogger(sinks())
+def handler(signum, frame):
+    logger.close()
+    os.write(1, b"closed\\n")
+    os._exit(0)
+signal.signal(signal.SIGTERM, handler)
+train(logger)
+"""
+    with running(code, tmp_path) as process:
+        wait_until_said(process, "100")
+        process.terminate()
+        accepted, errors = finish(process)
+    assert (process.returncode, errors) == (0, "")
+    assert accepted.pop() == "closed"
+    check_all_written(tmp_path, accepted)
+
+
+def test_a_second_signal_ends_a_process_whose_sink_is_stuck_at_once(tmp_path):
+    code = """
+class Stuck(JSONLSink):
+    def write(self, record):
+        time.sleep(100)
+logger = MetricsLogger([Stuck(folder + "/stuck.jsonl"), JSONLSink(folder + "/run.jsonl")])
+train(logger, 20)
+os.write(1, b"ready\\n")
+import ctypes
+mutex = ctypes.create_string_buffer(256)
+ctypes.CDLL(None).pthread_mutex_lock(mutex), ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+    with running(code, tmp_path) as process:
+        wait_until_said(process, "ready")
+        process.terminate()
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.terminate()
+        process.wait(2)
+    assert process.returncode == -signal.SIGTERM
+    assert steps(tmp_path / "run.jsonl") == list(range(20))
+
+
+def test_a_signal_at_a_forked_child_is_not_its_parents(tmp_path):
+    code = """
+import ctypes
+logger = MetricsLogger([JSONLSink(folder + "/run.jsonl")])
+logger.log(0, {"x": 1.0})
+mutex, c = ctypes.create_string_buffer(256), ctypes.CDLL(None)
+ends = set()
+for trial in range(200):
+    pid = os.fork()
+    if not pid:
+        c.pthread_mutex_lock(mutex), c.pthread_mutex_lock(mutex)
+    time.sleep(trial % 20 * 1e-4)
+    os.kill(pid, signal.SIGTERM)
+    ends.add(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+assert ends == {-signal.SIGTERM}, ends
+logger.log(1, {"x": 1.0})
+logger.close()
+"""
+    with running(code, tmp_path) as process:
+        _, errors = finish(process)
+    assert (process.returncode, errors) == (0, "")
+    assert steps(tmp_path / "run.jsonl") == [0, 1]

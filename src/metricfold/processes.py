@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -13,7 +14,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeAlias
 
-__all__ = ["Forkable", "Releasable", "Worker", "at_exit", "release_at_exit", "watch_forks"]
+__all__ = [
+    "Forkable",
+    "Releasable",
+    "Worker",
+    "at_exit",
+    "release_at_exit",
+    "start_thread",
+    "watch_forks",
+]
 
 _GRACE = 10.0
 _GRACE_AFTER_ERROR = 2.0
@@ -91,12 +100,38 @@ atexit.register(_release_all)
 # -- Threads -------------------------------------------------------------------------------------
 
 
+# What a thread's own instructions raise must reach it: faulthandler tells where that was.
+_OWN_FAULTS = {
+    getattr(signal, name)
+    for name in ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS", "SIGPROF")
+    if hasattr(signal, name)
+}
+
+
+def start_thread(target: Callable[..., object], *args: object, name: str) -> threading.Thread:
+    """Start a daemon thread to which no signal is delivered.
+
+    A signal goes to any thread that does not block it. A program that blocks some, to wait for them
+    by `signal.sigwait`, does so in its own threads: one of ours must not take them.
+    """
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    if not hasattr(signal, "pthread_sigmask"):
+        thread.start()
+        return thread
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _OWN_FAULTS)
+    try:
+        thread.start()  # a thread begins with the mask of the one that starts it
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return thread
+
+
 class Worker:
     """A daemon thread that runs one task after the other; an exit waits for what it has."""
 
     def __init__(self, name: str) -> None:
         self._tasks: queue.SimpleQueue[_Task | threading.Event | None] = queue.SimpleQueue()
-        threading.Thread(target=_run, args=(self._tasks,), name=name, daemon=True).start()
+        start_thread(_run, self._tasks, name=name)
         weakref.finalize(self, self._tasks.put, None).atexit = False
         _finish_at_exit(self)
 

@@ -26,7 +26,7 @@ import time
 from types import FrameType
 from typing import Any, Protocol
 
-from metricfold.processes import at_exit
+from metricfold.processes import at_exit, start_thread
 
 __all__ = ["Endable", "look_after", "unwatch", "watch"]
 
@@ -82,7 +82,7 @@ class _Watch:
         if self.before and self.pipe is None:
             self.pipe = os.pipe()
             os.set_blocking(self.pipe[1], False)
-            threading.Thread(target=self._listen, name="metricfold signals", daemon=True).start()
+            start_thread(self._listen, name="metricfold signals")
         self.take_wakeup()
 
     def _install(self, signum: int) -> None:
@@ -165,7 +165,7 @@ class _Watch:
                     begun = signum in self._answering
                     self._answering.add(signum)
                 if not begun:
-                    threading.Thread(target=self._answer, args=(signum,), daemon=True).start()
+                    start_thread(self._answer, signum, name="metricfold end")
                 elif not asked and self._mortal(signum):  # a second one means: now
                     _die(signum)
 
@@ -209,7 +209,7 @@ def look_after() -> None:
     """
     if not _may_handle():
         return
-    if _watch.pipe is None:
+    if not _watch.before:
         _watch.install()
     else:
         _watch.take_wakeup()
@@ -260,9 +260,10 @@ def _address(action: Any) -> int:
 def _die(signum: int) -> None:
     """End the process by the default action of a signal, from any thread."""
     _libc.signal(signum, None)  # `signal.signal` is refused outside the main thread
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signum])
     os.kill(os.getpid(), signum)
     if os.getpid() != _INIT:
-        time.sleep(1.0)  # it goes to whichever thread does not block it
+        time.sleep(1.0)
         os._exit(128 + signum)
 
 

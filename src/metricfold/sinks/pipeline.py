@@ -18,6 +18,7 @@ from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
 
 from metricfold.histogram import Histogram
+from metricfold.processes import start_thread
 from metricfold.sinks.loud import say
 from metricfold.sinks.record import Record, Sink, checked_numbers
 from metricfold.sinks.worker import SinkWorker, wait_for
@@ -71,8 +72,7 @@ class Pipeline:
         self._own: set[str] = set()  # keys that were logged as extra= or in a dict
         self._clashes: set[str] = set()
         self._hurry: Future[None] = Future()  # done: wait for no reduction any more
-        self._thread = threading.Thread(target=self._run, name="metricfold log", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._run, name="metricfold log")
 
     def submit(self, entry: Entry) -> None:
         """Accept `entry` for every sink for which not too many wait already."""

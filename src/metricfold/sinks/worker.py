@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
+from metricfold.processes import start_thread
 from metricfold.sinks.loud import mention, say
 from metricfold.sinks.record import Record, RecordRefused, Sink
 
@@ -90,10 +91,7 @@ class SinkWorker:
         self._closed = threading.Event()
         # In a copy of the maker's context, where packages such as trackio keep their run.
         context = contextvars.copy_context()
-        self._thread = threading.Thread(
-            target=context.run, args=(self._run,), name=f"metricfold {sink!r}", daemon=True
-        )
-        self._thread.start()
+        self._thread = start_thread(context.run, self._run, name=f"metricfold {sink!r}")
 
     def reserve(self, step: int) -> bool:
         """Accept the record of `step`, which is to follow, or refuse it if too many wait."""
