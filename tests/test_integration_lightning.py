@@ -7,6 +7,8 @@ import importlib.util
 import logging
 import os
 import runpy
+import time
+import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -347,6 +349,97 @@ def test_batches_of_several_loaders_and_tuples_are_found(tmp_path: Path) -> None
     assert len(model.ledger) == 32
 
 
+class Logged(Classifier):
+    """Logs by itself what is called as totals over datasets are; its evaluation takes a while."""
+
+    fails = False
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self.metrics.aggregator.record("rate", 1, "rate")
+        self.log("train/loss", 123.0, on_step=False, on_epoch=True, batch_size=1)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        began = time.perf_counter()
+        super().validation_step(batch, batch_idx)
+        self.log("val/loss", 7.0, batch_size=1)
+        time.sleep(0.02)
+        self.evaluating = getattr(self, "evaluating", 0.0) + time.perf_counter() - began
+        if self.fails and not self.trainer.sanity_checking:
+            raise ArithmeticError("something in the evaluation")
+
+
+def one_dataset(indices: slice) -> DataLoader[Any]:
+    return loader([sample for sample in digits()[indices] if not sample["dataset"]])
+
+
+def log_beside(folder: Path, **changes: Any) -> tuple[Logged, dict[str, float], list[str]]:
+    """Train on one dataset; returns the model, what can be monitored, and what was warned of."""
+    model = Logged(MetricfoldCallback())
+    stop = EarlyStopping("val_low/loss", patience=9)
+    trainer = make(folder, stop, model.metrics, log_every_n_steps=1, **changes)
+    began = time.perf_counter()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.fit(model, one_dataset(slice(TRAINED)), one_dataset(slice(TRAINED, None)))
+    seconds = model.metrics.aggregator.reduce().run_seconds
+    assert 0 < seconds <= time.perf_counter() - began - model.evaluating
+    monitored = {key: value.item() for key, value in trainer.callback_metrics.items()}
+    return (
+        model,
+        monitored,
+        [str(one.message) for one in said if "is logged by" in str(one.message)],
+    )
+
+
+def check_beside(folder: Path, monitored: dict[str, float], said: list[str]) -> None:
+    assert (monitored["val/loss"], monitored["train/loss"]) == (7.0, 123.0)
+    # Its own keys are its own from the first log on, and nobody else's.
+    for key, value in (("train/loss", 123.0), ("val/loss", 7.0)):
+        assert {row[key] for row in read(folder, key).values()} == {value}
+    ours = read(folder, "train_low/loss")
+    assert not any("train/loss" in row for row in ours.values())
+    assert all(row["train/samples_seen"] == row["train_low/samples_seen"] for row in ours.values())
+    assert len(said) == 2
+    assert "'train/loss' is logged by the module too" in said[0]
+    assert "'val/loss' is logged by the module too" in said[1]
+
+
+def test_a_key_that_the_module_logs_stays_its_own_and_an_evaluation_is_a_pause(
+    tmp_path: Path,
+) -> None:
+    _, monitored, said = log_beside(tmp_path)
+    check_beside(tmp_path, monitored, said)
+
+
+def test_one_dataset_has_totals_to_monitor_where_early_stopping_used_to_find_none(
+    tmp_path: Path,
+) -> None:
+    model = Classifier(MetricfoldCallback(rollup="levels"))
+    trainer = make(tmp_path, EarlyStopping("val/loss"), model.metrics, max_epochs=1)
+    trainer.fit(model, one_dataset(slice(TRAINED)), one_dataset(slice(TRAINED, None)))
+    for key in ("train", "val"):
+        logged = [*read(tmp_path, f"{key}/loss").values()]
+        assert logged
+        assert all(row[f"{key}/loss"] == row[f"{key}_low/loss"] for row in logged)
+    without = Classifier(MetricfoldCallback(rollup=False))
+    make(tmp_path / "without", without.metrics, max_epochs=1).fit(without, train_loader())
+    assert read(tmp_path / "without", "train/batches")
+    assert not read(tmp_path / "without", "train_low/loss")[7].keys() & {"train/loss"}
+
+
+@pytest.mark.filterwarnings("ignore:.*is logged by the module too")
+def test_an_evaluation_that_fails_ends_its_pause(tmp_path: Path) -> None:
+    model = Logged(MetricfoldCallback())
+    model.fails = True
+    with pytest.raises(ArithmeticError):
+        make(tmp_path, model.metrics).fit(model, train_loader(), val_loader())
+    before = model.metrics.aggregator.reduce().run_seconds
+    time.sleep(0.02)
+    model.metrics.aggregator.record("rate", 1, "rate")
+    assert model.metrics.aggregator.reduce().run_seconds >= before + 0.02
+
+
 def test_what_cannot_work_says_what_to_do(tmp_path: Path) -> None:
     class Other(MetricfoldCallback):
         pass
@@ -358,6 +451,8 @@ def test_what_cannot_work_says_what_to_do(tmp_path: Path) -> None:
         make(tmp_path, model.metrics, Other()).fit(model, train_loader())
     with pytest.raises(ValueError, match="window"):
         MetricfoldCallback(window="epoch")
+    with pytest.raises(ValueError, match="rollup='all': use True"):
+        MetricfoldCallback(rollup="all")  # type: ignore[arg-type]
 
 
 def test_a_collator_that_is_missing_is_warned_about_once(tmp_path: Path) -> None:
@@ -471,6 +566,8 @@ def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     with pytest.raises(ValueError, match="ranks that share a batch"):
         sharing.fit(Parallel(MetricfoldCallback()), train_loader())
 
+    _, monitored, said = log_beside(folder / "beside", max_epochs=1, **ranks)
+
     metricfold.integrations.lightning._PATIENCE = 0.3
     alone: dict[str, Any] = {}
     if rank == 0:
@@ -486,6 +583,7 @@ def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
         "resumed": resumed.ledger,
         "broken": broken.ledger,
         "alone": alone,
+        "beside": (monitored, said),
     }
 
 
@@ -515,6 +613,14 @@ def test_an_evaluation_counts_the_samples_that_fill_up_unless_the_sampler_leaves
     rows = [row for rank in ranks for row in rank["unpadded"]]
     logged = read(folder / "whole", "test/samples_seen")[8]
     agree(logged, truth("test", rows, range(TRAINED, TRAINED + EVALUATED)))
+
+
+def test_keys_of_the_modules_own_stay_so_on_two_ranks(two: Any) -> None:
+    folder, ranks = two
+    (monitored, said), (elsewhere, silent) = (rank["beside"] for rank in ranks)
+    check_beside(folder / "beside", monitored, said)
+    assert elsewhere == monitored
+    assert silent == []  # one rank says it
 
 
 def test_a_resumed_training_of_two_ranks_logs_what_the_whole_one_did(two: Any) -> None:

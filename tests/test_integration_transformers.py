@@ -8,6 +8,7 @@ import pydoc_data.topics
 import random
 import runpy
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +374,61 @@ def test_training_anew_starts_from_nothing(tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT_FILE).write_text(json.dumps(trainer.aggregator.state_dict())[:-9])
     with pytest.raises(ValueError, match=r"metricfold.json' is damaged .* another checkpoint"):
         trainer._load_metrics(tmp_path / CHECKPOINT_FILE)
+
+
+def slow_compute_metrics(prediction: Any) -> dict[str, float]:
+    """Count an evaluation's samples, under a name that a total has, after a while."""
+    time.sleep(0.05)
+    return {"all/samples_seen": -1.0, "docs/mine": 2.0}
+
+
+def test_one_dataset_has_its_totals_and_what_the_trainer_has_stays(tmp_path: Path) -> None:
+    docs = [one for one in mixture() if one["metrics"][0].dataset_name == "docs"]
+    trainer = plain_class()(
+        model(),
+        arguments(tmp_path, max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=2),
+        data_collator=pad,
+        train_dataset=docs[UNEVEN:],
+        eval_dataset=docs[:UNEVEN],
+        compute_metrics=slow_compute_metrics,
+    )
+    began = time.perf_counter()
+    with pytest.warns(RuntimeWarning, match="'eval_all/samples_seen' is the Trainer's own") as said:
+        trainer.train()
+    measured = time.perf_counter() - began
+    assert len([one for one in said if "the Trainer's own" in str(one.message)]) == 1
+    logs = trainer.state.log_history
+    training = [log for log in logs if "learning_rate" in log]
+    assert [log["all/samples_seen"] for log in training] == [8, 16]
+    assert all(log["all/samples_seen"] == log["docs/samples_seen"] for log in training)
+    evaluations = [log for log in logs if "eval_docs/mine" in log]
+    assert [log["eval_all/samples_seen"] for log in evaluations] == [-1.0, -1.0]
+    assert [log["eval_docs/samples_seen"] for log in evaluations] == [UNEVEN, UNEVEN]
+    assert logs[-1]["train_all/samples_seen"] == 16
+    # An evaluation is a pause in the time of training.
+    assert trainer.aggregator.reduce().run_seconds <= measured - 2 * 0.05
+
+
+def test_totals_are_those_that_are_asked_for_and_a_dataset_named_all_keeps_its_name(
+    tmp_path: Path,
+) -> None:
+    texts = [*pydoc_data.topics.topics["if"].split("\n")]
+    samples = tagged(texts, "all") + tagged(texts, "code/a") + tagged(texts, "code/b")
+    given = {"data_collator": pad, "train_dataset": samples}
+    trainer = plain_class()(model(), arguments(tmp_path, max_steps=1), rollup="levels", **given)
+    for place, name in enumerate(("all", "code/a", "code/b")):
+        trainer.aggregator.record("place", place, dataset=name)
+    with pytest.warns(RuntimeWarning, match="'train_all/place' is of a dataset named 'all'"):
+        trainer.log({"train_runtime": 1.0})
+    logged = trainer.state.log_history[-1]
+    assert {key: logged[key] for key in logged if "place" in key} == {
+        "train_all/place": 0.0,
+        "train_code/place": 1.5,
+        "train_code/a/place": 1.0,
+        "train_code/b/place": 2.0,
+    }
+    with pytest.raises(ValueError, match="rollup='all': use True"):
+        plain_class()(model(), arguments(tmp_path), rollup="all", **given)
 
 
 def test_accumulators_of_the_users_own_are_read_at_logs_and_evaluations(tmp_path: Path) -> None:
