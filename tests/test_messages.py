@@ -86,6 +86,7 @@ def bfloat16_on_the_host():
     "make",
     [
         lambda: np.array(1.5),
+        lambda: np.ma.array(1.5),
         lambda: np.array(1.5, dtype=np.float16),
         lambda: np.float32([1.0, 2.0]).mean(),
         lambda: np.array(1.5, dtype=object),
@@ -111,6 +112,8 @@ def test_one_number_on_the_host_is_logged_whatever_holds_it(make):
         (lambda: None, ["None", "leave the key out"]),
         (lambda: np.array(None), ["leave the key out"]),
         (lambda: np.ma.masked, ["masked has no value"]),
+        (lambda: np.ma.array(5.0, mask=True), ["masked has no value"]),
+        (lambda: np.ma.array([5.0], mask=[True]), ["masked has no value"]),
         (lambda: torch.tensor(1.5), ["Tensor", *RECORD_OR_ITEM]),
         (lambda: torch.tensor(1.5, requires_grad=True), RECORD_OR_ITEM),
         (jax_scalar, RECORD_OR_ITEM),

@@ -132,7 +132,9 @@ def for_stacked(name: object) -> str:
 
 def for_number(name: str, value: object) -> str:
     """Return what to write instead of `value` in a dict of numbers."""
-    if isinstance(value, np.ndarray) and value.ndim == 0 and value is not np.ma.masked:
+    if np.ma.is_masked(value):
+        return "what is masked has no value: leave the key out"
+    if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     backend = arrays.backend_of(value)
     if backend is not None and getattr(value, "ndim", 1) == 0:
@@ -147,8 +149,6 @@ def for_number(name: str, value: object) -> str:
         return f"give each of its numbers a key of its own, such as {f'{name}/{first}'!r}"
     if value is None:
         return "leave the key out where there is no number"
-    if value is np.ma.masked:
-        return "what is masked has no value: leave the key out"
     if isinstance(value, np.timedelta64 | timedelta):
         return "give its seconds"
     if isinstance(value, str | bytes):

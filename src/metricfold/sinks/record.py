@@ -128,7 +128,7 @@ def _host_number(value: object) -> Real | Decimal | None:
 
     That is what `jax.device_get` and NumPy's own reductions return. A masked one holds none.
     """
-    if isinstance(value, np.timedelta64 | np.ma.MaskedArray):
+    if isinstance(value, np.timedelta64) or np.ma.is_masked(value):
         return None
     if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
         value = value.item()
