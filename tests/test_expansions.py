@@ -524,3 +524,67 @@ def test_states_of_tuples_deques_and_counters_come_back_as_they_were() -> None:
     (found, state), _ = run_threads(rank, 2, None)
     assert found == {"t_d/x": 8.0}
     assert run_threads(rank, 1, state)[0][0] == {"t_d/x": 12.0}
+
+
+# -- What users of other libraries reported
+
+
+class Detections(Expanding):
+    """Keeps, as detection metrics do, a dict of arrays and a tuple of texts per sample."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda state: [state])
+
+    def initialize_metric_state(self, dataset_name: str, metric_name: str, agg_type: Any) -> Any:
+        return MetricState(dataset_name, metric_name, None, agg_type, {"found": [], "ids": []})
+
+    def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+        scores = np.linspace(0, 1, metric.value, dtype=np.float32)
+        boxes = np.zeros((metric.value, 4), dtype=np.int64)
+        local_agg_metric.metadata["found"].append({"scores": scores, "boxes": boxes})
+        local_agg_metric.metadata["ids"] += [("image", str(metric.value))]
+
+    def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+        # In place, as a library's compute() may do: the next log must not see it.
+        metadata = local_agg_metric.metadata
+        metadata["found"] = sorted(metadata["found"], key=lambda one: -len(one["scores"]))
+        local_agg_metric.value = self.number(local_agg_metric)
+        return [local_agg_metric]
+
+    def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> MetricState:
+        first, *others = local_agg_metrics
+        for state in others:
+            first.metadata["found"] += state.metadata.pop("found")
+            first.metadata["ids"] += state.metadata.pop("ids")
+        first.value = self.number(first)
+        return first
+
+    @staticmethod
+    def number(state: MetricState) -> float:
+        assert all(one["boxes"].shape == (one["scores"].size, 4) for one in state.metadata["found"])
+        assert all(type(one) is tuple for one in state.metadata["ids"])
+        total = np.concatenate([one["scores"] for one in state.metadata["found"]])
+        return float(total.size + total.max() / 10)
+
+
+def test_lists_of_dicts_of_arrays_are_pooled_over_uneven_ranks_at_every_log() -> None:
+    """torchmetrics #190, #538 (states of lists of dicts and of tuples of texts are not gathered),
+    #2170 (of uneven lengths: a crash), #2005 and ignite #2803 (a result changes what comes after)."""
+
+    def rank(communicator: Communicator) -> list[dict[str, float]]:
+        aggregator = MetricsAggregator(communicator=communicator)
+        aggregator.register_handler("boxes", Detections())
+        logged = []
+        for _ in range(3):
+            for sample in range(2 + communicator.rank):
+                aggregator.record("map", sample + 1, "boxes")
+            snapshot = aggregator.reduce()
+            # Twice from one snapshot, too.
+            assert snapshot.as_dict("t") == snapshot.as_dict("t")
+            logged.append(snapshot.as_dict("t") | snapshot.as_dict("i", "interval"))
+        return logged
+
+    first, second = run_threads(rank, 2)
+    # 1 + 2 of rank 0, and 1 + 2 + 3 of rank 1.
+    expected = [{"t/map": 9.0 * log + 0.1, "i/map": 9.1} for log in (1, 2, 3)]
+    assert first == second == [pytest.approx(one) for one in expected]

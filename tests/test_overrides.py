@@ -659,3 +659,22 @@ def test_a_checkpoint_from_when_the_override_was_ignored_says_so() -> None:
     other.register_handler("mine", SumAggHandler())
     with pytest.raises(ValueError, match="with no lanes, but SumAggHandler has 3 SUM"):
         other.load_state_dict(saved.state_dict())
+
+
+def test_ranks_with_and_without_the_override_are_told_so() -> None:
+    """They were told that the type was registered with the type that it had."""
+
+    def rank(communicator: Communicator) -> str:
+        aggregator = MetricsAggregator(communicator=communicator)
+        aggregator.register_handler(
+            "mine", CappedByMixin() if communicator.rank else SumAggHandler()
+        )
+        as_list(aggregator, [1.0])
+        with pytest.raises(ValueError, match="rank 1 held metric 'x' of dataset 'd'") as raised:
+            aggregator.reduce()
+        return str(raised.value)
+
+    first, second = run_threads(rank, 2)
+    assert first == second
+    assert "with no lanes, but the other ranks hold it with 3 SUM and 0 MAX lanes" in first
+    assert "register the same handler for type mine on every rank" in first

@@ -220,6 +220,11 @@ def _join(schema: Schema, changed: dict[Key, Entry], claims: Claims, entry: Entr
         if known.compatible(entry):
             changed[entry.key] = known.joined(entry)
             return ""
+        if known.type == entry.type and known.lanes != entry.lanes:
+            return (
+                f"{show(entry.key)} with {entry.lanes}, but the other ranks hold it with "
+                f"{known.lanes}: register the same handler for type {entry.type} on every rank"
+            )
         if known.bounded != entry.bounded:
             sizes = ("dist_window_size=None", "a window size")
             return (

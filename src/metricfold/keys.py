@@ -23,7 +23,7 @@ from metricfold.handlers import (
 )
 from metricfold.metric import TypeLike, check_key, check_name, resolve_type, type_label
 from metricfold.naming import Claimed, Claims, show
-from metricfold.schema import Entry, Key, Schema
+from metricfold.schema import Entry, Key, Schema, lanes_of
 
 if TYPE_CHECKING:
     from metricfold.agreement import Agreed
@@ -404,9 +404,9 @@ class KeyTable:
                 agg_type, handler = new[entry.key]
                 new[entry.key] = (agg_type, self._as_agreed(entry, handler))
             handler = self.of_key.get(entry.key) or new[entry.key][1]
-            held, has = _lanes(entry.sums, entry.maxs), "no lanes"
+            held, has = entry.lanes, "no lanes"
             if isinstance(handler, LaneHandler):
-                has = _lanes(handler.sum_width, handler.max_width)
+                has = lanes_of(handler.sum_width, handler.max_width)
             if held != has:
                 raise ValueError(
                     f"the state holds {show(entry.key)} with {held}, but {name_of(handler)} has "
@@ -461,16 +461,14 @@ class KeyRegistry:
     def adopt(self, agreed: Agreed, losers: Mapping[Key, int]) -> str:
         with self._lock:
             for key, count in losers.items():
+                values = count + self._forget(key)
                 _logger.warning(
-                    "dropped %d values of %s: the other ranks hold that name otherwise",
-                    count + self._forget(key),
+                    "dropped %s of %s: the other ranks hold that name otherwise",
+                    # A handler without lanes keeps no count.
+                    f"{values} values" if values else "what came in",
                     show(key),
                 )
             return self._keys.adopt(agreed, losers)
-
-
-def _lanes(sums: int, maxs: int) -> str:
-    return f"{sums} SUM and {maxs} MAX lanes" if sums else "no lanes"
 
 
 def _check_saved_names(entries: Iterable[Entry], custom_types: Iterable[tuple[Key, str]]) -> None:

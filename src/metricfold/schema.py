@@ -25,7 +25,18 @@ from metricfold.handlers import COUNT, OTHER, CategoryState, State
 from metricfold.naming import Key
 from metricfold.pool import Window
 
-__all__ = ["AGREED", "HEADER_SIZE", "Entry", "Field", "Key", "Kind", "Schema", "digest", "places"]
+__all__ = [
+    "AGREED",
+    "HEADER_SIZE",
+    "Entry",
+    "Field",
+    "Key",
+    "Kind",
+    "Schema",
+    "digest",
+    "lanes_of",
+    "places",
+]
 
 PROTOCOL = 2
 
@@ -84,6 +95,11 @@ def digest(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 12
 
 
+def lanes_of(sums: int, maxs: int) -> str:
+    """Return how messages speak of so many lanes."""
+    return f"{sums} SUM and {maxs} MAX lanes" if sums else "no lanes"
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """How one key travels.
@@ -131,6 +147,11 @@ class Entry:
     @property
     def custom(self) -> bool:
         return self.sums == 0
+
+    @property
+    def lanes(self) -> str:
+        """How messages speak of its lanes."""
+        return lanes_of(self.sums, self.maxs)
 
     def joined(self, other: Entry) -> Entry:
         """Return this entry with room for what `other` brings, as far as there may be room.
