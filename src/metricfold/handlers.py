@@ -676,6 +676,8 @@ def number_of(value: Any) -> float:
     Raises:
         TypeError: it is no number.
     """
+    if type(value) is float:
+        return value
     # A text may spell a number, and NumPy's masked value is NaN with a warning.
     if value is not np.ma.masked and not isinstance(value, str | bytes | bytearray):
         item = getattr(value, "item", None)
