@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +367,122 @@ def test_a_tracker_that_fails_once_gets_the_record_again_and_the_others_do_not()
     assert failing.rows == rows
 
 
+class Picky(Kept):
+    """Takes no row that holds `refuses`, as a server that checks a batch as a whole does."""
+
+    name = "picky"
+
+    def __init__(self, refuses: str, error: BaseException) -> None:
+        super().__init__()
+        self.refuses = refuses
+        self.error = error
+        self.calls = 0
+
+    @on_main_process
+    def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
+        self.calls += 1
+        if self.refuses in values:
+            raise self.error
+        self.rows.append((step, dict(values)))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("HTTP 400"), ValueError("a bad name")])
+def test_a_name_that_one_tracker_refuses_costs_that_name_there_and_nothing_else(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before, the other trackers went on, and this one got no more records in that run."""
+    steady, picky = Kept(), Picky("bad@name", error)
+    made = Accelerator(cpu=True, log_with=[steady, picky])
+    made.init_trackers("run")
+    with MetricsLogger([TrackerSink(made)]) as logger:
+        for step in range(3):
+            logger.log(step, {"loss": float(step), "bad@name": 1.0, "lr": 0.5})
+    assert steady.rows == [(n, {"loss": float(n), "bad@name": 1.0, "lr": 0.5}) for n in range(3)]
+    written: dict[int, dict[str, float]] = {}
+    for step, row in picky.rows:
+        assert step is not None
+        written.setdefault(step, {}).update(row)
+    assert written == {n: {"loss": float(n), "lr": 0.5} for n in range(3)}
+    assert picky.calls == 1 + 3 + 1 + 2, "and what is known is not asked again"
+    (warning,) = [one.getMessage() for one in caplog.records if one.name == "metricfold"]
+    assert f"TrackerSink('picky') does not take 'bad@name': {error!r}" in warning
+
+
+def test_a_value_that_a_tracker_refuses_costs_that_value(caplog: pytest.LogCaptureFixture) -> None:
+    class Finite(Kept):
+        def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
+            if not all(math.isfinite(one) for one in values.values()):
+                raise ValueError("NaN is no JSON")
+            super().log(values, step)
+
+    tracker = Finite()
+    made = Accelerator(cpu=True, log_with=[tracker])
+    made.init_trackers("run")
+    with MetricsLogger([TrackerSink(made)]) as logger:
+        for step, loss in enumerate((1.0, math.nan, 3.0)):
+            logger.log(step, {"loss": loss, "lr": 0.5})
+    assert [row.get("loss") for _, row in tracker.rows if row.keys() != {"lr"}] == [1.0, 3.0]
+    assert [step for step, row in tracker.rows if "lr" in row] == [0, 1, 2]
+
+
+def test_a_tracker_that_is_away_holds_up_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    steady, away = Kept(), Kept(failures=3)
+    away.name = "away"
+    made = Accelerator(cpu=True, log_with=[away, steady])
+    made.init_trackers("run")
+    with MetricsLogger([TrackerSink(made)]) as logger:
+        for step in range(3):
+            logger.log(step, {"loss": float(step)})
+        deadline = time.monotonic() + 30
+        while len(steady.rows) < 3 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert len(away.rows) < 3, "it has not come back yet"
+    assert steady.rows == away.rows == [(step, {"loss": float(step)}) for step in range(3)]
+
+
+def test_mlflow_gets_what_is_logged_in_the_run_of_init_trackers(tmp_path: Path) -> None:
+    """Before, it went to a run of its own: MLflow's active run belongs to a thread."""
+    code = """
+import sys
+import mlflow
+from accelerate import Accelerator
+from metricfold import MetricsAggregator, MetricsLogger
+from metricfold.integrations.accelerate import TrackerSink
+accelerator = Accelerator(cpu=True, log_with="mlflow", project_dir=".")
+accelerator.init_trackers("demo")
+mine = mlflow.active_run().info.run_id
+aggregator = MetricsAggregator()
+with MetricsLogger([TrackerSink(accelerator)]) as logger:
+    for step in (10, 20):
+        aggregator.record("loss", step / 10)
+        logger.log(step, aggregator, prefix="val", extra={"bad@name": 1.0})
+accelerator.end_training()
+client = mlflow.MlflowClient()
+(run,) = [
+    run for experiment in client.search_experiments()
+    for run in client.search_runs([experiment.experiment_id])
+]
+assert run.info.run_id == mine and run.info.status == "FINISHED"
+print([(one.step, one.value) for one in client.get_metric_history(mine, "val/loss")])
+"""
+    pytest.importorskip("mlflow")
+    environment = {
+        **os.environ,
+        "MLFLOW_TRACKING_URI": f"file:{tmp_path}/mlruns",
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[(10, 1.0), (20, 2.0)]"
+
+
 def test_a_sink_without_trackers_says_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match=r"Accelerator\(log_with='tensorboard'"):
         TrackerSink(Accelerator(cpu=True))
@@ -371,7 +491,7 @@ def test_a_sink_without_trackers_says_what_to_do(caplog: pytest.LogCaptureFixtur
         sink.rewind(3)
     assert "cannot take back steps" in caplog.text
     assert "after step 3" in caplog.text
-    with pytest.raises(RuntimeError, match=r"call accelerator.init_trackers\(\)"):
+    with pytest.raises(RuntimeError, match=r"call accelerator\.init_trackers\(\)"):
         sink.write(record())
 
 

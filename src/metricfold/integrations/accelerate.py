@@ -16,10 +16,13 @@ rank to the others, is out of the question; `register` refuses it.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from metricfold.sinks.loud import mention
 from metricfold.sinks.record import Record
 from metricfold.sinks.selection import SelectiveSink
 
@@ -143,14 +146,15 @@ def sample_weights(accelerator: accelerate.Accelerator, samples: int) -> torch.T
 
 
 class TrackerSink(SelectiveSink):
-    """Hands scalars to the accelerator's trackers, as `accelerator.log` does.
+    """Hands scalars to the accelerator's trackers, as `accelerator.log` does, each by itself.
 
-    Trackers take numbers and texts: histograms go to sinks of metricfold's own. Close the logger
-    before `accelerator.end_training()`, which ends the trackers.
+    Trackers take numbers and texts: histograms go to sinks of metricfold's own. Each tracker has a
+    thread and a queue of its own: what one does not take, the others do. Close the logger before
+    `accelerator.end_training()`, which ends the trackers.
 
     Args:
         accelerator: made with ``log_with=``. `accelerator.init_trackers` comes before the first
-            record.
+            record; MLflow's tracker then writes to the run that this has started.
         select: see `SelectiveSink`.
         key_format: see `SelectiveSink`.
 
@@ -172,10 +176,14 @@ class TrackerSink(SelectiveSink):
                 "project_dir='runs') or another tracker, or leave out the TrackerSink"
             )
         self._accelerator = accelerator
-        self._had: set[int] = set()  # trackers that took the record at hand, before one failed
+        self._parts = partial(_Tracker, select=select, key_format=key_format)
 
     def __repr__(self) -> str:
         return f"TrackerSink({self._accelerator.log_with!r})"
+
+    def parts(self) -> Sequence[SelectiveSink]:
+        """Return a sink for each tracker, if they are there already."""
+        return [self._parts(tracker) for tracker in self._accelerator.trackers] or [self]
 
     def flush(self) -> None:
         """Do nothing: when a tracker flushes is its own business."""
@@ -185,24 +193,88 @@ class TrackerSink(SelectiveSink):
 
     def rewind(self, step: int) -> None:
         """Say in the log that trackers cannot take back what they were given."""
-        _log.warning(
-            "Accelerate's trackers cannot take back steps: what they hold after step %d is shown "
-            "next to what comes now. JSONLSink, TensorBoardSink and WandbSink can, as far as their "
-            "backends do",
-            step,
-        )
+        _say_what_stays(step)
 
     def _write(self, record: Record) -> None:
-        if not record.metrics:
+        raise RuntimeError(
+            "the accelerator's trackers were not there yet at the first log: call "
+            "accelerator.init_trackers() before it"
+        )
+
+
+class _Tracker(SelectiveSink):
+    """One of the accelerator's trackers."""
+
+    def __init__(
+        self, tracker: Any, *, select: str | Sequence[str], key_format: str | Callable[[str], str]
+    ) -> None:
+        super().__init__(select=select, key_format=key_format)
+        self._tracker = tracker
+        # MLflow's active run belongs to the thread that has started it: on any other one,
+        # mlflow.log_metrics starts another run.
+        self._where = {"run_id": tracker.tracker.info.run_id} if tracker.name == "mlflow" else {}
+        self._refused: set[str] = set()  # keys, for good
+        self._at_hand = (-1, 0.0)  # step and time of a record that may have been taken in part
+        self._taken: set[str] = set()  # its keys that have been
+
+    def __repr__(self) -> str:
+        return f"TrackerSink({self._tracker.name!r})"
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def rewind(self, step: int) -> None:
+        _say_what_stays(step)
+
+    def _write(self, record: Record) -> None:
+        if self._at_hand != (record.step, record.wall_time):
+            self._at_hand, self._taken = (record.step, record.wall_time), set()
+        left_out = self._refused | self._taken
+        metrics = {key: one for key, one in record.metrics.items() if key not in left_out}
+        if not metrics:
             return
-        trackers: list[Any] = self._accelerator.trackers
-        if not trackers:
-            raise RuntimeError(
-                "the accelerator's trackers are not there yet: call accelerator.init_trackers() "
-                "before the first log"
+        try:
+            self._log(metrics)
+        except OSError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a package's own may be of any kind
+            self._log_each(metrics, error)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        self._tracker.log(metrics, step=self._at_hand[0], **self._where)
+
+    def _log_each(self, metrics: dict[str, float], error: BaseException) -> None:
+        """Log key by key, so that one that the tracker refuses costs the others nothing."""
+        left = list(metrics)
+        # Twice, for the tracker may only just have come back.
+        for _ in range(2):
+            left = [key for key in left if not self._takes(key, metrics[key])]
+        if not self._taken:
+            raise error
+        self._refused.update(key for key in left if math.isfinite(metrics[key]))
+        if left:
+            mention(
+                f"{self!r} does not take {', '.join(map(repr, left))}: {error!r}. Its other keys "
+                "are written"
             )
-        for tracker in trackers:
-            if id(tracker) not in self._had:
-                tracker.log(record.metrics, step=record.step)
-                self._had.add(id(tracker))
-        self._had.clear()
+
+    def _takes(self, key: str, value: float) -> bool:
+        try:
+            self._log({key: value})
+        except OSError:
+            raise  # what is left of the record is tried again later
+        except BaseException:  # noqa: BLE001 - as above
+            return False
+        self._taken.add(key)
+        return True
+
+
+def _say_what_stays(step: int) -> None:
+    _log.warning(
+        "Accelerate's trackers cannot take back steps: what they hold after step %d is shown next to "
+        "what comes now. JSONLSink, TensorBoardSink and WandbSink can, as far as their backends do",
+        step,
+    )

@@ -21,6 +21,7 @@ from metricfold.histogram import Histogram
 from metricfold.processes import start_thread
 from metricfold.sinks.loud import say
 from metricfold.sinks.record import Record, Sink, checked_numbers
+from metricfold.sinks.selection import SelectiveSink
 from metricfold.sinks.worker import SinkWorker, wait_for
 from metricfold.snapshot import Snapshot, WindowLike
 from metricfold.tables import Rollup
@@ -65,7 +66,12 @@ class Pipeline:
     """
 
     def __init__(self, sinks: Sequence[Sink], queue_size: int) -> None:
-        self._workers = [SinkWorker(sink, queue_size) for sink in sinks]
+        parts = [
+            part
+            for sink in sinks
+            for part in (sink.parts() if isinstance(sink, SelectiveSink) else (sink,))
+        ]
+        self._workers = [SinkWorker(part, queue_size) for part in parts]
         # A SimpleQueue may be used in a signal handler that interrupts a `put` to the same queue.
         self._inbox: queue.SimpleQueue[_Accepted | _Rewind | _Barrier | None] = queue.SimpleQueue()
         self._handled = 0

@@ -52,6 +52,13 @@ class SelectiveSink(ABC):
         if metrics or histograms:
             self._write(replace(record, metrics=metrics, histograms=histograms))
 
+    def parts(self) -> Sequence[SelectiveSink]:
+        """Return the sinks that this one stands for, each of which gets a thread of its own.
+
+        Called once, in the thread of the first log.
+        """
+        return (self,)
+
     @abstractmethod
     def _write(self, record: Record) -> None:
         """Write `record`, which holds selected keys under their names in this backend."""
