@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib.util
 import logging
 import os
+import pickle
 import runpy
 import time
 import warnings
@@ -24,7 +26,12 @@ pytest.importorskip("lightning")
 if importlib.util.find_spec("sklearn") is None:
     pytest.skip("the digits are scikit-learn's", allow_module_level=True)
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -473,6 +480,60 @@ def test_a_collator_that_is_missing_is_warned_about_once(tmp_path: Path) -> None
             trainer.fit(model, train_loader(collate_fn=collate))
         assert len([one for one in caught if "MetricsCollator" in str(one.message)]) == 1
     assert not (tmp_path / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "averaging",
+    [
+        lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1),
+        lambda: EMAWeightAveraging(update_every_n_steps=1),
+    ],
+    ids=["SWA", "EMA"],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_weight_averaging_copies_a_module_that_keeps_the_callback(
+    tmp_path: Path, averaging: Any, given: bool
+) -> None:
+    # It ended in "cannot be pickled or copied", before the first step or in the second fit.
+    aggregator = MetricsAggregator(on_nan="skip") if given else None
+    metrics = MetricfoldCallback(aggregator=aggregator)
+    module = Classifier(metrics)
+    first = make(tmp_path / "first", metrics, *([averaging()] if given else []))
+    first.fit(module, train_loader())
+    seen = first.callback_metrics["train/samples_seen"]
+    second = make(tmp_path / "second", metrics, averaging())
+    second.fit(module, train_loader())
+    assert second.callback_metrics["train/samples_seen"] == 2 * seen
+    assert copy.deepcopy(metrics) is metrics
+    assert copy.copy(module).metrics is metrics
+
+
+def test_a_callback_that_is_not_in_use_yet_is_copied_plainly() -> None:
+    metrics = MetricfoldCallback(window="run")
+    for another in (
+        copy.deepcopy(metrics),
+        copy.copy(metrics),
+        pickle.loads(pickle.dumps(metrics)),
+    ):
+        assert another is not metrics
+        assert another.window == "run"
+        assert another.aggregator is not metrics.aggregator
+
+
+def test_a_callback_among_the_hyperparameters_does_not_end_a_run_at_its_first_checkpoint(
+    tmp_path: Path,
+) -> None:
+    class Keeping(Classifier):
+        def __init__(self, metrics: MetricfoldCallback, width: int = 3) -> None:
+            super().__init__(metrics)
+            self.save_hyperparameters()
+
+    metrics = MetricfoldCallback()
+    trainer = make(tmp_path, metrics, every_epoch(tmp_path))
+    with pytest.warns(RuntimeWarning, match=r"save_hyperparameters\(ignore=\['metrics'\]\)"):
+        trainer.fit(Keeping(metrics), train_loader())
+    saved = torch.load(tmp_path / "saved/epoch=1.ckpt", weights_only=True)
+    assert saved["hyper_parameters"] == {"width": 3}
 
 
 def test_without_a_logger_values_are_there_to_be_monitored(tmp_path: Path) -> None:

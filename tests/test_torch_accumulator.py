@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
 import math
 from collections import Counter
@@ -691,3 +693,64 @@ def test_what_0_1_pickled_is_read() -> None:
     restored.update("n", 5.0)
     restored.rollback(mark)
     assert logged(restored) == {"t/loss": 1.0, "t/n": 3.0}
+
+
+# -- Copies ----------------------------------------------------------------------------------------
+
+
+class Model(torch.nn.Module):
+    """A module that has an accumulator, and gives it its losses."""
+
+    def __init__(self, name: str = "loss") -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 1)
+        self.name = name
+        self.acc = DeviceAccumulator({name: "sum", "most": "max"})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.acc.update_all({self.name: 1.0, "most": float("nan")})
+        return self.linear(x)
+
+
+def test_a_copy_of_an_accumulator_holds_what_it_held_and_goes_its_own_way() -> None:
+    model = Model()
+    model(torch.ones(2))
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    model(torch.ones(2))
+    copied = averaged.module.acc
+    mark = copied.mark()
+    copied.update("loss", 5.0)
+    copied.rollback(mark)
+    copied.update("loss", 10.0)
+    assert logged(model.acc)["t/loss"] == 2.0
+    assert logged(copied)["t/loss"] == 11.0
+
+
+def test_a_copy_that_is_updated_and_dropped_undrained_is_warned_of_once(warned: list[str]) -> None:
+    aggregator, model = MetricsAggregator(), Model("of a copy")
+    model(torch.ones(2))
+    drained = copy.deepcopy(model)
+    drained(torch.ones(2))
+    aggregator.drain(drained.acc)
+    del drained
+    untouched = copy.deepcopy(model)
+    del untouched
+    gc.collect()
+    assert not warned
+    for _ in range(2):
+        dropped = copy.deepcopy(model)
+        dropped(torch.ones(2))
+        del dropped
+        gc.collect()
+    (text,) = warned
+    assert "took in of metric 'of a copy', 'most' is lost" in text
+    drained = copy.deepcopy(Model("drained too early"))
+    aggregator.drain(drained.acc)
+    drained(torch.ones(2))
+    del drained
+    gc.collect()
+    assert "'drained too early'" in warned[1]
+    model.acc.update("of a copy", 1.0)
+    del model  # which is no copy
+    gc.collect()
+    assert len(warned) == 2

@@ -36,6 +36,7 @@ from metricfold.communicator import (
     MissingRanksError,
     connect,
 )
+from metricfold.copies import where_found
 from metricfold.custom import CustomStates, restored
 from metricfold.data.batch import (
     Column,
@@ -962,9 +963,11 @@ class MetricsAggregator:
             raise self._dead.with_traceback(None)
 
     def __reduce__(self) -> NoReturn:
+        found = where_found(self)
         raise TypeError(
-            "a MetricsAggregator cannot be pickled or copied: it is bound to its process. Save "
-            "its state_dict() instead"
+            "a MetricsAggregator cannot be pickled or copied: it is bound to its process. "
+            + (f"This one is {found}: keep it out of what is copied or sent. " if found else "")
+            + "Save its state_dict() instead"
         )
 
 

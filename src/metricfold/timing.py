@@ -29,7 +29,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import get_ident
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from metricfold.clock import Clock
 from metricfold.metric import AggregationType
@@ -250,6 +250,18 @@ class Timer(ContextDecorator):
     def _recreate_cm(self) -> Timer:
         # Calls of a decorated function may be nested, and on several threads.
         return Timer(self._elapsed)
+
+    def __copy__(self) -> Timer:
+        return self._recreate_cm()
+
+    def __deepcopy__(self, memo: object) -> Timer:
+        return self._recreate_cm()  # the same timer, for the same time goes by
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a timer cannot be pickled: it belongs to its aggregator, which is bound to its process. "
+            "Call timer() of an aggregator there"
+        )
 
     def over(self, iterable: Iterable[T]) -> Iterator[T]:
         """Yield the items, and time the wait for each; the end is not waited for an item."""

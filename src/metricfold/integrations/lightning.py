@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from metricfold.aggregator import MetricsAggregator
+from metricfold.copies import OneInUse
 from metricfold.data.batch import MetricBatch
 from metricfold.data.sample import METRICS
 from metricfold.snapshot import WindowLike, check_window
@@ -56,7 +57,7 @@ _PATIENCE = 10.0
 """So many seconds a rank that saves after an exception waits for the others."""
 
 
-class MetricfoldCallback(Callback):
+class MetricfoldCallback(OneInUse, Callback):
     """Takes in, reduces, logs and saves the metrics that batches carry.
 
     Args:
@@ -139,6 +140,7 @@ class MetricfoldCallback(Callback):
                 "MetricfoldCallback works with data parallel ranks only"
             )
         self._trainer = trainer
+        self._leave_hyperparameters(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._pause.close()
@@ -313,6 +315,24 @@ class MetricfoldCallback(Callback):
             )
 
     # -- Inside
+
+    def _leave_hyperparameters(self, pl_module: LightningModule) -> None:
+        """Leave what a checkpoint would pickle, as Lightning drops all that cannot be when a fit begins.
+
+        Then this could, for it was not in use.
+        """
+        hparams = pl_module.hparams
+        for name in [name for name, value in hparams.items() if value is self]:
+            del hparams[name]
+            self._warn(
+                f"a MetricfoldCallback cannot be saved as the hyperparameter {name!r} and was left out: "
+                f"write save_hyperparameters(ignore=[{name!r}])"
+            )
+
+    def _in_use(self) -> bool:
+        # A module keeps the callback, and weight averaging copies the module.
+        parts = (self._trainer, self._aggregator, self._eval_aggregator)
+        return any(part is not None for part in parts)
 
     @property
     def _into(self) -> MetricsAggregator:

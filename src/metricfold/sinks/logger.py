@@ -12,9 +12,10 @@ import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from types import TracebackType
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from metricfold import hints
+from metricfold.copies import OneInUse, where_found
 from metricfold.naming import check_prefix, repeated
 from metricfold.sinks.ends import look_after, unwatch, watch
 from metricfold.sinks.pipeline import Entry, Extra, Pipeline
@@ -41,7 +42,7 @@ _SAY_AFTER = 10.0  # seconds of waiting for other ranks, after which close() say
 
 
 @uncompiled
-class MetricsLogger:
+class MetricsLogger(OneInUse):
     """Hands metrics to sinks, in the background and on one rank only.
 
         with MetricsLogger([ConsoleSink(), JSONLSink("run.jsonl")]) as logger:
@@ -73,6 +74,11 @@ class MetricsLogger:
             raise ValueError(f"queue_size is {queue_size}, but must be at least 1")
         self._sinks = tuple(sinks)
         self._queue_size = queue_size
+        self._start()
+
+    def _start(self) -> None:
+        """Begin, in this process and with nothing logged."""
+        self._used = False
         self._pid = os.getpid()
         self._rank = 0
         self._pipeline: Pipeline | None = None  # made by the first call on the rank that writes
@@ -323,6 +329,24 @@ class MetricsLogger:
             self._pipeline = Pipeline(self._sinks, self._queue_size)
         return self._pipeline
 
+    def _in_use(self) -> bool:
+        return self._used or self._closing.is_set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._in_use():
+            found = where_found(self)
+            raise TypeError(
+                "a MetricsLogger that is in use cannot be pickled: it has threads. "
+                + (f"This one is {found}. " if found else "")
+                + "Make one in each process, or send it before the first log"
+            )
+        of_this = ("_accepting", "_closing", "_closed", "_reductions")
+        return {name: value for name, value in vars(self).items() if name not in of_this}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start()
+
     def _check_open(self) -> None:
         if self._pid != os.getpid():
             raise RuntimeError(
@@ -333,6 +357,7 @@ class MetricsLogger:
             if self._dying:  # of a signal, at any moment: there is nobody left to tell
                 time.sleep(_DYING_SECONDS)
             raise RuntimeError("this MetricsLogger is closed: make a new one, or close it later")
+        self._used = True
 
 
 def _report(errors: Sequence[BaseException]) -> None:

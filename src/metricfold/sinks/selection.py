@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib.util import find_spec
 from typing import TypeVar
 
@@ -122,7 +123,11 @@ def _formatter(key_format: str) -> Callable[[str], str]:
         raise ValueError(
             f"key_format={key_format!r} makes the same name of every key: it must hold {{key}}"
         )
-    return lambda key: key_format.format(key=key)
+    return partial(_formatted, key_format)  # which can be pickled
+
+
+def _formatted(key_format: str, key: str) -> str:
+    return key_format.format(key=key)
 
 
 def require(package: str, *, sink: str, extra: str) -> None:

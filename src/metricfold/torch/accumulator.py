@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import math
 import numbers
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 from metricfold.arrays import whole_tensor
+from metricfold.copies import copied_plainly
 from metricfold.device_lanes import CELLS, EXTREMA, MOMENTS, HostArrays, Layout
 from metricfold.metric import AggregationType
 from metricfold.recomputation import not_given_before, recomputed
@@ -114,6 +116,7 @@ class DeviceAccumulator:
 
     __slots__ = (
         "__weakref__",
+        "_as_copied",
         "_datasets",
         "_fill",
         "_given",
@@ -332,7 +335,16 @@ class DeviceAccumulator:
         """Forget everything, and return this accumulator."""
         self._fill = object()
         self._clear()
+        if self._as_copied is not None:
+            self._as_copied.counted = None
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeviceAccumulator:
+        copied = copied_plainly(self, memo)
+        counted = copied.tensors[0][:, : Lane.WX]
+        copied._as_copied = as_copied = _AsCopied(counted.clone())  # noqa: SLF001
+        weakref.finalize(copied, _warn_if_lost, copied.layout.names, counted, as_copied)
+        return copied
 
     def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
         of_subclass, slots = state
@@ -354,6 +366,7 @@ class DeviceAccumulator:
     # -- Inside
 
     def _begin(self) -> None:
+        self._as_copied: _AsCopied | None = None
         self._fill = object()
         self._given: set[str] = set()  # metrics that have come in, but by graphs
         self._nothing = self.tensors[0].new_empty(0)  # but where it lies
@@ -469,6 +482,38 @@ class DeviceAccumulator:
             extrema[..., inside].swapaxes(1, 2).reshape(rows, EXTREMA),
             grid,
             refused.astype(np.int64),
+        )
+
+
+@dataclass(slots=True)
+class _AsCopied:
+    """How many values a copy held when it was made; None: it has been emptied since."""
+
+    counted: Tensor | None
+
+
+_warned_of: set[tuple[str, ...]] = set()
+
+
+def _warn_if_lost(names: tuple[str, ...], counted: Tensor, as_copied: _AsCopied) -> None:
+    """Warn, once for the same metrics, of a copy that has taken something in and is dropped with it.
+
+    Of a module that has an accumulator, frameworks make copies, and nobody drains theirs.
+    """
+    if names in _warned_of:
+        return
+    try:
+        before = as_copied.counted
+        lost = not torch.equal(counted, torch.zeros_like(counted) if before is None else before)
+    except RuntimeError:  # such as of a device that is not there any more
+        return
+    if lost:
+        _warned_of.add(names)
+        _logger.warning(
+            "a copy of a DeviceAccumulator was updated, and dropped before it was drained, so what it "
+            "took in of %s is lost: drain the copy as well, or keep the accumulator out of what is "
+            "copied, such as a module of which weight averaging makes a second one",
+            _named(names),
         )
 
 

@@ -1,0 +1,95 @@
+"""Copies: what is in use stays one, and what cannot be copied says where it was found.
+
+Frameworks copy whatever hangs on a module: weight averaging (EMA, SWA), quantisation, searches for
+settings. What is in use has threads, ranks or a Trainer, which are no second one's, so it copies to
+itself. Before that it copies as anything does.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from types import ModuleType
+from typing import Any, TypeVar
+
+from typing_extensions import Self
+
+__all__ = ["OneInUse", "copied_plainly", "where_found"]
+
+T = TypeVar("T")
+One = TypeVar("One", bound="OneInUse")
+
+_LEVELS = 4  # of what holds what holds it
+_PLACES = 5  # that a message names
+
+
+class OneInUse:
+    """Something that copies to itself once it is in use."""
+
+    def _in_use(self) -> bool:
+        raise NotImplementedError
+
+    def __copy__(self) -> Self:
+        return self if self._in_use() else copied_plainly(self, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self if self._in_use() else copied_plainly(self, memo)
+
+
+def copied_plainly(one: T, memo: dict[int, Any] | None) -> T:
+    """Return what `copy.deepcopy`, or `copy.copy` if `memo` is None, makes of an object by default."""
+    reduced: Any = one.__reduce_ex__(4)
+    make, args, state = reduced[:3]
+    copied: T = make(*args)
+    if memo is not None:
+        memo[id(one)] = copied
+        state = copy.deepcopy(state, memo)
+    if hasattr(copied, "__setstate__"):
+        copied.__setstate__(state)
+    else:
+        vars(copied).update(state or {})
+    return copied
+
+
+def where_found(thing: object) -> str:
+    """Return in which attributes of which objects `thing` is, for a message; empty if in none.
+
+    >>> class Model:
+    ...     def __init__(self, metrics):
+    ...         self.metrics = metrics
+    >>> model = Model(metrics={1, 2})
+    >>> where_found(model.metrics)
+    "attribute 'metrics' of a Model"
+    """
+    return "; ".join([*dict.fromkeys(_places(thing, _LEVELS))][:_PLACES])
+
+
+def _places(thing: object, levels: int) -> list[str]:
+    found: list[str] = []
+    for holder in gc.get_referrers(thing) if levels else ():
+        attributes = _attributes(holder)
+        owners = [holder]
+        if attributes is None and isinstance(holder, dict):
+            owners = [one for one in gc.get_referrers(holder) if _attributes(one) is holder]
+            attributes = holder if owners else None
+        if attributes is None:
+            if isinstance(holder, dict | list | tuple):
+                found += _places(holder, levels - 1)
+            continue
+        names = [name for name, value in attributes.items() if value is thing]
+        for owner in owners:
+            kind = type(owner)
+            if kind.__module__.startswith("metricfold."):
+                further = _places(owner, levels - 1)
+                found += [f"in a {kind.__name__}, {place}" for place in further]
+                found += [] if further else [f"in a {kind.__name__}"]
+            elif not isinstance(owner, ModuleType):
+                found += [f"attribute {name!r} of a {kind.__name__}" for name in names]
+    return found
+
+
+def _attributes(one: object) -> dict[str, Any] | None:
+    try:
+        return vars(one)
+    except TypeError:
+        return None
