@@ -746,6 +746,7 @@ def test_a_copy_that_is_updated_and_dropped_undrained_is_warned_of_once(warned: 
     assert "took in of metric 'of a copy', 'most' is lost" in text
     drained = copy.deepcopy(Model("drained too early"))
     aggregator.drain(drained.acc)
+    aggregator.reduce()  # until which what has been drained is on its way
     drained(torch.ones(2))
     del drained
     gc.collect()

@@ -67,29 +67,31 @@ def where_found(thing: object) -> str:
 def _places(thing: object, levels: int) -> list[str]:
     found: list[str] = []
     for holder in gc.get_referrers(thing) if levels else ():
-        attributes = _attributes(holder)
-        owners = [holder]
-        if attributes is None and isinstance(holder, dict):
+        owners = [holder] if _attributes(holder) is not None else []
+        if isinstance(holder, dict):
             owners = [one for one in gc.get_referrers(holder) if _attributes(one) is holder]
-            attributes = holder if owners else None
-        if attributes is None:
-            if isinstance(holder, dict | list | tuple):
-                found += _places(holder, levels - 1)
-            continue
-        names = [name for name, value in attributes.items() if value is thing]
+        if not owners and isinstance(holder, dict | list | tuple):
+            found += _places(holder, levels - 1)
         for owner in owners:
-            kind = type(owner)
-            if kind.__module__.startswith("metricfold."):
-                further = _places(owner, levels - 1)
-                found += [f"in a {kind.__name__}, {place}" for place in further]
-                found += [] if further else [f"in a {kind.__name__}"]
-            elif not isinstance(owner, ModuleType):
-                found += [f"attribute {name!r} of a {kind.__name__}" for name in names]
+            found += _place_in(owner, thing, levels)
     return found
 
 
+def _place_in(owner: object, thing: object, levels: int) -> list[str]:
+    kind = type(owner)
+    if isinstance(owner, ModuleType):
+        return []
+    if not kind.__module__.startswith("metricfold."):
+        attributes = _attributes(owner) or {}
+        names = [name for name, value in attributes.items() if value is thing]
+        return [f"attribute {name!r} of a {kind.__name__}" for name in names]
+    if kind.__name__.startswith("_"):
+        return []
+    further = _places(owner, levels - 1)
+    return [f"in a {kind.__name__}, {place}" for place in further] or [f"in a {kind.__name__}"]
+
+
 def _attributes(one: object) -> dict[str, Any] | None:
-    try:
-        return vars(one)
-    except TypeError:
-        return None
+    """Return the very dict of the attributes of an object, if it has one; those of a class are none."""
+    attributes = getattr(one, "__dict__", None)
+    return attributes if isinstance(attributes, dict) else None
