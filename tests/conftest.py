@@ -12,6 +12,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+import hypotheses  # noqa: F401 - names the profile that --hypothesis-profile=dev asks for
 import pytest
 from jax_devices import compile_quickly
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from handlers_of_users import LaneRMS, MyTypes, ProductHandler, RMSHandler
-from hypothesis import given, settings
+from hypotheses import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_threads
 
@@ -151,7 +152,7 @@ def magnitude(metrics: Sequence[Metric]) -> float:
     return total
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     story=st.lists(intervals, min_size=1, max_size=4),
     world_size=st.integers(1, 4),
@@ -184,7 +185,7 @@ def test_any_split_over_workers_ranks_intervals_and_restarts_gives_one_answer(
     close_enough(results[0][1], truth, magnitude(everything))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     story=st.lists(intervals, min_size=2, max_size=3),
     world_size=st.integers(2, 3),
@@ -209,7 +210,7 @@ def test_each_interval_speaks_about_what_came_in_since_the_one_before(
         close_enough(seen, snapshot.as_dict("t", "interval"), magnitude(metrics))
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(
     values=st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=200),
     cuts=st.lists(st.integers(0, 200), max_size=5),
@@ -244,7 +245,7 @@ def test_integer_totals_are_exact_up_to_2_53() -> None:
     assert aggregator.get_metrics_for_logging("t")["t/tokens"] == 2**53 - 1
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60),
     q=st.lists(st.floats(0, 100), min_size=1, max_size=4, unique=True),

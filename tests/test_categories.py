@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypotheses import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_threads
 
@@ -137,7 +138,7 @@ def test_a_resumed_run_may_tell_more_apart(caplog: pytest.LogCaptureFixture) -> 
     assert len(caplog.records) == 0
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     story=st.lists(
         st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=8), min_size=3, max_size=3),

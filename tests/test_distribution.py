@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypotheses import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_threads
 
@@ -107,7 +108,7 @@ def test_saving_in_between_loses_nothing_of_an_interval() -> None:
 # -- No jump between exact and histogram -----------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     seed=st.integers(0, 2**32 - 1),
     beyond=st.integers(-3, 3),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypotheses import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -111,7 +112,7 @@ def split(values: np.ndarray, cuts: list[float]) -> list[np.ndarray]:
 
 
 @given(streams, budgets)
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_every_order_statistic_is_within_the_guaranteed_bound(values, max_buckets):
     # 2^k + 1 values: then q = j / 2^k asks for order statistic j exactly.
     size = 2 ** max(0, math.ceil(math.log2(max(values.size - 1, 1)))) + 1
@@ -267,7 +268,7 @@ cuts = st.lists(st.floats(0.0, 1.0), max_size=5)
 
 
 @given(dirty_streams, cuts, st.randoms(use_true_random=False), budgets)
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_neither_order_nor_split_matters(values, cuts, random, max_buckets):
     whole = histogram_of(values, max_buckets=max_buckets)
     order = list(range(values.size))
@@ -471,7 +472,7 @@ def test_what_is_forgotten_of_extents_changes_no_layout(one, other, budget):
 
 
 @given(st.lists(dirty_streams, min_size=1, max_size=4), budgets, budgets)
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_maximum_and_sum_merge_like_merge(streams, own, packed):
     own, packed = max(own, packed), min(own, packed)
     parts = [histogram_of(values, max_buckets=own) for values in streams]
@@ -605,7 +606,7 @@ def test_a_foreign_state_is_refused(state):
 
 
 @given(st.binary(min_size=4, max_size=400), st.integers(0, 16))
-@settings(max_examples=300)
+@examples(300)
 def test_indices_of_float32_and_float64_agree(data, m):
     narrow = np.frombuffer(data[: len(data) // 4 * 4], dtype=np.float32)
     narrow = np.append(narrow[np.isfinite(narrow)], np.float32([0.0, -0.0, 1e-45, -1e-45, 1e-38]))

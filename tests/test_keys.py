@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypotheses import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_threads
 
@@ -98,7 +99,7 @@ def answer(claims: Claims, key: Key, suffixes: tuple[str, ...]) -> str:
     st.tuples(*[st.sampled_from(SETTINGS)] * 3),
     st.tuples(*[st.sampled_from(["", "a", "x"])] * 3),
 )
-@settings(max_examples=120, deadline=None)
+@examples(120)
 def test_ranks_know_after_each_log_what_all_keys_at_once_would_tell(
     story: Any, settings_of: Any, derived: Any
 ) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from handlers_of_users import MyTypes, ProductHandler
-from hypothesis import given, settings
+from hypotheses import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_threads
 
@@ -50,7 +51,7 @@ events = st.lists(st.one_of(step, step, st.sampled_from(["reduce", "fail", "save
 
 @pytest.mark.filterwarnings("ignore:the interval is empty:RuntimeWarning")
 @given(events)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_what_is_rolled_back_might_never_have_come(story: Any) -> None:
     marked, plain = made(), made()
     seen: list[list[Any]] = [[], []]

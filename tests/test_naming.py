@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypotheses import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metricfold.handlers import DistributionAggHandler
@@ -104,7 +105,7 @@ calls = st.one_of(
 
 
 @given(st.lists(calls, max_size=14))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_the_same_is_granted_as_if_each_name_were_held_against_all_others(story: Any) -> None:
     new, old = Claims(), Pairwise()
     for call, argument in story:

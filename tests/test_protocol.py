@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 from handlers_of_users import MyTypes, RMSHandler
-from hypothesis import given, settings
+from hypotheses import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_threads
 
@@ -115,7 +116,7 @@ def live(
         return outcomes, snapshot.as_dict("t"), recorded
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     world_size=st.integers(2, 4),
     story=st.lists(st.lists(events, min_size=4, max_size=4), max_size=6),
@@ -254,7 +255,7 @@ def test_a_digest_is_exact_in_a_float() -> None:
     assert int(float(digest(b"metricfold"))) == digest(b"metricfold")
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(blobs=st.lists(st.binary(max_size=40), min_size=1, max_size=4))
 def test_bytes_of_any_length_reach_every_rank(blobs: list[bytes]) -> None:
     def gather(communicator: Communicator) -> list[bytes]:

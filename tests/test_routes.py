@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from handlers_of_users import LaneRMS, MyTypes, RMSHandler
-from hypothesis import given, settings
+from hypotheses import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks, run_threads
 
@@ -88,7 +89,7 @@ def live(
     return said
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(
     story=st.lists(interval_of_ranks, min_size=1, max_size=3),
     world_size=st.integers(1, 4),

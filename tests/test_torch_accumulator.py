@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from accumulated import KINDS, NAMES, WEIGHTED, check_equal, logged, recorded
-from hypothesis import given, settings
+from hypotheses import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks, run_threads
 from torch.nn import functional as F
@@ -97,7 +98,7 @@ weights = st.one_of(st.floats(0, 100, width=32), st.sampled_from([0.0, 1.0, 1.0]
     ),
     on_nan=st.sampled_from(["propagate", "skip"]),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_any_values_are_taken_as_the_host_takes_them(rows: Any, on_nan: str) -> None:
     acc = DeviceAccumulator(KINDS, NAMES)
     drained, reference = (MetricsAggregator(None, on_nan=on_nan) for _ in range(2))
