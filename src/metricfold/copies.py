@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 import gc
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from typing_extensions import Self
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["OneInUse", "copied_plainly", "where_found"]
 
 T = TypeVar("T")
-One = TypeVar("One", bound="OneInUse")
 
 _LEVELS = 4  # of what holds what holds it
 _PLACES = 5  # that a message names
@@ -54,12 +54,10 @@ def copied_plainly(one: T, memo: dict[int, Any] | None) -> T:
 def where_found(thing: object) -> str:
     """Return in which attributes of which objects `thing` is, for a message; empty if in none.
 
-    >>> class Model:
-    ...     def __init__(self, metrics):
-    ...         self.metrics = metrics
-    >>> model = Model(metrics={1, 2})
+    >>> from types import SimpleNamespace
+    >>> model = SimpleNamespace(metrics={"loss"})
     >>> where_found(model.metrics)
-    "attribute 'metrics' of a Model"
+    "attribute 'metrics' of a SimpleNamespace"
     """
     return "; ".join([*dict.fromkeys(_places(thing, _LEVELS))][:_PLACES])
 
