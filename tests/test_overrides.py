@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import pickle
 from collections import Counter, deque
@@ -27,6 +28,7 @@ from metricfold import (
     MinAggHandler,
     RateAggHandler,
     SumAggHandler,
+    merge_state_dicts,
 )
 from metricfold.communicator import Communicator
 
@@ -678,3 +680,113 @@ def test_ranks_with_and_without_the_override_are_told_so() -> None:
     assert first == second
     assert "with no lanes, but the other ranks hold it with 3 SUM and 0 MAX lanes" in first
     assert "register the same handler for type mine on every rank" in first
+
+
+# -- An override that changes nothing changes nothing
+
+
+def passing_on(kind: type[AggregationHandler], **options: Any) -> AggregationHandler:
+    """Return a handler without lanes that does what `kind` does."""
+
+    def update(self: Any, local_agg_metric: MetricState, metric: Metric) -> None:
+        super(type(self), self).update(local_agg_metric, metric)
+
+    return type("PassingOn", (kind,), {"update": update})(**options)
+
+
+KINDS: dict[str, type[AggregationHandler]] = {
+    "sum": SumAggHandler,
+    "mean": MeanAggHandler,
+    "max": MaxAggHandler,
+    "min": MinAggHandler,
+    "distribution": DistributionAggHandler,
+    "rate": RateAggHandler,
+}
+
+
+def side_by_side(logged: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return what metrics of overrides give, and what the same of built-in types give."""
+    mine = {key.replace("/mine_", "/"): v for key, v in logged.items() if "/mine_" in key}
+    theirs = {key.replace("/theirs_", "/"): v for key, v in logged.items() if "/theirs_" in key}
+    assert len(mine) + len(theirs) == len(logged) > 0
+    return mine, theirs
+
+
+def test_it_gives_what_the_built_in_gives_over_intervals_restarts_and_jobs() -> None:
+    def new(communicator: Communicator | None = None) -> MetricsAggregator:
+        aggregator = MetricsAggregator(communicator=communicator)
+        for name, kind in KINDS.items():
+            aggregator.register_handler(f"my {name}", passing_on(kind))
+        return aggregator
+
+    def take(aggregator: MetricsAggregator, random: Any, size: int) -> None:
+        for name in KINDS:
+            for value in random.normal(size=size).tolist():
+                aggregator.record(f"mine_{name}", value, f"my {name}")
+                aggregator.record(f"theirs_{name}", value, name)
+
+    def rank(communicator: Communicator) -> Any:
+        aggregator, random = new(communicator), np.random.default_rng(communicator.rank)
+        for interval in range(4):
+            take(aggregator, random, 2 + communicator.rank)
+            state = aggregator.state_dict(sync=interval != 3)
+            if interval == 2:
+                aggregator = new(communicator)
+                aggregator.load_state_dict(state)
+            take(aggregator, random, 3)
+            snapshot = aggregator.reduce_async().result() if interval == 1 else aggregator.reduce()
+            for window in ("run", "interval", "auto"):
+                mine, theirs = side_by_side(snapshot.as_dict("t", window))
+                assert mine == pytest.approx(theirs, rel=1e-9)
+        return state
+
+    states = run_threads(rank, 2)
+    assert states[0] == states[1]
+    merged = new()
+    merged.load_state_dict(merge_state_dicts([states[0], states[0]], parallel=True))
+    mine, theirs = side_by_side(merged.get_metrics_for_logging("t"))
+    assert mine == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.parametrize("on_nan", ["skip", "propagate"])
+@pytest.mark.parametrize("kind", ["sum", "mean", "max", "min"])
+def test_it_takes_nan_and_infinities_as_the_built_in_does(kind: str, on_nan: str) -> None:
+    aggregator = MetricsAggregator(on_nan=on_nan)
+    aggregator.register_handler("mine", passing_on(KINDS[kind], on_nan=on_nan))
+    inf, nan = float("inf"), float("nan")
+    for name, values in {"a": [1.0, nan, 3.0], "b": [nan], "c": [inf, -inf], "d": [inf]}.items():
+        for value in values:
+            aggregator.record(f"mine_{name}", value, "mine")
+            aggregator.record(f"theirs_{name}", value, kind)
+    mine, theirs = side_by_side(aggregator.get_metrics_for_logging("t"))
+    assert mine == pytest.approx(theirs, nan_ok=True)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_it_keeps_the_window_that_the_built_in_keeps(window: int | None) -> None:
+    aggregator = MetricsAggregator(dist_window_size=window)
+    handler = passing_on(DistributionAggHandler, window_size=window)
+    aggregator.register_handler("mine", handler)
+    random = np.random.default_rng(0)
+    # So many that those beyond the recent ones are folded into a histogram.
+    for value, weight in zip(
+        random.lognormal(size=4_500 if window is None else 120).tolist(),
+        itertools.cycle([1.0, 1.0, 3.0]),
+    ):
+        metric = Metric("d", "mine_x", value, "mine", weight)
+        aggregator.update([metric, metric._replace(name="theirs_x", agg_type="distribution")])
+    mine, theirs = side_by_side(aggregator.get_metrics_for_logging("t"))
+    assert mine == pytest.approx(theirs, rel=1e-6)
+    assert theirs["t_d/x_stat_count"] == (window or 4_500)
+
+
+def test_it_tells_as_many_categories_apart() -> None:
+    aggregator = MetricsAggregator(max_categories=3)
+    handler = passing_on(CategoricalCountAggHandler, max_categories=3)
+    aggregator.register_handler("mine", handler)
+    for category in "abcdeabz":
+        aggregator.record("mine_x", category, "mine")
+        aggregator.record("theirs_x", category, "categorical_count")
+    mine, theirs = side_by_side(aggregator.get_metrics_for_logging("t"))
+    assert mine == theirs
+    assert mine["t/x_count___other__"] == 3.0

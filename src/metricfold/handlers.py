@@ -935,7 +935,7 @@ class DistributionAggHandler(LaneHandler):
             if one.size:
                 self._append(metadata, number_of(metric.value), number_of(metric.weight))
             metadata.pop("statistics", None)
-            if self.window_size is None and len(metadata["values"]) >= self.limit + _UNFOLDED:
+            if self.window_size is None and len(metadata["values"]) >= 2 * self.limit:
                 self._condense(local_agg_metric)
             mean = self._mean(metadata)
             if mean is not None:
