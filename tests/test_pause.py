@@ -8,6 +8,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import pytest
 from handlers_of_users import RMSHandler
 from ranks import run_threads
@@ -33,6 +34,14 @@ def record(aggregator: MetricsAggregator) -> None:
     aggregator.record("tokens", 1, "rate")
 
 
+def record_several(aggregator: MetricsAggregator) -> None:
+    aggregator.record_all({"loss": 1.0, "norm": 2.0})
+
+
+def record_array(aggregator: MetricsAggregator) -> None:
+    aggregator.record("loss", np.ones(3), each=True)
+
+
 def record_custom(aggregator: MetricsAggregator) -> None:
     aggregator.register_handler("rms", RMSHandler())
     aggregator.record("n", 1.0, "rms")
@@ -51,13 +60,25 @@ def use_timer(aggregator: MetricsAggregator) -> None:
 
 
 @pytest.mark.parametrize(
-    "take", [update_list, update_batch, record, record_custom, drain, use_timer]
+    "take",
+    [
+        update_list,
+        update_batch,
+        record,
+        record_several,
+        record_array,
+        record_custom,
+        drain,
+        use_timer,
+    ],
 )
 def test_the_clock_starts_with_the_first_call_and_not_where_the_aggregator_is_made_as_it_used_to(
     take: Callable[[MetricsAggregator], None],
 ) -> None:
     aggregator = MetricsAggregator()
     aggregator.update([])  # takes nothing in
+    aggregator.record("loss", 1.0, weight=0)
+    aggregator.timer("data")
     with pytest.raises(ValueError, match="aggregation type"):
         aggregator.record("loss", 1.0, "unknown")
     time.sleep(SHORT)

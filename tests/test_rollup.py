@@ -185,6 +185,17 @@ def test_levels_are_totals_of_datasets_whose_names_begin_alike(route: str) -> No
     assert one["t_code/len_stat_p95"] == np.percentile(pooled, 95)
 
 
+def test_types_that_differ_elsewhere_leave_a_level_its_total() -> None:
+    aggregator = MetricsAggregator()
+    for dataset in ("code/a", "code/b"):
+        aggregator.record("n", 2, "sum", dataset=dataset)
+    aggregator.record("n", 9, "max", dataset="web")
+    with pytest.warns(RuntimeWarning, match="no total over datasets"):
+        values = aggregator.reduce().as_dict("t", rollup="levels")
+    assert values["t_code/n"] == 4.0
+    assert "t/n" not in values
+
+
 def test_a_level_that_is_a_dataset_is_left_out_and_said_once() -> None:
     aggregator = MetricsAggregator()
     for dataset in ("code", "code/python", "web/a"):

@@ -428,6 +428,22 @@ def test_a_pause_is_left_out_of_the_share_of_a_timer_that_goes_on() -> None:
     assert mean >= 1.5 * SLOW  # how long it took is another thing
 
 
+def test_a_checkpoint_in_the_midst_of_a_block_has_the_part_that_has_gone_by() -> None:
+    aggregator = MetricsAggregator()
+    with aggregator.timer("epoch"):
+        time.sleep(SLOW / 4)
+        state = aggregator.state_dict()
+        resumed = MetricsAggregator()
+        resumed.load_state_dict(state)
+        timing = resumed.reduce().timing("epoch")
+        assert (timing.mean, timing.max, timing.max_rank) == (None, None, None)
+        assert timing.share == pytest.approx(1.0, abs=1e-6)
+    timing = aggregator.reduce().timing("epoch")  # the interval stayed open
+    assert timing.mean is not None
+    assert timing.mean >= SLOW / 4
+    assert 0.5 < timing.share <= 1
+
+
 def test_a_block_in_which_a_state_is_loaded_counts_when_it_ends() -> None:
     aggregator = MetricsAggregator()
     state = aggregator.state_dict()

@@ -142,14 +142,8 @@ class Snapshot:
         if window != "run":
             self._warn_if_empty()
         shown = self._table(window, rollup=rollup, macro=macro)
-        tables: dict[str | None, Table] = {None: shown}
-        for metric in self._handlers.derived.values():
-            view = metric.window
-            if view is not None and view not in tables:
-                same = view == window
-                tables[view] = shown if same else self._table(view, rollup=rollup, macro=macro)
-        there = ", ".join(sorted({key[1] for key in self._keys()}))
-        add_derived(self._handlers.derived, tables, self._printable_names(), there, self._warn_once)
+        if self._handlers.derived:
+            self._add_derived(shown, window, rollup=rollup, macro=macro)
         return named(shown, prefix, self._warn_once)
 
     def histograms(self, prefix: str = "data", window: WindowLike = "auto") -> dict[str, Histogram]:
@@ -471,7 +465,7 @@ class Snapshot:
             members = [entry.key for entry in entries if entry.key in views]
             if not members:
                 continue
-            if len({entry.type for entry in entries}) > 1:
+            if len(entries) > 1 and len({entry.type for entry in entries}) > 1:
                 self._warn_of_types(entries)
                 continue
             handler = self._handlers.of_key[members[0]]
@@ -526,6 +520,19 @@ class Snapshot:
             f"metric {name!r} is {said}, which do not add up, so there is no total over datasets: "
             "give one of them another name",
         )
+
+    def _add_derived(
+        self, shown: Table, window: WindowLike, *, rollup: Rollup, macro: bool
+    ) -> None:
+        """Add derived metrics to the table that is shown, each from what its own window asks for."""
+        tables: dict[str | None, Table] = {None: shown}
+        for metric in self._handlers.derived.values():
+            view = metric.window
+            if view is not None and view not in tables:
+                same = view == window
+                tables[view] = shown if same else self._table(view, rollup=rollup, macro=macro)
+        there = ", ".join(sorted({key[1] for key in self._keys()}))
+        add_derived(self._handlers.derived, tables, self._printable_names(), there, self._warn_once)
 
     def _printable_names(self) -> Callable[[str], bool]:
         """Return what tells whether some key may print a name, now or in another interval."""

@@ -116,9 +116,10 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
                 with ledger.logging():
                     logger.log(step, aggregator, prefix="train", extra=ranks_apart)
             if step % SAVE_EVERY == 0 or step == stop:
-                validate(model, mixture, validation)
-                logger.log(step, validation, prefix="val")
-                save_checkpoint(folder.checkpoint, parts, step)
+                with aggregator.pause():  # no part of the tokens per second
+                    validate(model, mixture, validation)
+                    logger.log(step, validation, prefix="val")
+                    save_checkpoint(folder.checkpoint, parts, step)
     ledger.close(aggregator)
 
 

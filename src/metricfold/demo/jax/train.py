@@ -119,13 +119,14 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
                 with ledger.logging():
                     logger.log(step, aggregator, prefix="train", extra=owner_of_gradient)
             if step % SAVE_EVERY == 0 or step == stop:
-                for held_out in validation_batches(mixture, mesh.size):
-                    metrics = eval_step(state, dp.shard_batch(held_out, sharding))
-                    for name in mixture.names:
-                        loss, tokens = metrics["loss"][name], metrics["tokens"][name]
-                        validation.record("loss", loss, weight=tokens, dataset=name)
-                logger.log(step, validation, prefix="val")
-                save_checkpoint(folder.checkpoint, step, state, aggregators)
+                with aggregator.pause():  # no part of the tokens per second
+                    for held_out in validation_batches(mixture, mesh.size):
+                        metrics = eval_step(state, dp.shard_batch(held_out, sharding))
+                        for name in mixture.names:
+                            loss, tokens = metrics["loss"][name], metrics["tokens"][name]
+                            validation.record("loss", loss, weight=tokens, dataset=name)
+                    logger.log(step, validation, prefix="val")
+                    save_checkpoint(folder.checkpoint, step, state, aggregators)
     ledger.close(aggregator)
 
 
