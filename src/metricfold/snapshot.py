@@ -11,6 +11,7 @@ Nothing is finalised before it is asked for: a rank that does not look does not 
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -569,7 +570,10 @@ class Snapshot:
     def _warn_once(self, about: str, message: str) -> None:
         if about not in self._handlers.warned:
             self._handlers.warned.add(about)
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            if threading.current_thread() is threading.main_thread():
+                warnings.warn(message, RuntimeWarning, stacklevel=4)
+            else:  # of a logger, say, where warnings that are made errors would cost a record
+                _logger.warning(message)
 
 
 def check_window(window: WindowLike) -> None:

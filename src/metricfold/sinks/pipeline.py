@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from metricfold.histogram import Histogram
 from metricfold.processes import start_thread
+from metricfold.sinks.early import Watch
 from metricfold.sinks.loud import say
 from metricfold.sinks.record import Record, Sink, checked_numbers
 from metricfold.sinks.selection import SelectiveSink
@@ -75,6 +76,7 @@ class Pipeline:
         # A SimpleQueue may be used in a signal handler that interrupts a `put` to the same queue.
         self._inbox: queue.SimpleQueue[_Accepted | _Rewind | _Barrier | None] = queue.SimpleQueue()
         self._handled = 0
+        self._watch = Watch()
         self._own: set[str] = set()  # keys that were logged as extra= or in a dict
         self._clashes: set[str] = set()
         self._hurry: Future[None] = Future()  # done: wait for no reduction any more
@@ -138,12 +140,15 @@ class Pipeline:
             match item:
                 case _Accepted(entry, workers):
                     made = self._made_of(entry)
+                    if isinstance(made, Record):
+                        self._watch.step(made.step, made.prefix)
                     for worker in workers:
                         if isinstance(made, Record):
                             worker.put(made)
                         else:
                             worker.release(unmade=made is _Unmade.SAID)
                 case _Rewind(step):
+                    self._watch.rewind(step)
                     for worker in self._workers:
                         worker.rewind(step)
                 case _Barrier(passed):
@@ -178,6 +183,7 @@ class Pipeline:
             snapshot = entry.source.result()
             metrics = snapshot.as_dict(entry.prefix, entry.window, rollup=entry.rollup)
             histograms = snapshot.histograms(entry.prefix, entry.window)
+            self._watch.aggregated(entry.step, entry.prefix, metrics)
             if entry.rollup and not self._own.isdisjoint(metrics):
                 recorded = snapshot.as_dict(entry.prefix, entry.window, rollup=False)
                 totals = (self._own & metrics.keys()) - recorded.keys()

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TypeVar
 
 from metricfold.metric import check_name
+from metricfold.sinks.early import Unmatched
 from metricfold.sinks.record import Record
 
 __all__ = ["SelectiveSink"]
@@ -24,7 +25,8 @@ class SelectiveSink(ABC):
     Args:
         select: a glob, or several of which one must match, over whole keys: ``"*/loss"``,
             ``["train_*", "val_*"]``. Upper and lower case differ, and ``*`` matches ``/`` too. Keys
-            come in the order of the globs.
+            come in the order of the globs. One that begins with ``!`` leaves out what it matches:
+            ``["*/loss*", "!val*"]``, or ``"!*/len_stat_*"`` for all but those.
         key_format: what a key is called in this backend: a format string that holds ``{key}``, such
             as ``"run7/{key}"``, or a function from key to key.
 
@@ -37,11 +39,15 @@ class SelectiveSink(ABC):
         select: str | Sequence[str] = "*",
         key_format: str | Callable[[str], str] = "{key}",
     ) -> None:
-        self._patterns = (select,) if isinstance(select, str) else tuple(select)
-        if not self._patterns or not all(isinstance(one, str) and one for one in self._patterns):
+        globs = (select,) if isinstance(select, str) else tuple(select)
+        if not globs or not all(isinstance(one, str) and one.strip("!") for one in globs):
             raise ValueError(
                 f"select={select!r} names no key: use a glob such as '*/loss', or several of them"
             )
+        self._left_out = tuple(one[1:] for one in globs if one.startswith("!"))
+        self._patterns = tuple(one for one in globs if not one.startswith("!")) or ("*",)
+        # What looks for a mistake, until a key has been selected.
+        self._unmatched: Unmatched | None = Unmatched(globs)
         self._format = key_format if callable(key_format) else _formatter(key_format)
         # key -> its name here and the place of the pattern that selects it, or None: not selected
         self._names: dict[str, tuple[str, int] | None] = {}
@@ -50,6 +56,10 @@ class SelectiveSink(ABC):
         """Write what is selected of `record`."""
         metrics = self._renamed(record.metrics)
         histograms = self._renamed(record.histograms)
+        if self._unmatched is not None and (record.metrics or record.histograms):
+            found = bool(metrics or histograms)
+            if found or self._unmatched.saw(self, record.metrics.keys() | record.histograms.keys()):
+                self._unmatched = None
         if metrics or histograms:
             self._write(replace(record, metrics=metrics, histograms=histograms))
 
@@ -104,7 +114,7 @@ class SelectiveSink(ABC):
 
     def _name(self, key: str) -> tuple[str, int] | None:
         place = next((i for i, p in enumerate(self._patterns) if fnmatchcase(key, p)), None)
-        if place is None:
+        if place is None or any(fnmatchcase(key, one) for one in self._left_out):
             return None
         name = self._format(key)
         check_name(f"what key_format makes of {key!r}", name)

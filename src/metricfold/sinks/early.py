@@ -1,0 +1,112 @@
+"""What a mistake makes empty, or sends backwards, is said once and early.
+
+Nothing fails in these cases, and nothing is written, or not where it is looked for. So whoever makes
+such a mistake would learn of it at the end of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from metricfold.sinks.loud import mention
+
+__all__ = ["Unmatched", "Watch"]
+
+_RECORDS = 20  # so many without a single key are no chance, whatever the globs
+
+
+class Watch:
+    """Looks at what is logged, for all sinks."""
+
+    def __init__(self) -> None:
+        self._newest: dict[str, int] = {}  # step by prefix
+        self._backwards: set[str] = set()  # prefixes of which it has been said
+        self._empty: dict[str, int] = {}  # how often in a row from the start, by prefix
+
+    def step(self, step: int, prefix: str) -> None:
+        """Take note of a step, and say so if it goes back."""
+        newest = self._newest.get(prefix, -1)
+        self._newest[prefix] = max(step, newest)
+        if step >= newest or prefix in self._backwards:
+            return
+        self._backwards.add(prefix)
+        mention(
+            f"step {step} is logged after step {newest}, {_with(prefix)}, and is shown beside what "
+            "was there: after loading a checkpoint call logger.rewind(step) first, and give what "
+            "counts its own steps, such as a validation by epochs, a prefix of its own"
+        )
+
+    def rewind(self, step: int) -> None:
+        """Take note that training goes on after `step`."""
+        self._newest = {prefix: min(newest, step) for prefix, newest in self._newest.items()}
+
+    def aggregated(self, step: int, prefix: str, metrics: Mapping[str, float]) -> None:
+        """Say so if an aggregator has had nothing to say so far."""
+        if metrics:
+            self._empty[prefix] = -1
+            return
+        times = self._empty.get(prefix, 0)
+        if times < 0:
+            return
+        # The first log may come before the first batch, at step 0.
+        if step > 0 or times > 0:
+            mention(
+                f"no metric has come in so far: the record of step {step}, {_with(prefix)}, is empty. "
+                "Call aggregator.update(batch.pop('metrics')) or aggregator.record(name, value) on "
+                "the aggregator that is logged, and drain accumulators into it: "
+                "accumulator = aggregator.drain(accumulator)"
+            )
+            times = -2
+        self._empty[prefix] = times + 1
+
+
+class Unmatched:
+    """Looks at what a sink's globs leave over, until they have selected a key.
+
+    Args:
+        patterns: the globs.
+    """
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self._patterns = patterns
+        self._records = 0
+
+    def saw(self, sink: object, keys: Iterable[str]) -> bool:
+        """Take note of a record of which nothing is selected; return whether that has been said."""
+        self._records += 1
+        keys = sorted(keys)
+        near = next(
+            ((one, key) for one in self._patterns for key in keys if _is_near(one, key)), None
+        )
+        if near is None and self._records < _RECORDS:
+            return False
+        text = (
+            f"{sink!r} has nothing to write so far: select={list(self._patterns)!r} matches none "
+        )
+        if near is None:
+            text += (
+                f"of the keys of {self._records} records, such as {', '.join(map(repr, keys[:3]))}"
+            )
+        else:
+            pattern, key = near
+            text += (
+                f"of the keys. A glob is over whole keys, and upper and lower case differ: for {key!r} "
+                f"write {_widened(pattern, key)!r}"
+            )
+        mention(text)
+        return True
+
+
+def _is_near(pattern: str, key: str) -> bool:
+    return fnmatchcase(key.lower(), f"*{pattern.lower()}*")
+
+
+def _widened(pattern: str, key: str) -> str:
+    """Return a glob that does match, as near to `pattern` as can be."""
+    candidates = (f"*/{pattern}", f"{pattern}*", f"*{pattern}*")
+    return next((one for one in candidates if fnmatchcase(key, one)), key)
+
+
+def _with(prefix: str) -> str:
+    return f"with prefix={prefix!r}" if prefix else "without a prefix"
