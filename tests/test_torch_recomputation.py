@@ -45,6 +45,7 @@ class Layer(torch.nn.Module):
 
     def say(self) -> None:
         self.aggregator.record("ran", 1, "sum")
+        self.aggregator.record_all({"runs": 1, "rows": 3}, "sum")
         self.aggregator.update(SEEN)
         self.aggregator.update(MetricBatch.from_metrics(SEEN))
         with torch.no_grad():
@@ -71,6 +72,8 @@ class Layer(torch.nn.Module):
         ran, hook = logged.get("t/ran", 0.0), logged.get("t/hook", 0.0)
         assert logged.get("t/ran_there", 0.0) == ran
         assert logged.get("t/hook_there", 0.0) == hook
+        assert logged.get("t/runs", 0.0) == ran
+        assert logged.get("t/rows", 0.0) == 3 * ran
         assert logged.get("t_docs/seen", 0.0) == 2 * ran
         return ran, hook
 
@@ -230,6 +233,7 @@ FORWARDS: dict[str, tuple[int, Callable[[Layer], Any]]] = {
     "non-reentrant": (1, lambda m: backward(again(m))),
     "nested, reentrant": (2, lambda m: backward(twice(m, True))),
     "nested, non-reentrant": (2, lambda m: backward(twice(m))),
+    "one of each around a layer": (1, lambda m: backward(again(again(m, True)))),
     "non-reentrant in reentrant": (2, lambda m: backward(again(lambda x: again(m)(m(x)), True))),
     "reentrant in non-reentrant": (2, lambda m: backward(again(lambda x: again(m, True)(m(x))))),
     "three deep, reentrant": (

@@ -320,6 +320,11 @@ class MetricsAggregator:
                 f"record_all() takes the values by name, as in {{'loss': loss}}, not "
                 f"{type(metrics).__name__}{hints.for_metrics(metrics)}"
             )
+        if recomputed():
+            self._pass_over(
+                [Metric(dataset or "", name, value, "", weight) for name, value in metrics.items()]
+            )
+            return
         if dataset is not None:
             check_name("the dataset of the metrics", dataset)
         values: dict[Key, tuple[TypeLike, Any]] = {}
