@@ -64,6 +64,7 @@ from metricfold.handlers import (
     quiet,
 )
 from metricfold.keys import INSTEAD, Admission, KeyRegistry, KeyTable
+from metricfold.listing import internal
 from metricfold.metric import (
     AggregationType,
     Metric,
@@ -99,6 +100,7 @@ _leaked: list[Communicator] = []
 parent has, so it must not run there."""
 
 
+@internal("leave_parent_behind")
 @uncompiled
 class MetricsAggregator:
     """Aggregates metrics over samples, datasets and ranks.
@@ -187,6 +189,16 @@ class MetricsAggregator:
         self._process = os.getpid()
         watch_forks(self)
         leave_alone()
+
+    def __repr__(self) -> str:
+        parts = [f"name={self.name!r}"]
+        communicator = self._communicator
+        if communicator is not None:
+            parts.append(f"rank={communicator.rank}, world_size={communicator.world_size}")
+        parts.append(f"keys={len(self._keys.of_key)}, seconds={self._clock.interval:.4g}")
+        if self._dead is not None:
+            parts.append("out of use")
+        return f"MetricsAggregator({', '.join(parts)})"
 
     # -- Taking metrics in
 
@@ -976,6 +988,7 @@ class MetricsAggregator:
         )
 
 
+@internal("cuts", "keys")
 @dataclass(frozen=True, slots=True, eq=False)
 class AggregatorMark:
     """A place that `MetricsAggregator.rollback` comes back to.

@@ -49,6 +49,11 @@ class Clock:
         """Return what it shows."""
         return self.at(time.perf_counter())
 
+    @property
+    def interval(self) -> float:
+        """The seconds of the interval so far."""
+        return max(self.now() - self._interval_began, 0.0)
+
     def start(self, moment: float) -> None:
         """Let time count from `moment` on, or, during a pause, from its end on."""
         with self._lock:

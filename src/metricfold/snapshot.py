@@ -10,6 +10,7 @@ Nothing is finalised before it is asked for: a rank that does not look does not 
 
 from __future__ import annotations
 
+import difflib
 import logging
 import threading
 import warnings
@@ -54,6 +55,10 @@ WindowLike: TypeAlias = str | Mapping[str, str]
 """``"run"``, ``"interval"``, ``"auto"``, or a mapping from metric names to those."""
 
 _WINDOWS = ("run", "interval", "auto")
+_FORMS = ("_stat_{}", "_count_{}", "_{}")
+"""How a statistic is printed behind the name of its metric."""
+_MOST_NAMED = 8
+"""So many keys a message names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +147,62 @@ class Snapshot:
         self._warn_of_repeated(prefix)
         if window != "run":
             self._warn_if_empty()
-        shown = self._table(window, rollup=rollup, macro=macro)
-        if self._handlers.derived:
-            self._add_derived(shown, window, rollup=rollup, macro=macro)
+        shown = self._shown(window, rollup=rollup, macro=macro)
         return named(shown, prefix, self._warn_once)
+
+    def value(
+        self,
+        dataset: str | None,
+        name: str,
+        stat: str | None = None,
+        window: WindowLike = "auto",
+    ) -> float | None:
+        """Return one number that `as_dict` shows, such as for a decision to stop; None without values.
+
+        Args:
+            dataset: the dataset. None: of a metric without one; of a name that datasets have, the
+                total over them.
+            name: of the metric, be it recorded, derived or what a handler of yours calls its result.
+            stat: of a DISTRIBUTION the statistic, such as ``"mean"``, ``"p50"`` or ``"count"``; of a
+                CATEGORICAL_COUNT the category; of others what may come beside the value, such as
+                ``"nan_count"``.
+            window: as in `as_dict`.
+
+        Raises:
+            KeyError: there is no such metric, or it has no such statistic; names those that are near.
+            ValueError: the metric is more than one number and `stat` does not say which, or an unknown
+                window.
+
+        >>> from metricfold import MetricsAggregator
+        >>> aggregator = MetricsAggregator()
+        >>> for loss in (1.0, 2.0, 6.0):
+        ...     aggregator.record("loss", loss, dataset="alpaca")
+        ...     aggregator.record("spread", loss, "distribution", dataset="alpaca")
+        >>> snapshot = aggregator.reduce()
+        >>> snapshot.value("alpaca", "loss"), snapshot.value("alpaca", "spread", "p50")
+        (3.0, 2.0)
+        """
+        check_window(window)
+        suffixes, found = self._results((dataset or "", name), window)
+        wanted = [""] if stat is None else [form.format(stat) for form in _FORMS]
+        for suffix in wanted:
+            if suffix in found:
+                return found[suffix]
+        printable = [*(suffixes or ()), *found]
+        if stat is None and printable and "" not in printable:
+            raise ValueError(
+                f"{show((dataset or '', name))} is more than one number: say which, such as "
+                f"stat={_stat_of(printable[0]) or 'a category'!r}"
+            )
+        known = (any(_matches(one, suffix) for one in wanted) for suffix in printable)
+        if stat is not None and printable and not any(known):
+            there = list(dict.fromkeys(_stat_of(suffix) for suffix in printable if suffix))
+            near = difflib.get_close_matches(str(stat), there, n=len(there) or 1, cutoff=0.0)
+            raise KeyError(
+                f"{show((dataset or '', name))} has no {stat!r}"
+                + (f"; it has: {', '.join(near)}" if near else ": leave stat= out")
+            )
+        return None
 
     def histograms(self, prefix: str = "data", window: WindowLike = "auto") -> dict[str, Histogram]:
         """Return the histogram of every DISTRIBUTION that has values, keyed as in `as_dict`."""
@@ -304,14 +361,68 @@ class Snapshot:
             shares[fastest],
         )
 
+    def __repr__(self) -> str:
+        return (
+            f"Snapshot(world_size={self.world_size}, keys={len(self._reduced.schema.entries)}, "
+            f"seconds={self.seconds:.4g}, run_seconds={self.run_seconds:.4g})"
+        )
+
     # -- Inside
 
     def _key(self, dataset: str | None, name: str) -> Key:
         key = (dataset or "", name)
         if key not in self._reduced.schema:
-            known = ", ".join(show(key) for key in sorted(self._handlers.of_key))
-            raise KeyError(f"there is no {show(key)}; there are: {known or 'none'}")
+            raise self._unknown(key)
         return key
+
+    def _unknown(self, key: Key) -> KeyError:
+        """Return the error that names the keys that are nearest to one that is not there."""
+        texts = {"/".join(known): known for known in sorted(self._handlers.of_key)}
+        near = difflib.get_close_matches("/".join(key), texts, n=_MOST_NAMED, cutoff=0.0)
+        # First those that have the very name.
+        keys = sorted((texts[text] for text in near), key=lambda known: known[1] != key[1])
+        some = "there are" if len(texts) <= _MOST_NAMED else f"of {len(texts)} the nearest are"
+        said = ", ".join(map(show, keys))
+        return KeyError(f"there is no {show(key)}; {some}: {said or 'none'}")
+
+    def _results(
+        self, key: Key, window: WindowLike
+    ) -> tuple[tuple[str, ...] | None, Mapping[str, float]]:
+        """Return what a metric may print behind its name, if that is known, and what it does.
+
+        Raises:
+            KeyError: there is no such metric.
+        """
+        dataset, name = key
+        entry = self._reduced.schema.entries.get(key)
+        if entry is not None and not entry.custom:
+            handler = self._handlers.of_key[key]
+            assert isinstance(handler, LaneHandler)
+            view = _choose(window, name, handler)
+            with quiet():
+                there = self._lanes(view)[0][self._reduced.schema.sums[key].start + COUNT]
+                return handler.suffixes(), self._finalized(key, view) if there else {}
+        table = self._shown(window, rollup=not dataset, macro=False)
+        printing = table[dataset].values if dataset in table else {}
+        found = {
+            text.removeprefix(name): value
+            for text, value in printing.items()
+            if text.startswith(name) and text[len(name) : len(name) + 1] in ("", "_")
+        }
+        namesakes = [] if dataset else self._namesakes(levels=False).get(key, [])
+        if namesakes:
+            suffixes = {suffix: None for one in namesakes for suffix in one.suffixes}
+            return tuple(suffixes), found
+        named_so = any(
+            result.key == key
+            for view in ("run", "interval")
+            for result in self._reduced.custom.of(view)
+        )
+        if name in self._handlers.derived:
+            return ("",), {"": printing[name]} if name in printing else {}
+        if entry is None and not named_so:
+            raise self._unknown(key)
+        return None, found
 
     def _key_with_lanes(self, dataset: str | None, name: str) -> Key:
         key = self._key(dataset, name)
@@ -379,6 +490,13 @@ class Snapshot:
         if isinstance(handler, CategoricalCountAggHandler):
             return sums[COUNT]
         return handler.finalize_lanes(ReducedState(sums, maxs, self.seconds)).get("")
+
+    def _shown(self, window: WindowLike, *, rollup: Rollup, macro: bool) -> Table:
+        """Return the values of all metrics."""
+        shown = self._table(window, rollup=rollup, macro=macro)
+        if self._handlers.derived:
+            self._add_derived(shown, window, rollup=rollup, macro=macro)
+        return shown
 
     def _table(self, window: WindowLike, *, rollup: Rollup, macro: bool) -> Table:
         """Return the values of all metrics, but for derived ones."""
@@ -542,10 +660,7 @@ class Snapshot:
             for (_, name), handler in self._handlers.of_key.items()
             for suffix in (handler.suffixes() if isinstance(handler, LaneHandler) else (ANYTHING,))
         ]
-        return lambda wanted: any(
-            wanted.startswith(name[:-1]) if name.endswith(ANYTHING) else wanted == name
-            for name in names
-        )
+        return lambda wanted: any(_matches(wanted, name) for name in names)
 
     def _keys(self) -> Iterator[Key]:
         return iter(self._handlers.of_key)
@@ -591,6 +706,19 @@ def _check_view(window: str) -> View:
     if window not in ("run", "interval"):
         raise ValueError(f"window={window!r}: use 'run' or 'interval'")
     return "run" if window == "run" else "interval"
+
+
+def _matches(text: str, suffix: str) -> bool:
+    return text.startswith(suffix[:-1]) if suffix.endswith(ANYTHING) else text == suffix
+
+
+def _stat_of(suffix: str) -> str:
+    """Return what `Snapshot.value` calls a statistic whose value is printed with `suffix`."""
+    for form in _FORMS:
+        beginning = form.format("")
+        if suffix.startswith(beginning):
+            return suffix.removeprefix(beginning).replace(ANYTHING, "")
+    return suffix
 
 
 def _choose(window: WindowLike, name: str, handler: AggregationHandler | None = None) -> View:

@@ -32,6 +32,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from metricfold.clock import Clock
+from metricfold.listing import internal
 from metricfold.metric import AggregationType
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ class Elapsed:
         self.lock = threading.RLock()
 
 
+@internal("count", "has", "outer", "running")
 class Timer(ContextDecorator):
     """Times a block, each call of a function that it decorates, or the items of an iterable.
 

@@ -33,6 +33,7 @@ from metricfold.handlers import (
     check_on_bad_name,
     quiet,
 )
+from metricfold.listing import internal, shortened
 from metricfold.metric import (
     AggregationType,
     Metric,
@@ -130,6 +131,7 @@ class Column:
         return self.state is None and not self.metrics and not self.late
 
 
+@internal("columns", "replaced")
 class MetricBatch:
     """The metrics of one batch, one column per (dataset, name), folded where the batch was made.
 
@@ -180,8 +182,7 @@ class MetricBatch:
         return len(self.columns)
 
     def __repr__(self) -> str:
-        keys = ", ".join("/".join(column.key) for column in self.columns)
-        return f"MetricBatch({keys})"
+        return f"MetricBatch({shortened('/'.join(column.key) for column in self.columns)})"
 
     # Between processes: built-in states as plain numbers, which pickle far faster than objects.
 

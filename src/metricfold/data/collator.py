@@ -16,6 +16,7 @@ from typing import Any
 from metricfold.data.batch import MetricBatch
 from metricfold.data.sample import METRICS, take_metrics
 from metricfold.handlers import check_on_bad_name
+from metricfold.listing import shortened
 from metricfold.metric import Metric
 
 __all__ = ["MetricsCollator"]
@@ -52,6 +53,11 @@ class MetricsCollator:
             raise TypeError(f"MetricsCollator takes a collate function, not {collate_fn!r}")
         self.collate_fn = collate_fn
         self.on_bad_name = check_on_bad_name(on_bad_name)
+
+    def __repr__(self) -> str:
+        inner = self.collate_fn
+        name = "" if inner is None else getattr(inner, "__qualname__", None) or repr(inner)
+        return f"MetricsCollator({shortened([name])})"
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         metrics: list[Metric] = []

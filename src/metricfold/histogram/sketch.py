@@ -24,6 +24,7 @@ from metricfold.histogram.indexing import FloatArray, IntArray
 from metricfold.histogram.layout import NOTHING, Extents, kept_magnitudes, resolve
 from metricfold.histogram.record import Histogram
 from metricfold.histogram.weights import LARGEST_WEIGHT
+from metricfold.listing import internal
 
 __all__ = ["LogLinearHistogram"]
 
@@ -33,6 +34,7 @@ _MANY_STRAYS = 512
 """Values without a bucket that are worth a new layout before somebody asks."""
 
 
+@internal("fingerprint", "settle")
 class LogLinearHistogram:
     """How values are distributed: any number of them, in a fixed amount of memory.
 

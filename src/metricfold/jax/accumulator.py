@@ -49,6 +49,7 @@ from metricfold.jax.exact_sums import (
 )
 from metricfold.jax.ordering import from_sortable, to_sortable
 from metricfold.jax.values import as_array
+from metricfold.listing import internal
 from metricfold.metric import AggregationType
 
 __all__ = ["DeviceAccumulator"]
@@ -60,6 +61,7 @@ _FRACTION = np.int32((1 << FRACTION_BITS) - 1)
 
 
 @jax.tree_util.register_pytree_with_keys_class
+@internal(*_NAMES, "layout", "start_read", "tree_flatten_with_keys", "tree_unflatten")
 class DeviceAccumulator:
     """Metrics that accumulate on the device, for each dataset, until `MetricsAggregator.drain`.
 

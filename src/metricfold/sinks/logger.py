@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from metricfold import hints
 from metricfold.copies import OneInUse, where_found
+from metricfold.listing import internal, shortened
 from metricfold.naming import check_prefix, repeated
 from metricfold.sinks.ends import look_after, unwatch, watch
 from metricfold.sinks.pipeline import Entry, Extra, Pipeline
@@ -41,6 +42,7 @@ _GRACE_AFTER_ERROR = 2.0  # seconds for a reduction that other ranks may never j
 _SAY_AFTER = 10.0  # seconds of waiting for other ranks, after which close() says so
 
 
+@internal("end_on_exit", "end_on_signal")
 @uncompiled
 class MetricsLogger(OneInUse):
     """Hands metrics to sinks, in the background and on one rank only.
@@ -91,6 +93,10 @@ class MetricsLogger(OneInUse):
         self._dying = False
         watch(self)
         leave_alone()
+
+    def __repr__(self) -> str:
+        sinks = shortened(map(repr, self._sinks))
+        return f"MetricsLogger([{sinks}]{', closed' if self._closing.is_set() else ''})"
 
     def __enter__(self) -> MetricsLogger:  # noqa: PYI034 - typing.Self needs Python 3.11
         return self

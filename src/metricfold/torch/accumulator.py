@@ -24,7 +24,7 @@ import math
 import numbers
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from torch.nn import functional as F  # noqa: N812 - its name everywhere
 from metricfold.arrays import whole_tensor
 from metricfold.copies import copied_plainly
 from metricfold.device_lanes import CELLS, EXTREMA, MOMENTS, HostArrays, Layout
+from metricfold.listing import internal
 from metricfold.metric import AggregationType
 from metricfold.recomputation import not_given_before, recomputed
 from metricfold.torch.folding import (
@@ -53,6 +54,7 @@ __all__ = ["AccumulatorMark", "DeviceAccumulator"]
 _logger = logging.getLogger("metricfold")
 
 
+@internal("fill", "owner", "tensors")
 @dataclass(frozen=True, slots=True)
 class AccumulatorMark:
     """What an accumulator held when `DeviceAccumulator.mark` was called, on its device.
@@ -65,8 +67,8 @@ class AccumulatorMark:
     """
 
     owner: DeviceAccumulator
-    tensors: tuple[Tensor, ...]
-    fill: object
+    tensors: tuple[Tensor, ...] = field(repr=False)
+    fill: object = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class _Place:
     grid: int
 
 
+@internal("layout", "start_read", "tensors")
 class DeviceAccumulator:
     """Metrics that accumulate on a device, for each dataset, until `MetricsAggregator.drain`.
 
