@@ -42,3 +42,13 @@ def pytest_pycollect_makemodule(
 ) -> pytest.Module | None:
     """Tell pytest how to collect a file: as it always does, unless something is lacking."""
     return NotInstalled.from_parent(parent, path=module_path) if lacking(module_path) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse names that differ in each of the processes that tests are dealt out to."""
+    for item in items:
+        if re.search(r" at 0x[0-9a-f]+", item.nodeid):
+            raise pytest.UsageError(
+                f"{item.nodeid} has an address in its name: give parametrize ids=, such as "
+                "ids=lambda one: one.__name__"
+            )

@@ -89,7 +89,7 @@ FOREIGN: list[Any] = [
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("metadata", FOREIGN, ids=repr)
+@pytest.mark.parametrize("metadata", FOREIGN, ids=lambda one: ", ".join(map(str, one)) or "none")
 def test_metadata_of_ones_own_change_nothing_about_a_result_of_a_built_in_type(
     metadata: Any, world_size: int
 ) -> None:
