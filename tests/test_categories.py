@@ -299,28 +299,6 @@ def test_a_choice_that_is_none_is_refused(call: Any) -> None:
             call(choice)
 
 
-class Kinds:
-    """A dataset some of whose samples say nothing about their kind."""
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        kind = ("prose", "", "a\nb", "code")[place % 4]
-        return {"metrics": [Metric("d", "id", kind, AggregationType.CATEGORICAL_COUNT)], "n": place}
-
-
-def test_no_data_worker_ends_because_of_a_category(caplog: pytest.LogCaptureFixture) -> None:
-    data = pytest.importorskip("torch.utils.data")
-    loader = data.DataLoader(Kinds(), batch_size=4, num_workers=1, collate_fn=MetricsCollator())
-    aggregator = MetricsAggregator()
-    for batch in loader:
-        aggregator.update(batch.pop("metrics"))
-    logged = counted(aggregator.get_metrics_for_logging("t"))
-    assert logged == {"prose": 2.0, "__empty__": 2.0, "a\\nb": 2.0, "code": 2.0}
-    assert len(caplog.records) == 1  # here, and not in the worker
-
-
 def test_names_that_the_program_makes_stay_errors() -> None:
     for metric in (Metric("d", "", 1, "sum"), Metric("a\nb", "x", 1, "sum")):
         with pytest.raises(ValueError, match=r"is empty|holds a line break"):

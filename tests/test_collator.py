@@ -389,6 +389,31 @@ def stateful() -> StatefulDataLoader[Any]:
 
 
 # torchdata calls what torch has deprecated.
+class Kinds:
+    """A dataset some of whose samples say nothing about their kind."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        kind = ("prose", "", "a\nb", "code")[place % 4]
+        return {"metrics": [Metric("d", "id", kind, "categorical_count")], "n": place}
+
+
+def test_no_data_worker_ends_because_of_a_category(caplog: pytest.LogCaptureFixture) -> None:
+    loader = DataLoader(Kinds(), batch_size=4, num_workers=1, collate_fn=MetricsCollator())
+    aggregator = MetricsAggregator()
+    for batch in loader:
+        aggregator.update(batch.pop("metrics"))
+    assert aggregator.get_metrics_for_logging("t") == {
+        "t_d/id_count_prose": 2.0,
+        "t_d/id_count___empty__": 2.0,
+        "t_d/id_count_a\\nb": 2.0,
+        "t_d/id_count_code": 2.0,
+    }
+    assert len(caplog.records) == 1  # here, and not in the worker
+
+
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
 @pytest.mark.parametrize("stop_after", [1, 4])
 def test_a_run_resumed_in_the_middle_of_an_epoch_counts_every_batch_once(stop_after: int) -> None:

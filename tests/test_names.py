@@ -128,7 +128,7 @@ def test_names_of_any_script_come_through_a_log_and_a_checkpoint(tmp_path: Any) 
     with MetricsLogger([JSONLSink(tmp_path / "run.jsonl")]) as logger:
         logger.log(1, aggregator, prefix="train")
     (line,) = (tmp_path / "run.jsonl").read_text("utf-8").splitlines()
-    assert json.loads(line)["metrics"] == expected
+    assert json.loads(line)["metrics"].items() >= expected.items()
 
 
 def renamed(state: dict[str, Any], old: str, new: str) -> dict[str, Any]:
