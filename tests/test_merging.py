@@ -197,6 +197,17 @@ def test_a_merged_run_goes_on_and_can_be_saved_and_merged_again() -> None:
     )
 
 
+def test_a_state_that_is_given_twice_counts_twice_and_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    state, empty = job(JOBS[2]), new().state_dict()
+    with caplog.at_level("WARNING", logger="metricfold"):
+        twice = merge_state_dicts([empty, state, empty, state], parallel=True)
+    assert told(twice)["t_d/sum"] == 2 * sum(JOBS[2])
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("states[3] is the same as states[1], and counts again: every rank of")
+
+
 # -- What is dropped, and what depends on `parallel` ------------------------------------------------
 
 

@@ -110,6 +110,59 @@ def test_equal_weights_above_1_are_copies_where_they_were_no_weights() -> None:
     assert quantiles(np.array([1.0, 9.0]), np.array([2.0, 2.0]), np.array([0.25]))[0] == 1
 
 
+REPORTED = {
+    # fastverse/collapse#743: the median of repeated values is 11600.
+    "collapse 743": (
+        [11600, 35129, 58658, 82187, 105716, 129245, 152774, 223361],
+        [358, 57, 19, 11, 3, 3, 3, 1],
+    ),
+    # harrelfe/Hmisc#81: weights of 0 moved the upper quantiles.
+    "Hmisc 81": ([1, 2, 3, 4, 5], [0, 1, 2, 1, 0]),
+    # numpy/numpy#27549: the 0-quantile was a value of weight 0.
+    "numpy 27549": ([0, 1, 2], [0, 0, 1]),
+    # tdunning/t-digest#167, apache/datafusion#19940: not what the repeated values say.
+    "t-digest 167": ([9000, 3000, 3000, 1000, 1000], [2, 5, 6, 10, 16]),
+    # JuliaStats/StatsBase.jl#933: the median was 2.5, whichever value had the weight.
+    "StatsBase 933": ([1, 2, 3, 4], [1, 1000, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("report", REPORTED)
+def test_what_other_libraries_were_reported_for_equals_the_repeated_values(report: str) -> None:
+    values, weights = (np.array(part, dtype=float) for part in REPORTED[report])
+    expected = np.quantile(np.repeat(values, weights.astype(int)), Q).tolist()
+    aggregator = MetricsAggregator(percentiles=PERCENTILES)
+    pairs = zip(values.tolist(), weights.tolist(), strict=True)
+    aggregator.update([Metric("d", "x", x, DISTRIBUTION, w) for x, w in pairs])
+    found = list(percentiles(aggregator.get_metrics_for_logging("t")).values())
+    assert found == pytest.approx(expected, rel=1e-12)
+    empty, sketch = LogLinearHistogram(), LogLinearHistogram()
+    sketch.update(values, weights)
+    empty.merge(sketch)
+    for histogram in (sketch, empty):
+        assert histogram.quantile(Q).tolist() == pytest.approx(expected, rel=2.0**-histogram.m)
+
+
+def test_weights_that_are_shares_let_the_heavy_value_be_the_median() -> None:
+    """JuliaStats/StatsBase.jl#933 with probabilities: 2.5 for each of these."""
+    values = np.array([1.0, 2.0, 3.0, 4.0])
+    for place in range(4):
+        weights = np.ones(4)
+        weights[place] = 1000
+        found = quantiles(values, weights / 1003, np.array([0.5]))
+        assert found[0] == pytest.approx(values[place])
+
+
+def test_values_whose_weights_are_all_0_are_no_values() -> None:
+    """numpy/numpy#28589: the first value came out."""
+    aggregator = MetricsAggregator()
+    aggregator.update([Metric("d", "x", value, DISTRIBUTION, 0) for value in (1, 2, 3)])
+    assert aggregator.get_metrics_for_logging("t") == {}
+    histogram = LogLinearHistogram()
+    histogram.update([1, 2, 3], [0, 0, 0])
+    assert math.isnan(histogram.quantile(0.5))
+
+
 @pytest.mark.parametrize("heavy", [1e15, 1e17, 1e20, 1e150])
 def test_huge_weights_leave_the_middle_in_the_middle(heavy: float) -> None:
     found = quantiles(np.array([1.0, 9.0]), np.array([heavy, heavy]), np.array([0.49, 0.5, 0.51]))
@@ -244,19 +297,19 @@ def test_what_devices_send_follows_the_same_rule(kind: str) -> None:
     assert logged == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["whole", "shares"])
-def test_what_jax_sends_follows_the_same_rule(kind: str) -> None:
-    pytest.importorskip("jax")
+def test_what_jax_sends_follows_the_same_rule() -> None:
+    jax = pytest.importorskip("jax")
     from metricfold.jax import DeviceAccumulator
 
-    values, weights = of_kind(kind)
-    values = values / 32
-    acc = DeviceAccumulator({"x": "distribution"}, ("d",))
-    acc = acc.update("x", values.astype(np.float32), weights=weights.astype(np.float32))
-    aggregator = MetricsAggregator(percentiles=PERCENTILES)
-    aggregator.drain(acc)
-    logged = percentiles(aggregator.get_metrics_for_logging("t"))
-    assert logged == pytest.approx(expected_of(values, weights), rel=1e-6)
+    update = jax.jit(lambda acc, values, weights: acc.update("x", values, weights=weights))
+    for kind in ("whole", "shares"):
+        values, weights = of_kind(kind)
+        values = values / 32
+        acc = DeviceAccumulator({"x": "distribution"}, ("d",))
+        aggregator = MetricsAggregator(percentiles=PERCENTILES)
+        aggregator.drain(update(acc, values.astype(np.float32), weights.astype(np.float32)))
+        logged = percentiles(aggregator.get_metrics_for_logging("t"))
+        assert logged == pytest.approx(expected_of(values, weights), rel=1e-6)
 
 
 def test_datasets_together_follow_the_same_rule() -> None:

@@ -9,6 +9,7 @@ controller, shards of an evaluation that run as jobs of their own, parts of a ru
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,8 @@ from metricfold.totals import Totals
 
 __all__ = ["merge_state_dicts"]
 
+_logger = logging.getLogger("metricfold")
+
 
 def merge_state_dicts(states: Iterable[Mapping[str, Any]], *, parallel: bool) -> dict[str, Any]:
     """Return the state of a run that saw all that the runs of `states` saw; each counts once.
@@ -32,7 +35,8 @@ def merge_state_dicts(states: Iterable[Mapping[str, Any]], *, parallel: bool) ->
     them, the first in alphabetical order are told apart.
 
     Args:
-        states: what `MetricsAggregator.state_dict` returned in each job, on any number of ranks.
+        states: what `MetricsAggregator.state_dict` returned in each job, one of each: it is the same
+            on all ranks of a job. One that is given twice counts twice, with a warning.
         parallel: whether the jobs ran side by side. True: wall time, which a RATE divides by, is that
             of the longest, and each job's recent values are those of ranks of their own. False: the
             jobs ran one after the other, in the order given: times add up, and the recent values of
@@ -88,12 +92,21 @@ def _decoded(states: Iterable[Mapping[str, Any]]) -> list[Saved]:
             "merge_state_dicts() takes a list of states, and this is a single one: give "
             "[state, another, ...]"
         )
-    saved = []
+    saved: list[Saved] = []
+    first: dict[str, int] = {}
     for place, state in enumerate(states):
         try:
             saved.append(decode(state))
         except ValueError as error:
             raise ValueError(f"states[{place}]: {error}") from error
+        same = first.setdefault(state["payload"], place)
+        if same < place and saved[-1].run.schema.entries:
+            _logger.warning(
+                "states[%d] is the same as states[%d], and counts again: every rank of a job returns "
+                "the state of the whole job, so give one of each job",
+                place,
+                same,
+            )
     if not saved:
         raise ValueError(
             "there is no state to merge: give what state_dict() returned in at least one job"
