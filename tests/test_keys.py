@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +9,7 @@ from hypotheses import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_threads
+from work import lines_run
 
 from metricfold import MetricsAggregator, agreement, keys, naming
 from metricfold.agreement import Agreed, agree, encoded
@@ -158,25 +156,6 @@ def test_lanes_stand_where_their_keys_do_in_a_schema_that_has_grown(
         sum(entry.sum_width for entry in newer),
         sum(entry.maxs for entry in newer),
     )
-
-
-def lines_run(function: Any, *modules: Any) -> int:
-    """Return how many lines of `modules` run while `function` is called, on this thread."""
-    files = {str(Path(module.__file__)) for module in modules}
-    lines: Counter[str] = Counter()
-
-    def count(frame: Any, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename not in files:
-            return None
-        lines[event] += 1
-        return count
-
-    sys.settrace(count)
-    try:
-        function()
-    finally:
-        sys.settrace(None)
-    return lines["line"]
 
 
 @pytest.mark.parametrize("agg", ["mean", "categorical_count"])

@@ -15,8 +15,10 @@ from hypotheses import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_threads
+from work import lines_run
 
-from metricfold import Metric, MetricBatch, MetricsAggregator
+from metricfold import Metric, MetricBatch, MetricsAggregator, delta, handlers, inbox
+from metricfold import aggregator as aggregator_module
 from metricfold.torch import DeviceAccumulator
 
 KINDS = ("sum", "mean", "max", "rate", "distribution", "categorical_count", MyTypes.PRODUCT)
@@ -129,39 +131,48 @@ def test_marks_that_are_past_or_not_ours_are_refused_and_change_nothing() -> Non
 
 
 def test_a_mark_takes_the_time_of_its_step_not_of_all_that_has_come() -> None:
-    from metricfold import delta
+    def lines(keys: int) -> int:
+        """Return how much Python runs for ten steps, each with a mark, of which some are skipped."""
+        aggregator = MetricsAggregator(None)
+        for key in range(keys):
+            aggregator.update([Metric("d", f"len {key}", v, "distribution") for v in range(40)])
+        aggregator.mark()
 
+        def ten_steps() -> None:
+            for value in range(10):
+                mark = aggregator.mark()
+                aggregator.record("len 0", float(value), "distribution", dataset="d")
+                if value % 3 == 0:
+                    aggregator.rollback(mark)
+
+        return lines_run(ten_steps, aggregator_module, inbox, delta, handlers)
+
+    assert lines(300) == lines(3) > 100
+
+
+def test_values_that_pile_up_over_many_marks_count_once() -> None:
     aggregator = MetricsAggregator(None)
-    aggregator.update([Metric("d", "len", v, "distribution") for v in range(5000)])
-    aggregator.mark()
-    held = aggregator._delta._marked
-    assert held is not None
-    before = held.states["d", "len"]
-    for value in range(3000):  # more than are added up before they are put away
+    for value in range(10_000):  # more than are folded at a time
         mark = aggregator.mark()
-        aggregator.record("len", float(value), "distribution", dataset="d")
-        layer = aggregator._delta.states["d", "len"]
-        assert layer.sums[0] == 1
-        if value < delta._ADDITIONS - 1:
-            assert aggregator._delta._marked.states["d", "len"] is before  # type: ignore[union-attr]
+        aggregator.record("len", float(value), "distribution")
+        aggregator.record("n", 1, "sum")
         if value % 3 == 0:
             aggregator.rollback(mark)
-    assert aggregator.get_metrics_for_logging()["data_d/len_stat_count"] == 7000
+    logged = aggregator.get_metrics_for_logging()
+    assert (logged["data/len_stat_count"], logged["data/n"]) == (6666, 6666)
 
 
 def test_categories_that_are_not_told_apart_take_no_memory_between_marks() -> None:
     aggregator = MetricsAggregator(max_categories=10)
     aggregator.update([Metric("d", "id", v, "categorical_count") for v in range(20)])
     aggregator.reduce()
-    for number in range(2000):
+    for number in range(6000):
         aggregator.mark()
-        aggregator.record("id", number, "categorical_count", dataset="d")
-    marked = aggregator._delta._marked
-    assert marked is not None
-    for states in (marked.states, aggregator._delta._settled):
-        state: Any = states.get(("d", "id"))
+        aggregator.record("id", f"number {number}", "categorical_count", dataset="d")
+    for part in (aggregator._inbox._delta, aggregator._inbox._since):
+        state: Any = part.states.get(("d", "id"))
         assert state is None or len(state.counts) <= 25
-    assert sum(aggregator.get_metrics_for_logging("t").values()) == 2020
+    assert sum(aggregator.get_metrics_for_logging("t").values()) == 6020
 
 
 def test_a_mark_that_is_never_renewed_costs_neither_precision_nor_order() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,9 @@ import pytest
 from hypotheses import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from work import lines_run
 
+from metricfold import naming
 from metricfold.handlers import DistributionAggHandler
 from metricfold.naming import ANYTHING, Claims, printed
 
@@ -164,21 +165,13 @@ def test_the_work_for_a_key_does_not_grow_with_their_number(kinds: Any) -> None:
             claims.add([((f"set_{index % 7}", f"layer{index}/load"), kinds[index % len(kinds)])])
             if index % 9 == 0:
                 claims.derive(f"derived_{index}")
-        lines = 0
 
-        def count(frame: Any, event: str, argument: Any) -> Any:
-            nonlocal lines
-            lines += event == "line"
-            return count
-
-        sys.settrace(count)
-        try:
+        def few_more() -> None:
             for suffixes in kinds:
                 claims.add([(("set_1", f"new{len(suffixes[0])}"), suffixes)])
             asked(claims, "add", [(("", "layer1/load"), ("",))])
             claims.derive("another")
-        finally:
-            sys.settrace(None)
-        return lines
+
+        return lines_run(few_more, naming)
 
     assert work(3000) <= 1.2 * work(300)

@@ -6,7 +6,7 @@
     snapshot = aggregator.reduce()                         # every rank calls it
     state = aggregator.state_dict()                        # every rank calls it; anyone may save it
 
-What comes in accumulates in a `Delta`; a reduction cuts it off and, if it fails, puts it back.
+What comes in piles up in an `Inbox`; a reduction cuts it off and, if it fails, puts it back.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from metricfold.data.batch import (
     say_replaced,
 )
 from metricfold.data.sample import guard_default_collate
-from metricfold.delta import CutDelta, Delta, InTransit
+from metricfold.delta import CutDelta, InTransit
 from metricfold.derived import Derived, DerivedMetric, check_derived_window
 from metricfold.device_lanes import AnyAccumulator, Drained, Layout
 from metricfold.handlers import (
@@ -63,6 +63,7 @@ from metricfold.handlers import (
     name_of,
     quiet,
 )
+from metricfold.inbox import Inbox
 from metricfold.keys import INSTEAD, Admission, KeyRegistry, KeyTable
 from metricfold.listing import internal
 from metricfold.metric import (
@@ -166,7 +167,7 @@ class MetricsAggregator:
         self._namesake = next(_namesakes.setdefault(self.name, itertools.count()))
         self._process_group = process_group
         self._warned: set[str] = set()
-        self._delta = Delta()
+        self._inbox = Inbox(self._keys)
         self._clock = Clock()
         self._custom = CustomStates()
         self._late_custom: list[Late] = []
@@ -216,14 +217,12 @@ class MetricsAggregator:
         if recomputed():
             self._pass_over(metrics.columns if isinstance(metrics, MetricBatch) else metrics)
             return
+        with self._lock:
+            if self._dead is None and self._inbox.update(metrics):
+                return
         if isinstance(metrics, MetricBatch):
             if metrics.replaced:
                 say_replaced(metrics, self._keys.handler_of)
-            with self._lock:
-                if self._keys.familiar(metrics.columns):
-                    self._check_usable()
-                    self._add(metrics.columns)
-                    return
             columns = self._keys.columns_of(metrics)
         elif isinstance(metrics, list | tuple) and not isinstance(metrics, Metric):
             with quiet():
@@ -279,6 +278,10 @@ class MetricsAggregator:
         if recomputed():
             self._pass_over([Metric(dataset or "", name, value, agg, weight)])
             return
+        if not (each or per_rank):
+            with self._lock:
+                if self._dead is None and self._inbox.record(name, value, agg, dataset, weight):
+                    return
         check_name("the name of a metric", name)
         if dataset is not None:
             check_name(f"the dataset of metric {name!r}", dataset)
@@ -480,7 +483,7 @@ class MetricsAggregator:
             if not self._clock.running:
                 self._clock.start(time.perf_counter())
             if self._dead is None:
-                self._delta.drained.append(drained)
+                self._inbox.take_accumulator(drained)
         return empty
 
     def mark(self) -> AggregatorMark:
@@ -500,7 +503,7 @@ class MetricsAggregator:
         """
         with self._lock:
             self._check_usable()
-            self._delta.mark(self._keys.kept)
+            self._inbox.mark()
             self._custom.mark()
             self._late_custom_marked = len(self._late_custom)
             self._mark = AggregatorMark(self.name, self._keys, self._cuts)
@@ -540,7 +543,7 @@ class MetricsAggregator:
                     "a newer mark has been made since this one, and only the newest can be rolled "
                     "back to: call mark() once, where a step begins"
                 )
-            self._delta.rollback()
+            self._inbox.rollback()
             self._custom.rollback(self._keys.of_key)
             del self._late_custom[self._late_custom_marked :]
 
@@ -579,7 +582,7 @@ class MetricsAggregator:
         if columns and not self._clock.running:
             self._clock.start(time.perf_counter())
         if self._dead is None:  # else nothing can reduce it any more: do not pile it up
-            self._delta.add(columns, self._keys.of_key, self._keys.kept)
+            self._inbox.take(columns)
 
     def _take_custom(self, admission: Admission) -> None:
         late_keys = {late.key for late in self._late_custom}
@@ -779,7 +782,7 @@ class MetricsAggregator:
             self._claim_share(communicator)
             shown = self._clock.now()
             untimed = self._stop_watches(communicator.world_size, shown)
-            cut = self._delta.cut()
+            cut = self._inbox.cut()
             seconds = self._clock.cut(shown)
             self._cut_off()
             # From here on the others are on their way: join them whatever happens, and say so there.
@@ -808,7 +811,7 @@ class MetricsAggregator:
                 reduced = self._reducer.reduce(begun.communicator, mine, registry)
         except BaseException as error:
             with self._lock:
-                self._delta.restore(begun.cut)
+                self._inbox.restore(begun.cut)
                 self._clock.restore(mine.seconds)
                 self._custom.reopen_interval(begun.closed)
                 if isinstance(error, MissingRanksError):
@@ -845,7 +848,7 @@ class MetricsAggregator:
         marked = self._late_custom[: self._late_custom_marked]
         self._late_custom_marked -= sum(late.key == key for late in marked)
         self._late_custom = [late for late in self._late_custom if late.key != key]
-        return self._delta.drop(key)
+        return self._inbox.drop(key)
 
     def _drain(self) -> None:
         """Wait for a reduction under way; what it raises is its future's to tell."""
@@ -925,7 +928,7 @@ class MetricsAggregator:
 
     def _start_from(self, saved: Saved | None, custom: dict[str, list[MetricState]]) -> None:
         """Replace everything that has accumulated; what the ranks have agreed on stays."""
-        self._delta = Delta()
+        self._inbox = Inbox(self._keys)
         self._custom = CustomStates()
         self._clock.restart()
         for elapsed in self._timers.values():
@@ -961,6 +964,7 @@ class MetricsAggregator:
         for elapsed in self._timers.values():
             elapsed.leave_parent_behind()
         self._timers = {}
+        self._inbox = Inbox(self._keys)
         self._in_flight = self._worker = None
         if self._communicator is not None:
             _leaked.append(self._communicator)

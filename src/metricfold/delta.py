@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Set as AbstractSet
 from functools import partial
 from itertools import groupby
 from typing import Any, NoReturn
@@ -12,7 +12,6 @@ import numpy as np
 
 from metricfold import arrays
 from metricfold.data.batch import (
-    Column,
     Late,
     Numbers,
     bad_weight,
@@ -27,159 +26,68 @@ from metricfold.handlers import (
     CategoryState,
     LaneHandler,
     State,
-    WindowState,
 )
 from metricfold.naming import show
 from metricfold.schema import Key
 
 __all__ = ["CutDelta", "Delta", "InTransit"]
 
-# A plain running sum drifts by one rounding per addition. Folding the sums away after this many
-# keeps the drift of a million updates below 1e-12 of the sum of magnitudes.
-_ADDITIONS = 1024
-
 
 class Delta:
-    """States per key, and values that still lie on a device.
+    """States per key, and what still lies on a device.
 
-    A reduction takes the whole delta away (`cut`) and, if it fails, puts it back (`restore`). What
-    has come in since the last `mark` can be dropped (`rollback`): it lies apart, and is merged with
-    what was there before when the next mark is made.
+    Attributes:
+        states: by key.
+        late: values on a device, in order of arrival.
+        drained: accumulators on their way from a device.
+        queued: keys with values on a device.
     """
 
     def __init__(self) -> None:
         self.states: dict[Key, State] = {}
-        self._marked: _Marked | None = None
         self.late: list[Late] = []
         self.drained: list[Drained] = []
-        self._late_keys: set[Key] = set()
-        self._settled: dict[Key, State] = {}
-        self._additions = 0
+        self.queued: set[Key] = set()
 
-    def add(
-        self,
-        columns: Iterable[Column],
-        handlers: Mapping[Key, AggregationHandler],
-        kept: Mapping[Key, frozenset[str]],
-    ) -> None:
-        """Take in folded columns; cannot fail.
+    def add(self, key: Key, state: State, late: Sequence[Late]) -> None:
+        """Add what has come in of a key that is not here yet."""
+        self.states[key] = state
+        if late:
+            self.late += late
+            self.queued.add(key)
 
-        Args:
-            columns: by key.
-            handlers: of each key.
-            kept: the categories that are told apart, where there have been more.
-        """
-        states, late_keys = self.states, self._late_keys
-        for column in columns:
-            key, state = column.key, column.state
-            assert state is not None
-            if late_keys and key in late_keys and isinstance(state, WindowState):
-                # A window is in order of arrival: these queue behind what is still on the device.
-                # NaN and infinities have no place in it and are merely counted.
-                self.late.append(_as_late(column, state))
-                count, nans, infinities, *_ = state.sums
-                state = WindowState((count - state.size, nans, infinities, 0.0, 0.0))
-            known = states.get(key)
-            if known is None:
-                known = states[key] = _empty(handlers[key])
-            known.merge(state)
-            if column.late:
-                self.late.extend(column.late)
-                late_keys.add(key)
-        self._additions += 1
-        if self._additions >= _ADDITIONS:
-            settled = self._settled if self._marked is None else self._marked.since
-            _merge_into(settled, states)
-            states = settled
-            self.states, self._additions = {}, 0
-        if kept:
-            _trim(states, kept)
+    def holds_any(self) -> bool:
+        return bool(self.states or self.drained)
 
-    def mark(self, kept: Mapping[Key, frozenset[str]]) -> None:
-        """Let `rollback` come back to here; takes the time of what has come in since the last mark.
+    def followed_by(self, newer: Delta) -> Delta:
+        """Return both as one. Neither changes, so that an interrupt leaves nothing half done."""
+        both = Delta()
+        both.states = {**self.states, **newer.states}
+        for key in self.states.keys() & newer.states.keys():
+            both.states[key] = self.states[key].copy()
+            both.states[key].merge(newer.states[key])
+        both.late = self.late + newer.late
+        both.drained = self.drained + newer.drained
+        both.queued = self.queued | newer.queued
+        return both
 
-        Args:
-            kept: as in `add`.
-        """
-        marked = _Marked() if self._marked is None else self._marked
-        _merge_into(marked.states, marked.since)
-        _merge_into(marked.states, self.states)
-        _trim(marked.states, kept)
-        marked.additions += self._additions
-        if marked.additions >= _ADDITIONS:
-            _merge_into(self._settled, marked.states)
-            _trim(self._settled, kept)
-            marked.states, marked.additions = {}, 0
-        self._marked, marked.since, self.states, self._additions = marked, {}, {}, 0
-        marked.late, marked.drained = len(self.late), len(self.drained)
-
-    def rollback(self) -> None:
-        """Drop what has come in since the mark; there is one."""
-        assert self._marked is not None
-        self.states, self._marked.since, self._additions = {}, {}, 0
-        del self.late[self._marked.late :], self.drained[self._marked.drained :]
-        self._late_keys = {entry.key for entry in self.late}
+    def trim(self, kept: Mapping[Key, AbstractSet[str]]) -> None:
+        """Let go of categories that are not told apart, where they have become many."""
+        for key, categories in kept.items():
+            state = self.states.get(key)
+            if isinstance(state, CategoryState) and len(state.counts) > 2 * len(categories):
+                state.keep(categories)
 
     def drop(self, key: Key) -> int:
         """Forget `key`; returns how many values it had."""
-        layers = [self.states, self._settled]
-        if self._marked is not None:
-            layers += [self._marked.states, self._marked.since]
-            marked = self.late[: self._marked.late]
-            self._marked.late -= sum(entry.key == key for entry in marked)
-        states = [layer.pop(key, None) for layer in layers]
+        state = self.states.pop(key, None)
         late = sum(entry.count for entry in self.late if entry.key == key)
-        self.late = [entry for entry in self.late if entry.key != key]
+        if late:
+            self.late = [entry for entry in self.late if entry.key != key]
+        self.queued.discard(key)
         for drained in self.drained:
             drained.drop(key)
-        return late + sum(int(state.sums[0]) for state in states if state is not None)
-
-    def cut(self) -> CutDelta:
-        """Return what has accumulated, and begin anew."""
-        taken = CutDelta(self._together(), self.late, self.drained)
-        self.states, self._settled, self._additions = {}, {}, 0
-        self.late, self._late_keys, self.drained = [], set(), []
-        self._marked = None
-        return taken
-
-    def restore(self, taken: CutDelta) -> None:
-        """Put back what a failed reduction took; it comes before what has come since."""
-        _merge_into(taken.states, self._settled)
-        if self._marked is not None:
-            _merge_into(taken.states, self._marked.states)
-        self._settled = taken.states
-        self.drained = taken.drained + self.drained
-        if self._marked is not None:
-            self._marked.states = {}
-            self._marked.drained += len(taken.drained)
-
-    def _together(self) -> dict[Key, State]:
-        marked = [] if self._marked is None else [self._marked.states, self._marked.since]
-        layers = [layer for layer in (self._settled, *marked, self.states) if layer]
-        if not layers:
-            return {}
-        for layer in layers[1:]:
-            _merge_into(layers[0], layer)
-        return layers[0]
-
-
-@dataclass(slots=True)
-class _Marked:
-    """What there was when the mark was made.
-
-    Args:
-        states: of the values since they were last settled.
-        additions: how often something was added to these.
-        late: how many values lay on a device.
-        drained: how many accumulators were on their way.
-        since: what has come since, but for the newest.
-    """
-
-    states: dict[Key, State] = field(default_factory=dict)
-    additions: int = 0
-    late: int = 0
-    drained: int = 0
-    since: dict[Key, State] = field(default_factory=dict)
+        return late + (0 if state is None else int(state.sums[0]))
 
 
 class InTransit:
@@ -233,18 +141,17 @@ def _raise(error: Exception) -> NoReturn:
 
 
 class CutDelta:
-    """A delta that no longer grows."""
+    """A delta that no longer grows; what lies on a device is on its way."""
 
-    def __init__(
-        self,
-        states: dict[Key, State],
-        late: list[Late],
-        drained: list[Drained],
-    ) -> None:
-        self.states = states
-        self.drained = drained
+    def __init__(self, delta: Delta) -> None:
+        self.states = delta.states
         self.errors: list[str] = []
-        self._late = InTransit(late)
+        self._delta = delta
+        self._late = InTransit(delta.late)
+
+    def given_back(self) -> Delta:
+        """Return the delta, with all that has arrived."""
+        return self._delta
 
     def settle(self, handlers: Mapping[Key, AggregationHandler]) -> None:
         """Wait for values on devices and fold them.
@@ -252,49 +159,40 @@ class CutDelta:
         What cannot be read or folded is dropped and reported in `errors`: this rank still takes
         part in the reduction, so that the others do not wait for it.
         """
+        delta = self._delta
         by_key: dict[Key, list[tuple[Any, Any]]] = {}
         for late, value, weight in self._late.arrive(self.errors):
             by_key.setdefault(late.key, []).append((value, weight))
-        self._late = InTransit(())
+        states = []
         for key, arrived in by_key.items():
             for values, weights in _in_runs(arrived):
                 try:
-                    self._fold(key, handlers[key], values, weights)
+                    states.append((key, _folded(key, handlers[key], values, weights)))
                 except ValueError as error:  # which names the metric
                     self.errors.append(str(error))
                 except Exception as error:  # noqa: BLE001 - the user's; raised on all ranks
                     self.errors.append(f"{show(key)}: the handler failed: {error!r}")
-        while self.drained:
+        while delta.drained:
             try:
-                states = self.drained.pop(0).arrive()
+                states += delta.drained[0].arrive()
             except Exception as error:  # noqa: BLE001 - such as an error of the device
                 self.errors.append(f"an accumulator could not be read from its device: {error!r}")
-                continue
-            for key, state in states:
-                self._merge(key, handlers[key], state)
+            del delta.drained[0]
+        delta.late, delta.queued = [], set()
+        for key, state in states:
+            self.states.setdefault(key, _empty(handlers[key])).merge(state)
 
-    def _fold(
-        self, key: Key, handler: AggregationHandler, values: Numbers, weights: Numbers
-    ) -> None:
-        if isinstance(handler, CategoricalCountAggHandler):
-            state: State = handler.fold_categories(map(str, listed(values)))
-        else:
-            assert isinstance(handler, LaneHandler)
-            state = fold_numbers(key, handler, values, weights)
-        self._merge(key, handler, state)
 
-    def _merge(self, key: Key, handler: AggregationHandler, state: State) -> None:
-        self.states.setdefault(key, _empty(handler)).merge(state)
+def _folded(key: Key, handler: AggregationHandler, values: Numbers, weights: Numbers) -> State:
+    if isinstance(handler, CategoricalCountAggHandler):
+        return handler.fold_categories(map(str, listed(values)))
+    assert isinstance(handler, LaneHandler)
+    return fold_numbers(key, handler, values, weights)
 
 
 def _empty(handler: AggregationHandler) -> State:
     assert isinstance(handler, LaneHandler)
     return handler.empty()
-
-
-def _as_late(column: Column, state: WindowState) -> Late:
-    values, weights, *_ = state.window()
-    return Late(column.key, column.agg_type, values, 1.0 if weights is None else weights)
 
 
 def _in_runs(arrived: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Numbers, Numbers]]:
@@ -305,20 +203,3 @@ def _in_runs(arrived: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Numbers, Numb
             yield values, weights
         else:
             yield from run
-
-
-def _trim(states: Mapping[Key, State], kept: Mapping[Key, frozenset[str]]) -> None:
-    """Let go of categories that are not told apart, where they have become many."""
-    for key, categories in kept.items():
-        state = states.get(key)
-        if isinstance(state, CategoryState) and len(state.counts) > 2 * len(categories):
-            state.keep(categories)
-
-
-def _merge_into(target: dict[Key, State], newer: Mapping[Key, State]) -> None:
-    for key, state in newer.items():
-        known = target.get(key)
-        if known is None:
-            target[key] = state.copy()
-        else:
-            known.merge(state)

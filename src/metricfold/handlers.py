@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import reduce
 from numbers import Real
 from operator import add, mul
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -126,6 +127,11 @@ class LaneState:
 
     __slots__ = ("maxs", "sums")
 
+    ordered: ClassVar[bool] = False
+    """Whether it matters in which order values come."""
+    recent: ClassVar[bool] = False
+    """Whether the most recent of them do."""
+
     def __init__(self, sums: Lanes, maxs: Lanes = ()) -> None:
         self.sums = sums
         self.maxs = maxs
@@ -134,6 +140,13 @@ class LaneState:
         self.sums = _added(self.sums, other.sums)
         if self.maxs:
             self.maxs = tuple(map(_larger, self.maxs, other.maxs))
+
+    def merge_all(self, others: Sequence[LaneState]) -> None:
+        """Merge several, in order."""
+        self.sums = tuple(map(sum, zip(self.sums, *[other.sums for other in others], strict=True)))
+        if self.maxs:
+            lanes = zip(self.maxs, *[other.maxs for other in others], strict=True)
+            self.maxs = tuple(reduce(_larger, lane) for lane in lanes)
 
     def copy(self) -> LaneState:
         return LaneState(self.sums, self.maxs)
@@ -168,6 +181,8 @@ class WindowState(LaneState):
 
     __slots__ = ("chunks", "limit", "older", "size")
 
+    ordered = recent = True
+
     def __init__(
         self,
         sums: Lanes,
@@ -194,17 +209,36 @@ class WindowState(LaneState):
     def merge(self, other: LaneState) -> None:
         assert isinstance(other, WindowState)
         self.sums = _added(self.sums, other.sums)
-        self.chunks += other.chunks
-        self.size += other.size
-        if other.older is not None:
-            known = [] if self.older is None else [self.older]
-            self.older = new_histogram([*known, other.older])
+        self._follow_with((other,))
+
+    def merge_all(self, others: Sequence[LaneState]) -> None:
+        super().merge_all(others)
+        self._follow_with(others)
+
+    def _follow_with(self, others: Sequence[LaneState]) -> None:
+        older = [] if self.older is None else [self.older]
+        for other in others:
+            assert isinstance(other, WindowState)
+            self.chunks += other.chunks
+            self.size += other.size
+            if other.older is not None:
+                older.append(other.older)
+        if len(older) > (self.older is not None):
+            self.older = new_histogram(older)
         if self.limit is not None and self.size >= self.limit + _UNFOLDED:
             self._condense(self.limit)
 
     def copy(self) -> WindowState:
-        older = None if self.older is None else self.older.copy()
-        return WindowState(self.sums, self.chunks, self.limit, older)
+        copied = WindowState(self.sums, (), self.limit)
+        copied.chunks, copied.size = self.chunks.copy(), self.size
+        copied.older = None if self.older is None else self.older.copy()
+        return copied
+
+    def parted(self) -> tuple[FloatArray, FloatArray | None, WindowState]:
+        """Return the values with their weights, and the rest, which has no order and merely counts."""
+        values, weights, *_ = self.window()
+        count, nans, infinities, *_ = self.sums
+        return values, weights, WindowState((count - self.size, nans, infinities, 0.0, 0.0))
 
     def window(self) -> Window:
         """Return the newest `limit` values, and all before them as a histogram."""
@@ -218,7 +252,7 @@ class WindowState(LaneState):
 
 
 class CategoryState(LaneState):
-    """A total count, and one count per category.
+    """A total count, and one count per category, in the order in which they first came.
 
     Args:
         sums: the SUM lanes.
@@ -227,6 +261,8 @@ class CategoryState(LaneState):
     """
 
     __slots__ = ("counts", "replaced")
+
+    ordered = True
 
     def __init__(self, sums: Lanes, counts: dict[str, int], replaced: str | None = None) -> None:
         super().__init__(sums)
@@ -239,6 +275,10 @@ class CategoryState(LaneState):
         counts = self.counts
         for category, count in other.counts.items():
             counts[category] = counts.get(category, 0) + count
+
+    def merge_all(self, others: Sequence[LaneState]) -> None:
+        for other in others:
+            self.merge(other)
 
     def copy(self) -> CategoryState:
         return CategoryState(self.sums, dict(self.counts))

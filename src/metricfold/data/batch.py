@@ -138,16 +138,38 @@ class MetricBatch:
     A plain object on purpose: batch movers walk into tuples, mappings and dataclasses, and leave
     anything else alone. It has what they may call: `to` and `pin_memory` return it unchanged.
     Hand it to `MetricsAggregator.update`; its metrics count then, and only then.
+
+    Attributes:
+        folded: key and type of what has been folded, as one: (dataset, name, type).
+        states: what each of these was folded to.
+        others: columns that the training process has to look at: those without a state.
+        size: of how many metrics it was made.
     """
 
-    __slots__ = ("columns", "replaced")
+    __slots__ = ("folded", "others", "replaced", "size", "states")
 
     def __init__(
-        self, columns: Iterable[Column] = (), replaced: Iterable[tuple[Key, str]] = ()
+        self,
+        columns: Iterable[Column] = (),
+        replaced: Iterable[tuple[Key, str]] = (),
+        size: int = 0,
     ) -> None:
-        self.columns = tuple(columns)
+        columns = list(columns)
+        self.folded = tuple((*one.key, one.agg_type) for one in columns if one.state is not None)
+        self.states = tuple(one.state for one in columns if one.state is not None)
+        self.others = tuple(one for one in columns if one.state is None)
         # Categories that count under another text: the training process says so, once.
         self.replaced = tuple(replaced)
+        self.size = size
+
+    @property
+    def columns(self) -> list[Column]:
+        """One per key."""
+        found = [
+            Column((dataset, name), agg_type, state)
+            for (dataset, name, agg_type), state in zip(self.folded, self.states, strict=True)
+        ]
+        return [*found, *self.others]
 
     @classmethod
     def from_metrics(
@@ -164,12 +186,13 @@ class MetricBatch:
         Raises:
             ValueError, TypeError: a metric is not valid; names the metric and says what to do.
         """
+        metrics = list(metrics)
         handlers = _BUILT_IN[check_on_bad_name(on_bad_name)]
         with quiet():
             columns = fold_metrics(
-                list(metrics), lambda key, agg_type: handlers.get(agg_type), in_worker=True
+                metrics, lambda key, agg_type: handlers.get(agg_type), in_worker=True
             )
-        return cls(columns, _replaced(columns))
+        return cls(columns, _replaced(columns), len(metrics))
 
     def to(self, *args: object, **kwargs: object) -> MetricBatch:
         return self
@@ -179,7 +202,7 @@ class MetricBatch:
 
     def __len__(self) -> int:
         """Return how many keys there are."""
-        return len(self.columns)
+        return len(self.folded) + len(self.others)
 
     def __repr__(self) -> str:
         return f"MetricBatch({shortened('/'.join(column.key) for column in self.columns)})"
@@ -187,8 +210,10 @@ class MetricBatch:
     # Between processes: built-in states as plain numbers, which pickle far faster than objects.
 
     def __reduce__(self) -> tuple[Any, ...]:
-        columns = tuple(_pack_column(column) for column in self.columns)
-        return _unpack_batch, (columns, self.replaced) if self.replaced else (columns,)
+        folded = tuple((dataset, name, type_label(kind)) for dataset, name, kind in self.folded)
+        states = tuple(map(_pack_state, self.states))
+        others = tuple(map(_pack_column, self.others))
+        return _unpack_batch, (folded, states, self.size, others, self.replaced)
 
 
 # -- Folding -------------------------------------------------------------------------------------
@@ -760,20 +785,6 @@ def _hold_each(key: Key, value: Any) -> Any:
 # -- Pickling ------------------------------------------------------------------------------------
 
 
-def _pack_column(column: Column) -> tuple[Any, ...]:
-    agg_type = column.agg_type
-    built_in = isinstance(agg_type, AggregationType)
-    return (
-        column.key,
-        type_label(agg_type) if built_in else agg_type,
-        _pack_metrics(column.metrics) if column.state is None else _pack_state(column.state),
-    )
-
-
-def _pack_metrics(metrics: Sequence[Metric]) -> tuple[Any, ...]:
-    return "m", [metric.value for metric in metrics], [metric.weight for metric in metrics]
-
-
 def _pack_state(state: LaneState) -> tuple[Any, ...]:
     if isinstance(state, CategoryState):
         return "c", state.sums, state.counts
@@ -782,26 +793,37 @@ def _pack_state(state: LaneState) -> tuple[Any, ...]:
     return "l", state.sums, state.maxs
 
 
+def _pack_column(column: Column) -> tuple[Any, ...]:
+    agg_type = column.agg_type
+    label = type_label(agg_type) if isinstance(agg_type, AggregationType) else agg_type
+    return column.key, label, [(metric.value, metric.weight) for metric in column.metrics]
+
+
 def _unpack_batch(
-    columns: Iterable[tuple[Any, ...]], replaced: Iterable[tuple[Key, str]] = ()
+    folded: Iterable[tuple[str, str, str]],
+    states: Iterable[tuple[Any, ...]],
+    size: int,
+    others: Iterable[tuple[Any, ...]],
+    replaced: Iterable[tuple[Key, str]],
 ) -> MetricBatch:
-    unpacked = (
-        _unpack_column(key, resolve_type(agg_type), *content) for key, agg_type, content in columns
-    )
-    return MetricBatch(unpacked, replaced)
+    batch = MetricBatch((_unpack_column(*other) for other in others), replaced, size)
+    batch.folded = tuple([(dataset, name, _TYPES[label]) for dataset, name, label in folded])
+    batch.states = tuple([_unpack_state(*state) for state in states])
+    return batch
 
 
-def _unpack_column(key: Key, agg_type: TypeLike, kind: str, first: Any, second: Any) -> Column:
-    if kind == "m":
-        pairs = zip(first, second, strict=True)
-        metrics = [Metric(*key, value, agg_type, weight) for value, weight in pairs]
-        return Column(key, agg_type, None, metrics)
+def _unpack_state(kind: str, first: Any, second: Any) -> LaneState:
     if kind == "c":
-        return Column(key, agg_type, CategoryState(first, second))
+        return CategoryState(first, second)
     if kind == "w":
         chunks = [(np.frombuffer(values), _from_bytes(weights)) for values, weights in second]
-        return Column(key, agg_type, WindowState(first, chunks))
-    return Column(key, agg_type, LaneState(first, second))
+        return WindowState(first, chunks)
+    return LaneState(first, second)
+
+
+def _unpack_column(key: Key, label: TypeLike, content: Iterable[tuple[Any, Any]]) -> Column:
+    agg_type = resolve_type(label)
+    return Column(key, agg_type, None, [Metric(*key, value, agg_type, w) for value, w in content])
 
 
 def _to_bytes(weights: FloatArray | None) -> bytes | None:
@@ -813,6 +835,7 @@ def _from_bytes(weights: bytes | None) -> FloatArray | None:
 
 
 _BUILT_IN = {choice: built_in_handlers(on_bad_name=choice) for choice in ("replace", "refuse")}
+_TYPES = {type_label(agg_type): agg_type for agg_type in _BUILT_IN["replace"]}
 
 
 def say_replaced(batch: MetricBatch, handler_of: HandlerOf) -> None:

@@ -1,0 +1,523 @@
+"""What comes in: put down in order of arrival, folded when much of it has piled up.
+
+    record, update        log.append((to which slots, which items))      one append, whatever comes
+    every few thousand    each slot folds its items into a state         a `Delta`
+    mark                  remembers a place in the log
+    rollback              cuts the log off there
+    cut, restore          hand the delta to a reduction; take it back if that fails
+
+A *slot* takes the items of one key: numbers, numbers with a weight, states that were folded elsewhere,
+and values that still lie on a device. One log for all keys lets a call be put down as a whole, and what
+came after a mark be dropped without a trace.
+
+The fast way in is for what needs no look but at its type: an int or a float, of a key that is known
+under a type spelled so and whose handler is a built-in one. Everything else is checked and folded by
+`data.batch` first and comes as columns; so does what comes first of each key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from itertools import chain, groupby
+from operator import mul
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from metricfold.data.batch import Column, Late, MetricBatch
+from metricfold.delta import CutDelta, Delta
+from metricfold.device_lanes import Drained
+from metricfold.handlers import (
+    COUNT,
+    AggregationHandler,
+    CategoricalCountAggHandler,
+    DistributionAggHandler,
+    LaneHandler,
+    LaneState,
+    MaxAggHandler,
+    MeanAggHandler,
+    MinAggHandler,
+    RateAggHandler,
+    SumAggHandler,
+    built_in_handlers,
+    quiet,
+)
+from metricfold.histogram.weights import LARGEST_WEIGHT
+from metricfold.metric import AggregationType, Metric, TypeLike, is_name
+from metricfold.naming import Key
+from metricfold.pool import FloatArray
+
+__all__ = ["Inbox", "Keys"]
+
+_MOST = 4096
+"""So many values pile up, or as many as there are keys if those are more: what a fold takes for each
+key is then little for each value."""
+_BATCH, _PER_ROOM = 32, 16
+"""A collated batch takes the room of so many values, and of one more for each 16 that it was made of."""
+
+_METRIC = {Metric}
+_NUMBERS = {float, int}
+_ONE = {1.0}
+# A member of somebody's StrEnum may equal "mean", hash and all, and is yet another type.
+_SPELLINGS = {str, AggregationType}
+_BUILT_IN = {agg_type: type(handler) for agg_type, handler in built_in_handlers().items()}
+
+Adder: TypeAlias = Callable[[Any], object]
+
+
+class Keys(Protocol):
+    """What the inbox asks about keys: their handlers, and the categories that are told apart."""
+
+    of_key: dict[Key, AggregationHandler]
+    kept: dict[Key, frozenset[str]]
+
+
+class Inbox:
+    """What one rank has taken in since its last reduction.
+
+    Args:
+        keys: knows the handler of each key.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._slots: dict[Key, Slot] = {}
+        # By dataset, if there is one, name and type, as these are spelled.
+        self._spelled: dict[tuple[object, ...], Slot] = {}
+        self._numbers: dict[tuple[object, ...], Adder] = {}
+        self._collated: dict[tuple[str, str, TypeLike], Adder] = {}
+        self._accumulators: list[Drained] = []
+        self._log: list[tuple[Sequence[Adder], Sequence[Any]]] = []
+        self._room = _MOST
+        self._folds = 0
+        self._delta = Delta()
+        # With a mark: its place in the log, and what of that which came after it has been folded.
+        self._mark: int | None = None
+        self._since = Delta()
+
+    # -- The fast way in. These return whether it was one; if not, nothing has changed.
+
+    def record(self, name: object, value: Any, agg: object, dataset: object, weight: Any) -> bool:
+        """Take in one value."""
+        try:
+            slot = self._spelled[(name, agg) if dataset is None else (dataset, name, agg)]
+            if type(agg) not in _SPELLINGS:
+                return False
+            if type(value) is float and type(weight) is float and weight == 1.0 and slot.number:
+                placed: tuple[tuple[Adder], tuple[Any]] = slot.number, (value,)
+            else:
+                placed = slot.placed(value, weight)
+        except (KeyError, TypeError, OverflowError):
+            return False
+        self._log.append(placed)
+        self._room -= 1
+        if self._room < 0:
+            self._fold()
+        return True
+
+    def update(self, metrics: Any) -> bool:
+        """Take in a list of metrics, or a collated batch, all or none."""
+        kind = type(metrics)
+        adders: Sequence[Adder]
+        items: Sequence[Any]
+        try:
+            if kind is MetricBatch:
+                adders, items = [*map(self._collated.__getitem__, metrics.folded)], metrics.states
+                size = _BATCH + metrics.size // _PER_ROOM
+                if metrics.others or metrics.replaced:
+                    return False
+            elif (kind is list or kind is tuple) and metrics:
+                if not _METRIC.issuperset(map(type, metrics)):
+                    return False
+                adders, items = self._placed(*zip(*metrics, strict=True))
+                size = len(items)
+            else:
+                return False
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return False
+        # All of a call, or nothing: a signal may interrupt between any two lines.
+        self._log.append((adders, items))
+        self._room -= size
+        if self._room < 0:
+            self._fold()
+        return True
+
+    def _placed(
+        self,
+        datasets: Sequence[object],
+        names: Sequence[object],
+        values: Sequence[Any],
+        types: Sequence[object],
+        weights: Sequence[Any],
+    ) -> tuple[Sequence[Adder], Sequence[Any]]:
+        """Return how to take in metrics; raises KeyError if one is not for the fast way."""
+        if not _SPELLINGS.issuperset(map(type, types)):
+            raise KeyError
+        keys = zip(datasets, names, types, strict=True)
+        # Sets compare by hash first, so that no device is waited for.
+        if _NUMBERS.issuperset(map(type, values)) and set(weights) == _ONE:
+            math.fsum(values)  # fails where an int is too large to be a float
+            return [*map(self._numbers.__getitem__, keys)], values
+        placed = [
+            self._spelled[key].placed(value, weight)
+            for key, value, weight in zip(keys, values, weights, strict=True)
+        ]
+        return [add for (add,), _ in placed], [item for _, (item,) in placed]
+
+    # -- What has been checked and folded elsewhere
+
+    def take(self, columns: Iterable[Column]) -> None:
+        """Take in columns of keys that have been admitted."""
+        adders: list[Adder] = []
+        items: list[Any] = []
+        size = 0
+        for column in columns:
+            slot = self._slots.get(column.key) or self._open(column.key, column.agg_type)
+            assert column.state is not None
+            adders.append(slot.add_state)
+            items.append(column.state)
+            size += 1 + int(column.state.sums[COUNT])
+            if column.late:
+                adders += [slot.add_late] * len(column.late)
+                items += column.late
+        self._put(adders, items, size)
+
+    def take_accumulator(self, drained: Drained) -> None:
+        """Take in an accumulator that is on its way from its device."""
+        self._put((self._accumulators.append,), (drained,), 1)
+
+    def _put(self, adders: Sequence[Adder], items: Sequence[Any], size: int) -> None:
+        # All of a call, or nothing: a signal may interrupt here.
+        self._log.append((adders, items))
+        self._room -= size
+        if self._room < 0:
+            self._fold()
+
+    def _open(self, key: Key, agg_type: TypeLike) -> Slot:
+        """Return a slot for a key, and let what comes of it take the fast way."""
+        handler = self._keys.of_key[key]
+        assert isinstance(handler, LaneHandler)
+        slot = (OrderedSlot if handler.empty().ordered else Slot)(key, agg_type, handler)
+        self._slots[key] = slot
+        for spelled in _spellings(key, agg_type):
+            self._spelled[spelled] = slot
+            if slot.takes is float:
+                self._numbers[spelled] = slot.add_value
+        if type(handler) is _BUILT_IN.get(agg_type):
+            self._collated[(*key, agg_type)] = slot.add_state
+        return slot
+
+    # -- Folding
+
+    def _fold(self) -> None:
+        """Fold all that is in the log; what came after a mark apart from the rest."""
+        log, mark, folds = self._log, self._mark, self._folds
+        count = len(log)
+        before = count if mark is None else mark
+        since = self._since
+        queued = self._delta.queued | since.queued
+        delta = self._delta.followed_by(self._folded(log[:before], queued))
+        delta.trim(self._keys.kept)
+        if mark is not None:
+            since = since.followed_by(self._folded(log[before:count], queued | delta.queued))
+            since.trim(self._keys.kept)
+            mark = 0
+        # Until here nothing has changed, and no signal comes in between these. If the handler of an
+        # earlier one has folded the same meanwhile, that was it.
+        if self._folds == folds:
+            self._delta, self._since, self._mark, self._folds = delta, since, mark, folds + 1
+            del log[:count]
+        self._room = max(_MOST, len(self._slots))
+
+    def _folded(
+        self, calls: Sequence[tuple[Sequence[Adder], Sequence[Any]]], queued: AbstractSet[Key]
+    ) -> Delta:
+        """Return what some calls in the log have brought.
+
+        Args:
+            calls: that part of the log.
+            queued: keys with values, from earlier on, that still lie on a device.
+        """
+        adders = chain.from_iterable([adders for adders, _ in calls])
+        items = chain.from_iterable([items for _, items in calls])
+        folded = Delta()
+        try:
+            self._clear()
+            for add, item in zip(adders, items, strict=True):
+                add(item)
+            for slot in self._slots.values():
+                if slot.filled():
+                    folded.add(slot.key, *slot.folded(queued=slot.key in queued))
+            folded.drained += self._accumulators
+        finally:
+            self._clear()
+        return folded
+
+    def _clear(self) -> None:
+        for slot in self._slots.values():
+            if slot.filled():
+                slot.clear()
+        self._accumulators.clear()
+
+    # -- Marks
+
+    def mark(self) -> None:
+        """Let `rollback` come back to here; takes the time of what has been folded since."""
+        if self._since.holds_any():
+            self._delta, self._since = self._delta.followed_by(self._since), Delta()
+        self._mark = len(self._log)
+
+    def rollback(self) -> None:
+        """Drop what has come in since the mark; there is one."""
+        self._since = Delta()
+        del self._log[self._mark :]
+
+    # -- Reductions
+
+    def cut(self) -> CutDelta:
+        """Return all that has come in, and begin anew, without a mark."""
+        self._fold()
+        taken = self._delta.followed_by(self._since)
+        self._delta, self._since, self._mark = Delta(), Delta(), None
+        return CutDelta(taken)
+
+    def restore(self, taken: CutDelta) -> None:
+        """Put back what a failed reduction took; it comes before what has come since."""
+        self._delta = taken.given_back().followed_by(self._delta)
+
+    def drop(self, key: Key) -> int:
+        """Forget `key`; returns how many values it had."""
+        self._fold()
+        slot = self._slots.pop(key, None)
+        if slot is not None:
+            for spelled in _spellings(key, slot.agg_type):
+                self._spelled.pop(spelled, None)
+                self._numbers.pop(spelled, None)
+            self._collated.pop((*key, slot.agg_type), None)
+        return self._delta.drop(key) + self._since.drop(key)
+
+
+def _spellings(key: Key, agg_type: TypeLike) -> Iterator[tuple[object, ...]]:
+    dataset, name = key
+    where = (dataset, name) if dataset else (name,)
+    yield (*where, agg_type)
+    if isinstance(agg_type, AggregationType):
+        yield (*where, agg_type.value)
+
+
+# -- Slots -----------------------------------------------------------------------------------------
+
+
+class Slot:
+    """What has come in of one key and waits to be folded; its order is all the same.
+
+    Attributes:
+        takes: the type of what may come the fast way: float, str (categories), or None.
+    """
+
+    __slots__ = (
+        "_late",
+        "_states",
+        "_values",
+        "_weighed",
+        "add_late",
+        "add_state",
+        "add_value",
+        "add_weighed",
+        "agg_type",
+        "handler",
+        "key",
+        "number",
+        "takes",
+    )
+
+    def __init__(self, key: Key, agg_type: TypeLike, handler: LaneHandler) -> None:
+        self.key, self.agg_type, self.handler = key, agg_type, handler
+        kind = type(handler)
+        self.takes: type | None = None
+        if kind in _FOLDS:
+            self.takes = str if kind is CategoricalCountAggHandler else float
+        self._begin()
+        self.number = (self.add_value,) if self.takes is float else None
+
+    def _begin(self) -> None:
+        self._values: list[Any] = []
+        self._weighed: list[tuple[float, float]] = []
+        self._states: list[LaneState] = []
+        self._late: list[Late] = []
+        # The lists are emptied, and never replaced.
+        self.add_value = self._values.append
+        self.add_weighed = self._weighed.append
+        self.add_state = self._states.append
+        self.add_late = self._late.append
+
+    def placed(self, value: Any, weight: Any) -> tuple[tuple[Adder], tuple[Any]]:
+        """Return how to take in one value; raises KeyError if it is not for the fast way."""
+        kind = type(value)
+        if kind is int and self.takes is float:
+            value = float(value)
+        elif kind is not self.takes or (kind is str and not is_name(value)):
+            raise KeyError
+        if type(weight) in _NUMBERS:
+            if weight == 1:
+                return (self.add_value,), (value,)
+            if self.handler.weighted and 0 < weight <= LARGEST_WEIGHT:
+                return (self.add_weighed,), ((value, float(weight)),)
+        raise KeyError
+
+    def filled(self) -> bool:
+        """Return whether there is anything to fold."""
+        return bool(self._values or self._states or self._weighed or self._late)
+
+    def clear(self) -> None:
+        for items in (self._values, self._weighed, self._states, self._late):
+            items.clear()
+
+    def folded(self, *, queued: bool) -> tuple[LaneState, list[Late]]:
+        """Return the state of what is here, and what lies on a device.
+
+        Args:
+            queued: whether what came before in this key lies on a device still.
+        """
+        state = self.handler.empty()
+        if self._values:
+            state.merge(self._of_values(self._values, None))
+        if self._weighed:
+            state.merge(self._of_values(*zip(*self._weighed, strict=True)))
+        state.merge_all(self._states)
+        return state, self._late.copy()
+
+    def _of_values(self, values: Sequence[Any], weights: Sequence[float] | None) -> LaneState:
+        state = _FOLDS[type(self.handler)](self.handler, values, weights)
+        if state is None:
+            with quiet():
+                state = self.handler.fold(
+                    _array(values), None if weights is None else _array(weights)
+                )
+        return state
+
+
+class OrderedSlot(Slot):
+    """The same where order matters.
+
+    Where the most recent values do, they queue behind those that still lie on a device.
+    """
+
+    __slots__ = ()
+
+    def _begin(self) -> None:
+        super()._begin()
+        self.add_weighed = self.add_state = self.add_late = self.add_value
+
+    def folded(self, *, queued: bool) -> tuple[LaneState, list[Late]]:
+        state = self.handler.empty()
+        late: list[Late] = []
+        for kind, run in self._runs():
+            if kind is Late:
+                late += run
+            elif kind is float or kind is str:
+                self._follow(state, late, queued, run, None)
+            elif kind is tuple:
+                self._follow(state, late, queued, *zip(*run, strict=True))
+            elif state.recent and (late or queued):
+                for one in run:
+                    values, weights, rest = one.parted()
+                    state.merge(rest)
+                    self._follow(state, late, queued, values, weights)
+            else:
+                state.merge_all(run)
+        return state, late
+
+    def _follow(
+        self,
+        state: LaneState,
+        late: list[Late],
+        queued: bool,
+        values: Any,
+        weights: Any,
+    ) -> None:
+        """Let values follow on those in `state`, or on those that lie on a device, if there are any."""
+        if state.recent and (late or queued):
+            weighing = 1.0 if weights is None else _array(weights)
+            late.append(Late(self.key, self.agg_type, _array(values), weighing))
+        else:
+            state.merge(self._of_values(values, weights))
+
+    def _runs(self) -> Iterator[tuple[type, list[Any]]]:
+        """Yield what came in a row and is of one kind; nearly always that is everything."""
+        kinds = set(map(type, self._values))
+        if kinds <= _NUMBERS:
+            yield float, self._values
+        elif len(kinds) == 1:
+            yield kinds.pop(), self._values
+        else:
+            for kind, run in groupby(self._values, _kind):
+                yield kind, [*run]
+
+
+def _array(numbers: Any) -> FloatArray:
+    # Of a copy: a signal's handler that folds would empty the list, which NumPy does not survive.
+    return np.array(tuple(numbers), dtype=np.float64)
+
+
+def _kind(item: object) -> type:
+    return float if type(item) is int else type(item)
+
+
+# How the built-in handlers fold numbers, or texts, without NumPy; None: not these. Sums are exact up
+# to one rounding. The rare sum that is none (NaN, infinities, an overflow) is the handler's business.
+
+Fold: TypeAlias = Callable[[Any, Sequence[Any], Sequence[float] | None], LaneState | None]
+
+
+def _sum(_: object, values: Sequence[float], __: object) -> LaneState | None:
+    total = _total(values)
+    return None if total is None else LaneState((float(len(values)), 0.0, total))
+
+
+def _mean(_: object, values: Sequence[float], weights: Sequence[float] | None) -> LaneState | None:
+    count = float(len(values))
+    if weights is None:
+        total = _total(values)
+        return None if total is None else LaneState((count, 0.0, total, count))
+    total, weight = _total([*map(mul, values, weights)]), _total(weights)
+    return None if total is None or weight is None else LaneState((count, 0.0, total, weight))
+
+
+def _max(_: object, values: Sequence[float], __: object) -> LaneState | None:
+    finite = math.isfinite(sum(values))
+    return LaneState((float(len(values)), 0.0), (float(max(values)),)) if finite else None
+
+
+def _min(_: object, values: Sequence[float], __: object) -> LaneState | None:
+    finite = math.isfinite(sum(values))
+    return LaneState((float(len(values)), 0.0), (-float(min(values)),)) if finite else None
+
+
+def _counts(handler: CategoricalCountAggHandler, values: Sequence[str], _: object) -> LaneState:
+    return handler.fold_categories(values)
+
+
+def _by_handler(_: object, __: object, ___: object) -> None:
+    return None
+
+
+_FOLDS: dict[type, Fold] = {
+    SumAggHandler: _sum,
+    RateAggHandler: _sum,
+    MeanAggHandler: _mean,
+    MaxAggHandler: _max,
+    MinAggHandler: _min,
+    CategoricalCountAggHandler: _counts,
+    DistributionAggHandler: _by_handler,
+}
+
+
+def _total(numbers: Sequence[float]) -> float | None:
+    try:
+        total = math.fsum(numbers)
+    except (OverflowError, ValueError):
+        return None
+    return total if math.isfinite(total) else None
