@@ -9,7 +9,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench figures clean
+.PHONY: demo test campaign lint bench figures clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -32,6 +32,10 @@ test: $(STAMP)  ## PYTEST_ARGS="tests/test_metric.py -x" and the like pass throu
 	echo "==> the tests that must run alone"; \
 	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS) || alone=$$?; \
 	case $$together/$$alone in 0/0|0/5|5/0) ;; *) exit 1;; esac
+
+campaign: $(STAMP)  ## faults by the thousand, in a quarter of an hour; CAMPAIGN_ARGS="--seed 3 --quick ranks" and the like pass through
+	@echo "==> a campaign of faults: ranks, the store, signals, sinks, files, checkpoints"
+	@PYTHONPATH=tests $(BIN)/python -m campaign $(CAMPAIGN_ARGS)
 
 lint: $(STAMP)
 	@echo "==> ruff format, ruff check, mypy --strict"

@@ -1,0 +1,11 @@
+"""Faults by the thousand: programs that break what can break, and count what comes of it.
+
+They are no tests of the suite, which runs a few seconds of each (`tests/test_campaign.py`):
+
+    make campaign                                       all of them, some 15 minutes
+    make campaign CAMPAIGN_ARGS="--seed 3 --quick"      seconds of each, other faults
+    PYTHONPATH=src:tests python -m campaign.ranks       one of them
+
+A program is a module here with a function `run(options, table)` and a last line
+``main(run, __doc__)``; it is found by its file. docs/reliability.md says what they showed.
+"""

@@ -1,0 +1,16 @@
+"""A few seconds of every program of the campaign: nothing goes wrong, hangs or is lost."""
+
+from __future__ import annotations
+
+import pytest
+from campaign.__main__ import PROGRAMS, run
+
+pytestmark = pytest.mark.alone  # they stop and kill processes in their own time
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.timeout(120)
+def test_faults_of_a_campaign_come_out_right(program):
+    rows, said = run(program, seed=0, quick=True)
+    assert sum(row.injected for row in rows) > 0, said
+    assert all(row.well() for row in rows), said
