@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 from ranks import run_ranks
 
@@ -113,6 +114,43 @@ def test_the_error_of_a_reduction_is_raised_by_the_next_log_or_by_close_on_every
     records = read_jsonl(tmp_path / "x.jsonl")
     assert [record.step for record in records] == [1, 4]
     assert records[1].metrics == {"t/loss": 3.0}, "and the failed reduction lost nothing"
+
+
+class Refusing(Calls):
+    """Takes all steps but one."""
+
+    def write(self, record: Any) -> None:
+        if record.step == 1:
+            raise ValueError("a row that the server does not take")
+        super().write(record)
+
+
+def log_to_a_sink_that_fails(rank: int, route: str, how: str) -> list[str]:
+    aggregator = MetricsAggregator(route=route)
+    logger = MetricsLogger([Refusing()], on_sink_error=how)
+    said = []
+    for step in range(6):
+        aggregator.record("loss", 1.0)
+        said.append(raised(lambda step=step: logger.log(step, aggregator, prefix="t")))
+        # So that what rank 0 finds out, it has found out before the next log.
+        logger.flush()
+        dist.barrier()
+    said.append(raised(logger.close))
+    return said
+
+
+@pytest.mark.parametrize("route", ["narrow", "wide"])
+def test_a_sink_error_is_raised_on_all_ranks_in_the_same_log(route):
+    first, second = run_ranks(log_to_a_sink_that_fails, 2, route, "raise")
+    # Step 1 fails; the reduction of log 2 tells all ranks, and log 3 raises.
+    assert [one.partition(":")[0] for one in first] == [
+        *["nothing"] * 3,
+        "SinkError",
+        *["nothing"] * 3,
+    ]
+    assert "a row that the server does not take" in first[3]
+    assert second == [*["nothing"] * 3, second[3], *["nothing"] * 3]
+    assert second[3].startswith("SinkError: a sink has failed on rank 0")
 
 
 def log_on_rank_0_alone(rank: int, folder: Path) -> Any:

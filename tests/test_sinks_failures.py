@@ -15,7 +15,7 @@ import time
 import pytest
 
 from metricfold import MetricsAggregator
-from metricfold.sinks import MetricsLogger, RecordRefused, worker
+from metricfold.sinks import MetricsLogger, RecordRefused, SinkError, worker
 
 WAIT = 30  # seconds that nothing here should take
 
@@ -98,7 +98,7 @@ def _quickly(monkeypatch):
     monkeypatch.setattr(worker, "_CLOSING_PAUSE", worker._CLOSING_PAUSE / 20)
 
 
-def log_all(sink, count=30, gap=0.004, **choice):
+def log_all(sink, count=24, gap=0.004, **choice):
     with MetricsLogger([sink], **choice) as logger:
         for step in range(count):
             logger.log(step, {"x": float(step)})
@@ -129,10 +129,9 @@ def named(error):
 
 
 @pytest.mark.parametrize("error", [*NOT_NOW, *ANYTHING_ELSE], ids=named)
-@pytest.mark.parametrize("since", [0, 7])
-def test_what_can_come_back_is_waited_for(error, since, caplog):
+def test_what_can_come_back_is_waited_for(error, caplog):
     """Before, a sink that had failed three times within 0.6 s was set aside for the whole run."""
-    left = [6]
+    left, since = [6], 5
 
     def away(step, attempt):
         if step < since or not left[0]:
@@ -143,7 +142,7 @@ def test_what_can_come_back_is_waited_for(error, since, caplog):
     sink = Remote(away)
     log_all(sink)
     # An error that tells nothing may cost a record its place, but nothing else.
-    assert (sink.got if isinstance(error, OSError) else sorted(sink.got)) == list(range(30))
+    assert (sink.got if isinstance(error, OSError) else sorted(sink.got)) == list(range(24))
     assert not any("not all that was logged" in one for one in errors_in(caplog))
 
 
@@ -151,9 +150,9 @@ def test_what_can_come_back_is_waited_for(error, since, caplog):
 def test_one_record_that_cannot_be_costs_one_record(error, caplog):
     sink = Remote(lambda step, attempt: error if step in (5, 6, 20) else None)
     log_all(sink, gap=0)
-    assert sink.got == [step for step in range(30) if step not in (5, 6, 20)]
+    assert sink.got == [step for step in range(24) if step not in (5, 6, 20)]
     assert sink.attempts[5] == 1, "nothing is asked again"
-    assert counts(caplog) == (27, 3, 0)
+    assert counts(caplog) == (21, 3, 0)
     (warning,) = warnings_in(caplog)
     assert "write() of step 5" in warning
     assert repr(error) in warning
@@ -164,8 +163,8 @@ def test_one_record_that_cannot_be_costs_one_record(error, caplog):
 def test_the_record_behind_shows_which_one_was_at_fault(error, caplog):
     sink = Remote(lambda step, attempt: error if step in (5, 6, 20) else None)
     log_all(sink)
-    assert sink.got == [step for step in range(30) if step not in (5, 6, 20)]
-    assert counts(caplog) == (27, 3, 0)
+    assert sink.got == [step for step in range(24) if step not in (5, 6, 20)]
+    assert counts(caplog) == (21, 3, 0)
 
 
 def test_a_sink_is_never_given_up(caplog):
@@ -359,6 +358,89 @@ def test_flush_is_false_while_the_sink_cannot_flush(caplog):
     (warning,) = warnings_in(caplog)
     assert "flush()" in warning
     assert errors_in(caplog) == [], "in the end it is all there"
+
+
+# -- on_sink_error="raise" -----------------------------------------------------------------------
+
+
+def refusing():
+    return Remote(lambda step, attempt: ValueError("no such name") if step == 1 else None)
+
+
+def test_where_dicts_are_logged_the_next_log_raises_once():
+    sink = refusing()
+    with MetricsLogger([sink], on_sink_error="raise") as logger:
+        for step in (0, 1):
+            logger.log(step, {"x": 1.0})
+        logger.flush()
+        with pytest.raises(SinkError, match=r"a sink has failed: Remote\(\): 1 written, 1 skipped"):
+            logger.log(2, {"x": 1.0})
+        logger.log(2, {"x": 1.0})
+    assert sink.got == [0, 2]
+
+
+def test_what_is_missing_in_the_end_is_raised_by_close_after_all_is_written():
+    gate = threading.Event()
+    sink = Remote(
+        lambda step, attempt: ValueError("no such name") if gate.wait(WAIT) and step == 1 else None
+    )
+    logger = MetricsLogger([sink], on_sink_error="raise")
+    for step in range(4):
+        logger.log(step, {"x": 1.0})
+    gate.set()
+    with pytest.raises(SinkError, match="no such name"):
+        logger.close()
+    assert sink.got == [0, 2, 3]
+    assert sink.calls[-1] == "close"
+
+
+def test_a_sink_that_is_away_for_long_is_raised_while_it_is_away():
+    away = threading.Event()
+    away.set()
+    sink = Remote(lambda step, attempt: ConnectionError("away") if away.is_set() else None)
+    with MetricsLogger([sink], on_sink_error="raise") as logger:
+        logger.log(0, {"x": 1.0})
+        logger.flush()
+        with pytest.raises(SinkError, match="Remote\\(\\) fails with ConnectionError\\('away'\\)"):
+            logger.log(1, {"x": 1.0})
+        away.clear()
+    assert sink.got == [0]
+
+
+def test_an_aggregator_raises_in_the_log_after_the_reduction_that_told():
+    aggregator, sink = MetricsAggregator(), refusing()
+    with MetricsLogger([sink], on_sink_error="raise") as logger:
+        for step in range(3):
+            aggregator.record("loss", 1.0)
+            logger.log(step, aggregator, prefix="t")
+            logger.flush()
+        aggregator.record("loss", 1.0)
+        with pytest.raises(SinkError, match="no such name"):
+            logger.log(3, aggregator, prefix="t")
+        logger.log(3, aggregator, prefix="t")
+    assert sink.got == [0, 2, 3]
+
+
+def test_an_error_of_the_training_is_not_hidden_by_that_of_a_sink():
+    def train():
+        with MetricsLogger([refusing()], on_sink_error="raise") as logger:
+            logger.log(1, {"x": 1.0})
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        train()
+
+
+def test_without_it_nothing_is_raised(caplog):
+    aggregator, sink = MetricsAggregator(), refusing()
+    with MetricsLogger([sink]) as logger:
+        for step in range(4):
+            aggregator.record("loss", 1.0)
+            logger.log(step, aggregator, prefix="t")
+            logger.log(step, {"x": 1.0})
+    assert counts(caplog) == (6, 2, 0)
+    with pytest.raises(ValueError, match="on_sink_error='stop': use 'report' or 'raise'"):
+        MetricsLogger([], on_sink_error="stop")
 
 
 # -- Functions of the user's on the logger's thread ----------------------------------------------

@@ -661,16 +661,22 @@ class MetricsAggregator:
             self._drain()
             return self._finish(self._begin(Kind.REDUCE, step))
 
-    def reduce_async(self, step: int | None = None) -> Future[Snapshot]:
+    def reduce_async(
+        self, step: int | None = None, *, sink_failed: bool = False
+    ) -> Future[Snapshot]:
         """Begin a reduction, which goes on in the background; every rank calls it.
 
         What has accumulated is cut off here, on the caller's thread; what comes in later belongs
         to the next reduction. A second call waits for the first. The future raises what `reduce`
         would. Over JAX processes it is done when the call returns.
+
+        Args:
+            step: as in `reduce`.
+            sink_failed: what `Snapshot.sink_failed` is to be on all ranks; a `MetricsLogger`'s.
         """
         with self._calls:
             self._drain()
-            begun = self._begin(Kind.REDUCE, step)
+            begun = self._begin(Kind.REDUCE, step, sink_failed=sink_failed)
             if not begun.communicator.any_thread:
                 return _done(lambda: self._finish(begun))
             if self._worker is None:
@@ -772,7 +778,7 @@ class MetricsAggregator:
 
     # -- Inside: one reduction
 
-    def _begin(self, kind: Kind, step: int | None) -> _Begun:
+    def _begin(self, kind: Kind, step: int | None, *, sink_failed: bool = False) -> _Begun:
         """Cut off what has accumulated, on the caller's thread."""
         with self._lock:
             self._check_usable()
@@ -797,7 +803,14 @@ class MetricsAggregator:
             closes = kind is Kind.REDUCE and not error
             closed = self._custom.close_interval() if closes else {}
             mine = Contribution(
-                kind, cut.states, seconds, custom, tuple(self._custom.keys()), number, error
+                kind,
+                cut.states,
+                seconds,
+                custom,
+                tuple(self._custom.keys()),
+                number,
+                error,
+                sink_failed,
             )
             return _Begun(communicator, cut, mine, closed)
 

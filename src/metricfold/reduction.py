@@ -67,6 +67,7 @@ class Contribution:
         custom_keys: the keys that those belong to.
         step: the caller's step, or None.
         error: why this rank fails; it takes part all the same.
+        sink_failed: whether a logger's sink has failed here, for all ranks to hear.
     """
 
     kind: Kind
@@ -76,6 +77,7 @@ class Contribution:
     custom_keys: tuple[Key, ...] = ()
     step: int | None = None
     error: str = ""
+    sink_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class Reduced:
         attendance: what is known of the ranks otherwise; None if all keys are known per rank.
         custom: results of handlers without lanes.
         world_size: the number of ranks.
+        sink_failed: whether a logger's sink had failed on any of them.
     """
 
     schema: Schema
@@ -101,6 +104,7 @@ class Reduced:
     attendance: Attendance | None
     custom: CustomResults
     world_size: int
+    sink_failed: bool = False
 
     def pool(self, entry: Entry, view: Literal["run", "interval"]) -> Pool:
         """Return the values that a view of a DISTRIBUTION speaks about."""
@@ -224,6 +228,7 @@ class Reducer:
             merged.attendance,
             custom,
             communicator.world_size,
+            merged.sink_failed,
         )
 
     def _with_earlier(self, rows: Rows) -> Rows:
@@ -356,6 +361,7 @@ class Reducer:
         header[Field.ERROR] = bool(mine.error)
         header[Field.SECONDS] = mine.seconds
         header[Field.CUSTOM_SIZE] = len(mine.custom)
+        header[Field.SINK_FAILED] = mine.sink_failed
         return header
 
     @staticmethod

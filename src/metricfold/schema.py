@@ -79,6 +79,8 @@ class Field(IntEnum):
     """Wall time since the rank's last reduction."""
     CUSTOM_SIZE = 13
     """Size of the results of handlers without lanes."""
+    SINK_FAILED = 14
+    """1 if a logger's sink has failed there, and all ranks are to hear of it."""
 
 
 AGREED = Field.ROUTE + 1

@@ -107,6 +107,11 @@ class Snapshot:
         return self._reduced.run.seconds
 
     @property
+    def sink_failed(self) -> bool:
+        """Whether a sink had failed, on any rank, of a logger with ``on_sink_error="raise"``."""
+        return self._reduced.sink_failed
+
+    @property
     def empty(self) -> bool:
         """Whether nothing at all came in during the interval."""
         return not self._reduced.interval.sums.any() and not self._reduced.custom.has("interval")

@@ -96,12 +96,14 @@ class Merged:
         rows: each rank's lanes; of the keys in `rows.schema` alone.
         recent: values of DISTRIBUTIONs.
         attendance: of the other keys; None if there are none.
+        sink_failed: whether a logger's sink had failed on any rank.
     """
 
     delta: Totals
     rows: Rows
     recent: Recent
     attendance: Attendance | None = None
+    sink_failed: bool = False
 
 
 class Exchanged(NamedTuple):

@@ -79,7 +79,8 @@ class Narrow(Route):
             rows[:, self._max_start : self._sum_start],
         )
         delta = lanes.merged(float(headers[:, Field.SECONDS].max()))
-        return Exchanged(headers, Merged(delta, lanes, Gathered(self, rows)))
+        failed = bool(headers[:, Field.SINK_FAILED].any())
+        return Exchanged(headers, Merged(delta, lanes, Gathered(self, rows), sink_failed=failed))
 
     def window_of(self, row: FloatArray, key: Key) -> Window:
         """Return what one rank holds of a DISTRIBUTION, out of its row."""

@@ -14,7 +14,7 @@ one more collective, a gather of the recent values, thinned.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ _MOST_DRAWN = 4096
 _GOLDEN = 0.6180339887498949
 """Multiples of the golden ratio, modulo 1, are spread evenly wherever they are cut off."""
 
-_FLAGS = (Field.PENDING, Field.ERROR, Field.SECONDS)
+_FLAGS = (Field.PENDING, Field.ERROR, Field.SECONDS, Field.SINK_FAILED)
 _HEAD = 2 * AGREED + len(_FLAGS)
 
 
@@ -194,7 +194,7 @@ class Wide(Route):
         payload.top[2 * AGREED : _HEAD] = header[list(_FLAGS)]
         top = communicator.all_reduce(payload.top, "max")
         agreed = (top[:AGREED] == -top[AGREED : 2 * AGREED]).all()
-        pending, error, seconds = top[2 * AGREED : _HEAD].tolist()
+        pending, error, seconds, sink_failed = top[2 * AGREED : _HEAD].tolist()
         if pending or error or not agreed:
             return Exchanged(None, None)
         failure = ""
@@ -211,7 +211,8 @@ class Wide(Route):
         saved = None
         if header[Field.KIND] == Kind.STATE_DICT and self._saved:
             saved = communicator.all_gather(self._thinned(payload.windows))
-        return Exchanged(None, self._merged(top, bottom, seconds, saved))
+        merged = self._merged(top, bottom, seconds, saved)
+        return Exchanged(None, replace(merged, sink_failed=bool(sink_failed)))
 
     def _fill(self, bottom: FloatArray, payload: _Payload, top: FloatArray, rank: int) -> None:
         """Fill in the vector that is summed, given everyone's maxima."""

@@ -12,7 +12,7 @@ and the users who want none of it never pay for it.
 
 from metricfold.sinks.console import ConsoleSink
 from metricfold.sinks.jsonl import JSONLSink, read_jsonl
-from metricfold.sinks.logger import MetricsLogger
+from metricfold.sinks.logger import MetricsLogger, SinkError
 from metricfold.sinks.record import Record, RecordRefused, Sink
 from metricfold.sinks.selection import SelectiveSink
 from metricfold.sinks.tensorboard import TensorBoardSink
@@ -26,6 +26,7 @@ __all__ = [
     "RecordRefused",
     "SelectiveSink",
     "Sink",
+    "SinkError",
     "TensorBoardSink",
     "WandbSink",
     "read_jsonl",

@@ -29,7 +29,7 @@ from metricfold.uncompiled import leave_alone, uncompiled
 if TYPE_CHECKING:
     from metricfold.aggregator import MetricsAggregator
 
-__all__ = ["MetricsLogger"]
+__all__ = ["MetricsLogger", "SinkError"]
 
 _log = logging.getLogger("metricfold")
 
@@ -40,6 +40,10 @@ _DYING_PATIENCE = 5.0
 _DYING_SECONDS = 10.0  # in all after SIGTERM; schedulers send SIGKILL after 30 or so
 _GRACE_AFTER_ERROR = 2.0  # seconds for a reduction that other ranks may never join
 _SAY_AFTER = 10.0  # seconds of waiting for other ranks, after which close() says so
+
+
+class SinkError(RuntimeError):
+    """A sink has failed, and its logger was made with ``on_sink_error="raise"``."""
 
 
 @internal("end_on_exit", "end_on_signal")
@@ -61,13 +65,19 @@ class MetricsLogger(OneInUse):
             ones.
         queue_size: how many records may wait for each sink; further ones are refused, counted and
             reported, since the alternatives are to stall the training or to fill its memory.
+        on_sink_error: ``"report"``: a sink that fails is reported, and training goes on.
+            ``"raise"``: it is a `SinkError` too, as soon as a record is missing for good, or a sink
+            has failed for so long that it is reported. All ranks raise it in the log after, of the
+            same aggregator; where only dicts and snapshots are logged, rank 0 raises it.
 
     Raises:
         TypeError: something is not a sink.
-        ValueError: a `queue_size` below 1.
+        ValueError: a `queue_size` below 1, or an unknown `on_sink_error`.
     """
 
-    def __init__(self, sinks: Sequence[Sink], *, queue_size: int = 1000) -> None:
+    def __init__(
+        self, sinks: Sequence[Sink], *, queue_size: int = 1000, on_sink_error: str = "report"
+    ) -> None:
         if not isinstance(sinks, Sequence):
             raise TypeError(f"sinks must be a list of sinks, but is {sinks!r}: write [sink]")
         for sink in sinks:
@@ -76,6 +86,9 @@ class MetricsLogger(OneInUse):
             raise ValueError(f"queue_size is {queue_size}, but must be at least 1")
         self._sinks = tuple(sinks)
         self._queue_size = queue_size
+        if on_sink_error not in ("report", "raise"):
+            raise ValueError(f"on_sink_error={on_sink_error!r}: use 'report' or 'raise'")
+        self._raises = on_sink_error == "raise"
         self._start()
 
     def _start(self) -> None:
@@ -87,6 +100,8 @@ class MetricsLogger(OneInUse):
         # Reductions that are under way or have failed, and whose they are. Each call on this dict
         # is atomic: reductions end on threads of their own.
         self._reductions: dict[Future[Snapshot], weakref.ref[object]] = {}
+        self._reduces = False  # whether all ranks can be told in a reduction
+        self._failures = 0  # of sinks, that have been raised or are on their way to be
         self._prefixes: set[str] = set()  # that a key has been said to repeat
         self._accepting = threading.RLock()  # so that close() loses nothing that log() accepts
         self._closing, self._closed = threading.Event(), threading.Event()
@@ -145,6 +160,7 @@ class MetricsLogger(OneInUse):
         Raises:
             TypeError: an argument of the wrong kind, such as a value that is not a number.
             ValueError: a negative step, an empty prefix, an unknown window or rollup.
+            SinkError: a sink has failed, and this logger raises such errors.
             Exception: what this aggregator's reduction before has raised, on every rank alike.
         """
         self._check_open()
@@ -184,6 +200,9 @@ class MetricsLogger(OneInUse):
                 raise TypeError("extra is a function of a Snapshot, but the source is a dict")
         else:
             extra = checked_numbers("extra", extra or {})
+        failure = None if self._reduces else self._sink_error()
+        if failure is not None:
+            raise failure
         with self._accepting:
             if not self._closing.is_set():
                 self._opened().submit(
@@ -281,7 +300,10 @@ class MetricsLogger(OneInUse):
             self._close_unused_sinks()
         self._reductions.clear()
         finished = (future for future in reductions if future.done() and not future.cancelled())
-        return [error for future in finished if (error := future.exception()) is not None]
+        errors = [error for future in finished if (error := self._error_of(future)) is not None]
+        if (failure := self._sink_error()) is not None:
+            errors.append(failure)
+        return errors
 
     def _running(self) -> list[Future[Snapshot]]:
         return list(self._reductions)
@@ -303,21 +325,49 @@ class MetricsLogger(OneInUse):
 
     def _reduced(self, source: MetricsAggregator, step: int) -> Future[Snapshot]:
         owner: weakref.ref[object] = weakref.ref(source)
-        future = source.reduce_async(step=step)
+        self._reduces = True
+        if self._raises and self._new_failures():
+            future = source.reduce_async(step=step, sink_failed=True)
+        else:
+            future = source.reduce_async(step=step)
         self._reductions[future] = owner
         future.add_done_callback(self._forget_if_well)
         return future
 
     def _forget_if_well(self, future: Future[Snapshot]) -> None:
-        if future.cancelled() or future.exception() is None:
+        if future.cancelled() or self._error_of(future) is None:
             self._reductions.pop(future, None)
+
+    def _error_of(self, future: Future[Snapshot]) -> BaseException | None:
+        """Wait for a reduction, and return what all ranks are to raise."""
+        error = future.exception()
+        if error is None and self._raises and future.result().sink_failed:
+            return self._sink_error_of_all()
+        return error
+
+    def _new_failures(self) -> bool:
+        """Return whether a sink has failed that nobody has been told of, and take note of it."""
+        failures = 0 if self._pipeline is None else self._pipeline.failures()
+        new, self._failures = failures > self._failures, max(failures, self._failures)
+        return new
+
+    def _sink_error(self) -> SinkError | None:
+        """Return what rank 0 raises by itself."""
+        if not self._raises or not self._new_failures():
+            return None
+        return self._sink_error_of_all()
+
+    def _sink_error_of_all(self) -> SinkError:
+        if self._pipeline is None:
+            return SinkError("a sink has failed on rank 0, whose own SinkError says how")
+        return SinkError(f"a sink has failed: {self._pipeline.failure()}")
 
     def _raise_error_of(self, source: object) -> None:
         # Waits for the reduction, as the aggregator would: only so do all ranks raise in the same
         # call, and none is alone in the next reduction.
         for future, owner in list(self._reductions.items()):
             if owner() is source:
-                error = future.exception()
+                error = self._error_of(future)
                 self._reductions.pop(future, None)
                 if error is not None:
                     raise error
@@ -368,6 +418,8 @@ class MetricsLogger(OneInUse):
 
 def _report(errors: Sequence[BaseException]) -> None:
     for error in errors:
+        if isinstance(error, SinkError):
+            continue  # the table has said so
         _log.warning("the reduction of the last log failed: %s: %s", type(error).__name__, error)
 
 

@@ -129,6 +129,14 @@ class Pipeline:
         if table:
             say("not all that was logged has been written:\n  " + "\n  ".join(table))
 
+    def failures(self) -> int:
+        """Return a number that grows with each record that is missing, and each loud failure."""
+        return sum(worker.failures() for worker in self._workers)
+
+    def failure(self) -> str:
+        """Return what has failed, in words."""
+        return "; ".join(filter(None, (worker.failure() for worker in self._workers)))
+
     def _made(self, patience: float, deadline: float | None) -> bool:
         """Wait until the entries accepted so far are records, and return whether they are."""
         barrier = _Barrier(threading.Event())

@@ -153,12 +153,16 @@ class SinkWorker:
         """Wait for `done` as `wait_for` does."""
         return wait_for(done, self._thread, lambda: self._handled, patience, deadline)
 
+    def failures(self) -> int:
+        """Return a number that grows with each record that is missing, and each loud failure."""
+        return self._missing() + len(self._said)
+
     def failure(self) -> str:
         """Return what is missing, or why nothing is written; nothing as long as all is well."""
         trouble = self._trouble
-        if trouble is not None and self._said & {"at first", "later"}:
-            return f"{self._sink!r} fails: {trouble.error!r}"
-        return "; ".join(self.report(closed=True))
+        if trouble is not None and trouble.said:
+            return f"{self._sink!r} fails with {trouble.error!r}"
+        return ", ".join(line.strip() for line in self.report(closed=True))
 
     def report(self, *, closed: bool) -> list[str]:
         """Return lines about what this sink has not got; none if it has got all.
