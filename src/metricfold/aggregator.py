@@ -78,7 +78,7 @@ from metricfold.naming import check_prefix, show
 from metricfold.pool import Window
 from metricfold.processes import Worker, watch_forks
 from metricfold.recomputation import not_given_before, recomputed
-from metricfold.reduction import Contribution, Reduced, Reducer
+from metricfold.reduction import Contribution, Outcome, Reduced, Reducer
 from metricfold.routes import check_route
 from metricfold.schema import Key, Kind, Schema
 from metricfold.snapshot import Handlers, Snapshot, WindowLike, check_window
@@ -657,9 +657,7 @@ class MetricsAggregator:
                 raised on all alike, and nothing is lost.
             ValueError: ranks hold one key with different types; raised on all, once.
         """
-        with self._calls:
-            self._drain()
-            return self._finish(self._begin(Kind.REDUCE, step))
+        return self._reduced(Kind.REDUCE, step)
 
     def reduce_async(
         self, step: int | None = None, *, sink_failed: bool = False
@@ -676,13 +674,21 @@ class MetricsAggregator:
         """
         with self._calls:
             self._drain()
-            begun = self._begin(Kind.REDUCE, step, sink_failed=sink_failed)
-            if not begun.communicator.any_thread:
-                return _done(lambda: self._finish(begun))
-            if self._worker is None:
-                self._worker = Worker(f"metricfold-{self.name}")
-            self._in_flight = self._worker.submit(lambda: self._finish(begun))
-            return self._in_flight
+            begun = _Begun()
+            try:
+                if self._begin(begun, Kind.REDUCE, step, sink_failed=sink_failed).any_thread:
+                    if self._worker is None:
+                        self._worker = Worker(f"metricfold-{self.name}")
+                    self._in_flight = Future()
+                    self._worker.submit(lambda: self._finish_there(begun), self._in_flight)
+                    return self._in_flight
+                return _done(lambda: self._finish_there(begun))
+            except BaseException as error:
+                # The worker may have it already, and then goes on with it.
+                if begun.claim():
+                    self._in_flight = None
+                    self._undo(begun, error)
+                raise
 
     def get_metrics_for_logging(
         self, prefix: str = "data", window: WindowLike = "run"
@@ -717,8 +723,7 @@ class MetricsAggregator:
         if not sync:
             return encode(self._saved())
         with self._calls:
-            self._drain()
-            self._finish(self._begin(Kind.STATE_DICT, None))
+            self._reduced(Kind.STATE_DICT, None)
             return encode(self._saved())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -778,18 +783,32 @@ class MetricsAggregator:
 
     # -- Inside: one reduction
 
-    def _begin(self, kind: Kind, step: int | None, *, sink_failed: bool = False) -> _Begun:
+    def _reduced(self, kind: Kind, step: int | None) -> Snapshot:
+        """Reduce on the caller's thread."""
+        with self._calls:
+            self._drain()
+            begun = _Begun()
+            try:
+                self._begin(begun, kind, step)
+                return self._finish(begun)
+            except BaseException as error:
+                self._undo(begun, error)
+                raise
+
+    def _begin(
+        self, begun: _Begun, kind: Kind, step: int | None, *, sink_failed: bool = False
+    ) -> Communicator:
         """Cut off what has accumulated, on the caller's thread."""
         with self._lock:
             self._check_usable()
             if self._dead is not None:
                 raise self._dead.with_traceback(None)
-            communicator = self._connect()
+            begun.communicator = communicator = self._connect()
             self._claim_share(communicator)
             shown = self._clock.now()
             untimed = self._stop_watches(communicator.world_size, shown)
-            cut = self._inbox.cut()
-            seconds = self._clock.cut(shown)
+            begun.cut = self._inbox.cut()
+            begun.seconds = self._clock.cut(shown)
             self._cut_off()
             # From here on the others are on their way: join them whatever happens, and say so there.
             number, wrong = _checked_step(step)
@@ -800,36 +819,30 @@ class MetricsAggregator:
                     custom = self._custom.results(self._keys.of_key, self._keys.by_label())
                 except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
                     error = f"a custom handler failed to finalise: {failure}"
-            closes = kind is Kind.REDUCE and not error
-            closed = self._custom.close_interval() if closes else {}
-            mine = Contribution(
+            if kind is Kind.REDUCE and not error:
+                begun.closed = self._custom.close_interval()
+            begun.mine = Contribution(
                 kind,
-                cut.states,
-                seconds,
+                begun.cut.states,
+                begun.seconds,
                 custom,
                 tuple(self._custom.keys()),
                 number,
                 error,
                 sink_failed,
             )
-            return _Begun(communicator, cut, mine, closed)
+            return communicator
 
     def _finish(self, begun: _Begun) -> Snapshot:
-        """Take part in the reduction; if it fails, put everything back."""
-        mine = begun.mine
-        try:
-            with quiet():
-                mine.error = "; ".join(filter(None, (mine.error, *self._settled(begun.cut))))
-                registry = KeyRegistry(self._keys, self._lock, self._forget)
-                reduced = self._reducer.reduce(begun.communicator, mine, registry)
-        except BaseException as error:
-            with self._lock:
-                self._inbox.restore(begun.cut)
-                self._clock.restore(mine.seconds)
-                self._custom.reopen_interval(begun.closed)
-                if isinstance(error, MissingRanksError):
-                    self._dead = error
-            raise
+        """Take part in the reduction."""
+        mine, cut, communicator = begun.mine, begun.cut, begun.communicator
+        assert mine is not None
+        assert cut is not None
+        assert communicator is not None
+        with quiet():
+            mine.error = "; ".join(filter(None, (mine.error, *self._settled(cut))))
+            registry = KeyRegistry(self._keys, self._lock, self._forget)
+            reduced = self._reducer.reduce(communicator, mine, registry)
         with self._lock:
             self._last = (reduced, mine.kind)
             self._loaded = None
@@ -840,6 +853,44 @@ class MetricsAggregator:
                 self._warned,
             )
         return Snapshot(reduced, handlers)
+
+    def _finish_there(self, begun: _Begun) -> Snapshot:
+        """Take part in the reduction, on the worker's thread."""
+        if not begun.claim():
+            raise RuntimeError("what was cut off for this reduction has been put back")
+        try:
+            return self._finish(begun)
+        except BaseException as error:
+            self._undo(begun, error)
+            raise
+
+    def _undo(self, begun: _Begun, error: BaseException) -> None:
+        """Put back what a reduction has cut off, unless other ranks may have merged it.
+
+        An exchange that this rank has begun and not finished has put it out of step: what it sent
+        next would be of another size than what the others expect, which aborts processes.
+        """
+        outcome = Outcome.PENDING if begun.mine is None else begun.mine.outcome
+        if outcome is Outcome.MERGED:
+            return
+        if outcome is Outcome.OPEN:
+            if isinstance(error, MissingRanksError):
+                self._dead = error
+                return
+            assert begun.communicator is not None
+            why = f"{type(error).__name__}: {error}".rstrip(": ")
+            self._dead = MissingRanksError(
+                f"aggregator {self.name!r}: this rank left a reduction in the middle ({why}), and the "
+                "others may have finished it. This aggregator cannot talk to other ranks any more: "
+                "make a new one on all ranks and load the last state"
+            )
+            begun.communicator.abandon(why)
+            return
+        with self._lock:
+            if begun.cut is not None:
+                self._inbox.restore(begun.cut)
+                self._clock.restore(begun.seconds)
+                self._custom.reopen_interval(begun.closed)
 
     def _settled(self, cut: CutDelta) -> list[str]:
         """Wait for values on devices; returns what went wrong, for all ranks to hear."""
@@ -1030,17 +1081,24 @@ class _Unclaimed(NamedTuple):
 
 
 class _Begun:
-    """A reduction whose delta has been cut off."""
+    """A reduction, from the moment on in which what has accumulated is cut off.
 
-    __slots__ = ("closed", "communicator", "cut", "mine")
+    Each part stands here as soon as there is one, so that an interrupt between two lines loses none.
+    """
 
-    def __init__(
-        self, communicator: Communicator, cut: CutDelta, mine: Contribution, closed: Any
-    ) -> None:
-        self.communicator = communicator
-        self.cut = cut
-        self.mine = mine
-        self.closed = closed
+    __slots__ = ("_owner", "closed", "communicator", "cut", "mine", "seconds")
+
+    def __init__(self) -> None:
+        self.communicator: Communicator | None = None
+        self.cut: CutDelta | None = None
+        self.seconds = 0.0
+        self.closed: Mapping[Key, list[MetricState]] = {}
+        self.mine: Contribution | None = None
+        self._owner = threading.Lock()
+
+    def claim(self) -> bool:
+        """Return whether the caller is the first: only one of two threads may go on with it."""
+        return self._owner.acquire(blocking=False)
 
 
 def _done(task: Callable[[], Snapshot]) -> Future[Snapshot]:

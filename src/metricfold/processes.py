@@ -135,12 +135,10 @@ class Worker:
         weakref.finalize(self, self._tasks.put, None).atexit = False
         _finish_at_exit(self)
 
-    def submit(self, task: Callable[[], Any]) -> Future[Any]:
-        """Return the future of `task`, which cannot be cancelled: the other ranks count on it."""
-        future: Future[Any] = Future()
+    def submit(self, task: Callable[[], Any], future: Future[Any]) -> None:
+        """Run `task` for `future`, which cannot be cancelled: the other ranks count on it."""
         future.set_running_or_notify_cancel()
         self._tasks.put((task, future))
-        return future
 
     def finish(self, timeout: float | None) -> bool:
         """Wait until all tasks, and what their futures call, are done; returns whether they are."""

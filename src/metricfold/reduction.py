@@ -8,8 +8,10 @@ protocol in full.
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -49,10 +51,19 @@ from metricfold.schema import (
 )
 from metricfold.totals import Rows, Totals
 
-__all__ = ["Contribution", "Reduced", "Reducer"]
+__all__ = ["Contribution", "Outcome", "Reduced", "Reducer"]
 
 _logger = logging.getLogger("metricfold")
 _NO_WINDOW = Window()
+
+
+class Outcome(enum.Enum):
+    """What has become of a contribution."""
+
+    PENDING = "no exchange has begun"
+    OPEN = "an exchange has begun; other ranks may merge what this rank does not"
+    REFUSED = "no rank has merged it, and all know that"
+    MERGED = "all ranks have merged it, or will raise at their next call"
 
 
 @dataclass(slots=True)
@@ -68,6 +79,7 @@ class Contribution:
         step: the caller's step, or None.
         error: why this rank fails; it takes part all the same.
         sink_failed: whether a logger's sink has failed here, for all ranks to hear.
+        outcome: what has become of it.
     """
 
     kind: Kind
@@ -78,6 +90,7 @@ class Contribution:
     step: int | None = None
     error: str = ""
     sink_failed: bool = False
+    outcome: Outcome = Outcome.PENDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +197,24 @@ class Reducer:
     def reduce(self, communicator: Communicator, mine: Contribution, registry: Registry) -> Reduced:
         """Take part in one reduction.
 
-        Raises on all ranks alike if one disagrees or has failed; then nothing is merged.
+        Raises on all ranks alike if one disagrees or has failed; then nothing is merged. What became
+        of `mine` stands in its `outcome`, whatever is raised.
         """
+        before = vars(self).copy()
+        try:
+            return self._reduced(communicator, mine, registry)
+        except BaseException:
+            if communicator.world_size == 1 and mine.outcome is Outcome.OPEN:
+                # Nobody else can have merged it: it is as if nothing had been begun.
+                vars(self).update(before)
+                mine.outcome = Outcome.PENDING
+            raise
+
+    def _reduced(
+        self, communicator: Communicator, mine: Contribution, registry: Registry
+    ) -> Reduced:
         windows, payload, blob = self._prepared(communicator, mine, registry)
+        mine.outcome = Outcome.OPEN
         headers, merged, _ = self._exchange(communicator, mine, payload, blob)
         if merged is None:
             assert headers is not None
@@ -199,7 +227,9 @@ class Reducer:
         if schema.has_custom:
             assert headers is not None
             sizes = headers[:, Field.CUSTOM_SIZE].astype(np.int64).tolist()
-            custom = CustomResults(communicator.all_gather_bytes(mine.custom, sizes))
+            gathered = communicator.all_gather_bytes(mine.custom, sizes)
+            with _by_all(mine):
+                custom = CustomResults(gathered)
         pools = {
             entry.key: merged.recent.interval(entry.key)
             for entry in schema.distributions
@@ -218,8 +248,9 @@ class Reducer:
         else:
             self.interval, self.windows = interval, windows
             self._rows, self._rows_of = rows, schema
-            self._present.update(key for key, state in mine.states.items() if state.sums[COUNT])
-        return Reduced(
+            present = {key for key, state in mine.states.items() if state.sums[COUNT]}
+            self._present = self._present | present
+        reduced = Reduced(
             schema,
             self.run,
             interval,
@@ -230,6 +261,8 @@ class Reducer:
             communicator.world_size,
             merged.sink_failed,
         )
+        mine.outcome = Outcome.MERGED
+        return reduced
 
     def _with_earlier(self, rows: Rows) -> Rows:
         """Add what earlier reductions have brought to the open interval."""
@@ -338,11 +371,13 @@ class Reducer:
                 texts = self._exchange_blobs(communicator, headers, blob)
                 failed = np.flatnonzero(headers[:, Field.ERROR]).tolist()
                 reasons = dict.fromkeys(texts[rank].decode() for rank in failed)
-                raise RuntimeError(
-                    f"the reduction was given up, and nothing else is lost: {name_ranks(failed)} "
-                    f"could not take part: {'; '.join(reasons)}"
-                )
-            check(headers)
+                with _by_all(mine):
+                    raise RuntimeError(
+                        f"the reduction was given up, and nothing else is lost: {name_ranks(failed)} "
+                        f"could not take part: {'; '.join(reasons)}"
+                    )
+            with _by_all(mine):
+                check(headers)
         return Exchanged(headers, merged)
 
     def _header(self, mine: Contribution, blob: bytes) -> FloatArray:
@@ -402,7 +437,8 @@ class Reducer:
         """
         blobs = self._exchange_blobs(communicator, headers, blob)
         self.schema_rounds += 1
-        agreed = agree(self.schema, self._claims, blobs)
+        with _by_all(mine):
+            agreed = agree(self.schema, self._claims, blobs)
         if communicator.rank == 0:
             for entry in agreed.overflowed(self.run.schema):
                 _warn_of_categories(entry)
@@ -418,7 +454,20 @@ class Reducer:
         except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
             mine.error = f"it could not take over the agreed keys: {error!r}"
         if agreed.lost:
-            raise ValueError("; ".join(map(str, agreed.lost)))
+            with _by_all(mine):
+                raise ValueError("; ".join(map(str, agreed.lost)))
+
+
+@contextlib.contextmanager
+def _by_all(mine: Contribution) -> Iterator[None]:
+    """Take what is raised here for what all ranks raise, for all have received the same."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception:
+        mine.outcome = Outcome.REFUSED
+        raise
 
 
 def _warn_of_categories(entry: Entry) -> None:

@@ -66,7 +66,11 @@ def connect(
             "a process_group was given, but the processes are JAX's, which knows no groups: leave "
             "it out, and the aggregator reduces over all processes"
         )
-    if process_group is not None:
+    distributed = sys.modules.get("torch.distributed")
+    dry_run = (
+        distributed is not None and distributed.is_available() and distributed.is_initialized()
+    )
+    if process_group is not None and not dry_run:
         raise RuntimeError(
             "a process_group was given, but torch.distributed is not initialised (any more): call "
             "torch.distributed.init_process_group() first"

@@ -48,6 +48,11 @@ def likely_cause(how: str, who: str, alone: str) -> str:
         "fewer batches than the others had: give all of them the same number of steps, such as by "
         "drop_last"
     )
+    if how.startswith("it left"):
+        return (
+            f"The {who}'s own output tells what it was. A {who} that is out of step would abort the "
+            "others, so nobody goes on"
+        )
     if how.startswith("the connection"):
         return (
             f"Most likely that {who} has ended, or closed its aggregator, while others went on: by "
@@ -117,6 +122,9 @@ class Communicator(ABC):
         """Return whether the ranks that this communicator connects are still the ones to ask."""
         return True
 
+    def abandon(self, why: str) -> None:  # noqa: B027 - where nobody waits, nobody needs to hear
+        """Leave in the middle of a reduction, and let those hear who wait for this rank."""
+
     def close(self) -> None:  # noqa: B027 - most have nothing to give back
         """Give the connection back."""
 
@@ -141,9 +149,14 @@ class LocalCommunicator(Communicator):
 
 
 def torch_is_initialized() -> bool:
-    """Return whether the training script has made a `torch.distributed` process group."""
+    """Return whether the training script has made a `torch.distributed` process group.
+
+    The ranks of a dry run, on the backend "fake", do not exist.
+    """
     distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return False
+    return "fake" not in distributed.get_backend()
 
 
 def jax_job() -> Any:

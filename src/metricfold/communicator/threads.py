@@ -48,6 +48,9 @@ class ThreadCommunicator(Communicator):
         self.world_size = world_size
         self._meeting = meeting
 
+    def abandon(self, why: str) -> None:
+        self._meeting.barrier.abort()
+
     def _all_gather(self, vector: FloatArray) -> FloatArray:
         return np.stack(self._meeting.gather(self.rank, vector))
 

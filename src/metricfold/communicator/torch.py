@@ -9,12 +9,18 @@ called: made lazily, it would race with groups that the training script makes.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
+import os
+import re
+import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +28,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from metricfold.communicator.base import Communicator, MissingRanksError, likely_cause
+from metricfold.communicator.store import StoreClient, StoreGoneError
 from metricfold.pool import FloatArray
-from metricfold.processes import release_at_exit
+from metricfold.processes import release_at_exit, start_thread
 
 __all__ = ["TorchCommunicator"]
 
@@ -31,13 +38,33 @@ _logger = logging.getLogger("metricfold")
 
 _FIRST_WAIT = 10.0
 """After so many seconds a warning names who is missing."""
-_GRACE = 0.5
-"""How long ranks that came at about the same time get to record themselves."""
+_BEAT = 0.5
+"""A rank that waits longer than so many seconds says so in the store, and goes on saying it."""
+_ANSWER = 3.0
+"""For so many seconds the store is waited for where nothing else gives a deadline."""
+_LATE = 0.25
+"""A rank that met broken connections within so many seconds came after the others had given up."""
 _POISON = "poison"
 
 
+class _Sign(NamedTuple):
+    """What a rank has let the others see of itself.
+
+    Args:
+        state: ``"waits"``, ``"broke"``, ``"gave up"``, ``"done"``, ``"closed"`` or ``"ended"``.
+        beat: of one that waits: how often it has said so. Else the seconds it had waited.
+    """
+
+    state: str
+    beat: float
+
+
 class TorchCommunicator(Communicator):
-    """Ranks of a `torch.distributed` job."""
+    """Ranks of a `torch.distributed` job.
+
+    Raises:
+        MissingRanksError: the job's store does not answer.
+    """
 
     def __init__(
         self, name: str, process_group: Any, timeout: timedelta | None, generation: int
@@ -51,12 +78,18 @@ class TorchCommunicator(Communicator):
         self._name = name
         self._timeout = _timeout_of(given or self._default_group) if timeout is None else timeout
         members = "-".join(map(str, ranks)) if given is not None else "all"
-        # A clone has a connection of its own: one that waits does not hold up the job's.
-        job_store: Any = c10d._get_default_store()
-        self._store = c10d.PrefixStore(
-            f"metricfold/{name}/{members}/{generation}", job_store.clone()
-        )
+        try:
+            self._store = StoreClient(
+                c10d._get_default_store(),
+                f"metricfold/{name}/{members}/{generation}",
+                seconds=self._timeout.total_seconds() + _ANSWER,
+            )
+        except StoreGoneError as gone:
+            raise self._nobody_named(str(gone)) from None
+        except RuntimeError as error:
+            raise self._nobody_named(_first_line(error)) from error
         self._calls = 0
+        self._passed = 0
         self._group: Any = None
         self._work: Any = None
         self._released = False
@@ -66,6 +99,14 @@ class TorchCommunicator(Communicator):
 
     def close(self) -> None:
         self._group = None
+        with suppress(RuntimeError):
+            self._leave("closed")
+            if self._store.add("closed", 1, seconds=_ANSWER) >= self.world_size:
+                everyone = range(self.world_size)
+                keys = [f"{key}/{rank}" for key in ("met", "at", "end", "0") for rank in everyone]
+                keys += ["met", "all met", "closed", "caller", _POISON]
+                self._store.delete_all(keys, seconds=_ANSWER)
+        self._store.close()
 
     def release(self) -> None:
         """At exit: end the group while gloo's thread can still let go of what it holds.
@@ -75,9 +116,18 @@ class TorchCommunicator(Communicator):
         aborts the process. The group's destructor waits for the thread.
         """
         self._released = True
+        with suppress(RuntimeError):
+            self._leave("ended")
         # It would also wait for a collective that goes on, which the exit after an error must not.
         if self._work is None or self._work.is_completed():
             self._group = None
+        self._store.close()
+
+    def abandon(self, why: str) -> None:
+        self._close_pairs()
+        if not self._released:
+            with suppress(RuntimeError):
+                self._given_up({self.rank: ""}, f"it left a reduction in the middle: {why}")
 
     # -- Collectives
 
@@ -105,140 +155,323 @@ class TorchCommunicator(Communicator):
                 "imported"
             )
         self._calls += 1
+        if self._group is None:
+            self._group = self._connect()
         started = time.monotonic()
         try:
-            if self._group is None:
-                self._group = self._connect()
             self._work = issue()
-        except MissingRanksError:
-            raise
+            self._wait(self._work)
         except RuntimeError as error:
-            raise self._diagnosed(error, started) from error
-        self._wait(self._work)
+            raise self._diagnosed(error, time.monotonic() - started) from error
         self._work = None
-
-    # -- Missing ranks
-
-    def _connect(self) -> Any:
-        """Build the group; all ranks meet here first, so that missing ones can be named."""
-        self._record("met")
-        # One key to look at, whatever the number of ranks: the last one to come sets it.
-        if self._store.add("met", 1) >= self.world_size:
-            self._store.set("all met", "")
-        started = time.monotonic()
-        first, rest = self._waits()
-        pause, warned = 0.001, False
-        while not self._store.check(["all met"]):
-            waited = time.monotonic() - started
-            if waited >= first + rest:
-                raise self._given_up(self._absent("met"))
-            if waited >= first and not warned:
-                self._raise_if_poisoned()
-                self._warn(self._absent("met"))
-                warned = True
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
-        release_at_exit(self)
-        return c10d.ProcessGroupGloo(self._store, self.rank, self.world_size, self._timeout)
+        self._passed = self._calls
 
     def _wait(self, work: Any) -> None:
-        started = time.monotonic()
-        first, rest = self._waits()
+        first = min(_BEAT, self._seconds / 4)
         try:
             work.wait(timedelta(seconds=first))
-        except RuntimeError as error:
-            if work.is_completed():
-                raise self._diagnosed(error, started) from error
+        except RuntimeError:
+            pass  # it is not done yet, or has failed: the wait below tells
         else:
             return
-        self._record(self._call)
-        # Let ranks that came at about the same time record themselves too.
-        time.sleep(_GRACE / 2)
-        if not work.is_completed():
-            self._warn(self._absent(self._call))
+        done = threading.Event()
+        with suppress(RuntimeError):  # no thread to be had: nobody hears that this rank waits
+            start_thread(self._say_that_it_waits, done, self._calls, name="metricfold-waits")
         try:
             # gloo itself gives up at the timeout, and closes the connection as it does: a rank
             # that comes later can then not complete what the others have given up.
-            work.wait(timedelta(seconds=rest + 4 * _GRACE))
-        except RuntimeError as error:
-            raise self._diagnosed(error, started) from error
+            work.wait(timedelta(seconds=self._seconds - first + 4 * _BEAT))
+        finally:
+            done.set()
 
     @property
-    def _call(self) -> str:
-        return f"call-{self._calls}"
+    def _seconds(self) -> float:
+        return self._timeout.total_seconds()
 
-    def _waits(self) -> tuple[float, float]:
-        """Return the seconds until a warning, and from there until giving up."""
-        total = self._timeout.total_seconds()
-        first = min(_FIRST_WAIT, total / 2)
-        return first, total - first
+    @property
+    def _patience(self) -> float:
+        """Seconds until a warning."""
+        return min(_FIRST_WAIT, self._seconds / 2)
 
-    def _record(self, call: str) -> None:
-        """Let the others see that this rank waits in `call`."""
-        self._store.set(f"{call}/{self.rank}", "here")
+    # -- Connecting
 
-    def _absent(self, call: str) -> list[int]:
-        """Return the ranks that have not recorded themselves in `call`."""
-        return [
-            rank
-            for rank in range(self.world_size)
-            if rank != self.rank and not self._store.check([f"{call}/{rank}"])
-        ]
-
-    def _diagnosed(self, error: RuntimeError, started: float) -> RuntimeError:
-        """Find out which ranks are missing after a collective has failed."""
+    def _connect(self) -> Any:
+        """Build the group; all ranks meet here first, so that missing ones can be named."""
+        until = time.monotonic() + self._seconds
         try:
-            if time.monotonic() - started >= self._timeout.total_seconds():
-                # Who waited that long has recorded itself long ago.
-                return self._given_up(self._absent(self._call))
-            # The others may have given up because this rank is late: then they say so by now.
-            time.sleep(_GRACE)
-            self._raise_if_poisoned()
-            self._record(self._call)
-            time.sleep(_GRACE)
-            missing = self._absent(self._call)
-            return self._given_up(missing, f"the connection to them broke ({error})")
-        except MissingRanksError as known:
-            return known
-        except RuntimeError:
-            # The store is gone too, and with it the rank that served it.
-            return self._missing([], f"the connection to the other ranks broke ({error})")
+            self._meet(until)
+            release_at_exit(self)
+            # Its constructor asks the store too.
+            return self._store.ask(
+                c10d.ProcessGroupGloo,
+                self._store.store,
+                self.rank,
+                self.world_size,
+                self._timeout,
+                seconds=self._seconds + _ANSWER,
+            )
+        except StoreGoneError as gone:
+            raise self._nobody_named(str(gone)) from None
+        except MissingRanksError:
+            raise
+        except RuntimeError as error:
+            raise self._unconnected(_first_line(error)) from error
 
-    def _given_up(self, missing: list[int], how: str = "") -> MissingRanksError:
+    def _meet(self, until: float) -> None:
+        def left() -> float:
+            return max(until - time.monotonic(), 0.0) + _ANSWER
+
+        self._store.set(f"met/{self.rank}", socket.gethostname(), seconds=left())
+        self._raise_if_poisoned(left())
+        # One key to look at, whatever the number of ranks: the last one to come sets it.
+        if self._store.add("met", 1, seconds=left()) >= self.world_size:
+            self._store.set("all met", "here", seconds=left())
+        warn_at = until - self._seconds + self._patience
+        pause, warned = 0.001, False
+        while self._store.get("all met", seconds=left()) is None:
+            now = time.monotonic()
+            if now >= until or (now >= warn_at and not warned):
+                self._raise_if_poisoned(left())
+                absent = self._not_met()
+                if absent and now >= until:
+                    raise self._given_up(absent, self._did_not_come())
+                self._warn(absent)
+                warned = True
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+
+    def _not_met(self) -> dict[int, str]:
+        """Return the ranks that have not come to the meeting, and what they have said."""
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        absent = [r for r in others if self._store.get(f"met/{r}", seconds=_ANSWER) is None]
+        return dict.fromkeys(absent, "")
+
+    def _unconnected(self, error: str) -> MissingRanksError:
+        """Return what to raise if all ranks are there, but cannot reach each other."""
+        hint = ""
+        with suppress(RuntimeError):
+            if (said := self._store.get(_POISON, seconds=_ANSWER)) is not None:
+                return self._from_verdict(said)
+            hint = self._interface_hint(error)
+        return MissingRanksError(
+            f"aggregator {self._name!r}: no rank is missing, but the connection between them "
+            f"failed: {error}. {hint or _CONNECTION}. {_RECOVERY}"
+        )
+
+    def _interface_hint(self, error: str) -> str:
+        """Return what to do where a rank listens on an address that other hosts cannot reach."""
+        addresses = re.findall(r"\[([0-9a-fA-F.:]+)\]:\d+", error)
+        if "GLOO_SOCKET_IFNAME" not in os.environ:
+            with suppress(OSError):
+                addresses.append(socket.gethostbyname(socket.gethostname()))
+        local = next((address for address in addresses if _is_loopback(address)), None)
+        hosts = {
+            self._store.get(f"met/{rank}", seconds=_ANSWER) for rank in range(self.world_size)
+        } - {None}
+        if local is None or len(hosts) < 2:
+            return ""
+        return (
+            f"The ranks are on {len(hosts)} hosts, and {local} is a loopback address, which no other "
+            "host can reach: set GLOO_SOCKET_IFNAME on every host to the network interface that leads "
+            "to the others, such as eth0"
+        )
+
+    # -- Missing ranks
+
+    def _say_that_it_waits(self, done: threading.Event, call: int) -> None:
+        """Note in the store that this rank waits, as long as it does; on a thread of its own."""
+        started, beats, warned = time.monotonic(), 0, False
+        with suppress(RuntimeError):  # the store is gone: who waits will hear
+            while not done.wait(_BEAT / 2 if not beats else _BEAT):
+                beats += 1
+                self._store.set(
+                    f"at/{self.rank}", json.dumps([call, "waits", beats]), seconds=_ANSWER
+                )
+                if not warned and time.monotonic() - started >= self._patience - _BEAT:
+                    warned = True
+                    absent = [rank for rank, sign in self._signs(call).items() if sign is None]
+                    if not done.wait(_BEAT):
+                        self._warn({r: "" for r in absent if self._sign(r, call) is None})
+            if beats and self._passed >= call:
+                self._sign_off("done", call)
+
+    def _sign_off(self, state: str, call: int, waited: float = 0.0) -> None:
+        """Let the others see how this rank's call has ended."""
+        self._store.set(f"end/{self.rank}", json.dumps([call, state, waited]), seconds=_ANSWER)
+
+    def _leave(self, state: str) -> None:
+        """Let the others see that this rank takes part in nothing any more."""
+        if self._calls and self.world_size > 1:
+            self._sign_off(state, self._calls)
+
+    def _sign(self, rank: int, call: int) -> _Sign | None:
+        """Return what `rank` has let see of itself in `call` or since; None: it was not there."""
+        for key in ("end", "at"):
+            if (text := self._store.get(f"{key}/{rank}", seconds=_ANSWER)) is None:
+                continue
+            its_call, state, beat = json.loads(text)
+            if state in ("closed", "ended") or its_call >= call:
+                return _Sign(state, beat)
+        return None
+
+    def _signs(self, call: int) -> dict[int, _Sign | None]:
+        return {r: self._sign(r, call) for r in range(self.world_size) if r != self.rank}
+
+    def _roll_call(self, *, timed_out: bool) -> dict[int, str]:
+        """Return who is missing from this call, and what they have said of themselves.
+
+        Nobody is named after one look: a rank may have come just now, or beat slowly.
+        """
+
+        def missing(before: _Sign | None, now: _Sign | None) -> bool:
+            if now is None or now.state in ("closed", "ended"):
+                return True
+            if now.state == "waits":
+                return now == before
+            return timed_out and before is None and now.state == "broke" and now.beat < _LATE
+
+        first = self._signs(self._calls)
+        time.sleep(2 * _BEAT)
+        found = {r: s for r in first if missing(first[r], s := self._sign(r, self._calls))}
+        if any(sign is not None and sign.state == "waits" for sign in found.values()):
+            time.sleep(3 * _BEAT)
+            found = {r: s for r, b in found.items() if missing(b, s := self._sign(r, self._calls))}
+        return {rank: _SAID.get(sign.state, "") if sign else "" for rank, sign in found.items()}
+
+    def _diagnosed(self, error: RuntimeError, waited: float) -> MissingRanksError:
+        """Find out which ranks are missing after a collective has failed."""
+        timed_out = waited >= self._seconds - _LATE / 5
+        text = _first_line(error)
+        how = self._did_not_come() if timed_out else f"the connection to them broke ({text})"
+        broken = set() if timed_out else self._broken_pairs()
+        try:
+            # First, for who meets connections that are closed looks here for the reason.
+            self._sign_off("gave up" if timed_out else "broke", self._calls, waited)
+            self._close_pairs()
+            if (known := self._verdict_of_another()) is not None:
+                return known
+            missing = self._roll_call(timed_out=timed_out)
+            if not timed_out:
+                # A rank whose connection is whole is only slow to come.
+                missing = {r: said for r, said in missing.items() if r in broken or said}
+            if missing:
+                return self._given_up(missing, how)
+            return self._unconnected(text)
+        except StoreGoneError as gone:
+            return self._nobody_named(f"{how}; {gone}")
+        except RuntimeError as gone:
+            # With the store went the rank that served it.
+            return self._nobody_named(f"{how}; {self._store.where} is gone ({_first_line(gone)})")
+        finally:
+            self._close_pairs()
+
+    def _broken_pairs(self) -> set[int]:
+        """Return the ranks to which nothing can be sent any more."""
+        broken = set()
+        for rank in range(self.world_size):
+            if rank != self.rank:
+                try:
+                    self._group.send([torch.zeros(1)], rank, _NO_TAG)
+                except RuntimeError:
+                    broken.add(rank)
+        return broken
+
+    def _close_pairs(self) -> None:
+        """Close all connections, so that whoever waits for this rank hears at once.
+
+        Neither `abort` nor letting go of the group does. A wait that expires does: gloo gives up the
+        whole context then.
+        """
+        group, self._group = self._group, None
+        if group is not None and self.world_size > 1:
+            with suppress(RuntimeError):
+                receiving = group.recv_anysource([torch.zeros(1)], _NO_TAG)
+                receiving.wait(timedelta(milliseconds=1))
+        self._work = None
+
+    def _verdict_of_another(self) -> MissingRanksError | None:
+        """Let one rank call the roll for all; returns its verdict, or None if this rank is the one."""
+        if (said := self._store.get(_POISON, seconds=_ANSWER)) is not None:
+            return self._from_verdict(said)
+        caller = self._store.set_first("caller", str(self.rank), seconds=_ANSWER)
+        if int(caller) == self.rank:
+            return None
+        until = time.monotonic() + 7 * _BEAT
+        while time.monotonic() < until:
+            if (said := self._store.get(_POISON, seconds=_ANSWER)) is not None:
+                return self._from_verdict(said)
+            time.sleep(_BEAT / 5)
+        return None
+
+    def _given_up(self, missing: Mapping[int, str], how: str) -> MissingRanksError:
         """Record the verdict, the first rank's for all, and return it as an error."""
-        how = how or f"they did not come within {self._timeout.total_seconds():g} s"
-        verdict = json.dumps({"missing": missing, "how": how})
-        agreed = self._store.compare_set(_POISON, "", verdict)
-        return self._from_verdict(agreed or verdict.encode())
+        verdict = json.dumps({"missing": list(missing.items()), "how": how})
+        return self._from_verdict(self._store.set_first(_POISON, verdict, seconds=_ANSWER))
 
-    def _raise_if_poisoned(self) -> None:
-        if self._store.check([_POISON]):
-            raise self._from_verdict(self._store.get(_POISON))
+    def _raise_if_poisoned(self, seconds: float) -> None:
+        if (said := self._store.get(_POISON, seconds=seconds)) is not None:
+            raise self._from_verdict(said)
+
+    def _did_not_come(self) -> str:
+        return f"they did not come within {self._seconds:g} s"
 
     def _from_verdict(self, verdict: bytes) -> MissingRanksError:
         content = json.loads(verdict)
-        return self._missing(content["missing"], content["how"])
-
-    def _missing(self, missing: list[int], how: str) -> MissingRanksError:
-        who = ", ".join(str(self._ranks[rank]) for rank in missing) or "unknown"
+        missing, how = dict(content["missing"]), content["how"]
+        who = ", ".join(str(self._ranks[rank]) for rank in missing)
+        for rank, said in missing.items():
+            how += f"; rank {self._ranks[rank]} {said}" if said else ""
         return MissingRanksError(
             f"aggregator {self._name!r}: missing from a collective call: rank(s) {who} of "
-            f"{self.world_size}; {how}. {likely_cause(how, 'rank', 'if rank == 0:')}. This aggregator "
-            "cannot talk to other ranks any more: make a new one on all ranks and load the last state",
+            f"{self.world_size}; {how}. {likely_cause(how, 'rank', 'if rank == 0:')}. {_RECOVERY}",
             [self._ranks[rank] for rank in missing],
         )
 
-    def _warn(self, missing: list[int]) -> None:
+    def _nobody_named(self, how: str) -> MissingRanksError:
+        return MissingRanksError(
+            f"aggregator {self._name!r}: a collective call failed, and who is missing cannot be told: "
+            f"{how}. Most likely the process or host that serves the store has stopped or ended. "
+            f"{_RECOVERY}"
+        )
+
+    def _warn(self, missing: Mapping[int, str]) -> None:
         if missing:
             _logger.warning(
                 "aggregator %r: rank %d has waited %.0f s in a collective call for rank(s) %s; "
                 "giving up after %.0f s",
                 self._name,
                 self._ranks[self.rank],
-                self._waits()[0],
+                self._patience,
                 ", ".join(str(self._ranks[rank]) for rank in missing),
-                self._timeout.total_seconds(),
+                self._seconds,
             )
+
+
+_NO_TAG = 2**31 - 1  # of a message that nobody waits for
+_SAID = {
+    "closed": "had closed its aggregator",
+    "ended": "has ended",
+    "waits": "has stopped: it was in the call, and has given no sign of life since",
+}
+_RECOVERY = (
+    "This aggregator cannot talk to other ranks any more: make a new one on all ranks and load the "
+    "last state"
+)
+_CONNECTION = (
+    "Look at the network between the ranks' hosts, and whether GLOO_SOCKET_IFNAME names an interface "
+    "that leads to the others"
+)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
+def _is_loopback(address: str) -> bool:
+    with suppress(ValueError):
+        found = ipaddress.ip_address(address)
+        return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+    return False
 
 
 def _as_group(process_group: Any) -> Any:

@@ -1,0 +1,165 @@
+"""Interrupts in the middle of a reduction: nothing is lost, counted twice, or sent out of step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+
+from metricfold import MetricsAggregator, MissingRanksError
+from metricfold.totals import Totals
+
+
+def attempt(call: Callable[[], object]) -> str:
+    """Return what `call` raises, as text, or "ok"."""
+    try:
+        call()
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return "ok"
+
+
+def once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: BaseException) -> None:
+    """Let the next call of a method raise `error`."""
+    real = getattr(owner, name)
+
+    def raising(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(owner, name, real)
+        raise error
+
+    monkeypatch.setattr(owner, name, raising)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("can't start new thread")])
+def test_what_was_cut_off_is_put_back_if_its_reduction_cannot_begin(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    aggregator = MetricsAggregator()
+    aggregator.record("n", 5, "sum")
+    once(monkeypatch, threading.Thread, "start", error)
+    with pytest.raises(type(error)):
+        aggregator.reduce_async()
+    # Until now it was lost.
+    assert aggregator.get_metrics_for_logging("t") == {"t/n": 5.0}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), ValueError("a bug")])
+@pytest.mark.parametrize("background", [False, True])
+def test_a_reduction_of_one_rank_that_is_interrupted_is_as_if_it_had_not_begun(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, *, background: bool
+) -> None:
+    aggregator = MetricsAggregator()
+    aggregator.record("n", 5, "sum")
+    aggregator.reduce()
+    aggregator.record("n", 7, "sum")
+    aggregator.record("new", 1, "max")
+    once(monkeypatch, Totals, "plus", error)
+    with pytest.raises(type(error)):
+        aggregator.reduce_async().result() if background else aggregator.reduce()
+    aggregator.record("n", 1, "sum")
+    snapshot = aggregator.reduce()
+    assert snapshot.as_dict("t", "interval") == {"t/n": 8.0, "t/new": 1.0}
+    assert snapshot.as_dict("t") == {"t/n": 13.0, "t/new": 1.0}
+
+
+def interrupted(rank: int, route: str, *, new_key: bool) -> list[str]:
+    aggregator = MetricsAggregator(timeout=4, route=route)
+    aggregator.record("x", 1.0)
+    aggregator.reduce()
+    aggregator.record("x", 2.0)
+    if new_key:
+        aggregator.record("new", 1.0)
+    if rank == 0:
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+    else:
+        time.sleep(0.6)
+    return [
+        attempt(aggregator.reduce),
+        attempt(aggregator.state_dict),
+        attempt(lambda: aggregator.state_dict(sync=False)),
+    ]
+
+
+@pytest.mark.parametrize("route", ["narrow", "wide"])
+def test_a_rank_that_leaves_an_exchange_in_the_middle_aborts_no_other(route: str) -> None:
+    # It went on out of step, which made gloo abort a process (SIGABRT).
+    interrupted_rank, other = run_ranks(_interrupted_with_a_new_key, 2, route)
+    assert interrupted_rank[0].startswith("KeyboardInterrupt")
+    assert "this rank left a reduction in the middle (KeyboardInterrupt)" in interrupted_rank[1]
+    assert "rank(s) 0 of 2; it left a reduction in the middle: KeyboardInterrupt" in other[0]
+    assert other[1] == other[0]
+    assert interrupted_rank[2] == other[2] == "ok"
+
+
+def _interrupted_with_a_new_key(rank: int, route: str) -> list[str]:
+    return interrupted(rank, route, new_key=True)
+
+
+def interrupted_while_waiting(rank: int) -> list[Any]:
+    aggregator = MetricsAggregator(timeout=20)
+    aggregator.record("x", 1, "sum")
+    if rank == 1:
+        time.sleep(1.0)
+    future = aggregator.reduce_async()
+    seen = []
+    if rank == 0:
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        seen.append(attempt(future.result))
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        # This one waits for the one before.
+        seen.append(attempt(aggregator.reduce))
+    aggregator.record("x", 10, "sum")
+    return [seen, aggregator.get_metrics_for_logging("t")]
+
+
+def test_an_interrupt_of_a_caller_that_merely_waits_costs_nothing() -> None:
+    first, second = run_ranks(interrupted_while_waiting, 2)
+    assert first == [["KeyboardInterrupt: ", "KeyboardInterrupt: "], {"t/x": 22.0}]
+    assert second == [[], {"t/x": 22.0}]
+
+
+def test_the_ranks_of_a_dry_run_on_the_fake_backend_are_not_waited_for() -> None:
+    for store in ("FakeStore", "HashStore"):
+        # It raised, or waited for ranks that do not exist.
+        assert run_ranks(dry_run, 1, store) == [[{"t/loss": 1.0}, {"t/loss": 2.0}, 2]]
+
+
+def dry_run(rank: int, kind: str) -> list[Any]:
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.destroy_process_group()
+    store = FakeStore() if kind == "FakeStore" else dist.HashStore()
+    dist.init_process_group("fake", rank=3, world_size=8, store=store)
+    aggregator = MetricsAggregator(timeout=4)
+    aggregator.record("loss", 1.0)
+    first = aggregator.get_metrics_for_logging("t")
+    aggregator.record("loss", 3.0)
+    snapshot = aggregator.reduce_async().result()
+    group = MetricsAggregator(process_group=dist.new_group([3, 4]))
+    group.record("loss", 2.0)
+    return [first, group.get_metrics_for_logging("t"), int(snapshot.as_dict("t")["t/loss"])]
+
+
+def test_an_error_that_all_ranks_raise_alike_still_puts_no_rank_out_of_use() -> None:
+    for seen in run_ranks(failing_alike, 2):
+        assert seen == ["RuntimeError", {"t/x": 2.0}]
+
+
+def failing_alike(rank: int) -> list[Any]:
+    aggregator = MetricsAggregator(timeout=10)
+    aggregator.record("x", 1, "sum")
+    try:
+        aggregator.reduce(step=rank)
+    except MissingRanksError:
+        return ["out of use"]
+    except RuntimeError as error:
+        return [type(error).__name__, aggregator.get_metrics_for_logging("t")]
+    return ["no error"]
