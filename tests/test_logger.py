@@ -761,6 +761,7 @@ def test_rewind_to_no_step_is_refused(step):
 
 
 def test_close_ends_all_threads():
+    MetricsLogger([]).close()  # the thread that watches signals stays with the process
     before = set(threading.enumerate())
     logger = MetricsLogger([Memory(), Memory()])
     logger.log(1, {"x": 1.0})
@@ -773,6 +774,7 @@ def test_close_ends_all_threads():
 
 
 def test_a_logger_that_logs_nothing_starts_no_thread_and_closes_its_sinks():
+    MetricsLogger([]).close()
     before = set(threading.enumerate())
     sink = Memory()
     with MetricsLogger([sink]):
