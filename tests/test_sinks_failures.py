@@ -471,6 +471,19 @@ def test_sys_exit_in_derive_is_an_exit_where_the_program_asks():
         aggregator.get_metrics_for_logging()
 
 
+def test_a_sink_without_a_name_is_a_sink(caplog):
+    class Nameless(Remote):
+        def __repr__(self):
+            raise RuntimeError("no name yet")
+
+    sink = Nameless(lambda step, attempt: ValueError() if step == 1 else None)
+    with MetricsLogger([sink]) as logger:
+        for step in range(3):
+            logger.log(step, {"x": 1.0})
+    assert sink.got == [0, 2]
+    assert counts(caplog, "Nameless") == (2, 1, 0)
+
+
 # -- Loud ----------------------------------------------------------------------------------------
 
 

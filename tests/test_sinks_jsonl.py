@@ -161,7 +161,7 @@ def test_an_empty_file_holds_no_records(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        *("[1, 2]", '{"loss": 1}', '{"step": 1, "wall_time": "x"}', "", "null", '{"text": "a'),
+        *("[1, 2]", '{"loss": 1}', '{"step": 1, "wall_time": "x"}', "null", '{"text": "a'),
         '{"step": true, "wall_time": 1.0, "prefix": "", "metrics": {}, "histograms": {}}',
         '{"step": 1.0, "wall_time": 1.0, "prefix": "", "metrics": {}, "histograms": {}}',
         '{"step": 1, "wall_time": true, "prefix": "", "metrics": {}, "histograms": {}}',
@@ -228,6 +228,18 @@ def test_a_line_longer_than_any_record_is_refused_before_it_is_in_memory(tmp_pat
         file.truncate(2 * _LONGEST)  # of NULs, which take no room on the disk
     with pytest.raises(ValueError, match=r"run\.jsonl, line 2 is longer than"):
         read_jsonl(path)
+
+
+def test_empty_lines_are_no_records(tmp_path):
+    path = tmp_path / "run.jsonl"
+    write(path, record(1))
+    with path.open("a") as file:
+        file.write("\n  \n")
+    write(path, record(2), record(5))
+    sink = JSONLSink(path)
+    sink.rewind(3)
+    sink.close()
+    assert steps(path) == [1, 2]
 
 
 @pytest.mark.parametrize("torn", ['{"step": 9, "wall', '{"st', "\0\0\0", '{"step": 9, "wall\0\0'])
@@ -534,6 +546,22 @@ def test_a_rewind_that_is_killed_leaves_the_old_or_the_new_file(tmp_path):
         assert found in (before, after)
         seen.add(len(found))
     assert seen <= {len(before), len(after)}
+
+
+def test_records_go_through_a_pipe_as_they_come():
+    """Such as ``JSONLSink("/dev/stdout")`` of a program whose output another one reads."""
+    code = """
+from metricfold.sinks import JSONLSink, MetricsLogger
+with MetricsLogger([JSONLSink("/dev/stdout"), JSONLSink("/dev/null")]) as logger:
+    for step in range(3):
+        logger.log(step, {"x": 1.0})
+    logger.rewind(1)
+    logger.log(2, {"x": 1.0})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [json.loads(line)["step"] for line in done.stdout.splitlines()] == [0, 1, 2, 2]
+    assert "1 x rewind(), step 1: ValueError(" in done.stderr
+    assert "4 written, 0 skipped, 0 lost" in done.stderr
 
 
 # -- Two writers ---------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ class AppendFile:
                     file.close()
                     return other
             try:
-                file._lock()
+                if file.regular:
+                    file._lock()
             except BaseException:
                 file.close()
                 raise
@@ -81,6 +82,11 @@ class AppendFile:
         return _identity(os.fstat(self._descriptor))
 
     @property
+    def regular(self) -> bool:
+        """Whether it can be read and cut: not a terminal, a pipe or another device."""
+        return stat.S_ISREG(os.fstat(self._descriptor).st_mode)
+
+    @property
     def size(self) -> int:
         return os.fstat(self._descriptor).st_size
 
@@ -90,10 +96,13 @@ class AppendFile:
         return self._locked
 
     def current(self) -> bool:
-        """Return whether the path still names the open file: somebody may have moved or removed it."""
+        """Return whether the path still names the open file.
+
+        It does not if somebody has moved or removed that, or if its server was away in between.
+        """
         try:
             return _identity(self._path.stat()) == self.identity
-        except FileNotFoundError:
+        except OSError:
             return False
 
     def _lock(self) -> None:
@@ -117,7 +126,8 @@ class AppendFile:
                     rest = rest[os.write(self._descriptor, rest) :]
             except OSError:
                 # What another process may have written behind it is not cut off with it.
-                if self._locked or self.size == start + len(piece) - len(rest):
+                alone = self._locked or self.size == start + len(piece) - len(rest)
+                if alone and self.regular:
                     os.ftruncate(self._descriptor, start)
                 raise
             return len(piece)

@@ -76,6 +76,8 @@ class JSONLSink(SelectiveSink):
         if not self.path.exists():
             return
         file = self._opened()
+        if not file.regular:
+            raise ValueError(f"{self.path} is a terminal or a pipe, which cannot be rewound")
         with file.guard:
             cut, scattered = None, False  # where the first line to take away starts
             for line in _lines(self.path):
@@ -100,8 +102,8 @@ class JSONLSink(SelectiveSink):
     def _opened(self) -> AppendFile:
         if self._file is not None and not self._file.current():
             mention(
-                f"{self.path} has been moved or removed while {self!r} was writing to it: a new "
-                "file is begun there"
+                f"{self.path} has been moved or removed while {self!r} was writing to it, or its "
+                "server was away: it is opened anew"
             )
             self.close()
         if self._file is None:
@@ -114,12 +116,14 @@ class JSONLSink(SelectiveSink):
             self._file, self._end = file, -1
         file = self._file
         with file.guard:
-            if file.size != self._end:  # somebody has cut it, or written to it
+            if file.size != self._end and file.regular:  # somebody has cut it, or written to it
                 _mend_last_line(file)
         return file
 
     def _check_ours(self, file: AppendFile) -> None:
         """Refuse a file that holds anything but records, or half of one."""
+        if not file.regular:
+            return
         start = file.read(_HEAD, 0)
         first, newline, _ = start.partition(b"\n")
         if not start or _parsed(first) is not None or (not newline and _began(first)):
@@ -136,7 +140,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
     """Return the records of a file that `JSONLSink` wrote.
 
     Lines that break off, as a machine that goes down leaves them behind, are left out. How many they
-    are is logged as a warning; of the last line that goes without saying.
+    are is logged as a warning; of the last line that goes without saying, as it does of empty ones.
 
     Raises:
         ValueError: anything else that is not a record; names the file and the line.
@@ -146,6 +150,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
     torn: list[int] = []
     for line in _lines(path):
         record = line.record()
+        if line.text.isspace():
+            continue
         if record is not None:
             records.append(_decoded(record, line, path))
         elif not line.is_torn():

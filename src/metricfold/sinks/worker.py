@@ -66,6 +66,7 @@ class SinkWorker:
 
     def __init__(self, sink: Sink, queue_size: int) -> None:
         self._sink = sink
+        self._name = _name_of(sink)
         self._queue_size = queue_size
         # A SimpleQueue may be used in a signal handler that interrupts a `put` to the same queue.
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
@@ -91,7 +92,7 @@ class SinkWorker:
         self._closed = threading.Event()
         # In a copy of the maker's context, where packages such as trackio keep their run.
         context = contextvars.copy_context()
-        self._thread = start_thread(context.run, self._run, name=f"metricfold {sink!r}")
+        self._thread = start_thread(context.run, self._run, name=f"metricfold {self._name}")
 
     def reserve(self, step: int) -> bool:
         """Accept the record of `step`, which is to follow, or refuse it if too many wait."""
@@ -110,7 +111,7 @@ class SinkWorker:
             else f"it has failed for {trouble.seconds():.0f} s, with {trouble.error!r}"
         )
         say(
-            f"{self._sink!r}: {self._queue_size} records wait, and that of step {step} is the first "
+            f"{self._name}: {self._queue_size} records wait, and that of step {step} is the first "
             f"to be left out: {why}. How many were left out is said in the end"
         )
         return False
@@ -161,7 +162,7 @@ class SinkWorker:
         """Return what is missing, or why nothing is written; nothing as long as all is well."""
         trouble = self._trouble
         if trouble is not None and trouble.said:
-            return f"{self._sink!r} fails with {trouble.error!r}"
+            return f"{self._name} fails with {trouble.error!r}"
         return ", ".join(line.strip() for line in self.report(closed=True))
 
     def report(self, *, closed: bool) -> list[str]:
@@ -174,7 +175,7 @@ class SinkWorker:
         if not self._skipped and not lost and not self._causes:
             return []
         lines = [
-            f"{self._sink!r}: {self._written} written, {self._skipped} skipped, {lost} lost",
+            f"{self._name}: {self._written} written, {self._skipped} skipped, {lost} lost",
             *(f"    {cause}" for cause in self._causes.values()),
         ]
         if self._refused:
@@ -414,12 +415,12 @@ class SinkWorker:
         where = "" if step is None else f" of step {step}"
         if what == "write()" and not self._written and self._first("at first"):
             say(
-                f"{self._sink!r} has not written anything: {what}{where} fails with {error!r}. "
+                f"{self._name} has not written anything: {what}{where} fails with {error!r}. "
                 "Training goes on, and what is missing is counted in the end"
             )
         else:
             mention(
-                f"{self._sink!r}: {what}{where} failed and is left out: {error!r}. What follows is "
+                f"{self._name}: {what}{where} failed and is left out: {error!r}. What follows is "
                 "not affected, and how often that happens is said in the end"
             )
 
@@ -443,18 +444,18 @@ class SinkWorker:
             seconds >= _LOUD_AT_FIRST or isinstance(error, _CANNOT_BE)
         )
         if nothing_yet and self._first("at first"):
-            say(f"{self._sink!r} has not written anything yet: {fails}. {goes_on}")
+            say(f"{self._name} has not written anything yet: {fails}. {goes_on}")
         elif seconds >= _LOUD_LATER and self._first("later"):
-            say(f"{self._sink!r} has not written anything for {seconds:.0f} s: {fails}. {goes_on}")
+            say(f"{self._name} has not written anything for {seconds:.0f} s: {fails}. {goes_on}")
         elif seconds >= _LOUD_AT_FIRST and not trouble.said:
-            mention(f"{self._sink!r}: {fails}. It is tried again")
+            mention(f"{self._name}: {fails}. It is tried again")
         else:
             return
         trouble.said = True
 
     def _recovered(self) -> None:
         if self._trouble is not None and self._trouble.said:
-            mention(f"{self._sink!r} is back after {self._trouble.seconds():.1f} s")
+            mention(f"{self._name} is back after {self._trouble.seconds():.1f} s")
 
     def _first(self, occasion: str) -> bool:
         """Return whether this has not been said yet, and take note that it is."""
@@ -499,6 +500,13 @@ def error_of(call: Callable[[], object]) -> BaseException | None:
     except BaseException as error:  # noqa: BLE001 - SystemExit would end the thread without a word
         return error
     return None
+
+
+def _name_of(sink: Sink) -> str:
+    try:
+        return repr(sink)
+    except Exception:  # noqa: BLE001 - the user's, which must not cost the sink its thread
+        return type(sink).__name__
 
 
 def _blames_record(error: BaseException) -> bool:
