@@ -151,6 +151,15 @@ class LaneState:
     def copy(self) -> LaneState:
         return LaneState(self.sums, self.maxs)
 
+    # Of what is more than lanes, that more.
+
+    def part(self) -> Any:
+        """Return what a state of a batch holds besides its lanes, in types that pickle fast."""
+        return None
+
+    def take_parts(self, parts: Sequence[Any]) -> None:
+        """Take in what several `part` have returned, in order; their lanes are merged apart."""
+
 
 def _added(one: Lanes, other: Lanes) -> Lanes:
     # What most states have is written out: it takes a third of the time.
@@ -234,6 +243,21 @@ class WindowState(LaneState):
         copied.older = None if self.older is None else self.older.copy()
         return copied
 
+    def part(self) -> list[bytes | None]:
+        values, weights = concatenated(list(self.chunks))
+        return [values.tobytes(), None if weights is None else weights.tobytes()]
+
+    def take_parts(self, parts: Sequence[list[bytes | None]]) -> None:
+        self._follow_with((WindowState((), [self.values_in(parts)]),))
+
+    @staticmethod
+    def values_in(parts: Sequence[list[bytes | None]]) -> tuple[FloatArray, FloatArray | None]:
+        """Return the values that `parts` hold, in order, and their weights."""
+        values = np.frombuffer(b"".join([part[0] or b"" for part in parts]))
+        if all(part[1] is None for part in parts):
+            return values, None
+        return values, np.frombuffer(b"".join(map(_weights_in, parts)))
+
     def parted(self) -> tuple[FloatArray, FloatArray | None, WindowState]:
         """Return the values with their weights, and the rest, which has no order and merely counts."""
         values, weights, *_ = self.window()
@@ -249,6 +273,12 @@ class WindowState(LaneState):
         if self.limit is None or values.size <= self.limit:
             return window
         return window.limited(self.limit)
+
+
+def _weights_in(part: Sequence[bytes | None]) -> bytes:
+    values, weights = part
+    assert values is not None
+    return np.ones(len(values) // 8).tobytes() if weights is None else weights
 
 
 class CategoryState(LaneState):
@@ -279,6 +309,13 @@ class CategoryState(LaneState):
     def merge_all(self, others: Sequence[LaneState]) -> None:
         for other in others:
             self.merge(other)
+
+    def part(self) -> dict[str, int]:
+        return self.counts
+
+    def take_parts(self, parts: Sequence[dict[str, int]]) -> None:
+        for counts in parts:
+            self.merge(CategoryState((0.0,) * len(self.sums), counts))
 
     def copy(self) -> CategoryState:
         return CategoryState(self.sums, dict(self.counts))

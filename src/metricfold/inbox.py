@@ -21,12 +21,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import chain, groupby
-from operator import mul
+from operator import mul, sub
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from metricfold.data.batch import Column, Late, MetricBatch
+from metricfold.data.batch import Column, Late, MetricBatch, folded_keys
 from metricfold.delta import CutDelta, Delta
 from metricfold.device_lanes import Drained
 from metricfold.handlers import (
@@ -54,8 +54,10 @@ __all__ = ["Inbox", "Keys"]
 _MOST = 4096
 """So many values pile up, or as many as there are keys if those are more: what a fold takes for each
 key is then little for each value."""
-_BATCH, _PER_ROOM = 32, 16
+_BATCH, _PER_ROOM = 16, 16
 """A collated batch takes the room of so many values, and of one more for each 16 that it was made of."""
+_MOST_SHAPES = 256
+"""Collated batches hold the same keys over and over; of so many sets of keys it is known where they go."""
 
 _METRIC = {Metric}
 _NUMBERS = {float, int}
@@ -87,7 +89,8 @@ class Inbox:
         # By dataset, if there is one, name and type, as these are spelled.
         self._spelled: dict[tuple[object, ...], Slot] = {}
         self._numbers: dict[tuple[object, ...], Adder] = {}
-        self._collated: dict[tuple[str, str, TypeLike], Adder] = {}
+        self._collated: dict[tuple[str, str, TypeLike], Slot] = {}
+        self._shapes: dict[str, Shape] = {}
         self._accumulators: list[Drained] = []
         self._log: list[tuple[Sequence[Adder], Sequence[Any]]] = []
         self._room = _MOST
@@ -124,10 +127,11 @@ class Inbox:
         items: Sequence[Any]
         try:
             if kind is MetricBatch:
-                adders, items = [*map(self._collated.__getitem__, metrics.folded)], metrics.states
-                size = _BATCH + metrics.size // _PER_ROOM
                 if metrics.others or metrics.replaced:
                     return False
+                shape = self._shapes.get(metrics.keys) or self._shape(metrics.keys)
+                adders, items = shape.adders, metrics.folded
+                size = _BATCH + metrics.size // _PER_ROOM
             elif (kind is list or kind is tuple) and metrics:
                 if not _METRIC.issuperset(map(type, metrics)):
                     return False
@@ -165,6 +169,17 @@ class Inbox:
             for key, value, weight in zip(keys, values, weights, strict=True)
         ]
         return [add for (add,), _ in placed], [item for _, (item,) in placed]
+
+    def _shape(self, keys: str) -> Shape:
+        """Return what collated batches of these keys go to; raises KeyError if they are not for it."""
+        slots = [self._collated[one] for one in folded_keys(keys)]
+        if not slots:
+            raise KeyError
+        if len(self._shapes) >= _MOST_SHAPES:
+            self._fold()
+            self._shapes.clear()
+        shape = self._shapes[keys] = Shape(slots)
+        return shape
 
     # -- What has been checked and folded elsewhere
 
@@ -206,7 +221,7 @@ class Inbox:
             if slot.takes is float:
                 self._numbers[spelled] = slot.add_value
         if type(handler) is _BUILT_IN.get(agg_type):
-            self._collated[(*key, agg_type)] = slot.add_state
+            self._collated[(*key, agg_type)] = slot
         return slot
 
     # -- Folding
@@ -245,11 +260,15 @@ class Inbox:
         folded = Delta()
         try:
             self._clear()
+            for key in queued:
+                self._slots[key].wait()
             for add, item in zip(adders, items, strict=True):
                 add(item)
+            for shape in self._shapes.values():
+                shape.spread()
             for slot in self._slots.values():
                 if slot.filled():
-                    folded.add(slot.key, *slot.folded(queued=slot.key in queued))
+                    folded.add(slot.key, *slot.folded())
             folded.drained += self._accumulators
         finally:
             self._clear()
@@ -259,6 +278,8 @@ class Inbox:
         for slot in self._slots.values():
             if slot.filled():
                 slot.clear()
+        for shape in self._shapes.values():
+            shape.clear()
         self._accumulators.clear()
 
     # -- Marks
@@ -296,6 +317,7 @@ class Inbox:
                 self._spelled.pop(spelled, None)
                 self._numbers.pop(spelled, None)
             self._collated.pop((*key, slot.agg_type), None)
+            self._shapes.clear()
         return self._delta.drop(key) + self._since.drop(key)
 
 
@@ -331,10 +353,12 @@ class Slot:
         "key",
         "number",
         "takes",
+        "widths",
     )
 
     def __init__(self, key: Key, agg_type: TypeLike, handler: LaneHandler) -> None:
         self.key, self.agg_type, self.handler = key, agg_type, handler
+        self.widths = (handler.sum_width, handler.max_width)
         kind = type(handler)
         self.takes: type | None = None
         if kind in _FOLDS:
@@ -367,6 +391,9 @@ class Slot:
                 return (self.add_weighed,), ((value, float(weight)),)
         raise KeyError
 
+    def wait(self) -> None:
+        """Let what comes know that values which came before still lie on a device."""
+
     def filled(self) -> bool:
         """Return whether there is anything to fold."""
         return bool(self._values or self._states or self._weighed or self._late)
@@ -375,12 +402,8 @@ class Slot:
         for items in (self._values, self._weighed, self._states, self._late):
             items.clear()
 
-    def folded(self, *, queued: bool) -> tuple[LaneState, list[Late]]:
-        """Return the state of what is here, and what lies on a device.
-
-        Args:
-            queued: whether what came before in this key lies on a device still.
-        """
+    def folded(self) -> tuple[LaneState, list[Late]]:
+        """Return the state of what is here, and what lies on a device."""
         state = self.handler.empty()
         if self._values:
             state.merge(self._of_values(self._values, None))
@@ -388,6 +411,10 @@ class Slot:
             state.merge(self._of_values(*zip(*self._weighed, strict=True)))
         state.merge_all(self._states)
         return state, self._late.copy()
+
+    def add_lanes(self, lanes: LaneState) -> None:
+        """Add the lanes of several states at once; what else these held has been added apart."""
+        self._states.append(lanes)
 
     def _of_values(self, values: Sequence[Any], weights: Sequence[float] | None) -> LaneState:
         state = _FOLDS[type(self.handler)](self.handler, values, weights)
@@ -399,51 +426,112 @@ class Slot:
         return state
 
 
+class Shape:
+    """Where the columns of collated batches that hold the same keys go.
+
+    Attributes:
+        adders: of their lanes, all together, and of what else each column may hold.
+    """
+
+    __slots__ = ("_lanes", "_slots", "adders")
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots = slots
+        self._lanes: list[tuple[bytes, bytes]] = []
+        ordered = [slot.add_value for slot in slots if type(slot) is OrderedSlot]
+        self.adders = (self._lanes.append, *ordered)
+
+    def clear(self) -> None:
+        self._lanes.clear()
+
+    def spread(self) -> None:
+        """Give each slot its lanes of all batches, added up as arrays."""
+        if not self._lanes:
+            return
+        all_sums, all_maxs = zip(*self._lanes, strict=True)
+        with quiet():
+            sums = _rows(all_sums).sum(axis=0).tolist()
+        maxs = _rows(all_maxs).max(axis=0).tolist()
+        for slot in self._slots:
+            width, height = slot.widths
+            slot.add_lanes(LaneState(tuple(sums[:width]), tuple(maxs[:height])))
+            del sums[:width], maxs[:height]
+
+
+def _rows(lanes: Sequence[bytes]) -> FloatArray:
+    return np.frombuffer(b"".join(lanes)).reshape(len(lanes), len(lanes[0]) // 8)
+
+
 class OrderedSlot(Slot):
     """The same where order matters.
 
     Where the most recent values do, they queue behind those that still lie on a device.
+
+    Attributes:
+        recent: whether the most recent values matter.
     """
 
-    __slots__ = ()
+    __slots__ = ("_queued", "recent")
 
     def _begin(self) -> None:
         super()._begin()
+        self.recent, self._queued = self.handler.empty().recent, False
         self.add_weighed = self.add_state = self.add_late = self.add_value
 
-    def folded(self, *, queued: bool) -> tuple[LaneState, list[Late]]:
+    def wait(self) -> None:
+        self._queued = self.recent
+
+    def filled(self) -> bool:
+        return self._queued or bool(self._values)
+
+    def clear(self) -> None:
+        super().clear()
+        self._queued = False
+
+    def folded(self) -> tuple[LaneState, list[Late]]:
         state = self.handler.empty()
         late: list[Late] = []
         for kind, run in self._runs():
+            queue = late if self.recent and (late or self._queued) else None
             if kind is Late:
                 late += run
             elif kind is float or kind is str:
-                self._follow(state, late, queued, run, None)
+                self._follow(state, queue, run, None)
             elif kind is tuple:
-                self._follow(state, late, queued, *zip(*run, strict=True))
-            elif state.recent and (late or queued):
+                self._follow(state, queue, *zip(*run, strict=True))
+            elif kind is list or kind is dict:
+                self._take_parts(state, queue, run)
+            elif queue is None:
+                state.merge_all(run)
+            else:
                 for one in run:
                     values, weights, rest = one.parted()
                     state.merge(rest)
-                    self._follow(state, late, queued, values, weights)
-            else:
-                state.merge_all(run)
+                    self._follow(state, queue, values, weights)
+        for lanes in self._states:
+            LaneState.merge(state, lanes)
         return state, late
 
+    def _take_parts(self, state: Any, queue: list[Late] | None, parts: list[Any]) -> None:
+        """Take in what collated batches hold besides lanes, which are merged apart."""
+        if queue is None:
+            state.take_parts(parts)
+            return
+        for part in parts:
+            values, weights = state.values_in([part])
+            # What queues is folded later, lanes and all.
+            state.sums = tuple(map(sub, state.sums, self._of_values(values, weights).sums))
+            self._follow(state, queue, values, weights)
+
     def _follow(
-        self,
-        state: LaneState,
-        late: list[Late],
-        queued: bool,
-        values: Any,
-        weights: Any,
+        self, state: LaneState, queue: list[Late] | None, values: Any, weights: Any
     ) -> None:
-        """Let values follow on those in `state`, or on those that lie on a device, if there are any."""
-        if state.recent and (late or queued):
-            weighing = 1.0 if weights is None else _array(weights)
-            late.append(Late(self.key, self.agg_type, _array(values), weighing))
-        else:
+        """Let values follow those in `state`, or queue behind such as lie on a device."""
+        if queue is None:
             state.merge(self._of_values(values, weights))
+        else:
+            weighing = 1.0 if weights is None else _array(weights)
+            queue.append(Late(self.key, self.agg_type, _array(values), weighing))
 
     def _runs(self) -> Iterator[tuple[type, list[Any]]]:
         """Yield what came in a row and is of one kind; nearly always that is everything."""

@@ -78,8 +78,6 @@ class KeyTable:
         self._agreed: Schema | None = None
         self._entries: dict[tuple[int, TypeLike], tuple[AggregationHandler, Entry]] = {}
         self._unhandled: dict[Key, str] = {}
-        # Keys whose values fold here as they do in a data worker.
-        self._stock: dict[Key, TypeLike] = {}
 
     # -- Types
 
@@ -124,14 +122,6 @@ class KeyTable:
         if self._types.get(key) == agg_type:
             return self.of_key[key]
         return self.handlers.get(agg_type)
-
-    def familiar(self, columns: Sequence[Column]) -> bool:
-        """Return whether all columns are of keys that are known, and folded as they are here."""
-        stock = self._stock
-        for column in columns:
-            if column.state is None or stock.get(column.key) is not column.agg_type:
-                return False
-        return True
 
     def columns_of(self, batch: MetricBatch) -> Sequence[Column]:
         """Return the columns of a batch that was folded elsewhere, as the handlers here need."""
@@ -257,8 +247,6 @@ class KeyTable:
 
     def _learn(self, key: Key, agg_type: TypeLike, handler: AggregationHandler) -> None:
         self._types[key], self.of_key[key] = agg_type, handler
-        if type(handler) is _STOCK.get(agg_type):
-            self._stock[key] = agg_type
 
     def derive(self, name: str, metric: DerivedMetric) -> None:
         """Add the derived metric `name`; raises ValueError if that is taken."""
@@ -302,7 +290,6 @@ class KeyTable:
         losers = list(losers)
         for key in losers:
             del self._types[key], self.of_key[key]
-            self._stock.pop(key, None)
             self.drained.discard(key)
         changed = agreed.changed
         if losers or not self._claim_new(agreed):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import reprlib
 import sys
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
-from itertools import compress
+from itertools import chain, compress, islice
 from operator import itemgetter
 from typing import Any, NoReturn, TypeAlias
 
@@ -27,7 +28,6 @@ from metricfold.handlers import (
     CategoryState,
     LaneHandler,
     LaneState,
-    WindowState,
     built_in_handlers,
     category_of,
     check_on_bad_name,
@@ -59,6 +59,7 @@ __all__ = [
     "fold_numbers",
     "fold_together",
     "fold_value",
+    "folded_keys",
     "is_many",
     "listed",
     "say_replaced",
@@ -139,14 +140,18 @@ class MetricBatch:
     anything else alone. It has what they may call: `to` and `pin_memory` return it unchanged.
     Hand it to `MetricsAggregator.update`; its metrics count then, and only then.
 
+    What has been folded travels as few objects as can be, which pickle fast and are added up fast.
+
     Attributes:
-        folded: key and type of what has been folded, as one: (dataset, name, type).
-        states: what each of these was folded to.
+        keys: of what has been folded, with its types (see `folded_keys`).
+        folded: the SUM and the MAX lanes of all of these, one after the other, as bytes of float64;
+            then what else the states of some of them hold.
         others: columns that the training process has to look at: those without a state.
+        replaced: categories that count under another text: the training process says so, once.
         size: of how many metrics it was made.
     """
 
-    __slots__ = ("folded", "others", "replaced", "size", "states")
+    __slots__ = ("folded", "keys", "others", "replaced", "size")
 
     def __init__(
         self,
@@ -155,20 +160,32 @@ class MetricBatch:
         size: int = 0,
     ) -> None:
         columns = list(columns)
-        self.folded = tuple((*one.key, one.agg_type) for one in columns if one.state is not None)
-        self.states = tuple(one.state for one in columns if one.state is not None)
+        folded = [(one, one.state) for one in columns if one.state is not None]
+        self.keys = _KEY.join(
+            [_FIELD.join((*one.key, type_label(one.agg_type))) for one, _ in folded]
+        )
+        self.folded: tuple[Any, ...] = (
+            (_bytes_of(state.sums for _, state in folded), _bytes_of(s.maxs for _, s in folded)),
+            *(state.part() for _, state in folded if state.ordered),
+        )
         self.others = tuple(one for one in columns if one.state is None)
-        # Categories that count under another text: the training process says so, once.
         self.replaced = tuple(replaced)
         self.size = size
 
     @property
     def columns(self) -> list[Column]:
         """One per key."""
-        found = [
-            Column((dataset, name), agg_type, state)
-            for (dataset, name, agg_type), state in zip(self.folded, self.states, strict=True)
-        ]
+        found = []
+        lanes, *rest = self.folded
+        sums, maxs = (iter(np.frombuffer(one).tolist()) for one in lanes)
+        parts = iter(rest)
+        for dataset, name, agg_type in folded_keys(self.keys):
+            state = _empty(agg_type)
+            state.sums = tuple(islice(sums, len(state.sums)))
+            state.maxs = tuple(islice(maxs, len(state.maxs)))
+            if state.ordered:
+                state.take_parts([next(parts)])
+            found.append(Column((dataset, name), agg_type, state))
         return [*found, *self.others]
 
     @classmethod
@@ -202,18 +219,30 @@ class MetricBatch:
 
     def __len__(self) -> int:
         """Return how many keys there are."""
-        return len(self.folded) + len(self.others)
+        return len(folded_keys(self.keys)) + len(self.others)
 
     def __repr__(self) -> str:
         return f"MetricBatch({shortened('/'.join(column.key) for column in self.columns)})"
 
-    # Between processes: built-in states as plain numbers, which pickle far faster than objects.
-
     def __reduce__(self) -> tuple[Any, ...]:
-        folded = tuple((dataset, name, type_label(kind)) for dataset, name, kind in self.folded)
-        states = tuple(map(_pack_state, self.states))
         others = tuple(map(_pack_column, self.others))
-        return _unpack_batch, (folded, states, self.size, others, self.replaced)
+        return _unpack_batch, (self.keys, self.folded, self.size, others, self.replaced)
+
+
+def folded_keys(keys: str) -> list[tuple[str, str, AggregationType]]:
+    """Return dataset, name and type of each of the keys of a `MetricBatch`."""
+    if not keys:
+        return []
+    found = [text.split(_FIELD) for text in keys.split(_KEY)]
+    return [(dataset, name, _TYPES[label]) for dataset, name, label in found]
+
+
+# No name holds these, since all are printable.
+_KEY, _FIELD = "\x1e", "\x1f"
+
+
+def _bytes_of(lanes: Iterable[Sequence[float]]) -> bytes:
+    return array("d", chain.from_iterable(lanes)).tobytes()
 
 
 # -- Folding -------------------------------------------------------------------------------------
@@ -785,14 +814,6 @@ def _hold_each(key: Key, value: Any) -> Any:
 # -- Pickling ------------------------------------------------------------------------------------
 
 
-def _pack_state(state: LaneState) -> tuple[Any, ...]:
-    if isinstance(state, CategoryState):
-        return "c", state.sums, state.counts
-    if isinstance(state, WindowState):
-        return "w", state.sums, [(v.tobytes(), _to_bytes(w)) for v, w in state.chunks]
-    return "l", state.sums, state.maxs
-
-
 def _pack_column(column: Column) -> tuple[Any, ...]:
     agg_type = column.agg_type
     label = type_label(agg_type) if isinstance(agg_type, AggregationType) else agg_type
@@ -800,25 +821,15 @@ def _pack_column(column: Column) -> tuple[Any, ...]:
 
 
 def _unpack_batch(
-    folded: Iterable[tuple[str, str, str]],
-    states: Iterable[tuple[Any, ...]],
+    keys: str,
+    folded: tuple[Any, ...],
     size: int,
     others: Iterable[tuple[Any, ...]],
     replaced: Iterable[tuple[Key, str]],
 ) -> MetricBatch:
-    batch = MetricBatch((_unpack_column(*other) for other in others), replaced, size)
-    batch.folded = tuple([(dataset, name, _TYPES[label]) for dataset, name, label in folded])
-    batch.states = tuple([_unpack_state(*state) for state in states])
+    batch = MetricBatch([_unpack_column(*other) for other in others], replaced, size)
+    batch.keys, batch.folded = keys, folded
     return batch
-
-
-def _unpack_state(kind: str, first: Any, second: Any) -> LaneState:
-    if kind == "c":
-        return CategoryState(first, second)
-    if kind == "w":
-        chunks = [(np.frombuffer(values), _from_bytes(weights)) for values, weights in second]
-        return WindowState(first, chunks)
-    return LaneState(first, second)
 
 
 def _unpack_column(key: Key, label: TypeLike, content: Iterable[tuple[Any, Any]]) -> Column:
@@ -826,16 +837,17 @@ def _unpack_column(key: Key, label: TypeLike, content: Iterable[tuple[Any, Any]]
     return Column(key, agg_type, None, [Metric(*key, value, agg_type, w) for value, w in content])
 
 
-def _to_bytes(weights: FloatArray | None) -> bytes | None:
-    return None if weights is None else weights.tobytes()
+# All values of a batch are kept.
+_BUILT_IN = {
+    choice: built_in_handlers(sys.maxsize, on_bad_name=choice) for choice in ("replace", "refuse")
+}
+_TYPES = {str(agg_type.value): agg_type for agg_type in AggregationType}
 
 
-def _from_bytes(weights: bytes | None) -> FloatArray | None:
-    return None if weights is None else np.frombuffer(weights)
-
-
-_BUILT_IN = {choice: built_in_handlers(on_bad_name=choice) for choice in ("replace", "refuse")}
-_TYPES = {type_label(agg_type): agg_type for agg_type in _BUILT_IN["replace"]}
+def _empty(agg_type: AggregationType) -> LaneState:
+    handler = _BUILT_IN["replace"][agg_type]
+    assert isinstance(handler, LaneHandler)
+    return handler.empty()
 
 
 def say_replaced(batch: MetricBatch, handler_of: HandlerOf) -> None:
