@@ -424,6 +424,16 @@ def test_integers_are_exact_up_to_2_to_the_53() -> None:
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("agg", ["max", "min"])
+def test_integers_whose_sum_no_float_holds_have_an_extremum(agg: str) -> None:
+    # Each call was fine alone; the fold of all raised, at this log and at every later one.
+    aggregator = MetricsAggregator()
+    for number in (10**308, 10**308, 10**307):
+        aggregator.update([Metric("d", "m", number, agg)])
+    expected = {"max": 1e308, "min": 1e307}[agg]
+    assert aggregator.get_metrics_for_logging("t") == {"t_d/m": expected}
+
+
 def test_sums_that_overflow_or_cancel_infinities_do_so_in_silence() -> None:
     aggregator = known("sum", "mean", "max", "distribution")
     for value in (1e308, 1e308, 1e308):
@@ -544,6 +554,8 @@ def test_what_a_signals_handler_takes_in_counts_like_everything_else(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # after tests of JAX
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_is_told_though_it_knows_the_keys() -> None:
     aggregator = known("sum")
     batch = MetricBatch.from_metrics([Metric("d", "a sum", 1, "sum")])

@@ -332,7 +332,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_array_is_refused_and_nothing_has_changed(case: str) -> None:
     arguments, options, complaint = BAD[case]
-    aggregator = MetricsAggregator()
+    aggregator = MetricsAggregator(on_bad_name="refuse")
     aggregator.record("before", 1.0)
     with pytest.raises((TypeError, ValueError), match=f"^metric 'm': .*{complaint}"):
         aggregator.record("m", *arguments, **options)
@@ -351,7 +351,7 @@ def test_a_bad_array_on_a_device_is_refused_where_it_comes_in(make: Any) -> None
         ((np.array(["a", ""]), "categorical_count"), {"weight": make([1.0, 0.0])}, "is empty"),
         ((make([1j, 2j]),), {"each": True}, "complex"),
     ]:
-        aggregator = MetricsAggregator()
+        aggregator = MetricsAggregator(on_bad_name="refuse")
         with pytest.raises((TypeError, ValueError), match=f"^metric 'm': .*{complaint}"):
             aggregator.record("m", *arguments, **options)
         assert aggregator.get_metrics_for_logging("t") == {}
@@ -472,6 +472,20 @@ def test_masked_elements_do_not_count() -> None:
         "t/m_count_a": 1.0,
         "t/m_count_b": 1.0,
     }
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("which", ["values", "weights"])
+def test_a_mask_means_in_an_array_of_one_element_what_it_does_in_larger_ones(
+    which: str, each: bool
+) -> None:
+    # A last batch of one sample, all of it padding, was refused.
+    aggregator = MetricsAggregator()
+    for size in (1, 2):
+        masked = np.ma.MaskedArray(np.full(size, 5.0), mask=[True] * size)
+        values, weights = (masked, np.ones(size)) if which == "values" else (np.ones(size), masked)
+        aggregator.record("m", values, weight=weights, each=each)
+    assert aggregator.get_metrics_for_logging() == {}
 
 
 def test_masks_here_and_weights_on_a_device_go_together() -> None:

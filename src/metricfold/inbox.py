@@ -575,13 +575,18 @@ def _mean(_: object, values: Sequence[float], weights: Sequence[float] | None) -
 
 
 def _max(_: object, values: Sequence[float], __: object) -> LaneState | None:
-    finite = math.isfinite(sum(values))
+    finite = math.isfinite(_added_up(values))
     return LaneState((float(len(values)), 0.0), (float(max(values)),)) if finite else None
 
 
 def _min(_: object, values: Sequence[float], __: object) -> LaneState | None:
-    finite = math.isfinite(sum(values))
+    finite = math.isfinite(_added_up(values))
     return LaneState((float(len(values)), 0.0), (-float(min(values)),)) if finite else None
+
+
+def _added_up(values: Sequence[float]) -> float:
+    # From a float on: ints that a float holds may come to one that none does.
+    return sum(values, 0.0)
 
 
 def _counts(handler: CategoricalCountAggHandler, values: Sequence[str], _: object) -> LaneState:

@@ -339,10 +339,13 @@ def fold_each(
 
 
 def is_many(value: Any, weight: Any) -> bool:
-    """Return whether a weight for each element of an array is given."""
+    """Return whether a weight for each element of an array is given.
+
+    One element has one weight, be it in arrays or not; but some may be masked, as in larger arrays.
+    """
     if type(weight) in _NUMBERS or type(value) in _NUMBERS or not _is_array(weight):
         return False
-    return bool(math.prod(weight.shape) != 1)
+    return math.prod(weight.shape) != 1 or _masks_one(value, weight) or _masks_one(weight, value)
 
 
 def _by_key(metrics: Sequence[Metric]) -> dict[Key, list[Metric]]:
@@ -706,7 +709,7 @@ def _weights_of_each(
 ) -> Any:
     """Return the weights of an array's elements, or the one of all; on a device they are held."""
     shape = _shape(key, weights) if _is_array(weights) else ()
-    many = math.prod(shape) != 1
+    many = math.prod(shape) != 1 or _masks_one(weights, values)
     if many and shape != tuple(values.shape):
         raise ValueError(
             f"{show(key)}: weights of shape {shape} do not go with values of shape "
@@ -802,6 +805,13 @@ def _is_masked(value: Any) -> bool:
     # NumPy loads this module when it is first used.
     masked = sys.modules.get("numpy.ma")
     return masked is not None and isinstance(value, masked.MaskedArray)
+
+
+def _masks_one(one: Any, other: Any) -> bool:
+    """Return whether `one` is a masked array of one element, which that of `other` goes with."""
+    return (
+        _is_masked(one) and one is not np.ma.masked and one.shape == getattr(other, "shape", None)
+    )
 
 
 def _hold_each(key: Key, value: Any) -> Any:
