@@ -12,7 +12,6 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
-import os
 import re
 import socket
 import threading
@@ -42,6 +41,8 @@ _BEAT = 0.5
 """A rank that waits longer than so many seconds says so in the store, and goes on saying it."""
 _ANSWER = 3.0
 """For so many seconds the store is waited for where nothing else gives a deadline."""
+_CONNECT = 2.0
+"""A connection gets at least so many seconds, and up to five times as many in all."""
 _LATE = 0.25
 """A rank that met broken connections within so many seconds came after the others had given up."""
 _POISON = "poison"
@@ -133,9 +134,11 @@ class TorchCommunicator(Communicator):
 
     def _all_gather(self, vector: FloatArray) -> FloatArray:
         rows = np.empty((self.world_size, vector.size))
+        options = _Gather()
+        options.timeout = self._timeout
         self._run(
             lambda: self._group._allgather_base(
-                torch.from_numpy(rows.reshape(-1)), torch.from_numpy(vector)
+                torch.from_numpy(rows.reshape(-1)), torch.from_numpy(vector), options
             )
         )
         return rows
@@ -143,6 +146,7 @@ class TorchCommunicator(Communicator):
     def _all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray:
         reduced = vector.copy()
         options = dist.AllreduceOptions()
+        options.timeout = self._timeout
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
         self._run(lambda: self._group.allreduce([torch.from_numpy(reduced)], options))
         return reduced
@@ -201,14 +205,15 @@ class TorchCommunicator(Communicator):
         try:
             self._meet(until)
             release_at_exit(self)
-            # Its constructor asks the store too.
+            # Its constructor asks the store too, and tries five times to connect.
+            once = max(self._seconds / 5, _CONNECT)
             return self._store.ask(
                 c10d.ProcessGroupGloo,
                 self._store.store,
                 self.rank,
                 self.world_size,
-                self._timeout,
-                seconds=self._seconds + _ANSWER,
+                timedelta(seconds=once),
+                seconds=5 * once + _ANSWER,
             )
         except StoreGoneError as gone:
             raise self._nobody_named(str(gone)) from None
@@ -252,28 +257,31 @@ class TorchCommunicator(Communicator):
         with suppress(RuntimeError):
             if (said := self._store.get(_POISON, seconds=_ANSWER)) is not None:
                 return self._from_verdict(said)
-            hint = self._interface_hint(error)
+            hint = f"{self._interface_hint(error)}. "
         return MissingRanksError(
             f"aggregator {self._name!r}: no rank is missing, but the connection between them "
-            f"failed: {error}. {hint or _CONNECTION}. {_RECOVERY}"
+            f"failed: {error}. {hint}{_RECOVERY}"
         )
 
     def _interface_hint(self, error: str) -> str:
-        """Return what to do where a rank listens on an address that other hosts cannot reach."""
-        addresses = re.findall(r"\[([0-9a-fA-F.:]+)\]:\d+", error)
-        if "GLOO_SOCKET_IFNAME" not in os.environ:
-            with suppress(OSError):
-                addresses.append(socket.gethostbyname(socket.gethostname()))
-        local = next((address for address in addresses if _is_loopback(address)), None)
-        hosts = {
-            self._store.get(f"met/{rank}", seconds=_ANSWER) for rank in range(self.world_size)
-        } - {None}
-        if local is None or len(hosts) < 2:
-            return ""
+        """Return which addresses the ranks listen on, and what to do if others cannot reach them."""
+        everyone = range(self.world_size)
+        hosts = {self._store.get(f"met/{rank}", seconds=_ANSWER) for rank in everyone} - {None}
+        found = re.findall(r"\[([0-9a-fA-F.:]+)\]:\d+", error)
+        for rank in everyone:
+            address = _address(self._store.get(f"0/{rank}", seconds=_ANSWER) or b"")
+            found += [address] * (address is not None)
+        local = next((address for address in found if _is_loopback(address)), None)
+        if local is not None and len(hosts) > 1:
+            return (
+                f"The ranks are on {len(hosts)} hosts, and {local} is a loopback address, which no "
+                "other host can reach: set GLOO_SOCKET_IFNAME on every host to the network interface "
+                "that leads to the others, such as eth0"
+            )
+        some = ", ".join(sorted(set(found))[:5]) or "addresses that are not known"
         return (
-            f"The ranks are on {len(hosts)} hosts, and {local} is a loopback address, which no other "
-            "host can reach: set GLOO_SOCKET_IFNAME on every host to the network interface that leads "
-            "to the others, such as eth0"
+            f"They listen on {some}. Look at the network between their hosts, and whether "
+            "GLOO_SOCKET_IFNAME names an interface that leads to the others"
         )
 
     # -- Missing ranks
@@ -447,6 +455,7 @@ class TorchCommunicator(Communicator):
             )
 
 
+_Gather: Any = vars(c10d)["AllgatherOptions"]  # which torch.distributed itself lacks
 _NO_TAG = 2**31 - 1  # of a message that nobody waits for
 _SAID = {
     "closed": "had closed its aggregator",
@@ -457,14 +466,26 @@ _RECOVERY = (
     "This aggregator cannot talk to other ranks any more: make a new one on all ranks and load the "
     "last state"
 )
-_CONNECTION = (
-    "Look at the network between the ranks' hosts, and whether GLOO_SOCKET_IFNAME names an interface "
-    "that leads to the others"
-)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
+def _address(published: bytes) -> str | None:
+    """Return the IP address in what gloo has published of a rank.
+
+    That is a host's name after its length, and a sockaddr after its length.
+    """
+    place = 16 + int.from_bytes(published[:8], "little")
+    family = int.from_bytes(published[place : place + 2], "little")
+    content = published[place:]
+    with suppress(ValueError):
+        if family == socket.AF_INET:
+            return str(ipaddress.IPv4Address(content[4:8]))
+        if family == socket.AF_INET6:
+            return str(ipaddress.IPv6Address(content[8:24]))
+    return None
 
 
 def _is_loopback(address: str) -> bool:

@@ -1,0 +1,171 @@
+"""Who is named when a collective fails: the rank that keeps the others waiting, and no other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from ranks import run_ranks
+
+from metricfold import MetricsAggregator, MissingRanksError
+
+pytestmark = pytest.mark.alone
+
+
+def raised(aggregator: MetricsAggregator) -> tuple[str, tuple[int, ...]]:
+    """Return what `reduce` raises, and whom that names."""
+    try:
+        aggregator.reduce()
+    except MissingRanksError as error:
+        return str(error), error.missing
+    return "ok", ()
+
+
+def one_is_killed_and_one_slow(rank: int) -> Any:
+    aggregator = MetricsAggregator(timeout=20)
+    aggregator.reduce()
+    if rank == 1:
+        os._exit(3)
+    time.sleep(3.0 if rank == 2 else 0.5)  # well after the first reading of the roll
+    return raised(aggregator)
+
+
+def test_a_healthy_rank_that_is_slow_is_not_named_beside_one_that_was_killed() -> None:
+    results = run_ranks(one_is_killed_and_one_slow, 3, dies=(1,))
+    for text, missing in (results[0], results[2]):
+        assert missing == (1,), text
+        assert "rank(s) 1 of 3; the connection to them broke" in text
+
+
+def one_never_comes_and_one_just_in_time(rank: int) -> Any:
+    aggregator = MetricsAggregator(timeout=2)
+    aggregator.reduce()
+    if rank == 1:
+        time.sleep(5)
+    if rank == 2:
+        time.sleep(1.5)
+    return raised(aggregator)
+
+
+def test_a_rank_that_comes_in_time_and_waits_itself_is_not_named() -> None:
+    results = run_ranks(one_never_comes_and_one_just_in_time, 3)
+    assert [missing for _, missing in results] == [(1,)] * 3
+    assert {text for text, _ in results} == {results[0][0]}
+
+
+def one_is_stopped_while_it_waits(rank: int) -> Any:
+    job = dist.distributed_c10d._get_default_store()
+    aggregator = MetricsAggregator(timeout=3)
+    aggregator.reduce()
+    if rank == 1:
+        time.sleep(8)
+    if rank == 2:
+        job.set("stopped", str(os.getpid()))
+        threading.Timer(1.2, lambda: os.kill(os.getpid(), signal.SIGSTOP)).start()
+    seen = raised(aggregator)
+    if rank == 0:
+        os.kill(int(job.get("stopped")), signal.SIGCONT)
+    return seen
+
+
+def test_a_rank_that_is_stopped_in_the_call_is_named_and_that_it_was_there() -> None:
+    text, missing = run_ranks(one_is_stopped_while_it_waits, 3)[0]
+    assert missing == (1, 2)
+    assert "rank 2 has stopped" in text
+
+
+def one_closes(rank: int) -> Any:
+    aggregator = MetricsAggregator(timeout=10)
+    aggregator.reduce()
+    if rank == 1:
+        aggregator.close()
+        time.sleep(3)
+        return "closed"
+    return raised(aggregator)
+
+
+def test_a_rank_that_has_closed_its_aggregator_is_said_to_have() -> None:
+    text, missing = run_ranks(one_closes, 2)[0]
+    assert missing == (1,)
+    assert "rank 1 had closed its aggregator" in text
+
+
+_ENDS = """
+    import os, sys, time
+    import torch.distributed as dist
+    from metricfold import MetricsAggregator, MissingRanksError
+
+    rank, port = int(sys.argv[1]), int(sys.argv[2])
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    aggregator = MetricsAggregator(timeout=10)
+    aggregator.reduce()
+    if rank == 1:
+        sys.exit()
+    try:
+        aggregator.reduce()
+    except MissingRanksError as error:
+        print(error)
+"""
+
+
+def test_a_rank_that_has_ended_is_said_to_have() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", dedent(_ENDS), str(rank), str(store.port)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    text, _ = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert "rank 1 has ended" in text
+
+
+def one_cannot_be_reached(rank: int, hosts: list[str]) -> Any:
+    from torch.distributed import distributed_c10d as c10d
+
+    from metricfold.communicator import torch as communicator
+
+    communicator._CONNECT = 0.4  # gloo tries five times, each for so long
+    if hosts:
+        socket.gethostname = lambda: hosts[rank]
+    aggregator = MetricsAggregator(timeout=2)
+    if rank == 1:
+        real = c10d.ProcessGroupGloo
+
+        def publish_an_address_at_which_nobody_listens(store: Any, *args: Any) -> None:
+            other = dist.PrefixStore("alone", store)
+            group = real(other, 0, 1, *args[2:])
+            published = other.get("0/0")
+            del group
+            store.set("0/1", published)
+            time.sleep(6)
+            os._exit(0)
+
+        c10d.ProcessGroupGloo = publish_an_address_at_which_nobody_listens
+    return raised(aggregator)
+
+
+@pytest.mark.parametrize("hosts", [[], ["one", "another"]])
+def test_a_connection_that_cannot_be_made_is_told_apart_from_a_missing_rank(
+    hosts: list[str],
+) -> None:
+    text, missing = run_ranks(one_cannot_be_reached, 2, hosts, dies=(1,))[0]
+    assert missing == ()
+    assert "no rank is missing, but the connection between them failed" in text
+    assert "127.0.0.1" in text
+    # With all on one host a loopback address is right.
+    assert ("a loopback address, which no other host can reach" in text) == bool(hosts)
+    assert "GLOO_SOCKET_IFNAME" in text
