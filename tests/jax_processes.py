@@ -52,7 +52,9 @@ class World:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout: float, dies: tuple[int, ...]
+    ) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function.__module__, function.__qualname__, args))
         deadline = time.monotonic() + timeout
@@ -67,6 +69,9 @@ class World:
                 try:
                     kind, content = pipe.recv()
                 except EOFError:
+                    if rank in dies:
+                        results[rank] = None
+                        continue
                     raise ProcessError(f"process {rank} died") from None
                 if kind == "error":
                     raise ProcessError(f"process {rank}: {content}")
@@ -84,7 +89,11 @@ _worlds: dict[int, World] = {}
 
 
 def run_processes(
-    function: Callable[..., Any], size: int, *args: Any, timeout: float = 60.0
+    function: Callable[..., Any],
+    size: int,
+    *args: Any,
+    timeout: float = 60.0,
+    dies: tuple[int, ...] = (),
 ) -> list[Any]:
     """Return what ``function(rank, *args)`` returned on each process.
 
@@ -93,16 +102,20 @@ def run_processes(
         size: how many processes.
         args: passed to every process.
         timeout: seconds until all are killed.
+        dies: processes that are meant to end without a result.
     """
     if not find_spec("jax"):
         pytest.skip("needs JAX")
     world = _worlds.pop(size, None) or World(size)
     try:
-        results = world.run(function, *args, timeout=timeout)
+        results = world.run(function, *args, timeout=timeout, dies=dies)
     except BaseException:
         world.kill()  # what went wrong there must not reach the next test
         raise
-    _worlds[size] = world
+    if dies:
+        world.kill()
+    else:
+        _worlds[size] = world
     return results
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -378,6 +379,78 @@ def test_missing_processes_are_named_and_late_ones_are_told_the_same(
             (warning,) = result["warnings"]
             assert f"process {rank} has waited " in warning
             assert f"process(es) {names}; giving up after 3 s" in warning
+
+
+def killed_after_the_meeting(rank: int) -> list[str]:
+    aggregator = MetricsAggregator(timeout=20)
+    aggregator.record("x", 1, "sum")
+    aggregator.reduce()
+    communicator: Any = aggregator._communicator
+    if rank == 1:
+        communicator._gathered = lambda _: os._exit(3)
+    return [attempt(aggregator.reduce), attempt(aggregator.reduce)]
+
+
+def test_a_process_that_is_killed_after_the_meeting_is_named() -> None:
+    text, again = run_processes(killed_after_the_meeting, 2, dies=(1,))[0]
+    # It was a bare ValueError.
+    assert text.startswith("MissingRanksError: "), text
+    assert "process(es) 1 of 2; the connection to them broke (" in text
+    assert again == text
+
+
+def fails_by_itself(rank: int) -> list[str]:
+    aggregator = MetricsAggregator(timeout=3)
+    aggregator.record("x", 1, "sum")
+    aggregator.reduce()
+    communicator: Any = aggregator._communicator
+    gathered = communicator._gathered
+
+    def failing(vector: Any) -> Any:
+        gathered(vector)
+        raise ValueError("out of memory while trying to allocate")
+
+    if rank == 1:
+        communicator._gathered = failing
+    return [attempt(aggregator.reduce) for _ in range(2)]
+
+
+def test_a_process_whose_own_device_fails_in_a_collective_names_itself() -> None:
+    other, failed = run_processes(fails_by_itself, 2)
+    named = "process(es) 1 of 2; it left a reduction in the middle: ValueError: out of memory"
+    assert named in failed[0]
+    assert other[0] == "ok"
+    assert named in other[1]
+
+
+def interrupted_in_the_middle(rank: int) -> list[str]:
+    aggregator = MetricsAggregator(timeout=3)
+    aggregator.record("x", 1, "sum")
+    aggregator.reduce()
+    communicator: Any = aggregator._communicator
+    gathered = communicator._gathered
+
+    def interrupted(vector: Any) -> Any:
+        gathered(vector)
+        raise KeyboardInterrupt
+
+    if rank == 1:
+        communicator._gathered = interrupted
+    seen = []
+    for _ in range(2):
+        try:
+            seen.append(attempt(aggregator.reduce))
+        except KeyboardInterrupt:
+            seen.append("interrupted")
+    return seen
+
+
+def test_a_process_that_is_interrupted_in_the_middle_takes_part_in_nothing_more() -> None:
+    other, interrupted = run_processes(interrupted_in_the_middle, 2)
+    assert interrupted[0] == "interrupted"
+    assert "this rank left a reduction in the middle (KeyboardInterrupt)" in interrupted[1]
+    assert other[0] == "ok"
+    assert "process(es) 1 of 2; it left a reduction in the middle: KeyboardInterrupt" in other[1]
 
 
 def slow(rank: int) -> Any:

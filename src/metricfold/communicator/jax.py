@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any, Literal
@@ -41,6 +43,13 @@ _SMALLEST = 256
 """Vectors are filled up to at least so many numbers: shorter ones cost as much."""
 _ONE_STEP = 1 << 20
 """Up to so many bytes in all, an all-reduce is one all-gather."""
+
+
+_OF_THE_NETWORK = re.compile(
+    "gloo|nccl|rccl|connect|peer|socket|network|barrier|coordinat|unavailable|deadline|aborted|task",
+    re.IGNORECASE,
+)
+"""In what is raised for the sake of another process; anything else is this one's own fault."""
 
 
 class JaxCommunicator(Communicator):
@@ -79,6 +88,10 @@ class JaxCommunicator(Communicator):
     def close(self) -> None:
         self._mesh = None
 
+    def abandon(self, why: str) -> None:
+        with suppress(Exception):  # the coordinator is gone: nobody can be told
+            self._given_up([self.rank], f"it left a reduction in the middle: {why}")
+
     # -- Collectives
 
     def _all_gather(self, vector: FloatArray) -> FloatArray:
@@ -106,7 +119,8 @@ class JaxCommunicator(Communicator):
                 return collective()
         except MissingRanksError:
             raise
-        except RuntimeError as error:
+        # A process that is killed after the meeting lets JAX raise a bare ValueError here, for one.
+        except Exception as error:
             raise self._broken(error) from error
 
     def _gathered(self, vector: FloatArray) -> FloatArray:
@@ -170,7 +184,7 @@ class JaxCommunicator(Communicator):
             self._warn(waited)
         if not self._all_came("second", total - first):
             self._raise_if_poisoned()
-            raise self._given_up(f"they did not come within {total:g} s")
+            raise self._given_up(self._absent(), f"they did not come within {total:g} s")
 
     def _all_came(self, meeting: str, seconds: float) -> bool:
         # The coordinator numbers the meetings of one name: a new name each time would pile up there.
@@ -202,21 +216,31 @@ class JaxCommunicator(Communicator):
         entries = self._client.key_value_dir_get(f"{self._prefix}/{folder}/")
         return {int(key.rpartition("/")[2]): value for key, value in entries}
 
-    def _broken(self, error: RuntimeError) -> MissingRanksError:
-        how = f"the connection to them broke ({error})"
+    def _broken(self, error: Exception) -> MissingRanksError:
+        """Find out which processes are missing after a collective has failed."""
+        text = (str(error) or "no message").splitlines()[0][:300]
+        what = f"{type(error).__name__}: {text}"
+        how = f"the connection to them broke ({what})"
         try:
             self._raise_if_poisoned()
+            if not _OF_THE_NETWORK.search(text):
+                return self._given_up([self.rank], f"it left a reduction in the middle: {what}")
             self._record()
-            return self._given_up(how)
+            # Those to whom the same has happened record themselves: nobody is named after one look.
+            time.sleep(4 * _GRACE)
+            if self._absent():
+                time.sleep(4 * _GRACE)
+            self._raise_if_poisoned()
+            return self._given_up(self._absent(), how)
         except MissingRanksError as known:
             return known
-        except RuntimeError:
-            # The coordinator is gone too.
-            return self._missing([], how)
+        except Exception as gone:  # noqa: BLE001 - the coordinator is gone too
+            first = (str(gone) or type(gone).__name__).splitlines()[0][:200]
+            return self._missing([], f"{how}; JAX's coordinator does not answer ({first})")
 
-    def _given_up(self, how: str) -> MissingRanksError:
+    def _given_up(self, missing: list[int], how: str) -> MissingRanksError:
         """Record the verdict, the first process's for all, and return it as an error."""
-        verdict = json.dumps({"missing": self._absent(), "how": how})
+        verdict = json.dumps({"missing": missing, "how": how})
         try:
             self._client.key_value_set(f"{self._prefix}/poison", verdict)
         except RuntimeError as error:
