@@ -126,7 +126,7 @@ lanes = st.builds(
     Entry,
     key=st.tuples(st.sampled_from("de"), st.sampled_from("abcdef")),
     type=st.just("x"),
-    sums=st.integers(1, 5),
+    sums=st.integers(2, 5),
     maxs=st.integers(0, 2),
     categories=st.lists(st.sampled_from("pqr"), unique=True).map(lambda c: tuple(sorted(c))),
     most=st.just(9),

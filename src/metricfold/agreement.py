@@ -7,19 +7,32 @@ joined in rank order, first come first kept.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from metricfold.announced import MOST_ERROR, compressed, decompressed, entries_from, malformed
 from metricfold.handlers import OTHER, CategoryState, DistributionAggHandler, State
+from metricfold.metric import escaped
 from metricfold.naming import Claims, show
 from metricfold.pool import FloatArray, Window
 from metricfold.routes import RouteChoice
 from metricfold.schema import AGREED, Entry, Field, Key, Kind, Schema
 
-__all__ = ["Agreed", "Lost", "Registry", "agree", "check", "encoded", "name_ranks", "news"]
+__all__ = [
+    "Agreed",
+    "Lost",
+    "Registry",
+    "agree",
+    "check",
+    "check_whole",
+    "encoded",
+    "name_ranks",
+    "news",
+    "reason",
+    "reasons",
+]
 
 _SMALLEST_CAPACITY = 16
 
@@ -90,12 +103,23 @@ def news(
 
 
 def encoded(entries: Sequence[Entry]) -> bytes:
-    """Return news as they travel; nothing if there are none."""
-    return zlib.compress(Schema.entries_to_json(entries).encode(), level=1) if entries else b""
+    """Return news as they travel; nothing if there are none.
+
+    Raises:
+        ValueError: they are more than other ranks take.
+    """
+    return compressed(Schema.entries_to_json(entries)) if entries else b""
 
 
-def decoded(blob: bytes) -> list[Entry]:
-    return Schema.entries_from_json(zlib.decompress(blob).decode())
+def _decoded(blob: bytes, ranks: Sequence[int]) -> list[Entry]:
+    """Return the news that some ranks sent; raises RuntimeError if they are none."""
+    try:
+        return entries_from(decompressed(blob), settled=False)
+    except ValueError as error:
+        raise RuntimeError(
+            f"{name_ranks(ranks)} sent what is no news of keys: {error}. Nothing was reduced; "
+            f"{_SAME_VERSION}"
+        ) from None
 
 
 def _as_here(entry: Entry, registry: Registry) -> Entry:
@@ -193,13 +217,16 @@ def agree(schema: Schema, claims: Claims, blobs: Sequence[bytes]) -> Agreed:
         schema: that all ranks have.
         claims: the names of its keys; gets those of the new ones.
         blobs: everyone's news.
+
+    Raises:
+        RuntimeError: what a rank sent is no news; then nothing has changed.
     """
     senders: dict[bytes, list[int]] = {}
     for rank, blob in enumerate(blobs):
         if blob:
             senders.setdefault(blob, []).append(rank)
     # Of equal news, in the order of the first who brought them, the others add nothing.
-    news_of = [(decoded(blob), ranks) for blob, ranks in senders.items()]
+    news_of = [(_decoded(blob, ranks), ranks) for blob, ranks in senders.items()]
     changed: dict[Key, Entry] = {}
     lost: dict[tuple[Key, str], Lost] = {}
     for entries, ranks in news_of:
@@ -248,6 +275,19 @@ def _join(schema: Schema, changed: dict[Key, Entry], claims: Claims, entry: Entr
 # -- Whether all are where the others are ----------------------------------------------------------
 
 
+def check_whole(headers: FloatArray) -> None:
+    """Raise, on all ranks alike, if what a rank sent is no header, or that of another version."""
+    if len(set(headers[:, Field.PROTOCOL].tolist())) > 1:
+        check(headers)
+    wrong = malformed(headers)
+    if wrong:
+        first = min(wrong)
+        raise RuntimeError(
+            f"{name_ranks(wrong)} sent what no rank sends: of rank {first}, {wrong[first]}. Nothing "
+            f"was reduced; {_SAME_VERSION}"
+        )
+
+
 def check(headers: FloatArray) -> None:
     """Raise, on all ranks alike, if the ranks are not in the same call with the same state."""
     agreed = headers[:, :AGREED]
@@ -265,6 +305,10 @@ def check(headers: FloatArray) -> None:
             )
             raise RuntimeError(beginning + who + end)
 
+
+_SAME_VERSION = (
+    "install the same version of metricfold everywhere, and look after that rank's machine"
+)
 
 # What must be the same on all ranks: how the complaint begins, what it says of each group of ranks,
 # and how it ends.
@@ -321,6 +365,18 @@ _COMPLAINTS: tuple[tuple[Field, str, Callable[[float], str], str], ...] = (
         ". Make the aggregator with the same route on every rank",
     ),
 )
+
+
+def reason(text: str) -> bytes:
+    """Return what a rank says of its failure, as it travels: not at any length."""
+    data = text.encode("utf-8", "backslashreplace")
+    return data if len(data) <= MOST_ERROR else data[: MOST_ERROR - 3] + b"..."
+
+
+def reasons(texts: Iterable[bytes]) -> str:
+    """Return what ranks said of their failures, each thing once, on one line."""
+    said = dict.fromkeys(text.decode("utf-8", "replace") for text in texts)
+    return "; ".join(map(escaped, said))
 
 
 def name_ranks(ranks: Iterable[int]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from metricfold.announced import entries_from
 from metricfold.custom import SavedState
 from metricfold.pool import MOST_SAVED, FloatArray, Pool, Window, histogram_from, new_histogram
 from metricfold.schema import Key, Schema
@@ -104,9 +105,7 @@ def decode(state: object) -> Saved:
 
 
 def _decoded(content: Any) -> Saved:
-    schema = Schema(Schema.entries_from_json(json.dumps(content["entries"])))
-    if len(schema.entries) < len(content["entries"]):
-        raise ValueError("it holds a key twice")
+    schema = Schema(entries_from(content["entries"], settled=True))
     saved = Saved(
         run=_decode_totals(schema, content["run"]),
         interval=_decode_totals(schema, content["interval"]),

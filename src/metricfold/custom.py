@@ -19,6 +19,9 @@ from metricfold.metric import (
     Metric,
     MetricState,
     TypeLike,
+    check_key,
+    escaped,
+    is_name,
     quote,
     resolve_type,
     type_label,
@@ -26,7 +29,7 @@ from metricfold.metric import (
 from metricfold.naming import Key, show
 from metricfold.plain import NotPlainError, pack, unpack
 
-__all__ = ["CustomResults", "CustomStates", "Result", "SavedState", "restored"]
+__all__ = ["CustomResults", "CustomStates", "Result", "SavedState", "check_saved_states", "restored"]
 
 SavedState = dict[str, Any]
 """A state as plain JSON types, with its key and type."""
@@ -266,16 +269,17 @@ class CustomResults:
 
     Raises:
         TypeError: a rank has a result that cannot travel; on all ranks.
+        RuntimeError: what a rank sent are no results; on all ranks.
     """
 
     def __init__(self, blobs: Iterable[bytes] = ()) -> None:
         self._results: dict[str, list[Any]] = {view: [] for view in _VIEWS}
         self.saved: dict[str, list[SavedState]] = {view: [] for view in _VIEWS}
         self.unsaved = ""
-        for blob in blobs:
+        for rank, blob in enumerate(blobs):
             if not blob:
                 continue
-            sent = json.loads(blob)
+            sent = _received(blob, rank)
             if sent["unsent"]:
                 raise TypeError(sent["unsent"])
             for view in _VIEWS:
@@ -296,6 +300,53 @@ class CustomResults:
             group = groups.setdefault(repr((one.key, label, one.origin)), one)
             group.parts.append((value, metadata))
         return sorted(groups.values(), key=lambda result: result.key != result.origin)
+
+
+def _received(blob: bytes, rank: int) -> dict[str, Any]:
+    """Return what `CustomStates.results` gave; raises RuntimeError if it is anything else."""
+    try:
+        sent = json.loads(blob)
+        for view in _VIEWS:
+            for _, _, label, origin, _, _ in sent["results"][view]:
+                # A name may be anything here: it is checked where it would be printed.
+                check_key(*origin)
+                _check_texts(label)
+            check_saved_states(sent["saved"][view])
+        # On one line: it is about to be raised.
+        said = {name: escaped(sent[name]) if sent[name] else "" for name in _TROUBLES}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise RuntimeError(
+            f"rank {rank} sent what are no results of handlers without lanes "
+            f"({type(error).__name__}). Nothing was reduced; install the same version of metricfold "
+            "everywhere, and look after that rank's machine"
+        ) from None
+    return {**sent, **said}
+
+
+_TROUBLES = ("unsent", "unsaved")
+
+
+def check_saved_states(states: object) -> None:
+    """Refuse what are no states as `SavedState` has them.
+
+    Raises:
+        ValueError, TypeError, KeyError: says what is wrong.
+    """
+    if not isinstance(states, list):
+        raise TypeError(f"states of custom handlers are {type(states).__name__}, not a list")
+    for state in states:
+        if state.keys() != _FIELDS:
+            raise ValueError("a state of a custom handler lacks a field, or has another")
+        check_key(state["dataset"], state["name"])
+        _check_texts(state["type"])
+
+
+_FIELDS = {"dataset", "name", "type", "value", "metadata"}
+
+
+def _check_texts(*texts: object) -> None:
+    if not all(map(is_name, texts)):
+        raise ValueError("a name is none")
 
 
 def _is_number(value: Any) -> bool:

@@ -17,7 +17,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metricfold.agreement import Registry, agree, check, encoded, name_ranks, news
+from metricfold.agreement import (
+    Registry,
+    agree,
+    check,
+    check_whole,
+    encoded,
+    name_ranks,
+    news,
+    reason,
+    reasons,
+)
+from metricfold.announced import MOST_CUSTOM
 from metricfold.checkpoint import Saved
 from metricfold.communicator.base import Communicator
 from metricfold.custom import CustomResults
@@ -215,13 +226,15 @@ class Reducer:
     ) -> Reduced:
         windows, payload, blob = self._prepared(communicator, mine, registry)
         mine.outcome = Outcome.OPEN
-        headers, merged, _ = self._exchange(communicator, mine, payload, blob)
+        headers, merged, *_ = self._exchange(communicator, mine, payload, blob)
         if merged is None:
             assert headers is not None
             self._take_in_news(communicator, headers, mine, windows, blob, registry)
             payload = self._packed_again(communicator, mine, windows, registry)
-            headers, merged, _ = self._exchange(communicator, mine, payload, b"")
-            assert merged is not None
+            headers, merged, *_ = self._exchange(communicator, mine, payload, b"")
+            if merged is None:
+                with _by_all(mine):
+                    raise RuntimeError(_contradicting(headers))
         schema = self.schema
         custom = CustomResults()
         if schema.has_custom:
@@ -230,11 +243,12 @@ class Reducer:
             gathered = communicator.all_gather_bytes(mine.custom, sizes)
             with _by_all(mine):
                 custom = CustomResults(gathered)
-        pools = {
-            entry.key: merged.recent.interval(entry.key)
-            for entry in schema.distributions
-            if not entry.bounded
-        }
+        with _by_all(mine):
+            pools = {
+                entry.key: merged.recent.interval(entry.key)
+                for entry in schema.distributions
+                if not entry.bounded
+            }
         delta = replace(merged.delta, pools={k: pool for k, pool in pools.items() if pool.count})
         # From here on nothing fails, and every rank does the same.
         self.run = self.run.moved(schema).plus(delta)
@@ -283,7 +297,13 @@ class Reducer:
         self, communicator: Communicator, mine: Contribution, registry: Registry
     ) -> tuple[dict[Key, Window], Any, bytes]:
         """Return this rank's windows, what it sends, and its news."""
+        if len(mine.custom) > MOST_CUSTOM:
+            mine.error = mine.error or (
+                f"the results and states of its handlers without lanes take {len(mine.custom)} "
+                f"bytes, more than the {MOST_CUSTOM} that travel: keep less in them"
+            )
         if mine.error:
+            mine.custom = b""
             return self.windows, None, b""
         try:
             windows = self._windows_with(mine.states, registry)
@@ -354,30 +374,34 @@ class Reducer:
         Raises on all ranks if one has failed or disagrees.
         """
         if mine.error:
-            blob = mine.error.encode()
+            blob = reason(mine.error)
         header = self._header(mine, blob)
         # With news there is no place yet for what this rank holds.
         payload = None if blob else payload
         route = self._taken(communicator)
-        headers, merged, failure = route.exchange(communicator, header, payload)
+        headers, merged, failure, wrong = route.exchange(communicator, header, payload)
         if headers is None and (merged is None or self.schema.has_custom):
             if failure:
-                mine.error, blob = failure, failure.encode()
+                mine.error, blob = failure, reason(failure)
                 header = self._header(mine, blob)
             headers = communicator.all_gather(header)
         self._sequence += 1
         if headers is not None:
+            with _by_all(mine):
+                check_whole(headers)
             if headers[:, Field.ERROR].any():
-                texts = self._exchange_blobs(communicator, headers, blob)
+                texts = self._exchange_blobs(communicator, headers, mine, blob)
                 failed = np.flatnonzero(headers[:, Field.ERROR]).tolist()
-                reasons = dict.fromkeys(texts[rank].decode() for rank in failed)
                 with _by_all(mine):
                     raise RuntimeError(
                         f"the reduction was given up, and nothing else is lost: {name_ranks(failed)} "
-                        f"could not take part: {'; '.join(reasons)}"
+                        f"could not take part: {reasons(texts[rank] for rank in failed)}"
                     )
             with _by_all(mine):
                 check(headers)
+        if wrong:
+            with _by_all(mine):
+                raise RuntimeError(wrong)
         return Exchanged(headers, merged)
 
     def _header(self, mine: Contribution, blob: bytes) -> FloatArray:
@@ -401,7 +425,7 @@ class Reducer:
 
     @staticmethod
     def _exchange_blobs(
-        communicator: Communicator, headers: FloatArray, blob: bytes
+        communicator: Communicator, headers: FloatArray, mine: Contribution, blob: bytes
     ) -> list[bytes]:
         """Return everyone's blob; of equal ones, which the hash tells, only the first travels."""
         hashes = headers[:, Field.BLOB_HASH].astype(np.int64)
@@ -409,8 +433,19 @@ class Reducer:
         first = {int(hashes[rank]): rank for rank in reversed(range(len(hashes)))}
         sender = [first[int(number)] for number in hashes]
         sent = [int(size) if sender[rank] == rank else 0 for rank, size in enumerate(sizes)]
-        mine = blob if sent[communicator.rank] else b""
-        received = communicator.all_gather_bytes(mine, sent)
+        own = blob if sent[communicator.rank] else b""
+        received = communicator.all_gather_bytes(own, sent)
+        damaged = [
+            rank
+            for rank, size in enumerate(sent)
+            if size and digest(received[rank]) != int(hashes[rank])
+        ]
+        if damaged:
+            with _by_all(mine):
+                raise RuntimeError(
+                    f"what {name_ranks(damaged)} sent of new keys, or of a failure, did not arrive as "
+                    "its header announces it. Nothing was reduced; look after that rank's machine"
+                )
         return [received[sender[rank]] for rank in range(len(hashes))]
 
     def _taken(self, communicator: Communicator) -> Route:
@@ -435,7 +470,7 @@ class Reducer:
         Raises:
             ValueError: ranks hold a key or name otherwise than others; on all ranks alike.
         """
-        blobs = self._exchange_blobs(communicator, headers, blob)
+        blobs = self._exchange_blobs(communicator, headers, mine, blob)
         self.schema_rounds += 1
         with _by_all(mine):
             agreed = agree(self.schema, self._claims, blobs)
@@ -468,6 +503,16 @@ def _by_all(mine: Contribution) -> Iterator[None]:
     except Exception:
         mine.outcome = Outcome.REFUSED
         raise
+
+
+def _contradicting(headers: FloatArray | None) -> str:
+    """Return what to say of ranks whose keys are agreed on, and which send no values for them."""
+    pending = [] if headers is None else np.flatnonzero(headers[:, Field.PENDING]).tolist()
+    who = f"{name_ranks(pending)} asked" if pending else "a rank asked"
+    return (
+        f"{who} for new keys again, right after all had agreed on them, or sent values that "
+        "contradict its header. Nothing was reduced; look after that rank's machine"
+    )
 
 
 def _warn_of_categories(entry: Entry) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from metricfold.handlers import COUNT, OTHER, CategoryState, State
+from metricfold.handlers import COUNT, NANS, OTHER, CategoryState, State
 from metricfold.naming import Key
 from metricfold.pool import Window
 
@@ -309,6 +309,16 @@ class Schema:
         return {key: position for position, key in enumerate(self.entries)}
 
     @cached_property
+    def counting(self) -> IndexArray:
+        """Places of the SUM lanes that hold whole numbers: of values, of NaN, of each category."""
+        found: list[int] = []
+        for start, entry in zip(self._sum_ends.tolist(), self, strict=False):
+            if not entry.custom:
+                categories = range(start + entry.sums, start + entry.sum_width)
+                found += (start + COUNT, start + NANS, *categories)
+        return np.array(found, dtype=np.intp)
+
+    @cached_property
     def has_custom(self) -> bool:
         """Whether a key's handler has no lanes, so that its results travel as bytes."""
         return any(entry.custom for entry in self)
@@ -331,13 +341,6 @@ class Schema:
     @staticmethod
     def entries_to_json(entries: Iterable[Entry]) -> str:
         return _json([entry.plain() for entry in entries])
-
-    @staticmethod
-    def entries_from_json(text: str) -> list[Entry]:
-        parsed: list[dict[str, Any]] = json.loads(text)
-        for entry in parsed:
-            entry.update({k: tuple(v) for k, v in entry.items() if isinstance(v, list)})
-        return [Entry(**entry) for entry in parsed]
 
     def beyond(self, entries: Iterable[Entry]) -> list[Entry]:
         """Return those of `entries` that this schema has no room for."""

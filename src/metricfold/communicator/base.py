@@ -22,6 +22,7 @@ __all__ = [
 
 # 48 bits are exact in a float64, and add up exactly where all ranks but one send zero.
 _BYTES_PER_FLOAT = 6
+_END = 2.0 ** (8 * _BYTES_PER_FLOAT)
 
 
 class MissingRanksError(RuntimeError):
@@ -97,7 +98,8 @@ class Communicator(ABC):
         """Return everyone's `data`; `sizes`, known to all, has its length on each rank.
 
         One all-reduce of as many bytes as there are in all: every rank writes to its own place in
-        a vector of zeros. A rank whose bytes others have already got may send none.
+        a vector of zeros. A rank whose bytes others have already got may send none. What is not of
+        the size announced is cut or filled up: the vectors must be of one size.
         """
         if not any(sizes):
             return [b""] * len(sizes)
@@ -105,7 +107,8 @@ class Communicator(ABC):
         ends = np.cumsum(lanes)
         vector = np.zeros(int(ends[-1]))
         mine = slice(int(ends[self.rank]) - lanes[self.rank], int(ends[self.rank]))
-        vector[mine] = _to_floats(data)
+        size = sizes[self.rank]
+        vector[mine] = _to_floats(data[:size].ljust(size, b"\0"))
         gathered = self.all_reduce(vector, "sum")
         return [
             _to_bytes(gathered[int(end) - lane : int(end)], size)
@@ -178,5 +181,7 @@ def _to_floats(data: bytes) -> FloatArray:
 
 
 def _to_bytes(vector: FloatArray, size: int) -> bytes:
-    words = vector.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :_BYTES_PER_FLOAT]
+    # What is none of those numbers comes to no bytes that anyone sent; whoever reads them finds out.
+    whole = np.where((vector >= 0.0) & (vector < _END), vector, 0.0)
+    words = whole.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :_BYTES_PER_FLOAT]
     return words.tobytes()[:size]

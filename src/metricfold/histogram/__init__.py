@@ -17,15 +17,23 @@ from metricfold.histogram.record import Histogram
 if TYPE_CHECKING:
     from metricfold.histogram.indexing import bucket_index
     from metricfold.histogram.sketch import LogLinearHistogram
-    from metricfold.histogram.wire import EXTENTS_WIDTH, slot_width
+    from metricfold.histogram.wire import EXTENTS_WIDTH, fitting, slot_width
 
-__all__ = ["EXTENTS_WIDTH", "Histogram", "LogLinearHistogram", "bucket_index", "slot_width"]
+__all__ = [
+    "EXTENTS_WIDTH",
+    "Histogram",
+    "LogLinearHistogram",
+    "bucket_index",
+    "fitting",
+    "slot_width",
+]
 
 # Loaded when asked for: those who only log should not wait for it.
 _HOMES = {
     "EXTENTS_WIDTH": "wire",
     "LogLinearHistogram": "sketch",
     "bucket_index": "indexing",
+    "fitting": "wire",
     "slot_width": "wire",
 }
 

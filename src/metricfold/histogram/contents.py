@@ -30,6 +30,9 @@ class Total(IntEnum):
     """Weight of the values that are ±0."""
 
 
+_NOT_FINITE = (Total.NAN, Total.POSITIVE_INFINITY, Total.NEGATIVE_INFINITY)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
     """What fixes the layout of a histogram, and its extreme values; merges by taking extremes.
@@ -85,6 +88,25 @@ class Contents:
         grid = Grid(frame.layout(max_buckets))
         place(buckets, grid.layout, grid.sums)
         return cls(max_buckets, frame.minimum, frame.maximum, totals, grid)
+
+    def check(self) -> None:
+        """Refuse contents that no values come to.
+
+        Raises:
+            ValueError: says which numbers contradict each other.
+        """
+        totals, (weights, *moments) = self.totals, self.grid.sums
+        numbers = [totals, weights, *moments]
+        if not all(((array >= 0) & (array < math.inf)).all() for array in numbers):
+            raise ValueError("its sums are negative, or no finite numbers")
+        counts = totals[[Total.COUNT, *_NOT_FINITE]]
+        if (counts != np.floor(counts)).any() or (counts > 2.0**53).any():
+            raise ValueError("its counts are no whole numbers")
+        some = totals[Total.COUNT] > 0
+        if some != (weights.any() or totals[Total.ZERO] > 0):
+            raise ValueError("its count contradicts its buckets")
+        if some and not -math.inf < self.minimum <= self.maximum < math.inf:
+            raise ValueError(f"it reaches from {self.minimum} to {self.maximum}")
 
     @property
     def frame(self) -> Frame:

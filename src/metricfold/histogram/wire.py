@@ -19,9 +19,9 @@ import numpy.typing as npt
 from metricfold.histogram.contents import Contents, Frame, Total, check_max_buckets
 from metricfold.histogram.grid import MOMENTS, Grid, place
 from metricfold.histogram.indexing import FINEST, FloatArray
-from metricfold.histogram.layout import SIGNED, Extents
+from metricfold.histogram.layout import END_FIELDS, FIRST_FIELDS, SEGMENTS, SIGNED, Extents
 
-__all__ = ["EXTENTS_WIDTH", "extents", "pack", "slot_width", "unpack"]
+__all__ = ["EXTENTS_WIDTH", "extents", "fitting", "pack", "slot_width", "unpack"]
 
 EXTENTS_WIDTH = 2 * SIGNED + 4
 """How many numbers `LogLinearHistogram.extents` returns."""
@@ -81,7 +81,46 @@ def unpack(merged: npt.ArrayLike, lanes: npt.ArrayLike, max_buckets: int) -> Con
     layout = frame.layout(max_buckets)
     grid = Grid(layout)
     grid.sums[:] = array[len(Total) :].reshape(MOMENTS, -1)[:, : layout.total]
-    return Contents(max_buckets, frame.minimum, frame.maximum, array[: len(Total)], grid)
+    contents = Contents(max_buckets, frame.minimum, frame.maximum, array[: len(Total)], grid)
+    contents.check()
+    return contents
+
+
+def fitting(merged: FloatArray, lanes: FloatArray) -> npt.NDArray[np.bool_]:
+    """Return of which slots the numbers can be those of a histogram, or of none; shape (k,).
+
+    Cheap enough for all that arrive, and sufficient for `unpack` to take no more memory than slots
+    of this size can need.
+
+    Args:
+        merged: extents, shape (k, EXTENTS_WIDTH).
+        lanes: shape (k, n).
+    """
+    high, low = merged[:, :SIGNED], -merged[:, SIGNED : 2 * SIGNED]
+    maximum, minimum, finest, dropped = (merged[:, 2 * SIGNED :] * (1.0, -1.0, -1.0, 1.0)).T
+    within = (high >= low) & (low >= _LOWEST) & (high <= _HIGHEST)
+    within &= (high == np.floor(high)) & (low == np.floor(low))
+    within |= (high == -math.inf) & (low == math.inf)
+    totals = lanes[:, : len(Total)]
+    counts = totals[:, [Total.COUNT, Total.NAN, Total.POSITIVE_INFINITY, Total.NEGATIVE_INFINITY]]
+    empty = counts[:, 0] == 0
+    return (  # type: ignore[no-any-return]
+        within.all(axis=1)
+        & (finest >= 0)
+        & (finest <= FINEST)
+        & (finest == np.floor(finest))
+        & (dropped >= 0)
+        & (dropped <= SEGMENTS)
+        & (dropped == np.floor(dropped))
+        & ((lanes >= 0) & (lanes < math.inf)).all(axis=1)
+        & (counts == np.floor(counts)).all(axis=1)
+        & (empty | ((minimum <= maximum) & np.isfinite(minimum) & np.isfinite(maximum)))
+    ) | ~(lanes != 0).any(axis=1)
+
+
+_LOWEST = (FIRST_FIELDS << FINEST).astype(np.float64)
+_HIGHEST = ((END_FIELDS << FINEST) - 1).astype(np.float64)
+"""The finest buckets with which each signed segment begins and ends."""
 
 
 def _numbers(merged: npt.ArrayLike) -> FloatArray:

@@ -8,6 +8,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from metricfold.communicator.base import Communicator
 from metricfold.handlers import State
 from metricfold.naming import Key
@@ -15,7 +18,16 @@ from metricfold.pool import FloatArray, Pool, Window
 from metricfold.schema import AGREED, Field, Kind, Schema
 from metricfold.totals import IntArray, Rows, Totals
 
-__all__ = ["Attendance", "Exchanged", "Merged", "Outgoing", "Recent", "Route", "objections"]
+__all__ = [
+    "Attendance",
+    "Exchanged",
+    "Merged",
+    "Outgoing",
+    "Recent",
+    "Route",
+    "objections",
+    "uncounted",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +125,13 @@ class Exchanged(NamedTuple):
         headers: everyone's, shape (world_size, HEADER_SIZE), if they have been gathered.
         merged: what has been merged; None if some rank objects or has news.
         failure: why this rank could not go on.
+        wrong: what no rank sends among what has arrived, which all ranks see alike.
     """
 
     headers: FloatArray | None
     merged: Merged | None
     failure: str = ""
+    wrong: str = ""
 
 
 class Route(ABC):
@@ -145,6 +159,15 @@ class Route(ABC):
             header: of this rank, shape (HEADER_SIZE,).
             payload: what `pack` returned, or None to send identities.
         """
+
+
+_LARGEST = 2.0**53
+
+
+def uncounted(numbers: FloatArray) -> npt.NDArray[np.bool_]:
+    """Return where numbers are no counts."""
+    counts = (numbers >= 0.0) & (numbers <= _LARGEST) & (numbers == np.floor(numbers))
+    return ~counts  # type: ignore[no-any-return]
 
 
 def objections(headers: FloatArray) -> bool:

@@ -6,17 +6,27 @@ interval, the values, their weights, and, if it was ever needed, a histogram tha
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from metricfold.communicator.base import Communicator
-from metricfold.naming import Key
+from metricfold.naming import Key, show
 from metricfold.pool import FloatArray, Pool, Window
-from metricfold.routes.base import Exchanged, Merged, Outgoing, Recent, Route, objections
-from metricfold.routes.slots import described, extents_width, lanes_width, unpacked
+from metricfold.routes.base import (
+    Exchanged,
+    Merged,
+    Outgoing,
+    Recent,
+    Route,
+    objections,
+    uncounted,
+)
+from metricfold.routes.slots import described, extents_width, fitting, lanes_width, unpacked
 from metricfold.schema import HEADER_SIZE, Entry, Field, Schema, places
-from metricfold.totals import Rows
+from metricfold.totals import IntArray, Rows
 
 if TYPE_CHECKING:
     from metricfold.histogram import LogLinearHistogram
@@ -73,6 +83,9 @@ class Narrow(Route):
         headers = rows[:, :HEADER_SIZE]
         if objections(headers):
             return Exchanged(headers, None)
+        wrong = self._wrong(rows)
+        if wrong:
+            return Exchanged(headers, None, wrong=wrong)
         lanes = Rows(
             self.schema,
             rows[:, self._sum_start : self._values_start],
@@ -81,6 +94,64 @@ class Narrow(Route):
         delta = lanes.merged(float(headers[:, Field.SECONDS].max()))
         failed = bool(headers[:, Field.SINK_FAILED].any())
         return Exchanged(headers, Merged(delta, lanes, Gathered(self, rows), sink_failed=failed))
+
+    def _wrong(self, rows: FloatArray) -> str:
+        """Return which rank sent numbers that no rank sends, or nothing."""
+        bad = uncounted(rows[:, self._counting]).any(axis=1)
+        if self.size > self._values_start:
+            numbers = np.isfinite(rows[:, self._values_start :])
+            bad |= ~(numbers | self._open).all(axis=1)
+            heads = rows[:, self._heads]
+            sizes, fresh = heads[:, 0], heads[:, 1]
+            bad |= (uncounted(sizes) | uncounted(fresh)).any(axis=1)
+            bad |= ((sizes > self._capacities) | (fresh > sizes)).any(axis=1)
+        for key, place in self._windows.items():
+            entry = self.schema.entries[key]
+            if entry.weighted:
+                start = place.start + _COUNTS + entry.capacity
+                weights = rows[:, start : start + entry.capacity]
+                given = np.arange(entry.capacity) < rows[:, place.start, np.newaxis]
+                bad |= (given & ~(weights > 0.0)).any(axis=1)
+            if entry.condensed:
+                slot, lanes = rows[:, place.stop - _slot_width() : place.stop], lanes_width()
+                bad |= ~fitting(slot[:, :-lanes], slot[:, -lanes:])
+        if not bad.any():
+            return ""
+        ranks = np.flatnonzero(bad)
+        return (
+            f"rank{'s' * (ranks.size > 1)} {', '.join(map(str, ranks.tolist()))} sent numbers that no "
+            "rank sends: counts that are none, or values that are no numbers. Nothing was reduced; "
+            "look after that rank's machine"
+        )
+
+    @cached_property
+    def _counting(self) -> IntArray:
+        places: IntArray = self._sum_start + self.schema.counting
+        return places
+
+    @cached_property
+    def _heads(self) -> IntArray:
+        """Where sizes stand, and how many values are fresh; shape (2, n)."""
+        starts = [place.start for key, place in self._windows.items() if self._roomy(key)]
+        return np.add.outer([_SIZE, _FRESH], np.array(starts, dtype=np.intp))
+
+    @cached_property
+    def _capacities(self) -> IntArray:
+        keys = filter(self._roomy, self._windows)
+        return np.array([self.schema.entries[key].capacity for key in keys], dtype=np.intp)
+
+    @cached_property
+    def _open(self) -> npt.NDArray[np.bool_]:
+        """Which of the values may be infinite: those of a histogram's extents."""
+        may = np.zeros(self.size - self._values_start, dtype=np.bool_)
+        for key, place in self._windows.items():
+            if self.schema.entries[key].condensed:
+                end = place.stop - self._values_start
+                may[end - _slot_width() : end] = True
+        return may
+
+    def _roomy(self, key: Key) -> bool:
+        return self.schema.entries[key].capacity > 0
 
     def window_of(self, row: FloatArray, key: Key) -> Window:
         """Return what one rank holds of a DISTRIBUTION, out of its row."""
@@ -107,7 +178,16 @@ class Gathered(Recent):
         self._rows = rows
 
     def windows(self, key: Key) -> list[Window]:
-        return [self._route.window_of(row, key) for row in self._rows]
+        found = []
+        for rank, row in enumerate(self._rows):
+            try:
+                found.append(self._route.window_of(row, key))
+            except ValueError as error:
+                raise RuntimeError(
+                    f"rank {rank} sent values of {show(key)} that no rank sends: {error}. Look after "
+                    "that rank's machine"
+                ) from None
+        return found
 
     def pooled(self, key: Key, *, of_interval: bool) -> Pool:
         windows = self.windows(key)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from metricfold import histogram  # what is in it loads when it is first needed
 from metricfold.pool import BUCKETS, FloatArray
 
 if TYPE_CHECKING:
     from metricfold.histogram import LogLinearHistogram
 
-__all__ = ["described", "extents_width", "laid_out", "lanes_width", "unpacked"]
+__all__ = ["described", "extents_width", "fitting", "laid_out", "lanes_width", "unpacked"]
 
 
 def extents_width() -> int:
@@ -36,6 +39,11 @@ def described(content: LogLinearHistogram) -> tuple[FloatArray, FloatArray]:
 def laid_out(content: LogLinearHistogram, extents: FloatArray) -> FloatArray:
     """Return the lanes of a histogram, laid out by everyone's extents."""
     return content.pack(extents, BUCKETS)
+
+
+def fitting(extents: FloatArray, lanes: FloatArray) -> npt.NDArray[np.bool_]:
+    """Return which slots can hold a histogram, or nothing; one a row."""
+    return histogram.fitting(extents, lanes)
 
 
 def unpacked(extents: FloatArray, lanes: FloatArray) -> LogLinearHistogram | None:

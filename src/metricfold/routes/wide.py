@@ -21,10 +21,18 @@ import numpy as np
 
 from metricfold.communicator.base import Communicator
 from metricfold.handlers import COUNT, NANS
-from metricfold.naming import Key
+from metricfold.naming import Key, show
 from metricfold.pool import MOST_SAVED, FloatArray, Pool, Window
-from metricfold.routes.base import Attendance, Exchanged, Merged, Outgoing, Recent, Route
-from metricfold.routes.slots import extents_width, laid_out, lanes_width, unpacked
+from metricfold.routes.base import (
+    Attendance,
+    Exchanged,
+    Merged,
+    Outgoing,
+    Recent,
+    Route,
+    uncounted,
+)
+from metricfold.routes.slots import extents_width, fitting, laid_out, lanes_width, unpacked
 from metricfold.schema import AGREED, Entry, Field, Kind, Schema, places
 from metricfold.totals import NOBODY, IntArray, Rows, Totals
 
@@ -38,6 +46,11 @@ _MOST_DRAWN = 4096
 
 _GOLDEN = 0.6180339887498949
 """Multiples of the golden ratio, modulo 1, are spread evenly wherever they are cut off."""
+
+_WRONG = (
+    "a rank sent numbers that no rank sends, or that contradict its header; where they are added up on "
+    "the way nobody knows which. Nothing was reduced; route='narrow' names it"
+)
 
 _FLAGS = (Field.PENDING, Field.ERROR, Field.SECONDS, Field.SINK_FAILED)
 _HEAD = 2 * AGREED + len(_FLAGS)
@@ -197,6 +210,8 @@ class Wide(Route):
         pending, error, seconds, sink_failed = top[2 * AGREED : _HEAD].tolist()
         if pending or error or not agreed:
             return Exchanged(None, None)
+        if np.isnan(top).any() or not 0.0 <= seconds < np.inf:
+            return Exchanged(None, None, wrong=_WRONG)
         failure = ""
         bottom = np.zeros(self.sum_size)
         try:
@@ -208,9 +223,13 @@ class Wide(Route):
         bottom = communicator.all_reduce(bottom, "sum")
         if bottom[self._fault].any():
             return Exchanged(None, None, failure)
+        if self._wrong(top, bottom):
+            return Exchanged(None, None, wrong=_WRONG)
         saved = None
         if header[Field.KIND] == Kind.STATE_DICT and self._saved:
             saved = communicator.all_gather(self._thinned(payload.windows))
+            if self._wrongly_saved(saved):
+                return Exchanged(None, None, wrong=_WRONG)
         merged = self._merged(top, bottom, seconds, saved)
         return Exchanged(None, replace(merged, sink_failed=bool(sink_failed)))
 
@@ -279,6 +298,44 @@ class Wide(Route):
             attendance,
         )
 
+    def _wrong(self, top: FloatArray, bottom: FloatArray) -> bool:
+        """Return whether something has arrived that no ranks' numbers come to."""
+        world_size = self._world_size
+        lanes = [bottom[self._sums][self.schema.counting]]
+        lanes += [bottom[self._present.start : self._rows.start]]
+        rows = bottom[self._rows].reshape(world_size, -1)
+        if any(
+            uncounted(counts).any() for counts in (*lanes, rows[:, self.schema.per_rank.counting])
+        ):
+            return True
+        of_ranks = (self._present, self._with_nan, self._owners, self._no_numbers)
+        if any((bottom[counts] > world_size).any() for counts in of_ranks):
+            return True
+        owners = _only(bottom[self._owners], bottom[self._owner_ranks])
+        with_nan = _only(bottom[self._with_nan], bottom[self._nan_ranks])
+        if (owners >= world_size).any() or (with_nan >= world_size).any():
+            return True
+        if not self.slots:
+            return False
+        slots = (
+            top[self.slots[0].extents.start :].reshape(-1, extents_width()),
+            bottom[self.slots[0].lanes.start :].reshape(-1, lanes_width()),
+        )
+        return not fitting(*slots).all()
+
+    def _wrongly_saved(self, saved: FloatArray) -> bool:
+        """Return whether a rank's recent values are not as `_thinned` gives them."""
+        if not np.isfinite(saved).all():
+            return True
+        for entry in self._windowed():
+            rows, most = saved[:, self._saved[entry.key]], self._most_saved(entry)
+            if uncounted(rows[:, 0]).any() or (rows[:, 0] > most).any():
+                return True
+            given = np.arange(most) < rows[:, :1]
+            if entry.weighted and (given & ~(rows[:, 1 + most :] > 0.0)).any():
+                return True
+        return False
+
     def window_of(self, row: FloatArray, key: Key) -> Window:
         """Return the values of one rank that a checkpoint holds."""
         entry = self.schema.entries[key]
@@ -310,7 +367,12 @@ class Summed(Recent):
         self._saved = saved
 
     def pooled(self, key: Key, *, of_interval: bool) -> Pool:
-        return Pool(histogram=unpacked(*self._contents[key, of_interval]))
+        try:
+            return Pool(histogram=unpacked(*self._contents[key, of_interval]))
+        except ValueError as error:
+            raise RuntimeError(
+                f"a rank sent values of {show(key)} that no rank sends: {error}. route='narrow' names it"
+            ) from None
 
     def windows(self, key: Key) -> list[Window]:
         if self._saved is None:
