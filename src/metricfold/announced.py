@@ -37,6 +37,7 @@ _MOST_NEWS = 2**24
 """Bytes of them as they travel."""
 _MOST_PARTS = 2**22
 """Commas in them: what is parsed takes memory for each part, however short."""
+_BLOCK = 2**20
 MOST_ERROR = 2**14
 """Bytes of what a rank says of its failure."""
 MOST_CUSTOM = 2**26
@@ -117,12 +118,20 @@ def decompressed(blob: bytes) -> object:
         ValueError: it is none, or there is too much of it.
     """
     stream = zlib.decompressobj()
+    blocks: list[bytes] = []
+    size = parts = 0
     try:
-        data = stream.decompress(blob, _MOST_TEXT + 1)
+        while not stream.eof:
+            block = stream.decompress(stream.unconsumed_tail if blocks else blob, _BLOCK)
+            if not block:
+                break
+            blocks.append(block)
+            size, parts = size + len(block), parts + block.count(b",")
+            if size > _MOST_TEXT or parts > _MOST_PARTS:
+                raise ValueError(f"they are more than {_MOST_TEXT} bytes, or {_MOST_PARTS} parts")
     except zlib.error as error:
         raise ValueError(f"they cannot be decompressed: {error}") from None
-    if len(data) > _MOST_TEXT or data.count(b",") > _MOST_PARTS:
-        raise ValueError(f"they are more than {_MOST_TEXT} bytes, or {_MOST_PARTS} parts")
+    data = b"".join(blocks)
     if not stream.eof or stream.unused_data:
         raise ValueError("they break off, or something follows them")
     try:

@@ -29,7 +29,14 @@ from metricfold.metric import (
 from metricfold.naming import Key, show
 from metricfold.plain import NotPlainError, pack, unpack
 
-__all__ = ["CustomResults", "CustomStates", "Result", "SavedState", "check_saved_states", "restored"]
+__all__ = [
+    "CustomResults",
+    "CustomStates",
+    "Result",
+    "SavedState",
+    "check_saved_states",
+    "restored",
+]
 
 SavedState = dict[str, Any]
 """A state as plain JSON types, with its key and type."""
@@ -335,7 +342,7 @@ def check_saved_states(states: object) -> None:
     if not isinstance(states, list):
         raise TypeError(f"states of custom handlers are {type(states).__name__}, not a list")
     for state in states:
-        if state.keys() != _FIELDS:
+        if not isinstance(state, dict) or state.keys() != _FIELDS:
             raise ValueError("a state of a custom handler lacks a field, or has another")
         check_key(state["dataset"], state["name"])
         _check_texts(state["type"])

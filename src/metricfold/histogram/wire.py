@@ -113,7 +113,7 @@ def fitting(merged: FloatArray, lanes: FloatArray) -> npt.NDArray[np.bool_]:
         & (dropped <= SEGMENTS)
         & (dropped == np.floor(dropped))
         & ((lanes >= 0) & (lanes < math.inf)).all(axis=1)
-        & (counts == np.floor(counts)).all(axis=1)
+        & ((counts == np.floor(counts)) & (counts <= 2.0**53)).all(axis=1)
         & (empty | ((minimum <= maximum) & np.isfinite(minimum) & np.isfinite(maximum)))
     ) | ~(lanes != 0).any(axis=1)
 
