@@ -263,19 +263,6 @@ def test_no_record_is_taken_for_the_culprit_across_a_rewind(caplog):
     assert sink.got == [3, 4, 5]
 
 
-def test_a_record_that_replaces_another_is_counted_as_one(caplog):
-    class Latest(Remote):
-        def write(self, record):
-            if record.step in self.got:
-                raise RecordRefused("the newer one wins", displaced=[record.step])
-            super().write(record)
-
-    with MetricsLogger([Latest()]) as logger:
-        for step in (1, 2, 2, 3):
-            logger.log(step, {"x": 1.0})
-    assert counts(caplog) == (3, 1, 0)
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_all_that_was_accepted_is_written_once_or_counted(seed, caplog):
     """Errors of all kinds at random, of records and of times, with flushes and a full queue."""

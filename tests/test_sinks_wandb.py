@@ -153,6 +153,24 @@ def test_rewind_of_the_users_run_says_that_it_cannot_and_leaves_out_what_is_show
     assert rows[30] == {"train/loss": 7.5, "step": 30}
 
 
+def test_rewind_leaves_out_of_each_prefix_what_is_shown_of_it(tmp_path):
+    run = started(tmp_path)
+    with MetricsLogger([WandbSink()]) as logger:
+        for step in range(1, 6):
+            logger.log(step, {"loss": float(step)}, prefix="train")
+            logger.flush()
+            run.log({"mine": 1.0})  # W&B's own step is ahead from here on
+            logger.log(10 * step, {"acc": 1.0}, prefix="val")
+        logger.rewind(3)
+        for step in (4, 5, 6):
+            logger.log(step, {"loss": -1.0}, prefix="train")
+        logger.log(60, {"acc": -1.0}, prefix="val")
+    run.finish()
+    found, _ = shown(tmp_path)
+    assert found["train/loss"] == {**{step: float(step) for step in range(1, 6)}, 6: -1.0}
+    assert found["val/acc"] == {10: 1.0, 20: 1.0, 30: 1.0, 40: 1.0, 50: 1.0, 60: -1.0}
+
+
 def test_rewind_with_nothing_to_take_back_starts_nothing_and_says_so(tmp_path, caplog):
     caplog.set_level(logging.INFO, "metricfold")
     sink = WandbSink(dir=tmp_path)
@@ -225,7 +243,8 @@ def test_validation_by_epochs_joins_the_rows_of_training(tmp_path, caplog):
     assert not [one for one in caplog.records if one.levelno >= logging.ERROR]
 
 
-def test_rows_that_something_else_logs_between_cost_none_of_ours(tmp_path):
+def test_rows_that_something_else_logs_between_cost_none_of_ours(tmp_path, caplog):
+    """Natively, W&B leaves out as many rows as were logged between."""
     run = started(tmp_path)
 
     def script(log):
@@ -238,29 +257,58 @@ def test_rows_that_something_else_logs_between_cost_none_of_ours(tmp_path):
 
     logged(run, WandbSink(), script)
     found, _ = shown(tmp_path)
-    late = {2, 3, 4, 6, 7, 8, 9}
-    assert found["train/loss"].keys() >= {1, 5, 10, 11}
-    assert all(found["train/loss"][step] == float(step) for step in found["train/loss"])
-    assert found["train/loss"].keys() & late, "what is behind joins the row that is open"
+    assert found["train/loss"] == {step: float(step) for step in range(1, 12)}
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
 
 
-def test_a_late_row_joins_what_is_open_and_the_one_on_time_wins(tmp_path, caplog):
+def test_an_axis_that_is_ahead_costs_the_others_no_row(tmp_path, caplog):
+    """A validation that counts samples, over a training that counts steps."""
+    run = started(tmp_path)
+
+    def script(log):
+        for epoch in range(3):
+            for step in range(3):
+                log(3 * epoch + step, "train", loss=float(step), lr=0.5)
+            for batch in range(4):
+                log(100 * epoch + batch, "val", acc=float(batch), lr=0.5)
+
+    logged(run, WandbSink(), script)
+    found, axes = shown(tmp_path)
+    assert list(found["train/loss"]) == list(range(9))
+    assert list(found["val/acc"]) == [
+        100 * epoch + batch for epoch in range(3) for batch in range(4)
+    ]
+    assert axes["train/loss"] == "train/step"
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+
+
+def test_late_rows_of_ascending_steps_are_all_there(tmp_path, caplog):
     run = started(tmp_path)
 
     def script(log):
         log(10, "train", loss=1.0)
         log(7, "eval", acc=0.7)
         log(8, "eval", acc=0.8)  # that row has one already
-        log(10, "eval", acc=1.0)  # and this is its own
+        log(10, "eval", acc=1.0)
         log(11, "train", loss=1.1)
+        log(11, "train", loss=1.2)  # a second time
 
     logged(run, WandbSink(), script)
     found, axes = shown(tmp_path)
-    assert found == {"train/loss": {10: 1.0, 11: 1.1}, "eval/acc": {10: 1.0}}
+    assert found == {"train/loss": {10: 1.0, 11: 1.2}, "eval/acc": {7: 0.7, 8: 0.8, 10: 1.0}}
     assert axes["eval/acc"] == "eval/step"
-    assert table(caplog) == "3 written, 2 skipped, 0 lost"
-    said = " ".join(one.getMessage() for one in caplog.records)
-    assert "leaves out step 8: after a resume call logger.rewind(step)" in said
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+
+
+def test_what_several_prefixes_log_has_no_axis_of_one_of_them(tmp_path):
+    run = started(tmp_path)
+    with MetricsLogger([WandbSink()]) as logger:
+        for step in (10, 20):
+            logger.log(step, {"loss": 1.0}, prefix="train", extra={"lr": 0.5})
+            logger.log(step // 10, {"acc": 1.0}, prefix="val", extra={"lr": 0.25})
+    run.finish()
+    _, axes = shown(tmp_path)
+    assert axes == {"val/step": "", "val/acc": "val/step"}
 
 
 def test_a_forgotten_rewind_costs_the_steps_that_are_there_and_no_later_ones(tmp_path, caplog):

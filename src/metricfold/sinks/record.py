@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from numbers import Real
@@ -55,16 +55,7 @@ class RecordRefused(ValueError):  # noqa: N818 - it says what becomes of the rec
 
     The record is skipped and counted. Any `ValueError`, `TypeError`, `ArithmeticError`,
     `LookupError` or `AttributeError` says so, too.
-
-    Args:
-        reason: why.
-        displaced: the steps of records that the sink had taken before and that this one, which it
-            has taken, has replaced: those are what is skipped then.
     """
-
-    def __init__(self, reason: str, *, displaced: Sequence[int] = ()) -> None:
-        super().__init__(reason)
-        self.displaced = tuple(displaced)
 
 
 @runtime_checkable

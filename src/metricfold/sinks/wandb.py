@@ -2,10 +2,11 @@
 
 W&B's history only grows: it leaves out rows whose steps go back, and nothing can be removed from a
 client. Its own step also advances with each row that anything else in the program logs, such as a
-table, a profiler or an evaluation by epochs. So every row says its step in a column of its own, and
-one that is behind joins the row that W&B has not closed yet:
+table, a profiler or an evaluation by samples. So every row says its step in a column of its own, and
+one that is behind joins the row that W&B has not closed yet, or opens the next one:
 
     _step 20  {"train/loss": 1.5, "train/step": 20, "val/acc": 0.7, "val/step": 3}
+    _step 21  {"val/acc": 0.8, "val/step": 4}
 
 What that means after a resume is said by `WandbSink.rewind`.
 """
@@ -34,8 +35,9 @@ class WandbSink(SelectiveSink):
     """Logs scalars and histograms to Weights & Biases.
 
     Every row has its step as ``{prefix}/step``, or as ``step`` where there is no prefix. A record
-    whose step is behind that of the run joins the run's newest row, and W&B is told that its keys
-    have ``{prefix}/step`` as their axis. Where that row has its keys already, it is refused.
+    whose step is behind that of the run joins the run's newest row, or opens the next one where that
+    has its keys, and W&B is told that its keys have ``{prefix}/step`` as their axis. One whose step
+    is behind those of its own prefix, over values that are there, is refused.
 
     Args:
         run: the run to log to. By default the active one (`wandb.run`) when the first record is
@@ -78,11 +80,17 @@ class WandbSink(SelectiveSink):
             init["dir"] = os.path.abspath(init["dir"])  # noqa: PTH100 - as it is, but absolute
         self._init = init
         self._owned = False
-        self._shown: float = float("-inf")  # steps up to here are in the run for good
-        self._newest = -1
-        self._row = _Row(-1)
         self._axis_names: dict[str, str] = {}  # by prefix
-        self._axes: set[str] = set()  # those of prefixes that have been behind
+        self._start()
+
+    def _start(self) -> None:
+        """Begin in a run of which nothing is known."""
+        self._newest: dict[str, int] = {}  # step by axis
+        self._shown: dict[str, int] = {}  # by axis: steps up to here are in the run for good
+        self._shown_before = -1  # of axes that were logged before this sink was made
+        self._open: tuple[int, set[str]] = (-1, set())  # W&B's step that we logged last, and keys
+        self._axis_of_key: dict[str, str] = {}
+        self._behind: set[str] = set()  # axes whose steps have been behind W&B's own
         self._defined: set[str] = set()  # keys that W&B knows the axis of
 
     def __repr__(self) -> str:
@@ -96,8 +104,7 @@ class WandbSink(SelectiveSink):
         if self._owned:
             self.run.finish()
             self.run, self._owned = None, False
-            self._row, self._newest = _Row(-1), -1
-            self._axes, self._defined = set(), set()
+            self._start()
 
     def rewind(self, step: int) -> None:
         """Go on from `step` as far as W&B allows, and say in the log what that is.
@@ -107,7 +114,9 @@ class WandbSink(SelectiveSink):
         and new values for them are left out.
         """
         run = self._found()
-        held = -1 if run is None else run.step if self._step_metric is None else self._newest
+        # A run that was resumed holds what this sink knows nothing of.
+        before = -1 if run is None or self._newest else run.step
+        held = max(self._newest.values(), default=before)
         if held <= step:
             _log.info("W&B holds no step after %d: nothing to rewind", step)
         elif self._owned:
@@ -124,7 +133,8 @@ class WandbSink(SelectiveSink):
             self._init = {name: value for name, value in self._init.items() if name != "id"}
             self._init["group"] = group
         else:
-            self._shown = held
+            self._shown = {axis: at for axis, at in self._newest.items() if at > step}
+            self._shown_before = before
             _log.warning(
                 "W&B cannot remove steps: your run %s keeps what it holds, up to step %d, and new "
                 "values for the steps until there are left out. To rewind the run itself, start "
@@ -139,7 +149,8 @@ class WandbSink(SelectiveSink):
         import wandb  # noqa: PLC0415
 
         run = self.run = self._found() or self._started()
-        if record.step <= self._shown:
+        axis = self._axis_of(record.prefix)
+        if record.step <= self._shown.get(axis, self._shown_before):
             raise RecordRefused(
                 f"run {run.id} of W&B keeps what it holds of step {record.step}, which rewind() "
                 "could not remove"
@@ -148,16 +159,42 @@ class WandbSink(SelectiveSink):
         for key, histogram in record.histograms.items():
             if histogram.counts.any():
                 row[key] = wandb.Histogram(np_histogram=coarsened(histogram, _MAX_BUCKETS))
-        axis = self._axis_of(record.prefix)
         row.setdefault(axis, record.step)
         if self._step_metric is not None:
             self._define_all(run, self._step_metric)
             run.log({**row, self._step_metric: record.step})
-        elif record.step < run.step:
-            self._join(run, row, axis, record.step)
         else:
-            self._append(run, row, axis, record.step)
-        self._newest = max(self._newest, record.step)
+            place = self._place_of(run, row, axis, record.step)
+            if axis in self._behind:
+                self._define(run, row, axis)
+            run.log(row, step=place)
+            if place != self._open[0]:
+                self._open = place, set()
+            self._open[1].update(row)
+        self._newest[axis] = max(self._newest.get(axis, -1), record.step)
+
+    def _place_of(self, run: Any, row: dict[str, Any], axis: str, step: int) -> int:
+        """Return the step of W&B's own at which a row is logged, so that it is not left out.
+
+        Raises:
+            RecordRefused: its steps go back, over values that are there.
+        """
+        for key in row:
+            self._axis_of_key.setdefault(key, axis)
+        at, keys = self._open
+        clash = sorted(keys & row.keys()) if at == run.step else []
+        if step > run.step or (step == run.step and not clash):
+            return step
+        if clash and step < self._newest.get(axis, -1):
+            raise RecordRefused(
+                f"W&B is at step {run.step} already, where {clash[0]!r} has a value, and leaves out "
+                f"step {step}: after a resume call logger.rewind(step); or use "
+                "WandbSink(step_metric=...), where steps may go back"
+            )
+        if step == self._newest.get(axis, -1):
+            return int(run.step)  # logged a second time: the later values count
+        self._behind.add(axis)
+        return int(run.step) + bool(clash)
 
     def _axis_of(self, prefix: str) -> str:
         """Return the column of the steps that were logged with `prefix`."""
@@ -170,48 +207,11 @@ class WandbSink(SelectiveSink):
             self._axis_names[prefix] = named if is_name(named) else axis
         return self._axis_names[prefix]
 
-    def _append(self, run: Any, row: dict[str, Any], axis: str, step: int) -> None:
-        """Log a row at its own step, which wins over those that had joined it from behind."""
-        open_row = self._open_at(step)
-        if axis in self._axes:
-            self._define(run, row, axis)
-        run.log(row, step=step)
-        displaced = [late for late, keys in open_row.late if not keys.isdisjoint(row)]
-        open_row.late = [one for one in open_row.late if one[0] not in displaced]
-        open_row.keys |= row.keys()
-        if displaced:
-            raise RecordRefused(
-                f"W&B has one row for each of its steps: that of step {step} takes the place of what "
-                f"was logged from behind, of step {displaced[-1]}. Give what has steps of its own a "
-                "prefix of its own, or use WandbSink(step_metric=...)",
-                displaced=displaced,
-            )
-
-    def _join(self, run: Any, row: dict[str, Any], axis: str, step: int) -> None:
-        """Log a row whose step is behind with the newest one."""
-        open_row = self._open_at(run.step)
-        taken = sorted(open_row.keys & row.keys())
-        if taken:
-            raise RecordRefused(
-                f"W&B is at step {run.step} already, where {taken[0]!r} has a value, and leaves out "
-                f"step {step}: after a resume call logger.rewind(step); or use "
-                "WandbSink(step_metric=...), where steps may go back"
-            )
-        self._axes.add(axis)
-        self._define(run, row, axis)
-        run.log(row, step=run.step)
-        open_row.late.append((step, set(row)))
-        open_row.keys |= row.keys()
-
-    def _open_at(self, step: int) -> _Row:
-        if self._row.step != step:
-            self._row = _Row(step)
-        return self._row
-
     def _define(self, run: Any, row: dict[str, Any], axis: str) -> None:
         """Tell W&B that `axis` is what the keys of `row` are drawn over."""
         for key in (axis, *row):
-            if key not in self._defined:
+            # What several prefixes log, such as a learning rate, has no axis of its own.
+            if key not in self._defined and self._axis_of_key.get(key, axis) == axis:
                 self._defined.add(key)
                 run.define_metric(key, step_metric=None if key == axis else axis)
 
@@ -244,20 +244,3 @@ class WandbSink(SelectiveSink):
         run = wandb.init(**{"settings": settings, **self._init, "mode": mode})
         self._owned = True
         return run
-
-
-class _Row:
-    """The row that W&B has not closed yet, as far as this sink has logged it.
-
-    Attributes:
-        step: W&B's own.
-        keys: what it has already.
-        late: steps and keys of records that have joined it from behind.
-    """
-
-    __slots__ = ("keys", "late", "step")
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-        self.keys: set[str] = set()
-        self.late: list[tuple[int, set[str]]] = []

@@ -26,7 +26,7 @@ from typing import NamedTuple, TypeAlias
 
 from metricfold.processes import start_thread
 from metricfold.sinks.loud import mention, say
-from metricfold.sinks.record import Record, RecordRefused, Sink
+from metricfold.sinks.record import Record, Sink
 
 __all__ = ["SinkWorker", "error_of", "wait_for"]
 
@@ -394,14 +394,8 @@ class SinkWorker:
         self._flush_due = self._flush_due or time.monotonic() + FLUSH_SECONDS
 
     def _skip(self, record: Record, error: BaseException) -> None:
-        displaced = error.displaced if isinstance(error, RecordRefused) else ()
-        for step in displaced or (record.step,):
-            self._note("write()", error, step)
-            self._skipped += 1
-        if displaced:
-            # This one is written, in the place of those that had been.
-            self._took()
-            self._written -= len(displaced)
+        self._note("write()", error, record.step)
+        self._skipped += 1
 
     def _note(self, what: str, error: BaseException, step: int | None = None) -> None:
         """Count what is left out for `error`, and say it the first time."""
