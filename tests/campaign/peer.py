@@ -247,14 +247,13 @@ def attack_by_news(row: Row, trial: Trial, blob: bytes) -> None:
 
 def _is_good(blob: bytes) -> bool:
     """Return whether a damaged blob is by chance what it was."""
+    stream = zlib.decompressobj()
     try:
-        return (
-            json.loads(zlib.decompress(blob))
-            == [{"key": ["", "x"], "type": "mean", "sums": 4, "maxs": 0}]
-            and zlib.decompressobj().decompress(blob) != b""
-        )
+        parsed = json.loads(stream.decompress(blob, 1000))
     except (ValueError, zlib.error, RecursionError):
         return False
+    good = {"key": ["", "x"], "type": "mean", "sums": 4, "maxs": 0}
+    return bool(parsed == [good] and stream.eof and not stream.unused_data)
 
 
 # -- Vectors -------------------------------------------------------------------------------------
