@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import pytest
 import torch.distributed as dist
 from ranks import run_ranks
 
-from metricfold import MetricsAggregator, MissingRanksError
+from metricfold import MetricsAggregator, MetricsLogger, MissingRanksError
 
 pytestmark = pytest.mark.alone
 
@@ -81,6 +82,30 @@ def test_a_rank_that_is_stopped_in_the_call_is_named_and_that_it_was_there() -> 
     text, missing = run_ranks(one_is_stopped_while_it_waits, 3)[0]
     assert missing == (1, 2)
     assert "rank 2 has stopped" in text
+
+
+def one_has_logged_less(rank: int) -> Any:
+    from metricfold.sinks import logger as module
+
+    module._SAY_AFTER = 1.0
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("metricfold").addHandler(handler)
+    aggregator = MetricsAggregator(timeout=20)
+    with MetricsLogger([]) as logger:
+        for step in range(2):
+            aggregator.record("x", 1, "sum")
+            if rank == 1 and step == 1:
+                time.sleep(2.5)
+            logger.log(step, aggregator, prefix="train")
+    return said, aggregator.waits_for()
+
+
+def test_a_close_that_waits_for_others_says_for_whom() -> None:
+    said, after = run_ranks(one_has_logged_less, 3)[0]
+    assert any("close() waits for rank(s) 1, not yet in the reduction" in text for text in said)
+    assert after == ()
 
 
 def one_closes(rank: int) -> Any:

@@ -770,6 +770,14 @@ class MetricsAggregator:
                 f"aggregator {self.name!r} is closed: make a new one"
             )
 
+    def waits_for(self) -> tuple[int, ...]:
+        """Return the ranks that a reduction under way waits for, as far as they can be told.
+
+        They are ranks of the whole job. It asks the job's store, but no other rank; a reduction that
+        has waited for less than a second may wait for fewer.
+        """
+        return () if self._communicator is None else self._communicator.waits_for()
+
     @property
     def collectives(self) -> int:
         """How many collectives this aggregator has issued so far."""

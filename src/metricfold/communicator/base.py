@@ -125,6 +125,10 @@ class Communicator(ABC):
         """Return whether the ranks that this communicator connects are still the ones to ask."""
         return True
 
+    def waits_for(self) -> tuple[int, ...]:
+        """Return the ranks that the collective under way waits for, as far as they can be told."""
+        return ()
+
     def abandon(self, why: str) -> None:  # noqa: B027 - where nobody waits, nobody needs to hear
         """Leave in the middle of a reduction, and let those hear who wait for this rank."""
 

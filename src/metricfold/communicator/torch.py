@@ -124,6 +124,17 @@ class TorchCommunicator(Communicator):
             self._group = None
         self._store.close()
 
+    def waits_for(self) -> tuple[int, ...]:
+        if self._passed == self._calls:
+            return ()
+        with suppress(RuntimeError):
+            if self._group is None:
+                absent = list(self._not_met())
+            else:
+                absent = [rank for rank, sign in self._signs(self._calls).items() if sign is None]
+            return tuple(self._ranks[rank] for rank in absent)
+        return ()
+
     def abandon(self, why: str) -> None:
         self._close_pairs()
         if not self._released:

@@ -290,8 +290,9 @@ class MetricsLogger(OneInUse):
         unfinished = wait(reductions, timeout=_SAY_AFTER if grace is None else grace).not_done
         if unfinished and grace is None:
             _log.warning(
-                "close() waits for other ranks, which have not taken part in the reduction of the "
-                "last log yet, until the aggregator's timeout"
+                "close() waits for %s, not yet in the reduction of the last log, until the "
+                "aggregator's timeout",
+                self._awaited(unfinished),
             )
             unfinished = wait(reductions).not_done
         if self._pipeline is not None:
@@ -304,6 +305,14 @@ class MetricsLogger(OneInUse):
         if (failure := self._sink_error()) is not None:
             errors.append(failure)
         return errors
+
+    def _awaited(self, unfinished: set[Future[Snapshot]]) -> str:
+        """Return whom these reductions wait for, in words."""
+        owners = [owner() for future, owner in self._reductions.items() if future in unfinished]
+        # Of an aggregator of the user's own making nothing is known.
+        asked = [getattr(owner, "waits_for", tuple) for owner in owners]
+        ranks = sorted({rank for waits_for in asked for rank in waits_for()})
+        return f"rank(s) {', '.join(map(str, ranks))}" if ranks else "other ranks"
 
     def _running(self) -> list[Future[Snapshot]]:
         return list(self._reductions)
