@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,9 +18,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from ranks import preload
 from rich.console import Console
 
+import metricfold.demo.run
 from metricfold import read_jsonl
+from metricfold.cli import main
 from metricfold.demo.folder import RunFolder
 from metricfold.demo.mixture import SAMPLES_PER_STEP
 from metricfold.demo.pace import Pace
@@ -26,6 +32,7 @@ from metricfold.demo.report import print_proof
 from metricfold.demo.texts import DemoError, Text
 
 pytestmark = pytest.mark.timeout(150)
+preload("torch._dynamo", "metricfold.demo.train")
 
 
 def demo(*arguments, timeout=120):
@@ -47,6 +54,50 @@ def demo(*arguments, timeout=120):
     assert process.returncode == 0, out + err
     assert err == ""
     return out
+
+
+def start_forked(module, arguments, *, ranks, logs, environment):
+    """Run ranks as the demo does, but forked from a server that has loaded what they import."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    variables = {
+        **environment,
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    context = multiprocessing.get_context("forkserver")
+    processes = [
+        context.Process(target=be_rank, args=(module, arguments, {**variables, "RANK": str(rank)}))
+        for rank in range(ranks)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0] * ranks
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def be_rank(module, arguments, variables):
+    os.environ |= variables
+    sys.argv = [module, *arguments]
+    importlib.import_module(module).main()
+
+
+@pytest.fixture
+def quick_demo(monkeypatch):
+    """The command without what its launcher costs: `run` and test_demo_launch.py have that too."""
+    monkeypatch.setattr(metricfold.demo.run, "run_ranks", start_forked)
+
+    def demo(*arguments):
+        assert main(["demo", *map(str, arguments)]) == 0
+
+    return demo
 
 
 @pytest.fixture(scope="module")
@@ -216,24 +267,26 @@ def test_the_loss_of_each_dataset_is_that_of_its_texts_one_by_one(run):
     assert validated["val/loss"] == pytest.approx(sum(everything) / len(everything), rel=1e-6)
 
 
-def test_it_resumes_when_told_to_on_any_number_of_ranks(run, tmp_path):
+def test_it_resumes_when_told_to_on_any_number_of_ranks(run, tmp_path, quick_demo):
     shutil.copytree(run[0].path, tmp_path / "copy")
     folder = RunFolder(tmp_path / "copy")
     before = folder.metrics.read_bytes()
-    demo("--resume", "--ranks", 1, "--steps", 2, "--out", folder.path)
+    quick_demo("--resume", "--ranks", 1, "--steps", 2, "--out", folder.path)
     assert folder.metrics.read_bytes().startswith(before)
     assert last_log(folder).step == 26
     for name, tokens in counted(folder, 26).items():
         assert last_log(folder).metrics[f"train_{name}/tokens_seen"] == tokens
 
 
-def test_a_single_short_text_of_ones_own_is_enough_and_replaces_an_earlier_run(tmp_path):
+def test_a_single_short_text_of_ones_own_is_enough_and_replaces_an_earlier_run(
+    tmp_path, quick_demo
+):
     story = tmp_path / "story.txt"
     story.write_text("once upon a time")
     folder = RunFolder(tmp_path / "run")
     folder.begin({"earlier": [Text("earlier", "prose")] * 9})
     folder.metrics.write_text("earlier")
-    demo("--ranks", 1, "--steps", 2, "--data", f"story={story}", "--out", folder.path)
+    quick_demo("--ranks", 1, "--steps", 2, "--data", f"story={story}", "--out", folder.path)
     assert [one.step for one in read_jsonl(folder.metrics)] == [2, 2, 4, 4]
     assert counted(folder, 4) == {"story": 4 * SAMPLES_PER_STEP * 16}
     assert last_log(folder).metrics["train_story/tokens_seen"] == 4 * SAMPLES_PER_STEP * 16

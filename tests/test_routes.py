@@ -215,9 +215,8 @@ def big(communicator: Communicator, metrics: int) -> tuple[int, float]:
     aggregator = MetricsAggregator(communicator=communicator)
     for _ in range(2):
         for number in range(metrics):
-            aggregator.update(
-                [Metric("d", f"{number}", v, AggregationType.DISTRIBUTION) for v in range(1000)]
-            )
+            full = np.arange(1000.0)
+            aggregator.record(f"{number}", full, "distribution", dataset="d", each=True)
         before = aggregator.collectives
         logged = aggregator.get_metrics_for_logging("t")
     return aggregator.collectives - before, logged["t_d/0_stat_p50"]
