@@ -44,6 +44,12 @@ def pytest_pycollect_makemodule(
     return NotInstalled.from_parent(parent, path=module_path) if lacking(module_path) else None
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m alone`, import no file that has no such test: it takes longer than to run them."""
+    test_file = collection_path.suffix == ".py" and config.option.markexpr == "alone"
+    return (test_file and "mark.alone" not in collection_path.read_text("utf-8")) or None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Refuse names that differ in each of the processes that tests are dealt out to."""
     for item in items:
