@@ -9,6 +9,7 @@ installed, all of the module's tests are skipped. Others ask where they need one
 from __future__ import annotations
 
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,7 +52,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse names that differ in each of the processes that tests are dealt out to."""
+    """Refuse what only works while all tests run in one process, and in which order they please."""
+    if "jax" in sys.modules:
+        raise pytest.UsageError(
+            "a test module imports JAX, perhaps through another: pytest's own process must be able "
+            "to fork, which JAX warns about. Import it where the test needs it"
+        )
     for item in items:
         if re.search(r" at 0x[0-9a-f]+", item.nodeid):
             raise pytest.UsageError(

@@ -13,6 +13,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from jax_devices import run_devices
 from ranks import run_ranks
 from torch.utils.data import DataLoader, default_collate
 
@@ -25,7 +26,6 @@ from metricfold import (
     MetricsLogger,
     MissingRanksError,
 )
-from metricfold.data.grain import stack
 from metricfold.torch import DeviceAccumulator
 
 LOSS = Metric("alpaca", "loss", 1.0, "mean")
@@ -371,10 +371,16 @@ class Lazily(torch.utils.data.Dataset):
         return transform({"tokens": [1, 2, 3]})
 
 
+def stacked_by_grain(metrics):
+    from metricfold.data.grain import stack
+
+    return stack(metrics)
+
+
 def test_metrics_that_another_collate_function_has_stacked_say_so():
     ready = [one["metrics"] for one in samples(agg_type="sum")]
     listed = [Metric(*map(list, zip(*ready[0], strict=True)))]
-    for stacked in (listed, stack(ready)):
+    for stacked in (listed, run_devices(stacked_by_grain, 1, ready)):
         with pytest.raises(TypeError) as caught:
             MetricsAggregator().update(stacked)
         for word in ("must be a string", "has stacked", "collate_fn=MetricsCollator("):

@@ -2,32 +2,68 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import logging
 import math
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import pytest
 from handlers_of_users import ProductHandler, RMSHandler
+from jax_devices import run_devices
 from ranks import run_threads
 
 from metricfold import LaneHandler, Metric, MetricBatch, MetricsAggregator, MetricState
 
 NAN, INF = math.nan, math.inf
 
-MAKERS: dict[str, Callable[[Any], Any]] = {"numpy": np.asarray}
-for _framework, _maker in (("torch", "tensor"), ("jax.numpy", "asarray")):
-    if find_spec(_framework.partition(".")[0]):
-        MAKERS[_framework] = getattr(importlib.import_module(_framework), _maker)
-every_framework = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-on_devices = pytest.mark.parametrize(
-    "make", [make for name, make in MAKERS.items() if name != "numpy"], ids=[*MAKERS][1:]
-)
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes arrays of a framework, which is imported where the first is made."""
+
+    module: str
+    function: str
+
+    def __call__(self, value: Any) -> Any:
+        return getattr(importlib.import_module(self.module), self.function)(value)
+
+
+MAKERS = {
+    maker.module: maker
+    for maker in (
+        Maker("numpy", "asarray"),
+        Maker("torch", "tensor"),
+        Maker("jax.numpy", "asarray"),
+    )
+    if find_spec(maker.module.partition(".")[0])
+}
+
+
+def made_by(*makers: Maker) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test with each of `makers`; with JAX's where JAX is, for here it would forbid to fork."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def placed(make: Maker, **kwargs: Any) -> None:
+            if make.module == "jax.numpy":
+                run_devices(test, 1, make=make, **kwargs)
+            else:
+                test(make=make, **kwargs)
+
+        return pytest.mark.parametrize("make", makers, ids=lambda make: make.module)(placed)
+
+    return decorate
+
+
+every_framework = made_by(*MAKERS.values())
+on_devices = made_by(*(maker for maker in MAKERS.values() if maker.module != "numpy"))
 
 
 def recorded(*args: Any, **options: Any) -> dict[str, float]:
@@ -92,7 +128,7 @@ def test_numpy_arrays_of_every_type_of_numbers_are_taken(dtype: str) -> None:
 def test_device_arrays_of_every_type_are_taken_with_others_in_one_log(
     make: Any, dtype: str
 ) -> None:
-    torch = make is MAKERS.get("torch")
+    torch = make.module == "torch"
     if "64" in dtype and not torch:
         pytest.skip("JAX has no 64 bits here")
     kind = getattr(importlib.import_module("torch" if torch else "jax.numpy"), dtype)
@@ -239,7 +275,7 @@ def test_what_a_mark_comes_back_to_has_no_array_of_afterwards(make: Any) -> None
 
 
 @on_devices
-def test_arrays_that_are_dropped_are_counted(make: Any, caplog: Any) -> None:
+def test_arrays_that_are_dropped_are_counted(make: Any) -> None:
     def train(communicator: Any) -> Any:
         aggregator = MetricsAggregator(communicator=communicator)
         if communicator.rank == 0:
@@ -250,9 +286,15 @@ def test_arrays_that_are_dropped_are_counted(make: Any, caplog: Any) -> None:
         with pytest.raises(ValueError, match="'m'"):
             aggregator.reduce()
 
-    with caplog.at_level(logging.WARNING, "metricfold"):
+    said: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    listener.emit = said.append
+    logging.getLogger("metricfold").addHandler(listener)
+    try:
         run_threads(train, 2)
-    assert "dropped 5 values of metric 'm'" in caplog.text
+    finally:
+        logging.getLogger("metricfold").removeHandler(listener)
+    assert any("dropped 5 values of metric 'm'" in one.getMessage() for one in said)
 
 
 @every_framework
