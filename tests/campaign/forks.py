@@ -1,0 +1,227 @@
+"""Processes to break: forked, so that they are cheap, and ended as the processes of a training are.
+
+    def body(rank, say):
+        say(step=1, total=3.0)                # a line that the parent reads, whatever becomes of rank
+
+    world = World(2, body)
+    hung = world.wait(seconds=20)             # the ranks that have not ended
+    world.codes, world.said(0), world.errors(0)
+    world.end()
+
+A rank is left by the end of `body`, by what it raises, or by `sys.exit`, and its interpreter is torn
+down as that of a script; nothing here may therefore clean up on the way out but in the process that
+began it. Trials that wait most of their time run side by side (`side_by_side`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from campaign.table import Options, Row, Table, Trial
+
+__all__ = ["Outcome", "World", "after", "side_by_side", "store_host"]
+
+Say = Callable[..., None]
+
+
+class Outcome(NamedTuple):
+    """What came of one fault.
+
+    Args:
+        row: which kind of fault it was.
+        verdict: ``"right"``, ``"wrong"``, ``"hung"``, ``"lost"`` or ``"documented"``.
+        what: what went wrong.
+        figure: a number that the program makes something of, such as a time.
+    """
+
+    row: str
+    verdict: str
+    what: str = ""
+    figure: float = 0.0
+
+
+class World:
+    """Ranks that `body` is run on, each a process of its own.
+
+    Args:
+        world_size: how many ranks.
+        body: called as ``body(rank, say)``; what `say` is given, the parent can read.
+
+    Attributes:
+        pids: of each rank.
+        codes: how each rank ended; None as long as it has not.
+    """
+
+    def __init__(self, world_size: int, body: Callable[[int, Say], None]) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="campaign"))
+        self.pids: list[int] = []
+        self.codes: list[int | None] = [None] * world_size
+        sys.stdout.flush()
+        for rank in range(world_size):
+            pid = os.fork()
+            if pid == 0:
+                self._live(rank, body)
+            self.pids.append(pid)
+
+    def _live(self, rank: int, body: Callable[[int, Say], None]) -> None:
+        os.dup2(os.open(self.folder / f"{rank}.err", os.O_CREAT | os.O_WRONLY), 2)
+        out = os.open(self.folder / f"{rank}.out", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+
+        def say(**line: Any) -> None:
+            os.write(out, json.dumps(line).encode() + b"\n")
+
+        try:
+            body(rank, say)
+        except Exception as error:
+            traceback.print_exc()
+            say(raised=type(error).__name__, text=str(error)[:300])
+            sys.exit(1)
+        sys.exit(0)
+
+    def said(self, rank: int) -> list[dict[str, Any]]:
+        """Return the lines that a rank has said so far."""
+        try:
+            text = (self.folder / f"{rank}.out").read_bytes()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.split(b"\n") if line.endswith(b"}")]
+
+    def errors(self, rank: int) -> str:
+        """Return what a rank has written to its standard error."""
+        return (self.folder / f"{rank}.err").read_text("utf-8", "replace")
+
+    def wait(self, seconds: float, ranks: Iterable[int] | None = None) -> list[int]:
+        """Wait for ranks to end, and return those that have not."""
+        waited_for = range(len(self.pids)) if ranks is None else list(ranks)
+        deadline = time.monotonic() + seconds
+        while True:
+            for rank, pid in enumerate(self.pids):
+                if self.codes[rank] is None:
+                    ended, status = os.waitpid(pid, os.WNOHANG)
+                    if ended:
+                        self.codes[rank] = os.waitstatus_to_exitcode(status)
+            left = [rank for rank in waited_for if self.codes[rank] is None]
+            if not left or time.monotonic() > deadline:
+                return left
+            time.sleep(0.01)
+
+    def end(self) -> None:
+        """Kill the ranks that are left, and forget what they said."""
+        for rank in self.wait(0):
+            os.kill(self.pids[rank], signal.SIGKILL)
+        self.wait(10)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def store_host() -> tuple[int, World]:
+    """Return the port of a store, and the process that serves it.
+
+    It is none of those that fork: a fork would wait for the store's thread, which it does not have.
+    """
+
+    def serve(rank: int, say: Say) -> None:
+        import torch.distributed as dist
+
+        store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), False)
+        say(port=store.port)
+        while True:
+            time.sleep(60)
+
+    world = World(1, serve)
+    deadline = time.monotonic() + 60
+    while not world.said(0):
+        if world.codes[0] is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"there is no store: {world.errors(0)}")
+        world.wait(0.05)
+    return world.said(0)[0]["port"], world
+
+
+def after(seconds: float, call: Callable[[], object]) -> None:
+    """Call something on a thread of its own, some time from now."""
+
+    def wait() -> None:
+        time.sleep(seconds)
+        call()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def side_by_side(
+    options: Options,
+    table: Table,
+    trials: Sequence[tuple[str, Trial]],
+    run: Callable[[str, Trial], Iterator[Outcome]],
+    *,
+    crews: int,
+    patience: float,
+) -> list[Outcome]:
+    """Run trials in several processes, count what came of them, and return it.
+
+    Args:
+        options: no further trial begins once its time is up.
+        table: gets every outcome, in the row that it names.
+        trials: each with the name that `run` is given.
+        run: yields what came of a trial.
+        crews: how many processes.
+        patience: seconds that a trial may take after time is up.
+    """
+
+    def crew(rank: int, say: Say) -> None:
+        for name, trial in trials[rank::crews]:
+            if options.left() <= 0:
+                return
+            for outcome in run(name, trial):
+                say(**outcome._asdict(), trial=trial.number)
+        say(done=True)
+
+    world = World(crews, crew)
+    hung = world.wait(max(options.left(), 0) + patience)
+    found = []
+    for rank in range(crews):
+        lines = world.said(rank)
+        for line in lines:
+            if "verdict" in line:
+                number = line.pop("trial")
+                outcome = Outcome(**line)
+                found.append(outcome)
+                count(table.row(outcome.row), outcome, Trial(number, trials[0][1].random))
+        if rank in hung or world.codes[rank]:
+            row = table.row("the campaign itself")
+            row.inject()
+            if rank in hung:
+                row.has_hung(f"a crew has not ended after {lines[-1:]}")
+            else:
+                row.went_wrong(
+                    f"a crew ended with {world.codes[rank]}: {world.errors(rank)[-600:]}"
+                )
+        elif not any("done" in line for line in lines):
+            table.row("the campaign itself").notes.append("time was up before all trials had begun")
+    world.end()
+    return found
+
+
+def count(row: Row, outcome: Outcome, trial: Trial) -> None:
+    row.inject()
+    match outcome.verdict:
+        case "right":
+            row.went_right()
+        case "wrong":
+            row.went_wrong(outcome.what, trial)
+        case "hung":
+            row.has_hung(outcome.what, trial)
+        case "lost":
+            row.has_lost(outcome.what, trial)
+        case "documented":
+            row.as_documented()
