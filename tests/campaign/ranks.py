@@ -31,8 +31,14 @@ from handlers_of_users import MyTypes, RMSHandler
 
 from campaign.forks import Outcome, Say, World, after, side_by_side, store_host
 from campaign.table import Options, Table, Trial, main
-from metricfold import JSONLSink, Metric, MetricsAggregator, MetricsLogger, MissingRanksError
-from metricfold import read_jsonl
+from metricfold import (
+    JSONLSink,
+    Metric,
+    MetricsAggregator,
+    MetricsLogger,
+    MissingRanksError,
+    read_jsonl,
+)
 from metricfold.communicator import Communicator
 
 TIMEOUT = 4.0
@@ -200,8 +206,10 @@ def chosen(chance: random.Random, kinds: list[tuple[str, str]], life: Life) -> F
     what, moment = chance.choice(kinds)
     last = life.last - 1 if what in MORTAL else life.last - 2  # who goes on needs a step to show it
     step = chance.randint(life.first, max(life.first, last))
-    if moment == "save" or (moment == "close"):
-        step = life.last if moment == "close" else max(life.first, step - step % 2)
+    if moment == "close":
+        step = life.last
+    elif moment == "save":
+        step = max(life.first, step - step % 2)
     return Fault(
         what,
         moment,
