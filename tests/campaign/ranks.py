@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ from metricfold import (
 )
 from metricfold.communicator import Communicator
 
-TIMEOUT = 4.0
+TIMEOUT = 3.0
 PROMISED = TIMEOUT + 5.0
 ENDING = 15.0  # seconds that a process may take to end after that
 
@@ -273,6 +274,18 @@ class OneRank:
         self.derive_fails = False
         self.logger = MetricsLogger([JSONLSink(plan.folder / "run.jsonl")]) if plan.log else None
         self.watch_collectives()
+        threading.Thread(target=self.say_starved, daemon=True).start()
+
+    def say_starved(self) -> None:
+        """Say for how long the machine has left this process without a processor."""
+        longest = 0.5
+        while True:
+            began = time.monotonic()
+            time.sleep(0.05)
+            late = time.monotonic() - began - 0.05
+            if late > longest:
+                longest = late
+                self.say(starved=late)
 
     def derived(self, metrics: Any) -> float:
         if self.derive_fails:
@@ -473,10 +486,10 @@ def training(port: int) -> Callable[[str, Trial], Iterator[Outcome]]:
         kinds = [(what, moment) for what, moments in MOMENTS.items() for moment in moments]
         before: list[Life] = []
         log = chance.random() < 0.3
-        faults = 2
+        faults = 3
         for number in range(faults + 1):
             first = before[-1].last if before else 0
-            life = Life(number, chance.randint(2, 4), first, first + chance.randint(3, 5))
+            life = Life(number, chance.randint(2, 4), first, first + chance.randint(5, 9))
             plan = Plan(
                 life,
                 list(before),
@@ -490,7 +503,7 @@ def training(port: int) -> Callable[[str, Trial], Iterator[Outcome]]:
                 plan.fault = chosen(chance, kinds, life)
                 if not log:
                     for step in range(life.first, life.last):
-                        if chance.random() < 0.5 and step != plan.fault.step:
+                        if chance.random() < 0.8 and step != plan.fault.step:
                             plan.errors[step] = (
                                 chance.choice(ERRORS),
                                 chance.randrange(life.world_size),
@@ -521,6 +534,12 @@ def lived(plan: Plan) -> Iterator[Outcome]:
     row = fault.row if fault is not None and struck else "no fault"
     wrong = list(judged(plan, world))
     figure = longest(world, others)
+    starved = max(
+        (line["starved"] for rank in others for line in world.said(rank) if "starved" in line),
+        default=0.0,
+    )
+    if starved > 1.0 and (hung or wrong):
+        row, hung, wrong = "not judged: a rank was without a processor for over 1 s", [], []
     if hung:
         about = [(rank, world.said(rank)[-2:]) for rank in hung]
         yield Outcome(row, "hung", f"{plan_of(plan)}: {about}", figure)
@@ -620,14 +639,14 @@ def run(options: Options, table: Table) -> None:
     port, host = store_host()
     trials = [
         ("training", Trial(number, random.Random(f"{options.seed}/training/{number}")))
-        for number in range(options.pick(full=400, quick=8))
+        for number in range(options.pick(full=300, quick=4))
     ]
     found = side_by_side(
         options,
         table,
         trials,
         training(port),
-        crews=options.pick(full=6, quick=4),
+        crews=options.pick(full=8, quick=3),
         patience=90.0,
     )
     host.end()

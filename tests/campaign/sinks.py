@@ -15,7 +15,6 @@ import resource
 import shutil
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from metricfold.sinks import Record, RecordRefused
 PATIENCE = 60.0
 
 
-class Unknown(Exception):  # noqa: N818 - as a package's own may be called
+class Unknown(Exception):
     """What a package of its own raises, of which nobody knows what it means."""
 
 
@@ -85,7 +84,9 @@ def once(error: BaseException, chance: random.Random) -> Fails:
     return fails
 
 
-WAYS: dict[str, tuple[Callable[[BaseException, random.Random], Fails], Callable[[], BaseException], bool]] = {
+WAYS: dict[
+    str, tuple[Callable[[BaseException, random.Random], Fails], Callable[[], BaseException], bool]
+] = {
     "away, OSError": (away, lambda: ConnectionError("away"), True),
     "away, an unknown error": (away, lambda: Unknown("away"), True),
     "away, KeyboardInterrupt": (away, KeyboardInterrupt, True),
@@ -129,7 +130,8 @@ def judged(name: str, world: World, count: int, *, whole: bool) -> Iterator[Outc
     else:
         steps = said[-1]["bad"]
         told = sum(
-            int(line.split(" written, ")[1].split(" skipped")[0]) for line in errors.splitlines()
+            int(line.split(" written, ")[1].split(" skipped")[0])
+            for line in errors.splitlines()
             if " written, " in line
         )
         if said[-1]["good"] != list(range(count)):
@@ -163,7 +165,6 @@ def hanging(name: str, trial: Trial) -> Iterator[Outcome]:
         logger = MetricsLogger([Sink(hang), good])
         for step in range(200):
             logger.log(step, {"x": 1.0})
-        logger.flush() if chance.random() < 0.0 else None
         say(good=good.steps)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
@@ -214,7 +215,8 @@ def full_disk(name: str, trial: Trial) -> Iterator[Outcome]:
     else:
         steps = said[-1]["bad"]
         lost = sum(
-            int(line.split(" skipped, ")[1].split(" lost")[0]) for line in errors.splitlines()
+            int(line.split(" skipped, ")[1].split(" lost")[0])
+            for line in errors.splitlines()
             if " skipped, " in line
         )
         if steps != list(range(len(steps))) or len(steps) + lost != count:
@@ -233,9 +235,7 @@ def long_away(name: str, trial: Trial) -> Iterator[Outcome]:
 
     def body(rank: int, say: Say) -> None:
         began = time.monotonic()
-        bad = Sink(
-            lambda step, now: ConnectionError("away") if 0.5 < now < 0.5 + seconds else None
-        )
+        bad = Sink(lambda step, now: ConnectionError("away") if 0.5 < now < 0.5 + seconds else None)
         good = Sink(lambda step, now: None)
         logger = MetricsLogger([bad, good], queue_size=count)
         longest = 0.0
@@ -264,7 +264,7 @@ def damaged(name: str, trial: Trial) -> Iterator[Outcome]:
     sink = JSONLSink(path)
     count = chance.randint(2, 30)
     for step in range(count):
-        sink.write(Record(step, 0.0, {f"m{n}": float(n) for n in range(chance.randint(1, 9))}, ""))
+        sink.write(Record(step, 0.0, {f"m{n}": float(n) for n in range(chance.randint(1, 9))}))
     sink.close()
     text = path.read_bytes()
     lines = text.splitlines(keepends=True)
@@ -278,14 +278,14 @@ def damaged(name: str, trial: Trial) -> Iterator[Outcome]:
     elif how == "with zeros at its end":
         path.write_bytes(text + bytes(chance.randint(1, 5000)))
     elif how == "with torn lines":
-        for n in {chance.randrange(count) for _ in range(3)}:
+        for n in {chance.randrange(1, count) for _ in range(3)}:
             lines[n] = lines[n][: chance.randrange(9, len(lines[n]) - 1)] + b"\n"
             kept.discard(n)
         path.write_bytes(b"".join(lines))
     again = JSONLSink(path)
     wrong = ""
     try:
-        again.write(Record(1000, 0.0, {"x": 1.0}, ""))
+        again.write(Record(1000, 0.0, {"x": 1.0}))
         again.close()
         steps = [one.step for one in read_jsonl(path)]
         if steps != [*sorted(kept), 1000]:
