@@ -477,7 +477,7 @@ def _alone() -> Communicator:
 # -- One training --------------------------------------------------------------------------------
 
 
-def training(port: int) -> Callable[[str, Trial], Iterator[Outcome]]:
+def training(port: int, faults: int) -> Callable[[str, Trial], Iterator[Outcome]]:
     """Return what runs one training: lives with faults, and a last one without."""
 
     def run(name: str, trial: Trial) -> Iterator[Outcome]:
@@ -486,8 +486,7 @@ def training(port: int) -> Callable[[str, Trial], Iterator[Outcome]]:
         kinds = [(what, moment) for what, moments in MOMENTS.items() for moment in moments]
         before: list[Life] = []
         log = chance.random() < 0.3
-        faults = 3
-        for number in range(faults + 1):
+            for number in range(faults + 1):
             first = before[-1].last if before else 0
             life = Life(number, chance.randint(2, 4), first, first + chance.randint(5, 9))
             plan = Plan(
@@ -639,13 +638,13 @@ def run(options: Options, table: Table) -> None:
     port, host = store_host()
     trials = [
         ("training", Trial(number, random.Random(f"{options.seed}/training/{number}")))
-        for number in range(options.pick(full=300, quick=4))
+        for number in range(options.pick(full=300, quick=6))
     ]
     found = side_by_side(
         options,
         table,
         trials,
-        training(port),
+        training(port, options.pick(full=3, quick=1)),
         crews=options.pick(full=8, quick=3),
         patience=90.0,
     )

@@ -104,10 +104,10 @@ def run(options: Options, table: Table) -> None:
         (folder / "both.jsonl").unlink()
 
     for name, cycle, full, quick in (
-        ("aggregators made and closed", aggregators, 2000, 60),
-        ("aggregators made and dropped", unclosed, 2000, 60),
-        ("loggers made and closed", loggers, 600, 25),
-        ("loggers of an aggregator made and closed", both, 600, 25),
+        ("aggregators made and closed", aggregators, 2000, 30),
+        ("aggregators made and dropped", unclosed, 2000, 30),
+        ("loggers made and closed", loggers, 600, 12),
+        ("loggers of an aggregator made and closed", both, 600, 12),
     ):
         soaked(table.row(name), options, name, options.pick(full, quick), cycle)
     over_ranks(options, table)
@@ -118,7 +118,7 @@ def over_ranks(options: Options, table: Table) -> None:
     import torch.distributed as dist
 
     port, host = store_host()
-    cycles = options.pick(200, 12)
+    cycles = options.pick(200, 6)
 
     def body(rank: int, say: Say) -> None:
         store = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=30), False)
