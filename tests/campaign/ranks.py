@@ -486,7 +486,7 @@ def training(port: int, faults: int) -> Callable[[str, Trial], Iterator[Outcome]
         kinds = [(what, moment) for what, moments in MOMENTS.items() for moment in moments]
         before: list[Life] = []
         log = chance.random() < 0.3
-            for number in range(faults + 1):
+        for number in range(faults + 1):
             first = before[-1].last if before else 0
             life = Life(number, chance.randint(2, 4), first, first + chance.randint(5, 9))
             plan = Plan(
