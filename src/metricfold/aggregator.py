@@ -37,7 +37,7 @@ from metricfold.communicator import (
     connect,
 )
 from metricfold.copies import where_found
-from metricfold.custom import CustomStates, restored
+from metricfold.custom import CustomResults, CustomStates, restored
 from metricfold.data.batch import (
     Column,
     Late,
@@ -996,7 +996,32 @@ class MetricsAggregator:
                         f"the state of {show(key)} cannot be restored by "
                         f"{name_of(handler)}.deserialize_metadata: {failure!r}"
                     ) from failure
+        if any(revived.values()):
+            self._try_out(revived, {**self._keys.of_key, **_handlers(admission)}, saved)
         return revived
+
+    def _try_out(
+        self,
+        revived: Mapping[str, Sequence[MetricState]],
+        handlers: Mapping[Key, AggregationHandler],
+        saved: Saved,
+    ) -> None:
+        """Raise ValueError for states that later calls would fail on: finalise and save them once."""
+        states = CustomStates()
+        for view, some in revived.items():
+            states.inherit(view, some)
+        try:
+            results = CustomResults([states.results(handlers, self._keys.by_label())])
+            if results.unsaved:
+                raise TypeError(results.unsaved)  # noqa: TRY301 - as the others
+            for view, totals in (("run", saved.run), ("interval", saved.interval)):
+                for result in results.of(view):
+                    result.finalised(self._keys.by_label().get(result.label), totals.seconds)
+        except Exception as failure:
+            raise ValueError(
+                f"the states of custom handlers cannot go on from what was saved: {failure!r}. Load an "
+                "earlier checkpoint, or register the handlers that saved it"
+            ) from failure
 
     def _start_from(self, saved: Saved | None, custom: dict[str, list[MetricState]]) -> None:
         """Replace everything that has accumulated; what the ranks have agreed on stays."""
@@ -1079,6 +1104,10 @@ class AggregatorMark:
     name: str
     keys: KeyTable = field(repr=False)
     cuts: int
+
+
+def _handlers(admission: Admission) -> dict[Key, AggregationHandler]:
+    return {key: handler for key, (_, handler) in admission.new.items()}
 
 
 class _Unclaimed(NamedTuple):

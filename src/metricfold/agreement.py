@@ -124,9 +124,12 @@ def _decoded(blob: bytes, ranks: Sequence[int]) -> list[Entry]:
 
 def _as_here(entry: Entry, registry: Registry) -> Entry:
     """Return a saved entry as this aggregator would have it: its bounds and capacities are here."""
-    most = registry.entry(entry.key).most
+    here = registry.entry(entry.key)
+    most, suffixes = here.most, here.suffixes
     full = entry.full and len(entry.categories) > most
-    return replace(entry, most=most, full=full, capacity=0, weighted=False, condensed=False)
+    return replace(
+        entry, most=most, suffixes=suffixes, full=full, capacity=0, weighted=False, condensed=False
+    )
 
 
 def _with_room(

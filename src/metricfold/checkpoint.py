@@ -15,17 +15,19 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
 
 from metricfold.announced import entries_from
-from metricfold.custom import SavedState
+from metricfold.custom import SavedState, check_saved_states
+from metricfold.metric import escaped
 from metricfold.pool import MOST_SAVED, FloatArray, Pool, Window, histogram_from, new_histogram
 from metricfold.schema import Key, Schema
 from metricfold.totals import NOBODY, Totals
 
-__all__ = ["FORMAT", "VERSION", "Saved", "decode", "encode", "share"]
+__all__ = ["FORMAT", "VERSION", "Saved", "checksum", "decode", "encode", "share"]
 
 FORMAT = "metricfold"
 VERSION = 1
@@ -60,7 +62,7 @@ def encode(saved: Saved) -> dict[str, Any]:
         ],
         "custom": saved.custom,
     }
-    payload = _json({"checksum": _checksum(content), "content": content})
+    payload = _json({"checksum": checksum(content), "content": content})
     return {"format": FORMAT, "version": VERSION, "payload": payload}
 
 
@@ -95,13 +97,25 @@ def decode(state: object) -> Saved:
         )
     content = _checked_content(payload)
     try:
-        return _decoded(content)
-    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        with np.errstate(all="ignore"):
+            return _decoded(content)
+    except _NOT_WRITTEN as error:
         # Its checksum is right, so it was written like that.
         raise ValueError(
             f"the state's payload is not what MetricsAggregator.state_dict() writes "
-            f"({type(error).__name__}: {error}): load an earlier checkpoint"
+            f"({type(error).__name__}: {escaped(str(error))[:_MOST_SAID]}): load an earlier checkpoint"
         ) from error
+
+
+_NOT_WRITTEN = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+_MOST_SAID = 1000
 
 
 def _decoded(content: Any) -> Saved:
@@ -109,12 +123,14 @@ def _decoded(content: Any) -> Saved:
     saved = Saved(
         run=_decode_totals(schema, content["run"]),
         interval=_decode_totals(schema, content["interval"]),
-        windows={
-            (key[0], key[1]): [_decode_window(window) for window in windows]
+        windows=_by_key(
+            [key, [_decode_window(window) for window in _listed(windows)]]
             for key, windows in content["windows"]
-        },
-        custom={view: list(content["custom"][view]) for view in ("run", "interval")},
+        ),
+        custom={view: content["custom"][view] for view in ("run", "interval")},
     )
+    for states in saved.custom.values():
+        check_saved_states(states)
     _check_fit(schema, saved)
     return saved
 
@@ -203,18 +219,53 @@ def _decode_totals(schema: Schema, content: Mapping[str, Any]) -> Totals:
         # Ranks of another job would say nothing here.
         np.full(schema.max_width, NOBODY, dtype=np.int64),
         np.zeros(schema.max_width, dtype=np.int64),
-        float(content["seconds"]),
-        {
-            (key[0], key[1]): Pool(window.values, window.weights, window.older)
-            for key, window in ((key, _decode_window(window)) for key, window in content["pools"])
-        },
+        _number(content["seconds"]),
+        _by_key([key, _decode_pool(pool)] for key, pool in content["pools"]),
     )
     widths = (totals.sums.size, totals.lost.size, totals.maxs.size)
     if widths != (schema.sum_width, schema.sum_width, schema.max_width):
         raise ValueError("its totals do not fit its keys")
     if not 0.0 <= totals.seconds < math.inf:
         raise ValueError(f"its wall time is {totals.seconds!r} seconds")
+    counts = totals.sums[schema.counting] + totals.lost[schema.counting]
+    if not ((counts >= 0) & (counts <= _LARGEST_COUNT) & (counts == np.floor(counts))).all():
+        raise ValueError("it counts values by what are no whole numbers")
+    if not np.isfinite(totals.lost).all():
+        raise ValueError("what rounding took from its sums is not finite")
     return totals
+
+
+_LARGEST_COUNT = 2.0**53
+
+
+def _by_key(pairs: Iterable[list[Any]]) -> dict[Key, Any]:
+    """Return what belongs to each key; refuses one that is there twice, or is none."""
+    found: dict[Key, Any] = {}
+    for key, content in pairs:
+        dataset, name = _listed(key)
+        if (dataset, name) in found:
+            raise ValueError("it holds values of a metric twice")
+        found[dataset, name] = content
+    return found
+
+
+def _listed(value: object) -> list[Any]:
+    if type(value) is not list:
+        raise TypeError(f"{type(value).__name__} stands where a list should")
+    return value
+
+
+def _number(value: object) -> float:
+    if type(value) not in (int, float):
+        raise TypeError(f"{type(value).__name__} stands where a number should")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _decode_pool(content: Mapping[str, Any]) -> Pool:
+    window = _decode_window(content)
+    if window.fresh or (window.older is not None and window.values.size):
+        raise ValueError("it holds values that accumulate both one by one and in a histogram")
+    return Pool(window.values, window.weights, window.older)
 
 
 def _encode_window(window: Window) -> dict[str, Any]:
@@ -231,14 +282,18 @@ def _decode_window(content: Mapping[str, Any]) -> Window:
     window = Window(
         _to_array(content["values"]),
         None if weights is None else _to_array(weights),
-        int(content["fresh"]),
+        index(content["fresh"]),
         None if older is None else histogram_from(older),
     )
     fitting = window.weights is None or (
-        window.weights.size == window.values.size and bool((window.weights > 0.0).all())
+        window.weights.size == window.values.size
+        and bool(((window.weights > 0.0) & (window.weights < math.inf)).all())
     )
     if not (
-        fitting and np.isfinite(window.values).all() and 0 <= window.fresh <= window.values.size
+        fitting
+        and type(content["fresh"]) is int
+        and np.isfinite(window.values).all()
+        and 0 <= window.fresh <= window.values.size
     ):
         raise ValueError("it holds values that are no numbers, or weights that do not fit them")
     return window
@@ -249,13 +304,13 @@ def _to_text(array: FloatArray) -> str:
 
 
 def _to_array(text: str) -> FloatArray:
-    return np.frombuffer(base64.b64decode(text), dtype="<f8").astype(np.float64)
+    return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f8").astype(np.float64)
 
 
 def _checked_content(payload: str) -> Any:
     try:
         parsed = json.loads(payload)
-        if parsed["checksum"] == _checksum(parsed["content"]):
+        if parsed["checksum"] == checksum(parsed["content"]):
             return parsed["content"]
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
@@ -269,5 +324,6 @@ def _json(content: object) -> str:
     return json.dumps(content, separators=(",", ":"), sort_keys=True)
 
 
-def _checksum(content: object) -> str:
+def checksum(content: object) -> str:
+    """Return what tells whether `content` is what was written: not by whom."""
     return hashlib.blake2b(_json(content).encode(), digest_size=8).hexdigest()

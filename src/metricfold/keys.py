@@ -21,7 +21,7 @@ from metricfold.handlers import (
     name_of,
     quiet,
 )
-from metricfold.metric import TypeLike, check_key, check_name, resolve_type, type_label
+from metricfold.metric import TypeLike, resolve_type, type_label
 from metricfold.naming import Claimed, Claims, show
 from metricfold.schema import Entry, Key, Schema, lanes_of
 
@@ -374,7 +374,6 @@ class KeyTable:
         """Check the keys of a checkpoint; changes nothing. Raises ValueError if one cannot be."""
         keys: list[tuple[Key, TypeLike]] = []
         labels = [(entry.key, entry.type) for entry in entries]
-        _check_saved_names(entries, custom_types)
         for key, label in dict.fromkeys([*labels, *custom_types]):
             try:
                 agg_type = self.type_of_label(label)
@@ -391,6 +390,7 @@ class KeyTable:
                 agg_type, handler = new[entry.key]
                 new[entry.key] = (agg_type, self._as_agreed(entry, handler))
             handler = self.of_key.get(entry.key) or new[entry.key][1]
+            usual = _usual_entry(handler, entry.type)
             held, has = entry.lanes, "no lanes"
             if isinstance(handler, LaneHandler):
                 has = lanes_of(handler.sum_width, handler.max_width)
@@ -407,6 +407,11 @@ class KeyTable:
                     f"the state holds {show(entry.key)} with {saved}, but this aggregator has "
                     f"dist_window_size={handler.window_size}: recent values cannot stand for all, "
                     "nor all for recent ones; make the aggregator as the one that saved"
+                )
+            if entry.distributed != usual.distributed or (entry.categories and not usual.most):
+                raise ValueError(
+                    f"the state holds {show(entry.key)} as what {name_of(handler)} does not keep: "
+                    "register the handler that saved it"
                 )
         return admission._replace(new=new)
 
@@ -456,18 +461,6 @@ class KeyRegistry:
                     show(key),
                 )
             return self._keys.adopt(agreed, losers)
-
-
-def _check_saved_names(entries: Iterable[Entry], custom_types: Iterable[tuple[Key, str]]) -> None:
-    """Refuse a checkpoint whose names no call would have taken."""
-    try:
-        for key in (*(entry.key for entry in entries), *(key for key, _ in custom_types)):
-            check_key(*key)
-        for entry in entries:
-            for category in entry.categories:
-                check_name(f"a category of {show(entry.key)}", category)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the state is damaged: {error}") from None
 
 
 def _suffixes(handler: AggregationHandler) -> tuple[str, ...]:

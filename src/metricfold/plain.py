@@ -128,15 +128,22 @@ def unpack(packed: Any) -> Any:
     Raises:
         ValueError: `packed` is damaged.
     """
+    try:
+        return _unpacked(packed)
+    except RecursionError:
+        raise ValueError("the data are nested too deeply") from None
+
+
+def _unpacked(packed: Any) -> Any:
     if isinstance(packed, list):
-        return packed if _SCALARS.issuperset(map(type, packed)) else [unpack(p) for p in packed]
+        return packed if _SCALARS.issuperset(map(type, packed)) else [_unpacked(p) for p in packed]
     if not isinstance(packed, dict):
         return packed
     if _KIND not in packed:
-        return {key: unpack(value) for key, value in packed.items()}
+        return {key: _unpacked(value) for key, value in packed.items()}
     try:
         return _unpack_container(packed[_KIND], packed)
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"damaged data of kind {packed[_KIND]!r}: {error!r}") from None
 
 
@@ -149,12 +156,12 @@ def _unpack_container(kind: str, packed: dict[str, Any]) -> Any:
             raise ValueError(f"an array of {dtype} is none of numbers")
         data = base64.b64decode(packed["data"], validate=True)
         return np.frombuffer(data, dtype).reshape(packed["shape"]).astype(dtype.newbyteorder("="))
-    items = unpack(packed["items"])
+    items = _unpacked(packed["items"])
     if kind == "tuple":
         return tuple(items)
     if kind == "deque":
         return deque(items, packed["most"])
-    pairs = zip(unpack(packed["keys"]), items, strict=True)
+    pairs = zip(_unpacked(packed["keys"]), items, strict=True)
     if kind == "defaultdict":
         return defaultdict(_FACTORIES[packed["of"]], pairs)
     if kind == "Counter":

@@ -63,7 +63,9 @@ def new_histogram(
 
 
 def histogram_from(state: Mapping[str, Any]) -> LogLinearHistogram:
-    """Return the histogram of which `to_dict` gave `state`."""
+    """Return the histogram of which `to_dict` gave `state`; raises ValueError if it is none of ours."""
+    if state["max_buckets"] != BUCKETS:
+        raise ValueError(f"it holds a histogram of max_buckets={state['max_buckets']!r}")
     return histograms.LogLinearHistogram.from_dict(state)
 
 

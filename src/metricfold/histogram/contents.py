@@ -130,11 +130,15 @@ class Contents:
         )
 
 
+MOST_BUCKETS = 2**20
+"""A histogram of so many takes 24 MiB; a file may ask for no more."""
+
+
 def check_max_buckets(max_buckets: int) -> int:
     """Return the number, or raise what says why it cannot be."""
     whole = isinstance(max_buckets, int | np.integer) and not isinstance(max_buckets, bool)
-    if not whole or max_buckets < FEWEST_BUCKETS:
+    if not whole or not FEWEST_BUCKETS <= max_buckets <= MOST_BUCKETS:
         raise ValueError(
-            f"max_buckets={max_buckets!r}: give a whole number, {FEWEST_BUCKETS} or more"
+            f"max_buckets={max_buckets!r}: give a whole number in {FEWEST_BUCKETS}..{MOST_BUCKETS}"
         )
     return int(max_buckets)

@@ -13,8 +13,8 @@ import numpy as np
 
 from metricfold.histogram.contents import Contents, Frame, Total, check_max_buckets
 from metricfold.histogram.grid import MOMENTS, Buckets
-from metricfold.histogram.indexing import FloatArray
-from metricfold.histogram.layout import FIRST_FIELDS, SEGMENT_OF_PREFIX, SEGMENTS, WHOLE
+from metricfold.histogram.indexing import FINEST, FloatArray
+from metricfold.histogram.layout import FIELDS, FIRST_FIELDS, SEGMENT_OF_PREFIX, SEGMENTS, WHOLE
 
 __all__ = ["from_dict", "to_dict"]
 
@@ -57,7 +57,7 @@ def from_dict(state: Mapping[str, Any]) -> Contents:
         return _read(state)
     except KeyError as error:
         reason = f"it lacks {error}"
-    except (AttributeError, IndexError, OverflowError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
         reason = str(error)
     raise ValueError(f"this is not the state of a histogram, or it is damaged: {reason}")
 
@@ -80,13 +80,21 @@ def _read(state: Mapping[str, Any]) -> Contents:
     max_buckets = check_max_buckets(state["max_buckets"])
     if state["checksum"] != _checksum(max_buckets, frame, totals, buckets):
         raise ValueError("its checksum is wrong")
-    return Contents.of(max_buckets, frame, totals, buckets)
+    if not 0 <= frame.finest <= FINEST or not 0 <= frame.dropped <= SEGMENTS:
+        raise ValueError("it is finer, or has dropped more, than any")
+    contents = Contents.of(max_buckets, frame, totals, buckets)
+    contents.check()
+    return contents
 
 
 def _read_segment(group: Mapping[str, Any]) -> Buckets:
     m, signed = index(group["m"]), np.array(group["index"], dtype=np.int64)
     sums = np.array(group["sums"], dtype=np.float64).reshape(MOMENTS, signed.size)
     bucket = np.abs(signed) - 1
+    if m != WHOLE and not 0 <= m <= FINEST:
+        raise ValueError(f"it has buckets at m={m}")
+    if ((bucket < 0) | (bucket >> max(m, 0) >= FIELDS)).any():
+        raise ValueError("it has buckets beyond those of finite floats")
     segment = SEGMENT_OF_PREFIX[(bucket >> max(m, 0)) + 2048 * (signed < 0)]
     bucket = np.zeros_like(bucket) if m == WHOLE else bucket
     return Buckets(segment, bucket, np.full(bucket.size, m), sums)
