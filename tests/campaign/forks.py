@@ -15,6 +15,7 @@ began it. Trials that wait most of their time run side by side (`side_by_side`).
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -69,6 +70,8 @@ class World:
         self.pids: list[int] = []
         self.codes: list[int | None] = [None] * world_size
         sys.stdout.flush()
+        # Else the collector of each would write to, and so copy, all that it has inherited.
+        gc.freeze()
         for rank in range(world_size):
             pid = os.fork()
             if pid == 0:

@@ -44,7 +44,7 @@ from metricfold.communicator import Communicator
 
 TIMEOUT = 3.0
 PROMISED = TIMEOUT + 5.0
-ENDING = 15.0  # seconds that a process may take to end after that
+ENDING = 40.0  # seconds that a process may take to end after that
 
 MOMENTS = {
     "killed": ("before", "between", "in", "save", "close"),
