@@ -13,8 +13,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import date, timedelta
 from decimal import Decimal
 from numbers import Real
 
@@ -81,6 +81,8 @@ def for_source(given: object) -> str:
         return f"; let an aggregator take metrics in, aggregator.update(metrics), and then {_LOG}"
     if _is_number(given) or arrays.backend_of(given) is not None:
         return f"; give the number a name, aggregator.record('loss', value), and then {_LOG}"
+    if hasattr(given, "add_done_callback"):
+        return "; give the Snapshot that it has, future.result(), on every rank"
     return ""
 
 
@@ -151,6 +153,8 @@ def for_number(name: str, value: object) -> str:
         return "leave the key out where there is no number"
     if isinstance(value, np.timedelta64 | timedelta):
         return "give its seconds"
+    if isinstance(value, np.datetime64 | date):
+        return "give the seconds since some moment"
     if isinstance(value, str | bytes):
         return (
             "write float(text) if it is one. How often each text came is counted by "
@@ -165,7 +169,9 @@ def for_number(name: str, value: object) -> str:
         )
     if isinstance(value, complex):
         return "give its real part or abs() of it"
-    return "convert it with float()"
+    if isinstance(value, Collection):
+        return "give one number of it, such as len() of it"
+    return "convert it with float()" if hasattr(value, "__float__") else "leave the key out"
 
 
 def for_value(value: object) -> str:
