@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,6 +45,54 @@ def refused(capsys, *arguments):
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+class TestHostileFiles:
+    """What files hold, and are called, is answered in one line that a terminal shows as it is."""
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "[" * 100_000,
+            '{"text": ' + "9" * 5000 + "}",
+            '{"text": ["a"]}',
+            "\x1b[31m{",
+            '{"text": "\x1b',
+            "null",
+        ],
+        ids=lambda line: line[:20],
+    )
+    def test_a_line_that_is_no_text(self, capsys, tmp_path, line):
+        """A nested line, and a number of 5,000 digits, were tracebacks."""
+        Path("\x1b[31mred.jsonl").write_text(line + "\n")
+        said = refused(capsys, "--data", "a=\x1b[31mred.jsonl")
+        assert "line 1" in said
+        assert said.rstrip("\n").isprintable()
+
+    @pytest.mark.parametrize(
+        "marks",
+        [
+            '{"framework": "\\u001b[31m", "datasets": ["a"]}',
+            '{"framework": ["torch"], "datasets": ["a"]}',
+            '{"framework": "torch", "datasets": ["../a"]}',
+            '{"framework": "torch", "datasets": ["\\u001b"]}',
+            '{"framework": "torch", "datasets": 3}',
+            '{"framework": "torch", "datasets": [[1]]}',
+            "[" * 100_000,
+            "7",
+        ],
+        ids=lambda marks: marks[:45],
+    )
+    def test_a_run_that_is_none_is_not_resumed(self, capsys, marks):
+        """Frameworks that there are not were tracebacks, and a dataset could name any file."""
+        folder = Path("run")
+        folder.mkdir()
+        (folder / "demo.json").write_text(marks)
+        with zipfile.ZipFile(folder / "checkpoint.pt", "w") as archive:
+            archive.writestr("a", "b")
+        said = refused(capsys, "--resume", "--out", folder)
+        assert "leave out --resume to begin again" in said
+        assert said.rstrip("\n").isprintable()
 
 
 class TestNumbers:

@@ -79,7 +79,7 @@ def test_what_is_not_finite_is_valid_json_and_comes_back(tmp_path):
     metrics=st.dictionaries(st.text().filter(is_name), st.floats()),
     step=st.integers(0, 2**70),
     wall_time=st.floats(allow_nan=False, allow_infinity=False),
-    prefix=st.text(),
+    prefix=st.just("") | st.text().filter(is_name),
 )
 def test_any_record_comes_back_as_it_was(tmp_path_factory, metrics, step, wall_time, prefix):
     path = tmp_path_factory.mktemp("jsonl") / "run.jsonl"
@@ -173,8 +173,19 @@ def test_an_empty_file_holds_no_records(tmp_path):
         + "]" * 100_000
         + "}",
         "[" * 100_000 + "]" * 100_000,
+        '{"step": 1, "wall_time": 1.0, "prefix": "", "metrics": {"\\u001b[31m": 1.0}, "histograms": {}}',
+        '{"step": 1, "wall_time": 1.0, "prefix": "", "metrics": {"\\u202e": 1.0}, "histograms": {}}',
+        '{"step": 1, "wall_time": 1.0, "prefix": "", "metrics": {"\\ud800": 1.0}, "histograms": {}}',
+        '{"step": 1, "wall_time": 1.0, "prefix": "\\u001b", "metrics": {"a": 1.0}, "histograms": {}}',
+        (
+            '{"step": 1, "wall_time": 1.0, "metrics": {}, "histograms": {"\\n": {"edges": [0, 1], "counts": '
+            '[1], "minimum": 0, "maximum": 1, "total": 1, "total_squares": 1}}}'
+        ),
+        '{"step": 1, "wall_time": 1.0, "metrics": {"a": 1' + "0" * 400 + '}, "histograms": {}}',
+        '{"step": 1, "wall_time": 1.0, "metrics": {"a": 1e999}, "histograms": {}}',
+        '{"step": 1, "wall_time": "NaN", "metrics": {"a": 1.0}, "histograms": {}}',
     ],
-    ids=lambda line: line[:50],
+    ids=lambda line: line[:90],
 )
 def test_a_damaged_line_in_the_middle_is_named(tmp_path, line):
     path = tmp_path / "run.jsonl"
@@ -198,6 +209,8 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path, line):
         ("counts", [1.0, True]),
         ("counts", [[1.0], [1.0]]),
         ("minimum", None),
+        ("minimum", "NaN"),
+        ("minimum", 1e9),
     ],
 )
 def test_a_histogram_that_does_not_fit_is_refused(tmp_path, part, value):

@@ -58,6 +58,10 @@ def _demo(chosen: argparse.Namespace) -> int:
 
 
 def _say(message: str, exit_code: int) -> int:
+    from metricfold.metric import escaped  # noqa: PLC0415 - see above
+
+    # Paths and what files hold may be anything, and this goes to a terminal.
+    message = "\n".join(map(escaped, message.split("\n")))
     print(f"metricfold demo: {message}", file=sys.stderr)  # noqa: T201 - what a command does
     return exit_code
 

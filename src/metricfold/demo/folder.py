@@ -21,6 +21,7 @@ from pathlib import Path
 from metricfold.demo.framework import FRAMEWORKS, Framework
 from metricfold.demo.mixture import Corpus, Mixture
 from metricfold.demo.texts import DemoError, Text
+from metricfold.metric import check_name
 
 __all__ = ["RunFolder"]
 
@@ -46,8 +47,12 @@ class RunFolder:
         """What the run is trained with."""
         try:
             name = json.loads(self.marker.read_text(encoding="utf-8"))["framework"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             name = "torch"  # no run yet, or an early one
+        if not isinstance(name, str) or name not in FRAMEWORKS:
+            raise DemoError(
+                f"{self.marker} names no framework of the demo: leave out --resume to begin again"
+            )
         return FRAMEWORKS[name]
 
     @property
@@ -91,7 +96,7 @@ class RunFolder:
             )
         try:
             self.read_mixture()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DemoError(
                 f"the texts in {self.data} cannot be read ({error}): leave out --resume to begin again"
             ) from error
@@ -129,12 +134,21 @@ class RunFolder:
     def read_mixture(self) -> Mixture:
         """Return the texts that the run began with."""
         names: list[str] = json.loads(self.marker.read_text(encoding="utf-8"))["datasets"]
+        for name in names:
+            check_name("a dataset", name)
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} cannot name a dataset")
         corpora = [Corpus.split(name, self._read(name)) for name in names]
         return Mixture(corpora, cut=self.framework.cut)
 
     def _read(self, name: str) -> list[Text]:
         with (self.data / f"{name}.jsonl").open(encoding="utf-8") as lines:
-            return [Text(**json.loads(line)) for line in lines]
+            texts = [Text(**json.loads(line)) for line in lines]
+        for text in texts:
+            check_name("a kind of text", text.kind)
+            if not isinstance(text.text, str):
+                raise TypeError(f"a text of {name!r} is none")
+        return texts
 
 
 def _check_writable(path: Path, existing: Path) -> None:

@@ -138,9 +138,10 @@ def _read_jsonl(path: Path) -> Iterator[Text]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            why = getattr(error, "msg", "it nests too deeply, or a number is too long")
             raise DemoError(
-                f"{path} line {number} is not JSON ({error.msg}): write one object a line, "
+                f"{path} line {number} is not JSON ({why}): write one object a line, "
                 'such as {"text": "…"}'
             ) from error
         text = record.get("text") if isinstance(record, dict) else None

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metricfold.histogram import Histogram
+from metricfold.metric import check_name
 from metricfold.sinks.files import AppendFile
 from metricfold.sinks.loud import mention
 from metricfold.sinks.record import Record
@@ -323,15 +324,25 @@ def _refuse_constant(constant: str) -> NoReturn:
 
 def _decoded(record: dict[str, Any], line: _Line, path: Path) -> Record:
     try:
-        return Record(
+        read = Record(
             step=record["step"],
-            wall_time=_to_number(record["wall_time"]),
+            wall_time=_to_finite(record["wall_time"]),
             prefix=_to_text(record.get("prefix", "")),  # older lines have none
             metrics={key: _to_number(value) for key, value in record["metrics"].items()},
             histograms={key: _to_histogram(value) for key, value in record["histograms"].items()},
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        _check_printable(read)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise _no_record(line, path, f"{type(error).__name__}: {error}") from error
+    return read
+
+
+def _check_printable(record: Record) -> None:
+    """Refuse what no log has: it may be shown on a terminal next."""
+    if record.prefix:
+        check_name("its prefix", record.prefix)
+    for key in (*record.metrics, *record.histograms):
+        check_name("a key", key)
 
 
 def _no_record(line: _Line, path: Path, why: str) -> ValueError:
@@ -343,10 +354,20 @@ def _no_record(line: _Line, path: Path, why: str) -> ValueError:
 
 def _to_number(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return _finite(float(value))
     if isinstance(value, str) and value in _NOT_FINITE:
         return _NOT_FINITE[value]
     raise TypeError(f"{value!r:.60} is no number")
+
+
+def _to_finite(value: object) -> float:
+    return _finite(_to_number(value))
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise ValueError("a number is not finite, or too large for a float")
+    return number
 
 
 def _to_text(value: object) -> str:
@@ -357,13 +378,27 @@ def _to_text(value: object) -> str:
 
 def _to_histogram(value: dict[str, Any]) -> Histogram:
     edges, counts = _to_array(value["edges"]), _to_array(value["counts"])
-    if edges.size != counts.size + 1 or (np.diff(edges) < 0).any() or (counts < 0).any():
+    if (
+        edges.size != counts.size + 1
+        or not counts.size
+        or (np.diff(edges) < 0).any()
+        or (counts < 0).any()
+    ):
         raise ValueError(
             "the histogram does not fit: edges ascend, and there is one count, at least 0, from each "
             "to the next"
         )
-    moments = ("minimum", "maximum", "total", "total_squares")
-    return Histogram(edges, counts, *(_to_number(value[name]) for name in moments))
+    least, greatest = _to_finite(value["minimum"]), _to_finite(value["maximum"])
+    if least > greatest:
+        raise ValueError("the histogram does not fit: its minimum is above its maximum")
+    return Histogram(
+        edges,
+        counts,
+        least,
+        greatest,
+        _to_number(value["total"]),
+        _to_number(value["total_squares"]),
+    )
 
 
 def _to_array(values: object) -> npt.NDArray[np.float64]:

@@ -53,7 +53,13 @@ class SelectiveSink(ABC):
         self._names: dict[str, tuple[str, int] | None] = {}
 
     def write(self, record: Record) -> None:
-        """Write what is selected of `record`."""
+        """Write what is selected of `record`.
+
+        Raises:
+            ValueError: a key, its name here or the prefix cannot be printed.
+        """
+        if record.prefix:
+            check_name("the prefix of a record", record.prefix)
         metrics = self._renamed(record.metrics)
         histograms = self._renamed(record.histograms)
         if self._unmatched is not None and (record.metrics or record.histograms):
