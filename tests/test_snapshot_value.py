@@ -10,7 +10,7 @@ import pytest
 from handlers_of_users import LaneRMS, MyTypes, RMSHandler
 from ranks import run_threads
 
-from metricfold import AggregationType, Metric, MetricsAggregator
+from metricfold import AggregationType, MeanAggHandler, Metric, MetricsAggregator, MetricState
 
 SUM, MEAN = AggregationType.SUM, AggregationType.MEAN
 DISTRIBUTION, CATEGORICAL = AggregationType.DISTRIBUTION, AggregationType.CATEGORICAL_COUNT
@@ -166,3 +166,39 @@ def test_a_metric_of_many_numbers_asks_which() -> None:
         snapshot.value(None, "len")
     with pytest.raises(ValueError, match=r"'kind' of dataset 'alpaca' is .* stat='a category'"):
         snapshot.value("alpaca", "kind")
+
+
+def test_a_metric_whose_name_goes_on_like_a_statistic_is_another_metric() -> None:
+    # The extremum was given as a statistic of the mean, and asked for where the mean had no value.
+    class Own(MeanAggHandler):
+        def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+            super().update(local_agg_metric, metric)
+
+    aggregator = MetricsAggregator()
+    aggregator.register_handler("own", Own(on_nan="skip"))
+    aggregator.record("own", 1.0, "own", dataset="d")
+    aggregator.record("loss", 1.0, dataset="d")
+    aggregator.reduce()
+    aggregator.record("own_max", 9.0, "max", dataset="d")
+    aggregator.record("loss_max", 9.0, "max", dataset="d")
+    snapshot = aggregator.reduce()
+    for dataset, name in (("d", "own"), (None, "loss")):
+        assert snapshot.value(dataset, name) is None
+        assert snapshot.value(dataset, name, window="run") == 1.0
+    with pytest.raises(KeyError, match="has no 'max'"):
+        snapshot.value(None, "loss", "max")
+    assert snapshot.value("d", "own", "max") is None
+    assert snapshot.value("d", "own_max") == snapshot.value(None, "loss_max") == 9.0
+
+
+def test_where_all_is_nan_and_skipped_there_is_no_value_but_a_count() -> None:
+    class Own(MeanAggHandler):
+        def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+            super().update(local_agg_metric, metric)
+
+    aggregator = MetricsAggregator()
+    aggregator.register_handler("own", Own(on_nan="skip"))
+    aggregator.record("m", math.nan, "own")
+    snapshot = aggregator.reduce()
+    assert snapshot.value(None, "m") is None
+    assert snapshot.value(None, "m", "nan_count") == 1.0

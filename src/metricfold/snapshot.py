@@ -57,6 +57,8 @@ WindowLike: TypeAlias = str | Mapping[str, str]
 _WINDOWS = ("run", "interval", "auto")
 _FORMS = ("_stat_{}", "_count_{}", "_{}")
 """How a statistic is printed behind the name of its metric."""
+_BESIDE = "_nan_count"
+"""What may come beside a value, also where there is none."""
 _MOST_NAMED = 8
 """So many keys a message names."""
 
@@ -194,7 +196,7 @@ class Snapshot:
             if suffix in found:
                 return found[suffix]
         printable = [*(suffixes or ()), *found]
-        if stat is None and printable and "" not in printable:
+        if stat is None and "" not in printable and any(one != _BESIDE for one in printable):
             raise ValueError(
                 f"{show((dataset or '', name))} is more than one number: say which, such as "
                 f"stat={_stat_of(printable[0]) or 'a category'!r}"
@@ -417,7 +419,11 @@ class Snapshot:
         namesakes = [] if dataset else self._namesakes(levels=False).get(key, [])
         if namesakes:
             suffixes = {suffix: None for one in namesakes for suffix in one.suffixes}
-            return tuple(suffixes), found
+            return tuple(suffixes), {
+                text: value
+                for text, value in found.items()
+                if any(_matches(text, suffix) for suffix in suffixes)
+            }
         named_so = any(
             result.key == key
             for view in ("run", "interval")
@@ -427,7 +433,13 @@ class Snapshot:
             return ("",), {"": printing[name]} if name in printing else {}
         if entry is None and not named_so:
             raise self._unknown(key)
-        return None, found
+        return None, {text: value for text, value in found.items() if self._prints(key, text)}
+
+    def _prints(self, key: Key, suffix: str) -> bool:
+        """Return whether what is printed so is of this metric, and of no other."""
+        if key[1] + suffix in self._handlers.derived:
+            return False
+        return self._claims.owner(key, suffix) is None
 
     def _key_with_lanes(self, dataset: str | None, name: str) -> Key:
         key = self._key(dataset, name)
