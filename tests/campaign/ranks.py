@@ -434,13 +434,14 @@ class OneRank:
             self.say(
                 step=step,
                 call=what,
+                began=began,
                 seconds=time.monotonic() - began,
                 missing=list(error.missing),
                 text=str(error)[:300],
             )
             self.after_the_end(step)
             raise SystemExit(5) from None
-        self.say(step=step, call=what, seconds=time.monotonic() - began)
+        self.say(step=step, call=what, began=began, seconds=time.monotonic() - began)
         return result
 
     def after_the_end(self, step: int) -> None:
@@ -488,7 +489,7 @@ def training(port: int, faults: int) -> Callable[[str, Trial], Iterator[Outcome]
         log = chance.random() < 0.3
         for number in range(faults + 1):
             first = before[-1].last if before else 0
-            life = Life(number, chance.randint(2, 4), first, first + chance.randint(5, 9))
+            life = Life(number, chance.randint(2, 4), first, first + chance.randint(8, 14))
             plan = Plan(
                 life,
                 list(before),
@@ -500,13 +501,13 @@ def training(port: int, faults: int) -> Callable[[str, Trial], Iterator[Outcome]
             )
             if number < faults:
                 plan.fault = chosen(chance, kinds, life)
-                if not log:
-                    for step in range(life.first, life.last):
-                        if chance.random() < 0.8 and step != plan.fault.step:
-                            plan.errors[step] = (
-                                chance.choice(ERRORS),
-                                chance.randrange(life.world_size),
-                            )
+            if not log:
+                struck = -1 if plan.fault is None else plan.fault.step
+                plan.errors = {
+                    step: (chance.choice(ERRORS), chance.randrange(life.world_size))
+                    for step in range(life.first, life.last)
+                    if step != struck and chance.random() < 0.9
+                }
             yield from lived(plan)
             saved = folder / "checkpoint.json"
             if number < faults:
@@ -537,8 +538,8 @@ def lived(plan: Plan) -> Iterator[Outcome]:
         (line["starved"] for rank in others for line in world.said(rank) if "starved" in line),
         default=0.0,
     )
-    if starved > 1.0 and (hung or wrong):
-        row, hung, wrong = "not judged: a rank was without a processor for over 1 s", [], []
+    if (starved > 1.0 or really_late(world)) and (hung or wrong):
+        row, hung, wrong = "not judged: the machine was too busy for healthy ranks", [], []
     if hung:
         about = [(rank, world.said(rank)[-2:]) for rank in hung]
         yield Outcome(row, "hung", f"{plan_of(plan)}: {about}", figure)
@@ -599,6 +600,22 @@ def judged(plan: Plan, world: World) -> Iterator[str]:
             yield f"rank {rank} ended with {code}: {world.errors(rank)[-300:]}"
 
 
+def really_late(world: World) -> bool:
+    """Whether a rank that was named came to its call when the others had waited for long."""
+    calls = [
+        (line["step"], line["call"], rank, line["began"], line.get("missing", ()))
+        for rank in range(len(world.pids))
+        for line in world.said(rank)
+        if "began" in line
+    ]
+    for step, call, _, began, missing in calls:
+        for other_step, other_call, other, came, _ in calls:
+            together = (step, call) == (other_step, other_call)
+            if together and other in missing and came > began + 0.8 * TIMEOUT:
+                return True
+    return False
+
+
 def longest(world: World, ranks: list[int]) -> float:
     seconds = [line["seconds"] for rank in ranks for line in world.said(rank) if "missing" in line]
     return max(seconds, default=0.0)
@@ -645,7 +662,7 @@ def run(options: Options, table: Table) -> None:
         table,
         trials,
         training(port, options.pick(full=3, quick=1)),
-        crews=options.pick(full=8, quick=3),
+        crews=options.pick(full=4, quick=3),
         patience=90.0,
     )
     host.end()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -120,8 +121,10 @@ def failing(name: str, trial: Trial) -> Iterator[Outcome]:
     yield from judged(name, World(1, body), count, whole=whole)
 
 
-def judged(name: str, world: World, count: int, *, whole: bool) -> Iterator[Outcome]:
-    hung = world.wait(PATIENCE)
+def judged(
+    name: str, world: World, count: int, *, whole: bool, patience: float = PATIENCE
+) -> Iterator[Outcome]:
+    hung = world.wait(patience)
     said, errors = world.said(0), world.errors(0)
     if hung:
         yield Outcome(name, "hung", errors[-300:])
@@ -129,23 +132,25 @@ def judged(name: str, world: World, count: int, *, whole: bool) -> Iterator[Outc
         yield Outcome(name, "wrong", f"it ended with {world.codes}: {errors[-400:]}")
     else:
         steps = said[-1]["bad"]
-        told = sum(
-            int(line.split(" written, ")[1].split(" skipped")[0])
-            for line in errors.splitlines()
-            if " written, " in line
-        )
+        told = said_missing(errors)
         if said[-1]["good"] != list(range(count)):
             yield Outcome(name, "lost", "the sink beside it has not got everything")
         elif len(steps) != len(set(steps)):
             yield Outcome(name, "wrong", f"written twice: {steps}")
         elif len(steps) + told != count:
             verdict = "lost" if len(steps) + told < count else "wrong"
-            yield Outcome(name, verdict, f"{len(steps)} written, {told} said to be skipped")
+            yield Outcome(name, verdict, f"{len(steps)} written, {told} said to be missing")
         elif whole and told:
-            yield Outcome(name, "lost", f"{told} skipped, though it came back")
+            yield Outcome(name, "lost", f"{told} missing, though it came back")
         else:
             yield Outcome(name, "right")
     world.end()
+
+
+def said_missing(errors: str) -> int:
+    """Return how many records the tables say to be skipped or lost."""
+    found = re.findall(r" written, (\d+) skipped, (\d+) lost", errors)
+    return sum(int(skipped) + int(lost) for skipped, lost in found)
 
 
 # -- Hangs, and full disks ---------------------------------------------------------------------------
@@ -214,11 +219,7 @@ def full_disk(name: str, trial: Trial) -> Iterator[Outcome]:
         yield Outcome(name, "wrong", f"it ended with {world.codes}: {errors[-400:]}")
     else:
         steps = said[-1]["bad"]
-        lost = sum(
-            int(line.split(" skipped, ")[1].split(" lost")[0])
-            for line in errors.splitlines()
-            if " skipped, " in line
-        )
+        lost = said_missing(errors)
         if steps != list(range(len(steps))) or len(steps) + lost != count:
             yield Outcome(name, "wrong", f"{len(steps)} lines, {lost} said to be lost, of {count}")
         elif comes_back and lost:
@@ -250,7 +251,7 @@ def long_away(name: str, trial: Trial) -> Iterator[Outcome]:
         say(longest=longest)
         say(bad=bad.steps, good=good.steps)
 
-    yield from judged(name, World(1, body), count, whole=True)
+    yield from judged(name, World(1, body), count, whole=True, patience=seconds + PATIENCE)
 
 
 # -- Files ---------------------------------------------------------------------------------------

@@ -30,12 +30,12 @@ def descriptors() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def settled_threads() -> int:
-    """Return the number of threads, once those that are about to end have done so."""
+def settled_threads(at_most: int = 0) -> int:
+    """Return the number of threads, once it is no more than `at_most` or those that end have ended."""
     least, since = threading.active_count(), time.monotonic()
-    while time.monotonic() < since + 1.0:
+    while time.monotonic() < since + 0.5 and least > at_most:
         gc.collect()
-        time.sleep(0.05)
+        time.sleep(0.02)
         least = min(least, threading.active_count())
     return least
 
@@ -55,7 +55,7 @@ def soaked(
         cycle(warm + number)
         done += 1
     row.inject(done)
-    left = settled_threads() - threads
+    left = settled_threads(threads) - threads
     kept = descriptors() - files
     grown = (memory() - held) / max(done, 1)
     row.figures = f"{left:+d} threads, {kept:+d} descriptors, {grown:+,.0f} bytes in each of {done}"
@@ -66,6 +66,7 @@ def soaked(
 
 
 def run(options: Options, table: Table) -> None:
+    over_ranks(options, table)
     folder = Path(tempfile.mkdtemp(prefix="campaign"))
 
     def aggregators(number: int) -> None:
@@ -110,7 +111,6 @@ def run(options: Options, table: Table) -> None:
         ("loggers of an aggregator made and closed", both, 600, 12),
     ):
         soaked(table.row(name), options, name, options.pick(full, quick), cycle)
-    over_ranks(options, table)
 
 
 def over_ranks(options: Options, table: Table) -> None:
@@ -118,7 +118,7 @@ def over_ranks(options: Options, table: Table) -> None:
     import torch.distributed as dist
 
     port, host = store_host()
-    cycles = options.pick(200, 6)
+    cycles = options.pick(60, 6)
 
     def body(rank: int, say: Say) -> None:
         store = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=30), False)
