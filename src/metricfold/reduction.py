@@ -438,7 +438,8 @@ class Reducer:
         damaged = [
             rank
             for rank, size in enumerate(sent)
-            if size and digest(received[rank]) != int(hashes[rank])
+            if (size and digest(received[rank]) != int(hashes[rank]))
+            or sizes[rank] != sizes[sender[rank]]
         ]
         if damaged:
             with _by_all(mine):
