@@ -373,6 +373,16 @@ def test_a_handler_that_was_installed_later_is_left_alone():
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_logger_made_after_such_a_handler_was_taken_away_answers_signals_again():
+    for _ in range(2):
+        with MetricsLogger([]):
+            signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with MetricsLogger([]):
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_outside_the_main_thread_no_handler_is_installed_and_logging_works(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     seen = []

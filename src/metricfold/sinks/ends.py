@@ -85,6 +85,12 @@ class _Watch:
             start_thread(self._listen, name="metricfold signals")
         self.take_wakeup()
 
+    def forget_lost(self) -> None:
+        """Forget handlers of ours that went when one that was set after them was taken away."""
+        for signum in list(self.before):
+            if signal.getsignal(signum) == signal.SIG_DFL:
+                del self.before[signum]
+
     def _install(self, signum: int) -> None:
         present, action = signal.getsignal(signum), _action(signum)
         # An ignored signal, as under nohup, stays ignored. A handler of C code, such as that of
@@ -197,6 +203,8 @@ def watch(one: Endable) -> None:
     if not _watch.hooked:
         _watch.hooked = True
         at_exit(_at_exit)
+    if not _watch.watched and _may_handle():
+        _watch.forget_lost()
     _watch.watched.append(one)
     look_after()
 
