@@ -95,7 +95,7 @@ def _quickly(monkeypatch):
     monkeypatch.setattr(worker, "_PAUSES", tuple(pause / 20 for pause in worker._PAUSES))
     for name in ("_ASK_NEXT", "_LOUD_AT_FIRST", "_LOUD_LATER", "_FAILING_SECONDS"):
         monkeypatch.setattr(worker, name, getattr(worker, name) / 20)
-    monkeypatch.setattr(worker, "_CLOSING_PAUSE", worker._CLOSING_PAUSE / 20)
+    monkeypatch.setattr(worker, "_SHORT_PAUSE", worker._SHORT_PAUSE / 20)
 
 
 def log_all(sink, count=24, gap=0.004, **choice):
@@ -165,6 +165,20 @@ def test_the_record_behind_shows_which_one_was_at_fault(error, caplog):
     log_all(sink)
     assert sink.got == [step for step in range(24) if step not in (5, 6, 20)]
     assert counts(caplog) == (21, 3, 0)
+
+
+def test_a_record_that_meets_an_outage_is_not_taken_for_a_culprit(caplog):
+    """A record at fault, and behind it one whose time the network is away."""
+
+    def fails(step, attempt):
+        if step == 3:
+            return OfAPackage("for ever")
+        return ConnectionError("away") if step == 4 and attempt < 6 else None
+
+    sink = Remote(fails)
+    log_all(sink, gap=0.02)
+    assert sorted(sink.got) == [step for step in range(24) if step != 3]
+    assert counts(caplog) == (23, 1, 0)
 
 
 def test_a_sink_is_never_given_up(caplog):
@@ -264,8 +278,9 @@ def test_no_record_is_taken_for_the_culprit_across_a_rewind(caplog):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_all_that_was_accepted_is_written_once_or_counted(seed, caplog):
+def test_all_that_was_accepted_is_written_once_or_counted(seed, caplog, monkeypatch):
     """Errors of all kinds at random, of records and of times, with flushes and a full queue."""
+    monkeypatch.setattr(worker, "_FAILING_SECONDS", 2.0)  # whatever else this machine does
     draw = random.Random(seed)
     kinds = [
         (ConnectionError("x"), (1, 2, 4)),
@@ -326,6 +341,21 @@ def test_flush_tells_whether_all_has_been_written():
         while not logger.flush() and time.monotonic() < deadline:
             pass
         assert sink.got == [1, 2, 4, 5, 6]
+
+
+def test_flush_asks_a_sink_again_that_would_have_been_left_alone_for_longer(monkeypatch):
+    monkeypatch.setattr(worker, "_PAUSES", (0.01, WAIT))
+    away = threading.Event()
+    away.set()
+    sink = Remote(lambda step, attempt: ConnectionError() if away.is_set() else None)
+    with MetricsLogger([sink]) as logger:
+        logger.log(1, {"x": 1.0})
+        deadline = time.monotonic() + WAIT
+        while sink.attempts.get(1, 0) < 2 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        away.clear()
+        assert logger.flush()
+        assert sink.got == [1]
 
 
 def test_flush_is_false_while_the_sink_cannot_flush(caplog):

@@ -40,7 +40,7 @@ _LOUD_AT_FIRST = 0.5  # seconds of failing after which it is said that nothing h
 _LOUD_LATER = 60.0
 _FAILING_SECONDS = 5.0
 """How long a sink that fails is waited for in the end; one that is slow has the caller's patience."""
-_CLOSING_PAUSE = 0.5
+_SHORT_PAUSE = 0.5
 _IN_A_ROW = 3  # so many records must fail in the last pass for the rest to be given up
 
 _THIS_RECORD = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
@@ -222,8 +222,12 @@ class SinkWorker:
         self._pending.append(item)
         if isinstance(item, Flush):
             self._flushes.append(item)
-        if self._closing is not None:
-            self._due = min(self._due, time.monotonic() + _CLOSING_PAUSE)
+        if self._in_a_hurry():
+            self._due = min(self._due, time.monotonic() + _SHORT_PAUSE)
+
+    def _in_a_hurry(self) -> bool:
+        """Return whether somebody waits."""
+        return self._closing is not None or bool(self._flushes)
 
     def _try_first(self) -> None:
         item = self._pending[0]
@@ -285,6 +289,8 @@ class SinkWorker:
             return
         suspects, next_one = behind[: trouble.suspects], behind[trouble.suspects]
         error = error_of(partial(self._sink.write, next_one))
+        if isinstance(error, OSError):
+            return  # which tells nothing about the others
         if error is not None and not _blames_record(error):
             trouble.suspects += 1
             return
@@ -293,14 +299,18 @@ class SinkWorker:
             self._drop([next_one])
             return
         self._took()
+        settled: list[_Item] = [next_one]
         for record in suspects:
             # Once more, for the sink may just have come back: late in the row, but not lost.
             error = error_of(partial(self._sink.write, record))
+            if isinstance(error, OSError):
+                continue
+            settled.append(record)
             if error is None:
                 self._took()
             else:
                 self._skip(record, error)
-        self._settle([*suspects, next_one])
+        self._settle(settled)
 
     def _rewound(self, step: int) -> bool:
         error = error_of(partial(self._sink.rewind, step))
@@ -425,8 +435,8 @@ class SinkWorker:
         trouble.error = error
         pause = _PAUSES[min(trouble.attempts, len(_PAUSES) - 1)]
         trouble.attempts += 1
-        if self._closing is not None:
-            pause = min(pause, _CLOSING_PAUSE)
+        if self._in_a_hurry():
+            pause = min(pause, _SHORT_PAUSE)
         self._due = now + pause
         seconds = trouble.seconds()
         fails = f"{what} of step {step} fails with {error!r}"
