@@ -558,11 +558,15 @@ def lived(plan: Plan) -> Iterator[Outcome]:
             for other in range(life.world_size)
         ]
         passed = all(
-            any(line.get("step") == step and "call" in line for line in world.said(other))
+            any(
+                line.get("step") == step and "call" in line and "missing" not in line
+                for line in world.said(other)
+            )
             for other in range(life.world_size)
         )
-        if not reached or not passed:
-            continue  # the life had ended before
+        astray = fault is not None and fault.what == "interrupted and going on"
+        if not reached or not passed or (astray and fault.step < step):
+            continue  # the life had ended before, or the ranks find together again in this step
         if which == "in derive":
             fine = not any(told)
         else:
