@@ -143,6 +143,10 @@ class LaneState:
 
     def merge_all(self, others: Sequence[LaneState]) -> None:
         """Merge several, in order."""
+        if len(others) < 3:
+            for other in others:
+                self.merge(other)
+            return
         self.sums = tuple(map(sum, zip(self.sums, *[other.sums for other in others], strict=True)))
         if self.maxs:
             lanes = zip(self.maxs, *[other.maxs for other in others], strict=True)
@@ -221,7 +225,7 @@ class WindowState(LaneState):
         self._follow_with((other,))
 
     def merge_all(self, others: Sequence[LaneState]) -> None:
-        super().merge_all(others)
+        self.sums = tuple(map(sum, zip(self.sums, *[other.sums for other in others], strict=True)))
         self._follow_with(others)
 
     def _follow_with(self, others: Sequence[LaneState]) -> None:

@@ -191,11 +191,11 @@ class Inbox:
         for column in columns:
             slot = self._slots.get(column.key) or self._open(column.key, column.agg_type)
             assert column.state is not None
-            adders.append(slot.add_state)
+            adders.append(slot.add_other)
             items.append(column.state)
-            size += 1 + int(column.state.sums[COUNT])
+            size += int(column.state.sums[COUNT]) or 1
             if column.late:
-                adders += [slot.add_late] * len(column.late)
+                adders += [slot.add_other] * len(column.late)
                 items += column.late
         self._put(adders, items, size)
 
@@ -204,7 +204,7 @@ class Inbox:
         self._put((self._accumulators.append,), (drained,), 1)
 
     def _put(self, adders: Sequence[Adder], items: Sequence[Any], size: int) -> None:
-        # All of a call, or nothing: a signal may interrupt here.
+        # All of a call, or nothing: a signal may interrupt between any two lines.
         self._log.append((adders, items))
         self._room -= size
         if self._room < 0:
@@ -214,12 +214,13 @@ class Inbox:
         """Return a slot for a key, and let what comes of it take the fast way."""
         handler = self._keys.of_key[key]
         assert isinstance(handler, LaneHandler)
-        slot = (OrderedSlot if handler.empty().ordered else Slot)(key, agg_type, handler)
-        self._slots[key] = slot
-        for spelled in _spellings(key, agg_type):
-            self._spelled[spelled] = slot
-            if slot.takes is float:
-                self._numbers[spelled] = slot.add_value
+        ordered = handler.empty().ordered
+        slot = self._slots[key] = (OrderedSlot if ordered else Slot)(key, agg_type, handler)
+        if slot.takes is not None:
+            for spelled in _spellings(key, agg_type):
+                self._spelled[spelled] = slot
+                if slot.takes is float:
+                    self._numbers[spelled] = slot.add_value
         if type(handler) is _BUILT_IN.get(agg_type):
             self._collated[(*key, agg_type)] = slot
         return slot
@@ -333,49 +334,36 @@ def _spellings(key: Key, agg_type: TypeLike) -> Iterator[tuple[object, ...]]:
 
 
 class Slot:
-    """What has come in of one key and waits to be folded; its order is all the same.
+    """What has come in of one key and waits to be folded, where order does not matter.
 
     Attributes:
         takes: the type of what may come the fast way: float, str (categories), or None.
+        number: how to put down a plain number, if that is float.
+        add_value: puts down what may come the fast way and has weight 1.
+        add_other: puts down anything else: a value with its weight, a state, or what is `Late`.
     """
 
     __slots__ = (
-        "_late",
-        "_states",
+        "_others",
         "_values",
-        "_weighed",
-        "add_late",
-        "add_state",
+        "add_other",
         "add_value",
-        "add_weighed",
         "agg_type",
         "handler",
         "key",
         "number",
         "takes",
-        "widths",
     )
 
     def __init__(self, key: Key, agg_type: TypeLike, handler: LaneHandler) -> None:
         self.key, self.agg_type, self.handler = key, agg_type, handler
-        self.widths = (handler.sum_width, handler.max_width)
-        kind = type(handler)
-        self.takes: type | None = None
-        if kind in _FOLDS:
-            self.takes = str if kind is CategoricalCountAggHandler else float
-        self._begin()
-        self.number = (self.add_value,) if self.takes is float else None
-
-    def _begin(self) -> None:
+        self.takes = _TAKEN.get(type(handler))
         self._values: list[Any] = []
-        self._weighed: list[tuple[float, float]] = []
-        self._states: list[LaneState] = []
-        self._late: list[Late] = []
+        self._others: list[Any] = []
         # The lists are emptied, and never replaced.
         self.add_value = self._values.append
-        self.add_weighed = self._weighed.append
-        self.add_state = self._states.append
-        self.add_late = self._late.append
+        self.add_other = self._others.append
+        self.number = (self.add_value,) if self.takes is float else None
 
     def placed(self, value: Any, weight: Any) -> tuple[tuple[Adder], tuple[Any]]:
         """Return how to take in one value; raises KeyError if it is not for the fast way."""
@@ -388,7 +376,7 @@ class Slot:
             if weight == 1:
                 return (self.add_value,), (value,)
             if self.handler.weighted and 0 < weight <= LARGEST_WEIGHT:
-                return (self.add_weighed,), ((value, float(weight)),)
+                return (self.add_other,), ((value, float(weight)),)
         raise KeyError
 
     def wait(self) -> None:
@@ -396,25 +384,33 @@ class Slot:
 
     def filled(self) -> bool:
         """Return whether there is anything to fold."""
-        return bool(self._values or self._states or self._weighed or self._late)
+        return bool(self._values or self._others)
 
     def clear(self) -> None:
-        for items in (self._values, self._weighed, self._states, self._late):
-            items.clear()
+        self._values.clear()
+        self._others.clear()
 
     def folded(self) -> tuple[LaneState, list[Late]]:
         """Return the state of what is here, and what lies on a device."""
         state = self.handler.empty()
+        late: list[Late] = []
         if self._values:
             state.merge(self._of_values(self._values, None))
-        if self._weighed:
-            state.merge(self._of_values(*zip(*self._weighed, strict=True)))
-        state.merge_all(self._states)
-        return state, self._late.copy()
+        by_kind: dict[type, list[Any]] = {}
+        for item in self._others:
+            by_kind.setdefault(type(item), []).append(item)
+        for kind, items in by_kind.items():
+            if kind is tuple:
+                state.merge(self._of_values(*zip(*items, strict=True)))
+            elif kind is Late:
+                late = items
+            else:
+                state.merge_all(items)
+        return state, late
 
     def add_lanes(self, lanes: LaneState) -> None:
-        """Add the lanes of several states at once; what else these held has been added apart."""
-        self._states.append(lanes)
+        """Add the lanes of several states; what else these held has been put down apart."""
+        self._others.append(lanes)
 
     def _of_values(self, values: Sequence[Any], weights: Sequence[float] | None) -> LaneState:
         state = _FOLDS[type(self.handler)](self.handler, values, weights)
@@ -426,73 +422,39 @@ class Slot:
         return state
 
 
-class Shape:
-    """Where the columns of collated batches that hold the same keys go.
-
-    Attributes:
-        adders: of their lanes, all together, and of what else each column may hold.
-    """
-
-    __slots__ = ("_lanes", "_slots", "adders")
-
-    def __init__(self, slots: Sequence[Slot]) -> None:
-        self._slots = slots
-        self._lanes: list[tuple[bytes, bytes]] = []
-        ordered = [slot.add_value for slot in slots if type(slot) is OrderedSlot]
-        self.adders = (self._lanes.append, *ordered)
-
-    def clear(self) -> None:
-        self._lanes.clear()
-
-    def spread(self) -> None:
-        """Give each slot its lanes of all batches, added up as arrays."""
-        if not self._lanes:
-            return
-        all_sums, all_maxs = zip(*self._lanes, strict=True)
-        with quiet():
-            sums = _rows(all_sums).sum(axis=0).tolist()
-        maxs = _rows(all_maxs).max(axis=0).tolist()
-        for slot in self._slots:
-            width, height = slot.widths
-            slot.add_lanes(LaneState(tuple(sums[:width]), tuple(maxs[:height])))
-            del sums[:width], maxs[:height]
-
-
-def _rows(lanes: Sequence[bytes]) -> FloatArray:
-    return np.frombuffer(b"".join(lanes)).reshape(len(lanes), len(lanes[0]) // 8)
-
-
 class OrderedSlot(Slot):
     """The same where order matters.
 
     Where the most recent values do, they queue behind those that still lie on a device.
-
-    Attributes:
-        recent: whether the most recent values matter.
     """
 
-    __slots__ = ("_queued", "recent")
+    __slots__ = ("_lanes", "_queued")
 
-    def _begin(self) -> None:
-        super()._begin()
-        self.recent, self._queued = self.handler.empty().recent, False
-        self.add_weighed = self.add_state = self.add_late = self.add_value
+    def __init__(self, key: Key, agg_type: TypeLike, handler: LaneHandler) -> None:
+        super().__init__(key, agg_type, handler)
+        self.add_other = self.add_value
+        self._lanes: list[LaneState] = []
+        self._queued = False
 
     def wait(self) -> None:
-        self._queued = self.recent
-
-    def filled(self) -> bool:
-        return self._queued or bool(self._values)
+        self._queued = True
 
     def clear(self) -> None:
         super().clear()
+        self._lanes.clear()
         self._queued = False
+
+    def add_lanes(self, lanes: LaneState) -> None:
+        self._lanes.append(lanes)
+
+    def filled(self) -> bool:
+        return bool(self._values or self._lanes or self._queued)
 
     def folded(self) -> tuple[LaneState, list[Late]]:
         state = self.handler.empty()
         late: list[Late] = []
         for kind, run in self._runs():
-            queue = late if self.recent and (late or self._queued) else None
+            queue = late if state.recent and (late or self._queued) else None
             if kind is Late:
                 late += run
             elif kind is float or kind is str:
@@ -508,7 +470,7 @@ class OrderedSlot(Slot):
                     values, weights, rest = one.parted()
                     state.merge(rest)
                     self._follow(state, queue, values, weights)
-        for lanes in self._states:
+        for lanes in self._lanes:
             LaneState.merge(state, lanes)
         return state, late
 
@@ -543,6 +505,42 @@ class OrderedSlot(Slot):
         else:
             for kind, run in groupby(self._values, _kind):
                 yield kind, [*run]
+
+
+class Shape:
+    """Where the columns of collated batches that hold the same keys go.
+
+    Attributes:
+        adders: of their lanes, all together, and of what else each column may hold.
+    """
+
+    __slots__ = ("_lanes", "_slots", "adders")
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots = slots
+        self._lanes: list[tuple[bytes, bytes]] = []
+        ordered = [slot.add_other for slot in slots if type(slot) is OrderedSlot]
+        self.adders = (self._lanes.append, *ordered)
+
+    def clear(self) -> None:
+        self._lanes.clear()
+
+    def spread(self) -> None:
+        """Give each slot its lanes of all batches, added up as arrays."""
+        if not self._lanes:
+            return
+        all_sums, all_maxs = zip(*self._lanes, strict=True)
+        with quiet():
+            sums = _rows(all_sums).sum(axis=0).tolist()
+        maxs = _rows(all_maxs).max(axis=0).tolist()
+        for slot in self._slots:
+            width, height = slot.handler.sum_width, slot.handler.max_width
+            slot.add_lanes(LaneState(tuple(sums[:width]), tuple(maxs[:height])))
+            del sums[:width], maxs[:height]
+
+
+def _rows(lanes: Sequence[bytes]) -> FloatArray:
+    return np.frombuffer(b"".join(lanes)).reshape(len(lanes), len(lanes[0]) // 8)
 
 
 def _array(numbers: Any) -> FloatArray:
@@ -605,6 +603,11 @@ _FOLDS: dict[type, Fold] = {
     MinAggHandler: _min,
     CategoricalCountAggHandler: _counts,
     DistributionAggHandler: _by_handler,
+}
+
+
+_TAKEN: dict[type, type] = {
+    kind: str if kind is CategoricalCountAggHandler else float for kind in _FOLDS
 }
 
 
