@@ -290,6 +290,8 @@ class MetricsAggregator:
         except TypeError as error:
             raise TypeError(f"{error}{hints.for_agg(name, value, agg)}") from None
         key = (dataset or "", name)
+        if not (each or per_rank) and self._take_first(key, agg_type, value, weight):
+            return
         with quiet():
             fold = fold_each if each or is_many(value, weight) else fold_value
             column = fold(key, agg_type, value, weight, self._keys.handler_of)
@@ -567,6 +569,20 @@ class MetricsAggregator:
         if lost:
             self._warned |= lost
             _log.warning("%s", not_given_before(sorted(lost)))
+
+    def _take_first(self, key: Key, agg_type: TypeLike, value: Any, weight: Any) -> bool:
+        """Take in the first value of a key, if it is such that later ones go the fast way."""
+        with self._lock:
+            self._check_usable()
+            handler = self._keys.handler_of(key, agg_type)
+            take_in = self._inbox.first(key, agg_type, handler, value, weight)
+            if take_in is None or self._dead is not None:
+                return False
+            self._keys.commit(self._keys.admit_keys([(key, agg_type)]))
+            if not self._clock.running:
+                self._clock.start(time.perf_counter())
+            take_in()
+            return True
 
     def _take(self, columns: Sequence[Column]) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Protocol
 
 from metricfold.announced import MOST_ERROR, compressed, decompressed, entries_from, malformed
@@ -213,13 +214,19 @@ class Agreed:
         ]
 
 
-def agree(schema: Schema, claims: Claims, blobs: Sequence[bytes]) -> Agreed:
+def agree(
+    schema: Schema,
+    claims: Claims,
+    blobs: Sequence[bytes],
+    known: Mapping[bytes, Sequence[Entry]] = MappingProxyType({}),
+) -> Agreed:
     """Give the schema room for the news of all ranks, by rank.
 
     Args:
         schema: that all ranks have.
         claims: the names of its keys; gets those of the new ones.
         blobs: everyone's news.
+        known: what some of these say; most ranks have the same news as this one.
 
     Raises:
         RuntimeError: what a rank sent is no news; then nothing has changed.
@@ -229,7 +236,7 @@ def agree(schema: Schema, claims: Claims, blobs: Sequence[bytes]) -> Agreed:
         if blob:
             senders.setdefault(blob, []).append(rank)
     # Of equal news, in the order of the first who brought them, the others add nothing.
-    news_of = [(_decoded(blob, ranks), ranks) for blob, ranks in senders.items()]
+    news_of = [(known.get(blob) or _decoded(blob, ranks), ranks) for blob, ranks in senders.items()]
     changed: dict[Key, Entry] = {}
     lost: dict[tuple[Key, str], Lost] = {}
     for entries, ranks in news_of:

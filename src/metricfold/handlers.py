@@ -211,13 +211,13 @@ class WindowState(LaneState):
 
     def _condense(self, limit: int) -> None:
         """Move the oldest chunks to the histogram, but for the newest `limit` values."""
-        if self.older is None:
-            self.older = new_histogram()
         beyond = []
         while self.size - self.chunks[0][0].size >= limit:
             beyond.append(self.chunks.popleft())
             self.size -= beyond[-1][0].size
-        self.older.update(*concatenated(beyond))
+        known = [] if self.older is None else [self.older]
+        # A new one: copies share the old, which never changes.
+        self.older = new_histogram(known, *concatenated(beyond))
 
     def merge(self, other: LaneState) -> None:
         assert isinstance(other, WindowState)
@@ -244,7 +244,7 @@ class WindowState(LaneState):
     def copy(self) -> WindowState:
         copied = WindowState(self.sums, (), self.limit)
         copied.chunks, copied.size = self.chunks.copy(), self.size
-        copied.older = None if self.older is None else self.older.copy()
+        copied.older = self.older
         return copied
 
     def part(self) -> list[bytes | None]:

@@ -94,7 +94,7 @@ class Inbox:
         self._accumulators: list[Drained] = []
         self._log: list[tuple[Sequence[Adder], Sequence[Any]]] = []
         self._room = _MOST
-        self._folds = 0
+        self._folds = self._folding = 0
         self._delta = Delta()
         # With a mark: its place in the log, and what of that which came after it has been folded.
         self._mark: int | None = None
@@ -181,6 +181,25 @@ class Inbox:
         shape = self._shapes[keys] = Shape(slots)
         return shape
 
+    def first(
+        self, key: Key, agg_type: TypeLike, handler: object, value: Any, weight: Any
+    ) -> Callable[[], None] | None:
+        """Return what takes in the first value of a key, once that is admitted; None: not this way."""
+        if type(handler) not in _FOLDS or key in self._keys.of_key:
+            return None
+        assert isinstance(handler, LaneHandler)
+        slot = _slot_for(key, agg_type, handler)
+        try:
+            adders, items = slot.placed(value, weight)
+        except (KeyError, OverflowError):
+            return None
+
+        def take_in() -> None:
+            self._opened(slot)
+            self._put(adders, items, 1)
+
+        return take_in
+
     # -- What has been checked and folded elsewhere
 
     def take(self, columns: Iterable[Column]) -> None:
@@ -211,17 +230,20 @@ class Inbox:
             self._fold()
 
     def _open(self, key: Key, agg_type: TypeLike) -> Slot:
-        """Return a slot for a key, and let what comes of it take the fast way."""
         handler = self._keys.of_key[key]
         assert isinstance(handler, LaneHandler)
-        ordered = handler.empty().ordered
-        slot = self._slots[key] = (OrderedSlot if ordered else Slot)(key, agg_type, handler)
+        return self._opened(_slot_for(key, agg_type, handler))
+
+    def _opened(self, slot: Slot) -> Slot:
+        """Let what comes of a key go to its slot, and take the fast way."""
+        key, agg_type = slot.key, slot.agg_type
+        self._slots[key] = slot
         if slot.takes is not None:
             for spelled in _spellings(key, agg_type):
                 self._spelled[spelled] = slot
                 if slot.takes is float:
                     self._numbers[spelled] = slot.add_value
-        if type(handler) is _BUILT_IN.get(agg_type):
+        if type(slot.handler) is _BUILT_IN.get(agg_type):
             self._collated[(*key, agg_type)] = slot
         return slot
 
@@ -259,8 +281,10 @@ class Inbox:
         adders = chain.from_iterable([adders for adders, _ in calls])
         items = chain.from_iterable([items for _, items in calls])
         folded = Delta()
-        try:
+        if self._folding:  # a signal's handler does this while a fold of the same is under way
             self._clear()
+        self._folding += 1
+        try:
             for key in queued:
                 self._slots[key].wait()
             for add, item in zip(adders, items, strict=True):
@@ -270,15 +294,19 @@ class Inbox:
             for slot in self._slots.values():
                 if slot.filled():
                     folded.add(slot.key, *slot.folded())
+                    slot.clear()
             folded.drained += self._accumulators
-        finally:
+            self._accumulators.clear()
+        except BaseException:
             self._clear()
+            raise
+        finally:
+            self._folding -= 1
         return folded
 
     def _clear(self) -> None:
         for slot in self._slots.values():
-            if slot.filled():
-                slot.clear()
+            slot.clear()
         for shape in self._shapes.values():
             shape.clear()
         self._accumulators.clear()
@@ -392,8 +420,10 @@ class Slot:
 
     def folded(self) -> tuple[LaneState, list[Late]]:
         """Return the state of what is here, and what lies on a device."""
-        state = self.handler.empty()
         late: list[Late] = []
+        if not self._others:
+            return self._of_values(self._values, None), late
+        state = self.handler.empty()
         if self._values:
             state.merge(self._of_values(self._values, None))
         by_kind: dict[type, list[Any]] = {}
@@ -507,6 +537,10 @@ class OrderedSlot(Slot):
                 yield kind, [*run]
 
 
+def _slot_for(key: Key, agg_type: TypeLike, handler: LaneHandler) -> Slot:
+    return (OrderedSlot if handler.empty().ordered else Slot)(key, agg_type, handler)
+
+
 class Shape:
     """Where the columns of collated batches that hold the same keys go.
 
@@ -537,6 +571,7 @@ class Shape:
             width, height = slot.handler.sum_width, slot.handler.max_width
             slot.add_lanes(LaneState(tuple(sums[:width]), tuple(maxs[:height])))
             del sums[:width], maxs[:height]
+        self.clear()
 
 
 def _rows(lanes: Sequence[bytes]) -> FloatArray:

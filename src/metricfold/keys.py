@@ -76,6 +76,8 @@ class KeyTable:
         self._types: dict[Key, TypeLike] = {}
         self._claims = Claims()
         self._agreed: Schema | None = None
+        # How keys travel that have the same type and handler as a key has; each such entry once.
+        self._usual: dict[Key, Entry] = {}
         self._entries: dict[tuple[int, TypeLike], tuple[AggregationHandler, Entry]] = {}
         self._unhandled: dict[Key, str] = {}
 
@@ -247,6 +249,11 @@ class KeyTable:
 
     def _learn(self, key: Key, agg_type: TypeLike, handler: AggregationHandler) -> None:
         self._types[key], self.of_key[key] = agg_type, handler
+        known = self._entries.get((id(handler), agg_type))
+        if known is None or known[0] is not handler:
+            known = handler, _usual_entry(handler, type_label(agg_type))
+            self._entries[id(handler), agg_type] = known
+        self._usual[key] = known[1]
 
     def derive(self, name: str, metric: DerivedMetric) -> None:
         """Add the derived metric `name`; raises ValueError if that is taken."""
@@ -257,7 +264,7 @@ class KeyTable:
 
     def entry(self, key: Key) -> Entry:
         """Return how `key` travels, as far as its handler decides it."""
-        usual = self._usual(key)
+        usual = self._usual[key]
         return Entry(
             key,
             usual.type,
@@ -271,15 +278,6 @@ class KeyTable:
             most=usual.most,
         )
 
-    def _usual(self, key: Key) -> Entry:
-        """Return how keys travel that have the type and the handler of `key`."""
-        handler, agg_type = self.of_key[key], self._types[key]
-        known = self._entries.get((id(handler), agg_type))
-        if known is None or known[0] is not handler:
-            known = handler, _usual_entry(handler, type_label(agg_type))
-            self._entries[id(handler), agg_type] = known
-        return known[1]
-
     def adopt(self, agreed: Agreed, losers: Iterable[Key]) -> str:
         """Take over what the ranks have agreed on; returns what this rank cannot do with it.
 
@@ -289,7 +287,7 @@ class KeyTable:
         """
         losers = list(losers)
         for key in losers:
-            del self._types[key], self.of_key[key]
+            del self._types[key], self.of_key[key], self._usual[key]
             self.drained.discard(key)
         changed = agreed.changed
         if losers or not self._claim_new(agreed):
@@ -298,7 +296,7 @@ class KeyTable:
         for entry in changed:
             if entry.key not in self._types:
                 self._take_over(entry)
-            if entry.key in self._types and not entry.compatible(self._usual(entry.key)):
+            if entry.key in self._types and not entry.compatible(self._usual[entry.key]):
                 self.odd.add(entry.key)
             if entry.full:
                 self.kept[entry.key] = frozenset(entry.categories)
@@ -317,7 +315,7 @@ class KeyTable:
                 handler = self.of_key.get(entry.key)
                 if handler is None:
                     unknown.append((entry.key, entry.suffixes))
-                elif entry.key in self.odd or entry.suffixes != self._usual(entry.key).suffixes:
+                elif entry.key in self.odd or entry.suffixes != self._usual[entry.key].suffixes:
                     return False
         try:
             self._claims.add(unknown)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -91,6 +91,7 @@ class Contribution:
         error: why this rank fails; it takes part all the same.
         sink_failed: whether a logger's sink has failed here, for all ranks to hear.
         outcome: what has become of it.
+        news: what it holds beyond the agreed keys.
     """
 
     kind: Kind
@@ -102,6 +103,7 @@ class Contribution:
     error: str = ""
     sink_failed: bool = False
     outcome: Outcome = Outcome.PENDING
+    news: Sequence[Entry] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,11 +316,11 @@ class Reducer:
             loaded: Iterable[Entry] = ()
             if self.run.schema is not self.schema:
                 loaded = (*self.run.schema, *self.interval.schema)
-            entries = news(self.schema, lacking, mine.states, windows, loaded, registry)
+            mine.news = news(self.schema, lacking, mine.states, windows, loaded, registry)
         except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
             mine.error = f"it could not prepare what it holds: {error!r}"
             return self.windows, None, b""
-        return windows, payload, encoded(entries)
+        return windows, payload, encoded(mine.news)
 
     def _packed_again(
         self,
@@ -474,7 +476,7 @@ class Reducer:
         blobs = self._exchange_blobs(communicator, headers, mine, blob)
         self.schema_rounds += 1
         with _by_all(mine):
-            agreed = agree(self.schema, self._claims, blobs)
+            agreed = agree(self.schema, self._claims, blobs, {blob: mine.news})
         if communicator.rank == 0:
             for entry in agreed.overflowed(self.run.schema):
                 _warn_of_categories(entry)
