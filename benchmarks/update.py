@@ -18,9 +18,9 @@ __all__ = ["measure"]
 _DATASETS = ("alpaca", "orca")
 _METRICS = (("samples_seen", "sum"), ("tokens_seen", "sum"), ("seq_len", "distribution"))
 _WINDOW = 1000
-_STEPS = 50
-"""Between two logs, which are not part of the time."""
-_BUDGETS: dict[int, Budget] = {64: at_least(10)}
+_VALUES = 40_000
+"""Between two logs, which are not part of the time; what comes in is folded several times until then."""
+_BUDGETS: dict[int, Budget] = {8: at_least(2.8), 64: at_least(20)}
 """By samples per batch: what one rank takes in per step."""
 
 
@@ -51,7 +51,7 @@ def _measure(section: Section, samples: int, sizes: Sizes) -> None:
             "handlers": lambda: handlers.update(frozen),
         },
         4 * sizes.rounds,
-        calls_per_turn=_STEPS,
+        calls_per_turn=_VALUES // len(metrics),
         afterwards={"list": of_lists.reduce, "batch": of_batches.reduce},
     )
     per_metric = {name: [t / len(metrics) for t in found] for name, found in times.items()}
