@@ -26,6 +26,7 @@ from metricfold import (
     MetricsLogger,
     MissingRanksError,
 )
+from metricfold.handlers import MeanAggHandler
 from metricfold.torch import DeviceAccumulator
 
 LOSS = Metric("alpaca", "loss", 1.0, "mean")
@@ -206,6 +207,25 @@ MISTAKES = {
         update(lambda: [Metric("a", "loss", AggregationType.SUM, 2)]),
         TypeError,
         ["Metric('a', 'loss', 2, AggregationType.SUM)"],
+    ),
+    # other arguments
+    "a path for a logger": (lambda: MetricsLogger("run.jsonl"), TypeError, ["[JSONLSink('run.js"]),
+    "paths for a logger": (lambda: MetricsLogger(["run.jsonl"]), TypeError, ["JSONLSink('run.js"]),
+    "a name for a window": (lambda: MetricsAggregator("train"), ValueError, ["name='train'"]),
+    "a handler first": (
+        lambda: MetricsAggregator().register_handler(MeanAggHandler(), "mine"),
+        TypeError,
+        ["the type first", "register_handler('mine', handler)"],
+    ),
+    "a function first": (
+        lambda: MetricsAggregator().derive(abs, "size"),
+        TypeError,
+        ["the name first", "derive('size', function)"],
+    ),
+    "a type that devices lack": (
+        lambda: DeviceAccumulator({"loss": "avg"}, ("a",)),
+        ValueError,
+        ["'avg'", "did you mean 'mean'?"],
     ),
     # views, prefixes and percentiles
     "window all": (

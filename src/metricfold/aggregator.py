@@ -651,6 +651,10 @@ class MetricsAggregator:
         >>> aggregator.reduce().as_dict("train", window="auto")
         {'train/passed': 3.0, 'train/tried': 4.0, 'train/success_rate': 0.75}
         """
+        if callable(name) and isinstance(fn, str):
+            raise TypeError(
+                f"derive() takes the name first, and then the function: write derive({fn!r}, function)"
+            )
         check_name("the name of a derived metric", name)
         if not callable(fn):
             raise TypeError(f"derive({name!r}, ...) takes a function, not {fn!r}")

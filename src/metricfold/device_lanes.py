@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from metricfold import hints
 from metricfold.handlers import LaneState, State, WindowState
 from metricfold.metric import AggregationType, check_name, resolve_type, type_label
 from metricfold.naming import Key
@@ -214,6 +215,7 @@ def _checked_type(name: str, agg: object) -> AggregationType:
         raise ValueError(
             f"metric {name!r} has the aggregation {type_label(agg_type)!r}, which no accumulator on "
             f"a device can do: use one of {known}, or record() it"
+            f"{hints.for_label(type_label(agg_type))}"
         )
     assert isinstance(agg_type, AggregationType)
     return agg_type

@@ -1323,9 +1323,10 @@ def check_window_size(size: object) -> int | None:
     if size is None:
         return None
     if isinstance(size, bool) or not isinstance(size, int | np.integer) or size <= 0:
+        name = f"; if that is the aggregator's name, write name={size!r}" * isinstance(size, str)
         raise ValueError(
             f"the window size is {size!r}: give the number of recent values that each rank keeps, "
-            "1 or more, or None for all"
+            f"1 or more, or None for all{name}"
         )
     return int(size)
 

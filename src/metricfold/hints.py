@@ -22,7 +22,6 @@ import numpy as np
 
 from metricfold import arrays
 from metricfold.data.sample import METRICS
-from metricfold.device_lanes import Layout
 from metricfold.metric import AggregationType, Metric
 
 __all__ = [
@@ -252,4 +251,6 @@ def _is_batch(value: object) -> bool:
 
 
 def _is_accumulator(value: object) -> bool:
+    from metricfold.device_lanes import Layout  # noqa: PLC0415 - which speaks by this module
+
     return isinstance(getattr(value, "layout", None), Layout)

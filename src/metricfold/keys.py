@@ -85,6 +85,11 @@ class KeyTable:
 
     def register(self, agg_type: TypeLike, handler: AggregationHandler) -> None:
         """Let `handler` handle `agg_type` from now on."""
+        if isinstance(agg_type, AggregationHandler):
+            raise TypeError(
+                "register_handler() takes the type first, and then its handler: write "
+                f"register_handler({handler!r}, handler)"
+            )
         agg_type = resolve_type(agg_type)
         if not isinstance(handler, AggregationHandler):
             raise TypeError(

@@ -78,6 +78,10 @@ class MetricsLogger(OneInUse):
     def __init__(
         self, sinks: Sequence[Sink], *, queue_size: int = 1000, on_sink_error: str = "report"
     ) -> None:
+        if isinstance(sinks, str | os.PathLike):
+            raise TypeError(
+                f"sinks must be a list of sinks, but is {sinks!r}: write [JSONLSink({sinks!r})]"
+            )
         if not isinstance(sinks, Sequence):
             raise TypeError(f"sinks must be a list of sinks, but is {sinks!r}: write [sink]")
         for sink in sinks:
@@ -437,7 +441,11 @@ def _check_sink(sink: object) -> None:
         raise TypeError(f"{sink!r} is a class, not a sink: write {sink.__name__}(...)")
     lacking = [name for name in _METHODS if not callable(getattr(sink, name, None))]
     if lacking:
-        raise TypeError(f"{sink!r} is not a sink: it lacks the methods {', '.join(lacking)}")
+        file = f"; for a file of JSON lines write JSONLSink({sink!r})"
+        raise TypeError(
+            f"{sink!r} is not a sink: it lacks the methods {', '.join(lacking)}"
+            + file * isinstance(sink, str | os.PathLike)
+        )
 
 
 def _checked_step(step: SupportsIndex, least: int = 0) -> int:
