@@ -14,7 +14,14 @@ import pytest
 from handlers_of_users import LaneRMS
 from ranks import run_ranks, run_threads
 
-from metricfold import AggregationHandler, AggregationType, Metric, MetricsAggregator, MetricState
+from metricfold import (
+    AggregationHandler,
+    AggregationType,
+    Metric,
+    MetricsAggregator,
+    MetricState,
+    Snapshot,
+)
 from metricfold.communicator import Communicator
 
 
@@ -44,20 +51,22 @@ class Expanding(AggregationHandler):
 def logged(results: Callable[[MetricState], Any], world_size: int = 1) -> dict[str, float]:
     """Return what ranks log that have recorded 2, 3, ... and 10.0 as a metric of another type."""
 
-    def rank(communicator: Communicator) -> dict[str, float]:
+    def rank(communicator: Communicator) -> Snapshot:
         aggregator = MetricsAggregator(communicator=communicator)
         aggregator.register_handler("mine", Expanding(results))
         aggregator.register_handler("lane rms", LaneRMS())
         aggregator.record("x", communicator.rank + 2.0, "mine", dataset="d")
         aggregator.record("other", 10.0, "sum", dataset="d")
-        snapshot = aggregator.reduce()
+        return aggregator.reduce()
+
+    def shown(snapshot: Snapshot) -> dict[str, float]:
         found = snapshot.as_dict("t")
         for name in found.keys() & {"t_d/rate"}:
             found[name] *= snapshot.run_seconds
         assert found.pop("t_d/other") == 10.0 * world_size
         return found
 
-    found, *others = run_threads(rank, world_size)
+    found, *others = map(shown, run_threads(rank, world_size))
     assert all(str(other) == str(found) for other in others)  # NaN is equal to NaN here
     return {key.removeprefix("t_d/"): value for key, value in found.items()}
 
@@ -377,14 +386,15 @@ def test_a_combined_result_that_is_none_is_left_out_and_named() -> None:
         def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> Any:
             return None
 
-    def rank(communicator: Communicator) -> dict[str, float]:
+    def rank(communicator: Communicator) -> Snapshot:
         aggregator = MetricsAggregator(communicator=communicator)
         aggregator.register_handler("mine", Forgetful(lambda state: [state]))
         aggregator.record("x", 1.0, "mine")
-        return aggregator.get_metrics_for_logging("t")
+        return aggregator.reduce()
 
-    with pytest.warns(RuntimeWarning, match="Forgetful.finalize_dist_agg returned None"):
-        assert run_threads(rank, 2) == [{}] * 2
+    for snapshot in run_threads(rank, 2):
+        with pytest.warns(RuntimeWarning, match="Forgetful.finalize_dist_agg returned None"):
+            assert snapshot.as_dict("t") == {}
 
 
 # -- Between ranks

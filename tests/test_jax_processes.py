@@ -95,6 +95,9 @@ def test_processes_with_different_keys_or_none_agree(processes: int) -> None:
     assert results == [(logged, lacking, logged, 1)] * processes
 
 
+WEIGHTED = ("mean", "distribution")
+
+
 def anything(rng: np.random.Generator, rank: int) -> list[Metric]:
     """Return some metrics of any types, of keys that another rank may not have."""
     metrics = []
@@ -103,7 +106,7 @@ def anything(rng: np.random.Generator, rank: int) -> list[Metric]:
         special = [math.nan, math.inf, -math.inf, -0.0, 5e-324, 2**53 - 1]
         usual = float(rng.lognormal(0, 9))
         value = special[rng.integers(6)] if rng.random() < 0.05 else usual
-        weight = float(rng.choice([0, 0.5, 1, 3]))
+        weight = float(rng.choice([0, 0.5, 1, 3] if agg_type in WEIGHTED else [0, 1]))
         name = f"{agg_type} {rng.integers(4 + rank)}"
         dataset = str(rng.choice(["alpaca", "orca"]))
         metrics.append(Metric(dataset, name, value, agg_type, weight))
