@@ -1016,8 +1016,8 @@ class MetricsAggregator:
                         f"the state of {show(key)} cannot be restored by "
                         f"{name_of(handler)}.deserialize_metadata: {failure!r}"
                     ) from failure
-        if any(revived.values()):
-            self._try_out(revived, {**self._keys.of_key, **_handlers(admission)}, saved)
+        new = {key: handler for key, (_, handler) in admission.new.items()}
+        self._try_out(revived, {**self._keys.of_key, **new}, saved)
         return revived
 
     def _try_out(
@@ -1027,6 +1027,19 @@ class MetricsAggregator:
         saved: Saved,
     ) -> None:
         """Raise ValueError for states that later calls would fail on: finalise and save them once."""
+        for totals in (saved.run, saved.interval):
+            for key, state in totals.states():
+                handler = handlers[key]
+                assert isinstance(handler, LaneHandler)
+                try:
+                    handler.finalize(state)
+                except Exception as failure:
+                    raise ValueError(
+                        f"the state of {show(key)} is none that {name_of(handler)} can finalise: "
+                        f"{failure!r}. Load an earlier checkpoint"
+                    ) from failure
+        if not any(revived.values()):
+            return
         states = CustomStates()
         for view, some in revived.items():
             states.inherit(view, some)
@@ -1124,10 +1137,6 @@ class AggregatorMark:
     name: str
     keys: KeyTable = field(repr=False)
     cuts: int
-
-
-def _handlers(admission: Admission) -> dict[Key, AggregationHandler]:
-    return {key: handler for key, (_, handler) in admission.new.items()}
 
 
 class _Unclaimed(NamedTuple):

@@ -851,7 +851,8 @@ class MeanAggHandler(LaneHandler):
         return float((values * weights).sum()), float(weights.sum())
 
     def result(self, lanes: Mapping[str, float]) -> float:
-        return lanes["weighted_sum"] / lanes["weight"]
+        # Nothing that came in weighs nothing, but another rank may send what it likes.
+        return lanes["weighted_sum"] / lanes["weight"] if lanes["weight"] else math.nan
 
     # By the contract: the sum and the count, each value as often as its weight says.
 

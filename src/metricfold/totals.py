@@ -5,12 +5,13 @@ All are values: adding to one gives a new one, so a `Snapshot` may keep what it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from metricfold.handlers import COUNT, ReducedState
 from metricfold.naming import Key
 from metricfold.pool import EXACT_VALUES, FloatArray, Pool
 from metricfold.schema import Schema, digest
@@ -126,6 +127,23 @@ class Totals:
             self.seconds + newer.seconds,
             _joined(self.pools, newer.pools),
         )
+
+    def states(self) -> Iterator[tuple[Key, ReducedState]]:
+        """Yield the state of each key with lanes that has values."""
+        sums, maxs = self.exact_sums().tolist(), self.maxs.tolist()
+        for key, lanes in self.schema.sums.items():
+            entry = self.schema.entries[key]
+            if not entry.custom and sums[lanes.start + COUNT]:
+                yield (
+                    key,
+                    ReducedState(
+                        tuple(sums[lanes]),
+                        tuple(maxs[self.schema.maxs[key]]),
+                        self.seconds,
+                        self.pools.get(key, Pool()),
+                        entry.categories,
+                    ),
+                )
 
     def exact_sums(self) -> FloatArray:
         return self.sums + self.lost

@@ -139,6 +139,7 @@ def check_max_buckets(max_buckets: int) -> int:
     whole = isinstance(max_buckets, int | np.integer) and not isinstance(max_buckets, bool)
     if not whole or not FEWEST_BUCKETS <= max_buckets <= MOST_BUCKETS:
         raise ValueError(
-            f"max_buckets={max_buckets!r}: give a whole number in {FEWEST_BUCKETS}..{MOST_BUCKETS}"
+            f"max_buckets={max_buckets!r}: give a whole number, {FEWEST_BUCKETS} or more and at most "
+            f"{MOST_BUCKETS}"
         )
     return int(max_buckets)

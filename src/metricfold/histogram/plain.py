@@ -84,7 +84,19 @@ def _read(state: Mapping[str, Any]) -> Contents:
         raise ValueError("it is finer, or has dropped more, than any")
     contents = Contents.of(max_buckets, frame, totals, buckets)
     contents.check()
+    # What a layout has no use for would come back at the next save, in a form that nobody reads.
+    if not _same(contents, frame, buckets):
+        raise ValueError("its buckets are not those that its values come to")
     return contents
+
+
+def _same(contents: Contents, frame: Frame, buckets: Buckets) -> bool:
+    """Return whether `contents` hold what has been read, bucket for bucket."""
+    settled, kept = contents.frame, contents.buckets
+    return (settled.finest, settled.dropped) == (frame.finest, frame.dropped) and all(
+        np.array_equal(getattr(kept, part), getattr(buckets, part))
+        for part in ("segment", "index", "m", "sums")
+    )
 
 
 def _read_segment(group: Mapping[str, Any]) -> Buckets:
