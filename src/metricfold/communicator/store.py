@@ -80,7 +80,7 @@ class StoreClient:
             if port is not None:
                 # A clone that is cut off tries again for as long as the job's store is told to,
                 # which is minutes; a client of our own ends. So this one sees that the host lives.
-                ask(partial(_knock, bottom, timedelta(seconds=max(seconds, 1.0))))
+                ask(partial(_knock, bottom, seconds))
             clone = ask(job_store.clone)
             self._sockets = _new_sockets(before, port)
         finally:
@@ -168,7 +168,17 @@ def _answer(questions: queue.SimpleQueue[Any]) -> None:
         del item, question, args, answer
 
 
-def _knock(store: Any, timeout: timedelta) -> None:
+def _knock(store: Any, seconds: float) -> None:
+    """See that the store answers; over in `seconds`, or once its connection is cut off after these."""
+    # Where nobody listens, torch's client would go on trying, with nothing to cut off.
+    try:
+        socket.create_connection((store.host, store.port), timeout=seconds).close()
+    except OSError as error:
+        raise StoreGoneError(
+            f"the store at {store.host}:{store.port} does not answer ({error})"
+        ) from None
+    # It tries again only until its own timeout, which must have passed when it is cut off.
+    timeout = timedelta(seconds=max(seconds / 3, 1.0))
     type(store)(store.host, store.port, None, False, timeout, False)
 
 
