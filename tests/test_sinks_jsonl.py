@@ -414,6 +414,7 @@ def test_records_go_on_once_the_foreign_file_is_moved_away(tmp_path, monkeypatch
         (b'{"step": 1, "wall_time": 101.5, "prefix": "", "metr', []),
         (b'{"st', []),
         (b'{"step": 1', []),
+        (b'{"step": 1, "wall_time": 10\n', []),  # closed by a start since then
         (b'{"step": 1, "wall_time": 1.0, "metrics": {}, "histograms": {}}', [1]),
         (b'{"metrics": {}, "step": 1, "histograms": {}, "wall_time": 1.0}\n', [1]),
     ],

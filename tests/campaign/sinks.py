@@ -279,8 +279,8 @@ def damaged(name: str, trial: Trial) -> Iterator[Outcome]:
     elif how == "with zeros at its end":
         path.write_bytes(text + bytes(chance.randint(1, 5000)))
     elif how == "with torn lines":
-        for n in {chance.randrange(1, count) for _ in range(3)}:
-            lines[n] = lines[n][: chance.randrange(9, len(lines[n]) - 1)] + b"\n"
+        for n in {chance.randrange(count) for _ in range(3)}:
+            lines[n] = lines[n][: chance.randrange(9 if n else 40, len(lines[n]) - 1)] + b"\n"
             kept.discard(n)
         path.write_bytes(b"".join(lines))
     again = JSONLSink(path)

@@ -127,7 +127,9 @@ class JSONLSink(SelectiveSink):
             return
         start = file.read(_HEAD, 0)
         first, newline, _ = start.partition(b"\n")
-        if not start or _parsed(first) is not None or (not newline and _began(first)):
+        # A machine that went down may have left half of it, which a later start has closed.
+        half = _STARTED.match(first) is not None if newline else _began(first)
+        if not start or half or _parsed(first) is not None:
             return
         raise FileExistsError(
             errno.EEXIST,
@@ -233,6 +235,10 @@ def _lines(path: Path) -> Iterator[_Line]:
                 )
             yield _Line(number, start, text)
             start += len(text)
+
+
+_STARTED = re.compile(rb'\{"step": -?\d+' + re.escape(_AFTER_STEP))
+"""What half a line holds at least, if no other program is to have written it."""
 
 
 def _began(text: bytes) -> bool:
