@@ -9,6 +9,9 @@ BENCH_STAMP := $(VENV)/.installed-bench
 
 export OMP_NUM_THREADS ?= 1
 
+# One more than there are cores: tests of processes and of time wait a good deal.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + 1, 4))")
+
 .PHONY: demo test campaign lint bench figures clean
 .DEFAULT_GOAL := test
 
@@ -28,7 +31,7 @@ demo: $(STAMP)  ## train a small language model on two ranks; DEMO_ARGS="--ranks
 test: $(STAMP)  ## PYTEST_ARGS="tests/test_metric.py -x" and the like pass through
 	@echo "==> the whole test suite, in random order, warnings as errors"
 	@together=0; alone=0; \
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not alone" $(PYTEST_ARGS) || together=$$?; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone" $(PYTEST_ARGS) || together=$$?; \
 	echo "==> the tests that must run alone"; \
 	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS) || alone=$$?; \
 	case $$together/$$alone in 0/0|0/5|5/0) ;; *) exit 1;; esac

@@ -53,7 +53,7 @@ class World:
             self.processes.append(process)
 
     def run(
-        self, function: Callable[..., Any], *args: Any, timeout: float, dies: tuple[int, ...]
+        self, function: Callable[..., Any], *args: Any, timeout: float, dies: tuple[int, ...] = ()
     ) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function.__module__, function.__qualname__, args))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+from handlers_of_users import LaneRMS
 from hypotheses import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_threads
 from work import lines_run
 
-from metricfold import MetricsAggregator, agreement, keys, naming
+from metricfold import Metric, MetricsAggregator, agreement, keys, naming
 from metricfold.agreement import Agreed, agree, encoded
 from metricfold.communicator import Communicator
 from metricfold.data.batch import Column
@@ -201,3 +203,28 @@ def test_a_rank_that_took_a_key_over_but_handles_it_otherwise_says_so_at_once() 
 
     first, second = run_threads(disagree, 2)
     assert first == second
+
+
+class Word(str):
+    """A text that says more of itself than its letters."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"Word({str(self)!r})"
+
+
+@pytest.mark.parametrize("kind", [np.str_, Word])
+def test_names_and_types_that_are_texts_of_another_class_are_the_same_on_all_ranks(kind):
+    def say(communicator):
+        aggregator = MetricsAggregator(communicator=communicator)
+        aggregator.register_handler("lane rms", LaneRMS())
+        mine = kind if communicator.rank else str
+        for name in ("a", "b"):  # news of both ranks, in two reductions
+            aggregator.record(mine(name), 1.0, mine("sum"), dataset=mine("d"))
+            aggregator.update([Metric(mine("d"), mine(f"{name} rms"), 3.0, mine("lane rms"))])
+            aggregator.reduce()
+        return aggregator.get_metrics_for_logging("t")
+
+    expected = {"t_d/a": 2, "t_d/b": 2, "t_d/a rms": 3, "t_d/b rms": 3}
+    assert run_threads(say, 2) == [expected, expected]

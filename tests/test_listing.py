@@ -47,7 +47,15 @@ def test_a_shell_completes_public_names_of_an_aggregator() -> None:
     assert completed(aggregator.timer("data")) == {"over"}
     assert completed(aggregator.reduce()) == {
         *("as_dict", "value", "histogram", "histograms", "per_rank", "owner", "tied", "lacking"),
-        *("lacking_count", "timing", "world_size", "seconds", "run_seconds", "empty"),
+        *(
+            "lacking_count",
+            "timing",
+            "world_size",
+            "seconds",
+            "run_seconds",
+            "empty",
+            "sink_failed",
+        ),
     }
     # What is left out is there all the same.
     assert aggregator.leave_parent_behind is not None

@@ -101,7 +101,7 @@ _leaked: list[Communicator] = []
 parent has, so it must not run there."""
 
 
-@internal("leave_parent_behind")
+@internal("leave_parent_behind", "waits_for")
 @uncompiled
 class MetricsAggregator:
     """Aggregates metrics over samples, datasets and ranks.

@@ -225,8 +225,9 @@ class Entry:
         }
 
     def digest(self) -> int:
-        """Return a hash that tells it from others."""
-        return digest(ascii(_values_of(self)).encode())
+        """Return a hash that tells it from others, and is that of the same entry after a journey."""
+        # As JSON, in which a name that is a `numpy.str_` reads like any other text.
+        return digest(_json(_values_of(self)).encode())
 
 
 _NAMES = tuple(field.name for field in fields(Entry))

@@ -132,7 +132,7 @@ class Column:
         return self.state is None and not self.metrics and not self.late
 
 
-@internal("columns", "replaced")
+@internal("columns", "folded", "keys", "others", "replaced", "size", "states")
 class MetricBatch:
     """The metrics of one batch, one column per (dataset, name), folded where the batch was made.
 
