@@ -178,7 +178,7 @@ def _knock(store: Any, seconds: float) -> None:
             f"the store at {store.host}:{store.port} does not answer ({error})"
         ) from None
     # It tries again only until its own timeout, which must have passed when it is cut off.
-    timeout = timedelta(seconds=max(seconds / 3, 1.0))
+    timeout = timedelta(seconds=max(0.75 * seconds, 1.0))
     type(store)(store.host, store.port, None, False, timeout, False)
 
 
