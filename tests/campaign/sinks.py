@@ -121,16 +121,25 @@ def failing(name: str, trial: Trial) -> Iterator[Outcome]:
     yield from judged(name, World(1, body), count, whole=whole)
 
 
+def ended_badly(name: str, world: World, patience: float) -> Outcome | None:
+    """Return what to say of a process that hung, failed or said nothing; None if it is to be judged."""
+    hung = world.wait(patience)
+    errors = world.errors(0)
+    if hung:
+        return Outcome(name, "hung", errors[-300:])
+    if world.codes != [0] or not world.said(0):
+        return Outcome(name, "wrong", f"it ended with {world.codes}: {errors[-400:]}")
+    return None
+
+
 def judged(
     name: str, world: World, count: int, *, whole: bool, patience: float = PATIENCE
 ) -> Iterator[Outcome]:
-    hung = world.wait(patience)
-    said, errors = world.said(0), world.errors(0)
-    if hung:
-        yield Outcome(name, "hung", errors[-300:])
-    elif world.codes != [0] or not said:
-        yield Outcome(name, "wrong", f"it ended with {world.codes}: {errors[-400:]}")
+    failed = ended_badly(name, world, patience)
+    if failed is not None:
+        yield failed
     else:
+        said, errors = world.said(0), world.errors(0)
         steps = said[-1]["bad"]
         told = said_missing(errors)
         if said[-1]["good"] != list(range(count)):
@@ -211,13 +220,11 @@ def full_disk(name: str, trial: Trial) -> Iterator[Outcome]:
 
     # What does not come back is lost, and counted.
     world = World(1, body)
-    hung = world.wait(PATIENCE)
-    said, errors = world.said(0), world.errors(0)
-    if hung:
-        yield Outcome(name, "hung", errors[-300:])
-    elif world.codes != [0] or not said:
-        yield Outcome(name, "wrong", f"it ended with {world.codes}: {errors[-400:]}")
+    failed = ended_badly(name, world, PATIENCE)
+    if failed is not None:
+        yield failed
     else:
+        said, errors = world.said(0), world.errors(0)
         steps = said[-1]["bad"]
         lost = said_missing(errors)
         if steps != list(range(len(steps))) or len(steps) + lost != count:

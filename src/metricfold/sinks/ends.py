@@ -66,9 +66,8 @@ class _Watch:
         self.pipe: tuple[int, int] | None = None
         self.hooked = False
         self._installed: dict[int, int] = {}  # the address of Python's C code, per signal
-        self._turns: dict[
-            int, threading.Event
-        ] = {}  # what the main thread waits for, in our handler
+        # What the main thread waits for, in our handler.
+        self._turns: dict[int, threading.Event] = {}
         self._answering: set[int] = set()
         self._lock = threading.Lock()  # guards `_answering`; never taken in a handler
 
