@@ -8,6 +8,7 @@ installed, all of the module's tests are skipped. Others ask where they need one
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from importlib.util import find_spec
@@ -18,6 +19,10 @@ import pytest
 from jax_devices import compile_quickly
 
 compile_quickly()
+
+# Whoever connects to a torch store is looked up by name, twice, and the store answers nobody meanwhile:
+# a question to which a name server has no answer must not take five seconds each time.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 FRAMEWORKS = (
     *("torch", "torchdata", "lightning", "transformers", "accelerate", "datasets"),
