@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.sizes import FULL, QUICK, Sizes
+from metricfold.demo.virtual import virtual_devices
 
 __all__ = ["found_in_own_process", "installed", "print_found"]
 
@@ -30,8 +31,7 @@ def found_in_own_process(module: str, sizes: Sizes, devices: int = 1) -> Any:
         [sys.executable, "-m", module, *(["--quick"] if quick else [])],
         env={
             **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            **virtual_devices(devices),
             # Most of a quick run is spent in the compiler.
             "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quick)),
         },

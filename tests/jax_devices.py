@@ -31,6 +31,8 @@ from typing import Any
 
 import pytest
 
+from metricfold.demo.virtual import virtual_devices
+
 _context = multiprocessing.get_context("spawn")
 
 QUICKLY = {
@@ -144,8 +146,7 @@ def on_devices(*counts: int) -> Callable[[Callable[..., None]], Callable[..., No
 
 
 def _serve(devices: int, pipe: Connection) -> None:
-    os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ |= virtual_devices(devices)
     warnings.simplefilter("error")
     while True:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ from metricfold.demo.framework import Framework
 from metricfold.demo.launch import run_ranks
 from metricfold.demo.mixture import SAMPLES_PER_STEP
 from metricfold.demo.texts import BUILT_IN, DemoError, Text, read_texts
+from metricfold.demo.virtual import virtual_devices
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,14 +97,8 @@ def _train(folder: RunFolder, parts: int, steps: int, *, resume: bool) -> None:
         arguments,
         ranks=parts if framework.part == "rank" else 1,
         logs=folder.logs,
-        environment=_virtual_devices(parts) if framework.part == "device" else {},
+        environment=virtual_devices(parts) if framework.part == "device" else {},
     )
-
-
-def _virtual_devices(number: int) -> dict[str, str]:
-    """Return what makes JAX, where it is not imported yet, take this CPU for so many devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={number}"
-    return {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
 
 
 def _check_parts(framework: Framework, parts: int) -> None:
