@@ -145,3 +145,54 @@ def _telling(read: list[str], name: str, original: Any) -> Any:
         return original(self, *args, **kwargs)
 
     return reading
+
+
+@on_devices(1)
+def test_what_stands_for_an_array_is_taken_as_one_everywhere(tmp_path: Any) -> None:
+    """A Flax variable was "no number", though the reductions in a step took it."""
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from flax import nnx
+
+    from metricfold import JSONLSink, MetricsLogger, read_jsonl
+
+    class Wrapped:
+        """Something else that JAX takes for an array."""
+
+        def __init__(self, value: Any) -> None:
+            self.value = value
+
+        def __jax_array__(self) -> Any:
+            return self.value
+
+    optimizer = nnx.Optimizer(
+        nnx.Linear(2, 3, rngs=nnx.Rngs(0)),
+        optax.inject_hyperparams(optax.adam)(learning_rate=0.25),
+        wrt=nnx.Param,
+    )
+    rate = optimizer.opt_state.hyperparams["learning_rate"]
+    values = [rate, nnx.Variable(jnp.float32(0.25)), nnx.Param(jnp.full((1,), 0.25)), Wrapped(0.25)]
+    values += [Wrapped(np.float64(0.25)), nnx.Variable(0.25), Wrapped(jnp.float32(0.25))]
+    for value in values:
+        weight = Wrapped(jnp.float32(3)) if isinstance(value, Wrapped) else nnx.Variable(3.0)
+        for take in (take_list, take_one_by_one, take_batch):
+            results = logged(
+                take, Metric("d", "m", value, MEAN, weight), Metric("d", "m", 0.75, MEAN, 1)
+            )
+            assert results == {"data_d/m": 0.375}
+        aggregator = MetricsAggregator()
+        aggregator.record_all({"a": value, "b": 1.0}, {"a": "mean", "b": "sum"}, weight=weight)
+        aggregator.record("dropped", value, weight=Wrapped(0.0))
+        assert aggregator.get_metrics_for_logging() == {"data/a": 0.25, "data/b": 1.0}
+    vector = nnx.Variable(jnp.array([1.0, 3.0]))
+    aggregator = MetricsAggregator()
+    aggregator.record("each", vector, each=True)
+    aggregator.record("weighed", Wrapped(np.array([1.0, 3.0])), weight=nnx.Variable(jnp.arange(2)))
+    assert aggregator.get_metrics_for_logging() == {"data/each": 2.0, "data/weighed": 3.0}
+    with pytest.raises(ValueError, match=r"'each': a JAX array of shape \(2,\) is not one value"):
+        aggregator.record("each", vector)
+    with MetricsLogger([JSONLSink(tmp_path / "run.jsonl")]) as logger:
+        logger.log(0, {"lr": nnx.Variable(0.25)}, extra={"more": Wrapped(np.float32(0.5))})
+    (record,) = read_jsonl(tmp_path / "run.jsonl")
+    assert record.metrics == {"lr": 0.25, "more": 0.5}

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, NoReturn, SupportsIndex
 import numpy as np
 
 from metricfold import hints
+from metricfold.arrays import unwrapped
 from metricfold.checkpoint import Saved, decode, encode, share
 from metricfold.clock import Clock, Pause
 from metricfold.communicator import (
@@ -82,6 +83,7 @@ from metricfold.reduction import Contribution, Outcome, Reduced, Reducer
 from metricfold.routes import check_route
 from metricfold.schema import Key, Kind, Schema
 from metricfold.snapshot import Handlers, Snapshot, WindowLike, check_window
+from metricfold.staging import refuse_while_traced
 from metricfold.timing import Elapsed, Timer, TimerKeys
 from metricfold.totals import Totals
 from metricfold.uncompiled import leave_alone, uncompiled
@@ -214,6 +216,7 @@ class MetricsAggregator:
                 already, its name clashes with another, its value or weight is of the wrong kind.
                 Then nothing has changed, not even for the metrics before it.
         """
+        refuse_while_traced("update")
         if recomputed():
             self._pass_over(metrics.columns if isinstance(metrics, MetricBatch) else metrics)
             return
@@ -275,6 +278,7 @@ class MetricsAggregator:
         >>> aggregator.get_metrics_for_logging("train")
         {'train/len': 5.0, 'train/loss': 3.0}
         """
+        refuse_while_traced("record", name, value, weight)
         if recomputed():
             self._pass_over([Metric(dataset or "", name, value, agg, weight)])
             return
@@ -285,6 +289,7 @@ class MetricsAggregator:
         check_name("the name of a metric", name)
         if dataset is not None:
             check_name(f"the dataset of metric {name!r}", dataset)
+        value, weight = unwrapped(value), unwrapped(weight)
         try:
             agg_type = resolve_type(agg)
         except TypeError as error:
@@ -332,6 +337,7 @@ class MetricsAggregator:
         >>> aggregator.get_metrics_for_logging("train")
         {'train/grad_norm': 0.7, 'train/loss': 2.5}
         """
+        refuse_while_traced("record_all")
         if not isinstance(metrics, Mapping):
             raise TypeError(
                 f"record_all() takes the values by name, as in {{'loss': loss}}, not "
@@ -344,6 +350,7 @@ class MetricsAggregator:
             return
         if dataset is not None:
             check_name("the dataset of the metrics", dataset)
+        weight = unwrapped(weight)
         values: dict[Key, tuple[TypeLike, Any]] = {}
         for name, value in metrics.items():
             check_name("the name of a metric", name)
@@ -420,6 +427,7 @@ class MetricsAggregator:
         >>> with aggregator.pause():
         ...     pass  # evaluate()
         """
+        refuse_while_traced("pause")
         with self._lock:
             self._check_usable()
         return Pause(self._clock)
@@ -472,6 +480,7 @@ class MetricsAggregator:
                 another claims, or it cannot be read; then nothing has changed.
             TypeError: it is no accumulator.
         """
+        refuse_while_traced("drain")
         if not isinstance(getattr(accumulator, "layout", None), Layout):
             raise TypeError(
                 "drain() takes an accumulator, such as a metricfold.jax.DeviceAccumulator, not "
@@ -503,6 +512,7 @@ class MetricsAggregator:
         >>> aggregator.get_metrics_for_logging("train")
         {'train/loss': 2.0}
         """
+        refuse_while_traced("mark")
         with self._lock:
             self._check_usable()
             self._inbox.mark()
@@ -526,6 +536,7 @@ class MetricsAggregator:
                 has been reduced, saved or replaced. Then nothing has changed.
             TypeError: it is no mark.
         """
+        refuse_while_traced("rollback")
         if not isinstance(mark, AggregatorMark):
             raise TypeError(f"rollback() takes what mark() returned, not {type(mark).__name__}")
         with self._lock:
@@ -692,6 +703,7 @@ class MetricsAggregator:
             step: as in `reduce`.
             sink_failed: what `Snapshot.sink_failed` is to be on all ranks; a `MetricsLogger`'s.
         """
+        refuse_while_traced("reduce_async")
         with self._calls:
             self._drain()
             begun = _Begun()
@@ -774,6 +786,7 @@ class MetricsAggregator:
 
     def reset(self) -> None:
         """Forget every value; call it on every rank. Keys keep their aggregation types."""
+        refuse_while_traced("reset")
         with self._calls:
             self._drain()
             with self._lock:
@@ -813,6 +826,7 @@ class MetricsAggregator:
 
     def _reduced(self, kind: Kind, step: int | None) -> Snapshot:
         """Reduce on the caller's thread."""
+        refuse_while_traced(kind.name.lower())
         with self._calls:
             self._drain()
             begun = _Begun()

@@ -18,10 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from metricfold.staging import NO_NUMBER, is_traced
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["backend_of", "hold", "hold_each", "not_one_value", "read", "whole_tensor"]
+__all__ = [
+    "backend_of",
+    "hold",
+    "hold_each",
+    "not_one_value",
+    "read",
+    "unwrapped",
+    "whole_tensor",
+]
 
 
 class ArrayBackend(ABC):
@@ -155,13 +165,9 @@ class JaxArrays(ArrayBackend):
 
     @staticmethod
     def _check(value: Any) -> None:
-        jax = sys.modules["jax"]
-        if isinstance(value, jax.core.Tracer):
-            raise TypeError(
-                "a traced value has no number yet: return it from the jitted function and record "
-                "the result"
-            )
-        numpy = jax.numpy
+        if is_traced(value):
+            raise TypeError(NO_NUMBER)
+        numpy = sys.modules["jax"].numpy
         kinds = (numpy.bool_, numpy.integer, numpy.floating)
         if not any(numpy.issubdtype(value.dtype, kind) for kind in kinds):
             raise TypeError(f"an array of type {value.dtype} is no number to aggregate")
@@ -210,6 +216,18 @@ def not_one_value(kind: str, shape: Sequence[int]) -> str:
         f"a {kind} of shape {tuple(shape)} is not one value: reduce it first, such as by .mean(), or "
         "count each element: record(..., each=True), or weight= an array of that shape"
     )
+
+
+def unwrapped(value: Any) -> Any:
+    """Return the array that stands in `value`, such as a Flax variable; anything else as it is."""
+    jax = sys.modules.get("jax")
+    if jax is None or type(value) in _PLAIN or isinstance(value, jax.Array):
+        return value
+    unwrap = getattr(type(value), "__jax_array__", None)
+    return value if unwrap is None else unwrap(value)
+
+
+_PLAIN = {float, int, bool, str}
 
 
 def backend_of(value: object) -> ArrayBackend | None:

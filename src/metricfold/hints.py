@@ -23,6 +23,7 @@ import numpy as np
 from metricfold import arrays
 from metricfold.data.sample import METRICS
 from metricfold.metric import AggregationType, Metric
+from metricfold.staging import NO_NUMBER, is_traced
 
 __all__ = [
     "for_agg",
@@ -137,6 +138,8 @@ def for_number(name: str, value: object) -> str:
         return "what is masked has no value: leave the key out"
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
+    if is_traced(value):
+        return NO_NUMBER
     backend = arrays.backend_of(value)
     if backend is not None and getattr(value, "ndim", 1) == 0:
         return (

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 from metricfold.clock import Clock
 from metricfold.listing import internal
 from metricfold.metric import AggregationType
+from metricfold.staging import refuse_while_traced
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -162,6 +163,7 @@ class Timer(ContextDecorator):
         self._again: list[Timer] = []  # uses that began while this one was going on
 
     def __enter__(self) -> Timer:  # noqa: PYI034 - typing.Self needs Python 3.11
+        refuse_while_traced("timer")
         elapsed = self._elapsed
         if elapsed.inherited:
             raise RuntimeError(

@@ -413,6 +413,8 @@ def _fold_group(
     handler: AggregationHandler | None,
     in_worker: bool,
 ) -> Column:
+    if not _NUMBERS.issuperset(map(type, values)):
+        values = [*map(arrays.unwrapped, values)]
     # By type, not by value: comparing a device array with a number would wait for the device.
     plain = _NUMBERS.issuperset(map(type, weights))
     if not plain or weights.count(1.0) < len(weights):
@@ -454,6 +456,7 @@ def _weight(key: Key, weight: Any, weighted: bool, in_worker: bool) -> Any:
     """Return a weight as a number; one that lies on a device is left there, but for a worker."""
     if type(weight) in _NUMBERS:
         return weight
+    weight = arrays.unwrapped(weight)
     on_device = arrays.backend_of(weight) is not None
     if on_device and not in_worker:
         return weight

@@ -23,6 +23,7 @@ from metricfold.sinks.pipeline import Entry, Extra, Pipeline
 from metricfold.sinks.record import Sink, checked_numbers
 from metricfold.sinks.worker import error_of
 from metricfold.snapshot import Snapshot, WindowLike, check_window
+from metricfold.staging import refuse_while_traced
 from metricfold.tables import Rollup, check_rollup
 from metricfold.uncompiled import leave_alone, uncompiled
 
@@ -167,6 +168,7 @@ class MetricsLogger(OneInUse):
             SinkError: a sink has failed, and this logger raises such errors.
             Exception: what this aggregator's reduction before has raised, on every rank alike.
         """
+        refuse_while_traced("log")
         self._check_open()
         look_after()
         wall_time = time.time()

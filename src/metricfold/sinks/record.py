@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from metricfold import hints
+from metricfold.arrays import unwrapped
 from metricfold.histogram import Histogram
 from metricfold.metric import check_name
 
@@ -98,8 +99,9 @@ def checked_numbers(what: str, values: Mapping[str, float]) -> dict[str, float]:
     if not isinstance(values, Mapping):
         raise TypeError(f"{what} must be a dict of numbers, but is {values!r}")
     numbers_by_key: dict[str, float] = {}
-    for key, value in values.items():
+    for key, given in values.items():
         check_name(f"a key of {what}", key)
+        value = unwrapped(given)
         # The exact types first: asking an abstract class is slow.
         number = value if type(value) in (float, int) else _host_number(value)
         if number is None:
