@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -190,7 +189,7 @@ def test_what_is_packed_comes_out_again() -> None:
     assert out.weights is not None
     assert out.weights.tolist() == [1.0, 3.0]
 
-    condensed = Schema([replace(window, condensed=True)])
+    condensed = Schema([window._replace(condensed=True)])
     (out,) = exchanged(condensed, {}, {window.key: kept._replace(older=older)}).recent.windows(
         window.key
     )
@@ -215,16 +214,12 @@ def test_what_has_no_place_in_the_vector_is_named() -> None:
     assert lacking(schema, {kinds.key: categories}, {}) == {kinds.key}
     assert lacking(schema, {}, {window.key: long, new: weighted}) == {window.key, new}
     assert lacking(schema, {}, {window.key: older}) == {window.key}
-    unweighted = Schema([replace(window, weighted=False)])
+    unweighted = Schema([window._replace(weighted=False)])
     assert lacking(unweighted, {}, {window.key: weighted}) == {window.key}
 
 
 entries = st.builds(
-    Entry,
-    st.just(("d", "x")),
-    st.just("distribution"),
-    st.just(3),
-    st.just(0),
+    lambda **found: Entry(("d", "x"), "distribution", 3, 0, **found),
     per_rank=st.booleans(),
     capacity=st.sampled_from([0, 16, 32, 1000]),
     weighted=st.booleans(),

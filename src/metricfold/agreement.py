@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Protocol
 
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 _SMALLEST_CAPACITY = 16
+_key_of = attrgetter("key")
 
 
 class Registry(Protocol):
@@ -128,8 +130,8 @@ def _as_here(entry: Entry, registry: Registry) -> Entry:
     here = registry.entry(entry.key)
     most, suffixes = here.most, here.suffixes
     full = entry.full and len(entry.categories) > most
-    return replace(
-        entry, most=most, suffixes=suffixes, full=full, capacity=0, weighted=False, condensed=False
+    return entry._replace(
+        most=most, suffixes=suffixes, full=full, capacity=0, weighted=False, condensed=False
     )
 
 
@@ -143,15 +145,14 @@ def _with_room(
         grown = known.with_categories(state.counts)
         kept = set(grown.categories)
         new = tuple(category for category in state.counts if category in kept)
-        entry = replace(entry, categories=new, full=grown.full)
+        entry = entry._replace(categories=new, full=grown.full)
     if window is not None:
         handler = registry.handler(key)
         assert isinstance(handler, DistributionAggHandler)
         capacity = _SMALLEST_CAPACITY
         while capacity < window.values.size:
             capacity *= 2
-        entry = replace(
-            entry,
+        entry = entry._replace(
             capacity=min(capacity, handler.limit),
             weighted=window.weights is not None,
             condensed=window.older is not None,
@@ -240,8 +241,10 @@ def agree(
     changed: dict[Key, Entry] = {}
     lost: dict[tuple[Key, str], Lost] = {}
     for entries, ranks in news_of:
+        new = [one for one in entries if one.key not in schema and one.key not in changed]
+        free = set(map(_key_of, new)) if _claim(claims, new) else set()
         for entry in entries:
-            reason = _join(schema, changed, claims, entry)
+            reason = _join(schema, changed, claims, entry, free)
             if reason:
                 one = lost.setdefault((entry.key, entry.type), Lost(entry.key, [], reason))
                 one.ranks.extend(ranks)
@@ -250,8 +253,31 @@ def agree(
     )
 
 
-def _join(schema: Schema, changed: dict[Key, Entry], claims: Claims, entry: Entry) -> str:
-    """Add `entry` to the changed ones; returns why it cannot be, or nothing."""
+def _claim(claims: Claims, entries: Iterable[Entry]) -> bool:
+    """Claim the names of all `entries`; returns False, and claims none, if one of them clashes."""
+    try:
+        claims.add((entry.key, entry.suffixes) for entry in entries)
+    except ValueError:
+        return False
+    return True
+
+
+def _join(
+    schema: Schema,
+    changed: dict[Key, Entry],
+    claims: Claims,
+    entry: Entry,
+    claimed: AbstractSet[Key],
+) -> str:
+    """Add `entry` to the changed ones; returns why it cannot be, or nothing.
+
+    Args:
+        schema: that all ranks have.
+        changed: its entries that are new or have got more room.
+        claims: the names of all these; gets those of `entry`.
+        entry: what a rank has brought.
+        claimed: new keys whose names have been claimed already.
+    """
     known = changed.get(entry.key) or schema.entries.get(entry.key)
     if known is not None:
         if known.compatible(entry):
@@ -272,12 +298,13 @@ def _join(schema: Schema, changed: dict[Key, Entry], claims: Claims, entry: Entr
             f"{show(entry.key)} as {entry.type!r}, but it is already registered with aggregation "
             f"type {known.type} on the other ranks"
         )
-    try:
-        claims.add([(entry.key, entry.suffixes)])
-    except ValueError as error:
-        return f"{show(entry.key)} as {entry.type!r}, but {error}"
+    if entry.key not in claimed:
+        try:
+            claims.add([(entry.key, entry.suffixes)])
+        except ValueError as error:
+            return f"{show(entry.key)} as {entry.type!r}, but {error}"
     if entry.categories or entry.full:
-        entry = replace(entry, categories=(), full=False).joined(entry)
+        entry = entry._replace(categories=(), full=False).joined(entry)
     changed[entry.key] = entry
     return ""
 

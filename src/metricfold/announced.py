@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable
-from dataclasses import MISSING, fields
 from typing import Any
 
 import numpy as np
@@ -279,4 +278,4 @@ _READERS: dict[str, Callable[[object], Any]] = {
     "most": _whole(2**63),
     "full": _flag,
 }
-_NEEDED = {field.name for field in fields(Entry) if field.default is MISSING}
+_NEEDED = {name for name in Entry._fields if name not in Entry._field_defaults}

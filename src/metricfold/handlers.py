@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import reduce
+from functools import cached_property, reduce
 from numbers import Real
 from operator import add, mul
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -502,8 +502,7 @@ class LaneHandler(AggregationHandler):
         if nans and self.on_nan == "propagate":
             return {"": math.nan}
         if count > nans:
-            names = (*COMMON_LANES, *self.sum_lanes, *self.max_lanes)
-            lanes = dict(zip(names, (*state.sums, *state.maxs), strict=True))
+            lanes = dict(zip(self._lane_names, (*state.sums, *state.maxs), strict=True))
             lanes["seconds"] = state.seconds
             reported[""] = float(self.result(lanes))
         if nans:
@@ -602,7 +601,7 @@ class LaneHandler(AggregationHandler):
     def _reduced(self, state: State, seconds: float) -> ReducedState:
         return ReducedState(state.sums, state.maxs, seconds)
 
-    @property
+    @cached_property
     def _lane_names(self) -> tuple[str, ...]:
         return *COMMON_LANES, *self.sum_lanes, *self.max_lanes
 

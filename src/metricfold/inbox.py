@@ -1,14 +1,14 @@
 """What comes in: put down in order of arrival, folded when much of it has piled up.
 
-    record, update        log.append((to which slots, which items))      one append, whatever comes
+    record, update        log.append((to which lists, which items))      one append, whatever comes
     every few thousand    each slot folds its items into a state         a `Delta`
     mark                  remembers a place in the log
     rollback              cuts the log off there
     cut, restore          hand the delta to a reduction; take it back if that fails
 
-A *slot* takes the items of one key: numbers, numbers with a weight, states that were folded elsewhere,
-and values that still lie on a device. One log for all keys lets a call be put down as a whole, and what
-came after a mark be dropped without a trace.
+A *slot* has lists for the items of one key: numbers, numbers with a weight, states that were folded
+elsewhere, and values that still lie on a device. One log for all keys lets a call be put down as a
+whole, and what came after a mark be dropped without a trace.
 
 The fast way in is for what needs no look but at its type: an int or a float, of a key that is known
 under a type spelled so and whose handler is a built-in one. Everything else is checked and folded by
@@ -18,7 +18,8 @@ under a type spelled so and whose handler is a built-in one. Everything else is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import chain, groupby
 from operator import mul, sub
@@ -66,7 +67,10 @@ _ONE = {1.0}
 _SPELLINGS = {str, AggregationType}
 _BUILT_IN = {agg_type: type(handler) for agg_type, handler in built_in_handlers().items()}
 
-Adder: TypeAlias = Callable[[Any], object]
+Items: TypeAlias = list[Any]
+"""Where a fold puts items of the log; emptied, and never replaced."""
+Calls: TypeAlias = Sequence[tuple[Sequence[Items], Sequence[Any]]]
+"""A log, or a part of it: for each call what goes where."""
 
 
 class Keys(Protocol):
@@ -86,13 +90,12 @@ class Inbox:
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
         self._slots: dict[Key, Slot] = {}
-        # By dataset, if there is one, name and type, as these are spelled.
-        self._spelled: dict[tuple[object, ...], Slot] = {}
-        self._numbers: dict[tuple[object, ...], Adder] = {}
-        self._collated: dict[tuple[str, str, TypeLike], Slot] = {}
+        self._spelled = _Spelled(self._slots)
+        self._numbers = _Numbers(self._spelled)
         self._shapes: dict[str, Shape] = {}
+        self._kinds: dict[type, type[Slot]] = {}
         self._accumulators: list[Drained] = []
-        self._log: list[tuple[Sequence[Adder], Sequence[Any]]] = []
+        self._log: list[tuple[Sequence[Items], Sequence[Any]]] = []
         self._room = _MOST
         self._folds = self._folding = 0
         self._delta = Delta()
@@ -109,7 +112,7 @@ class Inbox:
             if type(agg) not in _SPELLINGS:
                 return False
             if type(value) is float and type(weight) is float and weight == 1.0 and slot.number:
-                placed: tuple[tuple[Adder], tuple[Any]] = slot.number, (value,)
+                placed: tuple[tuple[Items], tuple[Any]] = slot.number, (value,)
             else:
                 placed = slot.placed(value, weight)
         except (KeyError, TypeError, OverflowError):
@@ -123,29 +126,25 @@ class Inbox:
     def update(self, metrics: Any) -> bool:
         """Take in a list of metrics, or a collated batch, all or none."""
         kind = type(metrics)
-        adders: Sequence[Adder]
+        targets: Sequence[Items]
         items: Sequence[Any]
         try:
             if kind is MetricBatch:
                 if metrics.others or metrics.replaced:
                     return False
                 shape = self._shapes.get(metrics.keys) or self._shape(metrics.keys)
-                adders, items = shape.adders, metrics.folded
+                targets, items = shape.targets, metrics.folded
                 size = _BATCH + metrics.size // _PER_ROOM
             elif (kind is list or kind is tuple) and metrics:
                 if not _METRIC.issuperset(map(type, metrics)):
                     return False
-                adders, items = self._placed(*zip(*metrics, strict=True))
+                targets, items = self._placed(*zip(*metrics, strict=True))
                 size = len(items)
             else:
                 return False
         except (KeyError, TypeError, ValueError, OverflowError):
             return False
-        # All of a call, or nothing: a signal may interrupt between any two lines.
-        self._log.append((adders, items))
-        self._room -= size
-        if self._room < 0:
-            self._fold()
+        self._put(targets, items, size)
         return True
 
     def _placed(
@@ -155,7 +154,7 @@ class Inbox:
         values: Sequence[Any],
         types: Sequence[object],
         weights: Sequence[Any],
-    ) -> tuple[Sequence[Adder], Sequence[Any]]:
+    ) -> tuple[Sequence[Items], Sequence[Any]]:
         """Return how to take in metrics; raises KeyError if one is not for the fast way."""
         if not _SPELLINGS.issuperset(map(type, types)):
             raise KeyError
@@ -168,11 +167,11 @@ class Inbox:
             self._spelled[key].placed(value, weight)
             for key, value, weight in zip(keys, values, weights, strict=True)
         ]
-        return [add for (add,), _ in placed], [item for _, (item,) in placed]
+        return [target for (target,), _ in placed], [item for _, (item,) in placed]
 
     def _shape(self, keys: str) -> Shape:
         """Return what collated batches of these keys go to; raises KeyError if they are not for it."""
-        slots = [self._collated[one] for one in folded_keys(keys)]
+        slots = [self._collated(*one) for one in folded_keys(keys)]
         if not slots:
             raise KeyError
         if len(self._shapes) >= _MOST_SHAPES:
@@ -181,6 +180,13 @@ class Inbox:
         shape = self._shapes[keys] = Shape(slots)
         return shape
 
+    def _collated(self, dataset: str, name: str, agg_type: TypeLike) -> Slot:
+        """Return where what workers have folded of a key goes; raises KeyError if not this way."""
+        slot = self._slots[dataset, name]
+        if slot.agg_type is not agg_type or type(slot.handler) is not _BUILT_IN[agg_type]:
+            raise KeyError
+        return slot
+
     def first(
         self, key: Key, agg_type: TypeLike, handler: object, value: Any, weight: Any
     ) -> Callable[[], None] | None:
@@ -188,15 +194,15 @@ class Inbox:
         if type(handler) not in _FOLDS or key in self._keys.of_key:
             return None
         assert isinstance(handler, LaneHandler)
-        slot = _slot_for(key, agg_type, handler)
+        slot = self._slot(key, agg_type, handler)
         try:
-            adders, items = slot.placed(value, weight)
+            targets, items = slot.placed(value, weight)
         except (KeyError, OverflowError):
             return None
 
         def take_in() -> None:
-            self._opened(slot)
-            self._put(adders, items, 1)
+            self._slots[key] = slot
+            self._put(targets, items, 1)
 
         return take_in
 
@@ -204,27 +210,27 @@ class Inbox:
 
     def take(self, columns: Iterable[Column]) -> None:
         """Take in columns of keys that have been admitted."""
-        adders: list[Adder] = []
+        targets: list[Items] = []
         items: list[Any] = []
         size = 0
         for column in columns:
             slot = self._slots.get(column.key) or self._open(column.key, column.agg_type)
             assert column.state is not None
-            adders.append(slot.add_other)
+            targets.append(slot.others)
             items.append(column.state)
             size += int(column.state.sums[COUNT]) or 1
             if column.late:
-                adders += [slot.add_other] * len(column.late)
+                targets += [slot.others] * len(column.late)
                 items += column.late
-        self._put(adders, items, size)
+        self._put(targets, items, size)
 
     def take_accumulator(self, drained: Drained) -> None:
         """Take in an accumulator that is on its way from its device."""
-        self._put((self._accumulators.append,), (drained,), 1)
+        self._put((self._accumulators,), (drained,), 1)
 
-    def _put(self, adders: Sequence[Adder], items: Sequence[Any], size: int) -> None:
+    def _put(self, targets: Sequence[Items], items: Sequence[Any], size: int) -> None:
         # All of a call, or nothing: a signal may interrupt between any two lines.
-        self._log.append((adders, items))
+        self._log.append((targets, items))
         self._room -= size
         if self._room < 0:
             self._fold()
@@ -232,20 +238,15 @@ class Inbox:
     def _open(self, key: Key, agg_type: TypeLike) -> Slot:
         handler = self._keys.of_key[key]
         assert isinstance(handler, LaneHandler)
-        return self._opened(_slot_for(key, agg_type, handler))
-
-    def _opened(self, slot: Slot) -> Slot:
-        """Let what comes of a key go to its slot, and take the fast way."""
-        key, agg_type = slot.key, slot.agg_type
-        self._slots[key] = slot
-        if slot.takes is not None:
-            for spelled in _spellings(key, agg_type):
-                self._spelled[spelled] = slot
-                if slot.takes is float:
-                    self._numbers[spelled] = slot.add_value
-        if type(slot.handler) is _BUILT_IN.get(agg_type):
-            self._collated[(*key, agg_type)] = slot
+        slot = self._slots[key] = self._slot(key, agg_type, handler)
         return slot
+
+    def _slot(self, key: Key, agg_type: TypeLike, handler: LaneHandler) -> Slot:
+        kind = self._kinds.get(type(handler))
+        if kind is None:
+            kind = OrderedSlot if handler.empty().ordered else Slot
+            self._kinds[type(handler)] = kind
+        return kind(key, agg_type, handler)
 
     # -- Folding
 
@@ -269,16 +270,14 @@ class Inbox:
             del log[:count]
         self._room = max(_MOST, len(self._slots))
 
-    def _folded(
-        self, calls: Sequence[tuple[Sequence[Adder], Sequence[Any]]], queued: AbstractSet[Key]
-    ) -> Delta:
+    def _folded(self, calls: Calls, queued: AbstractSet[Key]) -> Delta:
         """Return what some calls in the log have brought.
 
         Args:
             calls: that part of the log.
             queued: keys with values, from earlier on, that still lie on a device.
         """
-        adders = chain.from_iterable([adders for adders, _ in calls])
+        targets = chain.from_iterable([targets for targets, _ in calls])
         items = chain.from_iterable([items for _, items in calls])
         folded = Delta()
         if self._folding:  # a signal's handler does this while a fold of the same is under way
@@ -287,8 +286,7 @@ class Inbox:
         try:
             for key in queued:
                 self._slots[key].wait()
-            for add, item in zip(adders, items, strict=True):
-                add(item)
+            deque(map(list.append, targets, items), maxlen=0)  # a loop that Python does not run
             for shape in self._shapes.values():
                 shape.spread()
             for slot in self._slots.values():
@@ -342,20 +340,48 @@ class Inbox:
         self._fold()
         slot = self._slots.pop(key, None)
         if slot is not None:
-            for spelled in _spellings(key, slot.agg_type):
+            for spelled in slot.spellings():
                 self._spelled.pop(spelled, None)
                 self._numbers.pop(spelled, None)
-            self._collated.pop((*key, slot.agg_type), None)
             self._shapes.clear()
         return self._delta.drop(key) + self._since.drop(key)
 
 
-def _spellings(key: Key, agg_type: TypeLike) -> Iterator[tuple[object, ...]]:
-    dataset, name = key
-    where = (dataset, name) if dataset else (name,)
-    yield (*where, agg_type)
-    if isinstance(agg_type, AggregationType):
-        yield (*where, agg_type.value)
+class _Spelled(dict[tuple[object, ...], "Slot"]):
+    """Slots by dataset, if there is one, name and type, as calls spell these.
+
+    Each is put down when it is first asked for: of tens of thousands of keys most are spelled one way.
+    """
+
+    def __init__(self, slots: Mapping[Key, Slot]) -> None:
+        super().__init__()
+        self._slots = slots
+
+    def __missing__(self, spelled: tuple[Any, ...]) -> Slot:
+        key = spelled[:2] if len(spelled) > 2 else ("", spelled[0])
+        slot = self._slots[key]
+        if slot.takes is None or type(spelled[-1]) not in _SPELLINGS:
+            raise KeyError
+        for known in slot.spellings():
+            if known == spelled:
+                self[known] = slot
+                return slot
+        raise KeyError
+
+
+class _Numbers(dict[tuple[object, ...], Items]):
+    """The same of plain numbers: where they go."""
+
+    def __init__(self, spelled: _Spelled) -> None:
+        super().__init__()
+        self._spelled = spelled
+
+    def __missing__(self, spelled: tuple[Any, ...]) -> Items:
+        slot = self._spelled[spelled]
+        if slot.takes is not float:
+            raise KeyError
+        self[spelled] = slot.values
+        return slot.values
 
 
 # -- Slots -----------------------------------------------------------------------------------------
@@ -366,34 +392,36 @@ class Slot:
 
     Attributes:
         takes: the type of what may come the fast way: float, str (categories), or None.
-        number: how to put down a plain number, if that is float.
-        add_value: puts down what may come the fast way and has weight 1.
-        add_other: puts down anything else: a value with its weight, a state, or what is `Late`.
+        values: for what may come the fast way and has weight 1.
+        others: for anything else: values with their weights, states, and what is `Late`.
+        number: where a plain number goes, if it may come the fast way.
     """
 
     __slots__ = (
         "_others",
-        "_values",
-        "add_other",
-        "add_value",
         "agg_type",
         "handler",
         "key",
         "number",
         "takes",
+        "values",
     )
 
     def __init__(self, key: Key, agg_type: TypeLike, handler: LaneHandler) -> None:
         self.key, self.agg_type, self.handler = key, agg_type, handler
         self.takes = _TAKEN.get(type(handler))
-        self._values: list[Any] = []
-        self._others: list[Any] = []
-        # The lists are emptied, and never replaced.
-        self.add_value = self._values.append
-        self.add_other = self._others.append
-        self.number = (self.add_value,) if self.takes is float else None
+        self.values: Items = []
+        self._others: Items | None = None
+        self.number = (self.values,) if self.takes is float else None
 
-    def placed(self, value: Any, weight: Any) -> tuple[tuple[Adder], tuple[Any]]:
+    @property
+    def others(self) -> Items:
+        found = self._others
+        if found is None:  # most keys never need it
+            found = self._others = []
+        return found
+
+    def placed(self, value: Any, weight: Any) -> tuple[tuple[Items], tuple[Any]]:
         """Return how to take in one value; raises KeyError if it is not for the fast way."""
         kind = type(value)
         if kind is int and self.takes is float:
@@ -402,30 +430,39 @@ class Slot:
             raise KeyError
         if type(weight) in _NUMBERS:
             if weight == 1:
-                return (self.add_value,), (value,)
+                return (self.values,), (value,)
             if self.handler.weighted and 0 < weight <= LARGEST_WEIGHT:
-                return (self.add_other,), ((value, float(weight)),)
+                return (self.others,), ((value, float(weight)),)
         raise KeyError
+
+    def spellings(self) -> Iterator[tuple[object, ...]]:
+        """Yield how calls may spell the key and its type."""
+        dataset, name = self.key
+        where = (dataset, name) if dataset else (name,)
+        yield (*where, self.agg_type)
+        if isinstance(self.agg_type, AggregationType):
+            yield (*where, self.agg_type.value)
 
     def wait(self) -> None:
         """Let what comes know that values which came before still lie on a device."""
 
     def filled(self) -> bool:
         """Return whether there is anything to fold."""
-        return bool(self._values or self._others)
+        return bool(self.values or self._others)
 
     def clear(self) -> None:
-        self._values.clear()
-        self._others.clear()
+        self.values.clear()
+        if self._others is not None:
+            self._others.clear()
 
     def folded(self) -> tuple[LaneState, list[Late]]:
         """Return the state of what is here, and what lies on a device."""
         late: list[Late] = []
         if not self._others:
-            return self._of_values(self._values, None), late
+            return self._of_values(self.values, None), late
         state = self.handler.empty()
-        if self._values:
-            state.merge(self._of_values(self._values, None))
+        if self.values:
+            state.merge(self._of_values(self.values, None))
         by_kind: dict[type, list[Any]] = {}
         for item in self._others:
             by_kind.setdefault(type(item), []).append(item)
@@ -440,7 +477,7 @@ class Slot:
 
     def add_lanes(self, lanes: LaneState) -> None:
         """Add the lanes of several states; what else these held has been put down apart."""
-        self._others.append(lanes)
+        self.others.append(lanes)
 
     def _of_values(self, values: Sequence[Any], weights: Sequence[float] | None) -> LaneState:
         state = _FOLDS[type(self.handler)](self.handler, values, weights)
@@ -462,9 +499,12 @@ class OrderedSlot(Slot):
 
     def __init__(self, key: Key, agg_type: TypeLike, handler: LaneHandler) -> None:
         super().__init__(key, agg_type, handler)
-        self.add_other = self.add_value
         self._lanes: list[LaneState] = []
         self._queued = False
+
+    @property
+    def others(self) -> Items:
+        return self.values
 
     def wait(self) -> None:
         self._queued = True
@@ -478,7 +518,7 @@ class OrderedSlot(Slot):
         self._lanes.append(lanes)
 
     def filled(self) -> bool:
-        return bool(self._values or self._lanes or self._queued)
+        return bool(self.values or self._lanes or self._queued)
 
     def folded(self) -> tuple[LaneState, list[Late]]:
         state = self.handler.empty()
@@ -527,34 +567,30 @@ class OrderedSlot(Slot):
 
     def _runs(self) -> Iterator[tuple[type, list[Any]]]:
         """Yield what came in a row and is of one kind; nearly always that is everything."""
-        kinds = set(map(type, self._values))
+        kinds = set(map(type, self.values))
         if kinds <= _NUMBERS:
-            yield float, self._values
+            yield float, self.values
         elif len(kinds) == 1:
-            yield kinds.pop(), self._values
+            yield kinds.pop(), self.values
         else:
-            for kind, run in groupby(self._values, _kind):
+            for kind, run in groupby(self.values, _kind):
                 yield kind, [*run]
-
-
-def _slot_for(key: Key, agg_type: TypeLike, handler: LaneHandler) -> Slot:
-    return (OrderedSlot if handler.empty().ordered else Slot)(key, agg_type, handler)
 
 
 class Shape:
     """Where the columns of collated batches that hold the same keys go.
 
     Attributes:
-        adders: of their lanes, all together, and of what else each column may hold.
+        targets: of their lanes, all together, and of what else each column may hold.
     """
 
-    __slots__ = ("_lanes", "_slots", "adders")
+    __slots__ = ("_lanes", "_slots", "targets")
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self._slots = slots
         self._lanes: list[tuple[bytes, bytes]] = []
-        ordered = [slot.add_other for slot in slots if type(slot) is OrderedSlot]
-        self.adders = (self._lanes.append, *ordered)
+        ordered = [slot.others for slot in slots if type(slot) is OrderedSlot]
+        self.targets = (self._lanes, *ordered)
 
     def clear(self) -> None:
         self._lanes.clear()
@@ -580,7 +616,8 @@ def _rows(lanes: Sequence[bytes]) -> FloatArray:
 
 def _array(numbers: Any) -> FloatArray:
     # Of a copy: a signal's handler that folds would empty the list, which NumPy does not survive.
-    return np.array(tuple(numbers), dtype=np.float64)
+    copied = tuple(numbers)
+    return np.fromiter(copied, dtype=np.float64, count=len(copied))
 
 
 def _kind(item: object) -> type:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -270,17 +269,10 @@ class KeyTable:
     def entry(self, key: Key) -> Entry:
         """Return how `key` travels, as far as its handler decides it."""
         usual = self._usual[key]
-        return Entry(
-            key,
-            usual.type,
-            usual.sums,
-            usual.maxs,
-            usual.suffixes,
+        return usual._replace(
+            key=key,
             per_rank=key in self.per_rank and not usual.custom,
-            distributed=usual.distributed,
-            bounded=usual.bounded,
             drained=usual.distributed and key in self.drained,
-            most=usual.most,
         )
 
     def adopt(self, agreed: Agreed, losers: Iterable[Key]) -> str:
@@ -478,7 +470,7 @@ def _usual_entry(handler: AggregationHandler, label: str) -> Entry:
         return Entry(("", ""), label, 0, 0, suffixes)
     entry = Entry(("", ""), label, handler.sum_width, handler.max_width, suffixes)
     if isinstance(handler, DistributionAggHandler):
-        return replace(entry, distributed=True, bounded=handler.window_size is not None)
+        return entry._replace(distributed=True, bounded=handler.window_size is not None)
     if isinstance(handler, CategoricalCountAggHandler):
-        return replace(entry, most=handler.max_categories)
+        return entry._replace(most=handler.max_categories)
     return entry

@@ -75,17 +75,16 @@ class Claims:
         """
         claimed, proposed = self._claimed, Claimed(self._claimed.endings)
         for key, suffixes in keys:
-            texts: dict[str, Key] = {}
-            for owner in _owners(key):
-                for suffix in suffixes:
-                    if suffix.endswith(ANYTHING):
-                        claimed.expect(suffix[:-1])
-                        proposed.expect(suffix[:-1])
-                    texts[_text(owner, suffix)] = owner
+            texts = {text + suffix: owner for text, owner in _printing(key) for suffix in suffixes}
+            for suffix in suffixes:
+                if suffix.endswith(ANYTHING):
+                    claimed.expect(suffix[:-1])
+                    proposed.expect(suffix[:-1])
             for text, owner in texts.items():
                 if claimed.owners.get(text) != owner:  # else a namesake in another dataset has it
-                    _refuse_clash(key, owner, text, claimed.clash(text, owner))
-                    _refuse_clash(key, owner, text, proposed.clash(text, owner))
+                    clash = claimed.clash(text, owner) or proposed.clash(text, owner)
+                    if clash is not None:
+                        raise ValueError(_clashing(key, owner, text, *clash))
                     if self._derived:
                         self._refuse_derived(key, text)
             for text, owner in texts.items():
@@ -100,7 +99,7 @@ class Claims:
 
     def owner(self, key: Key, suffix: str) -> Key | None:
         """Return another key that has claimed what `key` would print with `suffix`, if one has."""
-        clash = self._claimed.clash(_text(key, suffix), key)
+        clash = self._claimed.clash(printed(key) + suffix, key)
         return None if clash is None else clash[1]
 
     def derive(self, name: str) -> None:
@@ -190,15 +189,12 @@ class Claimed:
             self._beginning.setdefault(start, []).append(text)
 
 
-def _refuse_clash(key: Key, owner: Key, text: str, clash: tuple[str, Key] | None) -> None:
-    """Refuse what `key` would print, itself or as a total, if something else prints that."""
-    if clash is None:
-        return
-    taken, other = clash
+def _clashing(key: Key, owner: Key, text: str, taken: str, other: Key) -> str:
+    """Return how to refuse what `key` would print, itself or as a total, where something else does."""
     mine = f"the total over all datasets of {show(key)}" if owner[0] == ANYTHING else _alone(key)
     also = "" if taken == text else f" (as {_shown(taken)})"
     both = ", or a dataset to both" if "" in (key[0], other[0]) else ""
-    raise ValueError(
+    return (
         f"{mine} would print {_shown(text)}, which {_alone(other)} prints already{also}: give one of "
         f"them another name{both}"
     )
@@ -208,10 +204,11 @@ def _alone(owner: Key) -> str:
     return show(owner) if owner[0] else f"{show(owner)} without a dataset"
 
 
-def _owners(key: Key) -> list[Key]:
-    """Return in whose name a key claims: its own, and that of the sum over its datasets."""
+def _printing(key: Key) -> tuple[tuple[str, Key], ...]:
+    """Return what a key prints, and in whose name: its own, and that of the sum over its datasets."""
     dataset, name = key
-    return [key, (ANYTHING, name)] if dataset else [key]
+    alone = (printed(key), key)
+    return (alone, (f"/{name}", (ANYTHING, name))) if dataset else (alone,)
 
 
 def _starts(text: str, endings: Iterable[str]) -> Iterator[str]:
@@ -229,11 +226,6 @@ def _rests(text: str) -> Iterator[str]:
     while place >= 0:
         yield text[place + 1 :]
         place = text.find("/", place + 1)
-
-
-def _text(owner: Key, suffix: str) -> str:
-    dataset, name = owner
-    return printed(("" if dataset == ANYTHING else dataset, name)) + suffix
 
 
 def _shown(text: str) -> str:

@@ -11,12 +11,11 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
-from operator import attrgetter
-from typing import Any
+from json.encoder import encode_basestring_ascii
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -102,8 +101,7 @@ def lanes_of(sums: int, maxs: int) -> str:
     return f"{sums} SUM and {maxs} MAX lanes" if sums else "no lanes"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """How one key travels.
 
     Args:
@@ -162,8 +160,7 @@ class Entry:
         """
         if self == other:
             return self
-        joined = replace(
-            self,
+        joined = self._replace(
             per_rank=self.per_rank or other.per_rank,
             drained=self.drained or other.drained,
             capacity=max(self.capacity, other.capacity),
@@ -179,8 +176,8 @@ class Entry:
 
         Associative and commutative. Whoever goes on from it has a bound of its own.
         """
-        joined = replace(self, categories=()).joined(replace(other, categories=()))
-        return replace(joined, categories=tuple(sorted({*self.categories, *other.categories})))
+        joined = self._replace(categories=()).joined(other._replace(categories=()))
+        return joined._replace(categories=tuple(sorted({*self.categories, *other.categories})))
 
     def with_categories(self, categories: Iterable[str]) -> Entry:
         """Return the entry with more categories, the first ones, as many as there is room for."""
@@ -191,7 +188,7 @@ class Entry:
         room = max(self.most - len(known - {OTHER} if self.full else known), 0)
         full = self.full or len(new) > room
         kept = known.union(new[:room], [OTHER] if full else [])
-        return replace(self, categories=tuple(sorted(kept)), full=full)
+        return self._replace(categories=tuple(sorted(kept)), full=full)
 
     @property
     def kind(self) -> str:
@@ -216,24 +213,40 @@ class Entry:
             and (self.condensed or window.older is None)
         )
 
-    def plain(self) -> dict[str, Any]:
-        """Return the entry in JSON types, without what is as usual."""
-        return {
-            name: value
-            for name, value, default in zip(_NAMES, _values_of(self), _DEFAULTS, strict=True)
-            if value != default
-        }
+    # As JSON, in which a name that is a `numpy.str_` reads like any other text.
+
+    def to_json(self) -> str:
+        """Return the entry as it travels: its fields by name, without those that are as usual."""
+        return f'{{"key":{self._key}{_fields(self[1:])}'
 
     def digest(self) -> int:
         """Return a hash that tells it from others, and is that of the same entry after a journey."""
-        # As JSON, in which a name that is a `numpy.str_` reads like any other text.
-        return digest(_json(_values_of(self)).encode())
+        return digest(f"[{self._key}{_values(self[1:])}".encode())
+
+    @property
+    def _key(self) -> str:
+        dataset, name = map(encode_basestring_ascii, self.key)
+        return f"[{dataset},{name}]"
 
 
-_NAMES = tuple(field.name for field in fields(Entry))
-_DEFAULTS = tuple(field.default for field in fields(Entry))
-_values_of = attrgetter(*_NAMES)
 _json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+# Thousands of keys are alike but for their names.
+
+
+@lru_cache(maxsize=256)
+def _fields(values: tuple[Any, ...]) -> str:
+    """Return how an entry goes on behind its key."""
+    usual = Entry._field_defaults
+    named = zip(Entry._fields[1:], values, strict=True)
+    return "," + _json({name: one for name, one in named if one != usual.get(name)})[1:]
+
+
+@lru_cache(maxsize=256)
+def _values(values: tuple[Any, ...]) -> str:
+    """Return how what is hashed of an entry goes on behind its key."""
+    return "," + _json(values)[1:]
 
 
 class Schema:
@@ -306,6 +319,11 @@ class Schema:
         return _ends(entry.maxs for entry in self)
 
     @cached_property
+    def starts(self) -> tuple[list[int], list[int]]:
+        """Where the SUM and the MAX lanes of each key begin, in the order of the keys."""
+        return self._sum_ends[:-1].tolist(), self._max_ends[:-1].tolist()
+
+    @cached_property
     def _positions(self) -> dict[Key, int]:
         return {key: position for position, key in enumerate(self.entries)}
 
@@ -313,7 +331,7 @@ class Schema:
     def counting(self) -> IndexArray:
         """Places of the SUM lanes that hold whole numbers: of values, of NaN, of each category."""
         found: list[int] = []
-        for start, entry in zip(self._sum_ends.tolist(), self, strict=False):
+        for start, entry in zip(self.starts[0], self, strict=True):
             if not entry.custom:
                 categories = range(start + entry.sums, start + entry.sum_width)
                 found += (start + COUNT, start + NANS, *categories)
@@ -334,14 +352,14 @@ class Schema:
 
         Without a lane for each category: there may be many, and their total is among the others.
         """
-        return Schema(replace(entry, categories=()) for entry in self if entry.per_rank)
+        return Schema(entry._replace(categories=()) for entry in self if entry.per_rank)
 
     def to_json(self) -> str:
         return self.entries_to_json(self)
 
     @staticmethod
     def entries_to_json(entries: Iterable[Entry]) -> str:
-        return _json([entry.plain() for entry in entries])
+        return f"[{','.join([entry.to_json() for entry in entries])}]"
 
     def beyond(self, entries: Iterable[Entry]) -> list[Entry]:
         """Return those of `entries` that this schema has no room for."""

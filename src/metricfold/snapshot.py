@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -54,6 +54,8 @@ View: TypeAlias = Literal["run", "interval"]
 WindowLike: TypeAlias = str | Mapping[str, str]
 """``"run"``, ``"interval"``, ``"auto"``, or a mapping from metric names to those."""
 
+_NO_VALUES = Pool()
+
 _WINDOWS = ("run", "interval", "auto")
 _FORMS = ("_stat_{}", "_count_{}", "_{}")
 """How a statistic is printed behind the name of its metric."""
@@ -78,6 +80,15 @@ class Handlers:
     of_type: Mapping[str, AggregationHandler]
     derived: Mapping[str, DerivedMetric]
     warned: set[str]
+
+
+class _Viewed(NamedTuple):
+    """A key with lanes, its view, and where its SUM and MAX lanes begin there."""
+
+    entry: Entry
+    view: View
+    sums: int
+    maxs: int
 
 
 @uncompiled
@@ -216,10 +227,9 @@ class Snapshot:
         check_prefix(prefix)
         check_window(window)
         found: dict[str, Histogram] = {}
-        for key, view in self._views(window):
-            entry = self._reduced.schema.entries[key]
-            if entry.distributed:
-                pool = self._reduced.pool(entry, view)
+        for key, viewed in self._views(window).items():
+            if viewed.entry.distributed:
+                pool = self._reduced.pool(viewed.entry, viewed.view)
                 if pool.count:
                     found[prefix + printed(key)] = pool.drawn()
         return found
@@ -350,7 +360,9 @@ class Snapshot:
                 f"no rank has used a timer {name!r}: aggregator.timer({name!r}) makes one"
             )
         mean, longest, share = (
-            self._finalized(("", key), "interval").get("") if ("", key) in schema else None
+            self._finalized(self._viewed(("", key), "interval")).get("")
+            if ("", key) in schema
+            else None
             for key in keys.names()
         )
         if mean is None and share is None:
@@ -407,8 +419,9 @@ class Snapshot:
             assert isinstance(handler, LaneHandler)
             view = _choose(window, name, handler)
             with quiet():
-                there = self._lanes(view)[0][self._reduced.schema.sums[key].start + COUNT]
-                return handler.suffixes(), self._finalized(key, view) if there else {}
+                viewed = self._viewed(key, view)
+                there = self._lanes(view)[0][viewed.sums + COUNT]
+                return handler.suffixes(), self._finalized(viewed) if there else {}
         table = self._shown(window, rollup=not dataset, macro=False)
         printing = table[dataset].values if dataset in table else {}
         found = {
@@ -465,15 +478,20 @@ class Snapshot:
     def _totals(self, view: View) -> Totals:
         return self._reduced.run if view == "run" else self._reduced.interval
 
-    def _views(self, window: WindowLike) -> Iterator[tuple[Key, View]]:
-        """Yield each key with lanes that its view has values of."""
-        for entry in self._reduced.schema:
-            if entry.custom:
-                continue
-            handler = self._handlers.of_key[entry.key]
-            view = _choose(window, entry.key[1], handler)
-            if self._lanes(view)[0][self._reduced.schema.sums[entry.key].start + COUNT]:
-                yield entry.key, view
+    def _views(self, window: WindowLike) -> dict[Key, _Viewed]:
+        """Return each key with lanes that its view has values of."""
+        schema, handlers = self._reduced.schema, self._handlers.of_key
+        found: dict[Key, _Viewed] = {}
+        for entry, sums, maxs in zip(schema, *schema.starts, strict=True):
+            if not entry.custom:
+                view = _choose(window, entry.key[1], handlers[entry.key])
+                if self._lanes(view)[0][sums + COUNT]:
+                    found[entry.key] = _Viewed(entry, view, sums, maxs)
+        return found
+
+    def _viewed(self, key: Key, view: View) -> _Viewed:
+        schema = self._reduced.schema
+        return _Viewed(schema.entries[key], view, schema.sums[key].start, schema.maxs[key].start)
 
     def _lanes(self, view: View) -> tuple[list[float], list[float]]:
         """Return the SUM and MAX lanes of a view as numbers, which is quicker key by key."""
@@ -483,23 +501,22 @@ class Snapshot:
             listed = self._listed[view] = (totals.exact_sums().tolist(), totals.maxs.tolist())
         return listed
 
-    def _state(self, key: Key, view: View) -> ReducedState:
+    def _state(self, viewed: _Viewed) -> ReducedState:
         """Return the merged state of one key."""
-        schema = self._reduced.schema
-        entry = schema.entries[key]
+        entry, view, at, top = viewed
         sums, maxs = self._lanes(view)
         return ReducedState(
-            tuple(sums[schema.sums[key]]),
-            tuple(maxs[schema.maxs[key]]),
+            tuple(sums[at : at + entry.sum_width]),
+            tuple(maxs[top : top + entry.maxs]),
             self._totals(view).seconds,
-            self._reduced.pool(entry, view) if entry.distributed else Pool(),
+            self._reduced.pool(entry, view) if entry.distributed else _NO_VALUES,
             entry.categories,
         )
 
-    def _finalized(self, key: Key, view: View) -> dict[str, float]:
-        handler = self._handlers.of_key[key]
+    def _finalized(self, viewed: _Viewed) -> dict[str, float]:
+        handler = self._handlers.of_key[viewed.entry.key]
         assert isinstance(handler, LaneHandler)
-        return handler.finalize(self._state(key, view))
+        return handler.finalize(self._state(viewed))
 
     def _rank_value(self, handler: LaneHandler, sums: Lanes, maxs: Lanes) -> float | None:
         if not sums[COUNT]:
@@ -518,12 +535,12 @@ class Snapshot:
     def _table(self, window: WindowLike, *, rollup: Rollup, macro: bool) -> Table:
         """Return the values of all metrics, but for derived ones."""
         table: Table = {}
-        views = dict(self._views(window))
+        views = self._views(window)
         finalized: dict[Key, dict[str, float]] = {}
         with quiet():
-            for key, view in views.items():
+            for key, viewed in views.items():
                 dataset, name = key
-                results = finalized[key] = self._finalized(key, view)
+                results = finalized[key] = self._finalized(viewed)
                 values = table.setdefault(dataset, Group()).values
                 for suffix, value in results.items():
                     values[name + suffix] = value
@@ -582,7 +599,7 @@ class Snapshot:
     def _add_totals(
         self,
         table: Table,
-        views: Mapping[Key, View],
+        views: Mapping[Key, _Viewed],
         finalized: Mapping[Key, Mapping[str, float]],
         *,
         rollup: Rollup,
@@ -592,7 +609,7 @@ class Snapshot:
 
         Args:
             table: what they are added to.
-            views: the view of each key that has a value.
+            views: each key that has a value.
             finalized: the results of each of these.
             rollup: see `as_dict`.
             macro: see `as_dict`.
@@ -611,7 +628,7 @@ class Snapshot:
                 results = finalized[members[0]]
                 if len(members) > 1:
                     results = handler.finalize(
-                        _merged([self._state(key, views[key]) for key in members])
+                        _merged([self._state(views[key]) for key in members])
                     )
                 for suffix, value in results.items():
                     group.put(name + suffix, value, Origin.TOTAL, self._warn_once, level)
