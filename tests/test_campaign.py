@@ -15,6 +15,6 @@ HELD = [program for program in PROGRAMS if program != "store"]
 @pytest.mark.parametrize("program", HELD)
 @pytest.mark.timeout(120)
 def test_faults_of_a_campaign_come_out_right(program):
-    rows, said = run(program, seed=0, quick=True)
-    assert sum(row.injected for row in rows) > 0, said
-    assert all(row.well() for row in rows), said
+    found = run(program, seed=0, quick=True)
+    assert sum(row.injected for row in found.rows) > 0, found.said
+    assert all(row.well() for row in found.rows), found.said

@@ -22,6 +22,7 @@ import numpy as np
 
 from metricfold.announced import entries_from
 from metricfold.custom import SavedState, check_saved_states
+from metricfold.histogram.weights import weighable
 from metricfold.metric import escaped
 from metricfold.pool import MOST_SAVED, FloatArray, Pool, Window, histogram_from, new_histogram
 from metricfold.schema import Key, Schema
@@ -286,8 +287,7 @@ def _decode_window(content: Mapping[str, Any]) -> Window:
         None if older is None else histogram_from(older),
     )
     fitting = window.weights is None or (
-        window.weights.size == window.values.size
-        and bool(((window.weights > 0.0) & (window.weights < math.inf)).all())
+        window.weights.size == window.values.size and bool(weighable(window.weights).all())
     )
     if not (
         fitting

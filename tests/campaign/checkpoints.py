@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
+import functools
 import json
 import logging
 import math
@@ -23,19 +24,63 @@ from typing import Any
 import numpy as np
 from handlers_of_users import LaneRMS, MyTypes, ProductHandler, RMSHandler
 
-from campaign.table import Options, Row, Table, Trial, main
-from metricfold import MetricsAggregator, merge_state_dicts
+from campaign.forks import divided
+from campaign.table import Goal, Options, Row, Table, Trial, main
+from metricfold import MetricsAggregator, merge_state_dicts, plain
 from metricfold.checkpoint import checksum
 from metricfold.communicator.threads import thread_world
+from metricfold.histogram import plain as saved_histogram
 from metricfold.metric import is_name
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "checkpoints").glob("*-*.json"))
 TIMEOUT = 20.0
+Route = tuple[Any, ...]
 
 
-def golden(file: Path) -> tuple[dict[str, Any], int | None]:
-    """Return a golden state, and the window size of the aggregator that it is for."""
-    return json.loads(file.read_text("utf-8")), None if "unbounded" in file.stem else 5
+class Golden:
+    """A golden checkpoint.
+
+    Args:
+        file: where it is.
+
+    Attributes:
+        state: what `state_dict` returned.
+        window: the window size of the aggregator that it is for.
+        places: the path of each container in what it holds.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.state = json.loads(file.read_text("utf-8"))
+        self.window = None if "unbounded" in file.stem else 5
+        self._text = json.dumps(json.loads(self.state["payload"])["content"])
+        content = self.content()
+        self.places = list(places(content))
+        self.objects = [path for path in self.places if isinstance(at(content, path), dict)]
+        self.histograms = [path for path in self.objects if "segments" in at(content, path)]
+
+    def content(self) -> Any:
+        """Return what it holds, to be changed."""
+        return json.loads(self._text)
+
+
+def places(node: Any, path: Route = ()) -> Iterator[Route]:
+    """Yield the path of every container of a tree that is not empty."""
+    if node:
+        yield path
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for place, child in items:
+        if isinstance(child, dict | list):
+            yield from places(child, (*path, place))
+
+
+def at(node: Any, path: Route) -> Any:
+    """Return what is there; None if it is not there any more."""
+    for place in path:
+        try:
+            node = node[place]
+        except (LookupError, TypeError):
+            return None
+    return node
 
 
 def new_aggregator(window: int | None, **options: Any) -> Any:
@@ -74,29 +119,18 @@ def junk(chance: random.Random) -> Any:
     return copy.deepcopy(chance.choice(plain))
 
 
-def places(node: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield every container of a tree with every place in it."""
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    for place, child in items:
-        yield node, place
-        if isinstance(child, dict | list):
-            yield from places(child)
-
-
-def mutated(content: Any, chance: random.Random) -> Any:
+def mutated(golden: Golden, chance: random.Random) -> Any:
     """Return a tree with something changed somewhere."""
-    content = copy.deepcopy(content)
-    everywhere = list(places(content))
+    content = golden.content()
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
         # As often near the top as deep inside: most places are numbers of histograms.
-        few = chance.random() < 0.5
-        chosen = [one for one in everywhere if not few or isinstance(one[0], dict)]
-        node, place = chance.choice(chosen)
-        if isinstance(node, list) and place >= len(node):
-            continue
-        if isinstance(node, dict) and place not in node:
-            continue
-        _change(node, place, chance)
+        node = at(content, chance.choice(chance.choice([golden.places, golden.objects])))
+        if isinstance(node, dict | list) and node:
+            _change(
+                node,
+                chance.choice(list(node) if isinstance(node, dict) else range(len(node))),
+                chance,
+            )
     return content
 
 
@@ -131,15 +165,18 @@ def _damaged_text(text: str, chance: random.Random) -> str:
     )
 
 
-def forged(state: dict[str, Any], content: Any) -> dict[str, Any]:
+def forged(golden: Golden, content: Any) -> dict[str, Any]:
     """Return a state of that content with the checksum that it would have."""
+    untouched = golden.content()
+    genuine = [at(untouched, path) for path in golden.histograms]
     for histogram in _histograms(content):
-        _sign(histogram)
+        if histogram not in genuine:
+            _sign(histogram)
     try:
         payload = json.dumps({"checksum": checksum(content), "content": content})
     except (ValueError, RecursionError):
         payload = "{}"
-    return {**state, "payload": payload}
+    return {**golden.state, "payload": payload}
 
 
 def _histograms(node: Any) -> Iterator[dict[str, Any]]:
@@ -154,44 +191,337 @@ def _histograms(node: Any) -> Iterator[dict[str, Any]]:
 
 def _sign(histogram: dict[str, Any]) -> None:
     """Give a histogram the checksum that it should have, if it has any."""
-    from metricfold.histogram import plain
-
-    real = plain._checksum
+    real = saved_histogram._checksum
     found: list[int] = []
 
     def noted(*args: Any) -> int:
         found.append(real(*args))
         return found[-1]
 
-    plain._checksum = noted
+    saved_histogram._checksum = noted
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
-            plain.from_dict(histogram)
+            saved_histogram.from_dict(histogram)
     except Exception:
         pass
     finally:
-        plain._checksum = real
+        saved_histogram._checksum = real
     if found:
         histogram["checksum"] = found[-1]
+
+
+# -- Lies that fit together ----------------------------------------------------------------------
+
+VALUES = [
+    *(0.0, -0.0, 1.0, -1.0, 0.5, 3.0, 1e-320, 5e-324, 1e16, 2.0**53, 2.0**53 + 2, 1e300, -1e300),
+    *(1e308, math.nan, math.inf, -math.inf),
+]
+
+
+def _array(text: Any) -> Any:
+    try:
+        return np.frombuffer(base64.b64decode(text, validate=True), "<f8").copy()
+    except (ValueError, TypeError):
+        return np.empty(0)
+
+
+def _text(array: Any) -> str:
+    return base64.b64encode(np.asarray(array, "<f8").tobytes()).decode("ascii")
+
+
+def false_totals(golden: Golden, chance: random.Random) -> Any:
+    """Return totals of the right sizes that say anything."""
+    content = golden.content()
+    for _ in range(chance.choice([1, 1, 2, 6])):
+        view = content[chance.choice(["run", "interval"])]
+        which = chance.choice(["sums", "sums", "maxs", "lost"])
+        array = _array(view[which])
+        if array.size:
+            lanes = [
+                chance.randrange(array.size) for _ in range(chance.choice([1, 1, 3, array.size]))
+            ]
+            how = chance.randrange(5)
+            if how == 0:
+                array[lanes] = chance.choice(VALUES)
+            elif how == 1:
+                array[lanes] *= chance.choice([-1.0, 2.0, 0.5, 1e200, 0.0])
+            elif how == 2:
+                array[lanes] += chance.choice([1.0, -1.0, 0.5, 1e-9])
+            elif how == 3:
+                chance.shuffle(lanes)
+                array[sorted(lanes)] = array[lanes]
+            else:
+                array.view(np.uint64)[lanes] ^= np.uint64(1 << chance.randrange(64))
+            view[which] = _text(array)
+        if chance.random() < 0.1:
+            view["seconds"] = chance.choice([*VALUES, *junk_of(chance, 2)])
+    return content
+
+
+def junk_of(chance: random.Random, count: int) -> list[Any]:
+    return [junk(chance) for _ in range(count)]
+
+
+NAMES = [
+    *WORDS,
+    "loss",
+    "len",
+    "len_stat_mean",
+    "kind_count_a",
+    "__other__",
+    "x" * 100_000,
+    "a/b",
+    "d",
+]
+
+
+def false_names(golden: Golden, chance: random.Random) -> Any:
+    """Return a state in which a key is called something else, wherever it stands."""
+    content = golden.content()
+    old = list(chance.choice(content["entries"])["key"])
+    if chance.random() < 0.3:
+        new = list(chance.choice(content["entries"])["key"])
+    else:
+        new = [chance.choice([old[0], *NAMES]), chance.choice([old[1], *NAMES])]
+    if chance.random() < 0.1:
+        new = chance.choice([[*new, "x"], new[:1], [7, new[1]], new[1], None])
+    everywhere = chance.random() < 0.8
+    for entry in content["entries"]:
+        if entry["key"] == old:
+            entry["key"] = new
+    if everywhere and isinstance(new, list) and len(new) == 2:
+        groups = [content["run"]["pools"], content["interval"]["pools"], content["windows"]]
+        for pair in (pair for group in groups for pair in group):
+            if pair[0] == old:
+                pair[0] = new
+        for state in (*content["custom"]["run"], *content["custom"]["interval"]):
+            if [state["dataset"], state["name"]] == old:
+                state["dataset"], state["name"] = new
+    if chance.random() < 0.5:
+        content["entries"].sort(key=lambda entry: json.dumps(entry["key"]))
+    return content
+
+
+def false_kinds(golden: Golden, chance: random.Random) -> Any:
+    """Return a state of which a metric is said to be something else than it is."""
+    content = golden.content()
+    entry = chance.choice(content["entries"])
+    other = chance.choice(content["entries"])
+    how = chance.randrange(7)
+    if how == 0:
+        entry["type"] = other["type"]
+    elif how == 1:
+        entry |= {**other, "key": entry["key"]}
+    elif how == 2:
+        for field in ("sums", "maxs"):
+            entry[field] = other[field]
+    elif how == 3:
+        entry["suffixes"] = chance.choice(
+            [other.get("suffixes"), ["_count_\0"], [""], ["\x1b"], [""] * 9, ["a"] * 100_000, []]
+        )
+    elif how == 4:
+        categories = ["a", "b", "\x1b[2J", "", "__other__", "x" * 10_000, "\u202e", "c"]
+        chance.shuffle(categories)
+        entry["categories"] = categories[: chance.randrange(9)]
+        entry["most"] = chance.choice([3, 0, -1, 1, 10**9, 2.5, None])
+    elif how == 5:
+        flags = ["per_rank", "distributed", "bounded", "drained", "weighted", "condensed", "full"]
+        flag = chance.choice(flags)
+        entry[flag] = not entry.get(flag, False)
+    else:
+        content["entries"].append({**entry, "key": chance.choice([entry["key"], ["", "new"]])})
+    return content
+
+
+def false_sizes(golden: Golden, chance: random.Random) -> Any:
+    """Return a state with more, or fewer, lanes than the metric has; its totals fit, mostly."""
+    content = golden.content()
+    place = chance.randrange(len(content["entries"]))
+    entry = content["entries"][place]
+    field, vectors = chance.choice([("sums", ["sums", "lost"]), ("maxs", ["maxs"])])
+    more = chance.choice([1, 1, 2, 5, -1, -1, 1000, 10**5])
+    if chance.random() < 0.2:
+        huge = [2**24, 2**40, 10**400, 1e30, -5, True]
+        entry[chance.choice(["sums", "maxs", "capacity", "most"])] = chance.choice(huge)
+        return content
+    end = sum(one[field] for one in content["entries"][: place + 1])
+    entry[field] = max(entry[field] + more, 0)
+    for view in (content["run"], content["interval"]):
+        for vector in vectors:
+            array = _array(view[vector])
+            filled = np.full(max(more, 0), chance.choice(VALUES[:6]))
+            view[vector] = _text(np.concatenate([array[: end + min(more, 0)], filled, array[end:]]))
+    return content
+
+
+def false_values(golden: Golden, chance: random.Random) -> Any:
+    """Return a state whose recent values, and those that accumulate, are none that were recorded."""
+    content = golden.content()
+    pools = [pair[1] for view in ("run", "interval") for pair in content[view]["pools"]]
+    windows = [window for pair in content["windows"] for window in pair[1]]
+    for _ in range(chance.choice([1, 1, 3])):
+        one = chance.choice(pools + windows)
+        count = chance.choice([0, 1, 2, 5, 40, 5000])
+        values = [chance.choice(VALUES) for _ in range(count)]
+        how = chance.randrange(6)
+        if how == 0:
+            one["values"] = _text(values)
+        elif how == 1:
+            one["weights"] = _text([abs(value) for value in values])
+        elif how == 2:
+            one["values"], one["weights"] = _text(range(count)), _text(values)
+        elif how == 3:
+            one["fresh"] = chance.choice([0, 1, count, -1, 10**9, True, 1.5])
+        elif how == 4:
+            one["older"] = copy.deepcopy(chance.choice(pools + windows)["older"])
+        else:
+            one |= {"values": _text(range(count)), "weights": None, "fresh": count, "older": None}
+    if chance.random() < 0.2 and content["windows"]:
+        pair = chance.choice(content["windows"])
+        pair[1] = chance.choice([[], pair[1] * 2, pair[1] * 200, pair[1][::-1]])
+    return content
+
+
+def false_histograms(golden: Golden, chance: random.Random) -> Any:
+    """Return a state with a histogram whose parts contradict each other, signed all the same."""
+    content = golden.content()
+    if not golden.histograms:
+        return false_values(golden, chance)
+    histogram = at(content, chance.choice(golden.histograms))
+    for _ in range(chance.choice([1, 1, 2])):
+        segment = chance.choice(
+            histogram["segments"] or [{"index": [0], "m": 0, "sums": [[1.0]] * 3}]
+        )
+        how = chance.randrange(8)
+        if how == 0:
+            place = chance.randrange(len(segment["sums"][0]) or 1)
+            row = chance.choice(segment["sums"])
+            row[place : place + 1] = [chance.choice(VALUES)]
+        elif how == 1:
+            segment["index"] = chance.choice(
+                [
+                    segment["index"][::-1],
+                    [one + 1 for one in segment["index"]],
+                    segment["index"] * 2,
+                ]
+            )
+        elif how == 2:
+            segment["m"] = chance.choice([segment["m"] + 1, segment["m"] - 1, 0, 16, 40, -1, 2.5])
+        elif how == 3:
+            field = chance.choice(list(histogram["totals"]))
+            histogram["totals"][field] = chance.choice(VALUES)
+        elif how == 4:
+            field = chance.choice(["minimum", "maximum"])
+            histogram[field] = chance.choice([*VALUES, -histogram[field]])
+        elif how == 5:
+            histogram["dropped"] = chance.choice([1, 40, 4000, -1, 0.5, None])
+            histogram["finest"] = chance.choice([histogram["finest"], 0, 16, 17, 99])
+        elif how == 6:
+            segments = histogram["segments"]
+            histogram["segments"] = chance.choice(
+                [segments[::-1], segments * 2, segments[:-1], [*segments, copy.deepcopy(segment)]]
+            )
+        else:
+            other = at(golden.content(), chance.choice(golden.histograms))
+            field = chance.choice(list(other))
+            histogram[field] = other[field]
+    return content
+
+
+CONTAINERS = ["tuple", "deque", "dict", "Counter", "OrderedDict", "defaultdict", "array", "floats"]
+
+
+def false_states(golden: Golden, chance: random.Random) -> Any:
+    """Return states of custom handlers that hold what no handler saved."""
+    content = golden.content()
+    view = content["custom"][chance.choice(["run", "interval"])]
+    if not view:
+        view.append(
+            {"dataset": "d", "name": "rms", "type": "lane rms", "value": 1.0, "metadata": {}}
+        )
+    state = chance.choice(view)
+
+    def lie(depth: int = 0) -> Any:
+        if depth > 2 or chance.random() < 0.4:
+            return junk(chance)
+        kind = chance.choice(CONTAINERS)
+        made: dict[str, Any] = {
+            plain._KIND: kind,
+            "items": junk_of(chance, 2),
+            "most": junk(chance),
+        }
+        made |= {
+            "keys": [lie(depth + 1)],
+            "of": chance.choice(["list", "int", "eval", "os.system"]),
+        }
+        made |= {"type": chance.choice(["<f8", "|O", "<U4", "V9", "f9", "<M8[s]", "<i8"])}
+        made |= {"shape": chance.choice([[2], [10**12], [-1], [0], [[1]], "ab", [2**63]])}
+        made["data"] = chance.choice([_text([1.0, 2.0]), "", "!!", 7])
+        if chance.random() < 0.3:
+            made["items"] = [lie(depth + 1)]
+        return made
+
+    how = chance.randrange(6)
+    if how == 0:
+        state["value"] = lie()
+    elif how == 1 and isinstance(state["metadata"], dict) and state["metadata"]:
+        state["metadata"][chance.choice(list(state["metadata"]))] = lie()
+    elif how == 2:
+        state["metadata"] = lie()
+    elif how == 3:
+        state["type"] = chance.choice(
+            ["mean", "lane rms", "distribution", "a.B.C", "\x1b", 7, None]
+        )
+    elif how == 4:
+        view.extend(copy.deepcopy(view) * chance.choice([1, 30]))
+    else:
+        state["dataset"], state["name"] = chance.choice(NAMES), chance.choice(NAMES)
+    return content
+
+
+def grafted(golden: Golden, chance: random.Random) -> Any:
+    """Return a state of which a part is that of another checkpoint."""
+    content, other = golden.content(), chance.choice(goldens()).content()
+    for _ in range(chance.choice([1, 1, 2])):
+        part = chance.choice(["entries", "run", "interval", "windows", "custom", "views"])
+        if part == "views":
+            content["run"], content["interval"] = content["interval"], content["run"]
+        elif part in ("run", "interval") and chance.random() < 0.5:
+            field = chance.choice(list(content[part]))
+            content[part][field] = other[part][field]
+        else:
+            content[part] = other[part]
+    return content
 
 
 DEPTH = 50_000
 
 
-def nested(state: dict[str, Any], chance: random.Random) -> dict[str, Any]:
+def nested(golden: Golden, chance: random.Random) -> dict[str, Any]:
     """Return a state that nests deeper than any parser goes, with a right checksum or none."""
     deep = "[" * DEPTH + "]" * DEPTH
     place = chance.choice(["entries", "run", "windows", "custom", "checksum", "content"])
-    payload = json.loads(state["payload"])
+    payload = json.loads(golden.state["payload"])
     target = payload if place in payload else payload["content"]
     target[place] = "DEEP"
-    return {**state, "payload": json.dumps(payload).replace('"DEEP"', deep)}
+    return {**golden.state, "payload": json.dumps(payload).replace('"DEEP"', deep)}
 
 
-def odd_frame(state: dict[str, Any], chance: random.Random) -> Any:
+def deep_state(golden: Golden, chance: random.Random) -> Any:
+    """Return a state that nests as deep as a parser just goes."""
+    content = golden.content()
+    deep: Any = 1.0
+    for _ in range(chance.choice([20, 100, 300, 900])):
+        deep = chance.choice([[deep], {"a": deep}])
+    node = at(content, chance.choice(golden.objects))
+    node[chance.choice(list(node))] = deep
+    return content
+
+
+def odd_frame(golden: Golden, chance: random.Random) -> Any:
     """Return a state whose three keys are not what they should be."""
-    state = dict(state)
+    state = dict(golden.state)
     how = chance.randrange(4)
     if how == 0:
         del state[chance.choice(list(state))]
@@ -205,72 +535,110 @@ def odd_frame(state: dict[str, Any], chance: random.Random) -> Any:
 # -- Judging -------------------------------------------------------------------------------------
 
 
-def use(window: int | None, state: Any) -> None:
-    """Do with a loaded state all that a run does; raises if anything does."""
-    for size in (1, 2):
-        ranks = thread_world(size, TIMEOUT)
+def use(window: int | None, state: Any, alone: Any = None) -> None:
+    """Do with a state all that a run, or what goes on from it, does; raises if anything does.
 
-        def live(rank: Any) -> None:
-            aggregator = new_aggregator(window, communicator=rank, max_categories=3)
-            aggregator.load_state_dict(state)
-            again = aggregator.state_dict(sync=False)
-            aggregator.record("of its own", 1.0)
-            saved = aggregator.state_dict()
-            snapshot = aggregator.reduce()
-            for view in ("run", "interval"):
-                logged = snapshot.as_dict("t", window=view, rollup=True)
-                for key, value in logged.items():
-                    if not is_name(key) or not isinstance(value, float):
-                        raise AssertionError(f"{key!r} is {value!r}")
-            snapshot.histograms("t")
-            new_aggregator(window).load_state_dict(again)
-            new_aggregator(window).load_state_dict(saved)
-            merge_state_dicts([saved, again], parallel=True)
-            merge_state_dicts([again, again], parallel=False)
+    Args:
+        window: of the aggregators that load it.
+        state: what is loaded.
+        alone: an aggregator that has loaded it.
+    """
+    if alone is None:
+        alone = new_aggregator(window, max_categories=3)
+        alone.load_state_dict(state)
+    again = alone.state_dict(sync=False)
+    saved = _lived(alone)
+    for one in (again, saved):
+        new_aggregator(window).load_state_dict(one)
+    merge_state_dicts([saved, again], parallel=True)
+    merge_state_dicts([again, again], parallel=False)
 
-        with ThreadPoolExecutor(size) as pool:
-            for future in [pool.submit(live, rank) for rank in ranks]:
-                future.result(60.0)
-
-
-def judge(row: Row, trial: Trial, window: int | None, state: Any) -> str:
-    """Count what came of one state; returns "refused", "loaded", or nothing."""
-    aggregator = new_aggregator(window)
-    aggregator.record("before", 2.0, "sum")
-    aggregator.record("lengths", 3.0, "distribution")
-    aggregator.reduce()
-    aggregator.record("before", 3.0, "sum")
-    before = aggregator.state_dict(sync=False)
-    try:
+    def live(rank: Any) -> None:
+        aggregator = new_aggregator(window, communicator=rank, max_categories=3)
         aggregator.load_state_dict(state)
-    except ValueError as error:
-        if not _printable(str(error)):
-            row.went_wrong(f"the error is not printable: {error!r}", trial)
-        elif aggregator.state_dict(sync=False) != before:
-            row.went_wrong("a refused state has changed something", trial)
-        elif aggregator.get_metrics_for_logging("t")["t/before"] != 5.0:
-            row.has_lost("values that came before a refused state", trial)
+        _lived(aggregator)
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(live, rank) for rank in thread_world(2, TIMEOUT)]:
+            future.result(60.0)
+
+
+def _lived(aggregator: Any) -> Any:
+    """Go on with an aggregator that has loaded a state; returns the next one."""
+    aggregator.record("of its own", 1.0)
+    saved = aggregator.state_dict()
+    snapshot = aggregator.reduce()
+    for view in ("run", "interval"):
+        for key, value in snapshot.as_dict("t", window=view, rollup=True).items():
+            if not is_name(key) or not isinstance(value, float):
+                raise AssertionError(f"{key!r} is {value!r}")
+    for histogram in snapshot.histograms("t").values():
+        if not np.isfinite(histogram.edges).all():
+            raise AssertionError(f"{histogram!r}")
+    return saved
+
+
+class Judge:
+    """Tries states on aggregators that hold something already, again and again where that stays."""
+
+    def __init__(self) -> None:
+        self._targets: dict[int | None, tuple[Any, Any]] = {}
+
+    def _target(self, window: int | None) -> tuple[Any, Any]:
+        if window not in self._targets:
+            aggregator = new_aggregator(window)
+            aggregator.record("before", 2.0, "sum")
+            aggregator.record("lengths", 3.0, "distribution")
+            aggregator.reduce()
+            aggregator.record("before", 3.0, "sum")
+            self._targets[window] = aggregator, aggregator.state_dict(sync=False)
+        return self._targets[window]
+
+    def judge(self, row: Row, trial: Trial, window: int | None, state: Any) -> None:
+        """Count what came of one state."""
+        aggregator, _ = self._target(window)
+        try:
+            aggregator.load_state_dict(state)
+        except ValueError as error:
+            row.became("refused")
+            wrong = self._refused(row, trial, window, state, error)
+        except BaseException as error:
+            wrong = f"it raises {type(error).__name__}: {error}"
         else:
+            row.became("loaded")
+            del self._targets[window]
             try:
-                if trial.number % 8 == 0:  # what is refused here is mostly refused there
-                    _merge(window, state)
-            except BaseException as failure:
-                row.went_wrong(f"it is merged, and then {failure!r}"[:300], trial)
+                if trial.number % 10 < 2:  # which is even and odd, so that each process has some
+                    use(window, state, aggregator)
+                else:
+                    new_aggregator(window).load_state_dict(_lived(aggregator))
+            except TimeoutError as error:
+                row.has_hung(repr(error), trial)
+                return
+            except BaseException as error:
+                wrong = f"it is loaded, and then {type(error).__name__}: {error}"
             else:
-                row.went_right()
-        return "refused"
-    except BaseException as error:
-        row.went_wrong(f"it raises {type(error).__name__}: {error}"[:300], trial)
+                wrong = ""
+        if wrong:
+            self._targets.pop(window, None)
+            row.went_wrong(wrong[:300], trial)
+        else:
+            row.went_right()
+
+    def _refused(
+        self, row: Row, trial: Trial, window: int | None, state: Any, error: Exception
+    ) -> str:
+        aggregator, before = self._target(window)
+        if not is_name(str(error)):
+            return f"the error is not printable: {error!r}"
+        if aggregator.state_dict(sync=False) != before:
+            return "a refused state has changed something"
+        if trial.number % 20 == 0:  # what is refused here is mostly refused there
+            try:
+                _merge(window, state)
+            except BaseException as failure:
+                return f"it is merged, and then {failure!r}"
         return ""
-    try:
-        use(window, state)
-    except TimeoutError as error:
-        row.has_hung(repr(error), trial)
-    except BaseException as error:
-        row.went_wrong(f"it is loaded, and then {type(error).__name__}: {error}"[:300], trial)
-    else:
-        row.went_right()
-    return "loaded"
 
 
 def _merge(window: int | None, state: Any) -> None:
@@ -287,17 +655,34 @@ def _merge(window: int | None, state: Any) -> None:
         use(window, merged)
 
 
-def _printable(text: str) -> bool:
-    return is_name(text)
+def _with_checksum(
+    content_of: Callable[[Golden, random.Random], Any],
+) -> Callable[[Golden, random.Random], Any]:
+    return lambda golden, chance: forged(golden, content_of(golden, chance))
 
 
-FORGERIES: dict[str, Callable[[dict[str, Any], random.Random], Any]] = {
-    "something changed, checksum right": lambda state, chance: forged(
-        state, mutated(json.loads(state["payload"])["content"], chance)
-    ),
-    "nested beyond measure": nested,
-    "not the three keys": odd_frame,
+FORGERIES: dict[str, tuple[Callable[[Golden, random.Random], Any], int, int]] = {
+    "something anywhere": (_with_checksum(mutated), 2_600, 40),
+    "totals": (_with_checksum(false_totals), 1_300, 20),
+    "names": (_with_checksum(false_names), 1_200, 20),
+    "kinds of metrics": (_with_checksum(false_kinds), 1_200, 20),
+    "sizes": (_with_checksum(false_sizes), 800, 15),
+    "values": (_with_checksum(false_values), 1_200, 20),
+    "histograms": (_with_checksum(false_histograms), 1_200, 20),
+    "states of custom handlers": (_with_checksum(false_states), 1_000, 20),
+    "parts of another checkpoint": (_with_checksum(grafted), 600, 20),
+    "depth": (_with_checksum(deep_state), 200, 5),
+    "depth beyond measure": (nested, 100, 5),
+    "not the three keys": (odd_frame, 200, 10),
 }
+"""What lies, under a right checksum where there is one; how many, and how many in a few seconds."""
+FORGED = 10_000
+DAMAGED = 90_000
+
+
+@functools.cache
+def goldens() -> list[Golden]:
+    return [Golden(file) for file in GOLDEN]
 
 
 def damaged(state: dict[str, Any], chance: random.Random) -> dict[str, Any]:
@@ -323,27 +708,31 @@ def damaged(state: dict[str, Any], chance: random.Random) -> dict[str, Any]:
 def run(options: Options, table: Table) -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("metricfold").setLevel(logging.CRITICAL)
-    states = [golden(file) for file in GOLDEN]
-    _damage(options, table, states)
-    for name, forge in reversed(FORGERIES.items()):
+    goldens()
+    divided(options, table, attacked, patience=60.0)
+    damage, *forgeries = (row.judged() for row in table.rows)
+    table.goals.append(Goal("forged checkpoints", sum(forgeries), FORGED))
+    table.goals.append(Goal("checkpoints, damaged or forged", damage + sum(forgeries), 100_000))
+
+
+def attacked(options: Options, table: Table) -> None:
+    """Try this process's share."""
+    _damage(options, table)
+    for name, (forge, full, quick) in reversed(FORGERIES.items()):
         row = table.row(f"forged: {name}")
-        many = "checksum" in name
-        came: dict[str, int] = {}
-        for trial in options.trials(row, full=11_000 if many else 400, quick=200 if many else 10):
-            state, window = trial.random.choice(states)
-            what = judge(row, trial, window, forge(state, trial.random))
-            came[what] = came.get(what, 0) + 1
-        row.figures = ", ".join(f"{count} {what}" for what, count in sorted(came.items()) if what)
+        judge = Judge()
+        for trial in options.trials(row, full=full, quick=quick, least=full):
+            golden = trial.random.choice(goldens())
+            judge.judge(row, trial, golden.window, forge(golden, trial.random))
 
 
-def _damage(
-    options: Options, table: Table, states: list[tuple[dict[str, Any], int | None]]
-) -> None:
+def _damage(options: Options, table: Table) -> None:
     row = table.row("damaged")
     aggregators = {window: new_aggregator(window) for window in (5, None)}
     befores = {window: one.state_dict(sync=False) for window, one in aggregators.items()}
-    for trial in options.trials(row, full=100_000, quick=100):
-        state, window = trial.random.choice(states)
+    for trial in options.trials(row, full=DAMAGED, quick=100, least=DAMAGED):
+        golden = trial.random.choice(goldens())
+        window, state = golden.window, golden.state
         worse = damaged(state, trial.random)
         try:
             aggregators[window].load_state_dict(worse)

@@ -26,13 +26,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from campaign.table import Options, Row, Table, Trial
 
-__all__ = ["Outcome", "World", "after", "side_by_side", "store_host"]
+__all__ = ["Outcome", "World", "after", "divided", "side_by_side", "store_host"]
 
 Say = Callable[..., None]
 
@@ -42,7 +43,7 @@ class Outcome(NamedTuple):
 
     Args:
         row: which kind of fault it was.
-        verdict: ``"right"``, ``"wrong"``, ``"hung"``, ``"lost"`` or ``"documented"``.
+        verdict: ``"right"``, ``"wrong"``, ``"hung"``, ``"lost"``, ``"documented"`` or ``"unjudged"``.
         what: what went wrong.
         figure: a number that the program makes something of, such as a time.
     """
@@ -169,28 +170,35 @@ def side_by_side(
     *,
     crews: int,
     patience: float,
+    least: int = 0,
+    counts: Callable[[Outcome], bool] = lambda outcome: True,
 ) -> list[Outcome]:
     """Run trials in several processes, count what came of them, and return it.
 
     Args:
-        options: no further trial begins once its time is up.
+        options: no further trial begins once its time is up, and there were as many as must be.
         table: gets every outcome, in the row that it names.
         trials: each with the name that `run` is given.
         run: yields what came of a trial.
         crews: how many processes.
         patience: seconds that a trial may take after time is up.
+        least: how many outcomes there must be of those that count; not if it is to be quick.
+        counts: which these are.
     """
+    least = options.pick(least, 0)
 
     def crew(rank: int, say: Say) -> None:
+        counted = 0
         for name, trial in trials[rank::crews]:
-            if options.left() <= 0:
+            if options.over(enough=counted * crews >= least):
                 return
             for outcome in run(name, trial):
                 say(**outcome._asdict(), trial=trial.number)
+                counted += counts(outcome)
         say(done=True)
 
     world = World(crews, crew)
-    hung = world.wait(max(options.left(), 0) + patience)
+    hung = world.wait(max(options.left_in_any_case(), 0) + patience)
     found = []
     for rank in range(crews):
         lines = world.said(rank)
@@ -228,3 +236,41 @@ def count(row: Row, outcome: Outcome, trial: Trial) -> None:
             row.has_lost(outcome.what, trial)
         case "documented":
             row.as_documented()
+        case "unjudged":
+            row.was_not_judged(outcome.what, trial)
+
+
+def divided(
+    options: Options, table: Table, run: Callable[[Options, Table], None], *, patience: float
+) -> None:
+    """Run a program that needs a processor, and no other process, once on each of them.
+
+    Args:
+        options: of all; each process gets its share of the trials.
+        table: gets the rows of all.
+        run: fills a table.
+        patience: seconds that a trial may take after time is up.
+    """
+    crews = os.cpu_count() or 1
+
+    def crew(rank: int, say: Say) -> None:
+        own = Table()
+        run(options.of_crew(rank, crews), own)
+        say(rows=[asdict(row) for row in own.rows])
+
+    world = World(crews, crew)
+    world.wait(max(options.left_in_any_case(), 0) + patience)
+    for rank in range(crews):
+        lines = world.said(rank)
+        for line in lines[-1]["rows"] if world.codes[rank] == 0 and lines else []:
+            table.row(line["name"]).add(Row(**line))
+        if world.codes[rank] != 0:
+            row = table.row("the campaign itself")
+            row.inject()
+            if world.codes[rank] is None:
+                row.has_hung(f"process {rank} has not ended")
+            else:
+                row.went_wrong(
+                    f"process {rank} ended with {world.codes[rank]}: {world.errors(rank)[-600:]}"
+                )
+    world.end()

@@ -12,7 +12,9 @@ A program of the campaign counts in rows, one for each kind of fault:
         main(run, __doc__)
 
 What is neither right nor wrong: *hung* did not end in its time, *lost* is gone without having been
-said, *documented* is gone as docs/reliability.md says. All but the last make the program fail.
+said, *documented* is gone as docs/reliability.md says, and *not judged* is what the machine kept from
+being a trial, such as a healthy rank that got no processor for seconds. All but the last two make the
+program fail, and so does a `Goal` that it has not reached.
 """
 
 from __future__ import annotations
@@ -22,13 +24,26 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Options", "Row", "Table", "Trial", "main", "printed"]
+__all__ = [
+    "COLUMNS",
+    "Goal",
+    "Options",
+    "Row",
+    "Table",
+    "Trial",
+    "in_markdown",
+    "main",
+    "printed",
+    "summed",
+]
 
 _NOTES = 5  # of each row; more of the same tell nothing new
-_COLUMNS = ("injected", "right", "wrong", "hung", "lost", "documented")
+COLUMNS = ("injected", "right", "wrong", "hung", "lost", "documented", "unjudged")
+_HEADS = (*COLUMNS[:-1], "not judged")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +71,10 @@ class Row:
     hung: int = 0
     lost: int = 0
     documented: int = 0
+    unjudged: int = 0
     notes: list[str] = field(default_factory=list)
     figures: str = ""
+    came: dict[str, int] = field(default_factory=dict)  # what came of how many, such as "refused"
 
     def inject(self, count: int = 1) -> None:
         """Count faults that `Options.trials` does not: several in one trial."""
@@ -82,8 +99,29 @@ class Row:
         """Count what is gone in a way that docs/reliability.md names."""
         self.documented += count
 
+    def was_not_judged(self, what: str, trial: Trial | None = None) -> None:
+        """Count what the machine kept from being a trial."""
+        self.unjudged += 1
+        self._note("not judged", what, trial)
+
+    def became(self, what: str) -> None:
+        """Count what became of one, beside whether that is right."""
+        self.came[what] = self.came.get(what, 0) + 1
+
+    def judged(self) -> int:
+        """Return how many of those that were injected say something."""
+        return self.injected - self.unjudged
+
     def well(self) -> bool:
         return not (self.wrong or self.hung or self.lost)
+
+    def add(self, other: Row) -> None:
+        """Take over what another process has counted of the same kind."""
+        for column in COLUMNS:
+            setattr(self, column, getattr(self, column) + getattr(other, column))
+        self.notes = (self.notes + other.notes)[:_NOTES]
+        self.figures = self.figures or other.figures
+        self.came |= {what: self.came.get(what, 0) + count for what, count in other.came.items()}
 
     def _note(self, kind: str, what: str, trial: Trial | None) -> None:
         if len(self.notes) < _NOTES:
@@ -91,11 +129,40 @@ class Row:
             self.notes.append(f"{kind}{where}: {what}")
 
 
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """How many of something a whole campaign is to show.
+
+    Args:
+        what: of which it is to show so many.
+        count: how many it has shown.
+        least: how many it must.
+    """
+
+    what: str
+    count: int
+    least: int
+
+    def reached(self) -> bool:
+        return self.count >= self.least
+
+    def __str__(self) -> str:
+        short = "" if self.reached() else ": TOO FEW"
+        return f"{self.count:,} {self.what}, of at least {self.least:,}{short}"
+
+
 class Table:
-    """The rows of a program, in the order in which they were asked for."""
+    """The rows of a program, in the order in which they were asked for.
+
+    Attributes:
+        goals: what the program was to reach.
+        figures: what else it found, in words.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[str, Row] = {}
+        self.goals: list[Goal] = []
+        self.figures: list[str] = []
 
     def row(self, name: str) -> Row:
         """Return the row of that name, an empty one at first."""
@@ -113,23 +180,34 @@ class Options:
     Args:
         seed: decides every fault.
         quick: a few seconds, not minutes.
-        seconds: after which no further trial begins.
+        seconds: after which no further trial begins, once there were as many as there must be.
         started: on the monotonic clock, when the program began.
+        crew: which of several processes this is, that share the trials of a row.
+        crews: how many they are.
     """
 
     seed: int
     quick: bool
     seconds: float
     started: float = field(default_factory=time.monotonic)
+    crew: int = 0
+    crews: int = 1
 
     def pick(self, full: int, quick: int) -> int:
         """Return how many of something there are to be."""
         return quick if self.quick else full
 
-    def trials(self, row: Row, *, full: int, quick: int) -> Iterator[Trial]:
-        """Yield as many trials as there are to be, and count each as injected."""
-        for number in range(self.pick(full, quick)):
-            if self.left() <= 0:
+    def trials(self, row: Row, *, full: int, quick: int, least: int = 0) -> Iterator[Trial]:
+        """Yield as many trials as there are to be, and count each as injected.
+
+        Args:
+            row: counts them.
+            full: how many.
+            quick: how many, where seconds are to do.
+            least: how many must be, however long they take; all crews together.
+        """
+        for number in range(self.crew, self.pick(full, quick), self.crews):
+            if self.over(enough=number >= self.pick(least, 0)):
                 row.notes.append(f"time was up after {number} trials")
                 return
             row.inject()
@@ -143,37 +221,83 @@ class Options:
         """Return how many seconds this program still has."""
         return self.started + self.seconds - time.monotonic()
 
+    def left_in_any_case(self) -> float:
+        """Return after how many seconds nothing begins any more."""
+        return self.left() + (_EXTENSION - 1.0) * self.seconds
+
+    def over(self, *, enough: bool) -> bool:
+        """Return whether no further trial is to begin.
+
+        Args:
+            enough: there were as many as there must be.
+        """
+        return self.left() <= 0 if enough else self.left_in_any_case() <= 0
+
+    def of_crew(self, crew: int, crews: int) -> Options:
+        """Return the options of one of several processes."""
+        return replace(self, crew=crew, crews=crews)
+
+
+_EXTENSION = 2.0
+"""So many times its seconds a program goes on, as long as it has not shown what it must."""
+
 
 def main(run: Callable[[Options, Table], None], about: str | None) -> None:
     """Run a program of the campaign by the command line's arguments, print its table, and exit.
 
-    The exit status is 1 if anything went wrong, hung or was lost, or nothing was injected.
+    The exit status is 1 if anything went wrong, hung or was lost, a goal was missed, or nothing was
+    injected.
     """
     parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="decides every fault")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--seconds", type=float, help="begin no trial after so many seconds")
-    parser.add_argument("--json", type=Path, help="write the rows to this file, too")
+    parser.add_argument("--json", type=Path, help="write what was found to this file, too")
     given = parser.parse_args()
     seconds = given.seconds or (20.0 if given.quick else 240.0)
     table = Table()
-    run(Options(given.seed, given.quick, seconds), table)
+    options = Options(given.seed, given.quick, seconds)
+    run(options, table)
+    if given.quick:
+        table.goals = []
     if given.json:
-        given.json.write_text(json.dumps([asdict(row) for row in table.rows]))
-    print(printed(table.rows))
+        found: dict[str, Any] = {
+            "rows": [asdict(row) for row in table.rows],
+            "goals": [asdict(goal) for goal in table.goals],
+            "figures": table.figures,
+        }
+        given.json.write_text(json.dumps(found))
+    print(printed([*table.rows, summed("in all", table.rows)]))
+    print("\n".join([*map(str, table.goals), *table.figures]))
+    print(f"{-options.left() + seconds:.0f} s")
     injected = any(row.injected for row in table.rows)
-    raise SystemExit(not injected or not all(row.well() for row in table.rows))
+    well = all(row.well() for row in table.rows) and all(goal.reached() for goal in table.goals)
+    raise SystemExit(not injected or not well)
+
+
+def summed(name: str, rows: Sequence[Row]) -> Row:
+    """Return one row that counts what several do."""
+    total = Row(name)
+    for row in rows:
+        total.add(replace(row, notes=[], figures="", came={}))
+    return total
 
 
 def printed(rows: Sequence[Row]) -> str:
-    """Return the rows as text, with their sum."""
+    """Return the rows as text."""
     width = max((len(row.name) for row in rows), default=0)
-    total = Row("in all")
-    for column in _COLUMNS:
-        setattr(total, column, sum(getattr(row, column) for row in rows))
-    lines = [f"{'':{width}}" + "".join(f"{column:>12}" for column in _COLUMNS)]
-    for row in (*rows, total):
-        numbers = "".join(f"{getattr(row, column):>12}" for column in _COLUMNS)
+    lines = [f"{'':{width}}" + "".join(f"{head:>12}" for head in _HEADS)]
+    for row in rows:
+        numbers = "".join(f"{getattr(row, column):>12}" for column in COLUMNS)
         lines.append(f"{row.name:{width}}{numbers}")
-        lines += [f"    {note}" for note in (row.figures, *row.notes) if note]
+        came = ", ".join(f"{count} {what}" for what, count in sorted(row.came.items()))
+        lines += [f"    {note}" for note in (came, row.figures, *row.notes) if note]
     return "\n".join(lines)
+
+
+def in_markdown(rows: Sequence[Row]) -> str:
+    """Return the counts of rows as a table for docs/reliability.md."""
+    heads = ["", *_HEADS]
+    lines = [heads, ["---"] * len(heads)]
+    lines += [[row.name, *(f"{getattr(row, column):,}" for column in COLUMNS)] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metricfold.communicator.base import Communicator
+from metricfold.histogram.weights import weighable
 from metricfold.naming import Key, show
 from metricfold.pool import FloatArray, Pool, Window
 from metricfold.routes.base import (
@@ -111,7 +112,7 @@ class Narrow(Route):
                 start = place.start + _COUNTS + entry.capacity
                 weights = rows[:, start : start + entry.capacity]
                 given = np.arange(entry.capacity) < rows[:, place.start, np.newaxis]
-                bad |= (given & ~(weights > 0.0)).any(axis=1)
+                bad |= (given & ~weighable(weights)).any(axis=1)
             if entry.condensed:
                 slot, lanes = rows[:, place.stop - _slot_width() : place.stop], lanes_width()
                 bad |= ~fitting(slot[:, :-lanes], slot[:, -lanes:])

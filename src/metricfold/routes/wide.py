@@ -21,6 +21,7 @@ import numpy as np
 
 from metricfold.communicator.base import Communicator
 from metricfold.handlers import COUNT, NANS
+from metricfold.histogram.weights import weighable
 from metricfold.naming import Key, show
 from metricfold.pool import MOST_SAVED, FloatArray, Pool, Window
 from metricfold.routes.base import (
@@ -332,7 +333,7 @@ class Wide(Route):
             if uncounted(rows[:, 0]).any() or (rows[:, 0] > most).any():
                 return True
             given = np.arange(most) < rows[:, :1]
-            if entry.weighted and (given & ~(rows[:, 1 + most :] > 0.0)).any():
+            if entry.weighted and (given & ~weighable(rows[:, 1 + most :])).any():
                 return True
         return False
 
