@@ -368,11 +368,13 @@ FOREIGN = {
     "text without newline": b"all I know, on one line",
     "several lines of JSON": b'{\n  "lr": 0.1\n}',
     "one line of JSON": b'{"lr": 0.1}',
+    "the beginning of some JSON": b"{\n",
     "a list": b"[1, 2]\n",
     "numbers": b"a,b\n1,2\n",
     "binary": bytes(range(11, 256)) * 20,
     "NUL": b"\0" * 4096,
     "JSON lines of others": b'{"step": 1, "loss": 2}\n',
+    "half a line of others, closed": b'{"step": 1\n{"step": 2, "loss": 2}\n',
     "half a line of others": b'{"step": 1, "loss',
     "a long line of others": b'{"step": 1, "loss": "' + b"x" * (1 << 21),
 }
@@ -415,6 +417,11 @@ def test_records_go_on_once_the_foreign_file_is_moved_away(tmp_path, monkeypatch
         (b'{"st', []),
         (b'{"step": 1', []),
         (b'{"step": 1, "wall_time": 10\n', []),  # closed by a start since then
+        # Refused until now, though records follow.
+        (b'{"st\n{"step": 1, "wall_time": 1.0, "metrics": {}, "histograms": {}}\n', [1]),
+        (b'{"step": 0, \n{"s\n', []),
+        (b'{"step": 7, "wall_time":{"step": 8, "wal{"step": 9, "wall_time": 1\n', []),
+        (b'{\n{"step": 1\n{"step": 2, "wall_time": 1.0, "metrics": {}, "histograms": {}}\n', [2]),
         (b'{"step": 1, "wall_time": 1.0, "metrics": {}, "histograms": {}}', [1]),
         (b'{"metrics": {}, "step": 1, "histograms": {}, "wall_time": 1.0}\n', [1]),
     ],

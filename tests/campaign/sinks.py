@@ -2,13 +2,11 @@
 
 Each trial gives a logger a sink that fails as the trial says, and a good one beside it. What the
 failing one was given at last, in order and once, and what `close()` says is missing, must add up to
-what was logged; the good one must have all. Files of records that are damaged are read back: each
-line that was whole, and a count of those that were not.
+what was logged; the good one must have all.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -261,76 +259,6 @@ def long_away(name: str, trial: Trial) -> Iterator[Outcome]:
     yield from judged(name, World(1, body), count, whole=True, patience=seconds + PATIENCE)
 
 
-# -- Files ---------------------------------------------------------------------------------------
-
-
-def damaged(name: str, trial: Trial) -> Iterator[Outcome]:
-    """Damage a file as crashes and file systems do, and go on with it."""
-    chance = trial.random
-    folder = Path(tempfile.mkdtemp(prefix="campaign"))
-    path = folder / "x.jsonl"
-    sink = JSONLSink(path)
-    count = chance.randint(2, 30)
-    for step in range(count):
-        sink.write(Record(step, 0.0, {f"m{n}": float(n) for n in range(chance.randint(1, 9))}))
-    sink.close()
-    text = path.read_bytes()
-    lines = text.splitlines(keepends=True)
-    kept = set(range(count))
-    how = name.removeprefix("a file ")
-    if how == "cut anywhere":
-        size = chance.randrange(1, len(text))
-        path.write_bytes(text[:size])
-        ends = [len(b"".join(lines[: n + 1])) for n in range(count)]
-        kept = {n for n, end in enumerate(ends) if end - 1 <= size}
-    elif how == "with zeros at its end":
-        path.write_bytes(text + bytes(chance.randint(1, 5000)))
-    elif how == "with torn lines":
-        for n in {chance.randrange(count) for _ in range(3)}:
-            lines[n] = lines[n][: chance.randrange(9 if n else 40, len(lines[n]) - 1)] + b"\n"
-            kept.discard(n)
-        path.write_bytes(b"".join(lines))
-    again = JSONLSink(path)
-    wrong = ""
-    try:
-        again.write(Record(1000, 0.0, {"x": 1.0}))
-        again.close()
-        steps = [one.step for one in read_jsonl(path)]
-        if steps != [*sorted(kept), 1000]:
-            wrong = f"steps {steps}, not {sorted(kept)} and 1000"
-    except Exception as error:
-        wrong = f"{error!r:.300}"
-    yield Outcome(name, "wrong" if wrong else "right", wrong)
-    shutil.rmtree(folder)
-
-
-DAMAGES = ("a file cut anywhere", "a file with zeros at its end", "a file with torn lines")
-
-
-def rewound(name: str, trial: Trial) -> Iterator[Outcome]:
-    """Kill a process in the middle of a rewind: the old file is there, or the new one."""
-    chance = trial.random
-    folder = Path(tempfile.mkdtemp(prefix="campaign"))
-    path = folder / "x.jsonl"
-    old = [*range(300), 7]  # steps out of order: a new file takes the old one's place
-    line = '{"step": %d, "wall_time": 0.0, "prefix": "", "metrics": {"x": 1.0}, "histograms": {}}\n'
-    path.write_text("".join(line % step for step in old))
-
-    def body(rank: int, say: Say) -> None:
-        say(ready=True)
-        JSONLSink(path).rewind(100)
-
-    world = World(1, body)
-    time.sleep(chance.random() * 0.05)
-    os.kill(world.pids[0], signal.SIGKILL)
-    world.wait(10)
-    steps = [json.loads(one)["step"] for one in path.read_text().splitlines()]
-    well = steps in (old, [*range(101), 7])
-    yield Outcome(name, "right" if well else "wrong", "" if well else f"{steps}")
-    world.end()
-    shutil.rmtree(folder)
-
-
 def run(options: Options, table: Table) -> None:
     kinds: dict[str, tuple[Callable[[str, Trial], Iterator[Outcome]], int]] = {}
     if not options.quick:
@@ -340,8 +268,6 @@ def run(options: Options, table: Table) -> None:
     kinds |= {name: (failing, options.pick(12, 1)) for name in WAYS}
     kinds["hanging for ever"] = (hanging, options.pick(6, 1))
     kinds["a full disk"] = (full_disk, options.pick(20, 2))
-    kinds |= {name: (damaged, options.pick(300, 20)) for name in DAMAGES}
-    kinds["killed in a rewind"] = (rewound, options.pick(60, 4))
     trials = [
         (name, Trial(number, random.Random(f"{options.seed}/{name}/{number}")))
         for name, (_, how_many) in kinds.items()

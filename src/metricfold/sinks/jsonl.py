@@ -126,10 +126,8 @@ class JSONLSink(SelectiveSink):
         if not file.regular:
             return
         start = file.read(_HEAD, 0)
-        first, newline, _ = start.partition(b"\n")
-        # A machine that went down may have left half of it, which a later start has closed.
-        half = _STARTED.match(first) is not None if newline else _began(first)
-        if not start or half or _parsed(first) is not None:
+        first = start.partition(b"\n")[0]
+        if not start or _is_ours(start):
             return
         raise FileExistsError(
             errno.EEXIST,
@@ -241,8 +239,31 @@ _STARTED = re.compile(rb'\{"step": -?\d+' + re.escape(_AFTER_STEP))
 """What half a line holds at least, if no other program is to have written it."""
 
 
+def _is_ours(start: bytes) -> bool:
+    """Return whether a file that starts like this begins with a record, or with half of one.
+
+    A machine that went down may have left halves of several, each of which a later start has closed.
+    """
+    # What nothing has closed runs into the next one.
+    *closed, last = start.replace(_BEGINNING, b"\n" + _BEGINNING).split(b"\n")
+    for line in closed:
+        if _STARTED.match(line) or _parsed(line) is not None:
+            return True
+        # A file system may have made room for more than it came to write.
+        if line and not _began(line.rstrip(b"\0")):
+            return False
+    if not last:
+        return any(line.startswith(b'{"s') for line in closed)
+    return _began(last) or _parsed(last) is not None
+
+
 def _began(text: bytes) -> bool:
-    """Return whether `text` is the beginning of a line that `JSONLSink` writes."""
+    """Return whether `text` is the beginning of a line that `JSONLSink` writes.
+
+    Another one may follow on the same line, where nothing has closed this one.
+    """
+    another = text.find(_BEGINNING, 1)
+    text = text[:another] if another > 0 else text
     match = re.match(rb'\{"step": -?\d*', text)
     if match is None:
         return text != b"" and _BEGINNING.startswith(text)
