@@ -21,6 +21,7 @@ class Sizes:
         window: values of each of its distributions.
         means: metrics of the small workload.
         samples: numbers of samples seen before a log.
+        keys: metrics of a log that has very many.
         imports: interpreters started.
         device_metrics: numbers of metrics that a compiled step reduces over devices.
         compilations: how often each such step is compiled.
@@ -39,6 +40,7 @@ class Sizes:
     window: int
     means: int
     samples: tuple[int, ...]
+    keys: int
     imports: int
     device_metrics: tuple[int, ...]
     compilations: int
@@ -58,6 +60,7 @@ FULL = Sizes(
     window=1000,
     means=100,
     samples=(10**3, 10**4, 10**5, 10**6),
+    keys=47_000,
     imports=11,
     device_metrics=(20, 100),
     compilations=5,
@@ -77,6 +80,7 @@ QUICK = Sizes(
     window=50,
     means=10,
     samples=(10**3, 10**4),
+    keys=500,
     imports=1,
     device_metrics=(5,),
     compilations=1,

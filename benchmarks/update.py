@@ -1,15 +1,17 @@
-"""`update` in the training process, per metric, against one Python handler call per metric."""
+"""What taking metrics in costs the training process: lists, batches, single values, and many keys."""
 
 from __future__ import annotations
 
 import pickle
+import statistics
+import time
 from collections.abc import Iterator
 
 import numpy as np
 
 from benchmarks.baselines import Aggregation, FrozenMetric, MetricStates
 from benchmarks.sizes import Sizes
-from benchmarks.table import Budget, Section, at_least, speedup
+from benchmarks.table import Budget, Row, Section, amount, at_least, at_most, cost, seconds, speedup
 from benchmarks.timing import interleaved
 from metricfold import AggregationType, Metric, MetricBatch, MetricsAggregator
 
@@ -20,16 +22,17 @@ _METRICS = (("samples_seen", "sum"), ("tokens_seen", "sum"), ("seq_len", "distri
 _WINDOW = 1000
 _VALUES = 40_000
 """Between two logs, which are not part of the time; what comes in is folded several times until then."""
-_BUDGETS: dict[int, Budget] = {8: at_least(2.8), 64: at_least(20)}
+_LISTS: dict[int, Budget] = {8: at_most(1.7), 64: at_most(1.25)}
+_BATCHES: dict[int, Budget] = {8: at_least(2.8), 64: at_least(20)}
 """By samples per batch: what one rank takes in per step."""
 
 
 def measure(sizes: Sizes) -> list[Section]:
-    """Return how long `update` takes, for lists and collated batches of several sizes."""
+    """Return how long it takes until metrics are in, and many keys until they are out again."""
     section = Section("update, per metric: 3 metrics a sample, 2 datasets")
     for samples in (8, 64, 512):
         _measure(section, samples, sizes)
-    return [section]
+    return [section, Section("record, and many keys: CPU time", [_record(sizes), *_keys(sizes)])]
 
 
 def _measure(section: Section, samples: int, sizes: Sizes) -> None:
@@ -54,20 +57,13 @@ def _measure(section: Section, samples: int, sizes: Sizes) -> None:
         calls_per_turn=_VALUES // len(metrics),
         afterwards={"list": of_lists.reduce, "batch": of_batches.reduce},
     )
-    per_metric = {name: [t / len(metrics) for t in found] for name, found in times.items()}
-    for name, what, budget in (
-        ("batch", "collated batch", _BUDGETS.get(samples)),
-        ("list", "list", None),
-    ):
-        section.rows.append(
-            speedup(
-                f"{what} of {samples} samples",
-                per_metric[name],
-                "a handler call each",
-                per_metric["handlers"],
-                budget,
-            )
-        )
+    each = {name: [t / len(metrics) for t in found] for name, found in times.items()}
+    theirs = ("a handler call each", each["handlers"])
+    budgets = _BATCHES.get(samples), _LISTS.get(samples)
+    section.rows += [
+        speedup(f"collated batch of {samples} samples", each["batch"], *theirs, budgets[0]),
+        cost(f"list of {samples} samples", each["list"], *theirs, budgets[1]),
+    ]
 
 
 def _values(samples: int) -> Iterator[tuple[str, str, int, str]]:
@@ -77,3 +73,44 @@ def _values(samples: int) -> Iterator[tuple[str, str, int, str]]:
         dataset = _DATASETS[index % len(_DATASETS)]
         for (name, agg), value in zip(_METRICS, (1, length, length), strict=True):
             yield dataset, name, value, agg
+
+
+def _record(sizes: Sizes) -> Row:
+    aggregator = MetricsAggregator()
+    times = []
+    for _ in range(sizes.rounds):
+        began = time.process_time()
+        for _ in range(_VALUES):
+            aggregator.record("loss", 2.5)
+        times.append((time.process_time() - began) / _VALUES)
+        aggregator.reduce()
+    figure = statistics.median(times) * 1e6
+    return amount("record of a float", figure, "µs", f"at best {seconds(min(times))}", at_most(1.5))
+
+
+def _keys(sizes: Sizes) -> list[Row]:
+    """Return what so many keys take, as those of each layer and expert; they come once in a run."""
+    few, many = sizes.keys // 10, sizes.keys
+    turns = [(_first(few), _first(many)) for _ in range(3)]
+    per_key = [[turn[which][0] / keys for turn in turns] for which, keys in enumerate((few, many))]
+    what = f"{many:,} keys: first records and reduce"
+    taken, printed = (statistics.median(turn[1][part] for turn in turns) for part in range(2))
+    best, prints = (seconds(min(turn[1][part] for turn in turns)) for part in range(2))
+    return [
+        amount(what, taken, "s", f"at best {best}", at_most(2)),
+        cost("the same, per key", per_key[1], f"{few:,} keys", per_key[0], at_most(2)),
+        amount(f"{many:,} keys: dict", printed, "s", f"at best {prints}"),
+    ]
+
+
+def _first(keys: int) -> tuple[float, float]:
+    """Return the seconds of the first records with their reduction, and of the dict."""
+    aggregator = MetricsAggregator()
+    names = [f"moe/layer_{i // 256:03d}/expert_{i % 256:03d}/load" for i in range(keys)]
+    began = time.process_time()
+    for name in names:
+        aggregator.record(name, 1.5)
+    snapshot = aggregator.reduce()
+    reduced = time.process_time()
+    snapshot.as_dict("train")
+    return reduced - began, time.process_time() - reduced
