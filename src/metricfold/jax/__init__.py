@@ -34,8 +34,11 @@ if _missing:
 from metricfold.jax.accumulator import DeviceAccumulator  # noqa: E402 (after the check above)
 from metricfold.jax.data_parallel import DataParallel  # noqa: E402
 from metricfold.jax.distributed_metrics import DistributedMetrics  # noqa: E402
+from metricfold.jax.exported import register as _register  # noqa: E402
 from metricfold.jax.mesh import DeviceMeshManager  # noqa: E402
 from metricfold.jax.packed import PackedMetrics  # noqa: E402
+
+_register()
 
 __all__ = [
     "DataParallel",

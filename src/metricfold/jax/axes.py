@@ -10,12 +10,21 @@ unseen. Here it is an error, which says what is bound and how to bind more.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import jax
 from jax import lax
 from jax.sharding import get_abstract_mesh
 
-__all__ = ["DEFAULT_AXIS", "Axes", "AxisName", "bound_axes", "is_bound", "resolve_axes"]
+__all__ = [
+    "DEFAULT_AXIS",
+    "Axes",
+    "AxisName",
+    "bound_axes",
+    "is_bound",
+    "knows_what_varies",
+    "resolve_axes",
+]
 
 AxisName: TypeAlias = "str | tuple[str, ...] | None"
 Axes: TypeAlias = tuple[str, ...]
@@ -70,6 +79,14 @@ def is_bound(name: str) -> bool:
     except NameError:
         return False
     return True
+
+
+def knows_what_varies(axes: Axes) -> bool:
+    """Return whether JAX tells apart what is the same over bound `axes`: `shard_map` with `check_vma`."""
+    kind: Any = jax.typeof(lax.axis_index(axes))
+    # Releases of JAX call it differently.
+    told = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    return bool(told)
 
 
 def _not_bound(name: str, bound: Axes) -> str:

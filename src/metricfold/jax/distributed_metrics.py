@@ -13,7 +13,7 @@ methods do the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from metricfold.jax.collection import collect
 from metricfold.jax.collectives import all_gather
 from metricfold.jax.packed import pack
 from metricfold.jax.reduction import reduce_arrays, require_op
-from metricfold.jax.trees import ABSENT, Leaf, flatten, look_up
+from metricfold.jax.trees import ABSENT, PARTS, Leaf, Said, flatten
 from metricfold.jax.values import as_array
 
 __all__ = ["DistributedMetrics"]
@@ -36,8 +36,8 @@ class DistributedMetrics(nnx.Module):
 
     All methods but `collect_from_devices` are called inside the mapped function. They take:
 
-    * ``metrics``: a dict of numbers and arrays of numbers, nested at will. Python and NumPy numbers
-      count once per device, as in `jax.lax.psum`.
+    * ``metrics``: a dict of numbers and arrays of numbers, nested at will, or any other pytree, such as
+      a list or a dataclass. Python and NumPy numbers count once per device, as in `jax.lax.psum`.
     * ``axis_name``: the axis, or a tuple of axes, to reduce over. The default, ``"batch"``, also
       stands for the one axis that is bound under another name, or under none, as in a bare
       ``@jax.pmap``. ``None`` stands for all axes of ``pmap`` and ``shard_map``; under plain
@@ -92,7 +92,7 @@ class DistributedMetrics(nnx.Module):
             axis_name: see `DistributedMetrics`.
             weights: how much each device counts, such as its number of samples that are not
                 padding: the result is Σwx / Σw. A number for all metrics, an array for metrics of
-                its shape, or a dict nested like the metrics. What has weight 0 contributes
+                its shape, or a tree like that of the metrics. What has weight 0 contributes
                 nothing, not even a NaN; where all weights are 0, the result is NaN.
             packed: see `DistributedMetrics`.
 
@@ -172,7 +172,7 @@ class DistributedMetrics(nnx.Module):
     def reduce_custom(
         self,
         metrics: dict[str, Any],
-        reduce_fn: Mapping[str, Any] | None = None,
+        reduce_fn: Any = None,
         axis_name: AxisName = DEFAULT_AXIS,
         *,
         packed: bool = False,
@@ -182,8 +182,8 @@ class DistributedMetrics(nnx.Module):
         Args:
             metrics: see `DistributedMetrics`.
             reduce_fn: for each name ``"mean"``, ``"sum"``, ``"max"``, ``"min"``, or ``None`` to
-                leave the value as it is, whatever it is. It may be nested like the metrics, and an
-                op for a dict holds for all in it. Names that it lacks take the mean; names that
+                leave the value as it is, whatever it is. It may be nested like the metrics, or be a
+                tree like theirs, and an op for a dict holds for all in it. Names that it lacks take the mean; names that
                 the metrics lack are ignored.
             axis_name: see `DistributedMetrics`.
             packed: see `DistributedMetrics`; then no op can be ``None``.
@@ -196,17 +196,13 @@ class DistributedMetrics(nnx.Module):
     @staticmethod
     def reduce_custom_static(
         metrics: dict[str, Any],
-        reduce_fn: Mapping[str, Any] | None = None,
+        reduce_fn: Any = None,
         axis_name: AxisName = DEFAULT_AXIS,
         *,
         packed: bool = False,
     ) -> Any:
         """Do what `reduce_custom` does."""
-        if reduce_fn is not None and not isinstance(reduce_fn, Mapping):
-            raise TypeError(
-                f"reduce_fn is {reduce_fn!r}, but must be a dict that gives an op for each name"
-            )
-        return _reduce(metrics, {} if reduce_fn is None else reduce_fn, axis_name, packed=packed)
+        return _reduce(metrics, _ops(reduce_fn), axis_name, packed=packed)
 
     def collect_from_devices(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Return, outside the mapped function, lists of the values of all devices.
@@ -235,17 +231,16 @@ class DistributedMetrics(nnx.Module):
 
 def _reduce(
     metrics: Any,
-    ops: str | Mapping[str, Any],
+    ops: str | Said,
     axis_name: AxisName,
     *,
     weights: Any = None,
     packed: bool = False,
 ) -> Any:
-    """Reduce a tree of metrics, all by one op or each by that which a mapping has for it."""
-    leaves, structure = flatten(metrics)
-    if isinstance(ops, Mapping):
-        _require_ops(ops, "reduce_fn")
-    chosen = [_op(ops, leaf) for leaf in leaves]
+    """Reduce a tree of metrics, all by one op or each by that which a second tree has for it."""
+    # Packed metrics are read on the host, where no variable stands for a number.
+    leaves, structure = flatten(metrics, whole=packed)
+    chosen = [ops if isinstance(ops, str) else _op(ops, leaf) for leaf in leaves]
     reducible = [i for i, op in enumerate(chosen) if op is not None]
     if packed and len(reducible) < len(leaves):
         left = next(leaf for leaf, op in zip(leaves, chosen, strict=True) if op is None)
@@ -260,26 +255,30 @@ def _reduce(
     axes = resolve_axes(axis_name)
     reduced = reduce_arrays(arrays, [chosen[i] for i in reducible], axes, weighing)
     if packed:
-        return pack(reduced, structure, axes)
+        return pack(reduced, structure, leaves, axes)
     results = [leaf.value for leaf in leaves]
     for i, result in zip(reducible, reduced.arrays(), strict=True):
         results[i] = result
     return jax.tree_util.tree_unflatten(structure, results)
 
 
-def _require_ops(ops: Mapping[str, Any], where: str) -> None:
-    for name, op in ops.items():
-        if isinstance(op, Mapping):
-            _require_ops(op, f"{where}[{name!r}]")
-        elif op is not None:
-            require_op(op, f"{where}[{name!r}]")
+def _ops(reduce_fn: Any) -> Said:
+    """Return the ops that `reduce_fn` gives, each of them a known one."""
+    said = Said({} if reduce_fn is None else reduce_fn)
+    if said.one:
+        raise TypeError(
+            f"reduce_fn is {reduce_fn!r}, but must be a dict that gives an op for each name, or a tree "
+            "like that of the metrics"
+        )
+    for leaf in said.leaves:
+        if leaf.value is not None:
+            require_op(leaf.value, leaf.path("reduce_fn"))
+    return said
 
 
-def _op(ops: str | Mapping[str, Any], leaf: Leaf) -> Any:
-    if isinstance(ops, str):
-        return ops
-    op = look_up(ops, leaf)
-    if isinstance(op, Mapping):
+def _op(ops: Said, leaf: Leaf) -> Any:
+    op = ops.about(leaf)
+    if op is PARTS:
         raise ValueError(
             f"{leaf.path('reduce_fn')} is a dict of ops, but {leaf.path('metrics')} is a single value"
         )
@@ -296,7 +295,8 @@ def _number(leaf: Leaf, op: str) -> jax.Array:
 
 def _weights(weights: Any, leaves: Sequence[Leaf], arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """Return one weight per leaf."""
-    if not isinstance(weights, Mapping):
+    said = Said(weights)
+    if said.one:
         shared = _weight(weights, "weights")
         return [
             _fitting(shared, "weights", leaf, array)
@@ -305,8 +305,8 @@ def _weights(weights: Any, leaves: Sequence[Leaf], arrays: Sequence[jax.Array]) 
     found = []
     for leaf, array in zip(leaves, arrays, strict=True):
         where = leaf.path("weights")
-        weight = look_up(weights, leaf)
-        if weight is ABSENT or isinstance(weight, Mapping):
+        weight = said.about(leaf)
+        if weight is ABSENT or weight is PARTS:
             raise ValueError(
                 f"{leaf.path('metrics')} has no weight: give {where}, or one number for all metrics"
             )

@@ -1,12 +1,25 @@
 """Reduced metrics as one vector, to be taken apart on the host.
 
 A jitted step that returns a hundred metrics makes a hundred buffers, and reading them takes as many
-transfers. `PackedMetrics` is one buffer of 32-bit words, read in one transfer.
+transfers. `PackedMetrics` is one buffer of 32-bit words, read in one transfer:
+
+    fingerprint   1 word     of the names, types and shapes that the program knows
+    checksum      1 word     of all words that follow
+    results       the rest   the bits of the numbers, one section for each op and type
+
+The words are a pytree's leaf like any other, and functions over all arrays of a tree will take them for
+numbers: average them over steps, add them up over devices once more, cast them, fill them with zeros. What
+comes out are bits that mean something else. So `unpack` looks at their type, at the fingerprint, which no
+sum leaves as it is, and at the checksum, which notices whatever is done to each word alone.
+
+What the words mean stands in them and in the static fields, and not in where they lie: after
+`jax.device_get`, `jax.device_put` or pickling they say the same.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +29,18 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
-from metricfold.jax.axes import Axes
+from metricfold.jax.axes import Axes, bound_axes, knows_what_varies
+from metricfold.jax.collectives import axes_size
 from metricfold.jax.reduction import Group, Reduced
+from metricfold.jax.trees import Leaf
+from metricfold.staging import is_traced
 
 __all__ = ["PackedMetrics", "pack"]
+
+_SEAL = 2
+"""Words in front of the results."""
+
+Words = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,46 +59,98 @@ class Section:
         return self.size * self.dtype.itemsize // 4
 
 
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """The copies of one result that a mapped function may return, one from each device.
+
+    Args:
+        axes: over which it was reduced.
+        number: of devices that these axes of a ``pmap`` or ``shard_map`` span.
+        stacked: whether copies get a dimension of their own, as by ``pmap``. Where JAX knows that all
+            devices have the same (``shard_map`` with ``check_vma=True``), they do not.
+    """
+
+    axes: Axes
+    number: int
+    stacked: bool
+
+    @classmethod
+    def over(cls, axes: Axes) -> Copies:
+        """Return those of what has just been reduced over `axes`, here."""
+        bound = bound_axes()
+        mapped = tuple(axis for axis in axes if axis in bound)
+        if not mapped:
+            return cls(axes, 1, stacked=False)
+        return cls(axes, axes_size(mapped), stacked=not knows_what_varies(mapped))
+
+    def one_of(self, words: Words, length: int, share: float) -> Words:
+        """Return the words without the dimension, or the part of one, that counts copies.
+
+        Args:
+            words: shape (..., length), or with copies joined end to end in the last dimension.
+            length: of one result.
+            share: what part of the copies is here; 1 but where other processes hold some.
+        """
+        here = round(self.number * share)
+        if words.shape[-1] == here * length and here > 1:
+            side_by_side = words.reshape(*words.shape[:-1], here, length)
+            return side_by_side[..., 0, :] if _alike(side_by_side, -2) else words
+        if self.stacked and words.ndim > 1 and len(words) == here and _alike(words, 0):
+            words = words[0]
+        return words
+
+
+def _alike(words: Words, axis: int) -> bool:
+    return bool((words == words.take([0], axis)).all())
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class PackedMetrics:
     """What a reduction with ``packed=True`` gives: a pytree of one array.
 
-    Return it from the compiled step like any array, and call `unpack` on the host.
+    Return it from the compiled step like any array, and call `unpack` on the host. Do not compute with
+    it: average what `unpack` gives.
     """
 
     words: jax.Array
     sections: tuple[Section, ...] = field(metadata={"static": True})
     structure: Any = field(metadata={"static": True})
-    axes: Axes = field(metadata={"static": True})
+    copies: Copies = field(metadata={"static": True})
+    fingerprint: int = field(metadata={"static": True})
 
     def unpack(self) -> Any:
         """Return the metrics, read in one transfer: floats, and NumPy arrays for what has a shape.
 
         The copies that ``pmap``, or a ``shard_map`` with the reduced axis in its ``out_specs``,
         return from each device are all alike: one of them is read. Any other dimension that came
-        in front, such as the steps of a ``scan``, stays in front of every metric.
+        in front, such as the steps of a ``scan``, stays in front of every metric. Where the words lie
+        does not matter: `jax.device_get` and pickles keep what they mean.
 
         Raises:
             TypeError: called inside a compiled function.
-            ValueError: what devices disagree on, for it was reduced over another axis, was joined
-                end to end by ``out_specs``.
+            ValueError: the words are not those that the reduction returned, because something was
+                computed with them; or were donated; or were not reduced over all of the axes that
+                `out_specs` joins end to end, or that lie on other processes.
         """
-        if isinstance(self.words, jax.core.Tracer):
-            raise TypeError(
-                "unpack() reads values, which a traced function does not have: return the packed "
-                "metrics from it, and unpack them outside"
-            )
-        words = np.asarray(self._one_copy())
-        expected = sum(section.words for section in self.sections)
-        if words.shape[-1] != expected:
+        length = _SEAL + sum(section.words for section in self.sections)
+        words, share = self._read()
+        words = self.copies.one_of(words, length, share)
+        if words.shape[-1] != length:
+            many, rest = divmod(words.shape[-1], length)
+            if rest:
+                raise ValueError(
+                    f"packed metrics of these names have {length} words, and these are "
+                    f"{words.shape[-1]}: they are of other metrics, or were cut"
+                )
             raise ValueError(
-                f"these are {words.shape[-1] // max(expected, 1)} packed metrics end to end, which "
-                f"were reduced over {self.axes} alone. Give each a dimension of its own before it "
+                f"these are {many} packed metrics end to end, which were reduced over "
+                f"{self.copies.axes} alone. Give each a dimension of its own before it "
                 "is returned: jax.tree.map(lambda words: words[None], packed)"
             )
+        self._check(words)
         metrics: dict[int, Any] = {}
-        start = 0
+        start = _SEAL
         for section in self.sections:
             part = words[..., start : start + section.words]
             start += section.words
@@ -85,27 +158,83 @@ class PackedMetrics:
         leaves = [metrics[i] for i in range(len(metrics))]
         return jax.tree_util.tree_unflatten(self.structure, leaves)
 
-    def _one_copy(self) -> Any:
-        """Return the words without the dimension, or the part of one, that counts the devices."""
+    def _read(self) -> tuple[Words, float]:
+        """Return the words that are on this process, and what part of all that is."""
         words = self.words
-        if not isinstance(words, jax.Array) or not isinstance(words.sharding, NamedSharding):
-            return words
-        split = words.sharding.spec[0] if words.sharding.spec else None
-        over = (split,) if isinstance(split, str) else tuple(split or ())
-        if not over or not set(over) <= set(self.axes):
-            return words
-        copy = words.addressable_shards[0].data
-        return copy if copy.ndim == 1 else copy[0]
+        if is_traced(words) or isinstance(words, jax.ShapeDtypeStruct):
+            raise TypeError(
+                "unpack() reads values, which a traced function does not have: return the packed "
+                "metrics from it, and unpack them outside"
+            )
+        if isinstance(words, jax.Array) and words.is_deleted():
+            raise ValueError(
+                "these packed metrics were donated to a compiled function, or deleted, before they "
+                "were read: unpack them first, or do not donate them"
+            )
+        if words.dtype != np.uint32:
+            raise ValueError(
+                f"the words of these packed metrics are {words.dtype}, not uint32: {_COMPUTED}"
+            )
+        with jax.transfer_guard("allow"):
+            if not isinstance(words, jax.Array) or words.is_fully_addressable:
+                return np.asarray(words), 1.0
+            if words.is_fully_replicated:
+                return np.asarray(words), 1.0
+            return self._read_here(words)
+
+    def _read_here(self, words: jax.Array) -> tuple[Words, float]:
+        """Return the copies that lie on this process, of such as lie on several."""
+        layout = words.sharding
+        spec = layout.spec if isinstance(layout, NamedSharding) else (None,)
+        split = [i for i, axes in enumerate(spec) if axes]
+        over = spec[split[0]] if len(split) == 1 else ()
+        if not over or not set((over,) if isinstance(over, str) else over) <= set(self.copies.axes):
+            raise ValueError(
+                "parts of these packed metrics lie on other processes, for they were not reduced over "
+                f"all that {layout} splits: reduce over these axes, too, or gather them in the step"
+            )
+        axis = split[0]
+        shards = {shard.index[axis].start or 0: shard.data for shard in words.addressable_shards}
+        here = np.concatenate([np.asarray(shards[start]) for start in sorted(shards)], axis)
+        return here, here.shape[axis] / words.shape[axis]
+
+    def _check(self, words: Words) -> None:
+        """Raise ValueError for words that are not those of the reduction."""
+        if not (words[..., 0] == self.fingerprint).all():
+            if not words.any():
+                raise ValueError(
+                    "these packed metrics hold nothing: all words are zero, as in a carry that was "
+                    "filled with zeros and never replaced. Unpack only what a reduction has returned"
+                )
+            raise ValueError(
+                f"the fingerprint of these packed metrics does not fit: they are of other metrics, or "
+                f"{_COMPUTED}"
+            )
+        if not (words[..., 1] == _checksum(words[..., _SEAL:], np)).all():
+            raise ValueError(f"the checksum of these packed metrics does not fit: {_COMPUTED}")
 
 
-def pack(reduced: Reduced, structure: Any, axes: Axes) -> PackedMetrics:
+_COMPUTED = (
+    "something was computed with them as if they were numbers, such as a mean over steps, a second sum "
+    "over devices or a cast, by a function that goes over all arrays of a tree. Do so with what "
+    "unpack() gives, or before packing; to keep the packed metrics of several steps, stack them, and "
+    "unpack() has the steps in front"
+)
+
+
+def pack(reduced: Reduced, structure: Any, leaves: list[Leaf], axes: Axes) -> PackedMetrics:
     """Pack results whose pytree has this structure and that were reduced over `axes`."""
     parts = [_as_words(group.joined) for group in reduced.groups]
+    results = jnp.concatenate(parts) if parts else jnp.zeros(0, jnp.uint32)
+    sections = tuple(_section(group) for group in reduced.groups)
+    fingerprint = _fingerprint(sections, leaves)
+    seal = jnp.stack([jnp.full_like(results, fingerprint, shape=()), _checksum(results, jnp)])
     return PackedMetrics(
-        words=jnp.concatenate(parts) if parts else jnp.zeros(0, jnp.uint32),
-        sections=tuple(_section(group) for group in reduced.groups),
+        words=jnp.concatenate([seal, results]),
+        sections=sections,
         structure=structure,
-        axes=axes,
+        copies=Copies.over(axes),
+        fingerprint=fingerprint,
     )
 
 
@@ -114,6 +243,28 @@ def _section(group: Group) -> Section:
     return Section(
         np.dtype(joined.dtype), group.indices, group.shapes, group.dtypes, size=joined.size
     )
+
+
+def _fingerprint(sections: tuple[Section, ...], leaves: list[Leaf]) -> int:
+    """Return an odd number of 32 bits of which the highest is set.
+
+    Twice it, or thrice, is another number, and so is what a float32 makes of it.
+    """
+    said = repr(([leaf.path("") for leaf in leaves], sections))
+    return zlib.crc32(said.encode()) | 0x8000_0001
+
+
+def _checksum(words: Any, numpy: Any) -> Any:
+    """Return a sum over the last dimension in which each word has another part.
+
+    Args:
+        words: uint32, shape (..., n).
+        numpy: `numpy` or `jax.numpy`, whichever has made them.
+    """
+    salt = numpy.arange(1, words.shape[-1] + 1, dtype=np.uint32) * np.uint32(0x9E37_79B1)
+    mixed = (words ^ salt) * np.uint32(0x85EB_CA6B)
+    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0xC2B2_AE35)
+    return (mixed ^ (mixed >> np.uint32(13))).sum(axis=-1, dtype=np.uint32)
 
 
 def _as_words(values: jax.Array) -> jax.Array:

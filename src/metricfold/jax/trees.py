@@ -1,21 +1,21 @@
 """Metrics as trees: names for their leaves, and what a second tree says about each of them.
 
-Metrics may be nested. A second dict, of ops or of weights, may be nested likewise, and what it says
-about a dict it says about everything in there.
+Metrics may be nested. A second tree, of ops or of weights, may be nested likewise, and what it says
+about a dict, or any other container, it says about everything in there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-__all__ = ["ABSENT", "Leaf", "flatten", "look_up"]
+__all__ = ["ABSENT", "PARTS", "Leaf", "Said", "flatten"]
 
-ABSENT = object()
-"""What `look_up` returns for a leaf about which nothing is said."""
+ABSENT, PARTS = object(), object()
+"""What `Said.about` returns for a leaf about which nothing is said, or only about what it has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,26 @@ class Leaf:
         return root + "".join(f"[{key!r}]" for key in self.keys)
 
 
-def flatten(tree: Any) -> tuple[list[Leaf], Any]:
-    """Return the leaves of a pytree, ``None`` being one, and its structure."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-    return [Leaf(value, tuple(_key(entry) for entry in path)) for path, value in leaves], structure
+def flatten(
+    tree: Any, *, whole: bool = False, leaves: type | tuple[type, ...] = ()
+) -> tuple[list[Leaf], Any]:
+    """Return the leaves of a pytree, ``None`` being one, and its structure.
+
+    Args:
+        tree: any pytree.
+        whole: let what stands for one array, such as a Flax variable, be a leaf, and no tree of one.
+        leaves: types that are leaves, too.
+    """
+
+    def is_leaf(node: Any) -> bool:
+        return (
+            node is None
+            or isinstance(node, leaves)
+            or (whole and hasattr(type(node), "__jax_array__"))
+        )
+
+    found, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return [Leaf(value, tuple(_key(entry) for entry in path)) for path, value in found], structure
 
 
 def _key(entry: Any) -> Any:
@@ -43,13 +59,35 @@ def _key(entry: Any) -> Any:
     return entry
 
 
-def look_up(said: Mapping[Any, Any], leaf: Leaf) -> Any:
-    """Return what `said` has for `leaf`, or for a dict that it is in; else `ABSENT`."""
-    found: Any = said
-    for key in leaf.keys:
-        if not isinstance(found, Mapping):
-            break
-        if key not in found:
-            return ABSENT
-        found = found[key]
-    return found
+class Said:
+    """What a second tree says about each leaf of a first: about it, or about a part that it is in.
+
+    Args:
+        tree: with the keys of the first, whatever the containers: a dict may speak of a dataclass.
+    """
+
+    def __init__(self, tree: Any) -> None:
+        self.leaves = list(_said_in(tree, ()))
+        self.one = any(not leaf.keys for leaf in self.leaves)
+        self._values = {leaf.keys: leaf.value for leaf in self.leaves}
+        self._parts = {leaf.keys[:n] for leaf in self.leaves for n in range(len(leaf.keys))}
+
+    def about(self, leaf: Leaf) -> Any:
+        """Return what is said about `leaf`; `ABSENT` if nothing is, `PARTS` if only about parts of it."""
+        for n in range(len(leaf.keys) + 1):
+            if leaf.keys[:n] in self._values:
+                return self._values[leaf.keys[:n]]
+        return PARTS if leaf.keys in self._parts else ABSENT
+
+
+def _said_in(tree: Any, keys: tuple[Any, ...]) -> Iterator[Leaf]:
+    """Yield the leaves of a tree whose dicts, unlike those of pytrees, may have keys of any types."""
+    if isinstance(tree, Mapping):
+        for key, part in tree.items():
+            yield from _said_in(part, (*keys, key))
+        return
+    for leaf in flatten(tree, whole=True, leaves=Mapping)[0]:
+        if isinstance(leaf.value, Mapping):
+            yield from _said_in(leaf.value, (*keys, *leaf.keys))
+        else:
+            yield Leaf(leaf.value, (*keys, *leaf.keys))

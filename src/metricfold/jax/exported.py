@@ -1,0 +1,99 @@
+"""Packed metrics in files: what `flax.serialization` and `jax.export` ask of a type.
+
+Flax saves the words, and restores them into packed metrics of the same names, which `unpack` checks.
+`jax.export` saves a compiled function with the names of the metrics that it returns.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+from flax import serialization
+
+from metricfold.jax.packed import Copies, PackedMetrics, Section
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Let both know `PackedMetrics`."""
+    serialization.register_serialization_state(  # type: ignore[no-untyped-call]
+        PackedMetrics,
+        lambda packed: {"words": packed.words},
+        lambda packed, state: replace(packed, words=state["words"]),
+    )
+    jax.export.register_pytree_node_serialization(
+        PackedMetrics,
+        serialized_name="metricfold.jax.PackedMetrics",
+        serialize_auxdata=_to_bytes,
+        deserialize_auxdata=_from_bytes,
+    )
+
+
+def _to_bytes(fields: Any) -> bytes:
+    sections, structure, copies, fingerprint = fields
+    said = {
+        "sections": [
+            {
+                "dtype": section.dtype.name,
+                "indices": section.indices,
+                "shapes": section.shapes,
+                "dtypes": [dtype.name for dtype in section.dtypes],
+                "size": section.size,
+            }
+            for section in sections
+        ],
+        "tree": _described(structure),
+        "copies": [copies.axes, copies.number, copies.stacked],
+        "fingerprint": fingerprint,
+    }
+    return json.dumps(said).encode()
+
+
+def _from_bytes(said: bytes | bytearray) -> Any:
+    fields = json.loads(bytes(said))
+    sections = tuple(
+        Section(
+            jnp.dtype(section["dtype"]),
+            tuple(section["indices"]),
+            tuple(map(tuple, section["shapes"])),
+            tuple(map(jnp.dtype, section["dtypes"])),
+            section["size"],
+        )
+        for section in fields["sections"]
+    )
+    axes, number, stacked = fields["copies"]
+    copies = Copies(tuple(axes), number, stacked)
+    structure = jax.tree.structure(_tree(fields["tree"]))
+    return sections, structure, copies, fields["fingerprint"]
+
+
+def _described(structure: Any) -> Any:
+    """Return a tree of dicts, lists and tuples as JSON has it: a kind, and what is in there."""
+    data = structure.node_data()
+    if data is None:
+        return ["leaf"]
+    kind, keys = data
+    parts = [_described(child) for child in structure.children()]
+    if kind is dict and all(isinstance(key, str | int) for key in keys):
+        return ["dict", [list(pair) for pair in zip(keys, parts, strict=True)]]
+    if kind in (list, tuple):
+        return [kind.__name__, parts]
+    raise TypeError(
+        f"packed metrics that are a {kind.__name__} cannot be exported: let the exported function "
+        "return a dict, list or tuple of metrics, nested at will, whose keys are texts or ints"
+    )
+
+
+def _tree(described: Any) -> Any:
+    kind, *parts = described
+    if kind == "leaf":
+        return 0
+    if kind == "dict":
+        return {key: _tree(part) for key, part in parts[0]}
+    return (list if kind == "list" else tuple)(map(_tree, parts[0]))
