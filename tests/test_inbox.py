@@ -83,6 +83,15 @@ class Story:
             else:
                 for one in batch:
                     aggregator.update(MetricBatch.from_metrics([one]))
+        elif call == "together":
+            dataset, weight, values = content
+            step = [self.metric((agg, dataset, value, 1)) for agg, value in values.items()]
+            aggregator.record_all(
+                {name: value for name, value, *_ in step},
+                {name: agg for name, _, agg, *_ in step},
+                dataset=dataset,
+                weight=weight if self.plain else np.float64(weight),
+            )
         elif call == "mark":
             self.mark = aggregator.mark()
         elif call == "rollback" and self.mark is not None:
@@ -115,11 +124,14 @@ def stories_of(types: list[str]) -> Any:
         return st.tuples(*map(st.sampled_from, choices))
 
     metrics, of_samples = metrics_of(None, "d"), metrics_of("d")
+    values = st.dictionaries(st.sampled_from(types), st.sampled_from(VALUES))
+    together = st.tuples(st.sampled_from([None, "d"]), st.sampled_from(WEIGHTS), values)
     calls = ["reduce", "reduce", "fail", "save", "load", "fold", "fold"]
     events = st.one_of(
         st.tuples(st.just("record"), metrics),
         st.tuples(st.just("late" if find_spec("torch") else "record"), metrics),
         st.tuples(st.sampled_from(["update", "batch"]), st.lists(of_samples, max_size=7)),
+        st.tuples(st.just("together"), together),
         st.tuples(st.sampled_from(["mark", "rollback"]), st.none()),
         st.tuples(st.sampled_from(calls), st.none()),
     )
@@ -146,6 +158,9 @@ class Truth:
             self.run.append(content)
         elif call in ("update", "batch"):
             self.run += content
+        elif call == "together":
+            dataset, weight, values = content
+            self.run += [(agg, dataset, value, weight) for agg, value in values.items()]
         elif call == "mark":
             self.mark = len(self.run)
         elif call == "rollback" and self.mark is not None:
@@ -624,7 +639,9 @@ def test_a_known_metric_is_taken_in_by_a_few_lines(agg: str) -> None:
     value = "kind 1" if agg == "categorical_count" else 1.5
     metrics = [Metric("d", f"a {agg}", value, agg)] * 1000
     batch = MetricBatch.from_metrics(metrics)
-    aggregator.update(batch)
+    for once in (batch, metrics[:1]):  # after which it is known how this spells them
+        aggregator.update(once)
+    aggregator.record(f"lone {agg}", value, agg)
     assert 0 < lines_run(lambda: aggregator.record(f"lone {agg}", value, agg), calls, inbox) <= 40
     assert 0 < lines_run(lambda: aggregator.update(batch), calls, inbox) <= 25
     if agg != "categorical_count":

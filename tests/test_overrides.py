@@ -542,6 +542,27 @@ def test_a_hook_of_the_lanes_leaves_the_lanes_as_they_are() -> None:
     assert run_threads(rank, 2) == [({"t/x": 12.0, "t/y": 2.5}, [2.0, 4.0], 1)] * 2
 
 
+@pytest.mark.parametrize("hook", ["sums_of", "fold"])
+def test_a_hook_of_the_lanes_may_be_replaced_on_the_object_too(hook: str) -> None:
+    """It was honoured by arrays, but not by plain numbers of a known key, nor by batches."""
+    handler = SumAggHandler()
+    own = {
+        "sums_of": lambda values, weights: (float(values @ values),),
+        "fold": lambda values, weights: SumAggHandler.fold(handler, values**2, weights),
+    }
+    setattr(handler, hook, own[hook])
+    aggregator = MetricsAggregator()
+    aggregator.register_handler(AggregationType.SUM, handler)
+    for value in (1.0, 2.0, np.float64(3.0)):
+        aggregator.record("x", value, "sum")
+        aggregator.record_all({"y": value}, "sum")
+        aggregator.update([Metric("d", "z", value, AggregationType.SUM)] * 2)
+    batch = MetricBatch.from_metrics([Metric("d", "z", 1.0, "sum")])
+    with pytest.raises(ValueError, match=f"was folded by MetricsCollator.*{WHAT_TO_DO}"):
+        aggregator.update(batch)
+    assert aggregator.get_metrics_for_logging("t") == {"t/x": 14.0, "t/y": 14.0, "t_d/z": 28.0}
+
+
 def test_a_sum_of_ones_own_is_a_total_of_the_run_in_the_default_window_too() -> None:
     """A handler without lanes was of the interval, whatever it was a subclass of."""
     aggregator = MetricsAggregator()

@@ -273,6 +273,29 @@ def test_owners_ties_and_absentees_are_known(route: str) -> None:
     assert run_threads(extremes, 4, route) == [expected] * 4
 
 
+def infinite(communicator: Communicator, route: str) -> list[Any]:
+    aggregator = MetricsAggregator(communicator=communicator, route=route, on_nan="skip")
+    seen: list[Any] = []
+    for owners in ([2], [1, 2], [], [3]):
+        aggregator.record("length", 1.0)
+        if communicator.rank in owners:
+            aggregator.record("low", -math.inf, "max")
+            aggregator.record("high", math.inf, "min")
+        elif communicator.rank == 0:
+            aggregator.record("low", math.nan, "max")
+        snapshot = aggregator.reduce()
+        seen += [(snapshot.owner(None, n), snapshot.tied(None, n)) for n in ("low", "high")]
+    return [*seen, snapshot.owner(None, "low", "run"), snapshot.tied(None, "high", "run")]
+
+
+@BOTH
+def test_an_extremum_that_no_number_lies_beyond_has_an_owner(route: str) -> None:
+    """It had none: the lane of a rank without a value holds the same infinity."""
+    both = [(1 if route == "narrow" else None, 2)] * 2
+    expected = [*[(2, 1)] * 2, *both, *[(None, 0)] * 2, *[(3, 1)] * 2, 2, 1]
+    assert run_threads(infinite, 4, route) == [expected] * 4
+
+
 def late_wish(communicator: Communicator, route: str) -> list[Any]:
     aggregator = MetricsAggregator(communicator=communicator, route=route)
     aggregator.record("time", communicator.rank)

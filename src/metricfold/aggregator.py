@@ -338,12 +338,17 @@ class MetricsAggregator:
         {'train/grad_norm': 0.7, 'train/loss': 2.5}
         """
         refuse_while_traced("record_all")
+        repeated = recomputed()
+        if not repeated:
+            with self._lock:
+                if self._dead is None and self._inbox.record_all(metrics, agg, dataset, weight):
+                    return
         if not isinstance(metrics, Mapping):
             raise TypeError(
                 f"record_all() takes the values by name, as in {{'loss': loss}}, not "
                 f"{type(metrics).__name__}{hints.for_metrics(metrics)}"
             )
-        if recomputed():
+        if repeated:
             self._pass_over(
                 [Metric(dataset or "", name, value, "", weight) for name, value in metrics.items()]
             )

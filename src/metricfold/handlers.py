@@ -84,6 +84,7 @@ __all__ = [
     "WindowState",
     "built_in_handlers",
     "category_of",
+    "folds_as",
     "name_of",
     "number_of",
     "percentile_name",
@@ -1287,6 +1288,27 @@ _CONTRACTS: dict[type, dict[str, Any]] = {
     )
 }
 """The contract, and what reports its results, as each handler here has it."""
+
+
+_REPLACEABLE = {
+    name
+    for kind in _CONTRACTS
+    for name, member in vars(kind).items()
+    if not isinstance(member, cached_property)
+}
+"""What an object may have of its own in the place of its class's."""
+
+
+def folds_as(handler: AggregationHandler | None) -> type[LaneHandler] | None:
+    """Return the class here that folds just as `handler` does, if one does.
+
+    A subclass, or an object of which something has been replaced, may fold otherwise.
+    """
+    kind = type(handler)
+    if kind not in _CONTRACTS or not vars(handler).keys().isdisjoint(_REPLACEABLE):
+        return None
+    assert issubclass(kind, LaneHandler)
+    return kind
 
 
 def built_in_handlers(

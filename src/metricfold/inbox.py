@@ -43,6 +43,7 @@ from metricfold.handlers import (
     RateAggHandler,
     SumAggHandler,
     built_in_handlers,
+    folds_as,
     quiet,
 )
 from metricfold.histogram.weights import LARGEST_WEIGHT
@@ -123,6 +124,29 @@ class Inbox:
             self._fold()
         return True
 
+    def record_all(self, metrics: object, agg: object, dataset: object, weight: Any) -> bool:
+        """Take in one value of each of several metrics, all or none."""
+        if type(metrics) is not dict or not metrics:
+            return False
+        if type(weight) not in _NUMBERS or not 0 < weight <= LARGEST_WEIGHT:
+            return False
+        targets: list[Items] = []
+        items: list[Any] = []
+        try:
+            for name, value in metrics.items():
+                own = agg[name] if type(agg) is dict else agg
+                if type(own) not in _SPELLINGS:
+                    return False
+                slot = self._spelled[(name, own) if dataset is None else (dataset, name, own)]
+                # Where no weight counts, any but 0 is 1.
+                (target,), (item,) = slot.placed(value, weight if slot.handler.weighted else 1.0)
+                targets.append(target)
+                items.append(item)
+        except (KeyError, TypeError, OverflowError):
+            return False
+        self._put(targets, items, len(items))
+        return True
+
     def update(self, metrics: Any) -> bool:
         """Take in a list of metrics, or a collated batch, all or none."""
         kind = type(metrics)
@@ -183,7 +207,7 @@ class Inbox:
     def _collated(self, dataset: str, name: str, agg_type: TypeLike) -> Slot:
         """Return where what workers have folded of a key goes; raises KeyError if not this way."""
         slot = self._slots[dataset, name]
-        if slot.agg_type is not agg_type or type(slot.handler) is not _BUILT_IN[agg_type]:
+        if slot.agg_type is not agg_type or slot.built_in is not _BUILT_IN[agg_type]:
             raise KeyError
         return slot
 
@@ -191,9 +215,8 @@ class Inbox:
         self, key: Key, agg_type: TypeLike, handler: object, value: Any, weight: Any
     ) -> Callable[[], None] | None:
         """Return what takes in the first value of a key, once that is admitted; None: not this way."""
-        if type(handler) not in _FOLDS or key in self._keys.of_key:
+        if not isinstance(handler, LaneHandler) or key in self._keys.of_key:
             return None
-        assert isinstance(handler, LaneHandler)
         slot = self._slot(key, agg_type, handler)
         try:
             targets, items = slot.placed(value, weight)
@@ -391,6 +414,7 @@ class Slot:
     """What has come in of one key and waits to be folded, where order does not matter.
 
     Attributes:
+        built_in: what its handler folds just like, if it does like a built-in one.
         takes: the type of what may come the fast way: float, str (categories), or None.
         values: for what may come the fast way and has weight 1.
         others: for anything else: values with their weights, states, and what is `Late`.
@@ -400,6 +424,7 @@ class Slot:
     __slots__ = (
         "_others",
         "agg_type",
+        "built_in",
         "handler",
         "key",
         "number",
@@ -409,7 +434,8 @@ class Slot:
 
     def __init__(self, key: Key, agg_type: TypeLike, handler: LaneHandler) -> None:
         self.key, self.agg_type, self.handler = key, agg_type, handler
-        self.takes = _TAKEN.get(type(handler))
+        self.built_in = folds_as(handler)
+        self.takes = None if self.built_in is None else _TAKEN[self.built_in]
         self.values: Items = []
         self._others: Items | None = None
         self.number = (self.values,) if self.takes is float else None
@@ -480,7 +506,9 @@ class Slot:
         self.others.append(lanes)
 
     def _of_values(self, values: Sequence[Any], weights: Sequence[float] | None) -> LaneState:
-        state = _FOLDS[type(self.handler)](self.handler, values, weights)
+        state = None
+        if self.built_in is not None:
+            state = _FOLDS[self.built_in](self.handler, values, weights)
         if state is None:
             with quiet():
                 state = self.handler.fold(

@@ -17,6 +17,7 @@ from metricfold.handlers import (
     DistributionAggHandler,
     LaneHandler,
     built_in_handlers,
+    folds_as,
     name_of,
     quiet,
 )
@@ -33,7 +34,7 @@ INSTEAD = "register yours for a type of its own (AggregationType.CUSTOM, your ow
 """What to do where a built-in handler is needed and another one is registered."""
 
 _logger = logging.getLogger("metricfold")
-_STOCK = {agg_type: type(handler) for agg_type, handler in built_in_handlers().items()}
+_BUILT_IN = {agg_type: type(handler) for agg_type, handler in built_in_handlers().items()}
 
 
 class Admission(NamedTuple):
@@ -138,7 +139,7 @@ class KeyTable:
                 with quiet():
                     columns += fold_metrics(column.metrics, self.handler_of, in_worker=False)
                 continue
-            if column.state is not None and type(handler) is not _STOCK[column.agg_type]:
+            if column.state is not None and folds_as(handler) is not _BUILT_IN[column.agg_type]:
                 raise ValueError(
                     f"{show(column.key)} was folded by MetricsCollator, which knows the built-in "
                     f"handlers only, but this aggregator has another handler for "
@@ -206,7 +207,7 @@ class KeyTable:
         new: dict[Key, tuple[TypeLike, AggregationHandler]] = {}
         for key, agg_type in keys:
             handler = self.of_key.get(key) or admission.new[key][1]
-            if type(handler) is not _STOCK[agg_type]:
+            if folds_as(handler) is not _BUILT_IN[agg_type]:
                 raise ValueError(
                     f"{show(key)} was folded on a device, which knows the built-in handlers only, "
                     f"but this aggregator has another handler for {type_label(agg_type)!r}: {INSTEAD}"

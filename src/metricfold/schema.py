@@ -338,6 +338,11 @@ class Schema:
         return np.array(found, dtype=np.intp)
 
     @cached_property
+    def max_counts(self) -> IndexArray:
+        """Where the count of values stands of the key that each MAX lane belongs to."""
+        return np.repeat(self._sum_ends[:-1] + COUNT, np.diff(self._max_ends))
+
+    @cached_property
     def has_custom(self) -> bool:
         """Whether a key's handler has no lanes, so that its results travel as bytes."""
         return any(entry.custom for entry in self)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from metricfold.handlers import COUNT, ReducedState
+from metricfold.handlers import COUNT, NANS, ReducedState
 from metricfold.naming import Key
 from metricfold.pool import EXACT_VALUES, FloatArray, Pool
 from metricfold.schema import Schema, digest
@@ -52,8 +52,11 @@ class Rows:
         """Merge the rows, in rank order, so that every rank comes to the same bits."""
         sums: FloatArray = np.add.reduce(self.sums, axis=0)
         maxs: FloatArray = np.maximum.reduce(self.maxs, axis=0)
-        owners = np.argmax(self.maxs, axis=0)
-        tied = (self.maxs == maxs).sum(axis=0)
+        # -inf may be a value, and stands for none.
+        having = _having(self.schema, self.sums)
+        owned = having & ((self.maxs == maxs) | np.isnan(self.maxs))
+        owners = np.where(owned.any(axis=0), np.argmax(owned, axis=0), NOBODY)
+        tied = (having & (self.maxs == maxs)).sum(axis=0)
         return Totals(self.schema, sums, np.zeros(sums.size), maxs, owners, tied, seconds)
 
 
@@ -115,7 +118,8 @@ class Totals:
                 (self.sums - sums) + added,
                 (added - sums) + self.sums,
             )
-        larger = newer.maxs > self.maxs
+        first = _having(self.schema, newer.sums) & ~_having(self.schema, self.sums)
+        larger = first | (newer.maxs > self.maxs)
         return Totals(
             self.schema,
             sums,
@@ -153,6 +157,13 @@ class Totals:
         schema = self.schema.hash.to_bytes(8, "little")
         pools = [pool.fingerprint() for _, pool in sorted(self.pools.items())]
         return digest(schema + b"".join([*(array.tobytes() for array in arrays), *pools]))
+
+
+def _having(schema: Schema, sums: FloatArray) -> npt.NDArray[np.bool_]:
+    """Return of which MAX lanes there is a number, given the SUM lanes, shape (..., n)."""
+    counts = schema.max_counts
+    having: npt.NDArray[np.bool_] = sums[..., counts] > sums[..., counts + (NANS - COUNT)]
+    return having
 
 
 def _joined(older: Mapping[Key, Pool], newer: Mapping[Key, Pool]) -> Mapping[Key, Pool]:

@@ -261,18 +261,26 @@ def fold_metrics(
         handler_of: what folds a key of that type; None: nothing does, it keeps its metrics.
         in_worker: fold as a data worker does. Device arrays are read here, where no device is to
             be waited for, instead of being held for the reduction. A weight that its type does not
-            take is handed on, for the training process to refuse: it would end the worker.
+            take, and a second type of a key, are handed on, for the training process to refuse: they
+            would end the worker.
     """
     columns = []
     for key, group in _by_key(metrics).items():
         _, _, values, types, weights = zip(*group, strict=True)
         _check_key(key)
         try:
-            agg_type = _one_type(key, types)
+            known = _types_in(key, types)
         except TypeError as error:
             raise TypeError(f"{error}{hints.for_metric(group[0])}") from None
-        handler = handler_of(key, agg_type)
-        columns.append(_fold_group(key, agg_type, values, weights, handler, in_worker))
+        first, *others = known
+        for other in () if in_worker else others:
+            check_same_type(key, first, other)
+        for agg_type in known:
+            if others:
+                given = [one for one in group if _resolved(key, one.agg_type) == agg_type]
+                _, _, values, _, weights = zip(*given, strict=True)
+            handler = handler_of(key, agg_type)
+            columns.append(_fold_group(key, agg_type, values, weights, handler, in_worker))
     return columns
 
 
@@ -389,13 +397,12 @@ def _check_key(key: Key) -> None:
     check_name(f"the dataset name of metric {name!r}", dataset_name)
 
 
-def _one_type(key: Key, types: Sequence[TypeLike]) -> TypeLike:
-    """Return the one aggregation type that all of `types` name."""
-    agg_type = _resolved(key, types[0])
-    if types.count(types[0]) < len(types):
-        for other in types:
-            check_same_type(key, agg_type, _resolved(key, other))
-    return agg_type
+def _types_in(key: Key, types: Sequence[TypeLike]) -> list[TypeLike]:
+    """Return the aggregation types that `types` name, which should be one."""
+    # By class too: a text may equal a member of somebody's StrEnum, and be another type.
+    if types.count(types[0]) == len(types) and len(set(map(type, types))) == 1:
+        return [_resolved(key, types[0])]
+    return list(dict.fromkeys(_resolved(key, one) for one in types))
 
 
 def _resolved(key: Key, agg_type: TypeLike) -> TypeLike:

@@ -242,7 +242,9 @@ class Wide(Route):
         bottom[self._with_nan] = with_nan
         bottom[self._nan_ranks] = with_nan * rank
         maxs = payload.top[self._max_lanes]
-        owned = (maxs == top[self._max_lanes]) & (maxs > -np.inf)
+        counts = self.schema.max_counts
+        having = payload.sums[counts] > payload.sums[counts + (NANS - COUNT)]
+        owned = having & (maxs == top[self._max_lanes])
         bottom[self._owners] = owned
         bottom[self._owner_ranks] = owned * rank
         bottom[self._no_numbers] = payload.no_numbers
