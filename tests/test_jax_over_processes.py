@@ -92,3 +92,68 @@ def test_reductions_over_processes_agree_with_numpy() -> None:
         assert found["number"] == 3
         assert found["pmapped"] == {"x": 3.0, "n": 2.0}
         assert found["collected"] == x.tolist()
+
+
+def held_by_all(rank: int) -> Any:
+    """Record values that lie, whole, on the devices of all processes, and others."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from metricfold import Metric, MetricsAggregator
+    from metricfold.jax import DataParallel, DeviceMeshManager, DistributedMetrics
+
+    dm, dp = DistributedMetrics(), DataParallel()
+    mesh = DeviceMeshManager().create_data_parallel_mesh()
+    split = dp.create_data_parallel_sharding(mesh)
+    batch = dp.shard_batch(np.float32([[1, 2], [3, 6]])[rank][None], split)
+    whole = NamedSharding(mesh, P())
+
+    @jax.jit
+    def step(x: Any) -> Any:
+        rows = jax.lax.with_sharding_constraint(x.sum(axis=1), whole)
+        packed = dm.reduce_sum({"tokens": x.sum()}, axis_name=None, packed=True)
+        return x.mean(), x.sum(), rows, packed
+
+    aggregator = MetricsAggregator()
+    for _ in range(3):
+        mean, total, rows, packed = step(batch)
+    aggregator.record("mean", mean, weight=rank + 1)
+    aggregator.record("sum", total, "sum")
+    aggregator.record("each", rows, "sum", each=True)
+    aggregator.record("weighed", rows, weight=rows)
+    aggregator.record("len", rows, "distribution", each=True)
+    aggregator.update([Metric("d", "listed", total, "sum"), Metric("d", "host", 1.0, "sum")])
+    aggregator.record_all({"all": total, "number": 1.0}, "sum")
+    aggregator.record("own", jnp.float32(rank + 1), "sum")
+    aggregator.record("weight", float(rank), weight=total)
+    aggregator.record(f"alone on {rank}", total, "sum") if rank else None
+    aggregator.record("first", total, "sum") if not rank else None
+    with pytest.raises(ValueError, match=r"'bad': a JAX array of shape \(2,\) is not one value"):
+        aggregator.record("bad", rows)
+    logged = aggregator.get_metrics_for_logging("t")
+    return logged, packed.unpack(), step._cache_size()
+
+
+def test_a_value_that_several_processes_hold_counts_once_on_the_lowest() -> None:
+    """Each process counted it, so that a sum was as many times too large."""
+    for logged, unpacked, compiled in run_processes(held_by_all, PROCESSES):
+        lengths = {name: logged.pop(name) for name in list(logged) if name.startswith("t/len")}
+        assert lengths["t/len_stat_mean"] == 6.0
+        assert logged == {
+            "t/mean": 3.0,
+            "t/sum": 12.0,
+            "t/each": 12.0,
+            "t/weighed": 7.5,
+            "t_d/listed": 12.0,
+            "t_d/host": 2.0,
+            "t/all": 12.0,
+            "t/number": 2.0,
+            "t/own": 3.0,
+            "t/weight": 0.5,
+            "t/first": 12.0,
+        }
+        assert unpacked == {"tokens": 12.0}
+        assert compiled == 1

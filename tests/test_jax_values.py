@@ -196,3 +196,35 @@ def test_what_stands_for_an_array_is_taken_as_one_everywhere(tmp_path: Any) -> N
         logger.log(0, {"lr": nnx.Variable(0.25)}, extra={"more": Wrapped(np.float32(0.5))})
     (record,) = read_jsonl(tmp_path / "run.jsonl")
     assert record.metrics == {"lr": 0.25, "more": 0.5}
+
+
+@on_devices(1)
+def test_values_that_were_lost_are_one_message_that_names_each_metric_once() -> None:
+    """It said the same for each value, 24 kB for 200 steps."""
+    import jax
+    import jax.numpy as jnp
+
+    step = jax.jit(lambda state: {"loss": state["loss"] + 1}, donate_argnums=0)
+    state = {"loss": jnp.float32(4)}
+    aggregator = MetricsAggregator()
+    for _ in range(200):
+        state = step(state)
+        aggregator.record("loss", state["loss"])
+        aggregator.record("norm", 1.0, weight=state["loss"])
+        aggregator.record("steps", 1.0, "sum")
+    for name in "abcdefghijklmnopqrstuvwxyz":
+        value = jnp.float32(1)
+        aggregator.record(name, value)
+        value.delete()
+    for weight in (-1.0, -1.0, 3.0):
+        aggregator.record("bad", 2.0, weight=jnp.float32(weight))
+    with pytest.raises(RuntimeError) as caught:
+        aggregator.reduce()
+    said = str(caught.value)
+    assert "metric 'loss' (199 times), metric 'norm' (199 times)" in said
+    assert said.count("donated or deleted before it was read") == 1
+    assert "... 8 more: the JAX array" in said
+    assert "metric 'bad' (2 times): the weight -1.0 is not a finite number" in said
+    assert len(said) < 2000
+    logged = aggregator.get_metrics_for_logging("t")
+    assert logged == {"t/steps": 200.0, "t/loss": 204.0, "t/norm": 1.0, "t/bad": 2.0}

@@ -1002,7 +1002,7 @@ class MetricsAggregator:
                 self._custom.update([(one.key, self._keys.of_key[one.key], metrics)])
             except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
                 errors.append(f"{show(one.key)}: the handler failed: {failure!r}")
-        return "; ".join(errors)
+        return "; ".join(dict.fromkeys(errors))
 
     # -- Inside: state
 

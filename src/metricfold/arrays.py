@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "backend_of",
+    "counts_here",
     "hold",
     "hold_each",
     "not_one_value",
@@ -54,6 +55,10 @@ class ArrayBackend(ABC):
     def lost(self, value: Any) -> str | None:
         """Return why a held value cannot be read any more, or None if it can."""
         return None
+
+    def counts_here(self, value: Any) -> bool:
+        """Return whether this process is the one to count `value`, which several may hold together."""
+        return True
 
     @abstractmethod
     def start(self, values: Sequence[Any]) -> Callable[[], list[Any]]:
@@ -180,14 +185,25 @@ class JaxArrays(ArrayBackend):
             "or do not donate it"
         )
 
+    def counts_here(self, value: Any) -> bool:
+        if is_traced(value) or value.is_fully_addressable or not value.is_fully_replicated:
+            return True
+        holders = {device.process_index for device in value.sharding.device_set}
+        return bool(sys.modules["jax"].process_index() == min(holders))
+
     def start(self, values: Sequence[Any]) -> Callable[[], list[Any]]:
         jax = sys.modules["jax"]
-        for value in values:
-            value.copy_to_host_async()
-        return lambda: [
-            host.item() if host.size == 1 else np.ravel(host)
-            for host in jax.device_get(list(values))
-        ]
+        # Whoever forbids transfers means those that he does not know of; a log is there to read.
+        with jax.transfer_guard("allow"):
+            for value in values:
+                value.copy_to_host_async()
+
+        def finish() -> list[Any]:
+            with jax.transfer_guard("allow"):
+                hosts = jax.device_get(list(values))
+            return [host.item() if host.size == 1 else np.ravel(host) for host in hosts]
+
+        return finish
 
 
 def whole_tensor(value: Any) -> Any:
@@ -230,6 +246,16 @@ def unwrapped(value: Any) -> Any:
 _PLAIN = {float, int, bool, str}
 
 
+def counts_here(value: object) -> bool:
+    """Return whether this process is the one to count `value`.
+
+    What lies, whole, on the devices of several processes of a job is one value, and the lowest of these
+    counts it.
+    """
+    backend = backend_of(value)
+    return backend is None or backend.counts_here(value)
+
+
 def backend_of(value: object) -> ArrayBackend | None:
     """Return what handles `value` if it is a device array, else None."""
     for backend in _BACKENDS:
@@ -256,17 +282,22 @@ def read(values: Sequence[Any]) -> Callable[[], list[Any]]:
     Of an array of more than one element they are a NumPy array, shape (n,), of its own type. In the place of one that cannot be read stands the exception that says why.
     """
     by_backend: dict[ArrayBackend, list[int]] = {}
+    lost: dict[int, ValueError] = {}
     for index, value in enumerate(values):
         backend = backend_of(value)
         assert backend is not None
-        by_backend.setdefault(backend, []).append(index)
+        reason = backend.lost(value)
+        if reason is None:
+            by_backend.setdefault(backend, []).append(index)
+        else:
+            lost[index] = ValueError(reason)
     finishers = [
         (_start(backend, [values[i] for i in indices]), indices)
         for backend, indices in by_backend.items()
     ]
 
     def finish() -> list[Any]:
-        numbers: list[Any] = [None] * len(values)
+        numbers: list[Any] = [lost.get(index) for index in range(len(values))]
         for finisher, indices in finishers:
             for index, number in zip(indices, finisher(), strict=True):
                 numbers[index] = number

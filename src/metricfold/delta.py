@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
@@ -27,6 +28,7 @@ from metricfold.handlers import (
     LaneHandler,
     State,
 )
+from metricfold.listing import shortened
 from metricfold.naming import show
 from metricfold.schema import Key
 
@@ -115,25 +117,40 @@ class InTransit:
             errors: takes what cannot be used.
         """
         numbers = iter(self._numbers())
+        failed: dict[str, Counter[Key]] = {}
         for one in self._late:
             value, weight = (
                 array if arrays.backend_of(array) is None else next(numbers)
                 for array in (one.value, one.weight)
             )
-            failed = [item for item in (value, weight) if isinstance(item, Exception)]
-            bad = None if failed else bad_weight(weight)
-            if failed:
-                errors.append(f"{show(one.key)}: {failed[0]}")
+            broken = [item for item in (value, weight) if isinstance(item, Exception)]
+            bad = None if broken else bad_weight(weight)
+            if broken:
+                failed.setdefault(str(broken[0]), Counter())[one.key] += 1
             elif bad is not None:
-                errors.append(
-                    f"{show(one.key)}: the weight {bad!r} is not a finite number of 0 or more"
-                )
+                why = f"the weight {bad!r} is not a finite number of 0 or more"
+                failed.setdefault(why, Counter())[one.key] += 1
             elif isinstance(value, np.ndarray):
                 values, weights = counted_elements(value, weight)
                 if values.size:
                     yield one, values, weights
             elif weight:
                 yield one, value, weight
+        errors += [f"{_counted(keys)}: {why}" for why, keys in failed.items()]
+
+
+def _counted(keys: Counter[Key]) -> str:
+    """Return which metrics these are, and how many values of each."""
+    return shortened(
+        (
+            f"{show(key)} ({number:,} times)" if number > 1 else show(key)
+            for key, number in keys.items()
+        ),
+        _MOST_NAMED,
+    )
+
+
+_MOST_NAMED = 20
 
 
 def _raise(error: Exception) -> NoReturn:

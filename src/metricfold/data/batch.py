@@ -331,6 +331,8 @@ def fold_each(
     handler = handler_of(key, agg_type)
     weighing = _weights_of_each(key, agg_type, values, weights, handler)
     elements = _elements(key, values)
+    if not arrays.counts_here(elements):
+        return Column(key, agg_type, None)
     if arrays.backend_of(weighing) is None and not (elements.shape[0] and np.any(weighing)):
         return Column(key, agg_type, None)
     if arrays.backend_of(elements) is None:
@@ -422,6 +424,9 @@ def _fold_group(
 ) -> Column:
     if not _NUMBERS.issuperset(map(type, values)):
         values = [*map(arrays.unwrapped, values)]
+        values, weights = _counted_here(key, values, weights)
+        if not values:
+            return Column(key, agg_type, None)
     # By type, not by value: comparing a device array with a number would wait for the device.
     plain = _NUMBERS.issuperset(map(type, weights))
     if not plain or weights.count(1.0) < len(weights):
@@ -436,6 +441,19 @@ def _fold_group(
                 return _keep_metrics(key, agg_type, values, weights, in_worker)
             _refuse_weight(key, agg_type, strange)
     return _fold_counted(key, agg_type, values, weights, handler, in_worker)
+
+
+def _counted_here(
+    key: Key, values: Sequence[Any], weights: Sequence[Any]
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return the values that no other process counts, with their weights."""
+    here = [*map(arrays.counts_here, values)]
+    if all(here):
+        return values, weights
+    for value, counts in zip(values, here, strict=True):
+        if not counts:
+            _hold(key, value, in_worker=False)  # refused on all processes, if on one
+    return [*compress(values, here)], [*compress(weights, here)]
 
 
 def _fold_counted(
