@@ -158,6 +158,33 @@ def test_a_rank_that_has_ended_is_said_to_have() -> None:
     assert "rank 1 has ended" in text
 
 
+def one_does_not_connect(rank: int, why: str) -> Any:
+    from torch.distributed import distributed_c10d as c10d
+
+    aggregator = MetricsAggregator(timeout=2)
+    if rank == 1 and why == "killed":
+        c10d.ProcessGroupGloo = lambda *args: os._exit(3)
+    if rank == 1 and why == "no such interface":
+        os.environ["GLOO_SOCKET_IFNAME"] = "nope0"
+    return raised(aggregator)
+
+
+def test_a_rank_that_is_killed_between_meeting_and_connecting_is_named() -> None:
+    text, missing = run_ranks(one_does_not_connect, 3, "killed", dies=(1,))[0]
+    # "No rank is missing", it said.
+    assert missing == (1,), text
+    assert "rank 1 came, and has given no sign of life since" in text
+
+
+def test_a_rank_whose_network_interface_does_not_exist_tells_all_at_once() -> None:
+    results = run_ranks(one_does_not_connect, 2, "no such interface")
+    assert [missing for _, missing in results] == [(), ()]
+    for text, _ in results:
+        # Only the one said so; the other waited for its timeout.
+        assert "the connection between them failed on rank 1" in text
+        assert "nope0" in text
+
+
 def one_cannot_be_reached(rank: int, hosts: list[str]) -> Any:
     from torch.distributed import distributed_c10d as c10d
 

@@ -79,16 +79,19 @@ class Releasable(Protocol):
         """Let go of those threads; nothing else of this process will use them."""
 
 
-_releasable: weakref.WeakSet[Any] = weakref.WeakSet()
+_releasable: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()  # in order
 
 
 def release_at_exit(one: Releasable) -> None:
-    """Tell `one` when the interpreter exits, after what `at_exit` calls and the user's own hooks."""
-    _releasable.add(one)
+    """Tell `one` when the interpreter exits, after what `at_exit` calls and the user's own hooks.
+
+    What was registered last is told first: it may use what was there before it.
+    """
+    _releasable[one] = None
 
 
 def _release_all() -> None:
-    for one in list(_releasable):
+    for one in reversed(list(_releasable)):
         one.release()
 
 

@@ -9,12 +9,16 @@ of their own, of a clone of the store, whose connection no one else uses:
 
 A thread that comes back from C++ while the interpreter is torn down aborts the process. So none is
 left behind: at its deadline the clone's socket is shut down, and the question returns with an error.
+
+Connecting is what a store is slow at: its host looks up the name of whoever comes, one after the
+other, and answers nobody meanwhile. Where a name server leaves a question without an answer, that
+takes 5 s or more. So a process connects once, whatever the number of its aggregators; and no question
+waits for another rank, since those behind it would wait too.
 """
 
 from __future__ import annotations
 
 import os
-import queue
 import socket
 import threading
 import time
@@ -22,17 +26,15 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import distributed_c10d as c10d
 
-from metricfold.processes import start_thread
+from metricfold.communicator.side_thread import NotAskedError, SideThread, StuckError
+from metricfold.processes import release_at_exit, watch_forks
 
-__all__ = ["StoreClient", "StoreGoneError"]
-
-_cloning = threading.Lock()  # so that two that are cloned at once can tell their sockets apart
+__all__ = ["PolledStore", "StoreClient", "StoreGoneError"]
 
 
 class StoreGoneError(RuntimeError):
@@ -40,12 +42,12 @@ class StoreGoneError(RuntimeError):
 
 
 class StoreClient:
-    """Asks a clone of `job_store`, under a prefix.
+    """Asks the store of a job, under a prefix.
 
     Args:
         job_store: any store of `torch.distributed`.
         prefix: of all keys.
-        seconds: until when the store must have let itself be cloned.
+        seconds: until when the store must have let itself be connected to.
 
     Raises:
         StoreGoneError: it has not.
@@ -55,117 +57,198 @@ class StoreClient:
     """
 
     def __init__(self, job_store: Any, prefix: str, seconds: float) -> None:
-        bottom = job_store
-        while hasattr(bottom, "underlying_store"):
-            bottom = bottom.underlying_store
-        port = getattr(bottom, "port", None)
-        self.where = "the store" if port is None else f"the store at {bottom.host}:{port}"
-        self._gone = False
-        self._sockets: list[socket.socket] = []
-        self._questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # It holds the queue alone, so that it keeps nobody alive who asks.
-        self._thread = start_thread(_answer, self._questions, name="metricfold-store")
-        self._end = weakref.finalize(self, self._questions.put, None)
-        self._end.atexit = False
-        until = time.monotonic() + seconds
-        if not _cloning.acquire(timeout=seconds):
-            raise self._gives_up()
-        try:
-            before = _open_files()
+        self.where = _name_of(job_store)
+        self._job_store = weakref.ref(job_store)
+        self._prefix = prefix
+        self._connection: _Connection | None = None
+        self._connect(time.monotonic() + seconds)
 
-            def ask(question: Callable[[], Any]) -> Any:
-                left = max(until - time.monotonic(), 0.0)
-                return self.ask(question, seconds=left, sockets=lambda: _new_sockets(before, port))
-
-            if port is not None:
-                # A clone that is cut off tries again for as long as the job's store is told to,
-                # which is minutes; a client of our own ends. So this one sees that the host lives.
-                ask(partial(_knock, bottom, seconds))
-            clone = ask(job_store.clone)
-            self._sockets = _new_sockets(before, port)
-        finally:
-            _cloning.release()
-        self.store = c10d.PrefixStore(prefix, clone)
-
-    def ask(
-        self,
-        question: Callable[..., Any],
-        *args: Any,
-        seconds: float,
-        sockets: Callable[[], list[socket.socket]] | None = None,
-    ) -> Any:
-        """Return ``question(*args)``, which is called on the thread that asks.
+    def ask(self, question: Callable[..., Any], *args: Any, seconds: float) -> Any:
+        """Return ``question(store, *args)``, which is called on the thread that asks.
 
         Args:
-            question: such as a method of `store`.
+            question: gets a store that puts the prefix before each key; it must not wait for a key.
             args: for the question.
             seconds: to wait for its answer.
-            sockets: finds what to shut down if there is none; default: the clone's.
 
         Raises:
             StoreGoneError: this question, or an earlier one, was not answered in time.
             Exception: what the question raises.
         """
-        if self._gone:
+        until = time.monotonic() + seconds
+        while (connection := self._connection) is not None:
+            try:
+                return connection.ask(question, self._prefix, *args, until=until)
+            except NotAskedError:
+                # What another client has asked was not answered in time; this one's may be.
+                self._connect(until)
+            except TimeoutError:
+                self._connection = None
+        raise self._gives_up()
+
+    def _connect(self, until: float) -> None:
+        job_store, self._connection = self._job_store(), None
+        if job_store is None:
             raise self._gives_up()
-        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._questions.put((question, args, answer))
         try:
-            value, error = answer.get(timeout=max(seconds, 0.001))
-        except queue.Empty:
-            self._gone = True
-            if sockets is not None:
-                self._sockets = sockets()
-            self.close()
+            self._connection = _connections.to(job_store, until)
+        except TimeoutError:
             raise self._gives_up() from None
-        if error is not None:
-            raise error
-        return value
-
-    def set(self, key: str, value: str, *, seconds: float) -> None:
-        self.ask(self.store.set, key, value, seconds=seconds)
-
-    def get(self, key: str, *, seconds: float) -> bytes | None:
-        """Return what `key` holds, or None where it was never set."""
-        found: bytes | None = self.ask(_found, self.store, key, seconds=seconds)
-        return found
-
-    def add(self, key: str, number: int, *, seconds: float) -> int:
-        return int(self.ask(self.store.add, key, number, seconds=seconds))
-
-    def set_first(self, key: str, value: str, *, seconds: float) -> bytes:
-        """Set `key` unless it is set already, and return what it holds."""
-        held = self.ask(self.store.compare_set, key, "", value, seconds=seconds)
-        return held or value.encode()
-
-    def delete_all(self, keys: list[str], *, seconds: float) -> None:
-        """Delete `keys`, and what else is under the prefix where the store can tell."""
-        self.ask(_delete_all, self.store, keys, seconds=seconds)
-
-    def close(self) -> None:
-        """Give the thread back: it is idle, or its connection is cut off here."""
-        for handle in self._sockets if self._gone else ():
-            with suppress(OSError):
-                handle.shutdown(socket.SHUT_RDWR)
-        self._gone = True
-        self._end()
-        self._thread.join(2.0)
-        for handle in self._sockets:
-            handle.close()
-        self._sockets = []
 
     def _gives_up(self) -> StoreGoneError:
         return StoreGoneError(f"{self.where} does not answer")
 
+    def set(self, key: str, value: str | bytes, *, seconds: float) -> None:
+        self.ask(c10d.Store.set, key, value, seconds=seconds)
 
-def _answer(questions: queue.SimpleQueue[Any]) -> None:
-    while (item := questions.get()) is not None:
-        question, args, answer = item
+    def get(self, key: str, *, seconds: float) -> bytes | None:
+        """Return what `key` holds, or None where it was never set."""
+        found: bytes | None = self.ask(_found, key, seconds=seconds)
+        return found
+
+    def add(self, key: str, number: int, *, seconds: float) -> int:
+        return int(self.ask(c10d.Store.add, key, number, seconds=seconds))
+
+    def set_first(self, key: str, value: str, *, seconds: float) -> bytes:
+        """Set `key` unless it is set already, and return what it holds."""
+        held = self.ask(c10d.Store.compare_set, key, "", value, seconds=seconds)
+        return held or value.encode()
+
+    def delete_all(self, keys: list[str], *, seconds: float) -> None:
+        """Delete `keys`, and what else is under the prefix where the store can tell."""
+        self.ask(_delete_all, keys, seconds=seconds)
+
+    def close(self) -> None:
+        """Ask nothing more."""
+        self._connection = None
+
+
+class PolledStore(c10d.Store):
+    """What gloo takes for a store: one that waits for keys by asking for them again and again.
+
+    Args:
+        client: asks.
+        until: on the monotonic clock, how long to wait for a key that another rank sets.
+        seconds: to wait for each answer; where pairs are connected at first use, which may be after
+            `until`, also for a key.
+        look: raises what makes waiting vain.
+    """
+
+    def __init__(
+        self, client: StoreClient, until: float, seconds: float, look: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self._client = client
+        self._until = until
+        self._seconds = seconds
+        self._look = look
+        self._found: dict[str, bytes] = {}
+
+    def set(self, key: str, value: Any) -> None:
+        self._client.set(key, value, seconds=self._seconds)
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._found.pop(key)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        until, pause = max(self._until, time.monotonic() + self._seconds), 0.001
+        for key in keys:
+            while key not in self._found:
+                if (value := self._client.get(key, seconds=self._seconds)) is not None:
+                    self._found[key] = value
+                elif time.monotonic() > until:
+                    raise TimeoutError(f"nobody has set {key}")
+                else:
+                    self._look()
+                    time.sleep(pause)
+                    pause = min(2 * pause, 0.1)
+
+    def has_extended_api(self) -> bool:
+        return False
+
+
+# -- The connection that all clients of a process share ------------------------------------------
+
+
+class _Connection:
+    """A clone of the job's store, which one thread alone asks."""
+
+    def __init__(self, job_store: Any, until: float) -> None:
+        bottom = _bottom_of(job_store)
+        self._port = getattr(bottom, "port", None)
+        self._before = _open_files()
+        self._sockets: list[socket.socket] = []
+        weakref.finalize(self, _close, self._sockets)
+        self._thread = SideThread("metricfold-store")
+        release_at_exit(self)
+        if self._port is not None:
+            # A clone that is cut off tries again for as long as the job's store is told to,
+            # which is minutes; a client of our own ends. So this one sees that the host lives.
+            self._ask(_knock, bottom, until - time.monotonic(), until=until)
+        self._clone = self._ask(job_store.clone, until=until)
+        self._sockets += _new_sockets(self._before, self._port)
+
+    def ask(self, question: Callable[..., Any], prefix: str, *args: Any, until: float) -> Any:
+        """Return what `question` returns of the clone, under a prefix; errors as of `SideThread`."""
+        return self._ask(question, c10d.PrefixStore(prefix, self._clone), *args, until=until)
+
+    def _ask(self, call: Callable[..., Any], *args: Any, until: float) -> Any:
         try:
-            answer.put((question(*args), None))
-        except BaseException as error:  # noqa: BLE001 - it is raised where it was asked
-            answer.put((None, error))
-        del item, question, args, answer
+            return self._thread.ask(call, *args, seconds=until - time.monotonic())
+        except StuckError:
+            self._cut_off()
+            raise
+
+    @property
+    def ended(self) -> bool:
+        return self._thread.ended
+
+    def release(self) -> None:
+        """At exit: leave no thread in C++."""
+        if self._thread.busy:
+            self._cut_off()
+
+    def _cut_off(self) -> None:
+        self._thread.end()
+        self._sockets += () if self._sockets else _new_sockets(self._before, self._port)
+        for handle in self._sockets:
+            with suppress(OSError):
+                handle.shutdown(socket.SHUT_RDWR)
+        self._thread.join(2.0)
+        _close(self._sockets)
+
+
+class _Connections:
+    """One connection to each store that this process knows: in effect one."""
+
+    def __init__(self) -> None:
+        self.leave_parent_behind()
+        watch_forks(self)
+
+    def leave_parent_behind(self) -> None:
+        # One at a time, so that each can tell its sockets from another's, too.
+        self._connecting = threading.Lock()
+        self._to: weakref.WeakKeyDictionary[Any, _Connection] = weakref.WeakKeyDictionary()
+
+    def to(self, job_store: Any, until: float) -> _Connection:
+        """Return a connection on which all questions so far have been answered.
+
+        Raises:
+            TimeoutError: the store does not let anybody connect.
+        """
+        if not self._connecting.acquire(timeout=max(until - time.monotonic(), 0.0)):
+            raise TimeoutError
+        try:
+            known = self._to.get(job_store)
+            if known is None or known.ended:
+                known = self._to[job_store] = _Connection(job_store, until)
+            return known
+        finally:
+            self._connecting.release()
+
+
+_connections = _Connections()
 
 
 def _knock(store: Any, seconds: float) -> None:
@@ -174,12 +257,27 @@ def _knock(store: Any, seconds: float) -> None:
     try:
         socket.create_connection((store.host, store.port), timeout=seconds).close()
     except OSError as error:
-        raise StoreGoneError(
-            f"the store at {store.host}:{store.port} does not answer ({error})"
-        ) from None
+        raise StoreGoneError(f"{_name_of(store)} does not answer ({error})") from None
     # It tries again only until its own timeout, which must have passed when it is cut off.
     timeout = timedelta(seconds=max(0.75 * seconds, 1.0))
     type(store)(store.host, store.port, None, False, timeout, False)
+
+
+def _bottom_of(store: Any) -> Any:
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return store
+
+
+def _name_of(store: Any) -> str:
+    bottom = _bottom_of(store)
+    port = getattr(bottom, "port", None)
+    return "the store" if port is None else f"the store at {bottom.host}:{port}"
+
+
+def _close(sockets: list[socket.socket]) -> None:
+    while sockets:
+        sockets.pop().close()
 
 
 def _found(store: Any, key: str) -> bytes | None:

@@ -27,7 +27,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from metricfold.communicator.base import Communicator, MissingRanksError, likely_cause
-from metricfold.communicator.store import StoreClient, StoreGoneError
+from metricfold.communicator.side_thread import SideThread
+from metricfold.communicator.store import PolledStore, StoreClient, StoreGoneError
 from metricfold.pool import FloatArray
 from metricfold.processes import release_at_exit, start_thread
 
@@ -92,6 +93,7 @@ class TorchCommunicator(Communicator):
         self._calls = 0
         self._passed = 0
         self._group: Any = None
+        self._polled: Any = None  # the group asks it, and does not keep what is Python's of it
         self._work: Any = None
         self._released = False
 
@@ -129,7 +131,7 @@ class TorchCommunicator(Communicator):
             return ()
         with suppress(RuntimeError):
             if self._group is None:
-                absent = list(self._not_met())
+                absent = list(self._without("met"))
             else:
                 absent = [rank for rank, sign in self._signs(self._calls).items() if sign is None]
             return tuple(self._ranks[rank] for rank in absent)
@@ -216,22 +218,23 @@ class TorchCommunicator(Communicator):
         try:
             self._meet(until)
             release_at_exit(self)
-            # Its constructor asks the store too, and tries five times to connect.
-            once = max(self._seconds / 5, _CONNECT)
-            return self._store.ask(
+            # gloo tries five times to connect to each.
+            once = max((until - time.monotonic()) / 5, _CONNECT)
+            self._polled = PolledStore(self._store, until, _ANSWER, self._raise_if_poisoned)
+            return SideThread("metricfold-connects").ask(
                 c10d.ProcessGroupGloo,
-                self._store.store,
+                self._polled,
                 self.rank,
                 self.world_size,
                 timedelta(seconds=once),
-                seconds=5 * once + _ANSWER,
+                seconds=5 * once + 2 * _ANSWER,
             )
         except StoreGoneError as gone:
             raise self._nobody_named(str(gone)) from None
         except MissingRanksError:
             raise
-        except RuntimeError as error:
-            raise self._unconnected(_first_line(error)) from error
+        except (RuntimeError, TimeoutError) as error:
+            raise self._unconnected(error) from error
 
     def _meet(self, until: float) -> None:
         def left() -> float:
@@ -248,7 +251,7 @@ class TorchCommunicator(Communicator):
             now = time.monotonic()
             if now >= until or (now >= warn_at and not warned):
                 self._raise_if_poisoned(left())
-                absent = self._not_met()
+                absent = self._without("met")
                 if absent and now >= until:
                     raise self._given_up(absent, self._did_not_come())
                 self._warn(absent)
@@ -256,23 +259,28 @@ class TorchCommunicator(Communicator):
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
 
-    def _not_met(self) -> dict[int, str]:
-        """Return the ranks that have not come to the meeting, and what they have said."""
+    def _without(self, key: str, said: str = "") -> dict[int, str]:
+        """Return the other ranks that have not set a key of theirs yet."""
         others = [rank for rank in range(self.world_size) if rank != self.rank]
-        absent = [r for r in others if self._store.get(f"met/{r}", seconds=_ANSWER) is None]
-        return dict.fromkeys(absent, "")
+        absent = [r for r in others if self._store.get(f"{key}/{r}", seconds=_ANSWER) is None]
+        return dict.fromkeys(absent, said)
 
-    def _unconnected(self, error: str) -> MissingRanksError:
-        """Return what to raise if all ranks are there, but cannot reach each other."""
-        hint = ""
-        with suppress(RuntimeError):
-            if (said := self._store.get(_POISON, seconds=_ANSWER)) is not None:
-                return self._from_verdict(said)
-            hint = f"{self._interface_hint(error)}. "
-        return MissingRanksError(
-            f"aggregator {self._name!r}: no rank is missing, but the connection between them "
-            f"failed: {error}. {hint}{_RECOVERY}"
-        )
+    def _unconnected(self, error: RuntimeError | TimeoutError) -> MissingRanksError:
+        """Return what to raise if the ranks that came cannot reach each other."""
+        text = _first_line(error)
+        try:
+            self._raise_if_poisoned()
+            if isinstance(error, TimeoutError) and (
+                absent := self._without("0", "came, and has given no sign of life since")
+            ):
+                return self._given_up(absent, self._did_not_come())
+            hint = self._interface_hint(text)
+            failed = f"the connection between them failed on rank {self._ranks[self.rank]}"
+            return self._given_up({}, f"no rank is missing, but {failed}: {text}. {hint}")
+        except MissingRanksError as known:
+            return known
+        except RuntimeError as gone:
+            return self._nobody_named(f"{text}; {_first_line(gone)}")
 
     def _interface_hint(self, error: str) -> str:
         """Return which addresses the ranks listen on, and what to do if others cannot reach them."""
@@ -375,7 +383,7 @@ class TorchCommunicator(Communicator):
                 missing = {r: said for r, said in missing.items() if r in broken or said}
             if missing:
                 return self._given_up(missing, how)
-            return self._unconnected(text)
+            return self._unconnected(error)
         except StoreGoneError as gone:
             return self._nobody_named(f"{how}; {gone}")
         except RuntimeError as gone:
@@ -427,7 +435,7 @@ class TorchCommunicator(Communicator):
         verdict = json.dumps({"missing": list(missing.items()), "how": how})
         return self._from_verdict(self._store.set_first(_POISON, verdict, seconds=_ANSWER))
 
-    def _raise_if_poisoned(self, seconds: float) -> None:
+    def _raise_if_poisoned(self, seconds: float = _ANSWER) -> None:
         if (said := self._store.get(_POISON, seconds=seconds)) is not None:
             raise self._from_verdict(said)
 
@@ -437,6 +445,8 @@ class TorchCommunicator(Communicator):
     def _from_verdict(self, verdict: bytes) -> MissingRanksError:
         content = json.loads(verdict)
         missing, how = dict(content["missing"]), content["how"]
+        if not missing:
+            return MissingRanksError(f"aggregator {self._name!r}: {how}. {_RECOVERY}")
         who = ", ".join(str(self._ranks[rank]) for rank in missing)
         for rank, said in missing.items():
             how += f"; rank {self._ranks[rank]} {said}" if said else ""
