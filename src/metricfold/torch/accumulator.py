@@ -9,8 +9,8 @@
     aggregator.drain(acc)                       # one transfer, which nothing waits for
     aggregator.get_metrics_for_logging()
 
-Everything lies in three tensors that are made once. An update folds its values into them by a fixed
-number of kernels, however many datasets and samples there are, and never asks the device for a
+Everything lies in a few tensors that are made once. An update folds its values into them by a fixed
+number of kernels, 4 to 6 for a mean, however many datasets and samples there are, and never asks the device for a
 number: so the host runs ahead, and `torch.compile` takes an update into the graph of the step.
 
 Sums are float64, which holds 2^53 additions of like numbers to 1e-13; so nothing has to be done
@@ -34,17 +34,24 @@ from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 from metricfold.arrays import whole_tensor
 from metricfold.copies import copied_plainly
-from metricfold.device_lanes import CELLS, EXTREMA, MOMENTS, HostArrays, Layout
+from metricfold.device_lanes import COUNTS, EXTREMA, MOMENTS, SUMS, HostArrays, Layout
 from metricfold.listing import internal
 from metricfold.metric import AggregationType
 from metricfold.recomputation import not_given_before, recomputed
 from metricfold.torch.folding import (
-    EXTREMA_OF,
-    LAST_LANE,
-    Batch,
-    Lane,
-    stretched,
-    without_subnormals,
+    IN_ORDER,
+    WEIGHING,
+    WITH_EXTREMA,
+    Part,
+    Rows,
+    Table,
+    fits,
+    fold,
+    read_extrema,
+    read_grid,
+    read_rows,
+    shapes,
+    take_over,
 )
 from metricfold.torch.recomputing import asked, counts
 from metricfold.uncompiled import uncompiled
@@ -95,7 +102,7 @@ class DeviceAccumulator:
     ``inference_mode`` as anywhere.
 
     A DISTRIBUTION is a histogram with 64 buckets per octave: percentiles are right to 1.6 %, mean
-    and std far better. It takes 780 kB per dataset, in each of which all float32 have their place.
+    and std far better. It takes 786 kB per dataset, and once more, for all float32 have their place.
 
     Args:
         metrics: by name, the aggregation of each: ``"mean"``, ``"sum"``, ``"max"``, ``"min"`` or
@@ -125,6 +132,7 @@ class DeviceAccumulator:
         "_given",
         "_nothing",
         "_places",
+        "_table",
         "device",
         "layout",
         "tensors",
@@ -133,9 +141,7 @@ class DeviceAccumulator:
     layout: Layout
     device: torch.device
     tensors: tuple[Tensor, ...]
-    """Sums (metrics, lanes, columns), extrema (metrics, 2, columns) and, of DISTRIBUTIONs, the grid
-    (distributions, 3, datasets · CELLS + 1). Of the columns the first and last are of ids that are
-    no dataset's, below and above; the last cell is of values that are in none."""
+    """`Rows` of all metrics: plain, weighed, extrema and, if there are DISTRIBUTIONs, the grid."""
 
     def __init__(
         self,
@@ -147,21 +153,13 @@ class DeviceAccumulator:
         self.layout = layout = Layout.of(metrics, datasets)
         self._datasets = len(layout.datasets)
         types = dict(zip(layout.names, layout.types, strict=True))
-        in_order = sorted(types, key=lambda name: list(LAST_LANE).index(types[name]))
+        in_order = sorted(types, key=lambda name: IN_ORDER.index(types[name]))
         first = len(in_order) - len(layout.distributions)  # which come last
         self._places = {
             name: _Place(row, types[name], row - first) for row, name in enumerate(in_order)
         }
-        rows, columns = len(layout.names), self._datasets + 2
-        shapes = [(rows, len(Lane), columns), (rows, EXTREMA, columns)]
-        if layout.distributions:
-            shapes.append((len(layout.distributions), MOMENTS, self._datasets * CELLS + 1))
         try:
-            # A tensor made in inference mode could not be changed outside of it.
-            with torch.inference_mode(mode=False):
-                self.tensors = tuple(
-                    torch.empty(shape, dtype=torch.float64, device=device) for shape in shapes
-                )
+            self.tensors = self._new_tensors(device)
         except TypeError as error:
             raise TypeError(
                 f"an accumulator cannot lie on {device!r}, for it adds up in float64: record() what "
@@ -224,7 +222,7 @@ class DeviceAccumulator:
         for name, given in values.items():
             self.layout.place(name)
             taken[name] = self._numbers(f"values of metric {name!r}", given)
-        columns = self._columns(taken, dataset_ids)
+        ids = self._ids(taken, dataset_ids)
         w = None if weights is None else self._numbers(f"weights of {_named(taken)}", weights)
         for name, x in taken.items():
             if w is not None:
@@ -238,8 +236,10 @@ class DeviceAccumulator:
                 groups[-1][1].append(tensor)
             else:
                 groups.append((place, [tensor]))
-        for start, group in groups:
-            self._fold(start, group, w, columns, flag)
+        weighs = w is not None and w.dtype != torch.bool
+        parts = [Part(self._rows(start, len(g), weighs), start.agg_type, g) for start, g in groups]
+        if parts:
+            fold(self._table, parts, w, ids, flag)
 
     def token_loss(
         self,
@@ -344,7 +344,7 @@ class DeviceAccumulator:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceAccumulator:
         copied = copied_plainly(self, memo)
-        counted = copied.tensors[0][:, : Lane.WX]
+        counted = copied.tensors[0][..., 1]
         copied._as_copied = as_copied = _AsCopied(counted.clone())  # noqa: SLF001
         weakref.finalize(copied, _warn_if_lost, copied.layout.names, counted, as_copied)
         return copied
@@ -356,6 +356,11 @@ class DeviceAccumulator:
                 setattr(self, name, value)
         if of_subclass:
             vars(self).update(of_subclass)
+        before, histograms = self.tensors, len(self.layout.distributions)
+        if len(before) == (3 if histograms else 2):  # of 0.1
+            self.tensors = self._new_tensors(self.device)
+            self._clear()
+            take_over(before, self.tensors, histograms)
         self._begin()
 
     def __repr__(self) -> str:
@@ -368,11 +373,19 @@ class DeviceAccumulator:
 
     # -- Inside
 
+    def _new_tensors(self, device: torch.device | str | int | None) -> tuple[Tensor, ...]:
+        sizes = shapes(len(self.layout.names), len(self.layout.distributions), self._datasets)
+        # A tensor made in inference mode could not be changed outside of it.
+        with torch.inference_mode(mode=False):
+            return tuple(torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
+
     def _begin(self) -> None:
         self._as_copied: _AsCopied | None = None
         self._fill = object()
         self._given: set[str] = set()  # metrics that have come in, but by graphs
         self._nothing = self.tensors[0].new_empty(0)  # but where it lies
+        with torch.inference_mode(mode=False):
+            self._table = Table.on(self.device, self._datasets)
 
     def _pass_over(self, values: Mapping[str, Any]) -> None:
         """Leave out what a repeated forward gives; what its first has not given is lost, so say so."""
@@ -382,37 +395,26 @@ class DeviceAccumulator:
             _logger.warning("%s", not_given_before([_named(lost)]))
 
     def _clear(self) -> None:
-        sums, extrema, *grids = self.tensors
-        for tensor in (sums, *grids):
+        plain, weighed, extrema, *grids = self.tensors
+        for tensor in (plain, weighed, *grids):
             tensor.zero_()
-        extrema.fill_(-math.inf)
+        extrema[:, 0].fill_(-math.inf)
+        extrema[:, 1].fill_(math.inf)
 
-    def _fold(
-        self,
-        start: _Place,
-        group: list[Tensor],
-        w: Tensor | None,
-        columns: Tensor | None,
-        flag: Tensor | None,
-    ) -> None:
-        """Fold values of metrics that stand side by side, from `start` on, all of one shape."""
-        if any(one.dtype != group[0].dtype for one in group):
-            group = [one.double() for one in group]
-        x = torch.stack(group) if len(group) > 1 else group[0].unsqueeze(0)
-        distribution = start.agg_type is AggregationType.DISTRIBUTION
-        if distribution:
-            x = without_subnormals(x.float())
-        batch = Batch.of(x, None if w is None else stretched(w, x.ndim - 1), columns, flag)
-        sums, extrema, *grids = self.tensors
-        rows, last = slice(start.row, start.row + len(group)), LAST_LANE[start.agg_type]
-        first = Lane.UNWEIGHABLE if batch.weights is not None else Lane.COUNT
-        batch.add(sums[rows, first : last + 1], last)
-        which = EXTREMA_OF.get(start.agg_type)
-        if which is not None:
-            batch.enlarge(extrema[rows, which], which)
-        if distribution:
-            grid = grids[0][start.grid : start.grid + len(group)]
-            batch.add_to_grid(grid, x, self._datasets)
+    def _rows(self, start: _Place, number: int, weighs: bool) -> Rows:
+        """Return the part that belongs to a number of metrics side by side, from `start` on."""
+        plain, weighed, extrema, *grids = self.tensors
+        agg_type = start.agg_type
+
+        def part(tensor: Tensor, first: int) -> Tensor:
+            return tensor[first] if number == 1 else tensor[first : first + number]
+
+        return Rows(
+            part(plain, start.row),
+            part(weighed, start.row) if weighs and agg_type in WEIGHING else None,
+            part(extrema, start.row) if agg_type in WITH_EXTREMA else None,
+            part(grids[0], start.grid) if agg_type is AggregationType.DISTRIBUTION else None,
+        )
 
     def _numbers(self, what: str, given: Any) -> Tensor:
         """Return `given` as a tensor on this device."""
@@ -434,10 +436,9 @@ class DeviceAccumulator:
                 f"{what} are on {tensor.device}, but this accumulator is on {self.device}: move "
                 "them with .to(device, non_blocking=True), or make the accumulator with device="
             )
-        return tensor.detach()
+        return tensor
 
-    def _columns(self, taken: Mapping[str, Tensor], dataset_ids: Any) -> Tensor | None:
-        """Return the column of each value, of the shape of the first dimensions of the values."""
+    def _ids(self, taken: Mapping[str, Tensor], dataset_ids: Any) -> Tensor | None:
         if dataset_ids is None:
             if self._datasets > 1:
                 raise ValueError(
@@ -457,34 +458,32 @@ class DeviceAccumulator:
             )
         for name, x in taken.items():
             _check_shape(f"dataset_ids of metric {name!r}", ids, x)
-        return ids.long().clamp(-1, self._datasets) + 1
+        return ids.long()
 
     def _host_arrays(self, flat: np.ndarray[Any, Any]) -> HostArrays:
         parts, start = [], 0
         for tensor in self.tensors:
             parts.append(flat[start : start + tensor.numel()].reshape(tensor.shape))
             start += tensor.numel()
-        sums, extrema, *grids = parts
+        plain, weighed, extrema, *grids = parts
+        histograms = len(self.layout.distributions)
+        found = read_rows(plain, weighed, histograms)
         order = [self._places[name].row for name in self.layout.names]
-        sums, extrema = sums[order], extrema[order]
-        rows, inside = self.layout.rows, slice(1, -1)
-
-        def of_rows(lanes: list[Lane]) -> np.ndarray[Any, Any]:
-            return sums[:, lanes, inside].swapaxes(1, 2).reshape(rows, len(lanes))
-
-        strangers = sums[:, [Lane.COUNT, Lane.UNWEIGHABLE], :: self._datasets + 1]
-        unweighable = sums[:, Lane.UNWEIGHABLE, inside]
-        refused = np.stack([strangers.sum((1, 2)), unweighable.sum(1)], axis=-1)
-        counts = of_rows([Lane.COUNT, Lane.NANS, Lane.UP, Lane.DOWN])
-        grid = None
-        if grids:
-            grid = grids[0][..., :-1].swapaxes(1, 2).reshape(-1, MOMENTS, 1)
+        for name, row in zip(self.layout.names, order, strict=True):
+            if found.rounded[row]:
+                _logger.warning(
+                    "%d values of metric %r are integers beyond 2^53, of which float64 holds not every "
+                    "one: they count, rounded to the next that it does",
+                    found.rounded[row],
+                    name,
+                )
+        rows = self.layout.rows
         return HostArrays(
-            counts.astype(np.int64),
-            of_rows([Lane.WX, Lane.W, Lane.W2])[..., None],
-            extrema[..., inside].swapaxes(1, 2).reshape(rows, EXTREMA),
-            grid,
-            refused.astype(np.int64),
+            found.counts[order].reshape(rows, COUNTS).astype(np.int64),
+            found.sums[order].reshape(rows, SUMS, 1),
+            read_extrema(extrema, histograms)[order].reshape(rows, EXTREMA),
+            read_grid(grids[0]).reshape(-1, MOMENTS, 1) if grids else None,
+            np.stack([found.strangers, found.unweighable], axis=-1)[order].astype(np.int64),
         )
 
 
@@ -521,10 +520,11 @@ def _warn_if_lost(names: tuple[str, ...], counted: Tensor, as_copied: _AsCopied)
 
 
 def _check_shape(what: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.shape != x.shape[: tensor.ndim]:
+    if fits(tensor.shape, x.shape) is None:
         raise ValueError(
             f"{what} have the shape {tuple(tensor.shape)}, but the values {tuple(x.shape)}: give "
-            "one per value, or one for each index of their first dimensions"
+            "one per value, one for each index of their first dimensions, or what NumPy broadcasts "
+            "to them"
         )
 
 
@@ -535,6 +535,7 @@ def _joins(group: tuple[_Place, list[Tensor]], place: _Place, x: Tensor) -> bool
         place.row == start.row + len(tensors)
         and place.agg_type is start.agg_type
         and x.shape == tensors[0].shape
+        and x.dtype == tensors[0].dtype
     )
 
 

@@ -1,190 +1,483 @@
 """How the values of one update become sums, extrema and cells of a histogram, on any device.
 
-Metrics of like shape and aggregation are folded together: the first dimension of `Batch.x` is of
-metrics, the others are those of the values. Whatever there is, it takes the same few operations, none
-of which asks the device for a number.
+What a value is decides *where* it is added, not what is added: the place of its dataset, its region
+(a number, NaN, …) and its block (what its weight is) make the index of one cell. So nothing has to be
+masked, a NaN spoils only cells that nobody adds up, and an update is a handful of operations, none of
+which asks the device for a number:
+
+    cell = column + columns · (region + 4 · block)
+
+    columns   0 what does not count, 1 ids below, 2.. one for each dataset, last: ids above
+    regions   of an aggregation: 0 integers too small for float64, 1 numbers, 2 NaN, 3 too large
+              of a DISTRIBUTION: 0 -inf, 1 numbers, 2 +inf, 3 NaN
+    blocks    weights that are 0 negative, 1 zero, 2 right (or none is given), 3 infinite or NaN
+
+Metrics of like shape, type and aggregation are folded together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import IntEnum
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metricfold.device_lanes import CELLS, FRACTION_BITS, MOMENTS, ZERO_CELL, M
+from metricfold.device_lanes import (
+    CELLS,
+    COUNTS,
+    EXTREMA,
+    FRACTION_BITS,
+    MOMENTS,
+    SUMS,
+    ZERO_CELL,
+    M,
+)
 from metricfold.metric import AggregationType
 
-__all__ = ["EXTREMA_OF", "LAST_LANE", "Batch", "Lane", "stretched", "without_subnormals"]
+__all__ = [
+    "IN_ORDER",
+    "WEIGHING",
+    "WITH_EXTREMA",
+    "Part",
+    "Rows",
+    "Table",
+    "fits",
+    "fold",
+    "read_extrema",
+    "read_grid",
+    "read_rows",
+    "shapes",
+]
 
-
-class Lane(IntEnum):
-    """The sums of a row. Each aggregation uses the first few of them."""
-
-    UNWEIGHABLE = 0
-    """Values with a weight that cannot be; only written where there are weights."""
-    COUNT = 1
-    NANS = 2
-    WX = 3
-    W = 4
-    W2 = 5
-    UP = 6
-    DOWN = 7
-
-
-LAST_LANE = {
-    AggregationType.MAX: Lane.NANS,
-    AggregationType.MIN: Lane.NANS,
-    AggregationType.SUM: Lane.WX,
-    AggregationType.MEAN: Lane.W,
-    AggregationType.DISTRIBUTION: Lane.DOWN,
-}
-EXTREMA_OF = {
-    AggregationType.MAX: slice(0, 1),
-    AggregationType.MIN: slice(1, 2),
-    AggregationType.DISTRIBUTION: slice(0, 2),
-}
-"""Which of the largest x and the largest -x each aggregation needs."""
-_FINITE = EXTREMA_OF[AggregationType.DISTRIBUTION]
-_SMALLEST = float(np.finfo(np.float32).tiny)
-_SMALLEST_BUCKET = 1 << M
-_MAGNITUDE = 0x7FFF_FFFF
+PLAIN, WEIGHED = 2, 4
+"""Lanes of a cell: sums of x and of 1 over values without weights; and of w·x, w, 1 and w²."""
+_REGIONS, _BLOCKS = 4, 4
+_NUMBERS, _RIGHT = 1, 2
+"""The region and the block of what is as it should be."""
+_TOO_SMALL, _NAN, _TOO_LARGE = 0, 2, 3
+_DOWN, _UP, _NAN_OF_DISTRIBUTION = 0, 2, 3
+_EXACT = 2**53
+"""Beyond which float64 does not hold every integer."""
+_LARGEST = float(np.finfo(np.float64).max)
+_LARGEST32 = float(np.finfo(np.float32).max)
+_SMALLEST32 = float(np.finfo(np.float32).tiny)
 _FRACTION = (1 << FRACTION_BITS) - 1
+_HALF = 1 << (31 - FRACTION_BITS)
+"""Raw cells of one sign: the bits of a float32 but those of the fraction."""
+_ONLY_CONVERTED = (torch.uint16, torch.uint32, torch.uint64)
+
+MAX, MIN, SUM, MEAN, DISTRIBUTION = IN_ORDER = (
+    AggregationType.MAX,
+    AggregationType.MIN,
+    AggregationType.SUM,
+    AggregationType.MEAN,
+    AggregationType.DISTRIBUTION,
+)
+"""The aggregations, in the order of their rows."""
+WEIGHING = (MEAN, DISTRIBUTION)
+WITH_EXTREMA = (MAX, MIN, DISTRIBUTION)
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The values of one update, ready to be added up.
+class Rows(NamedTuple):
+    """The part of an accumulator that belongs to some metrics, side by side; None: not needed.
+
+    Of one metric they lack the first dimension: each view that is not made saves the host some time.
 
     Args:
-        x: float64, shape (metrics, values...); 0 where they do not count.
-        kept: which of them count, or None if all do.
-        weights: finite and 0 or more, float64; None if all that count weigh 1.
-        unweighable: which weights had to be replaced.
-        nan: which of those that count are NaN.
-        columns: where each value belongs, of the shape of the first dimensions of values; None if
-            all belong to the one dataset.
-        counts: a flag that says whether any of this counts; None if it does.
+        plain: shape (metrics, cells, PLAIN).
+        weighed: shape (metrics, cells, WEIGHED).
+        extrema: shape (metrics, EXTREMA, columns): the largest and the smallest x.
+        grid: shape (metrics, raw cells, MOMENTS): sums of w, w·u and w·u². The raw cell of a float32
+            is its bits but for those of the fraction u, as a number with a sign, from the middle of
+            the part of its dataset on; the first part is of what is in none.
     """
 
-    x: Tensor
-    kept: Tensor | None
-    weights: Tensor | None
-    unweighable: Tensor | None
-    nan: Tensor
-    columns: Tensor | None
-    counts: Tensor | None
+    plain: Tensor
+    weighed: Tensor | None
+    extrema: Tensor | None
+    grid: Tensor | None
+
+
+def shapes(rows: int, distributions: int, datasets: int) -> list[tuple[int, ...]]:
+    """Return the shapes of `Rows` of all metrics; no grid without DISTRIBUTIONs."""
+    columns = datasets + 3
+    cells = _REGIONS * _BLOCKS * columns
+    of_rows = [(rows, cells, PLAIN), (rows, cells, WEIGHED), (rows, EXTREMA, columns)]
+    grid = (distributions, (datasets + 1) * 2 * _HALF, MOMENTS)
+    return [*of_rows, grid] if distributions else [*of_rows]
+
+
+class Table(NamedTuple):
+    """Constants of an accumulator, on its device, so that no update has to make them.
+
+    Of more than no dimension: torch loses what is done to a captured 0-d tensor, and takes the type of
+    one for less than that of other tensors.
+    """
+
+    ids: Tensor
+    """Bounds between columns, shape (datasets + 2,)."""
+    column: Tensor
+    """The column of values without ids, shape (1,)."""
+    bases: Tensor
+    """Where the raw cell 0 is in the grid, shape (columns,)."""
+    weights: Tensor
+    integers: Tensor
+    float32s: Tensor
+    one_beside: Tensor
+    """1j: a number plus this is the two lanes of PLAIN."""
+    one: Tensor
+    largest: Tensor
+    smallest: Tensor
+    to_fraction: Tensor
 
     @classmethod
-    def of(
-        cls, x: Tensor, given: Tensor | None, columns: Tensor | None, counts: Tensor | None
-    ) -> Batch:
-        """Return the batch of values, shape (metrics, values...), and weights, which broadcast."""
-        kept = weights = unweighable = None
-        wide = x.double()
-        if given is not None:
-            kept = given
-            if given.dtype != torch.bool:
-                given = given.double()
-                weights = given.nan_to_num(nan=0.0, posinf=0.0).clamp_min(0.0)
-                unweighable, kept = given != weights, weights > 0
-            wide = torch.where(kept, wide, 0.0)
-        return cls(wide, kept, weights, unweighable, wide.isnan(), columns, counts)
+    def on(cls, device: torch.device, datasets: int) -> Table:
+        def of(values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
 
-    def add(self, lanes: Tensor, last: int) -> None:
-        """Add to `lanes`, shape (metrics, n, columns), of which `last` is the last."""
-        x, nan = self.x, self.nan
-        terms = [] if self.unweighable is None else [self._wide(self.unweighable)]
-        terms.append(torch.ones_like(x) if self.kept is None else self._wide(self.kept))
-        terms.append(nan.double())
-        if last >= Lane.WX:
-            infinite = [x == math.inf, x == -math.inf] if last >= Lane.UP else []
-            infinity = 0.0 if infinite else math.inf
-            finite = x.nan_to_num(nan=0.0, posinf=infinity, neginf=-infinity)
-            w = self.weights if last > Lane.WX else None
-            terms.append(finite if w is None else finite * w)
-            if last >= Lane.W:
-                dropped = nan | infinite[0] | infinite[1] if infinite else nan
-                w = torch.where(dropped, 0.0, terms[-3] if w is None else w)
-                terms += [w, w * w] if last >= Lane.W2 else [w]
-            terms += [flags.double() for flags in infinite]
-        stacked, columns = self._per_column(torch.stack(terms, dim=1), torch.sum)
-        stacked = self._if_it_counts(stacked, 0.0)
-        if columns is None:
-            lanes[..., 1].add_(stacked)
+        inside = [(place + 1) * 2 * _HALF + _HALF for place in range(datasets)]
+        return cls(
+            ids=of([-(2**63), *range(datasets + 1)], torch.int64),
+            column=of([2], torch.int64),
+            bases=of([_HALF, _HALF, *inside, _HALF], torch.int64),
+            weights=of([-math.ulp(0.0), 0.0, _LARGEST]),
+            integers=of([-_EXACT - 1, _EXACT, _EXACT], torch.int64),
+            float32s=of([-math.inf, _LARGEST32, math.inf], torch.float32),
+            one_beside=torch.tensor([1j], dtype=torch.complex128, device=device),
+            one=of([1.0]),
+            largest=of([math.inf]),
+            smallest=of([-math.inf]),
+            to_fraction=of([2.0**-FRACTION_BITS]),
+        )
+
+
+# -- In the step -----------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """Metrics that stand side by side, and are folded together.
+
+    Args:
+        rows: of these metrics.
+        agg_type: of them all.
+        values: of each, of one shape and type.
+    """
+
+    rows: Rows
+    agg_type: AggregationType
+    values: list[Tensor]
+
+
+def fold(
+    table: Table,
+    parts: list[Part],
+    weights: Tensor | None,
+    ids: Tensor | None,
+    counts: Tensor | None,
+) -> None:
+    """Fold what one update brings.
+
+    Args:
+        table: of the accumulator.
+        parts: the metrics.
+        weights: of the values, as `aligned` takes them; None if all weigh 1.
+        ids: of the datasets, likewise; None if all belong to the one dataset.
+        counts: a flag that says whether any of this counts; None if it does.
+    """
+    columns = (
+        table.column if ids is None else torch.bucketize(ids.contiguous(), table.ids, right=True)
+    )
+    if counts is not None:
+        columns = torch.where(counts, columns, 0)
+    block = None
+    if weights is not None and weights.dtype != torch.bool:
+        weights = weights.double()
+        block = torch.bucketize(weights.contiguous(), table.weights)
+    for rows, agg_type, values in parts:
+        shape = values[0].shape
+        batch = _Batch(
+            table,
+            agg_type,
+            values,
+            None if weights is None else aligned(weights, shape),
+            None if block is None else aligned(block, shape),
+            aligned(columns, shape) if ids is not None or len(shape) > 1 else columns,
+        )
+        if rows.weighed is None:
+            batch.add_plain(rows.plain, sums=agg_type not in (MAX, MIN))
         else:
-            lanes.scatter_add_(2, columns.expand_as(stacked), stacked)
+            batch.add_weighed(rows.weighed, squares=agg_type is DISTRIBUTION)
+        if rows.extrema is not None:
+            batch.enlarge(rows.extrema)
+        if rows.grid is not None:
+            batch.add_to_grid(rows.grid)
 
-    def enlarge(self, extrema: Tensor, which: slice) -> None:
-        """Let `extrema`, shape (metrics, n, columns), be at least the `which` of x and -x."""
-        excluded = self.nan if self.kept is None else self.nan | ~self.kept
-        if which == _FINITE:
-            excluded = excluded | self.x.isinf()
-        signed = [self.x, -self.x][which]
-        largest = torch.stack([torch.where(excluded, -math.inf, x) for x in signed], dim=1)
-        largest, columns = self._per_column(largest, torch.amax)
-        largest = self._if_it_counts(largest, -math.inf)
-        if columns is None:
-            extrema[..., 1].copy_(torch.maximum(extrema[..., 1], largest))
+
+def fits(shape: torch.Size, values: torch.Size) -> torch.Size | None:
+    """Return the shape with all dimensions of the values, or None if they do not go together.
+
+    Each dimension is that of the values or 1. The first one is theirs, as of one weight per sample; if
+    that does not fit, the last one is, as NumPy broadcasts.
+    """
+    missing = (1,) * (len(values) - len(shape))
+    if len(shape) > len(values):
+        return None
+    for full in (shape + missing, missing + shape):
+        if all(one in (1, whole) for one, whole in zip(full, values, strict=True)):
+            return torch.Size(full)
+    return None
+
+
+def aligned(tensor: Tensor, values: torch.Size) -> Tensor:
+    """Return `tensor` with all dimensions of the values."""
+    if tensor.ndim == len(values):
+        return tensor
+    shape = fits(tensor.shape, values)
+    assert shape is not None
+    return tensor.reshape(shape)
+
+
+class _Batch:
+    """The values of some metrics, and where each of them belongs.
+
+    `x` and `places` have the shape (metrics, values...), or (values...) of one metric; `columns`,
+    `inside`, `weights` and `kept` broadcast with (values...).
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        agg_type: AggregationType,
+        values: list[Tensor],
+        weights: Tensor | None,
+        block: Tensor | None,
+        columns: Tensor,
+    ) -> None:
+        self.table, self.agg_type, self.metrics = table, agg_type, len(values)
+        self.dim = 0 if self.metrics == 1 else 1
+        x = values[0] if len(values) == 1 else torch.stack(values)
+        if values[0].ndim == 0 and (x.ndim or block is not None or agg_type in WITH_EXTREMA):
+            x = x.unsqueeze(-1)
+        given = x.dtype
+        if given in _ONLY_CONVERTED or (x.is_floating_point() and given.itemsize == 1):
+            x = x.double()
+        self.x = x = x.float() if agg_type is DISTRIBUTION else x
+        self.columns = columns
+        self.weights = None if block is None else weights
+        self.kept: Tensor | None = None
+        self._inside: Tensor | None = None
+        if block is None and weights is not None:
+            self.kept = weights
+        elif block is not None and agg_type in WITH_EXTREMA:
+            self.kept = block == _RIGHT
+
+        width = len(table.bases)
+        self.first = 0 if block is not None else width * _REGIONS * _RIGHT
+        places = self.inside if block is None else columns
+        if agg_type is DISTRIBUTION:
+            region = torch.bucketize(x.contiguous(), table.float32s)
+            places = torch.add(places, region, alpha=width)
+        elif given == torch.int64:
+            region = torch.bucketize(x.contiguous(), table.integers)
+            places = torch.add(places, region, alpha=width)
         else:
-            extrema.scatter_reduce_(2, columns.expand_as(largest), largest, "amax")
+            self.first += width * _NUMBERS
+            if given == torch.uint64:
+                places = torch.add(places, x >= _EXACT, alpha=width * (_TOO_LARGE - _NUMBERS))
+            elif x.is_floating_point():
+                places = torch.add(places, x.isnan(), alpha=width)
+        if block is not None:
+            places = torch.add(places, block, alpha=width * _REGIONS)
+        self.places = self._flat(places, x.shape)
 
-    def add_to_grid(self, grid: Tensor, x: Tensor, datasets: int) -> None:
-        """Add to the cells of the buckets.
+    @property
+    def inside(self) -> Tensor:
+        """The columns of what counts; 0 for the rest."""
+        if self._inside is None:
+            kept = self.kept
+            self._inside = self.columns if kept is None else torch.where(kept, self.columns, 0)
+        return self._inside
 
-        Args:
-            grid: shape (metrics, 3, datasets · CELLS + 1); the last cell is of no bucket.
-            x: the values as float32, of which none is subnormal.
-            datasets: how many there are.
+    def add_plain(self, plain: Tensor, sums: bool) -> None:
+        """Add the values and their number, or their number alone."""
+        lanes = plain.narrow(self.dim, self.first, plain.shape[self.dim] - self.first)
+        if not sums:
+            self._add(lanes[..., 1], self.table.one.expand_as(self.places))
+        elif torch.compiler.is_compiling():  # compilers know no complex numbers
+            x = self._flat(self.x).double()
+            self._add(lanes, torch.stack([x, torch.ones_like(x)], dim=-1))
+        else:
+            both = self.x + self.table.one_beside
+            self._add(torch.view_as_complex(lanes), self._flat(both))
+
+    def add_weighed(self, weighed: Tensor, squares: bool) -> None:
+        """Add w·x, w and 1, and w²."""
+        assert self.weights is not None
+        product = self.x * self.weights
+        w = self.weights.expand_as(product)
+        terms = [product, w, self.table.one.expand_as(product), *([w * w] if squares else [])]
+        lanes = weighed[..., self.first :, : len(terms)]
+        self._add(lanes, torch.stack([self._flat(term) for term in terms], dim=-1))
+
+    def enlarge(self, extrema: Tensor) -> None:
+        """Let the first of `extrema` be at least, and the second at most, what comes in."""
+        table, x, inf = self.table, self.x, math.inf
+        if self.agg_type is MAX:
+            self._enlarge(extrema[..., 0, :], torch.fmax(x, table.smallest), "amax")
+        elif self.agg_type is MIN:
+            self._enlarge(extrema[..., 1, :], torch.fmin(x, table.largest), "amin")
+        else:
+            above = x.nan_to_num(nan=-inf, posinf=-inf, neginf=-inf).double()
+            self._enlarge(extrema[..., 0, :], above, "amax")
+            below = x.nan_to_num(nan=inf, posinf=inf, neginf=inf).double()
+            self._enlarge(extrema[..., 1, :], below, "amin")
+
+    def add_to_grid(self, grid: Tensor) -> None:
+        """Add to the cells of the buckets, of what is no number to such as nobody reads."""
+        table = self.table
+        bits = self.x.view(torch.int32)
+        cell = torch.take(table.bases, self.inside) + (bits >> FRACTION_BITS)
+        u = (bits & _FRACTION) * table.to_fraction
+        w = (table.one if self.weights is None else self.weights).expand_as(u)
+        first = u if self.weights is None else w * u
+        terms = [self._flat(term) for term in (w, first, first * u)]
+        self._add(grid, torch.stack(terms, dim=-1), self._flat(cell, self.x.shape))
+
+    def _flat(self, tensor: Tensor, shape: torch.Size | None = None) -> Tensor:
+        """Return it with one dimension of values, of which all have the `shape` that is given."""
+        if shape is not None and tensor.shape != shape:
+            tensor = tensor.broadcast_to(shape or (1,))
+        if self.dim:
+            return tensor.reshape(self.metrics, -1)
+        return tensor if tensor.ndim == 1 else tensor.reshape(-1)
+
+    def _add(self, lanes: Tensor, terms: Tensor, places: Tensor | None = None) -> None:
+        places = self.places if places is None else places
+        if terms.ndim > places.ndim:
+            places = places[..., None].expand(terms.shape)
+        lanes.scatter_add_(self.dim, places, terms)
+
+    def _enlarge(self, lane: Tensor, x: Tensor, how: str) -> None:
+        """Let a lane, shape (metrics, columns), be `how` of itself and x.
+
+        What has one column, such as all tokens of a sample, is reduced first: so many comparisons
+        with one place would wait for each other.
         """
-        bits = x.contiguous().view(torch.int32)
-        magnitude = bits & _MAGNITUDE
-        bucket = ((magnitude >> FRACTION_BITS) - (_SMALLEST_BUCKET - 1)).clamp_min(0)
-        cell = (ZERO_CELL + torch.where(bits < 0, -bucket, bucket)).long()
-        seen = x.isfinite() if self.kept is None else x.isfinite() & self.kept
-        if self.columns is not None:
-            columns = stretched(self.columns, x.ndim - 1)
-            seen = seen & (columns > 0) & (columns <= datasets)
-            cell = cell + (columns - 1) * CELLS
-        cell = torch.where(seen, cell, datasets * CELLS)
-        u = (magnitude & _FRACTION).double() * 2.0**-FRACTION_BITS
-        w = torch.ones_like(u) if self.weights is None else self.weights.expand_as(u)
-        moments = torch.stack([w, w * u, w * u * u], dim=1).reshape(len(x), MOMENTS, -1)
-        moments = self._if_it_counts(moments, 0.0)
-        grid.scatter_add_(2, cell.reshape(len(x), 1, -1).expand_as(moments), moments)
-
-    def _if_it_counts(self, terms: Tensor, identity: float) -> Tensor:
-        return terms if self.counts is None else torch.where(self.counts, terms, identity)
-
-    def _wide(self, flags: Tensor) -> Tensor:
-        return flags.double().expand_as(self.x)
-
-    def _per_column(
-        self, terms: Tensor, reduce: Callable[[Tensor, tuple[int, ...]], Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return terms, shape (metrics, n, values...), with one for each column, which become flat.
-
-        What has one column, such as all tokens of a sample, is reduced first: so many additions to
-        the same few places would wait for each other.
-        """
-        ndim = 0 if self.columns is None else self.columns.ndim
-        extra = tuple(range(2 + ndim, terms.ndim))
-        if extra:
-            terms = reduce(terms, extra)
-        if self.columns is None:
-            return terms, None
-        return terms.reshape(*terms.shape[:2], -1), self.columns.reshape(1, 1, -1)
+        further = 0
+        while further < self.columns.ndim and self.columns.shape[-1 - further] == 1:
+            further += 1
+        dims = tuple(range(-further, 0))
+        if any(x.shape[dim] != 1 for dim in dims):
+            if self.kept is not None:
+                identity = self.table.smallest if how == "amax" else self.table.largest
+                x = torch.where(self.kept, x, identity)
+            x = (torch.amax if how == "amax" else torch.amin)(x, dims)
+            columns = self.columns.reshape(self.columns.shape[: self.columns.ndim - further])
+        else:
+            columns = self.inside
+        lane.scatter_reduce_(self.dim, self._flat(columns, x.shape), self._flat(x), how)
 
 
-def without_subnormals(x: Tensor) -> Tensor:
-    """Return float32 values of which those that a histogram takes for 0 are 0."""
-    return torch.where(x.abs() < _SMALLEST, 0.0, x)
+def take_over(old: Sequence[Tensor], new: Sequence[Tensor], distributions: int) -> None:
+    """Put into `new` tensors, which hold nothing, what the `old` ones of 0.1 say.
+
+    Those were sums, shape (metrics, lanes, datasets + 2), of unweighable values, values, NaN, w·x, w,
+    w², +inf and -inf; the largest x and -x, likewise; and the grid, shape (distributions, 3, cells).
+    """
+    sums, extrema, *grids = (tensor.double() for tensor in old)
+    weighed = new[1].view(len(sums), _BLOCKS, _REGIONS, -1, WEIGHED)[..., 1:, :]
+    unweighable, count, nans, wx, w, w2, up, down = sums.unbind(1)
+    weighed[:, 0, _NUMBERS, :, 2] = unweighable
+    right, first = weighed[:, _RIGHT], len(sums) - distributions
+    right[:, _NUMBERS] = torch.stack([wx, w, count - nans - up - down, w2], dim=-1)
+    right[:first, _NAN, :, 2] = nans[:first]
+    for region, numbers in ((_DOWN, down), (_UP, up), (_NAN_OF_DISTRIBUTION, nans)):
+        right[first:, region, :, 2] = numbers[first:]
+    new[2][..., 1:] = extrema * torch.tensor([[1.0], [-1.0]]).to(extrema)
+    for grid in grids:
+        cells = grid[..., :-1].view(distributions, MOMENTS, -1, CELLS).permute(0, 2, 3, 1)
+        raw = new[3].view(distributions, -1, 2, _HALF, MOMENTS)[:, 1:]
+        normal = slice(1 << M, (1 << M) + ZERO_CELL)
+        raw[:, :, 0, normal] = cells[:, :, :ZERO_CELL].flip(2)
+        raw[:, :, 1, normal] = cells[:, :, ZERO_CELL + 1 :]
+        raw[:, :, 1, 0] = cells[:, :, ZERO_CELL]
 
 
-def stretched(tensor: Tensor, ndim: int) -> Tensor:
-    """Return `tensor` with `ndim` dimensions, the further ones of size 1."""
-    return tensor.reshape(tensor.shape + (1,) * (ndim - tensor.ndim))
+# -- On the host -----------------------------------------------------------------------------------
+
+Array = np.ndarray[Any, Any]
+
+
+class HostRows(NamedTuple):
+    """What `Rows` say, for each metric and dataset.
+
+    Args:
+        counts: values, NaN, +inf, -inf; shape (metrics, datasets, 4).
+        sums: of w·x, of w, of w²; shape (metrics, datasets, 3).
+        strangers: values with an id that is no dataset's, shape (metrics,).
+        unweighable: values with a weight that cannot be, shape (metrics,).
+        rounded: integers that float64 may not hold, shape (metrics,).
+    """
+
+    counts: Array
+    sums: Array
+    strangers: Array
+    unweighable: Array
+    rounded: Array
+
+
+def read_rows(plain: Array, weighed: Array, distributions: int) -> HostRows:
+    """Return what the cells say; the last `distributions` of the metrics are DISTRIBUTIONs."""
+    number = len(plain)
+
+    def cells(array: Array) -> Array:
+        """Shape (metrics, blocks, regions, columns, lanes)."""
+        return array.reshape(number, _BLOCKS, _REGIONS, -1, array.shape[-1])
+
+    plain, weighed = cells(plain), cells(weighed)
+    taken = plain[..., 1] + weighed[..., 2]
+    outside, inside = [1, -1], slice(2, -1)
+    strangers = taken[:, [0, _RIGHT, 3]][..., outside].sum((1, 2, 3))
+    unweighable = taken[:, [0, 3], :, inside].sum((1, 2, 3))
+    counts, plain = taken[:, _RIGHT, :, inside], plain[:, _RIGHT, :, inside]
+    weighed = weighed[:, _RIGHT, :, inside]
+
+    sums = np.zeros((number, counts.shape[-1], SUMS))
+    of_kinds = np.zeros((number, counts.shape[-1], COUNTS))
+    of_kinds[..., 0] = counts.sum(1)
+    first = number - distributions
+    for rows, numbers, kinds in (
+        (slice(0, first), [_TOO_SMALL, _NUMBERS, _TOO_LARGE], [_NAN]),
+        (slice(first, None), [_NUMBERS], [_NAN_OF_DISTRIBUTION, _UP, _DOWN]),
+    ):
+        for lane, region in enumerate(kinds, 1):
+            of_kinds[rows, :, lane] = counts[rows, region]
+        alone, with_weight = plain[rows, numbers].sum(1), weighed[rows, numbers].sum(1)
+        sums[rows, :, 0] = alone[..., 0] + with_weight[..., 0]
+        sums[rows, :, 1] = alone[..., 1] + with_weight[..., 1]
+        sums[rows, :, 2] = alone[..., 1] + with_weight[..., 3]
+    rounded = counts[:, [_TOO_SMALL, _TOO_LARGE]].sum((1, 2))
+    rounded[first:] = 0
+    return HostRows(of_kinds, sums, strangers, unweighable, rounded)
+
+
+def read_extrema(extrema: Array, distributions: int) -> Array:
+    """Return the largest x and the largest -x, shape (metrics, datasets, 2)."""
+    found = extrema[..., 2:-1].swapaxes(1, 2) * [1.0, -1.0]
+    histograms = found[len(found) - distributions :]
+    histograms[np.abs(histograms) < _SMALLEST32] = 0.0
+    return found
+
+
+def read_grid(grid: Array) -> Array:
+    """Return the cells of `HostArrays.grid` for each dataset; subnormals are zeros."""
+    raw = grid.reshape(len(grid), -1, 2, _HALF, MOMENTS)[:, 1:]
+    normal = slice(1 << M, (1 << M) + ZERO_CELL)
+    cells = np.zeros((*raw.shape[:2], CELLS, MOMENTS))
+    cells[:, :, :ZERO_CELL] = raw[:, :, 0, normal][:, :, ::-1]
+    cells[:, :, ZERO_CELL + 1 :] = raw[:, :, 1, normal]
+    cells[:, :, ZERO_CELL, 0] = raw[:, :, :, : 1 << M, 0].sum((2, 3))
+    return cells
