@@ -120,10 +120,24 @@ def unzipped(name: str) -> bytes:
     return gzip.decompress((GOLDEN / "accumulators" / name).read_bytes())
 
 
-@pytest.mark.parametrize("framework", ["torch", "jax"])
-def test_a_pickled_accumulator_of_0_1_0_is_read(framework: str) -> None:
-    pytest.importorskip(framework)
-    check_drained(pickle.loads(unzipped(f"{framework}.pickle.gz")))
+def test_a_pickled_accumulator_of_0_1_0_is_read() -> None:
+    pytest.importorskip("torch")
+    check_drained(pickle.loads(unzipped("torch.pickle.gz")))
+
+
+def test_a_pickled_jax_accumulator_of_0_1_0_is_refused_and_converted() -> None:
+    """It was read as it came, whatever had been done to its arrays."""
+    pytest.importorskip("jax")
+    from metricfold.jax import DeviceAccumulator
+
+    old = pickle.loads(unzipped("jax.pickle.gz"))
+    for use in (MetricsAggregator().drain, old.merge, lambda acc: acc.update("sum", 1.0)):
+        with pytest.raises(ValueError, match=r"saved by metricfold 0\.1.*from_0_1"):
+            use(old)
+    converted = DeviceAccumulator.from_0_1(old)
+    check_drained(converted)
+    with pytest.raises(ValueError, match="needs no conversion"):
+        DeviceAccumulator.from_0_1(converted)
 
 
 def test_an_accumulator_of_0_1_0_that_torch_saved_is_read() -> None:
@@ -132,7 +146,7 @@ def test_an_accumulator_of_0_1_0_that_torch_saved_is_read() -> None:
 
 
 @pytest.mark.skipif(find_spec("orbax") is None, reason="needs Orbax")
-def test_an_accumulator_of_0_1_0_that_orbax_saved_is_read(tmp_path: Path) -> None:
+def test_an_accumulator_of_0_1_0_that_orbax_saved_is_refused_and_converted(tmp_path: Path) -> None:
     import jax
     import orbax.checkpoint as ocp
 
@@ -143,7 +157,17 @@ def test_an_accumulator_of_0_1_0_that_orbax_saved_is_read(tmp_path: Path) -> Non
     shutil.copytree(GOLDEN / "accumulators" / "jax.orbax", tmp_path / "acc")
     with ocp.StandardCheckpointer() as checkpointer:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        check_drained(checkpointer.restore(tmp_path / "acc", shapes))
+        with pytest.raises(ValueError, match="fingerprint"):
+            checkpointer.restore(tmp_path / "acc", shapes)
+        arrays = checkpointer.restore(tmp_path / "acc")
+    check_drained(DeviceAccumulator.from_0_1(arrays, kinds, ("dev", "both")))
+    # Of names that do not come to these arrays nothing can be said but that.
+    with pytest.raises(ValueError, match="other metrics or datasets"):
+        DeviceAccumulator.from_0_1(arrays, kinds, ("dev", "both", "third"))
+    with pytest.raises(TypeError, match="give those with which"):
+        DeviceAccumulator.from_0_1(arrays)
+    with pytest.raises(TypeError, match="a dict of the arrays counts"):
+        DeviceAccumulator.from_0_1(arrays["counts"], kinds)
 
 
 # -- Percentiles ----------------------------------------------------------------------------------

@@ -4,13 +4,18 @@ A *row* is one metric of one dataset. Every row has the same few lanes, so that 
 handful of arrays however many metrics there are:
 
     counts   (rows, 4)            values, NaN, +inf, -inf
-    sums     (rows, 3, 2)         sum of w·x, of w, of w²
+    sums     (rows, 3, parts)     sum of w·x, of w, of w²
     extrema  (rows, 2)            largest x, largest -x
-    grid     (rows · CELLS, 3, 2) of DISTRIBUTIONs: sums of w, w·u and w·u² in each bucket
+    grid     (rows · CELLS, 3, parts) of DISTRIBUTIONs: sums of w, w·u and w·u² in each bucket
     refused  (metrics, 2)         values with a dataset or a weight that cannot be
 
-Devices count in 32 bits. Counts are int32. A sum is two float32, of which the second holds what the
-first has rounded away: 48 bits together.
+A sum is what its parts come to: one float64, or two float32, of which the second holds what the first
+has rounded away.
+
+Where the arrays are open to a program that knows nothing of them, as in JAX, the names of metrics and
+datasets lie beside them, and a *fingerprint* ties the two together. It is a word that says which layout
+the arrays are of and, by a checksum, that they have come about by folding. Whatever adds up, averages,
+casts or zeroes the arrays as it would plain metrics leaves a word that is of no layout.
 
 The buckets are those of `bucket_index` at m = 6, which a device finds by shifting a float32's bits;
 u is the position inside of the bucket. CELLS is one cell for each of them, negative ones first, and
@@ -19,9 +24,12 @@ one for zero in the middle.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Reversible, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -51,6 +59,9 @@ __all__ = [
     "HostArrays",
     "Layout",
     "M",
+    "checksum",
+    "with_checksum",
+    "without_checksum",
 ]
 
 _logger = logging.getLogger("metricfold")
@@ -68,6 +79,8 @@ ZERO_CELL = _PER_SIGN
 CELLS = 2 * _PER_SIGN + 1
 _FIRST_INDEX = ((1023 - 126) << M) + 1
 """What `bucket_index` says of the least normal float32."""
+
+_BELOW_FIRST = (1 << 31) - 1
 
 _AGGREGATIONS = (
     AggregationType.MEAN,
@@ -119,6 +132,11 @@ class Layout:
             )
         if isinstance(datasets, str):
             raise TypeError(f"datasets={datasets!r}: give a list of names, as in ({datasets!r},)")
+        if isinstance(datasets, AbstractSet) and not isinstance(datasets, Reversible):
+            raise TypeError(
+                f"datasets={datasets!r}: a set has another order in each process, and a value's "
+                "dataset id is the place of its dataset: give a list, such as sorted(datasets)"
+            )
         given = tuple(datasets)
         for name in metrics:
             check_name("the name of a metric", name)
@@ -128,6 +146,54 @@ class Layout:
             raise ValueError(f"datasets={given!r}: give each name once")
         types = tuple(_checked_type(name, agg) for name, agg in metrics.items())
         return cls(tuple(metrics), types, given or ("",))
+
+    def as_json(self) -> str:
+        """Return what `from_json` reads."""
+        types = [agg_type.value for agg_type in self.types]
+        return json.dumps({"names": self.names, "types": types, "datasets": self.datasets})
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        """Return the layout of which `as_json` has said this."""
+        said = json.loads(text)
+        types = tuple(map(AggregationType, said["types"]))
+        return cls(tuple(said["names"]), types, tuple(said["datasets"]))
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """What arrays of this layout that have seen nothing carry, in 32 bits.
+
+        The first and the last bit are set, so that neither twice nor half of it is it, and no float32
+        holds it. Ten bits say that the others are a fingerprint, of whichever layout.
+        """
+        digest = hashlib.blake2s(self.as_json().encode()).digest()
+        identity = int.from_bytes(digest[:4], "little") & 0xFFFFF
+        return 1 << 31 | identity << 11 | _echo(identity) << 1 | 1
+
+    def check_fingerprint(self, found: int) -> None:
+        """Check the fingerprint of arrays, less the checksum that it carries.
+
+        Raises:
+            ValueError: it is not that of this layout.
+        """
+        if found == self.fingerprint:
+            return
+        identity = found >> 11 & 0xFFFFF
+        holds = ", ".join(f"{n}: {t.value}" for n, t in zip(self.names, self.types, strict=True))
+        holds += f"; datasets {self.datasets!r}" if self.datasets != ("",) else ""
+        if found == 1 << 31 | identity << 11 | _echo(identity) << 1 | 1:
+            raise ValueError(
+                f"the arrays in this accumulator ({holds}) are of one with other metrics, aggregations "
+                "or datasets, or with the same in another order: such as from a checkpoint that was "
+                "saved before they were changed. Restore it into an accumulator that is made as that "
+                "was, drain it, and go on with a new one"
+            )
+        raise ValueError(
+            f"the arrays in this accumulator ({holds}) have been added up, averaged, scaled or filled "
+            "with zeros, as by psum, tree.map(jnp.add, ...) or zeros_like, and say nothing any more. "
+            "Accumulators are brought together by merge() and reduce(), begun anew by empty(), and kept "
+            "out of what averages a training state"
+        )
 
     @property
     def rows(self) -> int:
@@ -194,7 +260,9 @@ class Layout:
 
     def complaints(self, refused: Array) -> Iterator[str]:
         """Yield what to tell the user about values that were left out."""
-        for name, (strangers, unweighable) in zip(self.names, refused.tolist(), strict=True):
+        for name, (strangers, unweighable, *unheld) in zip(
+            self.names, refused.tolist(), strict=True
+        ):
             if strangers:
                 yield (
                     f"{strangers} values of metric {name!r} came with dataset_ids outside of "
@@ -204,8 +272,43 @@ class Layout:
             if unweighable:
                 yield (
                     f"{unweighable} values of metric {name!r} came with weights that are negative, "
-                    "infinite or NaN, and were left out"
+                    "infinite or NaN, or integers that no float32 is, and were left out"
                 )
+            if sum(unheld):
+                yield (
+                    f"{sum(unheld)} values of metric {name!r} are integers of more than 48 bits, which is "
+                    "what an accumulator holds, and were left out"
+                )
+
+
+def _echo(identity: int) -> int:
+    return (identity ^ identity >> 10) & 0x3FF
+
+
+def checksum(words: Any) -> Any:
+    """Return a number that the sum, the mean or the maximum of two arrays of words does not have.
+
+    Args:
+        words: uint32, shape (rows, columns), of NumPy or JAX. Of zeros it is 0.
+
+    Returns:
+        uint32, even, below 2^31: the first and the last bit of a fingerprint are its own.
+    """
+    place = np.arange(words.size, dtype=np.uint32).reshape(words.shape)
+    mixed = words * (place * np.uint32(0x9E3779B2) + np.uint32(0x85EBCA6B))
+    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0xC2B2AE35)
+    total = (mixed ^ (mixed >> np.uint32(13))).sum(dtype=np.uint32)
+    return (total << np.uint32(1)) & np.uint32(_BELOW_FIRST)
+
+
+def with_checksum(fingerprint: Any, checksum: Any) -> Any:
+    """Return a fingerprint that carries `checksum`, both uint32."""
+    return ((fingerprint + checksum) & np.uint32(_BELOW_FIRST)) | (fingerprint & np.uint32(1 << 31))
+
+
+def without_checksum(fingerprint: Any, checksum: Any) -> Any:
+    """Undo `with_checksum`."""
+    return ((fingerprint - checksum) & np.uint32(_BELOW_FIRST)) | (fingerprint & np.uint32(1 << 31))
 
 
 def _checked_type(name: str, agg: object) -> AggregationType:
@@ -238,12 +341,30 @@ def _lane_state(
     return LaneState((count, nans, total, weight))
 
 
+def _moments(sums: Array) -> Array:
+    """Return sums of w, w·u and w·u² from those of a cell.
+
+    A device without float64 adds up w·k and w·k² of integers k = u · 2^FRACTION_BITS, the latter in two
+    parts, which float64 brings together without a rounding that matters.
+    """
+    if len(sums) == MOMENTS:
+        return sums
+    w, wk, whole, rest = sums
+    return np.stack(
+        [
+            w,
+            np.ldexp(wk, -FRACTION_BITS),
+            np.ldexp(whole, -FRACTION_BITS) + np.ldexp(rest, -2 * FRACTION_BITS),
+        ]
+    )
+
+
 def _window_state(counts: Sequence[int], sums: Array, extrema: Array, cells: Array) -> WindowState:
     from metricfold.histogram import LogLinearHistogram  # noqa: PLC0415 - loaded when first needed
 
     count, nans, up, down = counts
     occupied = np.flatnonzero(cells[:, 0, 0])
-    moments = cells[occupied].astype(np.float64).sum(axis=-1).T
+    moments = _moments(cells[occupied].astype(np.float64).sum(axis=-1).T)
     zero = occupied == ZERO_CELL
     index = np.where(
         occupied < ZERO_CELL,

@@ -14,13 +14,24 @@ batch is an int32.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-__all__ = ["MOST_TERMS", "Limbs", "add", "add_pairs", "exact_product", "exponents", "segment_sums"]
+__all__ = [
+    "MOST_TERMS",
+    "Limbs",
+    "Segments",
+    "add",
+    "add_pairs",
+    "exact_product",
+    "exponents",
+    "magnitudes",
+    "pairs_of_counts",
+]
 
 MOST_TERMS = 1 << 24
 """So many may be added at once: each limb then has 6 bits."""
@@ -49,6 +60,13 @@ def add_pairs(pairs: jax.Array, others: jax.Array) -> jax.Array:
     return add(add(pairs, others[..., 1]), others[..., 0])
 
 
+def pairs_of_counts(counts: jax.Array) -> jax.Array:
+    """Return counts, int32 of 0 or more, as pairs."""
+    low = counts & ((1 << _LOW_BITS) - 1)
+    high = (counts - low).astype(jnp.float32)
+    return add(jnp.stack([high, jnp.zeros_like(high)], axis=-1), low.astype(jnp.float32))
+
+
 def exact_product(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the rounded product, and what was rounded away, as far as that is no subnormal."""
     product = one * other
@@ -68,9 +86,14 @@ def _halves(values: jax.Array) -> tuple[jax.Array, jax.Array]:
 # -- Fixed point -----------------------------------------------------------------------------------
 
 
+def magnitudes(values: jax.Array) -> jax.Array:
+    """Return integers, 0 or more, that sort like the magnitudes of float32 that are not NaN."""
+    return lax.bitcast_convert_type(jnp.minimum(jnp.abs(values), _LARGEST), jnp.int32)
+
+
 def exponents(largest: jax.Array) -> jax.Array:
-    """Return e such that all magnitudes up to `largest`, 0 or more and finite, are below 2^e."""
-    return (lax.bitcast_convert_type(largest, jnp.int32) >> 23) - 126
+    """Return e such that what has at most these `magnitudes` is below 2^e."""
+    return (jnp.maximum(largest, 0) >> 23) - 126
 
 
 def _scaled(values: jax.Array, exponent: jax.Array) -> jax.Array:
@@ -97,7 +120,7 @@ class Limbs:
 
     def of(self, values: jax.Array, exponent: jax.Array) -> jax.Array:
         """Return int32, shape (..., count), of float32 below 2^exponent in magnitude."""
-        rest = _scaled(values, -exponent)
+        rest = _scaled(jnp.clip(values, -_LARGEST, _LARGEST), -exponent)
         limbs = []
         for place in range(self.count):
             rest = rest * np.float32(1 << self.width)
@@ -121,26 +144,43 @@ class Limbs:
         return pairs
 
 
-def segment_sums(
-    terms: jax.Array, segments: jax.Array, number: int, *, ascending: bool = False
-) -> jax.Array:
-    """Return the sums of each segment as pairs, shape (number, t, 2).
-
-    Right to 2^-36 of the largest term of a segment for each of its terms, or better.
+@dataclass(frozen=True)
+class Segments:
+    """Which of a number of sums each of n rows belongs to.
 
     Args:
-        terms: float32, shape (n, t), not NaN.
-        segments: of each term, shape (n,); those that are `number` add nothing, where the terms
-            must be 0.
-        number: of segments.
-        ascending: whether the segments are.
+        places: shape (n,); rows at `number` belong to none.
+        number: of sums.
+        ascending: whether the places are.
     """
-    terms = jnp.clip(terms, -_LARGEST, _LARGEST)
-    limbs = Limbs(len(terms), 36)
-    largest = jax.ops.segment_max(
-        jnp.abs(terms), segments, number, indices_are_sorted=ascending, mode="drop"
-    )
-    exponent = exponents(jnp.maximum(largest, 0))
-    cut = limbs.of(terms, exponent[jnp.minimum(segments, number - 1)])
-    sums = jax.ops.segment_sum(cut, segments, number, indices_are_sorted=ascending, mode="drop")
-    return limbs.pairs(sums, exponent)
+
+    places: jax.Array
+    number: int
+    ascending: bool = False
+
+    def total(self, columns: jax.Array) -> jax.Array:
+        """Return the sums of int32, shape (n, ...), as shape (number, ...)."""
+        if self.number == 1:
+            return self._where(columns, 0).sum(axis=0, keepdims=True, dtype=jnp.int32)
+        return jax.ops.segment_sum(
+            columns, self.places, self.number, indices_are_sorted=self.ascending, mode="drop"
+        )
+
+    def largest(self, columns: jax.Array) -> jax.Array:
+        """Return the largest of int32, likewise; the least of all integers where there is none."""
+        lowest = np.iinfo(np.int32).min
+        if self.number == 1:
+            return self._where(columns, lowest).max(axis=0, keepdims=True, initial=lowest)
+        return jax.ops.segment_max(
+            columns, self.places, self.number, indices_are_sorted=self.ascending, mode="drop"
+        )
+
+    def spread(self, found: jax.Array) -> jax.Array:
+        """Return for each row what was `found`, shape (number, ...), for its sum."""
+        if self.number == 1:
+            return jnp.broadcast_to(found, (self.places.size, *found.shape[1:]))
+        return found[jnp.minimum(self.places, self.number - 1)]
+
+    def _where(self, columns: jax.Array, nothing: int) -> jax.Array:
+        here = (self.places == 0).reshape(-1, *(1,) * (columns.ndim - 1))
+        return jnp.where(here, columns, np.int32(nothing))
