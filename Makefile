@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 # One more than there are cores: tests of processes and of time wait a good deal.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + 1, 4))")
 
-.PHONY: demo test campaign lint bench figures clean
+.PHONY: demo test campaign lint bench clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -56,10 +56,6 @@ bench: $(BENCH_STAMP)  ## BENCH_ARGS=--quick shows in two minutes that everythin
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 	@echo "==> the same logs through other libraries"
 	@$(BIN)/python -m benchmarks.peers $(BENCH_ARGS)
-
-figures: $(BENCH_STAMP)  ## measure the libraries anew and put tables and plots into docs/benchmarks.md
-	@$(BIN)/python -m benchmarks.peers --json benchmarks/results/peers.json
-	@$(BIN)/python -m benchmarks.peers.page benchmarks/results/peers.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs

@@ -28,11 +28,9 @@ _SUBJECTS = {
     "update": "update",
     "sample": "samples",
     "log": "reduction",
-    "flat": "flatness",
     "torch": "accumulation_torch",
     "devices": "devices",
     "accumulate": "accumulation",
-    "demo": "demo_steps",
 }
 
 

@@ -18,8 +18,6 @@ _CONTENDERS: dict[str, tuple[str, ...]] = {
     "3 frozen dataclasses": (),
     "8 nnx Averages": ("jax", "flax"),
     "8 clu Averages": ("jax", "flax", "clu"),
-    "metrics on, in DeviceAccumulators": ("jax", "flax", "optax"),
-    "float(loss) every step": ("jax", "flax", "optax"),
 }
 """What is compared with, and what must be installed for it."""
 

@@ -20,15 +20,10 @@ class Sizes:
         datasets: datasets of the large workload.
         window: values of each of its distributions.
         means: metrics of the small workload.
-        samples: numbers of samples seen before a log.
         keys: metrics of a log that has very many.
         imports: interpreters started.
         device_metrics: numbers of metrics that a compiled step reduces over devices.
         compilations: how often each such step is compiled.
-        demo_rounds: turns of each way to take the demo's steps with JAX.
-        demo_steps: steps in a turn, with one log.
-        demo_tokens: of its longest text.
-        demo_blocks: of its model.
     """
 
     rounds: int
@@ -39,15 +34,10 @@ class Sizes:
     datasets: int
     window: int
     means: int
-    samples: tuple[int, ...]
     keys: int
     imports: int
     device_metrics: tuple[int, ...]
     compilations: int
-    demo_rounds: int
-    demo_steps: int
-    demo_tokens: int
-    demo_blocks: int
 
 
 FULL = Sizes(
@@ -59,15 +49,10 @@ FULL = Sizes(
     datasets=50,
     window=1000,
     means=100,
-    samples=(10**3, 10**4, 10**5, 10**6),
     keys=47_000,
     imports=11,
     device_metrics=(20, 100),
     compilations=5,
-    demo_rounds=12,
-    demo_steps=10,
-    demo_tokens=64,
-    demo_blocks=2,
 )
 
 QUICK = Sizes(
@@ -79,13 +64,8 @@ QUICK = Sizes(
     datasets=3,
     window=50,
     means=10,
-    samples=(10**3, 10**4),
     keys=500,
     imports=1,
     device_metrics=(5,),
     compilations=1,
-    demo_rounds=1,
-    demo_steps=2,
-    demo_tokens=24,
-    demo_blocks=0,
 )

@@ -79,8 +79,6 @@ CONTENDERS = {
     "3 frozen dataclasses": True,
     "8 nnx Averages": installed("jax", "flax"),
     "8 clu Averages": installed("jax", "flax", "clu"),
-    "metrics on, in DeviceAccumulators": installed("jax", "flax", "optax"),
-    "float(loss) every step": installed("jax", "flax", "optax"),
 }
 
 

@@ -2,5 +2,5 @@
 
 Four questions, four files: *who sends what* (`world`, `workloads`), *what does a rank compute and
 hold* (`measure`), *how long does the network take* (`model`), and *what does that come to*
-(`answers`). `page` and `plots` put it into the documentation.
+(`answers`).
 """

@@ -3,7 +3,6 @@
 python -m benchmarks.scale                          some minutes
 python -m benchmarks.scale --quick                  seconds: shows that it works
 python -m benchmarks.scale --json FILE              keep what was measured
-python -m benchmarks.scale --page                   write tables and plots into docs/ too
 python -m benchmarks.scale --from FILE --latency 5 --bandwidth 200     another network, at once
 """
 
@@ -38,7 +37,6 @@ def main() -> int:
     parser.add_argument(
         "--bandwidth", type=float, default=TCP.bandwidth * 8e-9, metavar="Gbit/s", help="of a rank"
     )
-    parser.add_argument("--page", action="store_true", help="write docs/scale.md and its plots")
     chosen = parser.parse_args()
     if chosen.latency < 0 or chosen.bandwidth <= 0:
         parser.error("give a latency of 0 or more and a bandwidth above 0")
@@ -55,10 +53,6 @@ def main() -> int:
         print(f"\nin {time.monotonic() - began:.0f} s; load of the machine now {load()}")
     if chosen.json:
         results.save(chosen.json)
-    if chosen.page:
-        from benchmarks.scale.page import write  # needs matplotlib
-
-        write(results, network)
     return 0
 
 
