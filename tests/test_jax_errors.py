@@ -117,7 +117,7 @@ def test_what_is_no_number_is_refused_by_name() -> None:
                 )(x)
         with pytest.raises(TypeError, match=r"weights\['x'\] .*no number"):
             jax.pmap(lambda x, value=value: dm.reduce_mean({"x": x}, weights={"x": value}))(x)
-    with pytest.raises(ValueError, match=r"which no integer type holds: give a float"):
+    with pytest.raises(ValueError, match=r"which no integer type holds: record it on the host"):
         jax.pmap(lambda x: dm.reduce_sum({"x": 2**70}))(x)
 
 
@@ -236,3 +236,47 @@ def test_meshes_and_batches_that_do_not_fit_the_devices() -> None:
     for value in ("text", ["a", "b"], None):
         with pytest.raises(TypeError, match=r"batch\['t'\].* no device holds"):
             dp.shard_batch({"x": np.zeros(8), "t": value}, sharding)
+
+
+@on_devices(4)
+def test_numbers_of_64_bits_are_exact_or_refused() -> None:
+    """Floats were rounded to another whole number, and sums of ints wrapped, without a word."""
+    import jax
+    import numpy as np
+
+    from metricfold.jax import DistributedMetrics
+
+    dm = DistributedMetrics()
+
+    def reduced(op: str, value, **options):
+        step = lambda x: getattr(dm, f"reduce_{op}")({"x": value}, **options)  # noqa: E731
+        return jax.device_get(jax.pmap(step)(np.zeros(4)))["x"][0]
+
+    refused = [
+        ("mean", 16_777_217.0),
+        ("mean", np.float64(16_777_217)),
+        ("max", np.array([1.0, 2.0**53 - 1])),
+        ("sum", 3_000_000_001.0),
+        ("sum", 1e39),
+        ("sum", 3_000_000_001),
+        ("max", np.int64(3_000_000_001)),
+        ("min", np.uint64(2**63)),
+        ("sum", complex(1, 16_777_217)),
+        ("sum", 2**70),
+        ("sum", 2**29),  # four of them are 2^31
+        ("sum", np.int8(100)),  # which is added up in 32 bits
+    ]
+    for op, value in refused[:-1]:
+        with pytest.raises(ValueError, match=r"metrics\['x'\] is .*on the host.*jax_enable_x64"):
+            reduced(op, value)
+        with jax.enable_x64(True):
+            if np.any(value != 2**70):
+                assert np.all(reduced(op, value) == (4 * value if op == "sum" else value))
+    assert reduced(*refused[-1]) == 400
+    with pytest.raises(ValueError, match=r"weights is 16777217.0, which float32 does not hold"):
+        reduced("mean", 1.0, weights=16_777_217.0)
+    for op, value in (("max", 2**31 - 1), ("mean", 2.0**60), ("mean", 16_777_216), ("min", 3)):
+        assert reduced(op, value) == value
+    for value in (0.1, np.float64(1e-3), 1e20, float("inf"), np.array([0.5, 1 / 3])):
+        assert np.all(reduced("mean", value) == np.float32(value))
+    assert np.isnan(reduced("mean", float("nan")))

@@ -39,7 +39,9 @@ def collect(metrics: Any) -> dict[str, Any]:
     on_devices = [
         i for i, value in enumerate(results) if isinstance(value, jax.Array) and value.ndim
     ]
-    for i, host in zip(on_devices, jax.device_get([results[i] for i in on_devices]), strict=True):
+    with jax.transfer_guard("allow"):
+        hosts = jax.device_get([results[i] for i in on_devices])
+    for i, host in zip(on_devices, hosts, strict=True):
         results[i] = host
     return jax.tree_util.tree_unflatten(structure, [_rows(value) for value in results])  # type: ignore[no-any-return]
 

@@ -50,7 +50,8 @@ class DataParallel:
             for leaf, array in zip(leaves, arrays, strict=True):
                 _require_even(leaf, array.shape, sharding)
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-        placed = [_place(array, sharding if array.ndim else everywhere) for array in arrays]
+        with jax.transfer_guard("allow"):  # which is what the call is for
+            placed = [_place(array, sharding if array.ndim else everywhere) for array in arrays]
         return jax.tree_util.tree_unflatten(structure, placed)
 
     def all_reduce_gradients(
@@ -91,7 +92,8 @@ class DataParallel:
             i for i, x in enumerate(results) if x is not None and _dtype(x) != jax.dtypes.float0
         ]
         arrays = [as_array(results[i], leaves[i].path("gradients")) for i in real]
-        reduced = reduce_arrays(arrays, [reduce_type] * len(arrays), axes).arrays()
+        with jax.transfer_guard("allow"):  # of constants, where nothing is compiled
+            reduced = reduce_arrays(arrays, [reduce_type] * len(arrays), axes).arrays()
         for i, array, given in zip(real, reduced, arrays, strict=True):
             results[i] = array.astype(given.dtype)
         return jax.tree_util.tree_unflatten(structure, results)

@@ -22,7 +22,7 @@ from flax import nnx
 
 from metricfold.jax.axes import DEFAULT_AXIS, AxisName, resolve_axes
 from metricfold.jax.collection import collect
-from metricfold.jax.collectives import all_gather
+from metricfold.jax.collectives import all_gather, axes_size
 from metricfold.jax.packed import pack
 from metricfold.jax.reduction import reduce_arrays, require_op
 from metricfold.jax.trees import ABSENT, PARTS, Leaf, Said, flatten
@@ -74,7 +74,8 @@ class DistributedMetrics(nnx.Module):
         """Do what `all_gather` does."""
         leaves, structure = flatten(metrics)
         arrays = [as_array(leaf.value, leaf.path("metrics")) for leaf in leaves]
-        gathered = all_gather(arrays, resolve_axes(axis_name))
+        with jax.transfer_guard("allow"):  # of constants, where nothing is compiled
+            gathered = all_gather(arrays, resolve_axes(axis_name))
         return jax.tree_util.tree_unflatten(structure, gathered)  # type: ignore[no-any-return]
 
     def reduce_mean(
@@ -248,17 +249,19 @@ def _reduce(
             f"{left.path('metrics')} is to stay as it is on each device, but packed metrics hold "
             "what all devices agree on: take it out, or give it an op"
         )
-    arrays = [_number(leaves[i], chosen[i]) for i in reducible]
+    axes = resolve_axes(axis_name)
+    devices = axes_size(axes)
+    arrays = [_number(leaves[i], chosen[i], devices) for i in reducible]
     weighing = None
     if weights is not None:
         weighing = _weights(weights, [leaves[i] for i in reducible], arrays)
-    axes = resolve_axes(axis_name)
-    reduced = reduce_arrays(arrays, [chosen[i] for i in reducible], axes, weighing)
-    if packed:
-        return pack(reduced, structure, leaves, axes)
     results = [leaf.value for leaf in leaves]
-    for i, result in zip(reducible, reduced.arrays(), strict=True):
-        results[i] = result
+    with jax.transfer_guard("allow"):  # of constants, where nothing is compiled
+        reduced = reduce_arrays(arrays, [chosen[i] for i in reducible], axes, weighing)
+        if packed:
+            return pack(reduced, structure, leaves, axes)
+        for i, result in zip(reducible, reduced.arrays(), strict=True):
+            results[i] = result
     return jax.tree_util.tree_unflatten(structure, results)
 
 
@@ -285,9 +288,9 @@ def _op(ops: Said, leaf: Leaf) -> Any:
     return "mean" if op is ABSENT else op
 
 
-def _number(leaf: Leaf, op: str) -> jax.Array:
+def _number(leaf: Leaf, op: str, devices: int) -> jax.Array:
     where = leaf.path("metrics")
-    array = as_array(leaf.value, where)
+    array = as_array(leaf.value, where, copies=devices if op == "sum" else 1)
     if op in ("max", "min") and jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{where} is complex, and complex numbers have no {op}: take the magnitude")
     return array

@@ -65,7 +65,9 @@ class Sum(Op):
 
 class Mean(Op):
     def computed_in(self, dtype: Any) -> Any:
-        return wide(jnp.result_type(dtype, float))
+        whole = jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_
+        # JAX's float, said so that it promotes nothing: it may be told not to, and never does int4.
+        return wide(jnp.result_type(float) if whole else dtype)
 
     def lanes(self, values: jax.Array, weights: jax.Array | None) -> list[Lane]:
         if weights is None:

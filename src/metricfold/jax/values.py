@@ -8,32 +8,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metricfold.arrays import unwrapped
+
 __all__ = ["as_array", "wide"]
 
 
-def as_array(value: Any, where: str) -> jax.Array:
+def as_array(value: Any, where: str, *, copies: int = 1) -> jax.Array:
     """Return a number, or an array of numbers, as a JAX array.
 
     Args:
-        value: a Python, NumPy or JAX number or array.
+        value: a Python, NumPy or JAX number or array, or what stands for one (`__jax_array__`).
         where: what the value is called, for error messages.
+        copies: how many of it are added up.
 
     Raises:
         TypeError: `value` is no number.
-        ValueError: `value` is an integer that the JAX type it would get cannot hold.
+        ValueError: `value`, or the sum of its copies, is a number that the JAX type it would get does
+            not hold: an integer that is too large, or a float that would become another whole number,
+            or infinite. Other floats are rounded, as ever in JAX.
     """
-    if not isinstance(value, jax.Array) and callable(getattr(value, "__jax_array__", None)):
-        value = value.__jax_array__()
+    value = unwrapped(value)
     if isinstance(value, jax.Array):
         _require_number_type(value.dtype, where)
         return value
     if isinstance(value, (bool, int, float, complex, np.generic, np.ndarray)):
         host = np.asarray(value)
         if isinstance(value, int) and host.dtype == object:
-            raise ValueError(f"{where} is {value}, which no integer type holds: give a float")
+            raise ValueError(f"{where} is {value}, which no integer type holds: {_ON_THE_HOST}")
         _require_number_type(host.dtype, where)
-        _require_room(host, where)
-        return jnp.asarray(host)
+        _require_room(host, where, copies)
+        with jax.transfer_guard("allow"):
+            return jnp.asarray(host)
     raise TypeError(
         f"{where} is {value!r}, of type {type(value).__name__}, which is no number: take it out, or "
         'let reduce_custom leave it as it is ({"name": None})'
@@ -48,17 +53,38 @@ def _require_number_type(dtype: Any, where: str) -> None:
         )
 
 
-def _require_room(host: np.ndarray[Any, Any], where: str) -> None:
-    """Refuse integers that JAX, without 64-bit types, would cut to 32 bits silently."""
-    if not jnp.issubdtype(host.dtype, jnp.integer) or not host.size:
+_ON_THE_HOST = (
+    "record it on the host, by MetricsAggregator.record(), where numbers have 64 bits, or enable "
+    "jax_enable_x64"
+)
+_LARGEST_WHOLE = 2.0**53
+
+
+def _require_room(host: np.ndarray[Any, Any], where: str, copies: int) -> None:
+    """Refuse numbers that JAX, without 64-bit types, would make others of silently."""
+    if not host.size:
         return
-    held = jnp.iinfo(jax.dtypes.canonicalize_dtype(host.dtype))
-    low, high = int(host.min()), int(host.max())
-    if low < held.min or high > held.max:
-        raise ValueError(
-            f"{where} is {low if low < held.min else high}, which {held.dtype} does not hold: give "
-            "a float, or enable jax_enable_x64"
-        )
+    held = jax.dtypes.canonicalize_dtype(host.dtype)
+    if jnp.issubdtype(host.dtype, jnp.integer):
+        low, high = int(host.min()), int(host.max())
+        # Small types are added up in 32 bits.
+        added_in = jnp.iinfo(held if copies == 1 else wide(held))
+        if low * copies < added_in.min or high * copies > added_in.max:
+            times = f", {copies} times," if copies > 1 else ","
+            raise ValueError(
+                f"{where} is {low if low * copies < added_in.min else high}{times} which "
+                f"{added_in.dtype} does not hold: {_ON_THE_HOST}"
+            )
+    elif host.dtype.kind in "fc" and held.itemsize < host.dtype.itemsize:
+        parts = np.stack([host.real, host.imag]) if host.dtype.kind == "c" else host
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            rounded = parts.astype(np.float32)
+            whole = (np.abs(parts) <= _LARGEST_WHOLE) & (parts == np.rint(parts))
+            other = np.isfinite(parts) & ((whole & (rounded != parts)) | np.isinf(rounded))
+        if other.any():
+            raise ValueError(
+                f"{where} is {parts[other][0].item()!r}, which float32 does not hold: {_ON_THE_HOST}"
+            )
 
 
 def wide(dtype: Any) -> Any:
