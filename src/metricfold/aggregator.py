@@ -777,7 +777,8 @@ class MetricsAggregator:
         with self._calls:
             self._drain()
             with self._lock:
-                self._check_usable()
+                if not isinstance(self._dead, _HalfwayError):
+                    self._check_usable()
                 custom = [
                     ((state["dataset"], state["name"]), state["type"])
                     for states in saved.custom.values()
@@ -786,6 +787,7 @@ class MetricsAggregator:
                 entries = saved.run.schema.entries.values()
                 admission = self._keys.check_saved(entries, custom)
                 states = self._revived(saved, admission)
+                self._begin_anew()
                 self._keys.commit_saved(entries, admission)
                 self._start_from(saved, states)
 
@@ -854,20 +856,21 @@ class MetricsAggregator:
             self._claim_share(communicator)
             shown = self._clock.now()
             untimed = self._stop_watches(communicator.world_size, shown)
-            begun.cut = self._inbox.cut()
-            begun.seconds = self._clock.cut(shown)
+            self._inbox.cut(begun)
+            self._clock.cut(shown, begun)
             self._cut_off()
             # From here on the others are on their way: join them whatever happens, and say so there.
             number, wrong = _checked_step(step)
             error = wrong or untimed or self._read_late_custom() or self._keys.trouble()
             custom = b""
+            assert begun.cut is not None
             if self._custom and not error:
                 try:
                     custom = self._custom.results(self._keys.of_key, self._keys.by_label())
                 except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
-                    error = f"a custom handler failed to finalise: {failure}"
+                    error = f"a custom handler failed to finalise: {str(failure) or repr(failure)}"
             if kind is Kind.REDUCE and not error:
-                begun.closed = self._custom.close_interval()
+                self._custom.close_interval(begun)
             begun.mine = Contribution(
                 kind,
                 begun.cut.states,
@@ -993,15 +996,22 @@ class MetricsAggregator:
         """Hand over values that lay on a device to handlers without lanes; returns an error."""
         late, self._late_custom = self._late_custom, []
         errors: list[str] = []
-        for one, value, weight in InTransit(late).arrive(errors):
-            pairs = [(value, weight)]
-            if isinstance(value, np.ndarray):
-                pairs = list(zip(listed(value), listed(weight), strict=True))
-            metrics = [Metric(*one.key, each, one.agg_type, own) for each, own in pairs]
-            try:
-                self._custom.update([(one.key, self._keys.of_key[one.key], metrics)])
-            except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
-                errors.append(f"{show(one.key)}: the handler failed: {failure!r}")
+        handed_over: set[int] = set()
+        try:
+            for one, value, weight in InTransit(late).arrive(errors):
+                pairs = [(value, weight)]
+                if isinstance(value, np.ndarray):
+                    pairs = list(zip(listed(value), listed(weight), strict=True))
+                metrics = [Metric(*one.key, each, one.agg_type, own) for each, own in pairs]
+                try:
+                    self._custom.update([(one.key, self._keys.of_key[one.key], metrics)])
+                except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
+                    errors.append(f"{show(one.key)}: the handler failed: {failure!r}")
+                handed_over.add(id(one))
+        except BaseException:
+            rest = [one for one in late if id(one) not in handed_over]
+            self._late_custom = [*rest, *self._late_custom]
+            raise
         return "; ".join(dict.fromkeys(errors))
 
     # -- Inside: state
@@ -1009,6 +1019,8 @@ class MetricsAggregator:
     def _saved(self) -> Saved:
         """Return the state as of the last reduction."""
         with self._lock:
+            if isinstance(self._dead, _HalfwayError):
+                raise self._dead.with_traceback(None)
             loaded, last = self._loaded, self._last
         if loaded is not None:
             return loaded
@@ -1077,6 +1089,7 @@ class MetricsAggregator:
 
     def _start_from(self, saved: Saved | None, custom: dict[str, list[MetricState]]) -> None:
         """Replace everything that has accumulated; what the ranks have agreed on stays."""
+        self._begin_anew()
         self._inbox = Inbox(self._keys)
         self._custom = CustomStates()
         self._clock.restart()
@@ -1090,6 +1103,13 @@ class MetricsAggregator:
         empty = Totals.empty(Schema())
         run, interval = (empty, empty) if saved is None else (saved.run, saved.interval)
         self._reducer.replace_totals(run, interval)
+        assert isinstance(self._dead, _HalfwayError)
+        self._dead = self._dead.before
+
+    def _begin_anew(self) -> None:
+        """Refuse everything, should an interrupt come until all has been replaced."""
+        if not isinstance(self._dead, _HalfwayError):
+            self._dead = _HalfwayError(self.name, self._dead)
 
     def _claim_share(self, communicator: Communicator) -> None:
         """Take this rank's share of loaded windows and custom states, now that ranks are known."""
@@ -1156,6 +1176,22 @@ class AggregatorMark:
     name: str
     keys: KeyTable = field(repr=False)
     cuts: int
+
+
+class _HalfwayError(RuntimeError):
+    """One state has not quite taken the place of another.
+
+    Args:
+        name: of the aggregator.
+        before: what made it unusable before that.
+    """
+
+    def __init__(self, name: str, before: Exception | None) -> None:
+        super().__init__(
+            f"aggregator {name!r} holds parts of two states, for load_state_dict() or reset() was "
+            "interrupted: call it again"
+        )
+        self.before = before
 
 
 class _Unclaimed(NamedTuple):

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 __all__ = ["Clock", "Pause"]
+
+
+class Begun(Protocol):
+    """Takes over the seconds that a reduction is about."""
+
+    seconds: float
 
 
 class Clock:
@@ -84,11 +90,11 @@ class Clock:
             shown = self.at(moment)
             self.hand = (True, moment - shown) if running else (False, shown)
 
-    def cut(self, shown: float) -> float:
-        """Begin a new interval where `shown` was what it showed; returns the seconds of the old."""
+    def cut(self, shown: float, begun: Begun) -> None:
+        """Begin a new interval where `shown` was what it showed, and hand over the old one's seconds."""
         seconds = max(shown - self._interval_began, 0.0)
-        self._interval_began = shown
-        return seconds
+        # No signal comes in between these.
+        begun.seconds, self._interval_began = seconds, shown
 
     def restore(self, seconds: float) -> None:
         """Put back what a failed reduction has cut off."""

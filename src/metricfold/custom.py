@@ -12,7 +12,7 @@ import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from metricfold.handlers import AggregationHandler, name_of, number_of, reported, travelling
 from metricfold.metric import (
@@ -86,12 +86,24 @@ class _States:
         """Make the present states those that a failure goes back to."""
         self.older, self.since = copy.deepcopy((self.run, self.interval)), []
 
+    def closed(self) -> _States:
+        """Return these states with nothing in the interval."""
+        closed = _States(self.agg_type, run=self.run, inherited_run=self.inherited_run)
+        closed.settle()
+        return closed
+
     def go_back(self, handler: AggregationHandler, key: Key, values: int) -> None:
         """Undo everything but the first `values` values since the states were settled."""
         kept, (self.run, self.interval) = self.since[:values], copy.deepcopy(self.older)
         self.since = []
         for metric in kept:
             self.take(handler, key, metric)
+
+
+class Begun(Protocol):
+    """Takes over the states of an interval that a reduction closes."""
+
+    closed: Mapping[Key, list[MetricState]]
 
 
 class CustomStates:
@@ -182,14 +194,12 @@ class CustomStates:
                         sent["unsaved"] = str(error)
         return json.dumps(sent, separators=(",", ":")).encode()
 
-    def close_interval(self) -> dict[Key, list[MetricState]]:
-        """Begin a new interval; what is returned can be put back with `reopen_interval`."""
-        closed = {}
-        for key, states in self._states.items():
-            closed[key] = states.of("interval")
-            states.interval, states.inherited_interval = None, []
-            states.settle()
-        return closed
+    def close_interval(self, begun: Begun) -> None:
+        """Begin a new interval; what is handed over can be put back with `reopen_interval`."""
+        closed = {key: states.of("interval") for key, states in self._states.items()}
+        states = {key: states.closed() for key, states in self._states.items()}
+        # No signal comes in between these.
+        begun.closed, self._states = closed, states
 
     def reopen_interval(self, closed: Mapping[Key, list[MetricState]]) -> None:
         for key, states in closed.items():

@@ -81,6 +81,12 @@ class Keys(Protocol):
     kept: dict[Key, frozenset[str]]
 
 
+class Begun(Protocol):
+    """Takes over what a reduction is about."""
+
+    cut: CutDelta | None
+
+
 class Inbox:
     """What one rank has taken in since its last reduction.
 
@@ -347,12 +353,13 @@ class Inbox:
 
     # -- Reductions
 
-    def cut(self) -> CutDelta:
-        """Return all that has come in, and begin anew, without a mark."""
+    def cut(self, begun: Begun) -> None:
+        """Hand over all that has come in, and begin anew, without a mark."""
         self._fold()
-        taken = self._delta.followed_by(self._since)
-        self._delta, self._since, self._mark = Delta(), Delta(), None
-        return CutDelta(taken)
+        cut = CutDelta(self._delta.followed_by(self._since))
+        delta, since = Delta(), Delta()
+        # No signal comes in between these, or what it holds would be lost, or counted twice.
+        begun.cut, self._delta, self._since, self._mark = cut, delta, since, None
 
     def restore(self, taken: CutDelta) -> None:
         """Put back what a failed reduction took; it comes before what has come since."""

@@ -253,12 +253,12 @@ class KeyTable:
         self._claims.commit(admission.claims)
 
     def _learn(self, key: Key, agg_type: TypeLike, handler: AggregationHandler) -> None:
-        self._types[key], self.of_key[key] = agg_type, handler
         known = self._entries.get((id(handler), agg_type))
         if known is None or known[0] is not handler:
             known = handler, _usual_entry(handler, type_label(agg_type))
             self._entries[id(handler), agg_type] = known
-        self._usual[key] = known[1]
+        # All or none, whatever a signal's handler raises.
+        self._types[key], self.of_key[key], self._usual[key] = agg_type, handler, known[1]
 
     def derive(self, name: str, metric: DerivedMetric) -> None:
         """Add the derived metric `name`; raises ValueError if that is taken."""

@@ -110,6 +110,9 @@ class MetricsLogger(OneInUse):
         self._prefixes: set[str] = set()  # that a key has been said to repeat
         self._accepting = threading.RLock()  # so that close() loses nothing that log() accepts
         self._closing, self._closed = threading.Event(), threading.Event()
+        self._ending = (
+            threading.RLock()
+        )  # held by who closes; reentrant, for a signal's handler may
         self._dying = False
         watch(self)
         leave_alone()
@@ -267,7 +270,7 @@ class MetricsLogger(OneInUse):
     def _close(
         self, *, grace: float | None, patience: float = _PATIENCE, deadline: float | None = None
     ) -> list[BaseException]:
-        """Close once, and return the errors of reductions that nobody has been told of.
+        """Close, unless that is done, and return the errors of reductions that nobody has been told of.
 
         Args:
             grace: seconds to wait for reductions under way; None: as long as they take.
@@ -277,16 +280,20 @@ class MetricsLogger(OneInUse):
         if self._pid != os.getpid():
             return []
         with self._accepting:
-            first = not self._closing.is_set()
             self._closing.set()
-        if not first:  # another thread is at it: the process must not end before that one is done
-            self._closed.wait(patience if grace is None else grace + patience)
+        # Another thread may be at it: the process must not end before that one is done. And an
+        # interrupt may have come in between: then this call goes on with it.
+        if not self._ending.acquire(timeout=patience if grace is None else grace + patience):
             return []
         try:
-            return self._end(grace=grace, patience=patience, deadline=deadline)
-        finally:
+            if self._closed.is_set():
+                return []
+            errors = self._end(grace=grace, patience=patience, deadline=deadline)
             self._closed.set()
-            unwatch(self)
+        finally:
+            self._ending.release()
+        unwatch(self)
+        return errors
 
     def _end(
         self, *, grace: float | None, patience: float, deadline: float | None
@@ -411,7 +418,7 @@ class MetricsLogger(OneInUse):
                 + (f"This one is {found}. " if found else "")
                 + "Make one in each process, or send it before the first log"
             )
-        of_this = ("_accepting", "_closing", "_closed", "_reductions")
+        of_this = ("_accepting", "_closing", "_closed", "_ending", "_reductions")
         return {name: value for name, value in vars(self).items() if name not in of_this}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
