@@ -6,9 +6,11 @@ import copy
 import gc
 import logging
 import math
+import pickle
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from hypotheses import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks, run_threads
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -793,16 +796,115 @@ def test_wrong_shapes_types_and_names_are_errors_that_change_nothing() -> None:
             DeviceAccumulator(metrics, datasets)
 
 
-def test_what_0_1_pickled_is_read() -> None:
-    held = fold(DeviceAccumulator({"loss": "mean", "n": "sum"}), torch.ones(3), None, None)
-    _, slots = held.__reduce_ex__(2)[2]
-    slots["_drains"] = slots.pop("_fill", 0)  # which was a number then, by this name
-    restored = DeviceAccumulator.__new__(DeviceAccumulator)
-    restored.__setstate__((None, slots))
-    mark = restored.mark()
-    restored.update("n", 5.0)
-    restored.rollback(mark)
-    assert logged(restored) == {"t/loss": 1.0, "t/n": 3.0}
+def in_grad(acc: DeviceAccumulator) -> None:
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        acc.update("loss", x.sum())
+        return x.square().sum()
+
+    torch.func.grad(loss)(torch.ones(3))
+
+
+def in_vmap(acc: DeviceAccumulator) -> None:
+    torch.func.vmap(lambda x: (acc.update("loss", x), x)[1])(torch.ones(3))
+
+
+def fake(acc: DeviceAccumulator) -> None:
+    with FakeTensorMode():
+        acc.update("loss", torch.ones(3))
+
+
+def nested(acc: DeviceAccumulator) -> None:
+    parts = [torch.ones(2), torch.ones(3)]
+    acc.update("loss", torch.nested.nested_tensor(parts, layout=torch.jagged))
+
+
+BEYOND: list[tuple[Any, type[Exception], str]] = [
+    (in_grad, RuntimeError, r"inside of torch.func .* return the values from the function"),
+    (in_vmap, RuntimeError, r"inside of torch.func .* update\(\) with them where the transform"),
+    (
+        fake,
+        TypeError,
+        "are a FakeTensor, which has no numbers: make the accumulator under the same",
+    ),
+    (nested, TypeError, r"of layout torch.jagged.*\.values\(\) of a nested"),
+    (lambda acc: acc.update("loss", torch.eye(2).to_sparse()), TypeError, r"\.to_dense\(\)"),
+    (lambda acc: acc.update("loss", 10**400), ValueError, "too large for a 64-bit float"),
+    (lambda acc: acc.update("loss", 1.0, weights=-1), ValueError, "-1 is not a finite number of 0"),
+    (lambda acc: acc.update("loss", 1.0, weights=math.nan), ValueError, "nan is not a finite"),
+]
+
+
+@pytest.mark.parametrize(("update", "error", "complaint"), BEYOND, ids=range(len(BEYOND)))
+def test_what_no_kernel_can_take_is_an_error_that_says_what_to_do(
+    update: Any, error: type[Exception], complaint: str
+) -> None:
+    acc = DeviceAccumulator({"loss": "mean"})
+    acc.update("loss", 3.0)
+    with pytest.raises(error, match=complaint) as caught:
+        update(acc)
+    assert "'loss'" in str(caught.value)
+    assert logged(acc) == {"t/loss": 3.0}
+
+
+def test_an_accumulator_without_numbers_takes_in_and_is_refused_by_a_drain() -> None:
+    with FakeTensorMode():
+        of_fakes = DeviceAccumulator(KINDS)
+        fold(of_fakes, torch.ones(3), torch.ones(3), None)
+    meta = DeviceAccumulator(KINDS, device="meta")
+    fold(meta, *(torch.ones(3, device="meta") for _ in range(2)), None)
+    aggregator = MetricsAggregator()
+    aggregator.record("n", 1.0)
+    for acc, place in ((meta, "on the meta device"), (of_fakes, "as FakeTensors")):
+        with pytest.raises(ValueError, match=f"lies {place}, and has no numbers"):
+            aggregator.drain(acc)
+    assert aggregator.get_metrics_for_logging("t") == {"t/n": 1.0}
+
+
+def test_a_tensor_that_a_collective_still_works_on_and_a_replicated_one_count(
+    tmp_path: Path,
+) -> None:
+    import torch.distributed as dist
+    from torch.distributed import _functional_collectives as functional
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        acc = DeviceAccumulator({"loss": "mean", "n": "sum"}, ("a", "b"))
+        x, ids = torch.arange(3.0), torch.tensor([0, 1, 1])
+        acc.update("loss", functional.all_reduce(x, "sum", (mesh, 0)), dataset_ids=ids)
+
+        def placed(tensor: torch.Tensor, placement: Any) -> DTensor:
+            return DTensor.from_local(tensor, mesh, [placement], run_check=False)
+
+        whole = placed(x, Replicate())
+        acc.update("loss", whole, weights=whole, dataset_ids=placed(ids, Replicate()))
+        for placement in (Partial(), Shard(0)):
+            for what, values, options in (
+                ("values", placed(x, placement), {"dataset_ids": ids}),
+                ("weights", x, {"weights": placed(x, placement), "dataset_ids": ids}),
+                ("dataset_ids", x, {"dataset_ids": placed(ids, placement)}),
+            ):
+                with pytest.raises(
+                    ValueError, match=f"{what} of metric 'n': .*full_tensor"
+                ) as caught:
+                    acc.update("n", values, **options)
+                assert "to_local()" in str(caught.value)
+    finally:
+        dist.destroy_process_group()
+    assert logged(acc) == {"t_a/loss": 0.0, "t_b/loss": (1 + 2 + 1 + 4) / 5}
+
+
+def test_what_is_copied_and_unpickled_in_inference_mode_goes_on_outside_of_it() -> None:
+    acc = DeviceAccumulator(KINDS)
+    acc.update("sum", 1.0)
+    with torch.inference_mode():
+        others = [copy.deepcopy(acc), pickle.loads(pickle.dumps(acc))]
+    for tensor in acc.tensors:
+        tensor.share_memory_()
+    for one in (*others, acc):
+        fold(one, torch.ones(3), torch.ones(3), None)
+        assert logged(one)["t/sum"] == 4.0
 
 
 # -- Copies ----------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 from metricfold.arrays import whole_tensor
@@ -59,6 +61,21 @@ from metricfold.uncompiled import uncompiled
 __all__ = ["AccumulatorMark", "DeviceAccumulator"]
 
 _logger = logging.getLogger("metricfold")
+
+_NUMBERS = frozenset(
+    getattr(torch, name)
+    for name in (
+        *("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
+        *("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"),
+        *(
+            "float8_e4m3fnuz",
+            "float8_e5m2fnuz",
+            "float8_e8m0fnu",
+        ),  # the last two not of old versions
+    )
+    if hasattr(torch, name)
+)
+"""The types of numbers that torch converts to float64."""
 
 
 @internal("fill", "owner", "tensors")
@@ -217,16 +234,19 @@ class DeviceAccumulator:
             self._pass_over(values)
             return
         else:
+            if peek_interpreter_stack() is not None:
+                raise RuntimeError(
+                    f"{_named(values)} cannot be taken in inside of torch.func (vmap, grad, jvp, ...), "
+                    "which changes no tensor from outside: return the values from the function, as with "
+                    "has_aux=True, and update() with them where the transform has returned"
+                )
             self._given.update(values)
         taken = {}
         for name, given in values.items():
             self.layout.place(name)
             taken[name] = self._numbers(f"values of metric {name!r}", given)
         ids = self._ids(taken, dataset_ids)
-        w = None if weights is None else self._numbers(f"weights of {_named(taken)}", weights)
-        for name, x in taken.items():
-            if w is not None:
-                _check_shape(f"weights of metric {name!r}", w, x)
+        w = self._weights(taken, weights)
         groups: list[tuple[_Place, list[Tensor]]] = []
         for name, place in self._places.items():
             tensor = taken.get(name)
@@ -318,7 +338,16 @@ class DeviceAccumulator:
 
     @uncompiled
     def start_read(self) -> Callable[[], HostArrays]:
-        """Begin the transfer to the host; what is returned waits for it, on any thread."""
+        """Begin the transfer to the host; what is returned waits for it, on any thread.
+
+        Raises:
+            ValueError: it lies on the meta device, or is a FakeTensor, and has no numbers.
+        """
+        if self.tensors[0].is_meta or isinstance(self.tensors[0], FakeTensor):
+            kind = "on the meta device" if self.tensors[0].is_meta else "as FakeTensors"
+            raise ValueError(
+                f"this accumulator lies {kind}, and has no numbers: make one on a real device to drain"
+            )
         together = torch.cat([tensor.reshape(-1) for tensor in self.tensors])
         ready = None
         if self.device.type == "cuda":
@@ -385,6 +414,7 @@ class DeviceAccumulator:
         self._given: set[str] = set()  # metrics that have come in, but by graphs
         self._nothing = self.tensors[0].new_empty(0)  # but where it lies
         with torch.inference_mode(mode=False):
+            self.tensors = tuple(t.clone() if t.is_inference() else t for t in self.tensors)
             self._table = Table.on(self.device, self._datasets)
 
     def _pass_over(self, values: Mapping[str, Any]) -> None:
@@ -419,22 +449,55 @@ class DeviceAccumulator:
     def _numbers(self, what: str, given: Any) -> Tensor:
         """Return `given` as a tensor on this device."""
         if isinstance(given, numbers.Real | np.bool_):
-            return torch.full((), float(given), dtype=torch.float64, device=self.device)
+            try:
+                number = float(given)
+            except OverflowError as error:
+                raise ValueError(f"{what} are too large for a 64-bit float") from error
+            return torch.full((1,), number, dtype=torch.float64, device=self.device)
         tensor = self._here(what, given)
         if tensor.is_complex():
             raise TypeError(f"{what} are complex: give their real part or their magnitude")
         return tensor
+
+    def _weights(self, taken: Mapping[str, Tensor], given: Any) -> Tensor | None:
+        if given is None:
+            return None
+        what = f"weights of {_named(taken)}"
+        if isinstance(given, numbers.Real) and not 0 <= float(given) < math.inf:
+            raise ValueError(f"{what}: {given!r} is not a finite number of 0 or more")
+        w = self._numbers(what, given)
+        for name, x in taken.items():
+            _check_shape(f"weights of metric {name!r}", w, x)
+        return w
 
     def _here(self, what: str, given: Any) -> Tensor:
         if not isinstance(given, Tensor):
             raise TypeError(
                 f"{what} are a {type(given).__name__}: give a tensor on {self.device}, or a number"
             )
-        tensor: Tensor = whole_tensor(given)
+        try:
+            tensor: Tensor = whole_tensor(given)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from error
         if tensor.device != self.device:
             raise ValueError(
                 f"{what} are on {tensor.device}, but this accumulator is on {self.device}: move "
                 "them with .to(device, non_blocking=True), or make the accumulator with device="
+            )
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+            raise TypeError(
+                f"{what} are a tensor of layout {tensor.layout}, type {tensor.dtype}: give a plain one, "
+                "such as .to_dense() of a sparse, .values() of a nested or .dequantize() of a quantized "
+                "one"
+            )
+        if tensor.dtype not in _NUMBERS and not tensor.is_complex():
+            raise TypeError(
+                f"{what} are of type {tensor.dtype}, which torch cannot read as numbers"
+            )
+        if isinstance(tensor, FakeTensor) and not isinstance(self.tensors[0], FakeTensor):
+            raise TypeError(
+                f"{what} are a FakeTensor, which has no numbers: make the accumulator under the same "
+                "FakeTensorMode, or leave the update out there"
             )
         return tensor
 

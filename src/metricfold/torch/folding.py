@@ -466,10 +466,10 @@ def read_rows(plain: Array, weighed: Array, distributions: int) -> HostRows:
 
 def read_extrema(extrema: Array, distributions: int) -> Array:
     """Return the largest x and the largest -x, shape (metrics, datasets, 2)."""
-    found = extrema[..., 2:-1].swapaxes(1, 2) * [1.0, -1.0]
+    found = extrema[..., 2:-1].swapaxes(1, 2).copy()
     histograms = found[len(found) - distributions :]
     histograms[np.abs(histograms) < _SMALLEST32] = 0.0
-    return found
+    return found * [1.0, -1.0]
 
 
 def read_grid(grid: Array) -> Array:
