@@ -278,6 +278,7 @@ class DeviceAccumulator:
         if not axes:
             return self
         lanes = Lanes.of(self.lanes)
+        assert lanes.extrema is not None
         pairs = [lanes.sums] if self.grid is None else [lanes.sums, floats(self.grid)]
         limbs = Limbs(2 * axes_size(axes), 50)
         mark = words(without_checksum(self.fingerprint, _checksum(lanes.counts)))
@@ -455,7 +456,7 @@ def _fold(accumulator: DeviceAccumulator, groups: Sequence[Group]) -> DeviceAccu
             None if ids is None else _spread(ids, shape),
         )
         rows = _rows(batch.places)
-        new = Lanes(*(part.swapaxes(0, 1) for part in batch.fold()))
+        new: Lanes = jax.tree.map(lambda part: part.swapaxes(0, 1), batch.fold())
         lanes = lanes.at[rows].set(Lanes.of(lanes[rows]).merged(new).words())
         refused = refused.at[rows].add(batch.refused())
         grid = batch.into_grid(grid)
@@ -541,26 +542,39 @@ def _groups(
             raise ValueError(
                 f"metric {name!r} was given {size} values at once: give {MOST_TERMS} at most"
             )
-        for what, array in (("weights", None if w is None else w[0]), ("dataset_ids", ids)):
-            if array is not None:
-                _check_spreads(f"{what} of metric {name!r}", array.shape, shape)
+        if w is not None and not _spreads(w[0].shape, shape, trailing=True):
+            raise ValueError(
+                f"weights of metric {name!r} have the shape {w[0].shape}, but the values {shape}: give "
+                "one per value, one for each index of their first dimensions, or what NumPy broadcasts "
+                "to their shape"
+            )
+        if ids is not None and not _spreads(ids.shape, shape, trailing=False):
+            raise ValueError(
+                f"dataset_ids of metric {name!r} have the shape {ids.shape}, but the values {shape}: "
+                "give one per value, or one for each index of their first dimensions"
+            )
         if size:
             groups.setdefault(shape, ({}, w, ids))[0][name] = given
     return list(groups.values())
 
 
-def _check_spreads(where: str, shape: tuple[int, ...], values: tuple[int, ...]) -> None:
+def _spreads(shape: tuple[int, ...], values: tuple[int, ...], *, trailing: bool) -> bool:
+    """Return whether arrays of `shape` say something of each value.
+
+    Args:
+        shape: of what is to be spread.
+        values: shape of the values.
+        trailing: whether it may lack the first dimensions; a vector of ids is of samples, and of
+            another length than there are samples it is a mistake.
+    """
     if shape == values[: len(shape)]:
-        return
+        return True
+    if not trailing and len(shape) != len(values):
+        return False
     try:
-        fits = np.broadcast_shapes(shape, values) == values
+        return np.broadcast_shapes(shape, values) == values
     except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{where} have the shape {shape}, but the values {values}: give one per value, one for each "
-            "index of their first dimensions, or what NumPy broadcasts to their shape"
-        )
+        return False
 
 
 def _numbers(where: str, given: Any) -> Arrays:

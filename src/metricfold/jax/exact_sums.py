@@ -25,9 +25,9 @@ __all__ = [
     "MOST_TERMS",
     "Limbs",
     "Segments",
-    "add",
     "add_pairs",
     "exact_product",
+    "exact_sum",
     "exponents",
     "magnitudes",
     "pairs_of_counts",
@@ -43,28 +43,33 @@ _LARGEST = np.float32(np.finfo(np.float32).max)
 # -- Pairs -----------------------------------------------------------------------------------------
 
 
-def add(pairs: jax.Array, values: jax.Array) -> jax.Array:
-    """Return pairs, shape (..., 2), increased by values, shape (...)."""
-    high, low = pairs[..., 0], pairs[..., 1]
-    total = high + values
-    # What the addition has rounded away (Knuth): exact, whichever is larger.
-    seen = total - high
-    lost = (high - (total - seen)) + (values - seen)
-    low = low + lost
-    settled = total + low
-    return jnp.stack([settled, low - (settled - total)], axis=-1)
+def exact_sum(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the rounded sum, and what was rounded away (Knuth): exact, whichever is larger."""
+    total = one + other
+    seen = total - one
+    return total, (one - (total - seen)) + (other - seen)
+
+
+def _settled(high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the same sum, of which the second is what a float32 does not hold."""
+    total = high + low
+    return total, low - (total - high)
 
 
 def add_pairs(pairs: jax.Array, others: jax.Array) -> jax.Array:
     """Return the sums of pairs, both of shape (..., 2)."""
-    return add(add(pairs, others[..., 1]), others[..., 0])
+    high, lost = exact_sum(pairs[..., 0], others[..., 0])
+    low, rest = exact_sum(pairs[..., 1], others[..., 1])
+    high, low = _settled(high, low + lost)
+    return jnp.stack(_settled(high, low + rest), axis=-1)
 
 
 def pairs_of_counts(counts: jax.Array) -> jax.Array:
     """Return counts, int32 of 0 or more, as pairs."""
     low = counts & ((1 << _LOW_BITS) - 1)
-    high = (counts - low).astype(jnp.float32)
-    return add(jnp.stack([high, jnp.zeros_like(high)], axis=-1), low.astype(jnp.float32))
+    return jnp.stack(
+        exact_sum((counts - low).astype(jnp.float32), low.astype(jnp.float32)), axis=-1
+    )
 
 
 def exact_product(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -132,16 +137,16 @@ class Limbs:
 
     def pairs(self, sums: jax.Array, exponent: jax.Array) -> jax.Array:
         """Return the pairs, shape (..., 2), of which `sums` are the limbs, shape (..., count)."""
-        pairs = jnp.zeros((*exponent.shape, 2), jnp.float32)
+        high = low = jnp.zeros(exponent.shape, jnp.float32)
         for place in range(self.count):
             limb = sums[..., place]
-            scale = exponent - self.width * (place + 1)
             # A float32 has room for half of an int32 at a time.
-            high = limb >> _LOW_BITS
-            low = limb - (high << _LOW_BITS)
-            pairs = add(pairs, _scaled(high.astype(jnp.float32), scale + _LOW_BITS))
-            pairs = add(pairs, _scaled(low.astype(jnp.float32), scale))
-        return pairs
+            rest = limb & ((1 << _LOW_BITS) - 1)
+            for half in (limb - rest, rest):
+                term = _scaled(half.astype(jnp.float32), exponent - self.width * (place + 1))
+                high, lost = exact_sum(high, term)
+                low = low + lost
+        return jnp.stack(_settled(high, low), axis=-1)
 
 
 @dataclass(frozen=True)

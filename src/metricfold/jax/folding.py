@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +21,9 @@ from metricfold.device_lanes import CELLS, EXTREMA, FRACTION_BITS, SUMS, ZERO_CE
 from metricfold.jax.exact_sums import (
     Limbs,
     Segments,
-    add,
     add_pairs,
     exact_product,
+    exact_sum,
     exponents,
     magnitudes,
     pairs_of_counts,
@@ -52,8 +53,6 @@ REFUSED = 3
 """Reasons why a value is left out: its dataset, its weight, more bits than are held."""
 NONE = -1
 """The place of a column that is not there."""
-MOST_PARTS = 4
-"""Parts of a term: two of a value with more bits than a float32, and two of each of their products."""
 CELL_SUMS = 4
 """Sums of a cell: of w, of w·k, and of w·k² divided by 2^17, whole and rest.
 
@@ -104,12 +103,11 @@ class Numbers:
             * np.float32(2.0**shift)
             for shift in range(bits - 16, -1, -16)
         ]
-        high, low = digits[0], digits[1]
-        total = high + low
-        pair = jnp.stack([total, low - (total - high)], axis=-1)
+        high, low = exact_sum(digits[0], digits[1])
         for digit in digits[2:]:
-            pair = add(pair, digit)
-        parts = (pair[:, 0], pair[:, 1])
+            high, lost = exact_sum(high, digit)
+            high, low = exact_sum(high, low + lost)
+        parts = (high, low)
         if bits == 32:
             return cls(parts, whole=True)
         # float64 is there where int64 is.
@@ -234,7 +232,7 @@ class Batch:
         found = _picked(counted, counts, 0)
         return Lanes(
             found,
-            self._sums(_picked(pairs, sums, 0), found),
+            self._sums(pairs, sums, found),
             self._extrema(largest[:, number:], extrema),
         )
 
@@ -248,23 +246,33 @@ class Batch:
     ) -> list[list[int]]:
         """Enter what is to be added up; returns the places for each of the sums."""
         lanes = _SUM_LANES.get(agg_type, 0)
-        places = [[NONE] * MOST_PARTS for _ in range(SUMS)]
+        places: list[list[int]] = [[], [], []]
         if not lanes:
             return places
         w = self._weights if lanes > 1 else None
         if w is not None:
             parts = [half for part in parts for half in exact_product(w, part)]
             for lane, factor in enumerate((w, w * w)[: lanes - 1], 1):
-                places[lane][0] = terms.place(jnp.where(seen, factor, 0))
-        for place, part in enumerate(parts):
-            places[0][place] = terms.place(jnp.where(finite, part, 0))
+                places[lane] = [terms.place(jnp.where(seen, factor, 0))]
+        places[0] = [terms.place(jnp.where(finite, part, 0)) for part in parts]
         return places
 
-    def _sums(self, pairs: jax.Array, counts: jax.Array) -> jax.Array:
-        """Return the sums, from their parts as pairs, shape (datasets, metrics, 3, parts, 2)."""
-        sums = pairs[..., 0, :]
-        for part in range(1, MOST_PARTS):
-            sums = add_pairs(sums, pairs[..., part, :])
+    def _sums(
+        self, pairs: jax.Array, places: Sequence[Sequence[Sequence[int]]], counts: jax.Array
+    ) -> jax.Array:
+        """Return the sums, shape (datasets, metrics, 3, 2), from what their parts come to."""
+        most = max(len(parts) for lanes in places for parts in lanes)
+        if not most:
+            return jnp.zeros((self._number, len(places), SUMS, 2), jnp.float32)
+        picked = [
+            _picked(
+                pairs,
+                [[parts[i] if i < len(parts) else NONE for parts in lanes] for lanes in places],
+                0,
+            )
+            for i in range(most)
+        ]
+        sums = reduce(add_pairs, picked)
         if self._weights is not None:
             return sums
         # Without weights those of w and w² are counts.
@@ -275,8 +283,10 @@ class Batch:
         weighs = jnp.where(used[..., None], weighs[..., None, :], 0)
         return jnp.concatenate([sums[..., :1, :], weighs], axis=-2)
 
-    def _extrema(self, largest: jax.Array, ends: Sequence[Sequence[_End]]) -> jax.Array:
-        """Return the extrema, shape (datasets, metrics, 2, 2), from what was compared."""
+    def _extrema(self, largest: jax.Array, ends: Sequence[Sequence[_End]]) -> jax.Array | None:
+        """Return the extrema, shape (datasets, metrics, 2, 2), if anything was compared."""
+        if not largest.shape[1]:
+            return None
         largest = jnp.maximum(largest, NOTHING)
         high = _picked(largest, [[end.place for end in pair] for pair in ends], NOTHING)
         lower = _Columns()

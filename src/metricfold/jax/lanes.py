@@ -59,12 +59,12 @@ class Lanes(NamedTuple):
     Args:
         counts: int32, shape (..., 4).
         sums: pairs, shape (..., 3, 2).
-        extrema: integers that sort like the floats, shape (..., 2, 2).
+        extrema: integers that sort like the floats, shape (..., 2, 2); None if nothing was compared.
     """
 
     counts: jax.Array
     sums: jax.Array
-    extrema: jax.Array
+    extrema: jax.Array | None
 
     @classmethod
     def of(cls, words: jax.Array) -> Lanes:
@@ -79,6 +79,7 @@ class Lanes(NamedTuple):
     def words(self) -> jax.Array:
         """Return rows, shape (..., LANES)."""
         leading = self.counts.shape[:-1]
+        assert self.extrema is not None
         sums, extrema = words(self.sums).reshape(*leading, -1), self.extrema.reshape(*leading, -1)
         return jnp.concatenate([self.counts, sums, extrema], axis=-1)
 
@@ -87,12 +88,14 @@ class Lanes(NamedTuple):
         return Lanes(
             self.counts + other.counts,
             add_pairs(self.sums, other.sums),
-            larger(self.extrema, other.extrema),
+            self.extrema if other.extrema is None else larger(self.extrema, other.extrema),
         )
 
 
-def larger(one: jax.Array, other: jax.Array) -> jax.Array:
+def larger(one: jax.Array | None, other: jax.Array) -> jax.Array:
     """Return the larger of extrema, shape (..., 2): the second decides where the first are equal."""
+    if one is None:
+        return other
     high = jnp.maximum(one[..., 0], other[..., 0])
     low = jnp.maximum(
         *(jnp.where(each[..., 0] == high, each[..., 1], LOWEST) for each in (one, other))
