@@ -11,8 +11,10 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from enum import Enum
 from importlib.util import find_spec
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -106,6 +108,8 @@ class Story:
             aggregator.load_state_dict(self.saved)
             self.mark = None
         elif call == "fold":
+            if self.plain:
+                aggregator._inbox._piece = 1  # as after interrupts
             aggregator._inbox._fold()
         elif call == "reduce":
             self.look()
@@ -535,6 +539,51 @@ def test_a_call_that_a_signal_interrupts_counts_as_a_whole_or_not_at_all(
     assert counted == int(counted)
     assert done <= counted <= done + interrupts
     assert logged["t_d/a distribution_stat_count"] == logged["t_d/a sum"]
+
+
+def within(lines: int, call: Callable[[], object]) -> None:
+    """Make a call, and interrupt it after so many lines of the inbox."""
+    left = lines
+
+    def count(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != inbox.__file__:
+            return None
+        left -= event == "line"
+        if left < 0:
+            raise Interrupted
+        return count
+
+    sys.settrace(count)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+
+
+def test_what_waits_is_folded_however_fast_interrupts_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each fold began anew with all that had piled up meanwhile, and never ended."""
+    monkeypatch.setattr(inbox, "_MOST", 50)
+    aggregator = known("distribution")
+
+    def record(number: int) -> None:
+        # Of two kinds in turn, so that a fold takes longer the more there are.
+        aggregator.record("lone distribution", 1.0, "distribution", weight=1 + number % 2)
+
+    for number in range(40):
+        record(number)
+    few = lines_run(aggregator._inbox._fold, inbox) // 4
+    interrupts = 0
+    for number in range(2000):
+        try:
+            within(few, lambda number=number: record(number))
+        except Interrupted:
+            interrupts += 1
+        assert len(aggregator._inbox._log) < 150
+    assert interrupts > 40
+    assert of_interval(aggregator)["t/lone distribution_stat_count"] == 2040
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="has no timers")

@@ -18,6 +18,7 @@ under a type spelled so and whose handler is a built-in one. Everything else is 
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -105,6 +106,7 @@ class Inbox:
         self._log: list[tuple[Sequence[Items], Sequence[Any]]] = []
         self._room = _MOST
         self._folds = self._folding = 0
+        self._piece = sys.maxsize
         self._delta = Delta()
         # With a mark: its place in the log, and what of that which came after it has been folded.
         self._mark: int | None = None
@@ -280,10 +282,28 @@ class Inbox:
     # -- Folding
 
     def _fold(self) -> None:
-        """Fold all that is in the log; what came after a mark apart from the rest."""
+        """Fold all that is in the log; what came after a mark apart from the rest.
+
+        In one piece, unless an interrupt has come before that was done: whoever comes next tries half
+        of it, so that the log is folded however fast interrupts come.
+        """
+        rest = len(self._log)
+        while rest > 0:
+            piece = min(rest, self._piece)
+            try:
+                self._fold_first(piece)
+            except BaseException:
+                self._piece = max(piece // 2, 1)
+                raise
+            rest -= piece
+        self._piece = sys.maxsize
+        self._room = max(_MOST, len(self._slots))
+
+    def _fold_first(self, count: int) -> None:
+        """Fold the first calls of the log, and take them out of it."""
         log, mark, folds = self._log, self._mark, self._folds
-        count = len(log)
-        before = count if mark is None else mark
+        count = min(count, len(log))
+        before = count if mark is None else min(mark, count)
         since = self._since
         queued = self._delta.queued | since.queued
         delta = self._delta.followed_by(self._folded(log[:before], queued))
@@ -291,13 +311,12 @@ class Inbox:
         if mark is not None:
             since = since.followed_by(self._folded(log[before:count], queued | delta.queued))
             since.trim(self._keys.kept)
-            mark = 0
+            mark -= before
         # Until here nothing has changed, and no signal comes in between these. If the handler of an
         # earlier one has folded the same meanwhile, that was it.
         if self._folds == folds:
             self._delta, self._since, self._mark, self._folds = delta, since, mark, folds + 1
             del log[:count]
-        self._room = max(_MOST, len(self._slots))
 
     def _folded(self, calls: Calls, queued: AbstractSet[Key]) -> Delta:
         """Return what some calls in the log have brought.
