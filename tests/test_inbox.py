@@ -11,10 +11,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from enum import Enum
 from importlib.util import find_spec
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ from handlers_of_users import MyTypes, ProductHandler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import run_threads
-from work import lines_run
+from work import interrupted, lines_run
 
 from metricfold import AggregationType, Metric, MetricBatch, MetricsAggregator, inbox
 from metricfold import aggregator as calls
@@ -541,26 +539,6 @@ def test_a_call_that_a_signal_interrupts_counts_as_a_whole_or_not_at_all(
     assert logged["t_d/a distribution_stat_count"] == logged["t_d/a sum"]
 
 
-def within(lines: int, call: Callable[[], object]) -> None:
-    """Make a call, and interrupt it after so many lines of the inbox."""
-    left = lines
-
-    def count(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal left
-        if frame.f_code.co_filename != inbox.__file__:
-            return None
-        left -= event == "line"
-        if left < 0:
-            raise Interrupted
-        return count
-
-    sys.settrace(count)
-    try:
-        call()
-    finally:
-        sys.settrace(None)
-
-
 def test_what_waits_is_folded_however_fast_interrupts_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -577,10 +555,7 @@ def test_what_waits_is_folded_however_fast_interrupts_come(
     few = lines_run(aggregator._inbox._fold, inbox) // 4
     interrupts = 0
     for number in range(2000):
-        try:
-            within(few, lambda number=number: record(number))
-        except Interrupted:
-            interrupts += 1
+        interrupts += interrupted(lambda number=number: record(number), few, inbox)
         assert len(aggregator._inbox._log) < 150
     assert interrupts > 40
     assert of_interval(aggregator)["t/lone distribution_stat_count"] == 2040

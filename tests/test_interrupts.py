@@ -6,12 +6,26 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
+from handlers_of_users import RMSHandler
 from ranks import run_ranks
+from work import interrupted, lines_run
 
-from metricfold import MetricsAggregator, MissingRanksError
+from metricfold import (
+    Metric,
+    MetricsAggregator,
+    MissingRanksError,
+    aggregator,
+    clock,
+    custom,
+    inbox,
+    keys,
+    naming,
+    timing,
+)
 from metricfold.totals import Totals
 
 
@@ -67,7 +81,95 @@ def test_a_reduction_of_one_rank_that_is_interrupted_is_as_if_it_had_not_begun(
     assert snapshot.as_dict("t") == {"t/n": 13.0, "t/new": 1.0}
 
 
-def interrupted(rank: int, route: str, *, new_key: bool) -> list[str]:
+# -- At any line ---------------------------------------------------------------------------------
+
+# Modules in which something is moved that an interrupt must not lose, or leave in two places.
+TAKING = (aggregator, custom, inbox, keys, naming)
+CUTTING = (aggregator, clock, custom, inbox, timing)
+
+
+def begun() -> MetricsAggregator:
+    """Return an aggregator of whose open interval each kind of metric has a value."""
+    metrics = MetricsAggregator(5)
+    metrics.register_handler("state", RMSHandler())
+    for _ in range(2):
+        metrics.record("n", 1, "sum")
+        metrics.record("length", 1.0, "distribution")
+        metrics.record("own", 3.0, "state")
+        with metrics.timer("data"):
+            pass
+    return metrics
+
+
+def found(metrics: MetricsAggregator) -> tuple[Any, ...]:
+    """Return what an aggregator has come to, but for how long that took."""
+    snapshot = metrics.reduce()
+    uses = snapshot._state(snapshot._viewed(("", "data_seconds"), "run")).sums[-1]
+    logged = snapshot.as_dict("t")
+    return uses, {key: value for key, value in logged.items() if "/data_" not in key}
+
+
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        MetricsAggregator.reduce,
+        lambda metrics: metrics.reduce_async().result(),
+    ],
+    ids=["reduce", "reduce_async"],
+)
+def test_a_reduction_may_be_interrupted_at_any_line(reduce: Any) -> None:
+    """A timer's uses were lost, and all that had been cut off a line before it was put down."""
+    whole = found(begun())
+    for line in range(lines_run(partial(reduce, begun()), *CUTTING)):
+        metrics = begun()
+        assert interrupted(partial(reduce, metrics), line, *CUTTING), line
+        assert found(metrics) == whole, line
+
+
+def mixed() -> list[Metric]:
+    return [
+        Metric("d", "sum", 1, "sum"),
+        Metric("d", "new", 1.0, "mean"),
+        Metric("e", "own", 2.0, "state"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda metrics: metrics.record("new", 1.0, "max"),
+        lambda metrics: metrics.record_all({"n": 1, "new": 1.0}, "sum"),
+        lambda metrics: metrics.update(mixed()),
+    ],
+    ids=["record", "record_all", "list"],
+)
+def test_of_a_call_that_is_interrupted_at_any_line_all_counts_or_nothing(take: Any) -> None:
+    """Values of handlers without lanes counted without the others, of keys that nobody knew."""
+
+    def new() -> MetricsAggregator:
+        metrics = MetricsAggregator()
+        metrics.register_handler("state", RMSHandler())
+        metrics.record("n", 1, "sum")
+        return metrics
+
+    nothing, once, twice = new(), new(), new()
+    for metrics in (once, twice, twice):
+        take(metrics)
+    nothing, once, twice = (m.get_metrics_for_logging("t") for m in (nothing, once, twice))
+    for line in range(lines_run(partial(take, new()), *TAKING)):
+        metrics, again = new(), new()
+        for one in (metrics, again):
+            assert interrupted(partial(take, one), line, *TAKING), line
+        take(again)
+        counted = metrics.get_metrics_for_logging("t")
+        assert counted in (nothing, once), line
+        assert again.get_metrics_for_logging("t") == (once if counted == nothing else twice), line
+
+
+# -- In the middle of an exchange ----------------------------------------------------------------
+
+
+def leaving(rank: int, route: str, *, new_key: bool) -> list[str]:
     aggregator = MetricsAggregator(timeout=4, route=route)
     aggregator.record("x", 1.0)
     aggregator.reduce()
@@ -98,7 +200,7 @@ def test_a_rank_that_leaves_an_exchange_in_the_middle_aborts_no_other(route: str
 
 
 def _interrupted_with_a_new_key(rank: int, route: str) -> list[str]:
-    return interrupted(rank, route, new_key=True)
+    return leaving(rank, route, new_key=True)
 
 
 def interrupted_while_waiting(rank: int) -> list[Any]:

@@ -437,16 +437,17 @@ class MetricsAggregator:
             self._check_usable()
         return Pause(self._clock)
 
-    def _stop_watches(self, world_size: int, shown: float) -> str:
-        """Make metrics of the times that timers have taken; returns an error, for all ranks.
+    def _stop_watches(self, world_size: int, shown: float) -> tuple[list[Column], str]:
+        """Return metrics of the times that timers have taken, and an error, for all ranks.
 
         Args:
             world_size: the number of ranks.
             shown: what the clock shows where the interval ends.
         """
-        columns, errors = [], []
+        columns: list[Column] = []
+        errors = []
         for name, elapsed in self._timers.items():
-            taken = elapsed.take(shown)
+            taken = elapsed.take(shown, self._inbox.cuts)
             keys = TimerKeys.of(name)
             uses = float(taken.uses)
             numbers: list[tuple[str, AggregationType, float, float]] = []
@@ -466,8 +467,7 @@ class MetricsAggregator:
                 ]
             except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
                 errors.append(f"timer {name!r}: the handler failed: {failure!r}")
-        self._add(columns)
-        return "; ".join(errors)
+        return columns, "; ".join(errors)
 
     def drain(self, accumulator: AnyAccumulator) -> AnyAccumulator:
         """Take in what an accumulator on the device holds, and return an empty one.
@@ -606,15 +606,18 @@ class MetricsAggregator:
             admission = self._keys.admit(columns)
             if admission.custom:
                 self._take_custom(admission)
-            if admission.new:
-                self._keys.commit(admission)
-            self._add(admission.lanes)
+            else:
+                self._commit(admission)
+            self._inbox.relieve()
 
-    def _add(self, columns: Sequence[Column]) -> None:
-        if columns and not self._clock.running:
+    def _commit(self, admission: Admission) -> None:
+        """Take over new keys, and then what has come of those with lanes."""
+        if admission.new:
+            self._keys.commit(admission)
+        if (admission.lanes or admission.custom) and not self._clock.running:
             self._clock.start(time.perf_counter())
         if self._dead is None:  # else nothing can reduce it any more: do not pile it up
-            self._inbox.take(columns)
+            self._inbox.take(admission.lanes)
 
     def _take_custom(self, admission: Admission) -> None:
         late_keys = {late.key for late in self._late_custom}
@@ -628,10 +631,18 @@ class MetricsAggregator:
             else:
                 now.append((column.key, handler, column.metrics))
             late += column.late
-        self._custom.update(now)
-        self._late_custom += late
-        if not self._clock.running:
-            self._clock.start(time.perf_counter())
+
+        before = self._late_custom
+
+        def commit() -> None:
+            self._late_custom = before + late if late else before
+            try:
+                self._commit(admission)
+            except BaseException:
+                self._late_custom = before
+                raise
+
+        self._custom.update(now, commit)
 
     def register_handler(self, agg_type: TypeLike, handler: AggregationHandler) -> None:
         """Let `handler` combine the metrics of `agg_type`.
@@ -855,15 +866,14 @@ class MetricsAggregator:
             begun.communicator = communicator = self._connect()
             self._claim_share(communicator)
             shown = self._clock.now()
-            untimed = self._stop_watches(communicator.world_size, shown)
-            self._inbox.cut(begun)
-            self._clock.cut(shown, begun)
+            times, untimed = self._stop_watches(communicator.world_size, shown)
             self._cut_off()
+            cut = self._inbox.cut(times, begun)
+            self._clock.cut(shown, begun)
             # From here on the others are on their way: join them whatever happens, and say so there.
             number, wrong = _checked_step(step)
             error = wrong or untimed or self._read_late_custom() or self._keys.trouble()
             custom = b""
-            assert begun.cut is not None
             if self._custom and not error:
                 try:
                     custom = self._custom.results(self._keys.of_key, self._keys.by_label())
@@ -873,7 +883,7 @@ class MetricsAggregator:
                 self._custom.close_interval(begun)
             begun.mine = Contribution(
                 kind,
-                begun.cut.states,
+                cut.states,
                 begun.seconds,
                 custom,
                 tuple(self._custom.keys()),
@@ -994,24 +1004,26 @@ class MetricsAggregator:
 
     def _read_late_custom(self) -> str:
         """Hand over values that lay on a device to handlers without lanes; returns an error."""
-        late, self._late_custom = self._late_custom, []
         errors: list[str] = []
-        handed_over: set[int] = set()
-        try:
-            for one, value, weight in InTransit(late).arrive(errors):
-                pairs = [(value, weight)]
-                if isinstance(value, np.ndarray):
-                    pairs = list(zip(listed(value), listed(weight), strict=True))
-                metrics = [Metric(*one.key, each, one.agg_type, own) for each, own in pairs]
-                try:
-                    self._custom.update([(one.key, self._keys.of_key[one.key], metrics)])
-                except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
-                    errors.append(f"{show(one.key)}: the handler failed: {failure!r}")
-                handed_over.add(id(one))
-        except BaseException:
-            rest = [one for one in late if id(one) not in handed_over]
-            self._late_custom = [*rest, *self._late_custom]
-            raise
+        arrived = InTransit(self._late_custom).arrive(errors)
+        self._late_custom = [
+            Late(one.key, one.agg_type, value, weight) for one, value, weight in arrived
+        ]
+
+        def commit() -> None:
+            del self._late_custom[0]
+
+        while self._late_custom:
+            one = self._late_custom[0]
+            pairs = [(one.value, one.weight)]
+            if isinstance(one.value, np.ndarray):
+                pairs = list(zip(listed(one.value), listed(one.weight), strict=True))
+            metrics = [Metric(*one.key, each, one.agg_type, own) for each, own in pairs]
+            try:
+                self._custom.update([(one.key, self._keys.of_key[one.key], metrics)], commit)
+            except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
+                errors.append(f"{show(one.key)}: the handler failed: {failure!r}")
+                commit()
         return "; ".join(dict.fromkeys(errors))
 
     # -- Inside: state
@@ -1094,7 +1106,7 @@ class MetricsAggregator:
         self._custom = CustomStates()
         self._clock.restart()
         for elapsed in self._timers.values():
-            elapsed.take(self._clock.now())
+            elapsed.take(self._clock.now(), -1)
         self._cut_off()
         self._late_custom = []
         self._last = None

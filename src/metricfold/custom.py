@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -119,28 +119,35 @@ class CustomStates:
     def keys(self) -> Iterable[Key]:
         return self._states.keys()
 
-    def update(self, work: Iterable[tuple[Key, AggregationHandler, Sequence[Metric]]]) -> None:
-        """Hand each metric to its handler; if one raises, every state is as it was before."""
-        work = list(work)
-        new = {key for key, _, metrics in work if metrics and key not in self._states}
-        states: dict[Key, _States] = {}
-        for key, _, metrics in work:
-            if metrics:
-                states[key] = self._states.setdefault(key, _States(metrics[0].agg_type))
-        before = {key: len(one.since) for key, one in states.items()}
+    def update(
+        self,
+        work: Iterable[tuple[Key, AggregationHandler, Sequence[Metric]]],
+        commit: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Hand each metric to its handler; if one raises, every state is as it was before.
+
+        Args:
+            work: keys, their handlers and the metrics of each.
+            commit: takes in what has come in the same call; the call counts once that is done.
+        """
+        work = [one for one in work if one[2]]
+        new = {key for key, *_ in work if key not in self._states}
+        before = {key: len(self._states[key].since) for key, *_ in work if key not in new}
         try:
             for key, handler, metrics in work:
+                states = self._states.setdefault(key, _States(metrics[0].agg_type))
                 for metric in metrics:
-                    states[key].take(handler, key, metric)
+                    states.take(handler, key, metric)
+            commit()
         except BaseException:
-            for key, handler, metrics in work:
-                if metrics:
-                    states[key].go_back(handler, key, before[key])
             for key in new:
-                del self._states[key]
+                self._states.pop(key, None)
+            for key, handler, _ in work:
+                if key in before:
+                    self._states[key].go_back(handler, key, before[key])
             raise
         if self._marked is None:
-            self._settle(states)
+            self._settle({key: self._states[key] for key, *_ in work})
 
     @staticmethod
     def _settle(states: Mapping[Key, _States]) -> None:

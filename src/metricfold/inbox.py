@@ -93,6 +93,9 @@ class Inbox:
 
     Args:
         keys: knows the handler of each key.
+
+    Attributes:
+        cuts: how often it has been cut.
     """
 
     def __init__(self, keys: Keys) -> None:
@@ -107,6 +110,7 @@ class Inbox:
         self._room = _MOST
         self._folds = self._folding = 0
         self._piece = sys.maxsize
+        self.cuts = 0
         self._delta = Delta()
         # With a mark: its place in the log, and what of that which came after it has been folded.
         self._mark: int | None = None
@@ -153,6 +157,7 @@ class Inbox:
         except (KeyError, TypeError, OverflowError):
             return False
         self._put(targets, items, len(items))
+        self.relieve()
         return True
 
     def update(self, metrics: Any) -> bool:
@@ -177,6 +182,7 @@ class Inbox:
         except (KeyError, TypeError, ValueError, OverflowError):
             return False
         self._put(targets, items, size)
+        self.relieve()
         return True
 
     def _placed(
@@ -234,13 +240,14 @@ class Inbox:
         def take_in() -> None:
             self._slots[key] = slot
             self._put(targets, items, 1)
+            self.relieve()
 
         return take_in
 
     # -- What has been checked and folded elsewhere
 
     def take(self, columns: Iterable[Column]) -> None:
-        """Take in columns of keys that have been admitted."""
+        """Take in columns of keys that have been admitted; `relieve` comes after it."""
         targets: list[Items] = []
         items: list[Any] = []
         size = 0
@@ -253,16 +260,22 @@ class Inbox:
             if column.late:
                 targets += [slot.others] * len(column.late)
                 items += column.late
-        self._put(targets, items, size)
+        if targets:
+            self._put(targets, items, size)
 
     def take_accumulator(self, drained: Drained) -> None:
         """Take in an accumulator that is on its way from its device."""
         self._put((self._accumulators,), (drained,), 1)
+        self.relieve()
 
     def _put(self, targets: Sequence[Items], items: Sequence[Any], size: int) -> None:
-        # All of a call, or nothing: a signal may interrupt between any two lines.
-        self._log.append((targets, items))
+        log = self._log
         self._room -= size
+        # All of a call, or nothing. No signal is answered between this and what the caller does next.
+        log += ((targets, items),)
+
+    def relieve(self) -> None:
+        """Fold what has piled up, if that is much."""
         if self._room < 0:
             self._fold()
 
@@ -315,8 +328,8 @@ class Inbox:
         # Until here nothing has changed, and no signal comes in between these. If the handler of an
         # earlier one has folded the same meanwhile, that was it.
         if self._folds == folds:
-            self._delta, self._since, self._mark, self._folds = delta, since, mark, folds + 1
-            del log[:count]
+            folded = (delta, since, mark, folds + 1, ())
+            self._delta, self._since, self._mark, self._folds, log[:count] = folded
 
     def _folded(self, calls: Calls, queued: AbstractSet[Key]) -> Delta:
         """Return what some calls in the log have brought.
@@ -372,13 +385,23 @@ class Inbox:
 
     # -- Reductions
 
-    def cut(self, begun: Begun) -> None:
-        """Hand over all that has come in, and begin anew, without a mark."""
+    def cut(self, columns: Iterable[Column], begun: Begun) -> CutDelta:
+        """Return all that has come in, and begin anew, without a mark.
+
+        Args:
+            columns: what comes along, of keys that have been admitted.
+            begun: takes over what is returned.
+        """
         self._fold()
-        cut = CutDelta(self._delta.followed_by(self._since))
-        delta, since = Delta(), Delta()
+        more = Delta()
+        for column in columns:
+            assert column.state is not None
+            more.add(column.key, column.state, column.late)
+        taken = CutDelta(self._delta.followed_by(self._since).followed_by(more))
+        delta, since, cuts = Delta(), Delta(), self.cuts + 1
         # No signal comes in between these, or what it holds would be lost, or counted twice.
-        begun.cut, self._delta, self._since, self._mark = cut, delta, since, None
+        begun.cut, self._delta, self._since, self._mark, self.cuts = taken, delta, since, None, cuts
+        return taken
 
     def restore(self, taken: CutDelta) -> None:
         """Put back what a failed reduction took; it comes before what has come since."""

@@ -248,9 +248,10 @@ class KeyTable:
         """Take over what `admit` found new."""
         if admission.claims is None:
             return
+        # Names that are claimed may be claimed again, if an interrupt comes before their keys are known.
+        self._claims.commit(admission.claims)
         for key, (agg_type, handler) in admission.new.items():
             self._learn(key, agg_type, handler)
-        self._claims.commit(admission.claims)
 
     def _learn(self, key: Key, agg_type: TypeLike, handler: AggregationHandler) -> None:
         known = self._entries.get((id(handler), agg_type))

@@ -93,9 +93,11 @@ class Claims:
 
     def commit(self, proposed: Claimed) -> None:
         """Take over what `check` found free."""
+        known = self._claimed.owners
         for text, owner in proposed.owners.items():
-            if self._claimed.enter(text, owner):
+            if text not in known:
                 self._unlisted.append(text)
+                self._claimed.enter(text, owner)
 
     def owner(self, key: Key, suffix: str) -> Key | None:
         """Return another key that has claimed what `key` would print with `suffix`, if one has."""
@@ -154,14 +156,12 @@ class Claimed:
         self.endings = list(endings)
         self._beginning: dict[str, list[str]] = {}
 
-    def enter(self, text: str, owner: Key) -> bool:
-        """Let `text` belong to `owner`; returns whether that is new."""
-        if text in self.owners:
-            return False
-        self.owners[text] = owner
-        if self.endings:
-            self._list(text, self.endings)
-        return True
+    def enter(self, text: str, owner: Key) -> None:
+        """Let `text` belong to `owner`, unless it belongs to somebody."""
+        if text not in self.owners:
+            if self.endings:
+                self._list(text, self.endings)
+            self.owners[text] = owner
 
     def expect(self, ending: str) -> None:
         """List from now on what begins with anything that ends so."""

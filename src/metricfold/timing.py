@@ -114,7 +114,18 @@ class Taken(NamedTuple):
 class Elapsed:
     """The times of one timer on one rank since the last reduction."""
 
-    __slots__ = ("clock", "counted", "inherited", "lock", "longest", "running", "total", "uses")
+    __slots__ = (
+        "_cut",
+        "_taken",
+        "clock",
+        "counted",
+        "inherited",
+        "lock",
+        "longest",
+        "running",
+        "total",
+        "uses",
+    )
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -123,18 +134,27 @@ class Elapsed:
         self.inherited = False
         self.running: dict[Timer, None] = {}
         self.uses, self.total, self.longest, self.counted = 0, 0.0, 0.0, 0.0
+        self._taken, self._cut = Taken(0, 0.0, 0.0, 0.0), -1
 
-    def take(self, shown: float) -> Taken:
+    def take(self, shown: float, cut: int) -> Taken:
         """Return what has been taken so far, and begin anew.
 
         Args:
             shown: what the clock showed where the interval ends.
+            cut: the number of the cut that it is for. What has been taken for the same cut before is
+                there again: an interrupt came, and nothing has been cut off.
         """
         with self.lock:
             for timer in list(self.running):
                 timer.count(shown)
-            taken = Taken(self.uses, self.total, self.longest, self.counted)
-            self.uses, self.total, self.longest, self.counted = 0, 0.0, 0.0, 0.0
+            uses, total, longest, counted = self.uses, self.total, self.longest, self.counted
+            if cut == self._cut:
+                before = self._taken
+                uses, total = uses + before.uses, total + before.total
+                longest, counted = max(longest, before.longest), counted + before.counted
+            taken = Taken(uses, total, longest, counted)
+            anew = (taken, cut, 0, 0.0, 0.0, 0.0)
+            self._taken, self._cut, self.uses, self.total, self.longest, self.counted = anew
             return taken
 
     def leave_parent_behind(self) -> None:
@@ -208,9 +228,10 @@ class Timer(ContextDecorator):
             seconds = ended - self._began
             with elapsed.lock:
                 self.count(ended - place if running else place)
-                elapsed.uses += 1
-                elapsed.total += seconds
-                elapsed.longest = max(elapsed.longest, seconds)
+                longest = max(elapsed.longest, seconds)
+                # Before these or after them, but not in between, an interrupt may come.
+                ended_so = (elapsed.uses + 1, elapsed.total + seconds, longest, False)
+                elapsed.uses, elapsed.total, elapsed.longest, self.running = ended_so
                 self._stop()
 
     def _stop(self) -> None:
@@ -221,9 +242,10 @@ class Timer(ContextDecorator):
 
     def count(self, shown: float) -> None:
         """Let what has gone by until the clock showed `shown` count for the interval."""
-        if shown > self._counted:
-            self._elapsed.counted += shown - self._counted
-            self._counted = shown
+        elapsed = self._elapsed
+        if shown > self._counted and self.running:
+            counted = elapsed.counted + shown - self._counted
+            elapsed.counted, self._counted = counted, shown
 
     def has(self, elapsed: Elapsed, thread: int) -> bool:
         """Return whether this use, or one that it is nested in, is of that timer and thread."""
