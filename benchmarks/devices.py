@@ -17,7 +17,7 @@ from benchmarks.timing import interleaved
 __all__ = ["measure"]
 
 _DEVICES = 4
-_BUDGETS = {100: at_most(1.2)}
+_BUDGETS = {100: at_most(1.1)}
 """Of the packed result, by number of metrics."""
 _LEAVES, _DICT, _PACKED, _BARE = "lax.pmean each", "dict", "packed", "a bare lax.psum"
 

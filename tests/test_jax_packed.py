@@ -468,3 +468,53 @@ def test_packed_metrics_that_were_donated_say_so() -> None:
     shape = jax.eval_shape(lambda: dm.reduce_sum({"a": 1.0}, axis_name=None, packed=True))
     with pytest.raises(TypeError, match=r"unpack\(\) reads values"):
         shape.unpack()
+
+
+@on_devices(2)
+def test_metrics_are_packed_in_what_is_differentiated_checkpointed_and_looped() -> None:
+    import jax
+    import jax.numpy as jnp
+    from jax import lax
+
+    from metricfold.jax import DistributedMetrics
+
+    def loss(weight: Any, x: Any) -> Any:
+        value = (weight * x) ** 2
+        return value, DistributedMetrics().reduce_mean({"loss": value, "x": x}, packed=True)
+
+    def step(x: Any) -> Any:
+        (_, packed), _ = jax.value_and_grad(loss, has_aux=True)(jnp.float32(2), x)
+        again = jax.checkpoint(loss)(jnp.float32(2), x)[1]
+        chosen = lax.cond(x > 100, lambda: again, lambda: packed)
+        carried = lax.fori_loop(0, 3, lambda _, old: jax.tree.map(lambda w: w, old), chosen)
+        return packed, again, carried
+
+    for packed in jax.pmap(step)(jnp.array([1.0, 3.0])):
+        assert packed.unpack() == {"loss": 20.0, "x": 2.0}
+
+
+@on_devices(2)
+def test_a_step_on_a_mesh_that_takes_the_packed_metrics_of_the_step_before_compiles_once() -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax import lax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+    from jax_ways import mesh_of
+
+    from metricfold.jax import DistributedMetrics
+
+    mesh = mesh_of(data=2)
+    x = jax.device_put(np.float32([1, 3]), NamedSharding(mesh, P("data")))
+
+    def step(packed: Any, x: Any, due: Any) -> Any:
+        new = DistributedMetrics().reduce_mean({"x": x.mean()}, axis_name=None, packed=True)
+        return new if packed is None else lax.cond(due, lambda: new, lambda: packed)
+
+    compiled = jax.jit(step, donate_argnums=0)
+    packed = compiled(None, x, jnp.array(True))
+    for i in range(4):
+        packed = compiled(packed, x * (i + 1), jnp.array(i == 2))
+    assert packed.unpack() == {"x": 6.0}
+    assert compiled._cache_size() == 2  # with metrics of a step before, and without

@@ -255,7 +255,7 @@ def _fingerprint(sections: tuple[Section, ...], leaves: list[Leaf]) -> int:
 
 
 def _checksum(words: Any, numpy: Any) -> Any:
-    """Return a sum over the last dimension in which each word has another part.
+    """Return what all words of the last dimension come to, each having another part in it.
 
     Args:
         words: uint32, shape (..., n).
@@ -264,7 +264,18 @@ def _checksum(words: Any, numpy: Any) -> Any:
     salt = numpy.arange(1, words.shape[-1] + 1, dtype=np.uint32) * np.uint32(0x9E37_79B1)
     mixed = (words ^ salt) * np.uint32(0x85EB_CA6B)
     mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0xC2B2_AE35)
-    return (mixed ^ (mixed >> np.uint32(13))).sum(axis=-1, dtype=np.uint32)
+    mixed = mixed ^ (mixed >> np.uint32(13))
+    if numpy is np:
+        return mixed.sum(axis=-1, dtype=np.uint32) ^ np.bitwise_xor.reduce(mixed, axis=-1)
+    # Of two reductions at once XLA makes one kernel on a CPU, and two of one.
+    nothing = np.uint32(0)
+    total, parity = lax.reduce(
+        (mixed, mixed),
+        (nothing, nothing),
+        lambda one, other: (one[0] + other[0], one[1] ^ other[1]),
+        (mixed.ndim - 1,),
+    )
+    return total ^ parity
 
 
 def _as_words(values: jax.Array) -> jax.Array:
