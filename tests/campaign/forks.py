@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 
 from campaign.table import Options, Row, Table, Trial
 
-__all__ = ["Outcome", "World", "after", "divided", "side_by_side", "store_host"]
+__all__ = ["Outcome", "World", "after", "divided", "own_store", "side_by_side", "store_host"]
 
 Say = Callable[..., None]
 
@@ -138,11 +139,18 @@ def store_host() -> tuple[int, World]:
     def serve(rank: int, say: Say) -> None:
         import torch.distributed as dist
 
-        store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), False)
+        # By IPv4: who connects is looked up by name, and of IPv6 no file of hosts knows the name.
+        listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        port = listening.getsockname()[1]
+        options = {"master_listen_fd": listening.detach()}
+        store = dist.TCPStore(
+            "127.0.0.1", port, None, True, timedelta(seconds=30), False, **options
+        )
         say(port=store.port)
-        while True:
-            time.sleep(60)
+        while os.getppid() == parent:
+            time.sleep(1)
 
+    parent = os.getpid()
     world = World(1, serve)
     deadline = time.monotonic() + 60
     while not world.said(0):
@@ -150,6 +158,16 @@ def store_host() -> tuple[int, World]:
             raise RuntimeError(f"there is no store: {world.errors(0)}")
         world.wait(0.05)
     return world.said(0)[0]["port"], world
+
+
+_own: dict[int, tuple[int, World]] = {}
+
+
+def own_store() -> int:
+    """Return the port of a store of this process's own, so that crews do not wait for each other."""
+    if os.getpid() not in _own:
+        _own[os.getpid()] = store_host()
+    return _own[os.getpid()][0]
 
 
 def after(seconds: float, call: Callable[[], object]) -> None:

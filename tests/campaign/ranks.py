@@ -30,8 +30,8 @@ import torch
 import torch.distributed as dist
 from handlers_of_users import MyTypes, RMSHandler
 
-from campaign.forks import Outcome, Say, World, after, side_by_side, store_host
-from campaign.table import Options, Table, Trial, main
+from campaign.forks import Outcome, Say, World, after, own_store, side_by_side
+from campaign.table import Goal, Options, Table, Trial, main
 from metricfold import (
     JSONLSink,
     Metric,
@@ -41,6 +41,7 @@ from metricfold import (
     read_jsonl,
 )
 from metricfold.communicator import Communicator
+from metricfold.communicator.store import StoreClient
 
 TIMEOUT = 3.0
 PROMISED = TIMEOUT + 5.0
@@ -274,7 +275,19 @@ class OneRank:
         self.derive_fails = False
         self.logger = MetricsLogger([JSONLSink(plan.folder / "run.jsonl")]) if plan.log else None
         self.watch_collectives()
+        self.say_how_long_connecting_takes()
         threading.Thread(target=self.say_starved, daemon=True).start()
+
+    def say_how_long_connecting_takes(self) -> None:
+        """Say how long torch, and the name server that it asks, take to connect to the store."""
+        real = StoreClient.__init__
+
+        def timed(client: StoreClient, *args: Any, **options: Any) -> None:
+            began = time.monotonic()
+            real(client, *args, **options)
+            self.say(connected=time.monotonic() - began)
+
+        StoreClient.__init__ = timed  # type: ignore[method-assign]
 
     def say_starved(self) -> None:
         """Say for how long the machine has left this process without a processor."""
@@ -478,7 +491,7 @@ def _alone() -> Communicator:
 # -- One training --------------------------------------------------------------------------------
 
 
-def training(port: int, faults: int) -> Callable[[str, Trial], Iterator[Outcome]]:
+def training(faults: int) -> Callable[[str, Trial], Iterator[Outcome]]:
     """Return what runs one training: lives with faults, and a last one without."""
 
     def run(name: str, trial: Trial) -> Iterator[Outcome]:
@@ -494,7 +507,7 @@ def training(port: int, faults: int) -> Callable[[str, Trial], Iterator[Outcome]
                 life,
                 list(before),
                 chance.choice(["narrow", "wide"]),
-                port,
+                own_store(),
                 f"{os.getpid()}/{trial.number}/{number}",
                 folder,
                 log,
@@ -534,13 +547,16 @@ def lived(plan: Plan) -> Iterator[Outcome]:
     row = fault.row if fault is not None and struck else "no fault"
     wrong = list(judged(plan, world))
     figure = longest(world, others)
-    starved = max(
-        (line["starved"] for rank in others for line in world.said(rank) if "starved" in line),
-        default=0.0,
-    )
-    if (starved > 1.0 or really_late(world)) and (hung or wrong):
-        row, hung, wrong = "not judged: the machine was too busy for healthy ranks", [], []
-    if hung:
+    spoken = [line for rank in others for line in world.said(rank)]
+    starved = max((line["starved"] for line in spoken if "starved" in line), default=0.0)
+    busy = f"healthy ranks got no processor for {starved:.1f} s" if starved > 1.0 else ""
+    asking = max((one["connected"] for one in spoken if "connected" in one), default=0.0)
+    if asking > 0.5 * TIMEOUT:
+        busy = f"a healthy rank was connected to the store after {asking:.1f} s"
+    busy = busy or ("a healthy rank was late" if really_late(world) else "")
+    if busy and (hung or wrong):
+        yield Outcome(row, "unjudged", busy, figure)
+    elif hung:
         about = [(rank, world.said(rank)[-2:]) for rank in hung]
         yield Outcome(row, "hung", f"{plan_of(plan)}: {about}", figure)
     elif wrong:
@@ -655,25 +671,32 @@ def plan_of(plan: Plan) -> str:
     return f"{plan.life.world_size} ranks, steps {plan.life.first}-{plan.life.last - 1}, {plan.route}, {way}{where}"
 
 
+FAULTS = 1_000
+
+
+def is_a_fault(outcome: Outcome) -> bool:
+    return outcome.row.startswith("rank ") and outcome.verdict != "unjudged"
+
+
 def run(options: Options, table: Table) -> None:
-    port, host = store_host()
     trials = [
         ("training", Trial(number, random.Random(f"{options.seed}/training/{number}")))
-        for number in range(options.pick(full=300, quick=6))
+        for number in range(options.pick(full=900, quick=6))
     ]
     found = side_by_side(
         options,
         table,
         trials,
-        training(port, options.pick(full=3, quick=1)),
+        training(options.pick(full=3, quick=1)),
         crews=options.pick(full=4, quick=3),
         patience=90.0,
+        least=FAULTS,
+        counts=is_a_fault,
     )
-    host.end()
+    table.goals.append(Goal("rank faults", sum(map(is_a_fault, found)), FAULTS))
     times = sorted(outcome.figure for outcome in found if outcome.figure)
     if times:
-        row = table.row("no fault")
-        row.figures = (
+        table.figures.append(
             f"others heard of a fault within {times[len(times) // 2]:.2f} s (median), "
             f"{times[-1]:.2f} s (longest); the timeout is {TIMEOUT:g} s"
         )

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from campaign.forks import Outcome, Say, World, after, side_by_side, store_host
+from campaign.forks import Outcome, Say, World, after, own_store, side_by_side
 from campaign.table import Options, Table, Trial, main
 from metricfold import JSONLSink, MetricsAggregator, MetricsLogger, read_jsonl
 from metricfold.sinks import Record
@@ -155,12 +155,13 @@ def threads(trial: Trial) -> Iterator[Outcome]:
 # -- Ranks, in a collective of the training ----------------------------------------------------------
 
 
-def collective(port: int, name: str, trial: Trial) -> Iterator[Outcome]:
+def collective(name: str, trial: Trial) -> Iterator[Outcome]:
     """End two ranks by SIGTERM, as a launcher does, while one waits for the other."""
     chance = trial.random
     logged = name == WITH
     folder = Path(tempfile.mkdtemp(prefix="campaign"))
     at = 0.05 + 0.6 * chance.random()
+    port = own_store()
 
     def body(rank: int, say: Say) -> None:
         own = random.Random(f"{trial.number}/{rank}")
@@ -248,7 +249,6 @@ def summed_up(outcomes: list[Outcome]) -> str:
 
 
 def run(options: Options, table: Table) -> None:
-    port, host = store_host()
     counts = {
         "threads": options.pick(full=280, quick=10),
         WITH: options.pick(full=200, quick=4),
@@ -265,10 +265,9 @@ def run(options: Options, table: Table) -> None:
     )
 
     def one(name: str, trial: Trial) -> Iterator[Outcome]:
-        return threads(trial) if name == "threads" else collective(port, name, trial)
+        return threads(trial) if name == "threads" else collective(name, trial)
 
     found = side_by_side(options, table, trials, one, crews=4, patience=2 * PATIENCE)
-    host.end()
     for row in table.rows:
         row.figures = summed_up([outcome for outcome in found if outcome.row == row.name])
 
