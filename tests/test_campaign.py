@@ -8,11 +8,7 @@ from campaign.__main__ import PROGRAMS, run
 pytestmark = pytest.mark.alone  # they stop and kill processes in their own time
 
 
-# The store's program still finds healthy ranks named (docs/reliability.md): `make campaign` shows it.
-HELD = [program for program in PROGRAMS if program != "store"]
-
-
-@pytest.mark.parametrize("program", HELD)
+@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.timeout(120)
 def test_faults_of_a_campaign_come_out_right(program):
     found = run(program, seed=0, quick=True)

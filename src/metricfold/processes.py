@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeAlias
 __all__ = [
     "Forkable",
     "Releasable",
+    "TaskThread",
     "Worker",
     "at_exit",
     "release_at_exit",
@@ -129,14 +130,14 @@ def start_thread(target: Callable[..., object], *args: object, name: str) -> thr
     return thread
 
 
-class Worker:
-    """A daemon thread that runs one task after the other; an exit waits for what it has."""
+class TaskThread:
+    """A daemon thread that runs one task after the other, as long as somebody can submit one."""
 
     def __init__(self, name: str) -> None:
         self._tasks: queue.SimpleQueue[_Task | threading.Event | None] = queue.SimpleQueue()
-        start_thread(_run, self._tasks, name=name)
-        weakref.finalize(self, self._tasks.put, None).atexit = False
-        _finish_at_exit(self)
+        self._thread = start_thread(_run, self._tasks, name=name)
+        self._end = weakref.finalize(self, self._tasks.put, None)
+        self._end.atexit = False
 
     def submit(self, task: Callable[[], Any], future: Future[Any]) -> None:
         """Run `task` for `future`, which cannot be cancelled: the other ranks count on it."""
@@ -148,6 +149,19 @@ class Worker:
         done = threading.Event()
         self._tasks.put(done)
         return done.wait(timeout)
+
+    def end(self, timeout: float) -> None:
+        """Run nothing more after what has been submitted, and wait for that."""
+        self._end()
+        self._thread.join(timeout)
+
+
+class Worker(TaskThread):
+    """A thread for tasks; an exit waits for what it has."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        _finish_at_exit(self)
 
 
 def _run(tasks: queue.SimpleQueue[_Task | threading.Event | None]) -> None:

@@ -7,8 +7,9 @@ of their own, of a clone of the store, whose connection no one else uses:
     client = StoreClient(job_store, "metricfold/0", seconds=30)
     client.set("key", "value", seconds=3)
 
-A thread that comes back from C++ while the interpreter is torn down aborts the process. So none is
-left behind: at its deadline the clone's socket is shut down, and the question returns with an error.
+Whoever has waited in vain asks nothing more until that question has been answered after all. A thread
+that comes back from C++ while the interpreter is torn down aborts the process: at exit the socket of a
+clone with an open question is shut down, and the question returns with an error.
 
 Connecting is what a store is slow at: its host looks up the name of whoever comes, one after the
 other, and answers nobody meanwhile. Where a name server leaves a question without an answer, that
@@ -18,27 +19,34 @@ waits for another rank, since those behind it would wait too.
 
 from __future__ import annotations
 
+import concurrent.futures
+import math
 import os
 import socket
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import distributed_c10d as c10d
 
-from metricfold.communicator.side_thread import NotAskedError, SideThread, StuckError
-from metricfold.processes import release_at_exit, watch_forks
+from metricfold.processes import TaskThread, release_at_exit, watch_forks
 
 __all__ = ["PolledStore", "StoreClient", "StoreGoneError"]
 
 
+_SLOW = 2.0
+"""Who waits so many seconds for an answer takes note of it."""
+
+
 class StoreGoneError(RuntimeError):
-    """The store has not answered in time; it is not asked again."""
+    """The store has not answered in time; it is not asked again until it has."""
 
 
 class StoreClient:
@@ -58,10 +66,12 @@ class StoreClient:
 
     def __init__(self, job_store: Any, prefix: str, seconds: float) -> None:
         self.where = _name_of(job_store)
-        self._job_store = weakref.ref(job_store)
         self._prefix = prefix
-        self._connection: _Connection | None = None
-        self._connect(time.monotonic() + seconds)
+        self._unanswered: Future[Any] | None = None
+        try:
+            self._connection: _Connection | None = _connections.to(job_store, seconds)
+        except TimeoutError:
+            raise self._gives_up() from None
 
     def ask(self, question: Callable[..., Any], *args: Any, seconds: float) -> Any:
         """Return ``question(store, *args)``, which is called on the thread that asks.
@@ -72,28 +82,35 @@ class StoreClient:
             seconds: to wait for its answer.
 
         Raises:
-            StoreGoneError: this question, or an earlier one, was not answered in time.
+            StoreGoneError: this question was not answered in time, or an earlier one still is not.
             Exception: what the question raises.
         """
-        until = time.monotonic() + seconds
-        while (connection := self._connection) is not None:
-            try:
-                return connection.ask(question, self._prefix, *args, until=until)
-            except NotAskedError:
-                # What another client has asked was not answered in time; this one's may be.
-                self._connect(until)
-            except TimeoutError:
-                self._connection = None
-        raise self._gives_up()
-
-    def _connect(self, until: float) -> None:
-        job_store, self._connection = self._job_store(), None
-        if job_store is None:
+        before, connection = self._unanswered, self._connection
+        if connection is None or (before is not None and not before.done()):
             raise self._gives_up()
+        answer = connection.ask(question, self._prefix, *args)
+        began = time.monotonic()
         try:
-            self._connection = _connections.to(job_store, until)
-        except TimeoutError:
+            return answer.result(max(seconds, 0.001))
+        except concurrent.futures.TimeoutError:
+            if answer.done():
+                return answer.result()
+            self._unanswered = connection.unanswered = answer
             raise self._gives_up() from None
+        finally:
+            if time.monotonic() - began > _SLOW:
+                connection.slow_at = time.monotonic()
+
+    @property
+    def stuck(self) -> bool:
+        """Whether anybody in this process has waited in vain, and the store still has not answered."""
+        asked = None if self._connection is None else self._connection.unanswered
+        return asked is not None and not asked.done()
+
+    @property
+    def slow_at(self) -> float:
+        """When, on the monotonic clock, anybody in this process last waited long for an answer."""
+        return -math.inf if self._connection is None else self._connection.slow_at
 
     def _gives_up(self) -> StoreGoneError:
         return StoreGoneError(f"{self.where} does not answer")
@@ -129,8 +146,8 @@ class PolledStore(c10d.Store):
     Args:
         client: asks.
         until: on the monotonic clock, how long to wait for a key that another rank sets.
-        seconds: to wait for each answer; where pairs are connected at first use, which may be after
-            `until`, also for a key.
+        seconds: to wait for an answer after that; where pairs are connected at first use, also for a
+            key.
         look: raises what makes waiting vain.
     """
 
@@ -145,7 +162,7 @@ class PolledStore(c10d.Store):
         self._found: dict[str, bytes] = {}
 
     def set(self, key: str, value: Any) -> None:
-        self._client.set(key, value, seconds=self._seconds)
+        self._client.set(key, value, seconds=self._until - time.monotonic() + self._seconds)
 
     def get(self, key: str) -> bytes:
         self.wait([key])
@@ -155,7 +172,9 @@ class PolledStore(c10d.Store):
         until, pause = max(self._until, time.monotonic() + self._seconds), 0.001
         for key in keys:
             while key not in self._found:
-                if (value := self._client.get(key, seconds=self._seconds)) is not None:
+                if (
+                    value := self._client.get(key, seconds=until - time.monotonic() + self._seconds)
+                ) is not None:
                     self._found[key] = value
                 elif time.monotonic() > until:
                     raise TimeoutError(f"nobody has set {key}")
@@ -172,51 +191,59 @@ class PolledStore(c10d.Store):
 
 
 class _Connection:
-    """A clone of the job's store, which one thread alone asks."""
+    """A clone of the job's store, which one thread alone asks.
 
-    def __init__(self, job_store: Any, until: float) -> None:
+    Attributes:
+        slow_at: when, on the monotonic clock, somebody last waited long for an answer.
+        unanswered: for what somebody last waited in vain.
+    """
+
+    def __init__(self, job_store: Any, seconds: float) -> None:
+        until = time.monotonic() + seconds
         bottom = _bottom_of(job_store)
-        self._port = getattr(bottom, "port", None)
-        self._before = _open_files()
+        port = getattr(bottom, "port", None)
+        before = _open_files()
+        self.slow_at = -math.inf
+        self.unanswered: Future[Any] | None = None
         self._sockets: list[socket.socket] = []
-        weakref.finalize(self, _close, self._sockets)
-        self._thread = SideThread("metricfold-store")
+        self._end = weakref.finalize(self, _cut_off, self._sockets)
+        self._thread = TaskThread("metricfold-store")
         release_at_exit(self)
-        if self._port is not None:
-            # A clone that is cut off tries again for as long as the job's store is told to,
-            # which is minutes; a client of our own ends. So this one sees that the host lives.
-            self._ask(_knock, bottom, until - time.monotonic(), until=until)
-        self._clone = self._ask(job_store.clone, until=until)
-        self._sockets += _new_sockets(self._before, self._port)
-
-    def ask(self, question: Callable[..., Any], prefix: str, *args: Any, until: float) -> Any:
-        """Return what `question` returns of the clone, under a prefix; errors as of `SideThread`."""
-        return self._ask(question, c10d.PrefixStore(prefix, self._clone), *args, until=until)
-
-    def _ask(self, call: Callable[..., Any], *args: Any, until: float) -> Any:
+        watch_forks(self)
         try:
-            return self._thread.ask(call, *args, seconds=until - time.monotonic())
-        except StuckError:
+            if port is not None:
+                # A clone that is cut off tries again for as long as the job's store is told to,
+                # which is minutes; a client of our own ends. So this one sees that the host lives.
+                self._submit(_knock, bottom, seconds).result(seconds)
+            cloned = self._submit(job_store.clone)
+            self._clone = cloned.result(max(until - time.monotonic(), 0.001))
+        except concurrent.futures.TimeoutError:
+            self._sockets += _new_sockets(before, port)
             self._cut_off()
-            raise
+            raise TimeoutError from None
+        self._sockets += _new_sockets(before, port)
 
-    @property
-    def ended(self) -> bool:
-        return self._thread.ended
+    def ask(self, question: Callable[..., Any], prefix: str, *args: Any) -> Future[Any]:
+        """Return what will hold what `question` returns of the clone, under a prefix."""
+        return self._submit(question, c10d.PrefixStore(prefix, self._clone), *args)
+
+    def _submit(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
+        answer: Future[Any] = Future()
+        self._thread.submit(partial(call, *args), answer)
+        return answer
 
     def release(self) -> None:
         """At exit: leave no thread in C++."""
-        if self._thread.busy:
+        if not self._thread.finish(0.2):
             self._cut_off()
 
+    def leave_parent_behind(self) -> None:
+        # The connection itself is the parent's, too.
+        self._end.detach()
+
     def _cut_off(self) -> None:
-        self._thread.end()
-        self._sockets += () if self._sockets else _new_sockets(self._before, self._port)
-        for handle in self._sockets:
-            with suppress(OSError):
-                handle.shutdown(socket.SHUT_RDWR)
-        self._thread.join(2.0)
-        _close(self._sockets)
+        self._end()
+        self._thread.end(2.0)
 
 
 class _Connections:
@@ -231,18 +258,19 @@ class _Connections:
         self._connecting = threading.Lock()
         self._to: weakref.WeakKeyDictionary[Any, _Connection] = weakref.WeakKeyDictionary()
 
-    def to(self, job_store: Any, until: float) -> _Connection:
-        """Return a connection on which all questions so far have been answered.
+    def to(self, job_store: Any, seconds: float) -> _Connection:
+        """Return the connection to a store.
 
         Raises:
-            TimeoutError: the store does not let anybody connect.
+            TimeoutError: the store has not let itself be connected to.
         """
-        if not self._connecting.acquire(timeout=max(until - time.monotonic(), 0.0)):
+        until = time.monotonic() + seconds
+        if not self._connecting.acquire(timeout=seconds):
             raise TimeoutError
         try:
-            known = self._to.get(job_store)
-            if known is None or known.ended:
-                known = self._to[job_store] = _Connection(job_store, until)
+            if (known := self._to.get(job_store)) is None:
+                left = max(until - time.monotonic(), 0.001)
+                known = self._to[job_store] = _Connection(job_store, left)
             return known
         finally:
             self._connecting.release()
@@ -259,7 +287,7 @@ def _knock(store: Any, seconds: float) -> None:
     except OSError as error:
         raise StoreGoneError(f"{_name_of(store)} does not answer ({error})") from None
     # It tries again only until its own timeout, which must have passed when it is cut off.
-    timeout = timedelta(seconds=max(0.75 * seconds, 1.0))
+    timeout = timedelta(seconds=max(0.9 * seconds, 1.0))
     type(store)(store.host, store.port, None, False, timeout, False)
 
 
@@ -275,9 +303,11 @@ def _name_of(store: Any) -> str:
     return "the store" if port is None else f"the store at {bottom.host}:{port}"
 
 
-def _close(sockets: list[socket.socket]) -> None:
-    while sockets:
-        sockets.pop().close()
+def _cut_off(sockets: list[socket.socket]) -> None:
+    for handle in sockets:
+        with suppress(OSError):
+            handle.shutdown(socket.SHUT_RDWR)
+        handle.close()
 
 
 def _found(store: Any, key: str) -> bytes | None:

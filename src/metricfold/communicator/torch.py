@@ -9,6 +9,7 @@ called: made lazily, it would race with groups that the training script makes.
 
 from __future__ import annotations
 
+import concurrent.futures
 import ipaddress
 import json
 import logging
@@ -17,8 +18,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -27,10 +30,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from metricfold.communicator.base import Communicator, MissingRanksError, likely_cause
-from metricfold.communicator.side_thread import SideThread
 from metricfold.communicator.store import PolledStore, StoreClient, StoreGoneError
 from metricfold.pool import FloatArray
-from metricfold.processes import release_at_exit, start_thread
+from metricfold.processes import TaskThread, release_at_exit, start_thread
 
 __all__ = ["TorchCommunicator"]
 
@@ -42,7 +44,9 @@ _BEAT = 0.5
 """A rank that waits longer than so many seconds says so in the store, and goes on saying it."""
 _ANSWER = 3.0
 """For so many seconds the store is waited for where nothing else gives a deadline."""
-_CONNECT = 2.0
+_END = 4.5
+"""A rank says so many seconds after the timeout at the latest that the store does not answer."""
+_CONNECT = 1.0
 """A connection gets at least so many seconds, and up to five times as many in all."""
 _LATE = 0.25
 """A rank that met broken connections within so many seconds came after the others had given up."""
@@ -119,8 +123,9 @@ class TorchCommunicator(Communicator):
         aborts the process. The group's destructor waits for the thread.
         """
         self._released = True
-        with suppress(RuntimeError):
-            self._leave("ended")
+        if not self._store.stuck:  # each aggregator of this process would wait for it
+            with suppress(RuntimeError):
+                self._leave("ended")
         # It would also wait for a collective that goes on, which the exit after an error must not.
         if self._work is None or self._work.is_completed():
             self._group = None
@@ -221,19 +226,15 @@ class TorchCommunicator(Communicator):
             # gloo tries five times to connect to each.
             once = max((until - time.monotonic()) / 5, _CONNECT)
             self._polled = PolledStore(self._store, until, _ANSWER, self._raise_if_poisoned)
-            return SideThread("metricfold-connects").ask(
-                c10d.ProcessGroupGloo,
-                self._polled,
-                self.rank,
-                self.world_size,
-                timedelta(seconds=once),
-                seconds=5 * once + 2 * _ANSWER,
-            )
+            group: Future[Any] = Future()
+            start = partial(c10d.ProcessGroupGloo, self._polled, self.rank, self.world_size)
+            TaskThread("metricfold-connects").submit(partial(start, timedelta(seconds=once)), group)
+            return group.result(5 * once + 2 * _ANSWER)
         except StoreGoneError as gone:
             raise self._nobody_named(str(gone)) from None
         except MissingRanksError:
             raise
-        except (RuntimeError, TimeoutError) as error:
+        except (RuntimeError, TimeoutError, concurrent.futures.TimeoutError) as error:
             raise self._unconnected(error) from error
 
     def _meet(self, until: float) -> None:
@@ -253,7 +254,7 @@ class TorchCommunicator(Communicator):
                 self._raise_if_poisoned(left())
                 absent = self._without("met")
                 if absent and now >= until:
-                    raise self._given_up(absent, self._did_not_come())
+                    raise self._named(absent, self._did_not_come())
                 self._warn(absent)
                 warned = True
             time.sleep(pause)
@@ -265,15 +266,15 @@ class TorchCommunicator(Communicator):
         absent = [r for r in others if self._store.get(f"{key}/{r}", seconds=_ANSWER) is None]
         return dict.fromkeys(absent, said)
 
-    def _unconnected(self, error: RuntimeError | TimeoutError) -> MissingRanksError:
+    def _unconnected(self, error: Exception) -> MissingRanksError:
         """Return what to raise if the ranks that came cannot reach each other."""
         text = _first_line(error)
         try:
             self._raise_if_poisoned()
-            if isinstance(error, TimeoutError) and (
+            if not isinstance(error, RuntimeError) and (
                 absent := self._without("0", "came, and has given no sign of life since")
             ):
-                return self._given_up(absent, self._did_not_come())
+                return self._named(absent, self._did_not_come())
             hint = self._interface_hint(text)
             failed = f"the connection between them failed on rank {self._ranks[self.rank]}"
             return self._given_up({}, f"no rank is missing, but {failed}: {text}. {hint}")
@@ -308,41 +309,49 @@ class TorchCommunicator(Communicator):
     def _say_that_it_waits(self, done: threading.Event, call: int) -> None:
         """Note in the store that this rank waits, as long as it does; on a thread of its own."""
         started, beats, warned = time.monotonic(), 0, False
+
+        def left() -> float:
+            # A rank that gave up its notes while the store is away for a moment would be named.
+            return max(started + self._seconds - time.monotonic(), 0.0) + _ANSWER
+
         with suppress(RuntimeError):  # the store is gone: who waits will hear
             while not done.wait(_BEAT / 2 if not beats else _BEAT):
                 beats += 1
-                self._store.set(
-                    f"at/{self.rank}", json.dumps([call, "waits", beats]), seconds=_ANSWER
-                )
+                note = json.dumps([call, "waits", beats])
+                self._store.set(f"at/{self.rank}", note, seconds=left())
                 if not warned and time.monotonic() - started >= self._patience - _BEAT:
                     warned = True
-                    absent = [rank for rank, sign in self._signs(call).items() if sign is None]
+                    signs = self._signs(call, left())
+                    absent = [rank for rank, sign in signs.items() if sign is None]
                     if not done.wait(_BEAT):
-                        self._warn({r: "" for r in absent if self._sign(r, call) is None})
+                        self._warn({r: "" for r in absent if self._sign(r, call, left()) is None})
             if beats and self._passed >= call:
                 self._sign_off("done", call)
 
-    def _sign_off(self, state: str, call: int, waited: float = 0.0) -> None:
+    def _sign_off(
+        self, state: str, call: int, waited: float = 0.0, seconds: float = _ANSWER
+    ) -> None:
         """Let the others see how this rank's call has ended."""
-        self._store.set(f"end/{self.rank}", json.dumps([call, state, waited]), seconds=_ANSWER)
+        self._store.set(f"end/{self.rank}", json.dumps([call, state, waited]), seconds=seconds)
 
     def _leave(self, state: str) -> None:
         """Let the others see that this rank takes part in nothing any more."""
         if self._calls and self.world_size > 1:
             self._sign_off(state, self._calls)
 
-    def _sign(self, rank: int, call: int) -> _Sign | None:
+    def _sign(self, rank: int, call: int, seconds: float = _ANSWER) -> _Sign | None:
         """Return what `rank` has let see of itself in `call` or since; None: it was not there."""
         for key in ("end", "at"):
-            if (text := self._store.get(f"{key}/{rank}", seconds=_ANSWER)) is None:
+            if (text := self._store.get(f"{key}/{rank}", seconds=seconds)) is None:
                 continue
             its_call, state, beat = json.loads(text)
             if state in ("closed", "ended") or its_call >= call:
                 return _Sign(state, beat)
         return None
 
-    def _signs(self, call: int) -> dict[int, _Sign | None]:
-        return {r: self._sign(r, call) for r in range(self.world_size) if r != self.rank}
+    def _signs(self, call: int, seconds: float = _ANSWER) -> dict[int, _Sign | None]:
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        return {rank: self._sign(rank, call, seconds) for rank in others}
 
     def _roll_call(self, *, timed_out: bool) -> dict[int, str]:
         """Return who is missing from this call, and what they have said of themselves.
@@ -373,7 +382,8 @@ class TorchCommunicator(Communicator):
         broken = set() if timed_out else self._broken_pairs()
         try:
             # First, for who meets connections that are closed looks here for the reason.
-            self._sign_off("gave up" if timed_out else "broke", self._calls, waited)
+            left = min(max(self._seconds + _END - waited, 1.0), _ANSWER)
+            self._sign_off("gave up" if timed_out else "broke", self._calls, waited, left)
             self._close_pairs()
             if (known := self._verdict_of_another()) is not None:
                 return known
@@ -382,7 +392,7 @@ class TorchCommunicator(Communicator):
                 # A rank whose connection is whole is only slow to come.
                 missing = {r: said for r, said in missing.items() if r in broken or said}
             if missing:
-                return self._given_up(missing, how)
+                return self._named(missing, how)
             return self._unconnected(error)
         except StoreGoneError as gone:
             return self._nobody_named(f"{how}; {gone}")
@@ -430,6 +440,13 @@ class TorchCommunicator(Communicator):
             time.sleep(_BEAT / 5)
         return None
 
+    def _named(self, missing: Mapping[int, str], how: str) -> MissingRanksError:
+        """Give those up that are missing by all that the store says."""
+        if self._store.slow_at < time.monotonic() - 2 * _ANSWER:
+            return self._given_up(missing, how)
+        # They may have given the store up, and what they had to say with it.
+        return self._given_up({}, self._untold(f"{how}; {self._store.where} has answered late"))
+
     def _given_up(self, missing: Mapping[int, str], how: str) -> MissingRanksError:
         """Record the verdict, the first rank's for all, and return it as an error."""
         verdict = json.dumps({"missing": list(missing.items()), "how": how})
@@ -457,10 +474,13 @@ class TorchCommunicator(Communicator):
         )
 
     def _nobody_named(self, how: str) -> MissingRanksError:
-        return MissingRanksError(
-            f"aggregator {self._name!r}: a collective call failed, and who is missing cannot be told: "
-            f"{how}. Most likely the process or host that serves the store has stopped or ended. "
-            f"{_RECOVERY}"
+        return MissingRanksError(f"aggregator {self._name!r}: {self._untold(how)}. {_RECOVERY}")
+
+    @staticmethod
+    def _untold(how: str) -> str:
+        return (
+            f"a collective call failed, and who is missing cannot be told: {how}. Most likely the "
+            "process or host that serves the store has stopped or ended, or has too much to do"
         )
 
     def _warn(self, missing: Mapping[int, str]) -> None:
