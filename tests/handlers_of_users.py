@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from metricfold import AggregationHandler, LaneHandler, Metric, MetricState
+import numpy as np
+
+from metricfold import (
+    AggregationHandler,
+    LaneHandler,
+    Metric,
+    MetricsAggregator,
+    MetricState,
+)
 from metricfold.metric import TypeLike
 
 
@@ -88,3 +96,57 @@ class ProductHandler(AggregationHandler):
 
     def deserialize_metadata(self, metadata: dict[str, Any]) -> dict[str, Any]:
         return {"factors": dict(metadata["factors"])}
+
+
+class LaneMean(LaneHandler):
+    """A mean by lanes of a user's own, which takes weights."""
+
+    sum_lanes = ("total", "weight")
+    weighted = True
+
+    def sums_of(self, values: Any, weights: Any) -> tuple[float, ...]:
+        assert weights is None or weights.all(), "a value of weight 0 has come to a fold"
+        weights = np.ones_like(values) if weights is None else weights
+        with np.errstate(invalid="ignore"):  # inf - inf
+            return float(values @ weights), float(weights.sum())
+
+    def result(self, lanes: Mapping[str, float]) -> float:
+        return lanes["total"] / lanes["weight"]
+
+
+class StateMean(AggregationHandler):
+    """The same with a state of its own."""
+
+    def initialize_metric_state(
+        self, dataset_name: str, metric_name: str, agg_type: Any
+    ) -> MetricState:
+        return MetricState(dataset_name, metric_name, 0.0, agg_type, {"total": 0.0, "weight": 0.0})
+
+    def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
+        assert metric.weight, "a value of weight 0 has come to a handler"
+        self._add(local_agg_metric, metric.weight * metric.value, metric.weight)
+
+    def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
+        return [local_agg_metric]
+
+    def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> MetricState:
+        merged = self.initialize_metric_state("", "", "")
+        for state in local_agg_metrics:
+            self._add(merged, state.metadata["total"], state.metadata["weight"])
+        return merged
+
+    def _add(self, state: MetricState, total: float, weight: float) -> None:
+        state.metadata["total"] += total
+        state.metadata["weight"] += weight
+        state.value = state.metadata["total"] / state.metadata["weight"]
+
+
+def aggregator_of_users(**options: Any) -> MetricsAggregator:
+    """Return an aggregator that knows all of these."""
+    aggregator = MetricsAggregator(**options)
+    aggregator.register_handler("lane rms", LaneRMS())
+    aggregator.register_handler("lane mean", LaneMean())
+    aggregator.register_handler("state mean", StateMean())
+    aggregator.register_handler(MyTypes.RMS, RMSHandler())
+    aggregator.register_handler(MyTypes.PRODUCT, ProductHandler())
+    return aggregator

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from handlers_of_users import RMSHandler
 from ranks import preload
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -440,20 +439,6 @@ def test_a_second_type_of_a_metric_ends_no_worker_but_its_batch_is_refused() -> 
     assert complaint.startswith("metric 'n' of dataset 'd' is already registered with aggregation ")
     assert "type sum, so it cannot take a value of type max" in complaint
     assert aggregator.get_metrics_for_logging("t") == {"t_d/n": 8.0, "t_d/tokens": 44.0}
-
-
-@pytest.mark.parametrize(
-    "types", [("sum", "max"), ("max", "sum"), ("sum", "state"), ("state", "sum")]
-)
-def test_a_batch_with_two_types_of_a_new_metric_is_refused_whole(types: Any) -> None:
-    aggregator = MetricsAggregator()
-    aggregator.register_handler("state", RMSHandler())
-    batch = MetricBatch.from_metrics(
-        [Metric("d", "other", 1, "sum"), *(Metric("d", "n", 1, agg) for agg in types)]
-    )
-    with pytest.raises(ValueError, match="metric 'n' of dataset 'd' is already registered"):
-        aggregator.update(batch)
-    assert aggregator.get_metrics_for_logging("t") == {}
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")

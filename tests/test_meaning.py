@@ -15,13 +15,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from handlers_of_users import LaneRMS
+from handlers_of_users import LaneMean, LaneRMS, aggregator_of_users
 from jax_devices import on_devices
 from ranks import run_threads
+from ways_in import (
+    CATEGORICAL,
+    DISTRIBUTION,
+    MAX,
+    MEAN,
+    MIN,
+    RATE,
+    SUM,
+    Take,
+    as_batch,
+    as_list,
+    one_by_one,
+)
+from ways_in import WAYS_IN as ON_THE_HOST
 
 from metricfold import (
-    AggregationHandler,
-    AggregationType,
     CategoricalCountAggHandler,
     DistributionAggHandler,
     LaneHandler,
@@ -30,89 +42,13 @@ from metricfold import (
     Metric,
     MetricBatch,
     MetricsAggregator,
-    MetricState,
     SumAggHandler,
 )
 
-SUM, MEAN, MAX, MIN, DISTRIBUTION, CATEGORICAL, RATE = (
-    AggregationType.SUM,
-    AggregationType.MEAN,
-    AggregationType.MAX,
-    AggregationType.MIN,
-    AggregationType.DISTRIBUTION,
-    AggregationType.CATEGORICAL_COUNT,
-    AggregationType.RATE,
-)
 NAN, INF = math.nan, math.inf
 
 
-class LaneMean(LaneHandler):
-    """A mean by lanes of a user's own, which takes weights."""
-
-    sum_lanes = ("total", "weight")
-    weighted = True
-
-    def sums_of(self, values: Any, weights: Any) -> tuple[float, ...]:
-        assert weights is None or weights.all(), "a value of weight 0 has come to a fold"
-        weights = np.ones_like(values) if weights is None else weights
-        with np.errstate(invalid="ignore"):  # inf - inf
-            return float(values @ weights), float(weights.sum())
-
-    def result(self, lanes: Mapping[str, float]) -> float:
-        return lanes["total"] / lanes["weight"]
-
-
-class StateMean(AggregationHandler):
-    """The same with a state of its own."""
-
-    def initialize_metric_state(
-        self, dataset_name: str, metric_name: str, agg_type: Any
-    ) -> MetricState:
-        return MetricState(dataset_name, metric_name, 0.0, agg_type, {"total": 0.0, "weight": 0.0})
-
-    def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
-        assert metric.weight, "a value of weight 0 has come to a handler"
-        self._add(local_agg_metric, metric.weight * metric.value, metric.weight)
-
-    def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
-        return [local_agg_metric]
-
-    def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> MetricState:
-        merged = self.initialize_metric_state("", "", "")
-        for state in local_agg_metrics:
-            self._add(merged, state.metadata["total"], state.metadata["weight"])
-        return merged
-
-    def _add(self, state: MetricState, total: float, weight: float) -> None:
-        state.metadata["total"] += total
-        state.metadata["weight"] += weight
-        state.value = state.metadata["total"] / state.metadata["weight"]
-
-
-def aggregator_of_users(**options: Any) -> MetricsAggregator:
-    aggregator = MetricsAggregator(**options)
-    aggregator.register_handler("lane rms", LaneRMS())
-    aggregator.register_handler("lane mean", LaneMean())
-    aggregator.register_handler("state mean", StateMean())
-    return aggregator
-
-
 # -- The ways in ---------------------------------------------------------------------------------
-
-WayIn = Callable[[MetricsAggregator, list[Metric]], None]
-
-
-def as_list(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
-    aggregator.update(metrics)
-
-
-def as_collated_batch(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
-    aggregator.update(pickle.loads(pickle.dumps(MetricBatch.from_metrics(metrics))))
-
-
-def by_record(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
-    for dataset, name, value, agg, weight in metrics:
-        aggregator.record(name, value, agg, dataset=dataset, weight=weight)
 
 
 def with_weights_on_a_device(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
@@ -268,32 +204,31 @@ def _jax_step(name: str, agg: Any, datasets: tuple[str, ...]) -> tuple[Any, Any]
     return DeviceAccumulator({name: agg}, datasets), jax.jit(step)
 
 
-ON_THE_HOST: list[WayIn] = [as_list, as_collated_batch, by_record]
-IN_ARRAYS: list[WayIn] = [in_an_array, in_a_masked_array]
-ON_DEVICES: list[WayIn] = [with_weights_on_a_device, on_a_torch_device, on_a_jax_device]
-ARRAYS_ON_DEVICES: list[WayIn] = [
+IN_ARRAYS: list[Take] = [in_an_array, in_a_masked_array]
+ON_DEVICES: list[Take] = [with_weights_on_a_device, on_a_torch_device, on_a_jax_device]
+ARRAYS_ON_DEVICES: list[Take] = [
     in_a_torch_array,
     in_a_jax_array,
     in_an_array_weighed_on_a_device,
     in_a_torch_array_weighed_here,
 ]
-ACCUMULATORS: list[WayIn] = [by_a_torch_accumulator, by_a_torch_accumulator_in_rows]
+ACCUMULATORS: list[Take] = [by_a_torch_accumulator, by_a_torch_accumulator_in_rows]
 WAYS_IN = [*ON_THE_HOST, *IN_ARRAYS, *ON_DEVICES, *ARRAYS_ON_DEVICES, *ACCUMULATORS]
 every_host_way_in = pytest.mark.parametrize("way_in", ON_THE_HOST, ids=lambda way: way.__name__)
 
 # -- The ways out --------------------------------------------------------------------------------
 
-WayOut = Callable[[WayIn, list[Metric], Mapping[str, Any]], dict[str, float]]
+WayOut = Callable[[Take, list[Metric], Mapping[str, Any]], dict[str, float]]
 
 
-def alone(way_in: WayIn, metrics: list[Metric], options: Mapping[str, Any]) -> dict[str, float]:
+def alone(way_in: Take, metrics: list[Metric], options: Mapping[str, Any]) -> dict[str, float]:
     aggregator = aggregator_of_users(**options)
     way_in(aggregator, metrics)
     return aggregator.get_metrics_for_logging("t")
 
 
 def from_a_checkpoint(
-    way_in: WayIn, metrics: list[Metric], options: Mapping[str, Any]
+    way_in: Take, metrics: list[Metric], options: Mapping[str, Any]
 ) -> dict[str, float]:
     saving, loading = aggregator_of_users(**options), aggregator_of_users(**options)
     way_in(saving, metrics)
@@ -302,7 +237,7 @@ def from_a_checkpoint(
 
 
 def over_two_ranks(
-    way_in: WayIn, metrics: list[Metric], options: Mapping[str, Any]
+    way_in: Take, metrics: list[Metric], options: Mapping[str, Any]
 ) -> dict[str, float]:
     """Half of the metrics each, over the exchange that `options` name."""
 
@@ -420,7 +355,7 @@ def _distribution(x: Any, w: Any) -> dict[str, float]:
     return {f"_stat_{name}": float(result) for name, result in results.items()}
 
 
-def check(agg: Any, found: Mapping[str, float], wanted: Mapping[str, float], way_in: WayIn) -> None:
+def check(agg: Any, found: Mapping[str, float], wanted: Mapping[str, float], way_in: Take) -> None:
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         if agg is RATE and math.isfinite(value):
@@ -440,7 +375,7 @@ def cases(agg: Any) -> dict[str, list[Value]]:
     return COUNTING | WEIGHING if agg in WEIGHED else COUNTING
 
 
-def check_cases(agg: Any, way_in: WayIn, way_out: WayOut, **options: Any) -> None:
+def check_cases(agg: Any, way_in: Take, way_out: WayOut, **options: Any) -> None:
     """Check all cases, each in turn."""
     for name, values in cases(agg).items():
         if agg is RATE and way_out is from_a_checkpoint:
@@ -458,11 +393,11 @@ def check_cases(agg: Any, way_in: WayIn, way_out: WayOut, **options: Any) -> Non
     [(agg, way) for way in WAYS_IN for agg in (ACCUMULATED if way in ACCUMULATORS else TYPES)],
     ids=lambda one: getattr(one, "__name__", str(one)),
 )
-def test_every_way_in_means_the_same(agg: Any, on_nan: str, way_in: WayIn) -> None:
+def test_every_way_in_means_the_same(agg: Any, on_nan: str, way_in: Take) -> None:
     check_cases(agg, way_in, alone, on_nan=on_nan)
 
 
-WAYS_THROUGH: list[WayIn] = [as_list, as_collated_batch, in_a_torch_array, *ACCUMULATORS]
+WAYS_THROUGH: list[Take] = [as_list, as_batch, in_a_torch_array, *ACCUMULATORS]
 """Of the ways in one of each kind of state that leaves by a checkpoint or to other ranks."""
 
 
@@ -472,7 +407,7 @@ WAYS_THROUGH: list[WayIn] = [as_list, as_collated_batch, in_a_torch_array, *ACCU
     [(agg, way) for way in WAYS_THROUGH for agg in (ACCUMULATED if way in ACCUMULATORS else TYPES)],
     ids=lambda one: getattr(one, "__name__", str(one)),
 )
-def test_every_way_out_means_the_same(agg: Any, way_in: WayIn, way_out: WayOut) -> None:
+def test_every_way_out_means_the_same(agg: Any, way_in: Take, way_out: WayOut) -> None:
     for route in ("narrow", "wide"):
         check_cases(agg, way_in, way_out, route=route)
 
@@ -491,7 +426,7 @@ def test_a_compiled_accumulator_of_jax_means_the_same(agg: Any) -> None:
 
 
 @pytest.mark.parametrize("way_in", [*ON_THE_HOST, *ON_DEVICES], ids=lambda way: way.__name__)
-def test_a_category_of_weight_0_is_none(way_in: WayIn) -> None:
+def test_a_category_of_weight_0_is_none(way_in: Take) -> None:
     aggregator = MetricsAggregator()
     weights = {"a": 1, "b": 0, "": 1, "c": 0.0}
     metrics = [
@@ -503,7 +438,7 @@ def test_a_category_of_weight_0_is_none(way_in: WayIn) -> None:
 
 @every_host_way_in
 @pytest.mark.parametrize("agg", [*TYPES, CATEGORICAL], ids=str)
-def test_what_a_value_of_weight_0_is_does_not_matter(agg: Any, way_in: WayIn) -> None:
+def test_what_a_value_of_weight_0_is_does_not_matter(agg: Any, way_in: Take) -> None:
     aggregator = aggregator_of_users()
     for value in (NAN, None, "", "two\nlines", object(), np.zeros(3), 10**400, np.ma.masked):
         way_in(aggregator, [Metric("d", "m", value, agg, 0)])
@@ -514,7 +449,7 @@ def test_what_a_value_of_weight_0_is_does_not_matter(agg: Any, way_in: WayIn) ->
 
 
 @every_host_way_in
-def test_a_metric_of_weight_0_takes_no_name(way_in: WayIn) -> None:
+def test_a_metric_of_weight_0_takes_no_name(way_in: Take) -> None:
     aggregator = MetricsAggregator()
     way_in(aggregator, [Metric("d", "len_stat_mean", 2.0, SUM, 0)])
     way_in(aggregator, [Metric("d", "len", 2.0, DISTRIBUTION)])
@@ -534,7 +469,7 @@ def test_a_metric_of_weight_0_takes_no_name(way_in: WayIn) -> None:
     ],
     ids=str,
 )
-def test_a_mistake_is_one_at_weight_0_too(way_in: WayIn, metric: Metric, complaint: str) -> None:
+def test_a_mistake_is_one_at_weight_0_too(way_in: Take, metric: Metric, complaint: str) -> None:
     aggregator = MetricsAggregator()
     aggregator.record("loss", 2.0, dataset="d")
     with pytest.raises((TypeError, ValueError), match=complaint):
@@ -577,14 +512,14 @@ UNWEIGHED = (SUM, MAX, MIN, RATE, CATEGORICAL, "lane rms")
 @pytest.mark.parametrize("weight", [2, 0.5, np.float32(3), np.array([7])], ids=repr)
 @pytest.mark.parametrize("agg", UNWEIGHED, ids=str)
 def test_a_weight_that_was_ignored_is_refused_with_the_whole_batch(
-    agg: Any, weight: Any, way_in: WayIn
+    agg: Any, weight: Any, way_in: Take
 ) -> None:
     """0.1.0 took such a value with any weight, and ignored that."""
     aggregator = aggregator_of_users()
     aggregator.record("before", 1.0)
     first, bad = Metric("d", "first", 1.0, MEAN), Metric("d", "m", 1.0, agg, weight)
     advice = "handler say weighted = True" if agg == "lane rms" else "use 'mean' or 'distribution'"
-    if way_in is by_record:
+    if way_in is one_by_one:
         first = bad
     with pytest.raises(ValueError, match=r"metric 'm' of dataset 'd'.*once \(weight 1\)") as caught:
         way_in(aggregator, [first, bad])
@@ -617,13 +552,13 @@ def test_a_data_worker_hands_such_a_weight_on(agg: Any) -> None:
     ("agg", "way_in"),
     [
         (agg, way)
-        for way in [*ON_DEVICES, as_list, as_collated_batch]
+        for way in [*ON_DEVICES, as_list, as_batch]
         for agg in UNWEIGHED
-        if not (agg == "lane rms" and way is as_collated_batch)  # a worker knows no such handler
+        if not (agg == "lane rms" and way is as_batch)  # a worker knows no such handler
     ],
     ids=lambda one: getattr(one, "__name__", str(one)),
 )
-def test_of_a_weight_on_a_device_only_0_or_not_matters_there(agg: Any, way_in: WayIn) -> None:
+def test_of_a_weight_on_a_device_only_0_or_not_matters_there(agg: Any, way_in: Take) -> None:
     torch = pytest.importorskip("torch")
     values = [(3.0, 2.0), (3.0, 0.5), (9.0, 0.0)]
     if way_in in ON_THE_HOST:
@@ -638,7 +573,7 @@ def test_of_a_weight_on_a_device_only_0_or_not_matters_there(agg: Any, way_in: W
 
 
 @every_host_way_in
-def test_a_handler_without_lanes_gets_every_weight_but_0(way_in: WayIn) -> None:
+def test_a_handler_without_lanes_gets_every_weight_but_0(way_in: Take) -> None:
     aggregator = aggregator_of_users()
     weighed = [(2.0, 0), (2.0, 0.5), (5.0, 3), (1.0, np.int64(2)), (NAN, 0.0)]
     way_in(aggregator, [Metric("d", "m", value, "state mean", weight) for value, weight in weighed])

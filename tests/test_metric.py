@@ -24,6 +24,17 @@ from handlers_of_users import LaneRMS, MyTypes, RMSHandler
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+from ways_in import (
+    CATEGORICAL,
+    DISTRIBUTION,
+    MAX,
+    MEAN,
+    MIN,
+    RATE,
+    SUM,
+    WAYS_IN,
+    Take,
+)
 
 from metricfold import (
     AggregationType,
@@ -34,35 +45,8 @@ from metricfold import (
     Snapshot,
 )
 
-SUM, MEAN, MAX, MIN, DISTRIBUTION, CATEGORICAL, RATE = (
-    AggregationType.SUM,
-    AggregationType.MEAN,
-    AggregationType.MAX,
-    AggregationType.MIN,
-    AggregationType.DISTRIBUTION,
-    AggregationType.CATEGORICAL_COUNT,
-    AggregationType.RATE,
-)
 NUMERIC = [SUM, MEAN, MAX, MIN, DISTRIBUTION, RATE]
 
-Take = Callable[[MetricsAggregator, list[Metric]], None]
-"""A way in."""
-
-
-def take_list(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
-    aggregator.update(metrics)
-
-
-def take_one_by_one(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
-    for dataset, name, value, agg_type, weight in metrics:
-        aggregator.record(name, value, agg_type, dataset=dataset, weight=weight)
-
-
-def take_batch(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
-    aggregator.update(pickle.loads(pickle.dumps(MetricBatch.from_metrics(metrics))))
-
-
-WAYS_IN = [take_list, take_one_by_one, take_batch]
 every_way_in = pytest.mark.parametrize("take", WAYS_IN)
 
 

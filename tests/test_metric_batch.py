@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from handlers_of_users import LaneRMS, MyTypes, ProductHandler, RMSHandler
+from handlers_of_users import MyTypes, aggregator_of_users
+from ways_in import CATEGORICAL, DISTRIBUTION, MAX, MEAN, MIN, RATE, SUM
 
 from metricfold import (
     AggregationType,
@@ -28,15 +29,6 @@ from metricfold import (
     MetricsCollator,
 )
 
-SUM, MEAN, MAX, MIN, DISTRIBUTION, CATEGORICAL, RATE = (
-    AggregationType.SUM,
-    AggregationType.MEAN,
-    AggregationType.MAX,
-    AggregationType.MIN,
-    AggregationType.DISTRIBUTION,
-    AggregationType.CATEGORICAL_COUNT,
-    AggregationType.RATE,
-)
 NAN, INF = math.nan, math.inf
 
 # Arrays of torch are values like others, where it is installed.
@@ -55,14 +47,6 @@ def sent(batch: MetricBatch) -> MetricBatch:
     return arrived
 
 
-def aggregator_of_users(**options: Any) -> MetricsAggregator:
-    aggregator = MetricsAggregator(**options)
-    aggregator.register_handler("lane rms", LaneRMS())
-    aggregator.register_handler(MyTypes.RMS, RMSHandler())
-    aggregator.register_handler(MyTypes.PRODUCT, ProductHandler())
-    return aggregator
-
-
 def shuffled(*metrics: Metric) -> list[Metric]:
     return random.Random(3).sample(metrics, len(metrics))
 
@@ -76,8 +60,7 @@ def metrics(
     ]
 
 
-PLAIN = [3, 1.5, -2, True, 1e300, 0.0, -0.0, 7, 2**53 - 1]
-WITH_NAN = [*PLAIN, NAN, INF, -INF, NAN, 4.0]
+NUMBERS = [3, 1.5, -2, True, 1e300, 0.0, -0.0, 7, 2**53 - 1, NAN, INF, -INF, NAN, 4.0]
 WEIGHTS = (1.0, 0.0, 2, 0.5, 0)
 COUNTS_OR_NOT = (1.0, 0.0, 1, True, False)
 
@@ -92,11 +75,7 @@ CASES = {
         f"{agg_type.name} of {name}": metrics(agg_type, values, taken_by(agg_type, weights))
         for agg_type in (SUM, MEAN, MAX, MIN, DISTRIBUTION)
         for name, values, weights in [
-            ("numbers", PLAIN, (1.0,)),
-            ("one", [5], (1.0,)),
-            ("numbers with weights", PLAIN, WEIGHTS),
-            ("nan", WITH_NAN, (1.0,)),
-            ("nan with weights", WITH_NAN, WEIGHTS),
+            ("numbers with weights", NUMBERS, WEIGHTS),
             ("nan of weight 0", [NAN, 2.0, NAN], (0.0,)),
             ("arrays", [tensor(2), np.float32(3), np.array([4.5]), tensor([[1.0]])], (2,)),
         ]
@@ -112,19 +91,14 @@ CASES = {
             ("as arrays", [tensor(3), np.int8(3), np.str_("x"), tensor(True)]),
         ]
     },
-    "lanes of a user": metrics("lane rms", PLAIN[:4], COUNTS_OR_NOT),
+    "lanes of a user": metrics("lane rms", NUMBERS[:4], COUNTS_OR_NOT),
     "a user's own states": metrics(MyTypes.RMS, [3, 4, tensor(5), np.float64(6)]),
     "a user's own factors": metrics(MyTypes.PRODUCT, [2, 3, 2, 5]),
     "nothing": [],
 }
 EMPTY = {"nothing", *(name for name in CASES if name.endswith("nan of weight 0"))}
 CASES["everything at once"] = shuffled(
-    *[
-        metric._replace(name=name)
-        for name, listed in CASES.items()
-        for metric in listed
-        if name not in ("SUM of nan", "MEAN of nan")
-    ]
+    *[metric._replace(name=name) for name, listed in CASES.items() for metric in listed]
 )
 
 
@@ -180,8 +154,8 @@ def test_an_aggregator_does_not_change_a_batch() -> None:
     aggregator.update(batch)
     once = aggregator.get_metrics_for_logging()
     aggregator.update(batch)
-    assert aggregator.get_metrics_for_logging()["data_orca/SUM of one"] == 10.0
-    assert once["data_orca/SUM of one"] == 5.0
+    assert aggregator.get_metrics_for_logging()["data_orca/SUM of arrays"] == 6.0
+    assert once["data_orca/SUM of arrays"] == 3.0
     assert repr(batch.__reduce__()) == before
 
 
@@ -286,11 +260,18 @@ def test_a_batch_whose_type_conflicts_changes_nothing(earlier: str) -> None:
     assert aggregator.get_metrics_for_logging() == {"data_orca/m": 1.0}
 
 
-def test_two_types_for_one_key_in_one_batch_are_refused_where_it_is_made() -> None:
-    with pytest.raises(
-        ValueError, match=r"'m' of dataset 'orca' is already registered with .* sum"
-    ):
-        MetricBatch.from_metrics([Metric("orca", "m", 1, SUM), Metric("orca", "m", 1, "max")])
+@pytest.mark.parametrize(
+    "types", [("sum", "max"), ("max", "sum"), ("sum", "state mean"), ("state mean", "sum")]
+)
+def test_a_batch_with_two_types_of_a_new_metric_is_refused_whole(types: Any) -> None:
+    """It was refused where the batch is made, which ends a data worker."""
+    aggregator = aggregator_of_users()
+    batch = MetricBatch.from_metrics(
+        [Metric("d", "other", 1, "sum"), *(Metric("d", "n", 1, agg) for agg in types)]
+    )
+    with pytest.raises(ValueError, match="metric 'n' of dataset 'd' is already registered"):
+        aggregator.update(batch)
+    assert aggregator.get_metrics_for_logging("t") == {}
 
 
 # -- What it is ----------------------------------------------------------------------------------

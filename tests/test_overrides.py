@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import pickle
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ranks import run_threads
+from ways_in import WAYS_IN, Take
 
 from metricfold import (
     AggregationHandler,
@@ -185,21 +185,8 @@ OVERRIDES: dict[str, Callable[..., Any]] = {
 }
 
 
-def as_list(aggregator: MetricsAggregator, values: list[Any]) -> None:
-    aggregator.update([Metric("d", "x", value, "mine") for value in values])
-
-
-def as_batch(aggregator: MetricsAggregator, values: list[Any]) -> None:
-    batch = MetricBatch.from_metrics([Metric("d", "x", value, "mine") for value in values])
-    aggregator.update(pickle.loads(pickle.dumps(batch)))
-
-
-def one_by_one(aggregator: MetricsAggregator, values: list[Any]) -> None:
-    for value in values:
-        aggregator.record("x", value, "mine", dataset="d")
-
-
-WAYS_IN = [as_list, as_batch, one_by_one]
+def given(values: list[Any]) -> list[Metric]:
+    return [Metric("d", "x", value, "mine") for value in values]
 
 
 def logged(
@@ -208,13 +195,13 @@ def logged(
     method: str,
     parts: Parts,
     state: Any,
-    take: Callable[[MetricsAggregator, list[Any]], None],
+    take: Take,
 ) -> tuple[dict[str, float], Any]:
     aggregator = MetricsAggregator(communicator=communicator)
     aggregator.register_handler("mine", overriding(kind, method))
     if state is not None:
         aggregator.load_state_dict(state)
-    take(aggregator, parts[communicator.rank])
+    take(aggregator, given(parts[communicator.rank]))
     saved = aggregator.state_dict()
     snapshot = aggregator.reduce()
     results = snapshot.as_dict("t", "run")
@@ -326,7 +313,7 @@ def of_two_ranks(handler: type[AggregationHandler], values: list[list[Any]]) -> 
     def rank(communicator: Communicator) -> dict[str, float]:
         aggregator = MetricsAggregator(communicator=communicator)
         aggregator.register_handler("mine", handler())
-        as_list(aggregator, values[communicator.rank])
+        aggregator.update(given(values[communicator.rank]))
         logged = aggregator.get_metrics_for_logging("t")
         return {key.removeprefix("t_d/x"): value for key, value in logged.items()}
 
@@ -358,7 +345,7 @@ def test_an_update_of_ones_own_may_know_the_metrics_modules_states_alone(
 def test_a_window_that_an_update_of_ones_own_lets_grow_is_bounded_all_the_same() -> None:
     aggregator = MetricsAggregator()
     aggregator.register_handler("mine", Magnitudes(window_size=3))
-    as_list(aggregator, [9.0, -1.0, 2.0, -3.0])
+    aggregator.update(given([9.0, -1.0, 2.0, -3.0]))
     assert aggregator.get_metrics_for_logging("t")["t_d/x_stat_mean"] == 2.0
 
 
@@ -430,7 +417,7 @@ def test_a_state_that_says_another_type_is_saved_and_loaded_all_the_same() -> No
     first, second = MetricsAggregator(), MetricsAggregator()
     for aggregator in (first, second):
         aggregator.register_handler("mine", Sums())
-    as_list(first, [1.0])
+    first.update(given([1.0]))
     second.load_state_dict(first.state_dict())
     assert second.get_metrics_for_logging("t") == {"t_d/x": 2.0}
 
@@ -510,11 +497,11 @@ def test_saved_metadata_of_ones_own_are_honoured() -> None:
     first, second = MetricsAggregator(), MetricsAggregator()
     for aggregator in (first, second):
         aggregator.register_handler("mine", Sealed())
-    as_list(first, [1.0, 2.0])
+    first.update(given([1.0, 2.0]))
     state = first.state_dict()
     assert "sealed" in state["payload"]
     second.load_state_dict(state)
-    as_list(second, [3.0])
+    second.update(given([3.0]))
     assert second.get_metrics_for_logging("t") == {"t_d/x": 6.0}
 
 
@@ -600,10 +587,10 @@ def test_a_failing_override_leaves_every_state_as_it_was() -> None:
 
     aggregator = MetricsAggregator()
     aggregator.register_handler("mine", Picky())
-    as_list(aggregator, [1.0])
+    aggregator.update(given([1.0]))
     for values in ([2.0, -1.0], ["three"], [None]):
         with pytest.raises((ValueError, TypeError)):
-            as_list(aggregator, values)
+            aggregator.update(given(values))
     assert aggregator.get_metrics_for_logging("t") == {"t_d/x": 1.0}
 
 
@@ -671,14 +658,14 @@ def test_what_was_folded_elsewhere_says_which_type_to_use_instead() -> None:
 def test_a_checkpoint_from_when_the_override_was_ignored_says_so() -> None:
     before, after = MetricsAggregator(), MetricsAggregator()
     before.register_handler("mine", SumAggHandler())
-    as_list(before, [1.0])
+    before.update(given([1.0]))
     after.register_handler("mine", CappedByMixin())
     with pytest.raises(ValueError, match="3 SUM and 0 MAX lanes, but CappedByMixin has no lanes"):
         after.load_state_dict(before.state_dict())
     # And the other way round, where nothing would be added up.
     saved, other = MetricsAggregator(), MetricsAggregator()
     saved.register_handler("mine", CappedByMixin())
-    as_list(saved, [1.0])
+    saved.update(given([1.0]))
     other.register_handler("mine", SumAggHandler())
     with pytest.raises(ValueError, match="with no lanes, but SumAggHandler has 3 SUM"):
         other.load_state_dict(saved.state_dict())
@@ -692,7 +679,7 @@ def test_ranks_with_and_without_the_override_are_told_so() -> None:
         aggregator.register_handler(
             "mine", CappedByMixin() if communicator.rank else SumAggHandler()
         )
-        as_list(aggregator, [1.0])
+        aggregator.update(given([1.0]))
         with pytest.raises(ValueError, match="rank 1 held metric 'x' of dataset 'd'") as raised:
             aggregator.reduce()
         return str(raised.value)
