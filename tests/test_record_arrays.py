@@ -530,6 +530,37 @@ def test_a_mask_means_in_an_array_of_one_element_what_it_does_in_larger_ones(
     assert aggregator.get_metrics_for_logging() == {}
 
 
+@on_devices
+def test_the_weight_of_what_is_masked_is_not_looked_at(make: Any) -> None:
+    """numpy/numpy#20375: a NaN among the weights made all of it NaN; here it was refused."""
+    values = np.ma.array([1.0, 2.0, 3.0, 4.0], mask=[False, False, True, True])
+    for weight in (np.array([1.0, 3.0, NAN, -1.0]), make([1.0, 3.0, INF, NAN])):
+        assert recorded(values, weight=weight) == {"t/m": 1.75}
+    with pytest.raises(ValueError, match="the weight nan is not a finite number"):
+        recorded(values, weight=np.array([NAN, 1.0, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("values", "weights"),
+    [
+        ([1, 2, 3], [1, 0, 1]),
+        ([1, 2, 3, 4], [1, 0, 1, 0]),
+        ([1, 2, 3, 4, 5], [0, 1, 2, 1, 0]),
+        ([0, 1, 2], [0, 0, 1]),
+    ],
+)
+def test_percentiles_are_as_if_what_has_weight_0_were_not_there(
+    values: list[int], weights: list[int]
+) -> None:
+    """numpy/numpy#27549, scikit-learn#33127, Hmisc#81, StatsBase.jl#313: in none of them they were."""
+    percentiles = (0, 25, 50, 75, 100)
+    aggregator = MetricsAggregator(percentiles=percentiles)
+    aggregator.record("m", np.array(values), "distribution", weight=np.array(weights))
+    logged = aggregator.get_metrics_for_logging("t")
+    found = [logged[f"t/m_stat_p{percentile:02d}"] for percentile in percentiles]
+    assert found == np.percentile(np.repeat(values, weights), percentiles).tolist()
+
+
 def test_masks_here_and_weights_on_a_device_go_together() -> None:
     torch = pytest.importorskip("torch")
     values = np.ma.array([1.0, 99.0, 5.0, 9.0], mask=[False, True, False, False])

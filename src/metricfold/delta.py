@@ -19,6 +19,7 @@ from metricfold.data.batch import (
     counted_elements,
     fold_numbers,
     listed,
+    weights_beside,
 )
 from metricfold.device_lanes import Drained
 from metricfold.handlers import (
@@ -124,6 +125,8 @@ class InTransit:
                 for array in (one.value, one.weight)
             )
             broken = [item for item in (value, weight) if isinstance(item, Exception)]
+            if not broken:
+                weight = weights_beside(value, weight)
             bad = None if broken else bad_weight(weight)
             if broken:
                 failed.setdefault(str(broken[0]), Counter())[one.key] += 1

@@ -63,6 +63,7 @@ __all__ = [
     "is_many",
     "listed",
     "say_replaced",
+    "weights_beside",
 ]
 
 Numbers: TypeAlias = "Sequence[Any] | npt.NDArray[Any]"
@@ -751,6 +752,7 @@ def _weights_of_each(
         weighing = _exact_floats(key, "a weight", np.asarray(given))
         if _is_masked(given):
             weighing[np.ma.getmaskarray(given)] = 0.0
+        weighing = weights_beside(values, weighing)
     else:
         weighing = _number(key, "weight", weights)
     bad = bad_weight(weighing)
@@ -789,6 +791,13 @@ def counted_elements(values: Any, weights: Any) -> tuple[Any, Any]:
     if counts.all():
         return np.asarray(values), weighing
     return np.asarray(values)[counts], weighing[counts]
+
+
+def weights_beside(values: Any, weights: Any) -> Any:
+    """Return host weights with 0 for values that are masked: whatever stands there means nothing."""
+    if not _is_masked(values) or np.shape(weights) == ():
+        return weights
+    return np.where(np.ma.getmaskarray(values).reshape(np.shape(weights)), 0.0, weights)
 
 
 def listed(numbers: Numbers) -> Sequence[Any]:
