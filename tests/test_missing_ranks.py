@@ -47,6 +47,25 @@ def test_a_healthy_rank_that_is_slow_is_not_named_beside_one_that_was_killed() -
         assert "rank(s) 1 of 3; the connection to them broke" in text
 
 
+def one_breaks_its_connections(rank: int) -> Any:
+    aggregator = MetricsAggregator(timeout=20)
+    aggregator.reduce()
+    if rank == 1:
+        communicator: Any = aggregator._communicator
+        communicator._close_pairs()
+        return None
+    future = aggregator.reduce_async()
+    while not aggregator.has_failed():
+        time.sleep(0.001)
+    known = future.done()
+    return known, isinstance(future.exception(), MissingRanksError)
+
+
+def test_that_a_reduction_has_failed_is_known_before_it_is_known_why() -> None:
+    # Who dies of a signal does not wait for that: it was a second for all ranks of a job.
+    assert run_ranks(one_breaks_its_connections, 2)[0] == (False, True)
+
+
 def one_never_comes_and_one_just_in_time(rank: int) -> Any:
     aggregator = MetricsAggregator(timeout=2)
     aggregator.reduce()

@@ -103,7 +103,7 @@ _leaked: list[Communicator] = []
 parent has, so it must not run there."""
 
 
-@internal("leave_parent_behind", "waits_for")
+@internal("has_failed", "leave_parent_behind", "waits_for")
 @uncompiled
 class MetricsAggregator:
     """Aggregates metrics over samples, datasets and ranks.
@@ -828,6 +828,10 @@ class MetricsAggregator:
         has waited for less than a second may wait for fewer.
         """
         return () if self._communicator is None else self._communicator.waits_for()
+
+    def has_failed(self) -> bool:
+        """Return whether the reduction under way has failed, and only looks for who was missing."""
+        return self._communicator is not None and self._communicator.failed
 
     @property
     def collectives(self) -> int:

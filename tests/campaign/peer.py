@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from handlers_of_users import MyTypes, ProductHandler
 
+from campaign.forks import divided
 from campaign.table import Options, Row, Table, Trial, main
 from metricfold import MetricsAggregator
 from metricfold.communicator import Communicator, MissingRanksError
@@ -372,20 +373,25 @@ def _peak() -> int:
 def run(options: Options, table: Table) -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("metricfold").setLevel(logging.CRITICAL)
+    divided(options, table, attacked, patience=60.0)
+
+
+def attacked(options: Options, table: Table) -> None:
+    """Try this process's share."""
     row = table.row("a peer's news")
     before = _peak()
-    for trial in options.trials(row, full=400, quick=60):
+    for trial in options.trials(row, full=400, quick=60, least=400):
         attack_by_news(row, trial, bad_news(trial.random))
     row.figures = f"{(_peak() - before) >> 20} MiB more at most"
     row = table.row("sizes that a peer announces")
-    for trial in options.trials(row, full=150, quick=25):
+    for trial in options.trials(row, full=150, quick=25, least=150):
         attack_by_sizes(row, trial)
     row = table.row("a peer's results of custom handlers")
-    for trial in options.trials(row, full=100, quick=20):
+    for trial in options.trials(row, full=100, quick=20, least=100):
         attack_by_results(row, trial)
     for how in WAYS:
         row = table.row(f"a peer's vectors: {how}")
-        for trial in options.trials(row, full=80, quick=8):
+        for trial in options.trials(row, full=80, quick=8, least=80):
             attack_by_vectors(row, trial, how)
 
 

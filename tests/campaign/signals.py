@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from campaign.forks import Outcome, Say, World, after, own_store, side_by_side
-from campaign.table import Options, Table, Trial, main
+from campaign.table import Goal, Options, Table, Trial, main
 from metricfold import JSONLSink, MetricsAggregator, MetricsLogger, read_jsonl
 from metricfold.sinks import Record
 
@@ -243,7 +243,7 @@ def summed_up(outcomes: list[Outcome]) -> str:
     if not times:
         return ""
     return (
-        f"until death: {times[len(times) // 2]:.2f} s (median), "
+        f"{times[len(times) // 2]:.2f} s (median), "
         f"{times[int(0.95 * len(times))]:.2f} s (95 %), {times[-1]:.2f} s (longest)"
     )
 
@@ -267,9 +267,15 @@ def run(options: Options, table: Table) -> None:
     def one(name: str, trial: Trial) -> Iterator[Outcome]:
         return threads(trial) if name == "threads" else collective(name, trial)
 
-    found = side_by_side(options, table, trials, one, crews=4, patience=2 * PATIENCE)
+    found = side_by_side(
+        options, table, trials, one, crews=4, patience=2 * PATIENCE, least=len(trials)
+    )
     for row in table.rows:
         row.figures = summed_up([outcome for outcome in found if outcome.row == row.name])
+    pairs = [table.row(WITH), table.row(WITHOUT)]
+    table.figures += [f"{row.name}, until both ranks are dead: {row.figures}" for row in pairs]
+    table.goals.append(Goal("processes that got a signal", len(found), 400))
+    table.goals += [Goal(f"pairs of ranks: {row.name}", row.judged(), 200) for row in pairs]
 
 
 if __name__ == "__main__":

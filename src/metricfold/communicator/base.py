@@ -77,12 +77,14 @@ class Communicator(ABC):
         collectives: how many collectives this communicator has issued.
         any_thread: whether collectives may be issued from a thread of our own, while training
             goes on in the caller's.
+        failed: whether a collective has failed, though it may not be known yet who was missing.
     """
 
     rank: int
     world_size: int
     collectives: int = 0
     any_thread: bool = True
+    failed: bool = False
 
     def all_gather(self, vector: FloatArray) -> FloatArray:
         """Return everyone's `vector`, shape (n,), as rows of shape (world_size, n)."""

@@ -376,6 +376,7 @@ class TorchCommunicator(Communicator):
 
     def _diagnosed(self, error: RuntimeError, waited: float) -> MissingRanksError:
         """Find out which ranks are missing after a collective has failed."""
+        self.failed = True
         timed_out = waited >= self._seconds - _LATE / 5
         text = _first_line(error)
         how = self._did_not_come() if timed_out else f"the connection to them broke ({text})"

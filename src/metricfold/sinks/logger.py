@@ -263,7 +263,7 @@ class MetricsLogger(OneInUse):
         if dying and not self._closing.is_set():
             self._close(grace=_DYING_PATIENCE, patience=_DYING_PATIENCE, deadline=deadline)
             return
-        wait(self._running(), timeout=_DYING_PATIENCE)
+        self._wait_to_die(self._running(), _DYING_PATIENCE)
         if self._pipeline is not None:
             self._pipeline.flush(patience=_DYING_PATIENCE, deadline=deadline)
 
@@ -300,7 +300,10 @@ class MetricsLogger(OneInUse):
     ) -> list[BaseException]:
         reductions = self._running()
         # On ranks that write nothing too: a rank that leaves would fail the reduction of the rest.
-        unfinished = wait(reductions, timeout=_SAY_AFTER if grace is None else grace).not_done
+        if deadline is not None and grace is not None:
+            unfinished = self._wait_to_die(reductions, grace)
+        else:
+            unfinished = wait(reductions, timeout=_SAY_AFTER if grace is None else grace).not_done
         if unfinished and grace is None:
             _log.warning(
                 "close() waits for %s, not yet in the reduction of the last log, until the "
@@ -318,6 +321,18 @@ class MetricsLogger(OneInUse):
         if (failure := self._sink_error()) is not None:
             errors.append(failure)
         return errors
+
+    def _wait_to_die(
+        self, reductions: Sequence[Future[Snapshot]], seconds: float
+    ) -> set[Future[Snapshot]]:
+        """Wait for reductions as long as they may still succeed; returns those that have not ended."""
+        give_up_at = time.monotonic() + seconds
+        while unfinished := wait(reductions, timeout=0.02).not_done:
+            # A rank that dies as well has left: to find out which one that was takes a second.
+            failed = [_has_failed(self._reductions.get(future)) for future in unfinished]
+            if all(failed) or time.monotonic() > give_up_at:
+                break
+        return unfinished
 
     def _awaited(self, unfinished: set[Future[Snapshot]]) -> str:
         """Return whom these reductions wait for, in words."""
@@ -436,6 +451,12 @@ class MetricsLogger(OneInUse):
                 time.sleep(_DYING_SECONDS)
             raise RuntimeError("this MetricsLogger is closed: make a new one, or close it later")
         self._used = True
+
+
+def _has_failed(owner: weakref.ref[object] | None) -> bool:
+    found = None if owner is None else owner()
+    # Of an aggregator of the user's own making nothing is known.
+    return bool(getattr(found, "has_failed", bool)())
 
 
 def _report(errors: Sequence[BaseException]) -> None:
