@@ -64,7 +64,7 @@ from metricfold.handlers import (
     name_of,
     quiet,
 )
-from metricfold.inbox import Inbox
+from metricfold.inbox import MOST_LATE, Inbox, never_read
 from metricfold.keys import INSTEAD, Admission, KeyRegistry, KeyTable
 from metricfold.listing import internal
 from metricfold.metric import (
@@ -173,6 +173,7 @@ class MetricsAggregator:
         self._clock = Clock()
         self._custom = CustomStates()
         self._late_custom: list[Late] = []
+        self._late_errors, self._said_late = "", False
         self._timers: dict[str, Elapsed] = {}
         self._mark: AggregatorMark | None = None
         self._late_custom_marked = 0
@@ -643,6 +644,12 @@ class MetricsAggregator:
                 raise
 
         self._custom.update(now, commit)
+        # With a mark, what came before and after it has to stay apart.
+        if len(self._late_custom) >= MOST_LATE and self._mark is None:
+            if not self._said_late:
+                self._said_late = True
+                _log.warning("%s", never_read(self._late_custom))
+            self._late_errors = self._read_late_custom()
 
     def register_handler(self, agg_type: TypeLike, handler: AggregationHandler) -> None:
         """Let `handler` combine the metrics of `agg_type`.
@@ -1008,7 +1015,8 @@ class MetricsAggregator:
 
     def _read_late_custom(self) -> str:
         """Hand over values that lay on a device to handlers without lanes; returns an error."""
-        errors: list[str] = []
+        errors = [self._late_errors] if self._late_errors else []
+        self._late_errors = ""
         arrived = InTransit(self._late_custom).arrive(errors)
         self._late_custom = [
             Late(one.key, one.agg_type, value, weight) for one, value, weight in arrived

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -172,9 +173,7 @@ class JaxArrays(ArrayBackend):
     def _check(value: Any) -> None:
         if is_traced(value):
             raise TypeError(NO_NUMBER)
-        numpy = sys.modules["jax"].numpy
-        kinds = (numpy.bool_, numpy.integer, numpy.floating)
-        if not any(numpy.issubdtype(value.dtype, kind) for kind in kinds):
+        if not _is_number_type(value.dtype):
             raise TypeError(f"an array of type {value.dtype} is no number to aggregate")
 
     def lost(self, value: Any) -> str | None:
@@ -200,7 +199,7 @@ class JaxArrays(ArrayBackend):
 
         def finish() -> list[Any]:
             with jax.transfer_guard("allow"):
-                hosts = jax.device_get(list(values))
+                hosts = [np.asarray(value) for value in values]
             return [host.item() if host.size == 1 else np.ravel(host) for host in hosts]
 
         return finish
@@ -221,6 +220,14 @@ def whole_tensor(value: Any) -> Any:
             "give value.to_local(), each rank its own"
         )
     return value.to_local()
+
+
+@cache
+def _is_number_type(dtype: Any) -> bool:
+    """Return whether arrays of this type of JAX's hold real numbers."""
+    numpy = sys.modules["jax"].numpy
+    kinds = (numpy.bool_, numpy.integer, numpy.floating)
+    return any(numpy.issubdtype(dtype, kind) for kind in kinds)
 
 
 _BACKENDS = (TorchArrays(), JaxArrays())

@@ -42,13 +42,17 @@ class Delta:
     Attributes:
         states: by key.
         late: values on a device, in order of arrival.
+        elements: how many numbers these are.
         drained: accumulators on their way from a device.
         queued: keys with values on a device.
+        errors: what could not be read when it was read ahead of a reduction, for all ranks to hear.
     """
 
     def __init__(self) -> None:
         self.states: dict[Key, State] = {}
         self.late: list[Late] = []
+        self.elements = 0
+        self.errors: list[str] = []
         self.drained: list[Drained] = []
         self.queued: set[Key] = set()
 
@@ -57,6 +61,7 @@ class Delta:
         self.states[key] = state
         if late:
             self.late += late
+            self.elements += sum(one.count for one in late)
             self.queued.add(key)
 
     def holds_any(self) -> bool:
@@ -70,9 +75,28 @@ class Delta:
             both.states[key] = self.states[key].copy()
             both.states[key].merge(newer.states[key])
         both.late = self.late + newer.late
+        both.elements = self.elements + newer.elements
+        both.errors = [*dict.fromkeys(self.errors + newer.errors)]
         both.drained = self.drained + newer.drained
         both.queued = self.queued | newer.queued
         return both
+
+    def relieved(self, handlers: Mapping[Key, AggregationHandler]) -> Delta:
+        """Return the same with the older half of what lies on devices read and folded.
+
+        It has been computed long since, so that nothing waits. Nothing here changes.
+        """
+        older, here = Delta(), Delta()
+        half, accumulators = (len(self.late) + 1) // 2, (len(self.drained) + 1) // 2
+        older.late, older.drained = self.late[:half], self.drained[:accumulators]
+        taken = CutDelta(older)
+        taken.settle(handlers)
+        here.states, here.errors = self.states, self.errors + taken.errors
+        relieved = here.followed_by(taken.given_back())
+        relieved.late, relieved.drained = self.late[half:], self.drained[accumulators:]
+        relieved.elements = sum(one.count for one in relieved.late)
+        relieved.queued = {one.key for one in relieved.late}
+        return relieved
 
     def trim(self, kept: Mapping[Key, AbstractSet[str]]) -> None:
         """Let go of categories that are not told apart, where they have become many."""
@@ -87,6 +111,7 @@ class Delta:
         late = sum(entry.count for entry in self.late if entry.key == key)
         if late:
             self.late = [entry for entry in self.late if entry.key != key]
+            self.elements -= late
         self.queued.discard(key)
         for drained in self.drained:
             drained.drop(key)
@@ -180,6 +205,7 @@ class CutDelta:
         part in the reduction, so that the others do not wait for it.
         """
         delta = self._delta
+        self.errors += delta.errors
         by_key: dict[Key, list[tuple[Any, Any]]] = {}
         for late, value, weight in self._late.arrive(self.errors):
             by_key.setdefault(late.key, []).append((value, weight))
@@ -198,7 +224,7 @@ class CutDelta:
             except Exception as error:  # noqa: BLE001 - such as an error of the device
                 self.errors.append(f"an accumulator could not be read from its device: {error!r}")
             del delta.drained[0]
-        delta.late, delta.queued = [], set()
+        delta.late, delta.queued, delta.elements, delta.errors = [], set(), 0, []
         for key, state in states:
             self.states.setdefault(key, _empty(handlers[key])).merge(state)
 

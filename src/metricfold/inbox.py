@@ -17,6 +17,7 @@ under a type spelled so and whose handler is a built-in one. Everything else is 
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections import deque
@@ -48,11 +49,14 @@ from metricfold.handlers import (
     quiet,
 )
 from metricfold.histogram.weights import LARGEST_WEIGHT
+from metricfold.listing import shortened
 from metricfold.metric import AggregationType, Metric, TypeLike, is_name
-from metricfold.naming import Key
+from metricfold.naming import Key, show
 from metricfold.pool import FloatArray
 
-__all__ = ["Inbox", "Keys"]
+__all__ = ["MOST_LATE", "Inbox", "Keys", "never_read"]
+
+_log = logging.getLogger("metricfold")
 
 _MOST = 4096
 """So many values pile up, or as many as there are keys if those are more: what a fold takes for each
@@ -61,6 +65,11 @@ _BATCH, _PER_ROOM = 16, 16
 """A collated batch takes the room of so many values, and of one more for each 16 that it was made of."""
 _MOST_SHAPES = 256
 """Collated batches hold the same keys over and over; of so many sets of keys it is known where they go."""
+
+MOST_LATE, _MOST_ELEMENTS, _MOST_DRAINED = 2**15, 2**24, 64
+"""So many values, their elements, or accumulators may lie on devices; what is more is read ahead of the log."""
+_PER_ROOM_ON_DEVICE = _MOST_ELEMENTS // _MOST
+"""An array on a device takes the room of one more value for so many of its elements."""
 
 _METRIC = {Metric}
 _NUMBERS = {float, int}
@@ -108,6 +117,7 @@ class Inbox:
         self._accumulators: list[Drained] = []
         self._log: list[tuple[Sequence[Items], Sequence[Any]]] = []
         self._room = _MOST
+        self._warned = False
         self._folds = self._folding = 0
         self._piece = sys.maxsize
         self.cuts = 0
@@ -260,12 +270,14 @@ class Inbox:
             if column.late:
                 targets += [slot.others] * len(column.late)
                 items += column.late
+                elements = sum(one.count for one in column.late)
+                size += len(column.late) + elements // _PER_ROOM_ON_DEVICE
         if targets:
             self._put(targets, items, size)
 
     def take_accumulator(self, drained: Drained) -> None:
         """Take in an accumulator that is on its way from its device."""
-        self._put((self._accumulators,), (drained,), 1)
+        self._put((self._accumulators,), (drained,), _MOST // _MOST_DRAINED)
         self.relieve()
 
     def _put(self, targets: Sequence[Items], items: Sequence[Any], size: int) -> None:
@@ -321,6 +333,7 @@ class Inbox:
         queued = self._delta.queued | since.queued
         delta = self._delta.followed_by(self._folded(log[:before], queued))
         delta.trim(self._keys.kept)
+        delta = self._bounded(delta)
         if mark is not None:
             since = since.followed_by(self._folded(log[before:count], queued | delta.queued))
             since.trim(self._keys.kept)
@@ -330,6 +343,17 @@ class Inbox:
         if self._folds == folds:
             folded = (delta, since, mark, folds + 1, ())
             self._delta, self._since, self._mark, self._folds, log[:count] = folded
+
+    def _bounded(self, delta: Delta) -> Delta:
+        """Return what has come in with no more of it on devices than there may be."""
+        many = len(delta.late) >= MOST_LATE or len(delta.drained) >= _MOST_DRAINED
+        if not many and delta.elements < _MOST_ELEMENTS:
+            return delta
+        if not self._warned:
+            self._warned = True
+            _log.warning("%s", never_read(delta.late, len(delta.drained)))
+        with quiet():
+            return delta.relieved(self._keys.of_key)
 
     def _folded(self, calls: Calls, queued: AbstractSet[Key]) -> Delta:
         """Return what some calls in the log have brought.
@@ -417,6 +441,18 @@ class Inbox:
                 self._numbers.pop(spelled, None)
             self._shapes.clear()
         return self._delta.drop(key) + self._since.drop(key)
+
+
+def never_read(late: Sequence[Late], accumulators: int = 0) -> str:
+    """Return what to tell who lets values pile up on a device."""
+    named = shortened(dict.fromkeys(show(one.key) for one in late))
+    what = [f"{len(late):,} values on a device ({named})"] if late else []
+    what += [f"{accumulators:,} drained accumulators"] if accumulators else []
+    return (
+        f"{' and '.join(what)} wait for a log. The older ones are read now, and again whenever so many "
+        "have piled up, so that memory does not grow without end: call logger.log(step, aggregator), or "
+        "reduce(), more often, on every rank"
+    )
 
 
 class _Spelled(dict[tuple[object, ...], "Slot"]):
