@@ -33,7 +33,7 @@ demo: $(STAMP)  ## train a small language model on two ranks; DEMO_ARGS="--ranks
 test: $(STAMP)  ## PYTEST_ARGS="tests/test_metric.py -x" and the like pass through
 	@echo "==> the whole test suite, in random order, warnings as errors"
 	@unset PYTHONDONTWRITEBYTECODE; together=0; alone=0; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone" $(PYTEST_ARGS) || together=$$?; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not alone" $(PYTEST_ARGS) || together=$$?; \
 	echo "==> the tests about deadlines and signals"; \
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m alone $(PYTEST_ARGS) || alone=$$?; \
 	case $$together/$$alone in 0/0|0/5|5/0) ;; *) exit 1;; esac

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +29,16 @@ FRAMEWORKS = (
     *("torch", "torchdata", "lightning", "transformers", "accelerate", "datasets"),
     *("jax", "flax", "optax", "grain", "orbax"),
 )
+
+LONGEST = (
+    *("demo", "logger_ends", "jax_accumulator", "processes", "jax_processes", "store"),
+    *("parallelism", "reduction", "integration_transformers", "messages", "benchmarks", "routes"),
+    *("demo_jax", "scale", "integration_accelerate", "sinks_wandb", "torch_recomputation"),
+)
+"""Test modules that a worker begins before all others, so that no worker is left alone with one.
+
+Those that compute and those that wait take turns.
+"""
 
 
 def lacking(module: Path) -> list[str]:
@@ -57,7 +68,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse what only works while all tests run in one process, and in which order they please."""
+    """Begin with what takes longest, and refuse what only works in one process or in one order."""
+    turns = {f"test_{name}": turn for turn, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: turns.get(item.path.stem, len(turns)))
     if "jax" in sys.modules:
         raise pytest.UsageError(
             "a test module imports JAX, perhaps through another: pytest's own process must be able "
@@ -69,3 +82,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 f"{item.nodeid} has an address in its name: give parametrize ids=, such as "
                 "ids=lambda one: one.__name__"
             )
+
+
+@pytest.fixture(autouse=True)
+def _no_logger_is_left_open() -> Iterator[None]:
+    """Fail where a test leaves a logger open: it would answer the signals of the tests after it."""
+    yield
+    ends = sys.modules.get("metricfold.sinks.ends")
+    left = [] if ends is None else [*ends._watch.watched]
+    for logger in left:
+        logger.close()
+    assert not left, "close the logger, or make it in a with statement"

@@ -150,8 +150,12 @@ def update(given):
     return lambda: MetricsAggregator().update(given())
 
 
-def log(*given, **choice):
-    return lambda: MetricsLogger([]).log(*(one() if callable(one) else one for one in given))
+def log(*given):
+    def call():
+        with MetricsLogger([]) as logger:
+            logger.log(*(one() if callable(one) else one for one in given))
+
+    return call
 
 
 def record(*given, **choice):
