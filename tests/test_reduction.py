@@ -285,6 +285,24 @@ def test_ranks_that_loaded_different_checkpoints_are_told() -> None:
         assert "Load the same checkpoint on every rank" in error
 
 
+def load_states_of_one_total(rank: int) -> str:
+    source = MetricsAggregator(name="source")
+    source.record("tokens", 5, "sum")
+    source.reduce()
+    source.record("tokens", 0, "sum")
+    states = [source.state_dict(sync=False), source.state_dict()]
+    aggregator = MetricsAggregator(name="loads")
+    aggregator.load_state_dict(states[rank])
+    return attempt(aggregator.reduce)
+
+
+def test_ranks_that_loaded_states_of_different_reductions_with_equal_totals_are_told() -> None:
+    for error in run_ranks(load_states_of_one_total, 2):
+        # They went on, one with an open interval that the other did not have.
+        assert "go on from states of different reductions" in error
+        assert "Load the same checkpoint on every rank" in error
+
+
 def conflicting_types(rank: int) -> dict[str, Any]:
     aggregator = MetricsAggregator()
     aggregator.update([Metric("d", "x", 3, MEAN if rank == 1 else SUM)])

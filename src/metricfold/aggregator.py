@@ -1126,7 +1126,7 @@ class MetricsAggregator:
         self._unclaimed = None if saved is None else _Unclaimed(saved.windows, custom)
         empty = Totals.empty(Schema())
         run, interval = (empty, empty) if saved is None else (saved.run, saved.interval)
-        self._reducer.replace_totals(run, interval)
+        self._reducer.replace_totals(run, interval, 0 if saved is None else saved.reductions)
         assert isinstance(self._dead, _HalfwayError)
         self._dead = self._dead.before
 

@@ -391,8 +391,8 @@ _COMPLAINTS: tuple[tuple[Field, str, Callable[[float], str], str], ...] = (
     ),
     (
         Field.RUN,
-        "the ranks hold different run totals: ",
-        lambda number: f"with total {int(number):x}",
+        "the ranks hold different run totals, or go on from states of different reductions: ",
+        lambda number: f"with state {int(number):x}",
         ". Load the same checkpoint on every rank",
     ),
     (

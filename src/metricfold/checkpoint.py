@@ -43,12 +43,15 @@ class Saved:
         interval: what the open interval holds so far.
         windows: recent values of each DISTRIBUTION that has a window size, by rank that saved.
         custom: states of handlers without lanes, of all ranks, per view.
+        reductions: how many the ranks have had in the run: ranks that go on from states of different
+            reductions find out by it.
     """
 
     run: Totals
     interval: Totals
     windows: Mapping[Key, Sequence[Window]]
     custom: Mapping[str, list[SavedState]]
+    reductions: int = 0
 
 
 def encode(saved: Saved) -> dict[str, Any]:
@@ -62,6 +65,7 @@ def encode(saved: Saved) -> dict[str, Any]:
             for key, windows in saved.windows.items()
         ],
         "custom": saved.custom,
+        "reductions": saved.reductions,
     }
     payload = _json({"checksum": checksum(content), "content": content})
     return {"format": FORMAT, "version": VERSION, "payload": payload}
@@ -129,7 +133,10 @@ def _decoded(content: Any) -> Saved:
             for key, windows in content["windows"]
         ),
         custom={view: content["custom"][view] for view in ("run", "interval")},
+        reductions=content.get("reductions", 0),  # older states lack it
     )
+    if type(saved.reductions) is not int or not 0 <= saved.reductions < _LARGEST_COUNT:
+        raise ValueError("it counts reductions by what is no whole number")
     for states in saved.custom.values():
         check_saved_states(states)
     _check_fit(schema, saved)

@@ -120,6 +120,7 @@ class Reduced:
         custom: results of handlers without lanes.
         world_size: the number of ranks.
         sink_failed: whether a logger's sink had failed on any of them.
+        reductions: how many there have been in the run.
     """
 
     schema: Schema
@@ -131,6 +132,7 @@ class Reduced:
     custom: CustomResults
     world_size: int
     sink_failed: bool = False
+    reductions: int = 0
 
     def pool(self, entry: Entry, view: Literal["run", "interval"]) -> Pool:
         """Return the values that a view of a DISTRIBUTION speaks about."""
@@ -155,7 +157,7 @@ class Reduced:
             "run": self.custom.saved["run"],
             "interval": self.custom.saved["interval"] if interval_open else [],
         }
-        return Saved(self.run, interval, windows, custom)
+        return Saved(self.run, interval, windows, custom, self.reductions)
 
 
 class Reducer:
@@ -186,10 +188,12 @@ class Reducer:
         self._rows_of = self.schema
         self._present: set[Key] = set()
         self._sequence = 0
+        self._reductions = self._loaded_after = 0
 
-    def replace_totals(self, run: Totals, interval: Totals) -> None:
-        """Go on from other totals; what the ranks have agreed on stays."""
+    def replace_totals(self, run: Totals, interval: Totals, reductions: int) -> None:
+        """Go on from other totals, of a run with so many reductions; what is agreed on stays."""
         self.run, self.interval = run, interval
+        self._reductions = self._loaded_after = reductions
         self.windows = {}
         self._close_interval()
         self.generation += 1
@@ -266,6 +270,7 @@ class Reducer:
             self._rows, self._rows_of = rows, schema
             present = {key for key, state in mine.states.items() if state.sums[COUNT]}
             self._present = self._present | present
+        self._reductions += 1
         reduced = Reduced(
             schema,
             self.run,
@@ -276,6 +281,7 @@ class Reducer:
             custom,
             communicator.world_size,
             merged.sink_failed,
+            self._reductions,
         )
         mine.outcome = Outcome.MERGED
         return reduced
@@ -414,7 +420,8 @@ class Reducer:
         header[Field.STEP] = -1 if mine.step is None else mine.step
         header[Field.SCHEMA] = self.schema.hash
         header[Field.GENERATION] = self.generation
-        header[Field.RUN] = self.run.hash()
+        # Two states may hold the same totals, and differ in the interval or in recent values.
+        header[Field.RUN] = digest(f"{self.run.hash()} {self._loaded_after}".encode())
         header[Field.ROUTE] = self._wanted
         header[Field.PENDING] = bool(blob) and not mine.error
         header[Field.BLOB_HASH] = digest(blob) if blob else 0
