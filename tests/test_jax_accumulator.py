@@ -479,6 +479,48 @@ def test_under_plain_jit_with_sharded_inputs_there_is_one_accumulator() -> None:
 
 
 @on_devices(4)
+def test_a_step_on_a_mesh_compiles_once() -> None:
+    """It compiled twice: what it returned was on the mesh, and what it was first given was not."""
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+    from jax_ways import mesh_of
+
+    from metricfold import MetricsAggregator
+    from metricfold.jax import DeviceAccumulator, DeviceMeshManager
+    from metricfold.jax import mesh as meshes
+
+    def check(acc: Any, mesh: Any) -> None:
+        x = jax.device_put(np.float32([1, 2, 3, 6]), NamedSharding(mesh, P("data")))
+        step = jax.jit(lambda acc, x: acc.update("l", x), donate_argnums=0)
+        aggregator = MetricsAggregator()
+        for _ in range(2):
+            acc = aggregator.drain(step(step(acc, x), x))
+        assert step._cache_size() == 1
+        assert aggregator.get_metrics_for_logging("t") == {"t/l": 48.0}
+
+    kinds = {"l": "sum"}
+    check(DeviceAccumulator(kinds, mesh=mesh_of(data=4)), mesh_of(data=4))
+    with jax.set_mesh(mesh_of(data=4)):
+        check(DeviceAccumulator(kinds), mesh_of(data=4))
+    made, meshes._made = meshes._made, {}
+    try:
+        mesh = DeviceMeshManager().create_data_parallel_mesh()
+        check(DeviceAccumulator(kinds), mesh)
+        # Where the program has said otherwise, values are followed.
+        alone = jax.device_put(np.float32(1), jax.devices()[1])
+        acc = DeviceAccumulator(kinds).update("l", alone)
+        assert acc.lanes.devices() == {jax.devices()[1]}
+        both = DeviceAccumulator(kinds).update("l", 2.0).merge(acc)
+        assert logged(both) == {"t/l": 3.0}
+        DeviceMeshManager().create_data_parallel_mesh(2)  # now it is not known which
+        assert len(DeviceAccumulator(kinds).lanes.devices()) == 1
+    finally:
+        meshes._made = made
+
+
+@on_devices(4)
 def test_under_plain_jit_on_an_explicit_mesh_it_is_as_on_an_auto_one() -> None:
     import jax
     import numpy as np
@@ -669,14 +711,18 @@ def held_by_all_processes(rank: int) -> Any:
     sharding = parallel.create_data_parallel_sharding(mesh)
     x = parallel.shard_batch(np.float32([1, 2, 3]) + 10 * rank, sharding)
     everywhere = NamedSharding(mesh, P())
-    step = jax.jit(lambda acc, x: acc.update("n", x).update("len", x), out_shardings=everywhere)
-    aggregator, acc = MetricsAggregator(), DeviceAccumulator({"n": "sum", "len": "distribution"})
+    step = jax.jit(lambda acc, x: acc.update_all({"n": x, "len": x}), out_shardings=everywhere)
+    aggregator = MetricsAggregator()
+    acc = DeviceAccumulator({"n": "sum", "len": "distribution"}, mesh=mesh)
     own = DeviceAccumulator({"own": "sum"})
     found = []
     for _ in range(2):
         acc = aggregator.drain(step(acc, x))
         own = aggregator.drain(own.update("own", jnp.float32(rank + 1)))
         found.append(aggregator.get_metrics_for_logging("t"))
+    assert (
+        step._cache_size() == 1
+    )  # it compiled twice: for what is not on the mesh, and for what is
     return found
 
 
@@ -797,8 +843,8 @@ def test_wrong_shapes_types_and_names_are_errors_when_the_step_is_traced() -> No
         (ValueError, r"one of 2 datasets: give dataset_ids", ("loss", x, {})),
         (
             ValueError,
-            r"dataset_ids .* shape \(3,\), but the values \(4, 3\)",
-            ("loss", x, {"dataset_ids": ids[:3]}),
+            r"dataset_ids .* shape \(2,\), but the values \(4, 3\)",
+            ("loss", x, {"dataset_ids": ids[:2]}),
         ),
         (
             ValueError,

@@ -28,8 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, auto_axes
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, auto_axes
 
+from metricfold.arrays import unwrapped
 from metricfold.device_lanes import (
     COUNTS,
     EXTREMA,
@@ -47,9 +48,12 @@ from metricfold.jax.collectives import Lane, axes_size, combine
 from metricfold.jax.exact_sums import MOST_TERMS, Limbs, add_pairs, exponents, magnitudes
 from metricfold.jax.folding import CELL_SUMS, REFUSED, Batch, Numbers
 from metricfold.jax.lanes import LANES, LOWEST, Lanes, floats, nothing, of_host, on_host, words
+from metricfold.jax.mesh import only_mesh
+from metricfold.jax.trees import ABSENT, PARTS, Leaf, Said, flatten
 from metricfold.jax.values import as_array
 from metricfold.listing import internal
 from metricfold.metric import AggregationType
+from metricfold.staging import is_traced
 
 __all__ = ["DeviceAccumulator"]
 
@@ -87,6 +91,10 @@ class DeviceAccumulator:
             ``"distribution"``, or the `AggregationType`.
         datasets: their names; `update` says by ``dataset_ids`` which of them a value belongs to.
             None for metrics of a step, which belong to no dataset.
+        mesh: of the step that it is for. What a step on a mesh returns is on that, and what it is first
+            given, if it is elsewhere, is compiled for apart. By default that of ``jax.set_mesh``; else, in
+            a program of one process, the one mesh of all devices that `DeviceMeshManager` has made, if it
+            has made no other; else JAX's default device.
 
     Raises:
         TypeError, ValueError: an aggregation that devices do not do, or a name that is none.
@@ -108,9 +116,16 @@ class DeviceAccumulator:
     grid: Any
     layout: Layout
 
-    def __init__(self, metrics: Mapping[str, object], datasets: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        metrics: Mapping[str, object],
+        datasets: Iterable[str] = (),
+        *,
+        mesh: Mesh | None = None,
+    ) -> None:
         layout = Layout.of(metrics, datasets)
-        self._set(layout, [_nothing(name, layout) for name in _NAMES])
+        place = _usual_place() if mesh is None else NamedSharding(mesh, PartitionSpec())
+        self._set(layout, [_nothing(name, layout, (), place) for name in _NAMES])
 
     @classmethod
     def from_0_1(
@@ -217,12 +232,17 @@ class DeviceAccumulator:
         return self.update_all({name: values}, weights=weights, dataset_ids=dataset_ids)
 
     def update_all(
-        self, values: Mapping[str, Any], *, weights: Any = None, dataset_ids: Any = None
+        self, values: Any, *, weights: Any = None, dataset_ids: Any = None
     ) -> DeviceAccumulator:
         """Return an accumulator that has also seen these `values` of several metrics, by name.
 
         Metrics whose values have one shape are folded together, which costs a compiler little more
         than one of them.
+
+        Args:
+            values: by name: a dict, or any pytree with such fields, as a NamedTuple or a dataclass.
+            weights: as in `update`, the same for all, or a tree with those of each metric.
+            dataset_ids: as in `update`, the same for all.
 
         Raises:
             TypeError, ValueError: as `update`.
@@ -233,7 +253,7 @@ class DeviceAccumulator:
             return self
         laid_out = _over_explicit_axes(groups)
         fold = _updated if laid_out is None else _updated_over(laid_out)
-        updated: DeviceAccumulator = fold(self, groups)
+        updated: DeviceAccumulator = fold(_beside(self, groups), groups)
         return updated
 
     def merge(self, other: DeviceAccumulator) -> DeviceAccumulator:
@@ -257,7 +277,7 @@ class DeviceAccumulator:
         merged = _merged
         for _ in self._copies():
             merged = jax.vmap(merged)
-        both: DeviceAccumulator = merged(self, other)
+        both: DeviceAccumulator = merged(self, _beside(other, self))
         return both
 
     def reduce(self, axis_name: AxisName = DEFAULT_AXIS) -> DeviceAccumulator:
@@ -338,7 +358,7 @@ class DeviceAccumulator:
                 step still runs, what is returned raises it.
         """
         arrays = [array for array in self._arrays() if array is not None]
-        if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        if any(is_traced(array) for array in arrays):
             raise TypeError(
                 "drain() reads an accumulator, which a traced function does not have yet: return it "
                 "from the compiled step, and drain it outside"
@@ -517,71 +537,95 @@ def _rows(places: Sequence[int]) -> Any:
 
 def _spread(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return one element per value, shape (n,)."""
-    if array.shape == shape[: array.ndim]:
-        array = array.reshape(array.shape + (1,) * (len(shape) - array.ndim))
-    return jnp.broadcast_to(array, shape).reshape(math.prod(shape))
+    aligned = _aligned(array.shape, shape)
+    assert aligned is not None  # checked where it was given
+    return jnp.broadcast_to(array.reshape(aligned), shape).reshape(math.prod(shape))
 
 
 # -- What is given ---------------------------------------------------------------------------------
 
 
-def _groups(
-    layout: Layout, values: Mapping[str, Any], weights: Any, dataset_ids: Any
-) -> list[Group]:
-    """Return what is to be folded, checked, with what has one shape together."""
-    groups: dict[tuple[int, ...], Group] = {}
-    for name in values:
-        layout.place(name)
-    named = ", ".join(map(repr, values))
-    w = None if weights is None else _numbers(f"weights of metric {named}", weights)
+def _groups(layout: Layout, values: Any, weights: Any, dataset_ids: Any) -> list[Group]:
+    """Return what is to be folded, checked, with what has one shape and weight together."""
+    given = _by_name(layout, values)
+    named = ", ".join(map(repr, given))
+    weights_of = _weights(weights, given, named)
     ids = _ids(named, dataset_ids, layout)
-    for name, value in values.items():
-        given = _numbers(f"values of metric {name!r}", value)
-        shape, size = given[0].shape, given[0].size
+    groups: dict[Any, Group] = {}
+    for name, leaf in given.items():
+        numbers = _numbers(f"values of metric {name!r}", leaf.value)
+        shape, size, w = numbers[0].shape, numbers[0].size, weights_of(name)
         if size > MOST_TERMS:
             raise ValueError(
                 f"metric {name!r} was given {size} values at once: give {MOST_TERMS} at most"
             )
-        if w is not None and not _spreads(w[0].shape, shape, trailing=True):
-            raise ValueError(
-                f"weights of metric {name!r} have the shape {w[0].shape}, but the values {shape}: give "
-                "one per value, one for each index of their first dimensions, or what NumPy broadcasts "
-                "to their shape"
-            )
-        if ids is not None and not _spreads(ids.shape, shape, trailing=False):
-            raise ValueError(
-                f"dataset_ids of metric {name!r} have the shape {ids.shape}, but the values {shape}: "
-                "give one per value, or one for each index of their first dimensions"
-            )
+        spread = {"weights": None if w is None else w[0], "dataset_ids": ids}
+        for what, array in spread.items():
+            if array is not None and _aligned(array.shape, shape) is None:
+                raise ValueError(
+                    f"{what} of metric {name!r} have the shape {array.shape}, but the values {shape}: "
+                    "give one per value, one for each index of their first dimensions, or what NumPy "
+                    "broadcasts to their shape"
+                )
         if size:
-            groups.setdefault(shape, ({}, w, ids))[0][name] = given
+            groups.setdefault((shape, id(w)), ({}, w, ids))[0][name] = numbers
     return list(groups.values())
 
 
-def _spreads(shape: tuple[int, ...], values: tuple[int, ...], *, trailing: bool) -> bool:
-    """Return whether arrays of `shape` say something of each value.
+def _by_name(layout: Layout, values: Any) -> dict[str, Leaf]:
+    """Return the values of each metric, from a dict or any other pytree that names them."""
+    leaves = (
+        [Leaf(value, (name,)) for name, value in values.items()]
+        if isinstance(values, Mapping)
+        else flatten(values, whole=True)[0]
+    )
+    for leaf in leaves:
+        if len(leaf.keys) != 1:
+            raise TypeError(
+                f"{leaf.path('values')} is not the values of one metric: give them by name, as in "
+                f'{{"{layout.names[0]}": values}}'
+            )
+        layout.place(leaf.keys[0])
+    return {leaf.keys[0]: leaf for leaf in leaves}
 
-    Args:
-        shape: of what is to be spread.
-        values: shape of the values.
-        trailing: whether it may lack the first dimensions; a vector of ids is of samples, and of
-            another length than there are samples it is a mistake.
+
+def _weights(weights: Any, given: Mapping[str, Leaf], named: str) -> Callable[[str], Arrays | None]:
+    """Return what says the weights of each metric: one for all, or a tree with one for each."""
+    if weights is None:
+        return lambda _: None
+    said = Said(weights)
+    if said.one:
+        for_all = _numbers(f"weights of metric {named}", weights)
+        return lambda _: for_all
+    each: dict[str, Arrays] = {}
+    for name, leaf in given.items():
+        found = said.about(leaf)
+        if found is ABSENT or found is PARTS:
+            raise ValueError(
+                f"metric {name!r} has no weights: give {leaf.path('weights')}, or one array for all"
+            )
+        each[name] = _numbers(f"weights of metric {name!r}", found)
+    return each.__getitem__
+
+
+def _aligned(shape: tuple[int, ...], values: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return `shape` with as many dimensions as the values, or None if they do not go together.
+
+    Each dimension is that of the values or 1. The first one is theirs, as of one weight per sample; if
+    that does not fit, the last one is, as NumPy broadcasts.
     """
-    if shape == values[: len(shape)]:
-        return True
-    if not trailing and len(shape) != len(values):
-        return False
-    try:
-        return np.broadcast_shapes(shape, values) == values
-    except ValueError:
-        return False
+    missing = (1,) * (len(values) - len(shape))
+    for full in (shape + missing, missing + shape):
+        if len(full) == len(values) and all(
+            one in (1, whole) for one, whole in zip(full, values, strict=True)
+        ):
+            return full
+    return None
 
 
 def _numbers(where: str, given: Any) -> Arrays:
     """Return numbers as JAX arrays that add up to them: two float32 of what is wider on the host."""
-    unwrap = getattr(given, "__jax_array__", None)
-    if callable(unwrap) and not isinstance(given, jax.Array):
-        given = unwrap()
+    given = unwrapped(given)
     if isinstance(given, (bool, int, float, np.generic, np.ndarray)):
         arrays = _from_host(where, np.asarray(given))
     else:
@@ -646,9 +690,9 @@ def _exact_pair(where: str, host: np.ndarray[Any, Any]) -> tuple[jax.Array, jax.
 
 
 def _put(host: np.ndarray[Any, Any]) -> jax.Array:
-    """Return an array of the host on the device; asked for, so that no transfer guard minds."""
-    array: jax.Array = jax.device_put(host)
-    return array
+    """Return an array of the host on the device."""
+    with jax.transfer_guard("allow"):  # asked for by giving it
+        return jnp.asarray(host)
 
 
 def _ids(named: str, dataset_ids: Any, layout: Layout) -> jax.Array | None:
@@ -685,7 +729,11 @@ def _nothing(
     """Return the array `name` of accumulators that have seen nothing."""
     shape = (*copies, *_shapes(layout).get(name, ()))
     if name == "grid":
-        return jnp.zeros(shape, jnp.int32, device=place) if layout.cells else None
+        if not layout.cells:
+            return None
+        with jax.transfer_guard("allow"):
+            # Made on the device: too large to be a constant of a program.
+            return jnp.zeros(shape, jnp.int32, device=place)
     host = {
         "fingerprint": np.full(copies, layout.fingerprint, np.uint32),
         "lanes": nothing((*copies, layout.rows)),
@@ -694,6 +742,15 @@ def _nothing(
     if place is None:
         return _put(host)
     return jax.make_array_from_callback(shape, place, lambda part: host[part])
+
+
+def _usual_place() -> Any:
+    """Return where an accumulator is to be if nobody says; None for where JAX likes."""
+    if is_traced(_put(np.zeros((), np.int32))):
+        return None
+    set_one = jax.sharding.get_mesh()
+    mesh = only_mesh() if set_one.empty else set_one
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def _shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
@@ -746,9 +803,27 @@ def _many(copies: tuple[int, ...]) -> str:
 
 def _place(array: Any) -> Any:
     """Return where a new array is to be like this one; None for where JAX likes."""
-    if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array):
+    if is_traced(array) or not isinstance(array, jax.Array):
         return None
     return array.sharding if array.committed else None
+
+
+def _beside(accumulator: DeviceAccumulator, given: Any) -> DeviceAccumulator:
+    """Return the accumulator on the devices where what it meets has been put, if it is elsewhere."""
+    here = accumulator.lanes
+    if is_traced(here) or not isinstance(here, jax.Array) or not here.committed:
+        return accumulator
+    for array in jax.tree.leaves(given):
+        if is_traced(array) or not isinstance(array, jax.Array) or not array.committed:
+            continue
+        place: Any = array.sharding
+        if place.device_set == here.sharding.device_set:
+            return accumulator
+        if isinstance(place, NamedSharding):
+            place = NamedSharding(place.mesh, PartitionSpec())
+        moved: DeviceAccumulator = jax.device_put(accumulator, place)
+        return moved
+    return accumulator
 
 
 def _over_explicit_axes(given: Any) -> AbstractMesh | None:
@@ -775,7 +850,7 @@ def _check_readable(array: Any) -> None:
 
 def _is_there(array: Any) -> bool:
     """Return whether an array can be read without a wait."""
-    if isinstance(array, jax.core.Tracer):
+    if is_traced(array):
         return False
     return not isinstance(array, jax.Array) or (not array.is_deleted() and array.is_ready())  # type: ignore[attr-defined]
 

@@ -9,7 +9,22 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
-__all__ = ["DeviceMeshManager"]
+__all__ = ["DeviceMeshManager", "only_mesh"]
+
+_made: dict[Mesh, None] = {}
+
+
+def only_mesh() -> Mesh | None:
+    """Return the mesh that `DeviceMeshManager` has made, if it is one, of all devices.
+
+    What is to be on the devices of a step, and is not told which these are, is put there. Not where there
+    are several processes, each of which may have an accumulator of its own.
+    """
+    chosen = getattr(jax.config, "jax_default_device", None)
+    if len(_made) != 1 or jax.process_count() > 1 or chosen is not None:
+        return None
+    (mesh,) = _made
+    return mesh if mesh.size == jax.device_count() else None
 
 
 class DeviceMeshManager:
@@ -52,9 +67,11 @@ class DeviceMeshManager:
             raise ValueError(
                 f"a mesh of {product} needs {needed} devices, and there are {len(available)}"
             )
-        return jax.make_mesh(
+        mesh = jax.make_mesh(
             sizes, names, axis_types=(axis_type,) * len(names), devices=available[:needed]
         )
+        _made[mesh] = None
+        return mesh
 
     def create_data_parallel_mesh(
         self,
