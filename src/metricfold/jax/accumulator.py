@@ -65,6 +65,10 @@ _DTYPES = {
 }
 _NAMES = tuple(_DTYPES)
 _OLD_NAMES = ("counts", "sums", "extrema", "grid", "refused")
+_OF_0_1 = (
+    "this accumulator was saved by metricfold 0.1, which tied its arrays to no names: convert it by "
+    "DeviceAccumulator.from_0_1({})"
+)
 Arrays: TypeAlias = tuple[jax.Array, ...]
 """Arrays that add up to values: one, or two float32."""
 _PATIENCE = 0.02
@@ -72,7 +76,16 @@ _PATIENCE = 0.02
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@internal(*_NAMES, "layout", "start_read", "tree_flatten_with_keys", "tree_unflatten")
+@internal(
+    *_NAMES,
+    "arrays",
+    "layout",
+    "start_read",
+    "with_arrays",
+    "tree_flatten",
+    "tree_flatten_with_keys",
+    "tree_unflatten",
+)
 class DeviceAccumulator:
     """Metrics that accumulate on the device, for each dataset, until `MetricsAggregator.drain`.
 
@@ -190,6 +203,30 @@ class DeviceAccumulator:
         else:  # of 0.1: kept as it is, for `from_0_1`
             arrays = {name: slots[name] for name in _OLD_NAMES}
             self._set(slots["layout"], [None, arrays, None, None])
+
+    def arrays(self) -> dict[str, Any]:
+        """Return the arrays by name, for `with_arrays`."""
+        named = zip(_NAMES, self._arrays(), strict=True)
+        return {name: array for name, array in named if array is not None}
+
+    def with_arrays(self, arrays: Mapping[str, Any]) -> DeviceAccumulator:
+        """Return an accumulator of the same metrics with arrays that were saved.
+
+        Raises:
+            TypeError, ValueError: they are not those of these metrics and datasets, or something was done
+                to them.
+        """
+        if arrays.keys() >= {*_OLD_NAMES} - {"grid"}:
+            raise ValueError(_OF_0_1.format("arrays, metrics, datasets"))
+        if arrays.keys() != self.arrays().keys():
+            raise ValueError(
+                f"{sorted(arrays)} are no arrays of an accumulator of {self!r}, which are "
+                f"{sorted(self.arrays())}"
+            )
+        restored = self._of(self.layout, [arrays.get(name) for name in _NAMES])
+        restored._copies()  # noqa: SLF001 - of this class
+        restored._check_if_there()  # noqa: SLF001
+        return restored
 
     # -- As a pytree
 
@@ -404,10 +441,7 @@ class DeviceAccumulator:
     def _copies(self) -> tuple[int, ...]:
         """Return the leading dimensions of an accumulator that is several; raises if it is none."""
         if self.fingerprint is None:
-            raise ValueError(
-                "this accumulator was saved by metricfold 0.1, which tied its arrays to no names: "
-                "convert it by DeviceAccumulator.from_0_1(accumulator)"
-            )
+            raise ValueError(_OF_0_1.format("accumulator"))
         found: set[tuple[int, ...]] = set()
         for name, shape in _shapes(self.layout).items():
             array = getattr(self, name)
@@ -676,7 +710,7 @@ def _exact_pair(where: str, host: np.ndarray[Any, Any]) -> tuple[jax.Array, jax.
         high = wide.astype(np.float32)
         low = (wide - high).astype(np.float32)
         held = high.astype(np.float64) + low
-    wrong = held != wide
+    wrong = np.asarray(held != wide)
     large = np.abs(wide) >= 2.0**53
     for place in map(tuple, np.argwhere(large & ~wrong)):
         wrong[place] = int(held[place]) != int(host[place])

@@ -1,7 +1,7 @@
-"""Packed metrics in files: what `flax.serialization` and `jax.export` ask of a type.
+"""Packed metrics and accumulators in files: what `flax.serialization` and `jax.export` ask of a type.
 
-Flax saves the words, and restores them into packed metrics of the same names, which `unpack` checks.
-`jax.export` saves a compiled function with the names of the metrics that it returns.
+Flax saves the arrays, and restores them into packed metrics or an accumulator of the same names, which
+is checked. `jax.export` saves a compiled function with the names of what it takes and returns.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import jax.export
 import jax.numpy as jnp
 from flax import serialization
 
+from metricfold.device_lanes import Layout
+from metricfold.jax.accumulator import DeviceAccumulator
 from metricfold.jax.packed import Copies, PackedMetrics, Section
 
 __all__ = ["register"]
 
 
 def register() -> None:
-    """Let both know `PackedMetrics`."""
+    """Let both know `PackedMetrics` and `DeviceAccumulator`."""
     serialization.register_serialization_state(  # type: ignore[no-untyped-call]
         PackedMetrics,
         lambda packed: {"words": packed.words},
@@ -32,6 +34,15 @@ def register() -> None:
         serialized_name="metricfold.jax.PackedMetrics",
         serialize_auxdata=_to_bytes,
         deserialize_auxdata=_from_bytes,
+    )
+    serialization.register_serialization_state(  # type: ignore[no-untyped-call]
+        DeviceAccumulator, DeviceAccumulator.arrays, DeviceAccumulator.with_arrays
+    )
+    jax.export.register_pytree_node_serialization(
+        DeviceAccumulator,
+        serialized_name="metricfold.jax.DeviceAccumulator",
+        serialize_auxdata=lambda layout: layout.as_json().encode(),
+        deserialize_auxdata=lambda said: Layout.from_json(bytes(said).decode()),
     )
 
 
