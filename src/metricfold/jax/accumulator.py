@@ -780,9 +780,10 @@ def _nothing(
 
 def _usual_place() -> Any:
     """Return where an accumulator is to be if nobody says; None for where JAX likes."""
-    if is_traced(_put(np.zeros((), np.int32))):
+    try:
+        set_one = jax.sharding.get_mesh()
+    except ValueError:  # inside of a mapped or compiled function, which decides
         return None
-    set_one = jax.sharding.get_mesh()
     mesh = only_mesh() if set_one.empty else set_one
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
