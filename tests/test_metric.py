@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from handlers_of_users import LaneRMS, MyTypes, RMSHandler
-from ranks import run_ranks
+from ranks import run_ranks, run_threads
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from ways_in import (
@@ -34,6 +34,7 @@ from ways_in import (
     SUM,
     WAYS_IN,
     Take,
+    as_batch,
 )
 
 from metricfold import (
@@ -100,6 +101,36 @@ def test_a_users_own_enum_member_or_string_is_as_good_a_type(
     aggregator.register_handler(agg_type, handler)
     take(aggregator, [Metric("d", "m", value, agg_type) for value in (3, 4)])
     assert aggregator.get_metrics_for_logging() == {"data_d/m": pytest.approx(12.5**0.5)}
+
+
+class Equal(str, Enum):
+    """What a StrEnum is: its members equal their texts."""
+
+    RMS = "rms"
+
+
+@pytest.mark.parametrize("handler", [LaneRMS(), RMSHandler()], ids=["lanes", "state"])
+@pytest.mark.parametrize("registered", ["rms", Equal.RMS], ids=["text", "member"])
+def test_a_text_and_the_member_of_a_strenum_that_equals_it_are_one_type(
+    registered: Any, handler: Any
+) -> None:
+    """Each went by its own name: ranks could not agree, and a saved state could not be loaded."""
+
+    def train(communicator: Any) -> tuple[dict[str, float], dict[str, float]]:
+        aggregator = MetricsAggregator(communicator=communicator)
+        aggregator.register_handler(registered, handler)
+        one, other = (Equal.RMS, "rms") if communicator.rank else ("rms", Equal.RMS)
+        aggregator.record("m", 3, one)
+        aggregator.record("m", 4, other)
+        aggregator.update([Metric("d", "x", 2, other)])
+        as_batch(aggregator, [Metric("d", "x", 2, one)])
+        aggregator.record("late", torch.tensor(2.0), one)
+        logged = aggregator.reduce().as_dict("t")
+        aggregator.load_state_dict(aggregator.state_dict())
+        return logged, aggregator.reduce().as_dict("t")
+
+    found = [{"t/m": 12.5**0.5, "t_d/x": 2.0, "t/late": 2.0}] * 2
+    assert run_threads(train, 2) == [tuple(map(pytest.approx, found))] * 2
 
 
 @every_way_in

@@ -624,6 +624,11 @@ class MetricsAggregator:
         late_keys = {late.key for late in self._late_custom}
         now, late = [], []
         for column, handler in admission.custom:
+            new = admission.new.get(column.key)
+            agg_type = self._keys.type_of(column.key) if new is None else new[0]
+            if column.agg_type is not agg_type:  # and equal
+                column.agg_type = agg_type
+                column.metrics = [one._replace(agg_type=agg_type) for one in column.metrics]
             if column.key in late_keys:
                 late += [
                     Late(column.key, column.agg_type, metric.value, metric.weight)
@@ -1030,7 +1035,8 @@ class MetricsAggregator:
             pairs = [(one.value, one.weight)]
             if isinstance(one.value, np.ndarray):
                 pairs = list(zip(listed(one.value), listed(one.weight), strict=True))
-            metrics = [Metric(*one.key, each, one.agg_type, own) for each, own in pairs]
+            agg_type = self._keys.type_of(one.key)
+            metrics = [Metric(*one.key, each, agg_type, own) for each, own in pairs]
             try:
                 self._custom.update([(one.key, self._keys.of_key[one.key], metrics)], commit)
             except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks

@@ -67,6 +67,9 @@ class KeyTable:
     def __init__(self, handlers: dict[TypeLike, AggregationHandler]) -> None:
         self.handlers = handlers
         self._of_label = {type_label(agg_type): agg_type for agg_type in handlers}
+        # A text and a member of a StrEnum may be equal: then they are one type, called as it was
+        # registered.
+        self._registered = {agg_type: agg_type for agg_type in handlers}
         self.of_key: dict[Key, AggregationHandler] = {}
         self.derived: dict[str, DerivedMetric] = {}
         self.odd: set[Key] = set()
@@ -109,6 +112,9 @@ class KeyTable:
             )
         handler = handler.registered()
         self.handlers[agg_type], self._of_label[label] = handler, agg_type
+        self._registered.setdefault(agg_type, agg_type)
+        if isinstance(agg_type, str):  # which a member of a StrEnum is, too
+            self._of_label.setdefault(str.__str__(agg_type), agg_type)
         for key, missing in list(self._unhandled.items()):
             if missing == label:
                 self._learn(key, agg_type, handler)
@@ -121,6 +127,10 @@ class KeyTable:
     def type_of_label(self, label: str) -> TypeLike:
         """Return the registered type of that label; raises KeyError if there is none."""
         return self._of_label[label]
+
+    def type_of(self, key: Key) -> TypeLike:
+        """Return the type of a known key, as it was registered."""
+        return self._types[key]
 
     # -- Taking columns in
 
@@ -196,7 +206,8 @@ class KeyTable:
             if key in new:
                 check_same_type(key, new[key][0], agg_type)
             else:
-                new[key] = (agg_type, self._handler_for(key, agg_type))
+                handler = self._handler_for(key, agg_type)
+                new[key] = (self._registered[agg_type], handler)
         claimed = self._claims.check((key, _suffixes(handler)) for key, (_, handler) in new.items())
         return new, claimed
 
