@@ -55,6 +55,7 @@ from metricfold.torch.folding import (
     shapes,
     take_over,
 )
+from metricfold.torch.fused import FOLDS, triton_for
 from metricfold.torch.recomputing import asked, counts
 from metricfold.uncompiled import uncompiled
 
@@ -127,6 +128,9 @@ class DeviceAccumulator:
         datasets: their names; `update` says by ``dataset_ids`` which of them a value belongs to.
             None for metrics of a step, which belong to no dataset.
         device: where it lies; default: where new tensors do. It needs float64, which mps lacks.
+        fused: whether an update outside of `torch.compile` is one kernel, which PyTorch compiles when
+            the first update of a kind comes, in a few seconds. Default: on a GPU with Triton. Where it
+            cannot be, a warning says so once, and the several kernels of ``False`` are taken.
 
     Raises:
         TypeError, ValueError: an aggregation that devices do not do, a name that is none, or a
@@ -146,6 +150,7 @@ class DeviceAccumulator:
         "_as_copied",
         "_datasets",
         "_fill",
+        "_fused",
         "_given",
         "_nothing",
         "_places",
@@ -166,8 +171,10 @@ class DeviceAccumulator:
         datasets: Iterable[str] = (),
         *,
         device: torch.device | str | int | None = None,
+        fused: bool | None = None,
     ) -> None:
         self.layout = layout = Layout.of(metrics, datasets)
+        self._fused = fused
         self._datasets = len(layout.datasets)
         types = dict(zip(layout.names, layout.types, strict=True))
         in_order = sorted(types, key=lambda name: IN_ORDER.index(types[name]))
@@ -258,7 +265,9 @@ class DeviceAccumulator:
                 groups.append((place, [tensor]))
         weighs = w is not None and w.dtype != torch.bool
         parts = [Part(self._rows(start, len(g), weighs), start.agg_type, g) for start, g in groups]
-        if parts:
+        if parts and flag is None and self._fuses():
+            FOLDS(self._table, parts, w, ids)
+        elif parts:
             fold(self._table, parts, w, ids, flag)
 
     def token_loss(
@@ -380,6 +389,7 @@ class DeviceAccumulator:
 
     def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
         of_subclass, slots = state
+        self._fused = None  # of which 0.1 knew nothing
         for name, value in slots.items():
             if name in DeviceAccumulator.__slots__:  # 0.1 had another one
                 setattr(self, name, value)
@@ -401,6 +411,9 @@ class DeviceAccumulator:
         return f"DeviceAccumulator({metrics}, datasets={datasets}, device={str(self.device)!r})"
 
     # -- Inside
+
+    def _fuses(self) -> bool:
+        return triton_for(self.device.type) if self._fused is None else self._fused
 
     def _new_tensors(self, device: torch.device | str | int | None) -> tuple[Tensor, ...]:
         sizes = shapes(len(self.layout.names), len(self.layout.distributions), self._datasets)
@@ -484,6 +497,11 @@ class DeviceAccumulator:
                 f"{what} are on {tensor.device}, but this accumulator is on {self.device}: move "
                 "them with .to(device, non_blocking=True), or make the accumulator with device="
             )
+        if not torch.compiler.is_compiling():
+            self._check_kind(what, tensor)
+        return tensor
+
+    def _check_kind(self, what: str, tensor: Tensor) -> None:
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
             raise TypeError(
                 f"{what} are a tensor of layout {tensor.layout}, type {tensor.dtype}: give a plain one, "
@@ -499,7 +517,6 @@ class DeviceAccumulator:
                 f"{what} are a FakeTensor, which has no numbers: make the accumulator under the same "
                 "FakeTensorMode, or leave the update out there"
             )
-        return tensor
 
     def _ids(self, taken: Mapping[str, Tensor], dataset_ids: Any) -> Tensor | None:
         if dataset_ids is None:

@@ -303,15 +303,15 @@ class _Batch:
 
     def add_plain(self, plain: Tensor, sums: bool) -> None:
         """Add the values and their number, or their number alone."""
-        lanes = plain.narrow(self.dim, self.first, plain.shape[self.dim] - self.first)
+        one = self.table.one.expand_as(self.places)
         if not sums:
-            self._add(lanes[..., 1], self.table.one.expand_as(self.places))
+            self._add(plain, [one], self.places, self.first, 1)
         elif torch.compiler.is_compiling():  # compilers know no complex numbers
-            x = self._flat(self.x).double()
-            self._add(lanes, torch.stack([x, torch.ones_like(x)], dim=-1))
+            self._add(plain, [self._flat(self.x).double(), one], self.places, self.first)
         else:
-            both = self.x + self.table.one_beside
-            self._add(torch.view_as_complex(lanes), self._flat(both))
+            cells = torch.view_as_complex(self._from(self.first, plain))
+            both = self._flat(self.x + self.table.one_beside)
+            cells.scatter_add_(self.dim, self.places, both)
 
     def add_weighed(self, weighed: Tensor, squares: bool) -> None:
         """Add w·x, w and 1, and w²."""
@@ -319,8 +319,7 @@ class _Batch:
         product = self.x * self.weights
         w = self.weights.expand_as(product)
         terms = [product, w, self.table.one.expand_as(product), *([w * w] if squares else [])]
-        lanes = weighed[..., self.first :, : len(terms)]
-        self._add(lanes, torch.stack([self._flat(term) for term in terms], dim=-1))
+        self._add(weighed, [self._flat(term) for term in terms], self.places, self.first)
 
     def enlarge(self, extrema: Tensor) -> None:
         """Let the first of `extrema` be at least, and the second at most, what comes in."""
@@ -344,7 +343,7 @@ class _Batch:
         w = (table.one if self.weights is None else self.weights).expand_as(u)
         first = u if self.weights is None else w * u
         terms = [self._flat(term) for term in (w, first, first * u)]
-        self._add(grid, torch.stack(terms, dim=-1), self._flat(cell, self.x.shape))
+        self._add(grid, terms, self._flat(cell, self.x.shape))
 
     def _flat(self, tensor: Tensor, shape: torch.Size | None = None) -> Tensor:
         """Return it with one dimension of values, of which all have the `shape` that is given."""
@@ -354,11 +353,23 @@ class _Batch:
             return tensor.reshape(self.metrics, -1)
         return tensor if tensor.ndim == 1 else tensor.reshape(-1)
 
-    def _add(self, lanes: Tensor, terms: Tensor, places: Tensor | None = None) -> None:
-        places = self.places if places is None else places
-        if terms.ndim > places.ndim:
-            places = places[..., None].expand(terms.shape)
-        lanes.scatter_add_(self.dim, places, terms)
+    def _from(self, first: int, cells: Tensor) -> Tensor:
+        return cells.narrow(self.dim, first, cells.shape[self.dim] - first) if first else cells
+
+    def _add(
+        self, cells: Tensor, terms: list[Tensor], places: Tensor, first: int = 0, lane: int = 0
+    ) -> None:
+        """Add terms, one for each lane from `lane` on, at places that count from the cell `first` on."""
+        if torch.compiler.is_compiling():
+            _add_as_one(cells, terms, places + first, lane)
+            return
+        cells = self._from(first, cells)
+        if len(terms) == 1:
+            cells[..., lane].scatter_add_(self.dim, places, terms[0])
+            return
+        stacked = torch.stack(terms, dim=-1)
+        lanes = cells if len(terms) == cells.shape[-1] else cells[..., lane : lane + len(terms)]
+        lanes.scatter_add_(self.dim, places[..., None].expand(stacked.shape), stacked)
 
     def _enlarge(self, lane: Tensor, x: Tensor, how: str) -> None:
         """Let a lane, shape (metrics, columns), be `how` of itself and x.
@@ -379,6 +390,21 @@ class _Batch:
         else:
             columns = self.inside
         lane.scatter_reduce_(self.dim, self._flat(columns, x.shape), self._flat(x), how)
+
+
+def _add_as_one(cells: Tensor, terms: list[Tensor], places: Tensor, lane: int) -> None:
+    """Add terms such that a compiler makes one kernel of it and of all that they come from.
+
+    It would copy all cells to slice or scatter_add_ them, and write down what is stacked.
+    """
+    lanes = torch.arange(len(terms), device=cells.device)
+    wide = terms[-1][..., None]
+    for place in reversed(range(len(terms) - 1)):
+        wide = torch.where(lanes == place, terms[place][..., None], wide)
+    where = [places[..., None], lanes + lane]
+    if places.ndim > 1:
+        where.insert(0, torch.arange(len(places), device=cells.device)[:, None, None])
+    cells.index_put_(tuple(where), wide.expand(*places.shape, len(terms)), accumulate=True)
 
 
 def take_over(old: Sequence[Tensor], new: Sequence[Tensor], distributions: int) -> None:
