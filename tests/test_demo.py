@@ -9,10 +9,9 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 
 import numpy as np
@@ -35,27 +34,6 @@ pytestmark = pytest.mark.timeout(150)
 preload("torch._dynamo", "metricfold.demo.train")
 
 
-def demo(*arguments, timeout=120):
-    """Run the command as a user does, and end all its processes if it hangs."""
-    command = [sys.executable, "-m", "metricfold.cli", "demo", *map(str, arguments)]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "COLUMNS": "120"},
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    assert process.returncode == 0, out + err
-    assert err == ""
-    return out
-
-
 def start_forked(module, arguments, *, ranks, logs, environment):
     """Run ranks as the demo does, but forked from a server that has loaded what they import."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -66,10 +44,14 @@ def start_forked(module, arguments, *, ranks, logs, environment):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "GLOO_SOCKET_IFNAME": "lo",
+        "COLUMNS": "120",
     }
+    said = [logs / f"rank-{rank}.log" for rank in range(ranks)]
     context = multiprocessing.get_context("forkserver")
     processes = [
-        context.Process(target=be_rank, args=(module, arguments, {**variables, "RANK": str(rank)}))
+        context.Process(
+            target=be_rank, args=(module, arguments, {**variables, "RANK": str(rank)}, said[rank])
+        )
         for rank in range(ranks)
     ]
     try:
@@ -77,27 +59,34 @@ def start_forked(module, arguments, *, ranks, logs, environment):
             process.start()
         for process in processes:
             process.join(60)
-        assert [process.exitcode for process in processes] == [0] * ranks
+        outputs = [path.read_text("utf-8") for path in said]
+        assert [process.exitcode for process in processes] == [0] * ranks, outputs
+        assert said[0].with_suffix(".err").read_text("utf-8") == ""
+        print(outputs[0])
     finally:
         for process in processes:
             process.kill()
 
 
-def be_rank(module, arguments, variables):
+def be_rank(module, arguments, variables, said):
     os.environ |= variables
     sys.argv = [module, *arguments]
+    for descriptor, path in ((1, said), (2, said.with_suffix(".err"))):
+        with path.open("wb") as log:
+            os.dup2(log.fileno(), descriptor)
     importlib.import_module(module).main()
 
 
-@pytest.fixture
-def quick_demo(monkeypatch):
-    """The command without what its launcher costs: `run` and test_demo_launch.py have that too."""
-    monkeypatch.setattr(metricfold.demo.run, "run_ranks", start_forked)
+def demo(*arguments):
+    """Return what the command prints; its ranks are without what the real launcher costs.
 
-    def demo(*arguments):
+    That launcher is tested in test_demo_launch.py, in test_demo_jax.py, and by CI's own step.
+    """
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.setattr(metricfold.demo.run, "run_ranks", start_forked)
+        patch.setenv("COLUMNS", "120")
         assert main(["demo", *map(str, arguments)]) == 0
-
-    return demo
+    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -267,26 +256,24 @@ def test_the_loss_of_each_dataset_is_that_of_its_texts_one_by_one(run):
     assert validated["val/loss"] == pytest.approx(sum(everything) / len(everything), rel=1e-6)
 
 
-def test_it_resumes_when_told_to_on_any_number_of_ranks(run, tmp_path, quick_demo):
+def test_it_resumes_when_told_to_on_any_number_of_ranks(run, tmp_path):
     shutil.copytree(run[0].path, tmp_path / "copy")
     folder = RunFolder(tmp_path / "copy")
     before = folder.metrics.read_bytes()
-    quick_demo("--resume", "--ranks", 1, "--steps", 2, "--out", folder.path)
+    demo("--resume", "--ranks", 1, "--steps", 2, "--out", folder.path)
     assert folder.metrics.read_bytes().startswith(before)
     assert last_log(folder).step == 26
     for name, tokens in counted(folder, 26).items():
         assert last_log(folder).metrics[f"train_{name}/tokens_seen"] == tokens
 
 
-def test_a_single_short_text_of_ones_own_is_enough_and_replaces_an_earlier_run(
-    tmp_path, quick_demo
-):
+def test_a_single_short_text_of_ones_own_is_enough_and_replaces_an_earlier_run(tmp_path):
     story = tmp_path / "story.txt"
     story.write_text("once upon a time")
     folder = RunFolder(tmp_path / "run")
     folder.begin({"earlier": [Text("earlier", "prose")] * 9})
     folder.metrics.write_text("earlier")
-    quick_demo("--ranks", 1, "--steps", 2, "--data", f"story={story}", "--out", folder.path)
+    demo("--ranks", 1, "--steps", 2, "--data", f"story={story}", "--out", folder.path)
     assert [one.step for one in read_jsonl(folder.metrics)] == [2, 2, 4, 4]
     assert counted(folder, 4) == {"story": 4 * SAMPLES_PER_STEP * 16}
     assert last_log(folder).metrics["train_story/tokens_seen"] == 4 * SAMPLES_PER_STEP * 16

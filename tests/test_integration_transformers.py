@@ -9,6 +9,7 @@ import random
 import runpy
 import textwrap
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-pytest.importorskip("datasets")
+if not all(map(find_spec, ("transformers", "accelerate", "datasets"))):  # to import takes seconds
+    pytest.skip("needs transformers, accelerate and datasets", allow_module_level=True)
 
 from metricfold import DefaultTrainingMetricTransform, MetricsAggregator, MetricsCollator
 from metricfold.integrations.transformers import CHECKPOINT_FILE, MetricfoldMixin
