@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from metricfold import (
     MissingRanksError,
     read_jsonl,
 )
+from metricfold.communicator import LocalCommunicator
 
 pytestmark = pytest.mark.skipif(find_spec("jax") is None, reason="needs JAX")
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
@@ -426,33 +428,48 @@ def test_a_process_whose_own_device_fails_in_a_collective_names_itself() -> None
     assert named in other[1]
 
 
-def interrupted_in_the_middle(rank: int) -> list[str]:
+def interrupted_in_the_middle(rank: int, times: int) -> list[str]:
     aggregator = MetricsAggregator(timeout=3)
     aggregator.record("x", 1, "sum")
     aggregator.reduce()
     communicator: Any = aggregator._communicator
     gathered = communicator._gathered
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupted(vector: Any) -> Any:
-        gathered(vector)
-        raise KeyboardInterrupt
+        communicator._gathered = gathered
+        rows = gathered(vector)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        return rows
 
     if rank == 1:
         communicator._gathered = interrupted
     seen = []
+    aggregator.record("new", 1, "sum")  # of which the processes agree between two collectives
     for _ in range(2):
         try:
             seen.append(attempt(aggregator.reduce))
         except KeyboardInterrupt:
             seen.append("interrupted")
-    return seen
+    alone = MetricsAggregator(communicator=LocalCommunicator())
+    alone.load_state_dict(aggregator.state_dict(sync=False))
+    return [*seen, alone.get_metrics_for_logging("t")]
 
 
-def test_a_process_that_is_interrupted_in_the_middle_takes_part_in_nothing_more() -> None:
-    other, interrupted = run_processes(interrupted_in_the_middle, 2)
+def test_an_interrupt_between_collectives_waits_for_the_end_of_the_reduction() -> None:
+    # It put the aggregator out of use, on all processes.
+    assert run_processes(interrupted_in_the_middle, 2, 1) == [
+        ["ok", "ok", {"t/x": 2.0, "t/new": 2.0}],
+        ["interrupted", "ok", {"t/x": 2.0, "t/new": 2.0}],
+    ]
+
+
+def test_a_process_that_is_interrupted_twice_in_the_middle_takes_part_in_nothing_more() -> None:
+    other, interrupted = run_processes(interrupted_in_the_middle, 2, 2)
     assert interrupted[0] == "interrupted"
     assert "this rank left a reduction in the middle (KeyboardInterrupt)" in interrupted[1]
-    assert other[0] == "ok"
     assert "process(es) 1 of 2; it left a reduction in the middle: KeyboardInterrupt" in other[1]
 
 

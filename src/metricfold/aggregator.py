@@ -918,10 +918,12 @@ class MetricsAggregator:
         with quiet():
             mine.error = "; ".join(filter(None, (mine.error, *self._settled(cut))))
             registry = KeyRegistry(self._keys, self._lock, self._forget)
-            reduced = self._reducer.reduce(communicator, mine, registry)
+            with communicator.interrupts_deferred():
+                reduced = self._reducer.reduce(communicator, mine, registry)
+                with self._lock:
+                    self._last = (reduced, mine.kind)
+                    self._loaded = None
         with self._lock:
-            self._last = (reduced, mine.kind)
-            self._loaded = None
             handlers = Handlers(
                 dict(self._keys.of_key),
                 self._keys.by_label(),

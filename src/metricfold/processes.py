@@ -12,9 +12,11 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import FrameType
 from typing import Any, Protocol, TypeAlias
 
 __all__ = [
+    "DeferredInterrupt",
     "Forkable",
     "Releasable",
     "TaskThread",
@@ -99,6 +101,50 @@ def _release_all() -> None:
 # The last in is the first out: hooks that are registered from now on still find everything there.
 # What ends without this hook, a forked child of multiprocessing, tears no interpreter down.
 atexit.register(_release_all)
+
+
+# -- Interrupts ----------------------------------------------------------------------------------
+
+
+class DeferredInterrupt:
+    """Holds the first interrupt back until the block ends; a second one comes at once.
+
+        with DeferredInterrupt() as deferred:
+            ...
+            deferred.deliver()      # here it does no harm, either
+
+    In threads but the main one, which gets no interrupts, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._came: list[FrameType | None] = []
+        self._before: Any = None
+
+    def __enter__(self) -> DeferredInterrupt:  # noqa: PYI034 - Self is of Python 3.11
+        if threading.current_thread() is threading.main_thread():
+            before = signal.getsignal(signal.SIGINT)
+            if callable(before):
+                self._before = before
+                signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self.deliver()
+            self._before = None
+
+    def deliver(self) -> None:
+        """Let an interrupt that has come do what it would have done."""
+        if self._came:
+            self._before(signal.SIGINT, self._came.pop())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._came:
+            self._came.clear()
+            self._before(number, frame)
+        else:
+            self._came.append(frame)
 
 
 # -- Threads -------------------------------------------------------------------------------------

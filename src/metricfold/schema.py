@@ -64,7 +64,7 @@ class Field(IntEnum):
     GENERATION = 5
     """How often state was loaded or reset."""
     RUN = 6
-    """Hash of the run total."""
+    """Hash of the run total, and of which reduction's state the rank has loaded."""
     ROUTE = 7
     """Which route the caller wants."""
     PENDING = 8

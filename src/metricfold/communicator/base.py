@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -133,6 +134,10 @@ class Communicator(ABC):
 
     def abandon(self, why: str) -> None:  # noqa: B027 - where nobody waits, nobody needs to hear
         """Leave in the middle of a reduction, and let those hear who wait for this rank."""
+
+    def interrupts_deferred(self) -> AbstractContextManager[object]:
+        """Return what holds an interrupt back while a reduction must not be left; default: nothing."""
+        return nullcontext()
 
     def close(self) -> None:  # noqa: B027 - most have nothing to give back
         """Give the connection back."""

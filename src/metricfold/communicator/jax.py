@@ -29,6 +29,7 @@ import numpy as np
 
 from metricfold.communicator.base import Communicator, MissingRanksError, jax_job, likely_cause
 from metricfold.pool import FloatArray
+from metricfold.processes import DeferredInterrupt
 
 __all__ = ["JaxCommunicator"]
 
@@ -80,6 +81,7 @@ class JaxCommunicator(Communicator):
         self._prefix = f"metricfold/{name}/{generation}"
         self._calls = 0
         self._mesh: Any = None
+        self._interrupt = DeferredInterrupt()
 
     def current(self) -> bool:
         job = jax_job()
@@ -87,6 +89,10 @@ class JaxCommunicator(Communicator):
 
     def close(self) -> None:
         self._mesh = None
+
+    def interrupts_deferred(self) -> DeferredInterrupt:
+        # A process that left between two collectives would keep the others from training on.
+        return self._interrupt
 
     def abandon(self, why: str) -> None:
         with suppress(Exception):  # the coordinator is gone: nobody can be told
@@ -177,6 +183,8 @@ class JaxCommunicator(Communicator):
         if self._all_came("first", first):
             return
         self._raise_if_poisoned()
+        # Who waits for a process that may never come must not have to wait until the timeout.
+        self._interrupt.deliver()
         self._record()
         waited = time.monotonic() - started
         if waited >= first / 2:
