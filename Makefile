@@ -59,6 +59,10 @@ bench: $(BENCH_STAMP)  ## BENCH_ARGS=--quick shows in two minutes that everythin
 	@echo "==> the same logs through other libraries"
 	@$(BIN)/python -m benchmarks.peers $(BENCH_ARGS)
 
+gpu-check: $(STAMP)  ## what only a GPU can show; GPU_ARGS="--only steps" and the like pass through
+	@echo "==> waits, kernels, steps, a trace, ranks and JAX on the GPU: ratios measured side by side"
+	@$(BIN)/python -m benchmarks.gpu_check $(GPU_ARGS)
+
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
