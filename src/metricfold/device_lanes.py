@@ -189,7 +189,7 @@ class Layout:
                 "was, drain it, and go on with a new one"
             )
         raise ValueError(
-            f"the arrays in this accumulator ({holds}) have been added up, averaged, scaled or filled "
+            f"the arrays in this accumulator ({holds}) have been added up, averaged, scaled, cut or filled "
             "with zeros, as by psum, tree.map(jnp.add, ...) or zeros_like, and say nothing any more. "
             "Accumulators are brought together by merge() and reduce(), begun anew by empty(), and kept "
             "out of what averages a training state"

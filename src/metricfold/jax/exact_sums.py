@@ -47,13 +47,18 @@ def exact_sum(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the rounded sum, and what was rounded away (Knuth): exact, whichever is larger."""
     total = one + other
     seen = total - one
-    return total, (one - (total - seen)) + (other - seen)
+    return total, _where_finite(total, (one - (total - seen)) + (other - seen))
 
 
 def _settled(high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the same sum, of which the second is what a float32 does not hold."""
     total = high + low
-    return total, low - (total - high)
+    return total, _where_finite(total, low - (total - high))
+
+
+def _where_finite(total: jax.Array, lost: jax.Array) -> jax.Array:
+    # Of a sum beyond float32 nothing is known but that, and inf - inf is NaN.
+    return jnp.where(jnp.isfinite(total), lost, np.float32(0))
 
 
 def add_pairs(pairs: jax.Array, others: jax.Array) -> jax.Array:
