@@ -53,11 +53,9 @@ $(BENCH_STAMP): $(STAMP)
 	@$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
 	@touch $@
 
-bench: $(BENCH_STAMP)  ## BENCH_ARGS=--quick shows in two minutes that everything runs
-	@echo "==> benchmarks: ratios measured side by side in one run"
+bench: $(BENCH_STAMP)  ## BENCH_ARGS="--quick" shows in a minute that everything runs; "log peers" measures these
+	@echo "==> benchmarks: ratios measured side by side in one run, and the same logs through other libraries"
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
-	@echo "==> the same logs through other libraries"
-	@$(BIN)/python -m benchmarks.peers $(BENCH_ARGS)
 
 gpu-check: $(STAMP)  ## what only a GPU can show; GPU_ARGS="--only steps" and the like pass through
 	@echo "==> waits, kernels, steps, a trace, ranks and JAX on the GPU: ratios measured side by side"

@@ -1,1 +1,11 @@
-"""What metricfold costs, measured side by side with what it is compared to, in one run."""
+"""What metricfold costs: every module that `python -m benchmarks` takes by name measures one subject.
+
+imports, update, samples, log, sketches          what our own code costs
+accumulation_torch, accumulation_jax, mesh_jax   metrics on devices
+peers                                            the same logs through other libraries
+scale                                            more ranks than a machine has
+
+Each has `measure(quick)`, which returns sections of the table. The rest serves them: `table` prints,
+`timing` lets contenders take turns, `ranks` starts worlds (for the tests too), `workloads` says what
+there is to log and `contenders` log it.
+"""

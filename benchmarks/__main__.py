@@ -1,71 +1,97 @@
-"""`python -m benchmarks`: measure everything side by side and print the table.
+"""`python -m benchmarks`: measure side by side and print tables.
 
-python -m benchmarks              two or three minutes
-python -m benchmarks --quick      seconds: shows that it works, not how fast it is; fails if not
-python -m benchmarks --only log   sections by name
+python -m benchmarks                 everything, in ten minutes
+python -m benchmarks --quick         a minute: shows that it works, not how fast it is; fails if not
+python -m benchmarks log peers       subjects by name; see `benchmarks/__init__.py`
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
+import math
 import os
 import sys
 import time
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 
 # Read by every library with threads of its own when it is imported: before anything else.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The profiler, which counts collectives, else says that it has begun and ended.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from benchmarks.complete import complaints
 from benchmarks.machine import load, machine
-from benchmarks.sizes import FULL, QUICK
-from benchmarks.table import Section, draw
+from benchmarks.table import Section
 
-_SUBJECTS = {
-    "import": "imports",
-    "update": "update",
-    "sample": "samples",
-    "log": "reduction",
-    "torch": "accumulation_torch",
-    "devices": "devices",
-    "accumulate": "accumulation",
+_JAX = ("jax", "flax")
+SUBJECTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "imports": {},
+    "update": {"a handler call each": ()},
+    "samples": {"3 frozen dataclasses": ()},
+    "log": {"bare all_reduce": ()},
+    "sketches": {"DDSketch": ("ddsketch",), "KLL": ("datasketches",)},
+    "accumulation_torch": {"scatter_add": (), "torchmetrics": ("torchmetrics",)},
+    "accumulation_jax": {"8 nnx Averages": _JAX, "8 clu Averages": (*_JAX, "clu")},
+    "mesh_jax": {"a bare lax.psum": _JAX},
+    "peers": {
+        "bare all_reduce": (),
+        "pickled states": (),
+        "torchmetrics": ("torchmetrics",),
+        "torcheval": ("torcheval",),
+        "Lightning self.log": ("lightning",),
+        "Accelerate": ("accelerate",),
+    },
+    "scale": {"ring": (), "tree": ()},
 }
+"""What each subject compares with, and what must be installed for that."""
 
 
 def main() -> int:
-    """Run what was asked for."""
+    """Measure what was asked for; 1 if something that is installed was not measured."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, in seconds")
-    parser.add_argument("--only", nargs="+", choices=_SUBJECTS, help="measure these only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE too")
-    chosen = parser.parse_args()
-    sizes = QUICK if chosen.quick else FULL
-    began = time.monotonic()
-    print(machine())
-    sections: list[Section] = []
-    for subject in chosen.only or _SUBJECTS:
-        print(f"measuring: {subject}", file=sys.stderr, flush=True)
-        sections += importlib.import_module(f"benchmarks.{_SUBJECTS[subject]}").measure(sizes)
-    print(draw(sections))
-    missed = [row for section in sections for row in section.rows if row.verdict == "MISS"]
-    budgets = sum(row.budget is not None for section in sections for row in section.rows)
-    print(
-        f"\n{budgets - len(missed)} of {budgets} budgets met, in "
-        f"{time.monotonic() - began:.0f} s; load of the machine now {load()}"
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, in a minute")
+    parser.add_argument(
+        "subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(SUBJECTS)}; all if none"
     )
-    if chosen.json:
-        found = [
-            {"section": section.title, **row.as_json()}
-            for section in sections
-            for row in section.rows
-        ]
-        chosen.json.write_text(json.dumps(found, indent=1))
-    wrong = [] if chosen.only else complaints(sections)
+    chosen = parser.parse_args()
+    unknown = set(chosen.subjects) - SUBJECTS.keys()
+    if unknown:
+        parser.error(f"no subject {min(unknown)!r}: give some of {', '.join(SUBJECTS)}")
+    print(machine(), flush=True)
+    budgets = missed = 0
+    wrong: list[str] = []
+    for subject in chosen.subjects or SUBJECTS:
+        print(f"measuring: {subject}", file=sys.stderr, flush=True)
+        began = time.monotonic()
+        sections = importlib.import_module(f"benchmarks.{subject}").measure(quick=chosen.quick)
+        print(*(f"\n{section}" for section in sections), sep="\n")
+        print(f"\n{subject}: {time.monotonic() - began:.0f} s, load {load()}", flush=True)
+        verdicts = [row.verdict for section in sections for row in section.rows if row.verdict]
+        budgets, missed = budgets + len(verdicts), missed + verdicts.count("MISS")
+        wrong += complaints(SUBJECTS[subject], sections)
+    print(f"\n{budgets - missed} of {budgets} budgets met")
     for complaint in wrong:
         print(complaint, file=sys.stderr)
     return 1 if wrong else 0
+
+
+def complaints(contenders: Mapping[str, Sequence[str]], sections: Sequence[Section]) -> list[str]:
+    """Return what is wrong with the sections of a subject; empty if nothing is."""
+    found = []
+    for section in sections:
+        for row in section.rows:
+            least = 0 if row.budget and row.budget.limit == 0 else math.ulp(0)
+            if not least <= row.figure < math.inf:
+                found.append(f"{row.what}: the figure is {row.figure}")
+        found += [f"{line[0]}: failed" for line in section.lines if "failed" in line]
+    found += [f"{section.title}: no rows" for section in sections if not section.cells()]
+    text = "\n".join(map(str, sections))
+    for contender, packages in contenders.items():
+        if all(map(find_spec, packages)) and contender not in text:
+            found.append(f"{contender}: not measured")
+    return found
 
 
 if __name__ == "__main__":

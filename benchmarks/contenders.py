@@ -1,52 +1,27 @@
-"""What can log over ranks: ours, and whatever it is compared with.
+"""What can log over ranks: ours, and what needs no other package; `peers` has other libraries.
 
 A contender takes in the intervals of a `Workload` (`feed`, not timed) and reduces them over all
-ranks (`log`, timed). Those that stand here need no other package; `peers` has other libraries.
+ranks (`log`, timed).
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.baselines import Aggregation, FrozenMetric, MetricStates, State
+from benchmarks.baselines import Aggregation, FrozenMetric, MetricStates
 from benchmarks.meter import Meter
-from benchmarks.workloads import Workload
-from metricfold import Metric, MetricBatch, MetricsAggregator, Snapshot
+from benchmarks.workloads import INTERVALS, Workload, batches
+from metricfold import MetricsAggregator, Snapshot
 from metricfold.communicator import Communicator, connect
 
-__all__ = [
-    "BARE",
-    "CONTENDERS",
-    "DICT",
-    "GATHER",
-    "INTERVALS",
-    "PICKLED",
-    "REDUCE",
-    "BareAllReduce",
-    "Contender",
-    "Listed",
-    "Metricfold",
-    "MetricfoldEverywhere",
-    "PickledStatesEverywhere",
-]
-
-INTERVALS = 3
-"""So many different intervals are prepared, and fed in turn."""
-
-REDUCE = "reduce()"
-DICT = "reduce() and rank 0's dict"
-BARE = "bare all_reduce"
-GATHER = "bare all_gather"
-PICKLED = "pickled states"
+__all__ = ["BareAllReduce", "Contender", "Metricfold", "MetricfoldEverywhere", "PickledStates"]
 
 
 class Contender(ABC):
@@ -59,9 +34,11 @@ class Contender(ABC):
 
     Attributes:
         fed: how many intervals it has taken in; they come round after `INTERVALS`.
+        floats: size of its own vector in float64, if it is ours.
     """
 
     fed = 0
+    floats = 0
 
     @abstractmethod
     def __init__(self, workload: Workload, rank: int, floats: int) -> None: ...
@@ -81,77 +58,43 @@ class Contender(ABC):
             meter.begin()
             meter.end(self.log())
 
-    def facts(self) -> dict[str, float]:
-        """Return what else is worth knowing about the logs made so far."""
-        return {}
-
 
 class Metricfold(Contender):
-    """`MetricsAggregator.reduce`."""
+    """`MetricsAggregator.reduce`.
 
-    warm_ups = 2
-    """Two logs bring the schema and its capacities to where they stay."""
+    Attributes:
+        snapshot: what the last log returned.
+        own: CPU seconds of this process in each log, before and after its collectives.
+    """
 
-    def __init__(self, workload: Workload, rank: int, floats: int) -> None:
-        self._rank = rank
-        self._wire = Stopwatch(connect(f"{type(self).__name__} {workload.title}", None, None, 0))
-        self.aggregator = MetricsAggregator(workload.window, communicator=self._wire)
-        self._intervals = _folded(workload, rank)
-        self._phases: list[tuple[float, float, float]] = []
-        for _ in range(self.warm_ups):
-            self.feed()
-            self._wire.begin()
-            self.aggregator.reduce()
-        self._steady = self.aggregator.collectives
+    snapshot: Snapshot
 
-    @property
-    def floats(self) -> int:
-        """Return how many float64 this rank handed to the collectives of the last log."""
-        return self._wire.floats
+    def __init__(self, workload: Workload, rank: int, floats: int = 0, route: str = "auto") -> None:
+        self._workload, self._rank = workload, rank
+        self._wire = _Watched(connect(f"{workload.title} {route}", None, None, 0))
+        self.aggregator = MetricsAggregator(workload.window, communicator=self._wire, route=route)
+        self.own: list[float] = []
 
     def feed(self) -> None:
-        for batch in self._intervals[self.fed % INTERVALS]:
+        for batch in batches(self._workload, self._rank, self.fed):
             self.aggregator.update(batch)
         self.fed += 1
 
     def log(self) -> Mapping[str, float]:
-        started = time.perf_counter()
         self._wire.begin()
-        snapshot = self.aggregator.reduce()
-        ended = time.perf_counter()
-        entered, left = self._wire.entered, self._wire.left
-        self._phases.append((entered - started, left - entered, ended - left))
-        return self._report(snapshot)
-
-    def _report(self, snapshot: Snapshot) -> Mapping[str, float]:
+        began = time.process_time()
+        self.snapshot = self.aggregator.reduce()
+        self.own.append(time.process_time() - began - self._wire.seconds)
+        self.floats = self._wire.floats
         return {}
-
-    def facts(self) -> dict[str, float]:
-        logs = len(self._phases)
-        pack, gather, merge = np.median(np.array(self._phases), axis=0).tolist()
-        return {
-            "collectives": (self.aggregator.collectives - self._steady) / logs,
-            "floats": self.floats,
-            "pack": pack,
-            "gather": gather,
-            "merge": merge,
-        }
-
-
-class MetricfoldDict(Metricfold):
-    """The same, and rank 0 turns the snapshot into a dict."""
-
-    def _report(self, snapshot: Snapshot) -> Mapping[str, float]:
-        return snapshot.as_dict("train") if self._rank == 0 else {}
 
 
 class MetricfoldEverywhere(Metricfold):
     """The same, and every rank turns the interval into a dict, needed or not."""
 
-    warm_ups = 0
-
-    def _report(self, snapshot: Snapshot) -> Mapping[str, float]:
-        return snapshot.as_dict("train", "interval")
+    def log(self) -> Mapping[str, float]:
+        super().log()
+        return self.snapshot.as_dict("train", "interval")
 
 
 class BareAllReduce(Contender):
@@ -173,32 +116,24 @@ class BareAllReduce(Contender):
         return {}
 
 
-class BareAllGather(BareAllReduce):
-    """The collective that `reduce` is made of, alone: the rest of its time is our own."""
-
-    def __init__(self, workload: Workload, rank: int, floats: int) -> None:
-        super().__init__(workload, rank, floats)
-        self._rows = torch.zeros(floats * dist.get_world_size(), dtype=torch.float64)
-
-    def log(self) -> Mapping[str, float]:
-        # The group's method, as newer versions of torch rename the public function.
-        dist.group.WORLD._allgather_base(self._rows, self._vector).wait()
-        return {}
-
-
 class PickledStates(Contender):
-    """One `all_gather_object` of all state objects, and a merge of them on every rank."""
-
-    finalise = False
+    """One `all_gather_object` of all state objects, and a merge and a dict of them on every rank."""
 
     def __init__(self, workload: Workload, rank: int, floats: int) -> None:
-        self._rank = rank
         self._window = workload.window
-        self._intervals = _frozen(workload, rank)
-        self._begin()
-
-    def _begin(self) -> None:
-        self._states = MetricStates(self._window, finalise=self.finalise)
+        self._intervals = [
+            [
+                [
+                    FrozenMetric(one.dataset, one.name, value, Aggregation(one.aggregation))
+                    for one in columns
+                    for value in one.plain()
+                ]
+                for columns in workload.interval(rank, number)
+            ]
+            * workload.repeats
+            for number in range(INTERVALS)
+        ]
+        self._states = MetricStates(self._window)
 
     def feed(self) -> None:
         for batch in self._intervals[self.fed % INTERVALS]:
@@ -206,66 +141,14 @@ class PickledStates(Contender):
         self.fed += 1
 
     def log(self) -> Mapping[str, float]:
+        states, self._states = self._states, MetricStates(self._window)
         of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, self._states.local())
-        return self._report(self._states.combine(of_ranks))
-
-    def _report(self, merged: list[State]) -> Mapping[str, float]:
-        return {}
+        dist.all_gather_object(of_ranks, [*states.states.values()])
+        return states.report(states.combine(of_ranks), "train")
 
 
-class PickledStatesDict(PickledStates):
-    """The same, and rank 0 turns the states into a dict."""
-
-    def _report(self, merged: list[State]) -> Mapping[str, float]:
-        return self._states.report(merged, "train") if self._rank == 0 else {}
-
-
-class PickledStatesEverywhere(PickledStates):
-    """The same, and every rank makes a dict and begins the next interval."""
-
-    def _report(self, merged: list[State]) -> Mapping[str, float]:
-        values = self._states.report(merged, "train")
-        self._begin()
-        return values
-
-
-class PickledStatistics(PickledStates):
-    """The same with distributions finalised before: fewer bytes, more objects, wrong percentiles."""
-
-    finalise = True
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """A contender as the benchmark runs it.
-
-    Args:
-        name: how the table calls it.
-        make: its class.
-        beside: which of ours it is compared with.
-        slow: whether it has a turn in some rounds only.
-    """
-
-    name: str
-    make: Callable[[Workload, int, int], Contender]
-    beside: tuple[str, ...] = ()
-    slow: bool = False
-
-
-CONTENDERS: Sequence[Listed] = (
-    Listed(REDUCE, Metricfold),
-    Listed(DICT, MetricfoldDict),
-    Listed(BARE, BareAllReduce, (REDUCE, DICT)),
-    Listed(GATHER, BareAllGather, (REDUCE,)),
-    Listed(PICKLED, PickledStates, (REDUCE,), slow=True),
-    Listed("pickled states and dict", PickledStatesDict, (DICT,), slow=True),
-    Listed("pickled statistics", PickledStatistics, (REDUCE,), slow=True),
-)
-
-
-class Stopwatch(Communicator):
-    """Another communicator, when it was first entered and last left, and what went in."""
+class _Watched(Communicator):
+    """Another communicator, what went in, and the CPU seconds from the first entry to the last exit."""
 
     def __init__(self, inner: Communicator) -> None:
         self._inner = inner
@@ -275,7 +158,8 @@ class Stopwatch(Communicator):
 
     def begin(self) -> None:
         """Begin another log."""
-        self.entered = self.left = 0.0
+        self._entered: float | None = None
+        self.seconds = 0.0
         self.floats = 0
 
     def _all_gather(self, vector: Any) -> Any:
@@ -285,42 +169,9 @@ class Stopwatch(Communicator):
         return self._timed(vector, lambda: self._inner.all_reduce(vector, op))
 
     def _timed(self, vector: Any, collective: Callable[[], Any]) -> Any:
-        self.entered = self.entered or time.perf_counter()
+        if self._entered is None:
+            self._entered = time.process_time()
         self.floats += vector.size
         result = collective()
-        self.left = time.perf_counter()
+        self.seconds = time.process_time() - self._entered
         return result
-
-
-@cache
-def _folded(workload: Workload, rank: int) -> list[list[MetricBatch]]:
-    """Return intervals as a data worker hands them over."""
-    return [
-        [
-            MetricBatch.from_metrics(
-                Metric(column.dataset, column.name, value, column.aggregation)
-                for column in columns
-                for value in column.plain()
-            )
-            for columns in workload.interval(rank, number)
-        ]
-        * workload.repeats
-        for number in range(INTERVALS)
-    ]
-
-
-@cache
-def _frozen(workload: Workload, rank: int) -> list[list[list[FrozenMetric]]]:
-    """Return intervals as batches of metrics."""
-    return [
-        [
-            [
-                FrozenMetric(column.dataset, column.name, value, Aggregation(column.aggregation))
-                for column in columns
-                for value in column.plain()
-            ]
-            for columns in workload.interval(rank, number)
-        ]
-        * workload.repeats
-        for number in range(INTERVALS)
-    ]

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 
-from benchmarks.sizes import Sizes
-from benchmarks.table import Section, amount, at_most
-
-__all__ = ["measure"]
+from benchmarks.table import Section, at_most, seconds_of
 
 _TIMED = """
 import sys, time
@@ -23,17 +19,15 @@ assert not {"torch", "jax", "rich", "wandb", "tensorboard"} & sys.modules.keys()
 """
 
 
-def measure(sizes: Sizes) -> list[Section]:
-    """Return the median over fresh interpreters."""
+def measure(*, quick: bool) -> list[Section]:
+    """Return the median over new interpreters."""
     with tempfile.TemporaryDirectory() as folder:
         # As installed: compiled once, by the first of them, which does not count.
         environment = {**os.environ, "PYTHONPYCACHEPREFIX": folder}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        times = [_import(environment) for _ in range(sizes.imports + 1)][1:]
-    section = Section("import metricfold, on top of NumPy")
-    milliseconds = statistics.median(times) * 1e3
-    section.rows.append(amount("a fresh interpreter", milliseconds, "ms", budget=at_most(100)))
-    return [section]
+        times = [_import(environment) for _ in range(2 if quick else 12)][1:]
+    row = seconds_of("a new interpreter", times, "ms", at_most(100))
+    return [Section("import metricfold, on top of NumPy", [row])]
 
 
 def _import(environment: dict[str, str]) -> float:

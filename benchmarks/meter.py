@@ -41,27 +41,24 @@ class Meter:
     """
 
     def __init__(self, seconds: float, most: int) -> None:
-        self._seconds = seconds
-        self._most = most
+        self._seconds, self._most = seconds, most
         self._logs = 0
-        self._traffic: Traffic | None = None
         self._began = self._warm_at = 0.0
+        self._counting = False
         self.turns: list[tuple[float, float]] = []
-        self.peak = 0
-        self.collectives = 0
-        self.sent = 0
+        self.peak = self.collectives = self.sent = 0
         self.values: Mapping[str, float] = {}
 
     def wants_more(self) -> bool:
         """Return whether there is another log to measure."""
-        if self._traffic is not None:
+        if self._counting:
             return False
         self._logs += 1
         if self._logs == 2:
             self._warm_at = time.monotonic()
         elif self._logs > 2 and self._enough():
             self.peak = peak()
-            self._traffic = Traffic()
+            self._counting = True
         return True
 
     def _enough(self) -> bool:
@@ -75,7 +72,8 @@ class Meter:
     def begin(self) -> None:
         """Call right before the log; all ranks begin together."""
         dist.barrier()
-        if self._traffic is not None:
+        if self._counting:
+            self._traffic = Traffic()
             self._traffic.begin()
         self._began = time.monotonic()
 
@@ -83,8 +81,9 @@ class Meter:
         """Call right after the log, with what it returned."""
         ended = time.monotonic()
         self.values = values
-        if self._traffic is not None:
+        if self._counting:
             self._traffic.end()
-            self.collectives, self.sent = self._traffic.collectives, self._traffic.sent
+            self.collectives, self.sent = len(self._traffic.kinds), self._traffic.sent
+            del self._traffic
         elif self._logs > 1:
             self.turns.append((self._began, ended))

@@ -10,23 +10,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
-from benchmarks.sizes import FULL, QUICK, Sizes
 from metricfold.demo.virtual import virtual_devices
 
-__all__ = ["found_in_own_process", "installed", "print_found"]
+__all__ = ["found_in_own_process", "print_found"]
 
 
-def installed(*packages: str) -> bool:
-    """Tell whether all of `packages` are there."""
-    return all(map(find_spec, packages))
-
-
-def found_in_own_process(module: str, sizes: Sizes, devices: int = 1) -> Any:
+def found_in_own_process(module: str, *, quick: bool, devices: int = 1) -> Any:
     """Return what `module`, run on so many virtual CPU devices, hands to `print_found`."""
-    quick = sizes is QUICK
     done = subprocess.run(
         [sys.executable, "-m", module, *(["--quick"] if quick else [])],
         env={
@@ -42,6 +34,6 @@ def found_in_own_process(module: str, sizes: Sizes, devices: int = 1) -> Any:
     return json.loads(done.stdout)
 
 
-def print_found(measured: Callable[[Sizes], Any]) -> None:
-    """Print what `measured` finds, in the sizes that this process was asked for."""
-    print(json.dumps(measured(QUICK if "--quick" in sys.argv else FULL)))
+def print_found(measured: Callable[[bool], Any]) -> None:
+    """Print what `measured`, told whether to be quick, finds."""
+    print(json.dumps(measured("--quick" in sys.argv)))

@@ -1,84 +1,112 @@
-"""Real ranks: one process each, connected by gloo, killed if one of them fails or hangs.
+"""Worlds of ranks, for tests and benchmarks alike: processes joined by gloo, or threads.
 
-Each finds itself in the environment that `torchrun` makes, for libraries that read it.
+    def total(rank):
+        ...
+        return aggregator.get_metrics_for_logging()
+
+    results = run_ranks(total, 4)      # [result of rank 0, of rank 1, ...]
+
+Processes are forked from a server that has torch loaded, so that starting one is cheap, and killed if
+they hang. Threads need nothing.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-__all__ = ["run_ranks"]
+from metricfold.communicator.threads import thread_world
+
+__all__ = ["RankError", "preload", "run_ranks", "run_threads"]
+
+_context = multiprocessing.get_context("forkserver")
+_preloaded = ["torch", "torch.distributed", "metricfold"]
+_context.set_forkserver_preload(_preloaded)
+# Ranks share few cores: more threads each would only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+class RankError(AssertionError):
+    """A rank raised, died or hung; the message holds its traceback."""
+
+
+def preload(*modules: str) -> None:
+    """Load further modules before ranks are forked; of no effect once the first have been."""
+    _preloaded.extend(modules)
+    _context.set_forkserver_preload(_preloaded)
 
 
 def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 300.0,
-    group_timeout: float = 300.0,
-    preload: str = "metricfold",
+    timeout: float = 60.0,
+    group_timeout: float = 30.0,
+    dies: tuple[int, ...] = (),
 ) -> list[Any]:
     """Return what ``function(rank, *args)`` returned on each rank.
 
     Args:
-        function: importable.
+        function: importable, so defined at the top of a module.
         world_size: how many ranks.
         args: passed to every rank.
         timeout: seconds until all ranks are killed.
         group_timeout: the process group's own timeout in seconds.
-        preload: a module that ranks find imported; the first call in a process decides.
+        dies: ranks that are meant to end without a result.
     """
     import torch.distributed as dist
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", preload])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    pipes: dict[Connection, int] = {}
+    pipes: list[Connection] = []
     processes = []
     try:
         for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
+            receiver, sender = _context.Pipe(duplex=False)
+            process = _context.Process(
                 target=_run_rank,
                 args=(function, rank, world_size, store.port, group_timeout, sender, args),
-                daemon=True,
             )
             process.start()
             sender.close()
-            pipes[receiver] = rank
+            pipes.append(receiver)
             processes.append(process)
-        return _collect(pipes, time.monotonic() + timeout)
+        return _collect(pipes, time.monotonic() + timeout, dies)
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _collect(pipes: dict[Connection, int], deadline: float) -> list[Any]:
+def _collect(pipes: list[Connection], deadline: float, dies: tuple[int, ...]) -> list[Any]:
     results: dict[int, Any] = {}
-    world_size = len(pipes)
-    while pipes:
-        ready = wait(list(pipes), timeout=max(deadline - time.monotonic(), 0))
+    errors: dict[int, str] = {}
+    open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while open_pipes and not errors:
+        ready = wait(list(open_pipes), timeout=max(deadline - time.monotonic(), 0))
         if not ready:
-            raise RuntimeError(f"ranks {sorted(pipes.values())} did not finish in time")
+            raise RankError(f"ranks {sorted(open_pipes.values())} hang")
         for pipe in ready:
-            assert isinstance(pipe, Connection)
-            rank = pipes.pop(pipe)
+            rank = open_pipes.pop(pipe)
             try:
-                failure, results[rank] = pipe.recv()
+                kind, content = pipe.recv()
             except EOFError:
-                failure = "it died"
-            if failure:
-                raise RuntimeError(f"rank {rank} failed: {failure}")
-    return [results[rank] for rank in range(world_size)]
+                if rank not in dies:
+                    errors[rank] = "died"
+                continue
+            if kind == "result":
+                results[rank] = content
+            else:
+                errors[rank] = content
+    if errors:
+        raise RankError("\n".join(f"rank {rank}: {text}" for rank, text in errors.items()))
+    return [results.get(rank) for rank in range(len(pipes))]
 
 
 def _run_rank(
@@ -90,13 +118,8 @@ def _run_rank(
     sender: Connection,
     args: tuple[Any, ...],
 ) -> None:
-    import torch
     import torch.distributed as dist
 
-    # Ranks share few cores: more threads each would only wait for one another.
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ.update(_as_torchrun(rank, world_size, port))
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group(
@@ -106,24 +129,24 @@ def _run_rank(
             world_size=world_size,
             timeout=timedelta(seconds=group_timeout),
         )
-        result = function(rank, *args)
-        dist.barrier()
-        sender.send(("", result))
-    except BaseException:  # noqa: BLE001 - it is told to whoever waits for the result
-        sender.send((traceback.format_exc(), None))
-        sys.exit(1)
-    # Others may still read from this one's sockets.
-    time.sleep(0.05)
+        sender.send(("result", function(rank, *args)))
+    except BaseException:
+        sender.send(("error", traceback.format_exc()))
+        raise
+    finally:
+        # Ranks that still need this one's sockets or store must not find them gone.
+        sender.close()
+        time.sleep(0.05)
 
 
-def _as_torchrun(rank: int, world_size: int, port: int) -> dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "benchmarks",
-    }
+def run_threads(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
+) -> list[Any]:
+    """Return what ``function(communicator, *args)`` returned on each of `world_size` threads.
+
+    The same protocol as over processes, without the price of starting them.
+    """
+    worlds = thread_world(world_size, timeout)
+    with ThreadPoolExecutor(world_size) as pool:
+        futures = [pool.submit(function, communicator, *args) for communicator in worlds]
+        return [future.result(timeout) for future in futures]

@@ -6,22 +6,19 @@ import pickle
 from typing import Any
 
 from benchmarks.baselines import Aggregation, FrozenMetric
-from benchmarks.sizes import Sizes
 from benchmarks.table import Section, at_most, cost
 from benchmarks.timing import interleaved
 from metricfold import DefaultTrainingMetricTransform, MetricsCollator
 
-__all__ = ["measure"]
-
-_BUDGETS = {64: at_most(0.5)}
+_BUDGETS = {64: at_most(0.35)}
 """By samples per batch."""
 
 
-def measure(sizes: Sizes) -> list[Section]:
+def measure(*, quick: bool) -> list[Section]:
     """Return the cost per sample of 3 metrics, for batches of several sizes."""
     section = Section("transform + collate + pickling both ways, per sample of 3 metrics")
     for samples in (8, 64, 512):
-        times = _measure(samples, sizes)
+        times = _taken(samples, 3 if quick else 25)
         per_sample = {name: [t / samples for t in found] for name, found in times.items()}
         section.rows.append(
             cost(
@@ -35,7 +32,7 @@ def measure(sizes: Sizes) -> list[Section]:
     return [section]
 
 
-def _measure(samples: int, sizes: Sizes) -> dict[str, list[float]]:
+def _taken(samples: int, rounds: int) -> dict[str, list[float]]:
     transform = DefaultTrainingMetricTransform()
     transform.set_dataset_name("alpaca")
     collate = MetricsCollator(_no_tensors)
@@ -45,7 +42,7 @@ def _measure(samples: int, sizes: Sizes) -> dict[str, list[float]]:
             "ours": lambda: _sent(collate([transform(sample) for sample in bare])),
             "dataclasses": lambda: _sent([_frozen(sample) for sample in bare]),
         },
-        sizes.rounds,
+        rounds,
     )
 
 

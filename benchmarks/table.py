@@ -1,10 +1,13 @@
-"""The result of a benchmark: rows with a figure, the budget next to it, and a verdict."""
+"""What benchmarks print: rows with a figure, the budget next to it and a verdict, or a table of its own."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 __all__ = [
+    "Budget",
     "Row",
     "Section",
     "amount",
@@ -12,11 +15,12 @@ __all__ = [
     "at_most",
     "bytes_text",
     "cost",
-    "draw",
-    "markdown",
     "seconds",
+    "seconds_of",
     "speedup",
 ]
+
+_HEAD = ("what", "ours", "against", "figure", "quartiles", "budget", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ def at_least(limit: float) -> Budget:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table.
+    """One line with a figure.
 
     Args:
         what: what was measured.
@@ -75,26 +79,30 @@ class Row:
         figure = f"{self.figure:.3g} {self.unit}".strip()
         return [self.what, self.ours, self.against, figure, spread, budget.strip(), self.verdict]
 
-    def as_json(self) -> dict[str, object]:
-        return {
-            "what": self.what,
-            "ours": self.ours,
-            "against": self.against,
-            "figure": self.figure,
-            "unit": self.unit,
-            "spread": self.spread,
-            "budget": None if self.budget is None else str(self.budget),
-            "verdict": self.verdict,
-        }
-
 
 @dataclass(slots=True)
 class Section:
-    """Rows of one subject, and what a reader should know about them."""
+    """One subject: rows with figures or lines under a head of its own, and what a reader should know.
+
+    Its text is Markdown, which reads as plain text too and goes into a page as it is.
+    """
 
     title: str
     rows: list[Row] = field(default_factory=list)
+    head: Sequence[str] = _HEAD
+    lines: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def cells(self) -> list[list[str]]:
+        return [*(row.cells() for row in self.rows), *self.lines]
+
+    def __str__(self) -> str:
+        head = list(self.head)
+        lines = [line + [""] * (len(head) - len(line)) for line in self.cells()]
+        widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
+        table = [head, ["-" * width for width in widths], *lines]
+        text = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in table]
+        return "\n".join([f"### {self.title}", "", *text, *(f"\n{note}" for note in self.notes)])
 
 
 def cost(
@@ -102,7 +110,7 @@ def cost(
 ) -> Row:
     """Return how many times `theirs` ours costs; seconds of the same rounds, paired."""
     ratio, spread = _ratio(ours, theirs)
-    return Row(what, seconds(_median(ours)), _named(against, theirs), ratio, "x", spread, budget)
+    return Row(what, _median(ours), _named(against, theirs), ratio, "x", spread, budget)
 
 
 def speedup(
@@ -110,9 +118,7 @@ def speedup(
 ) -> Row:
     """Return how many times faster ours is; seconds of the same rounds, paired."""
     ratio, spread = _ratio(theirs, ours)
-    return Row(
-        what, seconds(_median(ours)), _named(against, theirs), ratio, "x faster", spread, budget
-    )
+    return Row(what, _median(ours), _named(against, theirs), ratio, "x faster", spread, budget)
 
 
 def amount(
@@ -122,67 +128,43 @@ def amount(
     return Row(what, ours, "", figure, unit, None, budget)
 
 
+_SCALES = {"s": 1.0, "ms": 1e3, "µs": 1e6, "ns": 1e9}
+
+
+def seconds_of(what: str, times: list[float], unit: str, budget: Budget | None = None) -> Row:
+    """Return the median of `times`, in seconds, as a figure in `unit`."""
+    figure = statistics.median(times) * _SCALES[unit]
+    return amount(what, figure, unit, f"at best {seconds(min(times))}", budget)
+
+
 def seconds(number: float) -> str:
     """Return a duration with its unit, three digits."""
-    for scale, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
-        if number * scale >= 1:
-            return f"{number * scale:.3g} {unit}"
-    return f"{number * 1e9:.3g} ns"
+    return _with_unit(number, ((unit, 1 / scale) for unit, scale in _SCALES.items()))
+
+
+def bytes_text(number: float) -> str:
+    """Return a number of bytes with its unit."""
+    if number < 1e3:
+        return f"{number:.0f} B"
+    return _with_unit(number, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)))
+
+
+def _with_unit(number: float, units: Iterable[tuple[str, float]]) -> str:
+    listed = list(units)
+    unit, size = next((one for one in listed if number >= one[1]), listed[-1])
+    return f"{number / size:.3g} {unit}"
+
+
+def _median(times: list[float]) -> str:
+    return seconds(statistics.median(times))
 
 
 def _named(against: str, theirs: list[float]) -> str:
-    return f"{against}: {seconds(_median(theirs))}"
+    return f"{against}: {_median(theirs)}"
 
 
 def _ratio(one: list[float], other: list[float]) -> tuple[float, tuple[float, float]]:
     """Return the ratio of the medians, and the quartiles of the ratios round by round."""
     pairs = sorted(a / b for a, b in zip(one, other, strict=True))
     quarter = len(pairs) // 4
-    return _median(one) / _median(other), (pairs[quarter], pairs[-1 - quarter])
-
-
-def _median(numbers: list[float]) -> float:
-    ordered = sorted(numbers)
-    middle = len(ordered) // 2
-    return (ordered[middle] + ordered[-1 - middle]) / 2
-
-
-_HEAD = ["what", "ours", "against", "figure", "quartiles", "budget", ""]
-
-
-def draw(sections: list[Section]) -> str:
-    """Return all sections as plain text."""
-    rows = [_HEAD, *(row.cells() for section in sections for row in section.rows)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    lines: list[str] = []
-    for section in sections:
-        lines += ["", section.title, rule, _line(_HEAD, widths), rule]
-        lines += [_line(row.cells(), widths) for row in section.rows]
-        lines += [f"  {note}" for note in section.notes]
-    return "\n".join(lines)
-
-
-def _line(cells: list[str], widths: list[int]) -> str:
-    text = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-    return text.rstrip()
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown."""
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    lines = [head, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| "
-        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        + " |"
-        for line in lines
-    )
-
-
-def bytes_text(number: float) -> str:
-    """Return a number of bytes with its unit."""
-    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return f"{number:.0f} B"
+    return statistics.median(one) / statistics.median(other), (pairs[quarter], pairs[-1 - quarter])

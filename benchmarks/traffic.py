@@ -41,10 +41,6 @@ class Traffic:
             use_kineto=True, experimental_config=_ExperimentalConfig(profile_all_threads=True)
         )
 
-    @property
-    def collectives(self) -> int:
-        return len(self.kinds)
-
     def begin(self) -> None:
         time.sleep(_SETTLE)
         self._sent_before = bytes_sent()

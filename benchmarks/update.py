@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import pickle
-import statistics
 import time
 from collections.abc import Iterator
 
 import numpy as np
 
 from benchmarks.baselines import Aggregation, FrozenMetric, MetricStates
-from benchmarks.sizes import Sizes
-from benchmarks.table import Budget, Row, Section, amount, at_least, at_most, cost, seconds, speedup
+from benchmarks.table import Budget, Row, Section, at_least, at_most, cost, seconds_of, speedup
 from benchmarks.timing import interleaved
 from metricfold import AggregationType, Metric, MetricBatch, MetricsAggregator
-
-__all__ = ["measure"]
 
 _DATASETS = ("alpaca", "orca")
 _METRICS = (("samples_seen", "sum"), ("tokens_seen", "sum"), ("seq_len", "distribution"))
@@ -27,15 +23,17 @@ _BATCHES: dict[int, Budget] = {8: at_least(2.8), 64: at_least(20)}
 """By samples per batch: what one rank takes in per step."""
 
 
-def measure(sizes: Sizes) -> list[Section]:
+def measure(*, quick: bool) -> list[Section]:
     """Return how long it takes until metrics are in, and many keys until they are out again."""
     section = Section("update, per metric: 3 metrics a sample, 2 datasets")
+    rounds = 3 if quick else 25
     for samples in (8, 64, 512):
-        _measure(section, samples, sizes)
-    return [section, Section("record, and many keys: CPU time", [_record(sizes), *_keys(sizes)])]
+        section.rows += _update(samples, 4 * rounds)
+    rows = [_record(rounds), *_keys(500 if quick else 47_000)]
+    return [section, Section("record, and many keys: CPU time", rows)]
 
 
-def _measure(section: Section, samples: int, sizes: Sizes) -> None:
+def _update(samples: int, rounds: int) -> list[Row]:
     rows = list(_values(samples))
     metrics = [
         Metric(dataset, name, value, AggregationType(agg)) for dataset, name, value, agg in rows
@@ -53,14 +51,14 @@ def _measure(section: Section, samples: int, sizes: Sizes) -> None:
             "batch": lambda: of_batches.update(batch),
             "handlers": lambda: handlers.update(frozen),
         },
-        4 * sizes.rounds,
+        rounds,
         calls_per_turn=_VALUES // len(metrics),
         afterwards={"list": of_lists.reduce, "batch": of_batches.reduce},
     )
     each = {name: [t / len(metrics) for t in found] for name, found in times.items()}
     theirs = ("a handler call each", each["handlers"])
     budgets = _BATCHES.get(samples), _LISTS.get(samples)
-    section.rows += [
+    return [
         speedup(f"collated batch of {samples} samples", each["batch"], *theirs, budgets[0]),
         cost(f"list of {samples} samples", each["list"], *theirs, budgets[1]),
     ]
@@ -75,31 +73,28 @@ def _values(samples: int) -> Iterator[tuple[str, str, int, str]]:
             yield dataset, name, value, agg
 
 
-def _record(sizes: Sizes) -> Row:
+def _record(rounds: int) -> Row:
     aggregator = MetricsAggregator()
     times = []
-    for _ in range(sizes.rounds):
+    for _ in range(rounds):
         began = time.process_time()
         for _ in range(_VALUES):
             aggregator.record("loss", 2.5)
         times.append((time.process_time() - began) / _VALUES)
         aggregator.reduce()
-    figure = statistics.median(times) * 1e6
-    return amount("record of a float", figure, "µs", f"at best {seconds(min(times))}", at_most(1.5))
+    return seconds_of("record of a float", times, "µs", at_most(1.5))
 
 
-def _keys(sizes: Sizes) -> list[Row]:
+def _keys(many: int) -> list[Row]:
     """Return what so many keys take, as those of each layer and expert; they come once in a run."""
-    few, many = sizes.keys // 10, sizes.keys
+    few = many // 10
     turns = [(_first(few), _first(many)) for _ in range(3)]
     per_key = [[turn[which][0] / keys for turn in turns] for which, keys in enumerate((few, many))]
-    what = f"{many:,} keys: first records and reduce"
-    taken, printed = (statistics.median(turn[1][part] for turn in turns) for part in range(2))
-    best, prints = (seconds(min(turn[1][part] for turn in turns)) for part in range(2))
+    taken, printed = ([turn[1][part] for turn in turns] for part in range(2))
     return [
-        amount(what, taken, "s", f"at best {best}", at_most(2)),
+        seconds_of(f"{many:,} keys: first records and reduce", taken, "s", at_most(2)),
         cost("the same, per key", per_key[1], f"{few:,} keys", per_key[0], at_most(2)),
-        amount(f"{many:,} keys: dict", printed, "s", f"at best {prints}"),
+        seconds_of(f"{many:,} keys: dict", printed, "s"),
     ]
 
 

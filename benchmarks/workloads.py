@@ -5,12 +5,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Column", "Kind", "Mixture", "Workload", "large", "mixed", "small"]
+from metricfold import Metric, MetricBatch
+
+__all__ = [
+    "INTERVALS",
+    "Column",
+    "Kind",
+    "Mixture",
+    "Workload",
+    "batches",
+    "large",
+    "mixed",
+    "small",
+]
+
+INTERVALS = 3
+"""So many different intervals are prepared, and fed in turn."""
 
 Values: TypeAlias = "npt.NDArray[np.float64] | list[str]"
 
@@ -51,6 +67,19 @@ class Workload(ABC):
         """Yield the batches of one interval."""
 
 
+@cache
+def batches(workload: Workload, rank: int, number: int) -> list[MetricBatch]:
+    """Return an interval as data workers hand it over."""
+    return [
+        MetricBatch.from_metrics(
+            Metric(column.dataset, column.name, value, column.aggregation)
+            for column in columns
+            for value in column.plain()
+        )
+        for columns in workload.interval(rank, number % INTERVALS)
+    ] * workload.repeats
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A metric that each dataset has.
@@ -59,11 +88,21 @@ class Kind:
         name: of the metric.
         aggregation: of the metric.
         size: its values in a batch; for categories, how many there are.
+        signed: whether a distribution is of any sign; else it is of lengths.
     """
 
     name: str
     aggregation: str
     size: int
+    signed: bool = False
+
+    def values(self, random: np.random.Generator) -> Values:
+        if self.aggregation == "categorical_count":
+            # Each category occurs, so that the schema is complete after the first log.
+            return [f"kind_{number:02d}" for number in range(self.size)] * 2
+        if self.aggregation == "distribution" and not self.signed:
+            return random.lognormal(6.0, 1.0, self.size)
+        return random.normal(0.0 if self.signed else 3.0, 1.0, self.size)
 
 
 @dataclass(frozen=True)
@@ -73,33 +112,24 @@ class Mixture(Workload):
     Args:
         datasets: how many; each has all `kinds`.
         kinds: the metrics.
-        batches: in how many different pieces an interval comes in.
+        pieces: in how many different batches an interval comes in.
     """
 
     title: str
     datasets: int
     kinds: tuple[Kind, ...]
     window: int | None = 1000
-    batches: int = 1
+    pieces: int = 1
     repeats: int = 1
 
     def interval(self, rank: int, number: int) -> Iterator[list[Column]]:
         random = np.random.default_rng((rank, number))
-        for _ in range(self.batches):
+        for _ in range(self.pieces):
             yield [
-                Column(f"dataset_{index:02d}", kind.name, kind.aggregation, _values(kind, random))
+                Column(f"dataset_{index:02d}", kind.name, kind.aggregation, kind.values(random))
                 for index in range(self.datasets)
                 for kind in self.kinds
             ]
-
-
-def _values(kind: Kind, random: np.random.Generator) -> Values:
-    if kind.aggregation == "categorical_count":
-        # Each category occurs, so that the schema is complete after the first log.
-        return [f"kind_{number:02d}" for number in range(kind.size)] * 2
-    if kind.aggregation == "distribution":
-        return random.lognormal(6.0, 1.0, kind.size)
-    return random.normal(3.0, 1.0, kind.size)
 
 
 _SCALARS = (
@@ -111,25 +141,26 @@ _SCALARS = (
 )
 
 
-def large(datasets: int, window: int) -> Workload:
+def large(datasets: int, window: int, *, signed: bool = False) -> Mixture:
     """Return 5 scalars, a distribution and 20 categories per dataset."""
-    batches = 4
+    pieces = 4
     kinds = (
         *(Kind(name, aggregation, 16) for name, aggregation in _SCALARS),
-        Kind("seq_len", "distribution", max(window // batches, 1)),
+        Kind("value" if signed else "length", "distribution", max(window // pieces, 1), signed),
         Kind("kind", "categorical_count", 20),
     )
-    title = f"{datasets} datasets x (5 scalars + {window}-value distribution + 20 categories)"
-    return Mixture(title, datasets, kinds, window, batches)
+    of = "values of any sign" if signed else "lengths"
+    title = f"{datasets} datasets x (5 scalars + distribution of {window} {of} + 20 categories)"
+    return Mixture(title, datasets, kinds, window, pieces)
 
 
-def small(means: int) -> Workload:
+def small(means: int) -> Mixture:
     """Return means alone, without a dataset worth speaking of."""
     kinds = tuple(Kind(f"mean_{number:03d}", "mean", 16) for number in range(means))
     return Mixture(f"{means} means", 1, kinds)
 
 
-def mixed(scalars: int, distributions: int, samples: int, window: int | None) -> Workload:
+def mixed(scalars: int, distributions: int, samples: int, window: int | None) -> Mixture:
     """Return sums, means, maxima and minima in equal parts, and distributions beside them.
 
     Args:
@@ -146,6 +177,6 @@ def mixed(scalars: int, distributions: int, samples: int, window: int | None) ->
         *(Kind(f"scalar_{n:04d}", aggregations[n % 4], max(size // 10, 1)) for n in range(scalars)),
         *(Kind(f"length_{n:02d}", "distribution", size) for n in range(distributions)),
     )
-    batches = min(samples // size, 10)
+    pieces = min(samples // size, 10)
     title = f"{scalars} scalars, {distributions} distributions, {samples:,} samples"
-    return Mixture(title, 1, kinds, window, batches, samples // (size * batches))
+    return Mixture(title, 1, kinds, window, pieces, samples // (size * pieces))

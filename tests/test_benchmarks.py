@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -16,18 +15,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from benchmarks.complete import complaints
-from benchmarks.contenders import MetricfoldEverywhere, PickledStatesEverywhere
+from benchmarks.__main__ import SUBJECTS, complaints
+from benchmarks.contenders import MetricfoldEverywhere, PickledStates
 from benchmarks.meter import Meter
-from benchmarks.own_process import installed
-from benchmarks.peers.libraries import Library
-from benchmarks.peers.points import QUICK, Point
-from benchmarks.peers.results import Outcome, Results, Row
-from benchmarks.peers.run import Measured
-from benchmarks.peers.tables import tables
-from benchmarks.peers.truth import CASES, outcome
-from benchmarks.table import Row as TableRow
-from benchmarks.table import Section
+from benchmarks.peers import axis_table, tried
+from benchmarks.peers.differing import CASES, outcome
+from benchmarks.peers.libraries import BARE, OURS, Library
+from benchmarks.peers.run import Measured, Point, Span, run
+from benchmarks.table import Row, Section, at_most
 from benchmarks.traffic import Traffic
 from benchmarks.workloads import mixed
 from ranks import run_ranks
@@ -37,12 +32,9 @@ from metricfold import MetricsAggregator
 ROOT = Path(__file__).parents[1]
 
 
-def test_a_quick_run_prints_a_table_of_finite_ratios(tmp_path: Path) -> None:
-    # All of it runs in CI, as `make bench BENCH_ARGS=--quick`, which fails as the next tests say.
-    rows_file = tmp_path / "rows.json"
-    quick = ["--quick", "--only", "update", "log", "--json", str(rows_file)]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *quick],
+def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONWARNINGS": "error"},
         capture_output=True,
@@ -50,58 +42,60 @@ def test_a_quick_run_prints_a_table_of_finite_ratios(tmp_path: Path) -> None:
         timeout=100,
         check=False,
     )
+
+
+def test_a_quick_run_prints_a_table_of_finite_ratios() -> None:
+    # All of it runs in CI, as `make bench BENCH_ARGS=--quick`, which fails as the next tests say.
+    done = benchmarks("--quick", "update", "log")
     assert done.returncode == 0, done.stderr
-    rows = json.loads(rows_file.read_text())
-    for row in rows:
-        assert math.isfinite(row["figure"]), row
-        assert row["figure"] > 0, row
-        assert row["verdict"] in (("pass", "MISS") if row["budget"] else ("",)), row
-        assert row["what"] in done.stdout
-    collectives = [row for row in rows if "collectives per log" in row["what"]]
-    assert {row["what"] for row in collectives} == {
-        "1 rank: collectives per log",
-        "2 ranks: collectives per log",
+    lines = [line.strip("|").split("|") for line in done.stdout.splitlines() if line[:1] == "|"]
+    rows = [[cell.strip() for cell in line] for line in lines if "---" not in line[1]]
+    figures = [row for row in rows if row[0] != "what"]
+    for what, _, _, figure, _, budget, verdict in figures:
+        assert float(figure.split()[0]) > 0, what
+        assert verdict in (("pass", "MISS") if budget else ("",)), what
+    collectives = {row[0]: row[3] for row in figures if "collectives per log" in row[0]}
+    assert collectives == {
+        "1 rank: collectives per log": "1",
+        "2 ranks: collectives per log": "1",
+        "2 ranks, wide: collectives per log": "2",
     }
-    assert all(row["figure"] == 1 for row in collectives)
-    assert {row["against"].split(":")[0] for row in rows} >= {
-        "bare all_reduce",
-        "a handler call each",
-    }
-    for line in done.stdout.splitlines():
-        assert line == line.rstrip()
+    against = {row[2].split(":")[0] for row in figures}
+    assert against >= {"bare all_reduce", "a handler call each"}
 
 
-CONTENDERS = {
-    "bare all_reduce": True,
-    "bare all_gather": True,
-    "pickled states": True,
-    "a handler call each": True,
-    "3 frozen dataclasses": True,
-    "8 nnx Averages": installed("jax", "flax"),
-    "8 clu Averages": installed("jax", "flax", "clu"),
-}
+def test_a_subject_that_is_none_is_refused_with_those_that_are() -> None:
+    done = benchmarks("--quick", "logs")
+    assert done.returncode == 2
+    assert "no subject 'logs'" in done.stderr
+    assert "accumulation_torch" in done.stderr
+    for subject in SUBJECTS:
+        assert find_spec(f"benchmarks.{subject}")
 
 
 def measured(*contenders: str, figure: float = 1.5) -> list[Section]:
-    return [
-        Section("a subject", [TableRow("ours", "1 s", f"{one}: 2 s", figure) for one in contenders])
-    ]
+    return [Section("a subject", [Row("ours", "1 s", f"{one}: 2 s", figure) for one in contenders])]
 
 
-def test_a_run_of_everything_fails_when_a_contender_that_is_installed_was_not_measured() -> None:
-    present = [contender for contender, there in CONTENDERS.items() if there]
-    assert complaints(measured(*present)) == []
-    for contender in present:
-        others = [one for one in present if one != contender]
-        assert complaints(measured(*others)) == [f"{contender}: not measured"]
-    assert complaints([*measured(*present), Section("devices")]) == ["devices: no rows"]
+def test_a_subject_fails_when_a_contender_that_is_installed_was_not_measured() -> None:
+    wanted = {"numpy's": ("numpy",), "anyone's": (), "nobody's": ("no_such_package",)}
+    assert complaints(wanted, measured("numpy's", "anyone's")) == []
+    assert complaints(wanted, measured("anyone's")) == ["numpy's: not measured"]
+    assert complaints(wanted, measured("numpy's")) == ["anyone's: not measured"]
+    nothing = [*measured("numpy's", "anyone's"), Section("devices")]
+    assert complaints(wanted, nothing) == ["devices: no rows"]
+    failed = Section("peers", head=["library", "4"], lines=[["theirs", "failed"]])
+    assert complaints({}, [failed]) == ["theirs: failed"]
 
 
 @pytest.mark.parametrize("figure", [math.nan, math.inf, 0.0, -1.0])
-def test_a_run_of_everything_fails_when_a_figure_is_none(figure: float) -> None:
-    present = [contender for contender, there in CONTENDERS.items() if there]
-    wrong = [Section("another", [TableRow("loss", "1 s", "theirs", figure)])]
-    assert complaints([*measured(*present), *wrong]) == [f"loss: the figure is {figure}"]
+def test_a_subject_fails_when_a_figure_is_none(figure: float) -> None:
+    wrong = [Section("another", [Row("loss", "1 s", "theirs", figure)])]
+    assert complaints({}, wrong) == [f"loss: the figure is {figure}"]
+
+
+def test_nothing_is_a_figure_where_the_budget_is_nothing() -> None:
+    assert complaints({}, [Section("waits", [Row("n", "", "", 0, "", None, at_most(0))])]) == []
 
 
 # -- What is counted -----------------------------------------------------------------------------
@@ -177,7 +171,7 @@ def test_contenders_that_keep_everything_agree_on_an_interval() -> None:
 def _log_an_interval(rank: int) -> list[dict[str, float]]:
     workload = mixed(8, 2, 100, 1000)
     logged = []
-    for make in (MetricfoldEverywhere, PickledStatesEverywhere):
+    for make in (MetricfoldEverywhere, PickledStates):
         meter = Meter(0.0, 1)
         make(workload, rank, 0).run(meter)
         assert len(meter.turns) == 1
@@ -195,72 +189,49 @@ def test_a_workload_of_many_samples_has_as_many() -> None:
         assert values <= 10**5
 
 
-def test_results_survive_their_file_and_fill_the_tables(tmp_path: Path) -> None:
-    here, there = Point(4, 2, 100, 1), Point(8, 2, 100, 1)
-    measured = Measured(0.0123, 0.01, 0.02, 5, 1, 520, 2_000_000, 0.0, 0.05, 65)
-    results = Results("a machine", {"ours": "1"}, None, {"metrics": [here, there]})
-    results.rows = [
-        Row("ours", here, measured),
-        Row("ours", there, measured),
-        Row("theirs", here, reason="not installed"),
-        Row("theirs", there, reason="failed"),
+def test_a_table_shows_each_point_and_the_rest_from_the_first_to_the_last() -> None:
+    here = Measured(0.0123, 1, 520, 2_000_000, 0.0, 0.05)
+    there = Measured(1.5, 1, 1040, 2_000_000, 0.0, 0.1)
+    points = [Point(4, 2, 100), Point(8, 2, 100)]
+    table = axis_table(
+        "metrics", points, {"ours": [here, there], "theirs": ["not installed", "failed"]}
+    )
+    assert table.head[:3] == ["2 ranks, 100 samples, 0 distributions", "4", "8"]
+    assert table.lines == [
+        ["ours", "12.3 ms", "1.5 s", "1", "520 B → 1.04 kB", "2 MB", "10 %"],
+        ["theirs", "not installed", "failed", "", "", "", ""],
     ]
-    results.outcomes = [Outcome("ours", "ranks differ", "2.8", "right")]
-    path = tmp_path / "results.json"
-    results.save(path)
-    again = Results.load(path)
-    assert again == results
-    lines = tables(again).splitlines()
-    ours = next(line for line in lines if line.startswith("| ours "))
-    assert [cell.strip() for cell in ours.split("|")[2:-1]] == [
-        *("12.3 ms", "12.3 ms", "1", "520 B", "2 MB", "5 %")
-    ]
-    theirs = next(line for line in lines if line.startswith("| theirs "))
-    assert "not installed" in theirs
-    assert "failed" in theirs
-    assert "| ranks differ | 2.8      | right |" in lines
 
 
 def test_ranks_that_differ_get_the_truth_from_metricfold() -> None:
-    library = Library("ours", "metricfold", "benchmarks.contenders:MetricfoldEverywhere")
-    assert [outcome(library, case) for case in CASES] == ["right"] * len(CASES)
+    assert [outcome(OURS, case) for case in CASES] == ["right"] * len(CASES)
+
+
+NOWHERE = Library("nowhere", "no_such_package", "peers.nowhere:Nothing")
 
 
 def test_a_library_that_hangs_or_fails_is_said_to() -> None:
     mispaired = next(case for case in CASES if "one rank only" in case.title)
-    bare = Library("bare", "torch", "benchmarks.contenders:BareAllReduce")
-    assert outcome(bare, mispaired) == "missing"
-    nowhere = Library("nowhere", "no_such_package", "benchmarks.peers.nowhere:Nothing")
-    assert not nowhere.installed
-    assert outcome(nowhere, mispaired) == "raises an error"
+    assert outcome(BARE, mispaired) == "missing"
+    assert outcome(NOWHERE, mispaired) == "raises an error"
 
 
-def test_a_missing_library_is_a_line_of_the_table(tmp_path: Path) -> None:
-    found = tmp_path / "peers.json"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.peers", "--quick", "--axes", "metrics"),
-            *("--only", "metricfold", "torcheval", "bare all_reduce", "--json", str(found)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    results = Results.load(found)
-    assert results.axes == {"metrics": QUICK.axes["metrics"]}
-    for point in QUICK.axes["metrics"]:
-        ours = results.at("metricfold", point).measured
-        assert ours is not None, done.stderr
-        assert ours.collectives == 1
-        assert 0 < ours.seconds < 60
-        assert ours.sent >= 8 * ours.floats
-        assert ours.scalar_error < 1e-12
-        bare = results.at("bare all_reduce", point).measured
-        assert bare is not None, done.stderr
-        assert bare.collectives == 1
-        if not find_spec("torcheval"):
-            assert results.at("torcheval", point).reason == "not installed"
-            assert "not installed" in done.stdout
+def test_a_missing_library_is_a_line_of_the_table_and_one_that_fails_too() -> None:
+    point, span = Point(4, 1, 10), Span(0.0, 1)
+    assert tried(NOWHERE, point, 0, span) == "not installed"
+    broken = Library("broken", "metricfold", "peers.nowhere:Nothing")
+    assert tried(broken, point, 0, span) == "failed"
+    slow = Library("slow", "metricfold", "contenders:MetricfoldEverywhere", most_samples=5)
+    assert tried(slow, point, 0, span) == "not run"
+
+
+def test_what_a_log_takes_is_counted_and_what_it_says_is_compared_with_the_truth() -> None:
+    point, span = Point(4, 2, 100, 1), Span(0.1, 3)
+    ours = run(OURS, point, 0, span)
+    assert ours.collectives == 1
+    assert 0 < ours.seconds < 60
+    assert ours.sent >= 8 * ours.floats > 0
+    assert ours.scalar_error is not None
+    assert ours.scalar_error < 1e-12
+    assert ours.percentile_error == 0
+    assert run(BARE, point, ours.floats, span).collectives == 1

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 import torch
 from accelerate import Accelerator
 
-from benchmarks.peers.local import Running
-from benchmarks.peers.peer import Peer, percentiles
+from benchmarks.baselines import percentiles
+from benchmarks.peers.contender import Peer, Running
 from benchmarks.workloads import Column, Workload
 
 __all__ = ["GatherForMetrics"]

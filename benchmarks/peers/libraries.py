@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 
 from benchmarks.contenders import Contender
@@ -32,32 +31,23 @@ class Library:
     def installed(self) -> bool:
         return find_spec(self.package) is not None
 
-    @property
-    def version(self) -> str:
-        return version(self.package)
-
     def load(self) -> type[Contender]:
         """Import the library."""
         module, name = self.contender.split(":")
-        found: type[Contender] = getattr(importlib.import_module(module), name)
+        found: type[Contender] = getattr(importlib.import_module(f"benchmarks.{module}"), name)
         return found
 
 
-OURS = Library("metricfold", "metricfold", "benchmarks.contenders:MetricfoldEverywhere")
-BARE = Library("bare all_reduce", "torch", "benchmarks.contenders:BareAllReduce")
+OURS = Library("metricfold", "metricfold", "contenders:MetricfoldEverywhere")
+BARE = Library("bare all_reduce", "torch", "contenders:BareAllReduce")
 
 LIBRARIES = (
     OURS,
-    Library("torchmetrics", "torchmetrics", "benchmarks.peers.torchmetrics:MetricCollections"),
-    Library("torcheval", "torcheval", "benchmarks.peers.torcheval:SyncAndCompute"),
-    Library("Lightning self.log", "lightning", "benchmarks.peers.lightning:SelfLog"),
-    Library("Accelerate", "accelerate", "benchmarks.peers.accelerate:GatherForMetrics"),
-    Library(
-        "pickled states",
-        "torch",
-        "benchmarks.contenders:PickledStatesEverywhere",
-        most_samples=10**6,
-    ),
+    Library("torchmetrics", "torchmetrics", "peers.torchmetrics:MetricCollections"),
+    Library("torcheval", "torcheval", "peers.torcheval:SyncAndCompute"),
+    Library("Lightning self.log", "lightning", "peers.lightning:SelfLog"),
+    Library("Accelerate", "accelerate", "peers.accelerate:GatherForMetrics"),
+    Library("pickled states", "torch", "contenders:PickledStates", most_samples=10**6),
     BARE,
 )
 """Ours comes first: the bare collective is told how much it moves."""

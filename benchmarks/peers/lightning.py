@@ -17,9 +17,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from benchmarks.baselines import percentiles
 from benchmarks.meter import Meter
-from benchmarks.peers.local import Running
-from benchmarks.peers.peer import Peer, percentiles
+from benchmarks.peers.contender import Peer, Running
 from benchmarks.workloads import Column, Workload
 
 __all__ = ["SelfLog"]

@@ -4,27 +4,55 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import statistics
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
-from benchmarks.contenders import INTERVALS
+from benchmarks.baselines import percentiles
 from benchmarks.memory import forget_peak, held
 from benchmarks.meter import Meter
 from benchmarks.peers.libraries import Library
-from benchmarks.peers.peer import PERCENTILES
-from benchmarks.peers.points import Plan, Point
 from benchmarks.ranks import run_ranks
-from benchmarks.workloads import Workload
+from benchmarks.workloads import INTERVALS, Workload, mixed
 
-__all__ = ["PRELOAD", "Measured", "measure"]
+__all__ = ["Measured", "Point", "Span", "as_launched", "run"]
 
-PRELOAD = "benchmarks.peers.preload"
-_TIMEOUT = 240.0
+_WINDOW = 1000
+"""Recent values that a distribution keeps where a library lets one choose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One place at which every library is measured.
+
+    Args:
+        metrics: sums, means, maxima and minima, in equal parts.
+        ranks: processes.
+        samples: values of each metric on each rank between two logs.
+        distributions: metrics whose percentiles are asked for, besides.
+    """
+
+    metrics: int
+    ranks: int
+    samples: int
+    distributions: int = 0
+
+    def named(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """How many seconds the logs of one library at one point take, and how many are timed at most."""
+
+    seconds: float
+    logs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +61,6 @@ class Measured:
 
     Args:
         seconds: one log, from the first rank's beginning to the last rank's end: the median.
-        lower: quartile of the same.
-        upper: quartile of the same.
-        logs: how many that is the median of.
         collectives: that one rank issued in a log.
         sent: bytes that the busiest rank sent in a log.
         memory: bytes that the neediest rank came to hold for its metrics and the logs, at most.
@@ -45,80 +70,51 @@ class Measured:
     """
 
     seconds: float
-    lower: float
-    upper: float
-    logs: int
     collectives: int
     sent: int
     memory: int
     scalar_error: float | None
     percentile_error: float | None
-    floats: int
+    floats: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What one rank saw."""
-
-    turns: list[tuple[float, float]]
-    collectives: int
-    sent: int
-    memory: int
-    values: Mapping[str, float]
-    interval: int
-    facts: dict[str, float]
-
-
-def measure(
-    library: Library, point: Point, window: int | None, floats: int, plan: Plan
-) -> Measured:
-    """Return what a log takes; raises RuntimeError with the reason if the library fails.
+def run(library: Library, point: Point, floats: int, span: Span) -> Measured:
+    """Return what a log takes; raises RankError with the reason if the library fails.
 
     Args:
         library: whose contender logs.
         point: what it has to log.
-        window: recent values of a distribution that are kept; None: all.
         floats: size of our own vector at this point.
-        plan: how long to measure.
+        span: how long to measure.
     """
-    workload = point.workload(window)
-    seen: list[_Seen] = run_ranks(
-        _measure,
-        point.ranks,
-        library,
-        workload,
-        point.tiny(window),
-        floats,
-        plan,
-        timeout=_TIMEOUT,
-        preload=PRELOAD,
+    workload = mixed(point.metrics, point.distributions, point.samples, _WINDOW)
+    tiny = mixed(4, min(point.distributions, 1), 10, _WINDOW)
+    seen = run_ranks(
+        _logged, point.ranks, library, workload, tiny, floats, span, timeout=240, group_timeout=240
     )
+    meters = [meter for meter, _, _, _ in seen]
     times = [
         max(ended for _, ended in turn) - min(began for began, _ in turn)
-        for turn in zip(*(rank.turns for rank in seen), strict=True)
+        for turn in zip(*(meter.turns for meter in meters), strict=True)
     ]
-    first = seen[0]
-    wanted = _truth(workload, point.ranks, first.interval)
+    first, _, number, ours = seen[0]
+    scalars, wanted = _truth(workload, point.ranks, number)
     return Measured(
         seconds=statistics.median(times),
-        lower=float(np.quantile(times, 0.25)),
-        upper=float(np.quantile(times, 0.75)),
-        logs=len(times),
         collectives=first.collectives,
-        sent=max(rank.sent for rank in seen),
-        memory=max(rank.memory for rank in seen),
-        scalar_error=_worst(first.values, wanted.scalars),
-        percentile_error=_worst(first.values, wanted.percentiles),
-        floats=int(first.facts.get("floats", 0)),
+        sent=max(meter.sent for meter in meters),
+        memory=max(memory for _, memory, _, _ in seen),
+        scalar_error=_worst(first.values, scalars),
+        percentile_error=_worst(first.values, wanted),
+        floats=ours,
     )
 
 
-def _measure(
-    rank: int, library: Library, workload: Workload, tiny: Workload, floats: int, plan: Plan
-) -> _Seen:
-    """Run on each rank."""
-    # What a library thinks about its own calls is printed for each rank and each log.
-    warnings.simplefilter("ignore")
+def _logged(
+    rank: int, library: Library, workload: Workload, tiny: Workload, floats: int, span: Span
+) -> tuple[Meter, int, int, int]:
+    """Run on each rank: return what was measured, memory, the last interval and our floats."""
+    as_launched(rank)
     logging.disable(logging.WARNING)
     make = library.load()
     # Code that has never run is not in memory yet.
@@ -128,51 +124,54 @@ def _measure(
     gc.collect()
     before = held()
     forget_peak()
-    meter = Meter(plan.seconds, plan.logs)
+    meter = Meter(span.seconds, span.logs)
     contender.run(meter)
-    return _Seen(
-        meter.turns,
-        meter.collectives,
-        meter.sent,
-        max(meter.peak - before, 0),
-        meter.values,
-        (contender.fed - 1) % INTERVALS,
-        contender.facts(),
-    )
+    dist.barrier()
+    number = (contender.fed - 1) % INTERVALS
+    return meter, max(meter.peak - before, 0), number, contender.floats
+
+
+def as_launched(rank: int) -> None:
+    """Let this rank find itself as `torchrun` leaves it, and libraries keep their thoughts."""
+    world_size = str(dist.get_world_size())
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",  # the group is there already
+        "TORCHELASTIC_RUN_ID": "benchmarks",
+    }
+    # What a library thinks about its own calls is printed for each rank and each log.
+    warnings.simplefilter("ignore")
 
 
 # -- What should have come out -------------------------------------------------------------------
 
-
-@dataclass(frozen=True, slots=True)
-class _Truth:
-    scalars: dict[str, float]
-    percentiles: dict[str, float]
-
-
 _FOLDS: dict[str, Any] = {"sum": np.sum, "mean": np.mean, "max": np.max, "min": np.min}
 
 
-def _truth(workload: Workload, ranks: int, number: int) -> _Truth:
-    """Return the values over the pooled samples of an interval."""
-    columns: dict[str, list[Any]] = {}
-    aggregations: dict[str, str] = {}
+def _truth(
+    workload: Workload, ranks: int, number: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return scalars and percentiles over the pooled samples of an interval."""
+    columns: dict[tuple[str, str], list[Any]] = {}
     for rank in range(ranks):
         for batch in workload.interval(rank, number):
             for column in batch:
-                columns.setdefault(column.key, []).append(column.values)
-                aggregations[column.key] = column.aggregation
-    truth = _Truth({}, {})
-    for key, parts in columns.items():
+                columns.setdefault((column.key, column.aggregation), []).append(column.values)
+    scalars: dict[str, float] = {}
+    of_distributions: dict[str, float] = {}
+    for (key, aggregation), parts in columns.items():
         values = np.concatenate(parts)
-        if aggregations[key] == "distribution":
-            exact = np.percentile(np.tile(values, workload.repeats), PERCENTILES).tolist()
-            for percent, value in zip(PERCENTILES, exact, strict=True):
-                truth.percentiles[f"{key}_stat_p{percent:02d}"] = value
+        if aggregation == "distribution":
+            of_distributions |= percentiles(key, np.tile(values, workload.repeats))
         else:
-            repeats = workload.repeats if aggregations[key] == "sum" else 1
-            truth.scalars[key] = float(_FOLDS[aggregations[key]](values)) * repeats
-    return truth
+            repeats = workload.repeats if aggregation == "sum" else 1
+            scalars[key] = float(_FOLDS[aggregation](values)) * repeats
+    return scalars, of_distributions
 
 
 def _worst(logged: Mapping[str, float], wanted: Mapping[str, float]) -> float | None:

@@ -1,57 +1,39 @@
-"""torchmetrics: a `MetricCollection`, which gathers each state of each metric by itself.
-
-For a distribution there is `CatMetric`, which keeps all values and gathers them all.
-"""
+"""torchmetrics: a `MetricCollection`, which gathers each state of each metric by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
-from torchmetrics import (
-    CatMetric,
-    MaxMetric,
-    MeanMetric,
-    Metric,
-    MetricCollection,
-    MinMetric,
-    SumMetric,
-)
+from torchmetrics import CatMetric, MaxMetric, MeanMetric, MetricCollection, MinMetric, SumMetric
 
-from benchmarks.peers.peer import Peer, percentiles
+from benchmarks.peers.contender import Modules
 from benchmarks.workloads import Column, Workload
 
 __all__ = ["MetricCollections"]
 
-_METRICS: dict[str, type[Metric]] = {
-    "sum": SumMetric,
-    "mean": MeanMetric,
-    "max": MaxMetric,
-    "min": MinMetric,
-    "distribution": CatMetric,
-}
 
-
-class MetricCollections(Peer):
+class MetricCollections(Modules):
     """`MetricCollection.compute`, which synchronises first."""
+
+    kinds: ClassVar = {
+        "sum": SumMetric,
+        "mean": MeanMetric,
+        "max": MaxMetric,
+        "min": MinMetric,
+        "distribution": CatMetric,
+    }
 
     def __init__(self, workload: Workload, rank: int, floats: int) -> None:
         super().__init__(workload, rank, floats)
         # Groups are for metrics that are all updated with the same values.
-        self._collection = MetricCollection({}, compute_groups=False)
+        self.metrics = MetricCollection({}, compute_groups=False)
 
     def _add(self, column: Column, values: torch.Tensor) -> None:
-        key = column.key
-        if key not in self._collection:
-            self._collection.add_metrics({key: _METRICS[column.aggregation]()})
-        self._collection[key].update(values)
+        if column.key not in self.metrics:
+            self.metrics.add_metrics({column.key: self.kinds[column.aggregation]()})
+        super()._add(column, values)
 
-    def log(self) -> Mapping[str, float]:
-        logged: dict[str, float] = {}
-        for key, value in self._collection.compute().items():
-            if isinstance(self._collection[key], CatMetric):
-                logged |= percentiles(key, value.numpy())
-            else:
-                logged[key] = value.item()
-        self._collection.reset()
-        return logged
+    def computed(self) -> Mapping[str, torch.Tensor]:
+        return self.metrics.compute()

@@ -21,14 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["FAST", "TCP", "Algorithm", "Collective", "Kind", "Network", "seconds"]
-
-
-class Kind(str, Enum):
-    """What a collective does."""
-
-    GATHER = "all-gather"
-    REDUCE = "all-reduce"
+__all__ = ["TCP", "Algorithm", "Collective", "Network", "seconds"]
 
 
 class Algorithm(str, Enum):
@@ -40,28 +33,16 @@ class Algorithm(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """One collective, as a rank sees it.
+    """One collective, as a rank sees it: whether it gathers or reduces, bytes handed in and got back."""
 
-    Args:
-        kind: what it does.
-        sent: bytes that the rank hands in.
-        received: bytes that it gets back.
-    """
-
-    kind: Kind
+    gathers: bool
     sent: int
     received: int
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """What a message between two ranks takes.
-
-    Args:
-        latency: seconds, however short it is.
-        bandwidth: bytes per second that each rank can send while it receives as many.
-        arithmetic: bytes per second that a rank adds up.
-    """
+    """Seconds of a message however short, and bytes a second that a rank sends and adds up."""
 
     latency: float
     bandwidth: float
@@ -72,24 +53,22 @@ class Network:
 
 
 TCP = Network(30e-6, 25e9 / 8)
-FAST = Network(2e-6, 200e9 / 8)
 
 
 def seconds(
     collectives: Iterable[Collective], ranks: int, algorithm: Algorithm, network: Network
 ) -> float:
     """Return how long `collectives` take, one after the other."""
-    return sum(_one(one.kind, one.sent, ranks, algorithm, network) for one in collectives)
+    return sum(_one(one.gathers, one.sent, ranks, algorithm, network) for one in collectives)
 
 
-def _one(kind: Kind, size: int, ranks: int, algorithm: Algorithm, network: Network) -> float:
+def _one(gathers: bool, size: int, ranks: int, algorithm: Algorithm, network: Network) -> float:
     latency, byte, add = network.latency, 1 / network.bandwidth, 1 / network.arithmetic
     ring, doublings = ranks - 1, (ranks - 1).bit_length()
-    share = ring / ranks
-    if kind is Kind.GATHER:
+    if gathers:
         steps = ring if algorithm is Algorithm.RING else doublings
         return steps * latency + ring * size * byte
-    scattered = share * size * (2 * byte + add)
+    scattered = ring / ranks * size * (2 * byte + add)
     if algorithm is Algorithm.RING:
         return 2 * ring * latency + scattered
     return min(doublings * (latency + size * (byte + add)), 2 * doublings * latency + scattered)

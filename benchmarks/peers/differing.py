@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,8 +18,8 @@ import torch.distributed as dist
 
 from benchmarks.meter import Meter
 from benchmarks.peers.libraries import Library
-from benchmarks.peers.run import PRELOAD
-from benchmarks.ranks import run_ranks
+from benchmarks.peers.run import as_launched
+from benchmarks.ranks import RankError, run_ranks
 from benchmarks.workloads import Column, Workload
 
 __all__ = ["CASES", "Case", "outcome"]
@@ -28,22 +27,13 @@ __all__ = ["CASES", "Case", "outcome"]
 _PATIENCE = 5.0
 """So many seconds a rank waits for the others before that is called hanging."""
 _TOLERANCE = 1e-3
-_FAILURES = {
-    "aborts the process": ("it died",),
-    "hangs": ("timed out", "timeout", "did not finish"),
-}
+_FAILURES = {"aborts the process": ("died",), "hangs": ("timed out", "timeout", "hang")}
 """How it goes wrong, by what the error says."""
 
 
 @dataclass(frozen=True, eq=False)
 class Case(Workload):
-    """One interval on two ranks.
-
-    Args:
-        title: what differs between them.
-        columns: the metrics of each rank.
-        wanted: what everybody should see.
-    """
+    """One interval on two ranks: what differs, the metrics of each, and what all should see."""
 
     title: str
     columns: tuple[list[Column], ...]
@@ -53,10 +43,18 @@ class Case(Workload):
 
     @property
     def truth(self) -> str:
-        return _shown(self, self.wanted)
+        return self.shown(self.wanted)
 
     def interval(self, rank: int, number: int) -> Iterator[list[Column]]:
         yield self.columns[rank]
+
+    def shown(self, logged: Mapping[str, float]) -> str:
+        """Return the values that this is about; more than one with their datasets."""
+        values = {key: f"{logged[key]:.4g}" if key in logged else "missing" for key in self.wanted}
+        if len(values) == 1:
+            return "".join(values.values())
+        datasets = {key.removeprefix("train_").partition("/")[0]: key for key in values}
+        return ", ".join(f"{dataset} {values[key]}" for dataset, key in datasets.items())
 
 
 def _loss(value: float, count: int, dataset: str = "alpaca") -> Column:
@@ -100,18 +98,13 @@ CASES = (
 
 
 class _Once(Meter):
-    """Wants one log, and only what it returned."""
-
-    def __init__(self) -> None:
-        super().__init__(0, 1)
-        self._asked = False
+    """Wants one log, and only what it returned; ranks come as they are."""
 
     def wants_more(self) -> bool:
-        first, self._asked = not self._asked, True
+        first, self._logs = self._logs == 0, 1
         return first
 
-    def begin(self) -> None:
-        """Ranks come as they are."""
+    def begin(self) -> None: ...
 
     def end(self, values: Mapping[str, float]) -> None:
         self.values = values
@@ -120,47 +113,26 @@ class _Once(Meter):
 def outcome(library: Library, case: Case) -> str:
     """Return what comes out on rank 0, in a few words."""
     try:
-        logged = run_ranks(
-            _log,
-            len(case.columns),
-            library,
-            case,
-            timeout=60.0,
-            group_timeout=_PATIENCE,
-            preload=PRELOAD,
-        )[0]
-    except RuntimeError as error:
-        return _failure(str(error).lower())
+        logged = run_ranks(_log, len(case.columns), library, case, group_timeout=_PATIENCE)[0]
+    except RankError as error:
+        reason = str(error).lower()
+        for failure, signs in _FAILURES.items():
+            if any(sign in reason for sign in signs):
+                return failure
+        return "raises an error"
     right = all(
         key in logged and abs(logged[key] - value) <= _TOLERANCE * abs(value)
         for key, value in case.wanted.items()
     )
-    return "right" if right else _shown(case, logged)
-
-
-def _shown(case: Case, logged: Mapping[str, float]) -> str:
-    """Return the values that `case` is about; more than one with their datasets."""
-    values = {key: f"{logged[key]:.4g}" if key in logged else "missing" for key in case.wanted}
-    if len(values) == 1:
-        return "".join(values.values())
-    return ", ".join(
-        f"{key.removeprefix('train_').partition('/')[0]} {value}" for key, value in values.items()
-    )
-
-
-def _failure(reason: str) -> str:
-    for failure, signs in _FAILURES.items():
-        if any(sign in reason for sign in signs):
-            return failure
-    return "raises an error"
+    return "right" if right else case.shown(logged)
 
 
 def _log(rank: int, library: Library, case: Case) -> Mapping[str, float]:
     """Run on each rank."""
-    warnings.simplefilter("ignore")
+    as_launched(rank)
     # What goes wrong here ends up in the table; torch and gloo need not say so as well.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    meter = _Once()
+    meter = _Once(0, 1)
     library.load()(case, rank, 0).run(meter)
     # A rank that has nothing to log trains on and meets the others in no collective.
     store = dist.distributed_c10d._get_default_store()

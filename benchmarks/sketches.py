@@ -1,4 +1,4 @@
-"""`python -m benchmarks.accuracy`: pooled percentiles of four sketches against NumPy's.
+"""Pooled percentiles of four sketches against NumPy's, and how fast ours are filled.
 
 Every stream is split over eight parts, as over ranks; each part is sketched on its own and the
 sketches are merged. Percentiles 0.1, 0.2, ..., 99.9 of the merged sketch are then compared with
@@ -14,11 +14,8 @@ out. Ours travels as it would between ranks: extents by MAX, then contents by SU
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from importlib.util import find_spec
@@ -27,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.table import markdown
+from benchmarks.table import Section, amount, at_least
 from metricfold import LogLinearHistogram
 from metricfold.histogram import EXTENTS_WIDTH, slot_width
 
@@ -223,37 +220,24 @@ def errors(values: FloatArray, estimates: FloatArray) -> Errors:
     return Errors(max(float(rank.max()), 0.0), float((np.abs(estimates - exact) / scale).max()))
 
 
-def speeds(kinds: list[type[Sketch]], values: FloatArray, rounds: int) -> list[float]:
-    """Return values per second of each in batches of `BATCH`, from empty to a percentile.
-
-    Contenders take turns, and the best turn of each counts: processor time, not the clock, since
-    all of them run on one thread.
-    """
+def speed(kind: type[Sketch], values: FloatArray) -> float:
+    """Return values per second of CPU time in batches of `BATCH`, from empty to a percentile."""
     batches = [values[begin : begin + BATCH] for begin in range(0, values.size, BATCH)]
-    best = [0.0] * len(kinds)
-    for _ in range(rounds):
-        for place, kind in enumerate(kinds):
-            began = time.process_time()
-            sketch = kind()
-            for batch in batches:
-                sketch.update(batch)
-            sketch.quantiles(np.array([0.5]))
-            best[place] = max(best[place], values.size / (time.process_time() - began))
-    return best
+    began = time.process_time()
+    sketch = kind()
+    for batch in batches:
+        sketch.update(batch)
+    sketch.quantiles(np.array([0.5]))
+    return values.size / (time.process_time() - began)
 
 
-def reproducible(kind: type[Sketch], values: FloatArray) -> str:
-    once = sketched(kind, values).quantiles(PERCENTILES)
-    again = sketched(kind, values).quantiles(PERCENTILES)
-    if not (once == again).all():
-        return "no"
-    shuffled = np.random.default_rng(1).permutation(values)
-    other = sketched(kind, shuffled).quantiles(PERCENTILES)
-    same = np.allclose(once, other, rtol=1e-9, atol=0.0)
-    return "in any order" if same else "in the same order"
+def speeds(kinds: list[type[Sketch]], values: FloatArray, rounds: int) -> list[float]:
+    """Return the best turn of each; they take turns."""
+    turns = [[speed(kind, values) for kind in kinds] for _ in range(rounds)]
+    return [max(found) for found in zip(*turns, strict=True)]
 
 
-# -- The table -----------------------------------------------------------------------------------
+# -- The tables ----------------------------------------------------------------------------------
 
 
 def percent(part: float) -> str:
@@ -262,45 +246,54 @@ def percent(part: float) -> str:
     return f"{100 * part:.2g} %" if part < 0.1 else f"{100 * part:.0f} %"
 
 
-def main() -> int:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", allow_abbrev=False)
-    parser.add_argument("--values", type=int, default=1_000_000, help="values per stream")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each when timed")
-    chosen = parser.parse_args()
-    n, rounds = chosen.values, chosen.rounds
+WIDE, NARROW = "log-normal lengths", "2.5 ± 0.01"
+_FILLING = ((WIDE, "wide", at_least(60)), (NARROW, "narrow", at_least(70)))
+
+
+def measure(*, quick: bool) -> list[Section]:
+    """Return how fast ours fill, and how right all are."""
+    n, rounds = (10_000, 1) if quick else (1_000_000, 7)
     kinds = [kind for kind in CONTENDERS if find_spec(kind.package)]
-    for missing in sorted({kind.package for kind in CONTENDERS} - {kind.package for kind in kinds}):
-        print(f"{missing} is not installed: pip install --group bench", file=sys.stderr)
-
     data = streams(n)
-    found: dict[str, list[Errors]] = {}
-    for name, values in data.items():
-        print(f"sketching: {name}", file=sys.stderr, flush=True)
-        found[name] = [errors(values, sketched(k, values).quantiles(PERCENTILES)) for k in kinds]
-
-    head = [f"{n:,} values over {PARTS} parts", *(kind.name for kind in kinds)]
-    measures: dict[str, Callable[[Errors], float]] = {
-        "worst rank error, 0.1 to 99.9": lambda error: error.rank,
-        "worst value error, 0.1 to 99.9": lambda error: error.value,
+    found = {
+        name: [errors(values, sketched(kind, values).quantiles(PERCENTILES)) for kind in kinds]
+        for name, values in data.items()
     }
-    for title, measure in measures.items():
-        rows = [[name, *(percent(measure(e)) for e in line)] for name, line in found.items()]
-        print(f"\n{title}\n\n{markdown(head, rows)}")
-
-    wide = data["log-normal lengths"]
-    rows = [
+    head = [f"{n:,} values over {PARTS} parts", *(kind.name for kind in kinds)]
+    sections = [
+        Section(
+            f"Worst {what} error, percentiles 0.1 to 99.9",
+            head=head,
+            lines=[
+                [name, *(percent(getattr(e, what)) for e in line)] for name, line in found.items()
+            ],
+        )
+        for what in ("rank", "value")
+    ]
+    lines = [
         [f"M values/s, {name}", *(f"{s / 1e6:.1f}" for s in speeds(kinds, data[name], rounds))]
-        for name in ("log-normal lengths", "normal around 0", "2.5 ± 0.01")
+        for name in (WIDE, "normal around 0", NARROW)
     ]
-    rows += [
-        ["bytes to send, lengths", *(f"{sketched(k, wide).size():,}" for k in kinds)],
-        ["same result", *(reproducible(k, wide[:200_000]) for k in kinds)],
-        ["merges by an all-reduce", *("yes" if issubclass(k, Ours) else "no" for k in kinds)],
-    ]
-    print(f"\nbatches of {BATCH}\n\n{markdown(['', *head[1:]], rows)}")
-    return 0
+    lines.append(
+        ["bytes to send, lengths", *(f"{sketched(k, data[WIDE]).size():,}" for k in kinds)]
+    )
+    sections.append(Section(f"Batches of {BATCH:,}", head=["", *head[1:]], lines=lines))
+    return [_filling(data, rounds), *sections]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _filling(data: dict[str, FloatArray], rounds: int) -> Section:
+    cold = [_cold(data[WIDE][:BATCH]) for _ in range(rounds)]
+    rows = [amount("cold, the first batch of a sketch", max(cold), "M/s", budget=at_least(35))]
+    for stream, how, budget in _FILLING:
+        (best,) = speeds([Ours], data[stream], rounds)
+        rows.append(amount(f"warm, {how}", best / 1e6, "M/s", budget=budget))
+    return Section(f"Filling a sketch, batches of {BATCH:,}", rows)
+
+
+def _cold(values: FloatArray) -> float:
+    """Return millions of values a second that a sketch takes in which has none yet."""
+    sketches = [Ours() for _ in range(50)]
+    began = time.process_time()
+    for sketch in sketches:
+        sketch.update(values)
+    return len(sketches) * values.size / (time.process_time() - began) / 1e6

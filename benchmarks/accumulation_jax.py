@@ -1,20 +1,20 @@
 """What metrics cost on their way into an accumulator, without a log: JAX, one device, one process.
 
-The steps themselves do next to nothing, so that what is added to them shows.
+The compiled steps themselves do next to nothing, so that what is added to them shows; each waits until
+its weight is there, as the next one would.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
-from benchmarks.own_process import found_in_own_process, installed, print_found
-from benchmarks.sizes import Sizes
-from benchmarks.table import Section, cost, speedup
+from benchmarks.own_process import found_in_own_process, print_found
+from benchmarks.table import Section, at_most, cost, seconds_of, speedup
 from benchmarks.timing import interleaved
-
-__all__ = ["measure"]
 
 _DATASETS, _SAMPLES = 8, 32
 _BARE = "the step alone"
@@ -22,43 +22,71 @@ _OURS = "DeviceAccumulator inside"
 _BY_HAND = "sums and counts by segment_sum"
 _CLU = f"{_DATASETS} clu Averages, masked and merged inside"
 _NNX = f"{_DATASETS} nnx Averages, masked, split and merged inside"
+_EAGER, _EAGER_NNX = "update outside of jit", "an nnx Average"
 
 
-def measure(sizes: Sizes) -> list[Section]:
+def measure(*, quick: bool) -> list[Section]:
     """Return what each way to keep losses makes of the step's time; nothing without JAX."""
-    if not installed("jax", "flax"):
+    if not (find_spec("jax") and find_spec("flax")):
         return []
-    found = found_in_own_process("benchmarks.accumulation", sizes)
-    one, each = found["one"], found["each"]
+    found = found_in_own_process("benchmarks.accumulation_jax", quick=quick)
+    one, each, eager = found["one"], found["each"], found["eager"]
     single = Section("JAX: a tiny step that keeps its loss for the next log")
     single.rows = [cost(way, one[way], _BARE, one[_BARE]) for way in one if way != _BARE]
+    single.rows += [
+        seconds_of(f"{_EAGER}: the first", found["first"], "s", at_most(1)),
+        cost(_EAGER, eager[_EAGER], _EAGER_NNX, eager[_EAGER_NNX], at_most(5)),
+    ]
     datasets = Section(
         f"JAX: a tiny step that keeps the loss of each of {_DATASETS} datasets, {_SAMPLES} samples"
     )
     datasets.rows = [cost(way, each[way], _BARE, each[_BARE]) for way in each if way != _BARE]
-    datasets.rows.append(cost(_OURS, each[_OURS], _BY_HAND, each[_BY_HAND]))
     datasets.rows += [
         speedup(_OURS, each[_OURS], other, each[other]) for other in (_CLU, _NNX) if other in each
     ]
-    if not installed("clu"):
-        for section in (single, datasets):
-            section.notes.append("clu is not installed")
     return [single, datasets]
 
 
 # -- In the process with JAX ---------------------------------------------------------------------
 
 
-def _found(sizes: Sizes) -> dict[str, dict[str, list[float]]]:
+def _found(quick: bool) -> dict[str, Any]:
     """Return the seconds of each way, round by round."""
+    rounds = 3 if quick else 25
+    first, eager = _eager()
     return {
-        "one": interleaved(_with_one_loss(), sizes.rounds),
-        "each": interleaved(_with_a_loss_each(), sizes.rounds),
+        "first": [first],
+        "eager": interleaved(eager, rounds),
+        "one": interleaved(_with_one_loss(), rounds),
+        "each": interleaved(_with_a_loss_each(), rounds),
     }
 
 
+def _eager() -> tuple[float, dict[str, Callable[[], object]]]:
+    """Return the seconds of the first update, and what the further ones are."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from metricfold.jax import DeviceAccumulator
+
+    losses = jnp.linspace(0.5, 1.5, _SAMPLES)
+    kept = [DeviceAccumulator({"loss": "mean"})]
+    average = nnx.metrics.Average("loss")
+
+    def ours() -> None:
+        kept[0] = jax.block_until_ready(kept[0].update("loss", losses))
+
+    def theirs() -> None:
+        average.update(loss=losses)
+        jax.block_until_ready((average.total[...], average.count[...]))
+
+    began = time.perf_counter()
+    ours()
+    return time.perf_counter() - began, {_EAGER: ours, _EAGER_NNX: theirs}
+
+
 def _with_one_loss() -> dict[str, Callable[[], object]]:
-    """Return the steps; each waits until its weight is there, as the next one would."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -72,48 +100,34 @@ def _with_one_loss() -> dict[str, Callable[[], object]]:
         return weight + 1e-6, (x * weight).mean()
 
     step = jax.jit(trained)
+    aggregator = MetricsAggregator()
+    graph, state = nnx.split(nnx.MultiMetric(loss=nnx.metrics.Average("loss")))
 
     def kept(keep: Callable[[Any], object]) -> None:
         new, loss = step(weight)
         keep(loss)
         new.block_until_ready()
 
-    aggregator = MetricsAggregator()
-    outside, inside, split = (nnx.MultiMetric(loss=nnx.metrics.Average("loss")) for _ in range(3))
-    graph, state = nnx.split(split)
-
     def updated(state: Any, loss: Any) -> Any:
         metrics = nnx.merge(graph, state)
         metrics.update(loss=loss)
         return nnx.state(metrics)
 
-    @nnx.jit
-    def with_metrics(weight: Any, metrics: Any) -> Any:
-        new, loss = trained(weight)
-        metrics.update(loss=loss)
-        return new
-
+    carrying = partial(_carrying, trained, weight)
     ways: dict[str, Callable[[], object]] = {
         _BARE: lambda: kept(lambda loss: None),
         "aggregator.record of the array": lambda: kept(partial(aggregator.record, "loss")),
-        _OURS: _carrying(
-            trained,
-            weight,
-            DeviceAccumulator({"loss": "mean"}),
-            lambda acc, loss: acc.update("loss", loss),
+        _OURS: carrying(
+            DeviceAccumulator({"loss": "mean"}), lambda acc, loss: acc.update("loss", loss)
         ),
-        "nnx.MultiMetric inside, split and merged": _carrying(trained, weight, state, updated),
-        "nnx.MultiMetric inside nnx.jit": lambda: with_metrics(weight, inside).block_until_ready(),
-        "nnx.MultiMetric outside": lambda: kept(lambda loss: outside.update(loss=loss)),
+        "nnx.MultiMetric inside, split and merged": carrying(state, updated),
         "float(loss)": lambda: kept(float),
     }
-    if installed("clu"):
+    if find_spec("clu"):
         from clu.metrics import Average, Collection
 
         losses = Collection.create(loss=Average.from_output("loss"))
-        ways["clu Collection inside, merged"] = _carrying(
-            trained,
-            weight,
+        ways["clu Collection inside, merged"] = carrying(
             losses.empty(),
             lambda seen, loss: seen.merge(losses.single_from_model_output(loss=loss)),
         )
@@ -121,7 +135,6 @@ def _with_one_loss() -> dict[str, Callable[[], object]]:
 
 
 def _with_a_loss_each() -> dict[str, Callable[[], object]]:
-    """Return steps that keep sums and counts of the losses of each dataset, inside."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -164,7 +177,7 @@ def _with_a_loss_each() -> dict[str, Callable[[], object]]:
         _BY_HAND: with_ids((jnp.zeros(_DATASETS), jnp.zeros(_DATASETS, jnp.int32)), added),
         _NNX: with_ids(state, updated),
     }
-    if installed("clu"):
+    if find_spec("clu"):
         from clu.metrics import Average
 
         ways[_CLU] = with_ids(

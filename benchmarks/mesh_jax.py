@@ -5,61 +5,53 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
-from benchmarks.own_process import found_in_own_process, installed, print_found
-from benchmarks.sizes import Sizes
-from benchmarks.table import Section, amount, at_most, cost, speedup
+from benchmarks.own_process import found_in_own_process, print_found
+from benchmarks.table import Row, Section, amount, at_most, cost, speedup
 from benchmarks.timing import interleaved
-
-__all__ = ["measure"]
 
 _DEVICES = 4
 _BUDGETS = {100: at_most(1.1)}
 """Of the packed result, by number of metrics."""
-_LEAVES, _DICT, _PACKED, _BARE = "lax.pmean each", "dict", "packed", "a bare lax.psum"
+_LEAVES, _DICT, _PACKED, _BARE = "lax.pmean each", "as a dict", "packed", "a bare lax.psum"
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """What one way to reduce some metrics costs: seconds a round, and collectives in the program."""
-
-    run: list[float]
-    read: list[float]
-    compiling: list[float]
-    collectives: int
-
-
-def measure(sizes: Sizes) -> list[Section]:
+def measure(*, quick: bool) -> list[Section]:
     """Return the cost of a step that does nothing but reduce its metrics; nothing without JAX."""
-    if not installed("jax", "flax"):
+    if not (find_spec("jax") and find_spec("flax")):
         return []
-    measured = found_in_own_process("benchmarks.devices", sizes, _DEVICES)
+    measured = found_in_own_process("benchmarks.mesh_jax", quick=quick, devices=_DEVICES)
     section = Section(f"JAX: a step that means metrics over {_DEVICES} virtual CPU devices")
     section.notes.append(
         "XLA joins the collectives of all leaves into one, which still costs for each array"
     )
     for number, found in measured.items():
-        section.rows += _rows(int(number), {way: _Measured(**it) for way, it in found.items()})
+        section.rows += _rows(int(number), **found)
     return [section]
 
 
-def _rows(number: int, found: dict[str, _Measured]) -> list[Any]:
-    bare, packed, dicts, leaves = (found[way] for way in (_BARE, _PACKED, _DICT, _LEAVES))
+_Times = dict[str, list[float]]
+
+
+def _rows(
+    number: int, run: _Times, read: _Times, compiling: _Times, collectives: dict[str, int]
+) -> list[Row]:
     what = f"{number} metrics"
-    vector = f"{_BARE} of a vector"
+    packed, vector = f"{what}, {_PACKED}", f"{_BARE} of a vector"
     return [
-        cost(f"{what}, packed", packed.run, vector, bare.run, _BUDGETS.get(number)),
-        cost(f"{what}, packed, read on the host", packed.read, f"{vector}, read", bare.read),
-        speedup(f"{what}, packed, read on the host", packed.read, f"{_LEAVES}, read", leaves.read),
-        speedup(f"{what}, packed", packed.run, _LEAVES, leaves.run),
-        speedup(f"{what}, as a dict", dicts.run, _LEAVES, leaves.run),
-        speedup(f"{what}, packed: to compile", packed.compiling, _LEAVES, leaves.compiling),
-        speedup(f"{what}, as a dict: to compile", dicts.compiling, _LEAVES, leaves.compiling),
+        cost(packed, run[_PACKED], vector, run[_BARE], _BUDGETS.get(number)),
+        cost(f"{packed}, read on the host", read[_PACKED], f"{vector}, read", read[_BARE]),
+        speedup(f"{packed}, read on the host", read[_PACKED], f"{_LEAVES}, read", read[_LEAVES]),
         *(
-            amount(f"{what}, {way}: collectives in the program", found[way].collectives, "")
+            speedup(f"{what}, {way}{of}", times[way], _LEAVES, times[_LEAVES])
+            for of, times in (("", run), (": to compile", compiling))
+            for way in (_PACKED, _DICT)
+        ),
+        *(
+            amount(f"{what}, {way}: collectives in the program", collectives[way], "")
             for way in (_PACKED, _DICT, _LEAVES)
         ),
     ]
@@ -68,15 +60,12 @@ def _rows(number: int, found: dict[str, _Measured]) -> list[Any]:
 # -- In the process with the devices -------------------------------------------------------------
 
 
-def _found(sizes: Sizes) -> dict[int, dict[str, dict[str, Any]]]:
-    """Return the measurements of all ways, by number of metrics."""
-    return {
-        number: {way: asdict(it) for way, it in _measure(number, sizes).items()}
-        for number in sizes.device_metrics
-    }
+def _found(quick: bool) -> dict[int, dict[str, Any]]:
+    """Return the seconds of all ways, round by round, by number of metrics."""
+    return {number: _measure(number, quick) for number in ((5,) if quick else (20, 100))}
 
 
-def _measure(number: int, sizes: Sizes) -> dict[str, _Measured]:
+def _measure(number: int, quick: bool) -> dict[str, Any]:
     import jax
 
     from metricfold.jax import DataParallel, DeviceMeshManager
@@ -86,24 +75,21 @@ def _measure(number: int, sizes: Sizes) -> dict[str, _Measured]:
     values = jax.device_put(jax.numpy.ones((_DEVICES, number)), sharding)
     compiling: dict[str, list[float]] = {way: [] for way in _ways()}
     steps: dict[str, Any] = {}
-    for _ in range(sizes.compilations):
+    for _ in range(1 if quick else 5):
         for way, reduce in _ways().items():
             jax.clear_caches()
             began = time.perf_counter()
             steps[way] = _compiled(reduce, mesh, values)
             compiling[way].append(time.perf_counter() - began)
-
-    run = {way: partial(_wait, step, values) for way, step in steps.items()}
-    read = {way: partial(_read, step, values) for way, step in steps.items()}
-    running, reading = interleaved(run, sizes.rounds), interleaved(read, sizes.rounds)
+    rounds = 3 if quick else 25
     return {
-        way: _Measured(
-            running[way],
-            reading[way],
-            compiling[way],
-            len(re.findall(r" all-reduce(?:-start)?\(", step.as_text())),
-        )
-        for way, step in steps.items()
+        "run": interleaved({way: partial(_wait, it, values) for way, it in steps.items()}, rounds),
+        "read": interleaved({way: partial(_read, it, values) for way, it in steps.items()}, rounds),
+        "compiling": compiling,
+        "collectives": {
+            way: len(re.findall(r" all-reduce(?:-start)?\(", step.as_text()))
+            for way, step in steps.items()
+        },
     }
 
 
