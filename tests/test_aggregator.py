@@ -258,7 +258,7 @@ def test_a_record_without_dataset_under_a_rolled_up_name_is_refused_either_way()
         aggregator.record("loss", 1.0)
     assert str(caught.value) == (
         "metric 'loss' without a dataset would print '/loss', which the total over all datasets of "
-        "metric 'loss' prints already: give one of them another name, or a dataset to both"
+        "metric 'loss' of dataset 'a' prints already: give one of them another name, or a dataset to both"
     )
     aggregator.record("norm", 1.0)
     with pytest.raises(ValueError, match="'norm'") as caught:
@@ -270,12 +270,13 @@ def test_a_record_without_dataset_under_a_rolled_up_name_is_refused_either_way()
     )
     aggregator.update([Metric("a", "len", 1.0, AggregationType.DISTRIBUTION)])
     with pytest.raises(
-        ValueError, match=r"'len_stat_max' without a dataset .* of metric 'len' prints"
+        ValueError,
+        match=r"'len_stat_max' without a dataset .* of metric 'len' of dataset 'a' prints",
     ):
         aggregator.record("len_stat_max", 1.0)
     aggregator.update([Metric("a", "kind", "x", AggregationType.CATEGORICAL_COUNT)])
     with pytest.raises(
-        ValueError, match=r"of metric 'kind' prints already \(as '/kind_count_\*'\)"
+        ValueError, match=r"of metric 'kind' of dataset 'a' prints already \(as '/kind_count_\*'\)"
     ):
         aggregator.record("kind_count_y", 1.0)
     assert aggregator.reduce().as_dict("t").keys() >= {"t_a/loss", "t/norm", "t_a/kind_count_x"}

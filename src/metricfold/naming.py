@@ -84,15 +84,21 @@ class Claims:
                 if claimed.owners.get(text) != owner:  # else a namesake in another dataset has it
                     clash = claimed.clash(text, owner) or proposed.clash(text, owner)
                     if clash is not None:
-                        raise ValueError(_clashing(key, owner, text, *clash))
+                        taken, other = clash
+                        theirs = claimed.speak_of(other) or proposed.speak_of(other)
+                        raise ValueError(_clashing(key, owner, text, taken, other, theirs))
                     if self._derived:
                         self._refuse_derived(key, text)
             for text, owner in texts.items():
                 proposed.enter(text, owner)
+            if key[0]:
+                proposed.datasets.setdefault(key[1], key[0])
         return proposed
 
     def commit(self, proposed: Claimed) -> None:
         """Take over what `check` found free."""
+        for name, dataset in proposed.datasets.items():
+            self._claimed.datasets.setdefault(name, dataset)
         known = self._claimed.owners
         for text, owner in proposed.owners.items():
             if text not in known:
@@ -149,10 +155,12 @@ class Claimed:
     Attributes:
         owners: the key that each name belongs to.
         endings: that are known so far.
+        datasets: the first that has a metric of each name.
     """
 
     def __init__(self, endings: Iterable[str] = ()) -> None:
         self.owners: dict[str, Key] = {}
+        self.datasets: dict[str, str] = {}
         self.endings = list(endings)
         self._beginning: dict[str, list[str]] = {}
 
@@ -184,20 +192,31 @@ class Claimed:
                 return taken, other
         return None
 
+    def speak_of(self, owner: Key) -> str:
+        """Return how messages speak of who has claimed a name; of a total with one of its datasets."""
+        dataset, name = owner
+        if dataset != ANYTHING:
+            return _alone(owner)
+        return _total_of((self.datasets[name], name)) if name in self.datasets else ""
+
     def _list(self, text: str, endings: Iterable[str]) -> None:
         for start in _starts(text, endings):
             self._beginning.setdefault(start, []).append(text)
 
 
-def _clashing(key: Key, owner: Key, text: str, taken: str, other: Key) -> str:
+def _clashing(key: Key, owner: Key, text: str, taken: str, other: Key, theirs: str) -> str:
     """Return how to refuse what `key` would print, itself or as a total, where something else does."""
-    mine = f"the total over all datasets of {show(key)}" if owner[0] == ANYTHING else _alone(key)
+    mine = _total_of(key) if owner[0] == ANYTHING else _alone(key)
     also = "" if taken == text else f" (as {_shown(taken)})"
     both = ", or a dataset to both" if "" in (key[0], other[0]) else ""
     return (
-        f"{mine} would print {_shown(text)}, which {_alone(other)} prints already{also}: give one of "
+        f"{mine} would print {_shown(text)}, which {theirs} prints already{also}: give one of "
         f"them another name{both}"
     )
+
+
+def _total_of(key: Key) -> str:
+    return f"the total over all datasets of {show(key)}"
 
 
 def _alone(owner: Key) -> str:
