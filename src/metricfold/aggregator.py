@@ -649,8 +649,9 @@ class MetricsAggregator:
                 raise
 
         self._custom.update(now, commit)
-        # With a mark, what came before and after it has to stay apart.
-        if len(self._late_custom) >= MOST_LATE and self._mark is None:
+        # With a mark, what came before and after it has to stay apart. Nothing may wait here.
+        many = len(self._late_custom) >= MOST_LATE and self._mark is None
+        if many and all(map(Late.ready, self._late_custom)):
             if not self._said_late:
                 self._said_late = True
                 _log.warning("%s", never_read(self._late_custom))

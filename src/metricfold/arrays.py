@@ -31,6 +31,7 @@ __all__ = [
     "hold_each",
     "not_one_value",
     "read",
+    "ready",
     "unwrapped",
     "whole_tensor",
 ]
@@ -59,6 +60,10 @@ class ArrayBackend(ABC):
 
     def counts_here(self, value: Any) -> bool:
         """Return whether this process is the one to count `value`, which several may hold together."""
+        return True
+
+    def ready(self, value: Any) -> bool:
+        """Return whether reading a held value would wait for nothing, as far as that can be told."""
         return True
 
     @abstractmethod
@@ -184,6 +189,9 @@ class JaxArrays(ArrayBackend):
             "or do not donate it"
         )
 
+    def ready(self, value: Any) -> bool:
+        return bool(value.is_deleted() or value.is_ready())
+
     def counts_here(self, value: Any) -> bool:
         if is_traced(value) or value.is_fully_addressable or not value.is_fully_replicated:
             return True
@@ -261,6 +269,12 @@ def counts_here(value: object) -> bool:
     """
     backend = backend_of(value)
     return backend is None or backend.counts_here(value)
+
+
+def ready(value: object) -> bool:
+    """Return whether a held value, or a number, can be read without a wait."""
+    backend = backend_of(value)
+    return backend is None or backend.ready(value)
 
 
 def backend_of(value: object) -> ArrayBackend | None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any, NoReturn
 
 import numpy as np
@@ -84,10 +84,12 @@ class Delta:
     def relieved(self, handlers: Mapping[Key, AggregationHandler]) -> Delta:
         """Return the same with the older half of what lies on devices read and folded.
 
-        It has been computed long since, so that nothing waits. Nothing here changes.
+        It has been computed long since, or is left for later: nothing may wait here, for what a device
+        works on may call back and wait for this. Nothing here changes.
         """
         older, here = Delta(), Delta()
         half, accumulators = (len(self.late) + 1) // 2, (len(self.drained) + 1) // 2
+        half = sum(1 for _ in takewhile(Late.ready, self.late[:half]))
         older.late, older.drained = self.late[:half], self.drained[:accumulators]
         taken = CutDelta(older)
         taken.settle(handlers)

@@ -93,6 +93,10 @@ class Late:
         self.value = value
         self.weight = weight
 
+    def ready(self) -> bool:
+        """Return whether it can be read without a wait."""
+        return arrays.ready(self.value) and arrays.ready(self.weight)
+
     @property
     def count(self) -> int:
         """How many values it stands for."""
