@@ -15,7 +15,7 @@ import time
 import pytest
 
 from metricfold import MetricsAggregator
-from metricfold.sinks import MetricsLogger, RecordRefused, SinkError, worker
+from metricfold.sinks import MetricsLogger, RecordRefused, SinkError, read_jsonl, worker
 
 WAIT = 30  # seconds that nothing here should take
 
@@ -486,6 +486,63 @@ def test_sys_exit_in_derive_is_an_exit_where_the_program_asks():
     aggregator.record("loss", 1.0)
     with pytest.raises(SystemExit):
         aggregator.get_metrics_for_logging()
+
+
+@pytest.mark.parametrize("child", ["sys.exit(0)", "raise ValueError", "return", "os._exit(0)"])
+def test_a_child_that_a_sink_forks_does_not_go_on_with_the_sinks_thread(child, tmp_path):
+    """Until now it did, forked as well, and so on, and the parent waited for it."""
+    code = f"""
+import os, sys
+from metricfold import JSONLSink, MetricsLogger
+
+class Forking(JSONLSink):
+    def write(self, record):
+        child = os.fork()
+        if child == 0:
+            {child}
+        else:
+            os.waitpid(child, 0)
+            super().write(record)
+
+with MetricsLogger([Forking({str(tmp_path / "x.jsonl")!r})]) as logger:
+    for step in range(3):
+        logger.log(step, {{"x": 1.0}})
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert [one.step for one in read_jsonl(tmp_path / "x.jsonl")] == [0, 1, 2]
+
+
+def test_a_sink_that_waits_for_its_own_logger_waits_for_nothing(caplog):
+    """Until now it waited half a minute, and what came then was not written."""
+
+    class Asking(Remote):
+        def write(self, record):
+            super().write(record)
+            answers.append(logger.flush())
+            with pytest.raises(RuntimeError, match="a sink cannot close its own logger"):
+                logger.close()
+
+    answers = []
+    sink = Asking()
+    logger = MetricsLogger([sink])
+    for step in range(3):
+        logger.log(step, {"x": 1.0})
+    logger.flush()
+    ends(logger)
+    assert sink.got == [0, 1, 2]
+    assert sink.calls[-1] == "close"
+    assert answers[0] is False
+    assert [one for one in caplog.records if one.levelno >= logging.ERROR] == []
+
+
+def ends(logger):
+    closing = threading.Thread(target=logger.close, daemon=True)
+    closing.start()
+    closing.join(WAIT / 2)
+    assert not closing.is_alive()
 
 
 def test_a_sink_without_a_name_is_a_sink(caplog):

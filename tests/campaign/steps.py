@@ -144,6 +144,7 @@ WAYS: dict[str, Callable[[MetricsAggregator, int], Any]] = {
     "reduce_async()": lambda aggregator, step: aggregator.reduce_async(step).result(),
     "state_dict()": lambda aggregator, step: aggregator.state_dict(),
 }
+MOST = 400  # moments of a call that are tried
 STEPS = 3
 STRUCK = 1  # in which step
 
@@ -376,10 +377,12 @@ def attacked(options: Options, table: Table) -> None:
         moments = list(found.moments)
         for which, error in ERRORS.items():
             row = table.row(f"{name}, {which}")
-            for trial in options.trials(row, full=len(moments), quick=4):
-                place = trial.number * len(moments) // 4 if options.quick else trial.number
+            count = min(len(moments), options.pick(MOST, 4))
+            for trial in options.trials(row, full=count, quick=count, least=count):
+                # Evenly over all of them, and others with another seed.
+                place = (trial.number * len(moments) // count + options.seed) % len(moments)
                 strike(row, trial, call, Struck(moments[place], error))
-            row.figures = f"{len(moments)} moments"
+            row.figures = f"of {len(moments)} moments"
 
 
 def run(options: Options, table: Table) -> None:

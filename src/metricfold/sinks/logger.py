@@ -247,6 +247,11 @@ class MetricsLogger(OneInUse):
 
     def close(self) -> None:
         """Write everything logged, close the sinks, and raise the error of a failed reduction."""
+        if self._pipeline is not None and self._pipeline.is_here():
+            raise RuntimeError(
+                "a sink cannot close its own logger, which would wait for that sink: close it where it "
+                "was made"
+            )
         errors = self._close(grace=None)
         _report(errors[1:])
         if errors:

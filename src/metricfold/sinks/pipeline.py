@@ -129,6 +129,10 @@ class Pipeline:
         if table:
             say("not all that was logged has been written:\n  " + "\n  ".join(table))
 
+    def is_here(self) -> bool:
+        """Return whether it is one of the sinks that asks."""
+        return any(worker.is_here() for worker in self._workers)
+
     def failures(self) -> int:
         """Return a number that grows with each record that is missing, and each loud failure."""
         return sum(worker.failures() for worker in self._workers)

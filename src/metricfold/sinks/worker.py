@@ -15,6 +15,7 @@ its own raises (`wandb.Error`, MLflow's, gRPC's) tells nothing. No sink is given
 from __future__ import annotations
 
 import contextvars
+import os
 import queue
 import threading
 import time
@@ -88,6 +89,7 @@ class SinkWorker:
         self._trouble: _Trouble | None = None
         self._due = 0.0  # on the monotonic clock, when the first of `_pending` is to be tried
         self._flush_due: float | None = None  # None: all is flushed
+        self._process = os.getpid()  # a sink may fork, and leave the child in here
         self._closing: _Closing | None = None
         self._closed = threading.Event()
         # In a copy of the maker's context, where packages such as trackio keep their run.
@@ -154,6 +156,10 @@ class SinkWorker:
         """Wait for `done` as `wait_for` does."""
         return wait_for(done, self._thread, lambda: self._handled, patience, deadline)
 
+    def is_here(self) -> bool:
+        """Return whether it is the sink that asks."""
+        return self._thread is threading.current_thread()
+
     def failures(self) -> int:
         """Return a number that grows with each record that is missing, and each loud failure."""
         return self._missing() + len(self._said)
@@ -199,7 +205,7 @@ class SinkWorker:
     # -- On the thread
 
     def _run(self) -> None:
-        while not self._closed.is_set():
+        while not self._closed.is_set() and os.getpid() == self._process:
             self._receive()
             if self._pending and time.monotonic() >= self._due:
                 self._try_first()
@@ -485,6 +491,8 @@ def wait_for(
         patience: seconds without progress after which to give up.
         deadline: on the monotonic clock, when to give up in any case; None: never.
     """
+    if thread is threading.current_thread():  # a sink asks for what only itself can do
+        return done.is_set()
     seen, give_up_at = progress(), time.monotonic() + patience
     while not done.wait(0.02):
         now = time.monotonic()
@@ -498,10 +506,16 @@ def wait_for(
 
 
 def error_of(call: Callable[[], object]) -> BaseException | None:
-    """Return what `call` raises: whatever goes wrong in a sink, its thread and training go on."""
+    """Return what `call` raises: whatever goes wrong in a sink, its thread and training go on.
+
+    In a child that `call` has forked, it is raised: that one is to end, as by ``sys.exit()``.
+    """
+    process = os.getpid()
     try:
         call()
-    except BaseException as error:  # noqa: BLE001 - SystemExit would end the thread without a word
+    except BaseException as error:  # SystemExit would end the thread without a word
+        if os.getpid() != process:
+            raise
         return error
     return None
 
