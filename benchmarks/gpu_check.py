@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.table import Section, amount, cost, draw
+from benchmarks.table import Section, amount, cost
 from benchmarks.timing import interleaved
 from metricfold import MetricsAggregator
 from metricfold.torch import DeviceAccumulator
@@ -428,7 +428,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.part:
         place = Place(options.device, options.step, options.rounds, options.folder)
-        print(draw([PARTS[options.part](place)]))
+        print(f"\n{PARTS[options.part](place)}")
         return 0
     given = sys.argv[1:] if arguments is None else arguments
     failed = []
