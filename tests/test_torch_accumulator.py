@@ -879,6 +879,19 @@ def test_a_tensor_that_a_collective_still_works_on_and_a_replicated_one_count(
 
         whole = placed(x, Replicate())
         acc.update("loss", whole, weights=whole, dataset_ids=placed(ids, Replicate()))
+        # As the last layer of a model under tensor parallelism gives them, beside labels from a loader.
+        logits, labels = torch.randn(3, 4, requires_grad=True), torch.tensor([0, 3, -100])
+        losses = DeviceAccumulator({"loss": "mean"})
+        loss = losses.token_loss(placed(logits, Replicate()), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        wanted = F.cross_entropy(logits, labels)
+        torch.testing.assert_close(loss, wanted)
+        assert logits.grad is not None
+        assert logged(losses)["t/loss"] == pytest.approx(wanted.item(), rel=1e-6)
+        with pytest.raises(
+            ValueError, match=r"logits of metric 'loss': .*give labels as a DTensor, too"
+        ):
+            losses.token_loss(placed(logits, Shard(1)), labels)
         for placement in (Partial(), Shard(0)):
             for what, values, options in (
                 ("values", placed(x, placement), {"dataset_ids": ids}),
@@ -936,6 +949,15 @@ def test_a_copy_of_an_accumulator_holds_what_it_held_and_goes_its_own_way() -> N
     copied.update("loss", 10.0)
     assert logged(model.acc)["t/loss"] == 2.0
     assert logged(copied)["t/loss"] == 11.0
+
+
+def test_a_module_that_is_cast_leaves_its_accumulator_in_float64() -> None:
+    # As DeepSpeed does, which made float16 of the states of other libraries' metrics.
+    model = Model("cast")
+    model.half().to(torch.bfloat16)
+    for _ in range(3000):
+        model.acc.update("cast", 1.0)
+    assert logged(model.acc)["t/cast"] == 3000.0
 
 
 def test_a_copy_that_is_updated_and_dropped_undrained_is_warned_of_once(warned: list[str]) -> None:

@@ -213,13 +213,18 @@ class JaxArrays(ArrayBackend):
         return finish
 
 
+def of_mesh(value: Any) -> bool:
+    """Return whether a tensor is a `DTensor`."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(value, distributed.DTensor)
+
+
 def whole_tensor(value: Any) -> Any:
     """Return this rank's part of a `DTensor`, if that is the whole, and other tensors as they are.
 
     Reading any other one would be a collective, which no metric may begin unasked.
     """
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is None or not isinstance(value, distributed.DTensor):
+    if not of_mesh(value):
         return value
     if not all(placement.is_replicate() for placement in value.placements):
         raise ValueError(
