@@ -306,6 +306,17 @@ def test_a_type_that_merely_equals_a_known_one_is_refused_as_ever(agg: Any) -> N
         assert of_interval(aggregator) == {}
 
 
+@pytest.mark.parametrize("types", [("mean", Text.MEAN), (Text.MEAN, "mean")])
+def test_a_text_and_what_merely_equals_it_are_two_types_of_one_list(types: Any) -> None:
+    """All of them counted as of the first one's type."""
+    aggregator = MetricsAggregator()
+    metrics = [Metric("d", "m", 1.0, agg) for agg in types]
+    for batch in (metrics, MetricBatch.from_metrics(metrics)):
+        with pytest.raises(ValueError, match="'m' of dataset 'd' is already registered with"):
+            aggregator.update(batch)
+    assert aggregator.get_metrics_for_logging("t") == {}
+
+
 def test_names_that_equal_known_ones_are_the_same_names() -> None:
     aggregator = known("mean", "sum")
     aggregator.record(Text.NAME, 3.0)
