@@ -153,30 +153,19 @@ assert signal.getsignal(signal.SIGTERM) is handler
     check_all_written(tmp_path, accepted)
 
 
-def test_a_handler_that_exits_is_as_good(tmp_path):
-    code = """
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(17))
-train(MetricsLogger(sinks()))
-"""
-    with running(code, tmp_path) as process:
+@pytest.mark.parametrize(
+    ("handler", "then", "code"),
+    [
+        ("lambda *_: sys.exit(17)", "train(MetricsLogger(sinks()))", 17),
+        ("signal.SIG_IGN", "with MetricsLogger(sinks()) as logger: train(logger, 600)", 0),
+    ],
+)
+def test_nothing_is_lost_where_a_handler_exits_or_sigterm_is_ignored(tmp_path, handler, then, code):
+    with running(f"signal.signal(signal.SIGTERM, {handler})\n{then}", tmp_path) as process:
         wait_until_said(process, "300")
         process.terminate()
         accepted, errors = finish(process)
-    assert (process.returncode, errors) == (17, "")
-    check_all_written(tmp_path, accepted)
-
-
-def test_an_ignored_sigterm_stays_ignored(tmp_path):
-    code = """
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-with MetricsLogger(sinks()) as logger:
-    train(logger, 600)
-"""
-    with running(code, tmp_path) as process:
-        wait_until_said(process, "300")
-        process.terminate()
-        accepted, errors = finish(process)
-    assert (process.returncode, errors) == (0, "")
+    assert (process.returncode, errors) == (code, "")
     check_all_written(tmp_path, accepted)
 
 
