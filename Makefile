@@ -28,14 +28,14 @@ demo: $(STAMP)  ## train a small language model on two ranks; DEMO_ARGS="--ranks
 	@$(BIN)/metricfold demo $(DEMO_ARGS)
 
 # Hundreds of processes import the package: compiled once, that takes them half the time.
-# Those that run "alone" mostly wait, for a deadline or for a process to end, so as many may at a time.
+# Those that run "alone" mostly wait, for a deadline or for a process to end, so two may at a time.
 # pytest's exit status 5: what PYTEST_ARGS selects holds no tests of this part.
 test: $(STAMP)  ## PYTEST_ARGS="tests/test_metric.py -x" and the like pass through
 	@echo "==> the whole test suite, in random order, warnings as errors"
 	@unset PYTHONDONTWRITEBYTECODE; together=0; alone=0; \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not alone" $(PYTEST_ARGS) || together=$$?; \
 	echo "==> the tests about deadlines and signals"; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m alone $(PYTEST_ARGS) || alone=$$?; \
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m alone $(PYTEST_ARGS) || alone=$$?; \
 	case $$together/$$alone in 0/0|0/5|5/0) ;; *) exit 1;; esac
 
 campaign: $(STAMP)  ## faults by the thousand, in a quarter of an hour; CAMPAIGN_ARGS="--seed 3 --quick ranks" and the like pass through
