@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -409,6 +410,9 @@ def test_nothing_is_lost_on_sigterm(tmp_path):
     command = [sys.executable, "-c", SCRIPT, str(tmp_path), "kill"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "logged\n"
+        # W&B takes seconds to begin a run on a busy machine, and who is told to end has a few only.
+        while not run_files(tmp_path) and process.poll() is None:
+            time.sleep(0.01)
         process.terminate()
         assert process.wait(timeout=60) == -signal.SIGTERM
     (path,) = run_files(tmp_path)
