@@ -70,7 +70,7 @@ def one_never_comes_and_one_just_in_time(rank: int) -> Any:
     aggregator = MetricsAggregator(timeout=2)
     aggregator.reduce()
     if rank == 1:
-        time.sleep(5)
+        time.sleep(4)
     if rank == 2:
         time.sleep(1.5)
     return raised(aggregator)
@@ -84,13 +84,13 @@ def test_a_rank_that_comes_in_time_and_waits_itself_is_not_named() -> None:
 
 def one_is_stopped_while_it_waits(rank: int) -> Any:
     job = dist.distributed_c10d._get_default_store()
-    aggregator = MetricsAggregator(timeout=3)
+    aggregator = MetricsAggregator(timeout=2)
     aggregator.reduce()
     if rank == 1:
-        time.sleep(8)
+        time.sleep(5.5)
     if rank == 2:
         job.set("stopped", str(os.getpid()))
-        threading.Timer(1.2, lambda: os.kill(os.getpid(), signal.SIGSTOP)).start()
+        threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGSTOP)).start()
     seen = raised(aggregator)
     if rank == 0:
         os.kill(int(job.get("stopped")), signal.SIGCONT)
@@ -132,7 +132,7 @@ def one_closes(rank: int) -> Any:
     aggregator.reduce()
     if rank == 1:
         aggregator.close()
-        time.sleep(3)
+        time.sleep(2)
         return "closed"
     return raised(aggregator)
 
@@ -144,12 +144,13 @@ def test_a_rank_that_has_closed_its_aggregator_is_said_to_have() -> None:
 
 
 _ENDS = """
-    import os, sys, time
+    import os, sys
     import torch.distributed as dist
     from metricfold import MetricsAggregator, MissingRanksError
 
-    rank, port = int(sys.argv[1]), int(sys.argv[2])
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    other = os.fork()
+    rank = 0 if other else 1
+    store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     aggregator = MetricsAggregator(timeout=10)
     aggregator.reduce()
@@ -159,22 +160,22 @@ _ENDS = """
         aggregator.reduce()
     except MissingRanksError as error:
         print(error)
+    print(os.waitpid(other, 0)[1])
 """
 
 
 def test_a_rank_that_has_ended_is_said_to_have() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", dedent(_ENDS), str(rank), str(store.port)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    text, _ = [rank.communicate(timeout=60)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
+    ranks = subprocess.run(
+        [sys.executable, "-c", dedent(_ENDS), str(store.port)],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    text, code = ranks.stdout.splitlines()
     assert "rank 1 has ended" in text
+    assert code == "0"
 
 
 def one_does_not_connect(rank: int, why: str) -> Any:
@@ -222,7 +223,7 @@ def one_cannot_be_reached(rank: int, hosts: list[str]) -> Any:
             published = other.get("0/0")
             del group
             store.set("0/1", published)
-            time.sleep(6)
+            time.sleep(3.5)
             os._exit(0)
 
         c10d.ProcessGroupGloo = publish_an_address_at_which_nobody_listens
