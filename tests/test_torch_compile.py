@@ -151,6 +151,34 @@ def test_an_accumulator_is_part_of_one_graph_for_good() -> None:
     assert not counters["graph_break"]
 
 
+def test_one_graph_does_for_batches_of_all_sizes() -> None:
+    kinds = {"loss": "mean", "most": "max"}
+    compiled, plain = (DeviceAccumulator(kinds, ("a", "b")) for _ in range(2))
+
+    def step(
+        acc: DeviceAccumulator, x: torch.Tensor, mask: torch.Tensor, ids: torch.Tensor
+    ) -> None:
+        acc.update_all(dict.fromkeys(kinds, x), weights=mask, dataset_ids=ids)
+        acc.update("loss", x, weights=x.abs(), dataset_ids=ids)
+        acc.update("loss", x[0, 0], dataset_ids=ids[0])
+
+    quick = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n, m in ((6, 7), (11, 8), (9, 13)):
+        torch.manual_seed(n)
+        x = torch.randn(n, m)
+        given = x, x > 0, torch.randint(0, 2, (n,))
+        for run, acc in ((quick, compiled), (step, plain)):
+            run(acc, *given)
+    logged = []
+    for acc in (compiled, plain):
+        aggregator = MetricsAggregator()
+        aggregator.drain(acc)
+        logged.append(aggregator.get_metrics_for_logging("t"))
+    assert logged[0] == pytest.approx(logged[1], rel=1e-12)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
 def test_what_was_marked_before_torch_was_there_is_left_alone_once_an_aggregator_is_made() -> None:
     seen: list[Any] = []
 

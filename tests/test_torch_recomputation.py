@@ -509,6 +509,41 @@ def test_a_closure_that_is_kept_counts_once_in_each_step(layer: Layer) -> None:
     assert layer.counted() == (4, 4)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_an_accumulator_counts_the_first_evaluation_of_a_closure(compiled: bool) -> None:
+    torch._dynamo.reset()
+    acc = DeviceAccumulator({"loss": "mean", "evaluations": "sum"})
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.LBFGS([weight], max_iter=3, lr=0.1)
+
+    def loss_of() -> torch.Tensor:
+        loss = (weight - 3).square().sum()
+        acc.update("loss", loss)
+        acc.update("evaluations", 1.0)
+        return loss
+
+    run = torch.compile(loss_of, backend="aot_eager", fullgraph=True) if compiled else loss_of
+    evaluations = 0
+
+    def closure() -> torch.Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        optimizer.zero_grad()
+        loss = run()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    firsts = []
+    for _ in range(2):
+        firsts.append((weight.detach() - 3).square().sum().item())
+        optimizer.step(once(closure))  # type: ignore[no-untyped-call]
+    assert evaluations > 2
+    aggregator = MetricsAggregator()
+    aggregator.drain(acc)
+    logged = aggregator.get_metrics_for_logging("t")
+    assert logged == pytest.approx({"t/loss": sum(firsts) / 2, "t/evaluations": 2.0})
+
+
 def test_a_second_evaluation_at_other_weights_does_not_count(layer: Layer) -> None:
     x = torch.randn(3, 4)
     layer(x).sum().backward()
