@@ -31,8 +31,8 @@ SUBJECTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "update": {"a handler call each": ()},
     "samples": {"3 frozen dataclasses": ()},
     "log": {"bare all_reduce": ()},
-    "sketches": {"DDSketch": ("ddsketch",), "KLL": ("datasketches",)},
-    "accumulation_torch": {"scatter_add": (), "torchmetrics": ("torchmetrics",)},
+    "sketches": {},
+    "waits": {},
     "accumulation_jax": {"8 nnx Averages": _JAX, "8 clu Averages": (*_JAX, "clu")},
     "mesh_jax": {"a bare lax.psum": _JAX},
     "peers": {

@@ -22,7 +22,6 @@ _OURS = "DeviceAccumulator inside"
 _BY_HAND = "sums and counts by segment_sum"
 _CLU = f"{_DATASETS} clu Averages, masked and merged inside"
 _NNX = f"{_DATASETS} nnx Averages, masked, split and merged inside"
-_EAGER, _EAGER_NNX = "update outside of jit", "an nnx Average"
 
 
 def measure(*, quick: bool) -> list[Section]:
@@ -30,13 +29,7 @@ def measure(*, quick: bool) -> list[Section]:
     if not (find_spec("jax") and find_spec("flax")):
         return []
     found = found_in_own_process("benchmarks.accumulation_jax", quick=quick)
-    one, each, eager = found["one"], found["each"], found["eager"]
-    single = Section("JAX: a tiny step that keeps its loss for the next log")
-    single.rows = [cost(way, one[way], _BARE, one[_BARE]) for way in one if way != _BARE]
-    single.rows += [
-        seconds_of(f"{_EAGER}: the first", found["first"], "s", at_most(1)),
-        cost(_EAGER, eager[_EAGER], _EAGER_NNX, eager[_EAGER_NNX], at_most(5)),
-    ]
+    each, eager = found["each"], found["eager"]
     datasets = Section(
         f"JAX: a tiny step that keeps the loss of each of {_DATASETS} datasets, {_SAMPLES} samples"
     )
@@ -44,7 +37,11 @@ def measure(*, quick: bool) -> list[Section]:
     datasets.rows += [
         speedup(_OURS, each[_OURS], other, each[other]) for other in (_CLU, _NNX) if other in each
     ]
-    return [single, datasets]
+    outside = [
+        seconds_of("the first", found["first"], "s", at_most(1)),
+        cost("another", eager[_OURS], "an nnx Average", eager[_NNX], at_most(5)),
+    ]
+    return [Section("JAX: update outside of jit, a loss of one dataset", outside), datasets]
 
 
 # -- In the process with JAX ---------------------------------------------------------------------
@@ -57,7 +54,6 @@ def _found(quick: bool) -> dict[str, Any]:
     return {
         "first": [first],
         "eager": interleaved(eager, rounds),
-        "one": interleaved(_with_one_loss(), rounds),
         "each": interleaved(_with_a_loss_each(), rounds),
     }
 
@@ -83,55 +79,7 @@ def _eager() -> tuple[float, dict[str, Callable[[], object]]]:
 
     began = time.perf_counter()
     ours()
-    return time.perf_counter() - began, {_EAGER: ours, _EAGER_NNX: theirs}
-
-
-def _with_one_loss() -> dict[str, Callable[[], object]]:
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from metricfold import MetricsAggregator
-    from metricfold.jax import DeviceAccumulator
-
-    x, weight = jnp.ones(64), jnp.float32(1)
-
-    def trained(weight: Any) -> tuple[Any, Any]:
-        return weight + 1e-6, (x * weight).mean()
-
-    step = jax.jit(trained)
-    aggregator = MetricsAggregator()
-    graph, state = nnx.split(nnx.MultiMetric(loss=nnx.metrics.Average("loss")))
-
-    def kept(keep: Callable[[Any], object]) -> None:
-        new, loss = step(weight)
-        keep(loss)
-        new.block_until_ready()
-
-    def updated(state: Any, loss: Any) -> Any:
-        metrics = nnx.merge(graph, state)
-        metrics.update(loss=loss)
-        return nnx.state(metrics)
-
-    carrying = partial(_carrying, trained, weight)
-    ways: dict[str, Callable[[], object]] = {
-        _BARE: lambda: kept(lambda loss: None),
-        "aggregator.record of the array": lambda: kept(partial(aggregator.record, "loss")),
-        _OURS: carrying(
-            DeviceAccumulator({"loss": "mean"}), lambda acc, loss: acc.update("loss", loss)
-        ),
-        "nnx.MultiMetric inside, split and merged": carrying(state, updated),
-        "float(loss)": lambda: kept(float),
-    }
-    if find_spec("clu"):
-        from clu.metrics import Average, Collection
-
-        losses = Collection.create(loss=Average.from_output("loss"))
-        ways["clu Collection inside, merged"] = carrying(
-            losses.empty(),
-            lambda seen, loss: seen.merge(losses.single_from_model_output(loss=loss)),
-        )
-    return ways
+    return time.perf_counter() - began, {_OURS: ours, _NNX: theirs}
 
 
 def _with_a_loss_each() -> dict[str, Callable[[], object]]:

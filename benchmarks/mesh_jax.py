@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.own_process import found_in_own_process, print_found
-from benchmarks.table import Row, Section, amount, at_most, cost, speedup
+from benchmarks.table import Section, at_most, cost, speedup
 from benchmarks.timing import interleaved
 
 _DEVICES = 4
@@ -25,47 +23,25 @@ def measure(*, quick: bool) -> list[Section]:
         return []
     measured = found_in_own_process("benchmarks.mesh_jax", quick=quick, devices=_DEVICES)
     section = Section(f"JAX: a step that means metrics over {_DEVICES} virtual CPU devices")
-    section.notes.append(
-        "XLA joins the collectives of all leaves into one, which still costs for each array"
-    )
-    for number, found in measured.items():
-        section.rows += _rows(int(number), **found)
+    for number, times in measured.items():
+        what, packed, budget = f"{number} metrics", times[_PACKED], _BUDGETS.get(int(number))
+        section.rows += [
+            cost(f"{what}, packed", packed, f"{_BARE} of a vector", times[_BARE], budget),
+            speedup(f"{what}, packed", packed, _LEAVES, times[_LEAVES]),
+            speedup(f"{what}, as a dict", times[_DICT], _LEAVES, times[_LEAVES]),
+        ]
     return [section]
-
-
-_Times = dict[str, list[float]]
-
-
-def _rows(
-    number: int, run: _Times, read: _Times, compiling: _Times, collectives: dict[str, int]
-) -> list[Row]:
-    what = f"{number} metrics"
-    packed, vector = f"{what}, {_PACKED}", f"{_BARE} of a vector"
-    return [
-        cost(packed, run[_PACKED], vector, run[_BARE], _BUDGETS.get(number)),
-        cost(f"{packed}, read on the host", read[_PACKED], f"{vector}, read", read[_BARE]),
-        speedup(f"{packed}, read on the host", read[_PACKED], f"{_LEAVES}, read", read[_LEAVES]),
-        *(
-            speedup(f"{what}, {way}{of}", times[way], _LEAVES, times[_LEAVES])
-            for of, times in (("", run), (": to compile", compiling))
-            for way in (_PACKED, _DICT)
-        ),
-        *(
-            amount(f"{what}, {way}: collectives in the program", collectives[way], "")
-            for way in (_PACKED, _DICT, _LEAVES)
-        ),
-    ]
 
 
 # -- In the process with the devices -------------------------------------------------------------
 
 
-def _found(quick: bool) -> dict[int, dict[str, Any]]:
+def _found(quick: bool) -> dict[int, dict[str, list[float]]]:
     """Return the seconds of all ways, round by round, by number of metrics."""
-    return {number: _measure(number, quick) for number in ((5,) if quick else (20, 100))}
+    return {number: _run(number, 3 if quick else 25) for number in ((5,) if quick else (20, 100))}
 
 
-def _measure(number: int, quick: bool) -> dict[str, Any]:
+def _run(number: int, rounds: int) -> dict[str, list[float]]:
     import jax
 
     from metricfold.jax import DataParallel, DeviceMeshManager
@@ -73,24 +49,8 @@ def _measure(number: int, quick: bool) -> dict[str, Any]:
     mesh = DeviceMeshManager().create_data_parallel_mesh()
     sharding = DataParallel().create_data_parallel_sharding(mesh)
     values = jax.device_put(jax.numpy.ones((_DEVICES, number)), sharding)
-    compiling: dict[str, list[float]] = {way: [] for way in _ways()}
-    steps: dict[str, Any] = {}
-    for _ in range(1 if quick else 5):
-        for way, reduce in _ways().items():
-            jax.clear_caches()
-            began = time.perf_counter()
-            steps[way] = _compiled(reduce, mesh, values)
-            compiling[way].append(time.perf_counter() - began)
-    rounds = 3 if quick else 25
-    return {
-        "run": interleaved({way: partial(_wait, it, values) for way, it in steps.items()}, rounds),
-        "read": interleaved({way: partial(_read, it, values) for way, it in steps.items()}, rounds),
-        "compiling": compiling,
-        "collectives": {
-            way: len(re.findall(r" all-reduce(?:-start)?\(", step.as_text()))
-            for way, step in steps.items()
-        },
-    }
+    steps = {way: _compiled(reduce, mesh, values) for way, reduce in _ways().items()}
+    return interleaved({way: partial(_wait, step, values) for way, step in steps.items()}, rounds)
 
 
 def _ways() -> dict[str, Callable[[Any], Any]]:
@@ -125,16 +85,6 @@ def _wait(step: Any, values: Any) -> None:
     import jax
 
     jax.block_until_ready(step(values))
-
-
-def _read(step: Any, values: Any) -> Any:
-    """Return the metrics as a training loop logs them: on the host."""
-    import jax
-
-    from metricfold.jax import PackedMetrics
-
-    result = step(values)
-    return result.unpack() if isinstance(result, PackedMetrics) else jax.device_get(result)
 
 
 if __name__ == "__main__":

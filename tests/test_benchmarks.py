@@ -46,7 +46,7 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_quick_run_prints_a_table_of_finite_ratios() -> None:
     # All of it runs in CI, as `make bench BENCH_ARGS=--quick`, which fails as the next tests say.
-    done = benchmarks("--quick", "update", "log")
+    done = benchmarks("--quick", "log")
     assert done.returncode == 0, done.stderr
     lines = [line.strip("|").split("|") for line in done.stdout.splitlines() if line[:1] == "|"]
     rows = [[cell.strip() for cell in line] for line in lines if "---" not in line[1]]
@@ -60,15 +60,14 @@ def test_a_quick_run_prints_a_table_of_finite_ratios() -> None:
         "2 ranks: collectives per log": "1",
         "2 ranks, wide: collectives per log": "2",
     }
-    against = {row[2].split(":")[0] for row in figures}
-    assert against >= {"bare all_reduce", "a handler call each"}
+    assert "bare all_reduce" in {row[2].split(":")[0] for row in figures}
 
 
 def test_a_subject_that_is_none_is_refused_with_those_that_are() -> None:
     done = benchmarks("--quick", "logs")
     assert done.returncode == 2
     assert "no subject 'logs'" in done.stderr
-    assert "accumulation_torch" in done.stderr
+    assert "accumulation_jax" in done.stderr
     for subject in SUBJECTS:
         assert find_spec(f"benchmarks.{subject}")
 
