@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -612,6 +613,31 @@ sink.close()
 print("closed", flush=True)
 sys.stdin.readline()
 """
+
+
+def test_a_file_that_does_not_respond_holds_up_no_other(tmp_path):
+    """Until now a sink that had yet to open its file waited for the one that hung."""
+    full = tmp_path / "pipe"
+    os.mkfifo(full)
+    descriptor = os.open(full, os.O_RDWR | os.O_NONBLOCK)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(descriptor, bytes(4096))
+    hanging = JSONLSink(full)
+    writing = threading.Thread(target=hanging.write, args=(record(1),), daemon=True)
+    writing.start()
+    while hanging._file is None:
+        time.sleep(0.001)
+    other = threading.Thread(target=write, args=(tmp_path / "run.jsonl", record(1)), daemon=True)
+    other.start()
+    other.join(20)
+    assert not other.is_alive()
+    assert writing.is_alive()
+    assert steps(tmp_path / "run.jsonl") == [1]
+    while writing.is_alive():
+        os.read(descriptor, 65536)
+        writing.join(0.01)
+    os.close(descriptor)
 
 
 @pytest.mark.parametrize("ends", ["closes", "is killed"])

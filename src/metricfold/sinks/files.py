@@ -33,6 +33,7 @@ class AppendFile:
         path: the file; it and the folders above it are made when missing.
 
     Attributes:
+        identity: the device and inode of the open file.
         guard: to be held by one who does several things that belong together, for a file that is
             shared.
     """
@@ -41,6 +42,7 @@ class AppendFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self.identity = _identity(os.fstat(self._descriptor))
         self._locked = False
         self._process = os.getpid()
         self._users = 1
@@ -70,16 +72,14 @@ class AppendFile:
 
     def joined(self, other: AppendFile) -> bool:
         """Take one more user if `other` is this file, and say whether it is."""
+        # Before the guard: a write to another file, whose server is away, may hold that for ever.
+        if self.identity != other.identity:
+            return False
         with self.guard:
             is_open = self._descriptor >= 0 and self._process == os.getpid()
             same = is_open and self.identity == other.identity
             self._users += same
             return same
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        """The device and inode of the open file."""
-        return _identity(os.fstat(self._descriptor))
 
     @property
     def regular(self) -> bool:
@@ -163,6 +163,7 @@ class AppendFile:
             beside.unlink(missing_ok=True)
             raise
         old, self._descriptor = self._descriptor, new
+        self.identity = _identity(os.fstat(new))
         os.close(old)
         # Not all file systems let a folder be opened and synced.
         with contextlib.suppress(OSError):
