@@ -255,3 +255,37 @@ def test_a_signal_ends_a_process_as_it_would_without_a_logger_and_loses_nothing(
     assert not wrong, wrong
     seen = {without.result()[0] for without, _ in ends.values()}
     assert {-signal.SIGTERM, -signal.SIGHUP, 3, 4, 7, 9, ALIVE} <= seen
+
+
+SEVERAL = """
+import os, signal, sys, time
+from metricfold import JSONLSink, MetricsLogger
+
+class Hanging(JSONLSink):
+    def write(self, record):
+        time.sleep(1000)
+
+class Slow(JSONLSink):
+    def write(self, record):
+        time.sleep(1.0)
+        super().write(record)
+
+hanging = [MetricsLogger([Hanging(f"{sys.argv[1]}{n}")]) for n in range(2)]
+last = MetricsLogger([Slow(sys.argv[1])])
+for logger in [*hanging, last]:
+    for step in range(3):
+        logger.log(step, {"x": 1.0})
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_loggers_whose_sinks_hang_take_no_time_from_another_as_the_process_dies(tmp_path):
+    """Until now each had ten seconds of its own, one after the other: a scheduler kills after thirty."""
+    path = tmp_path / "x.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL, str(path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert [one.step for one in read_jsonl(path)] == [0, 1, 2]
+    assert done.stderr.count("it has not answered") == 2

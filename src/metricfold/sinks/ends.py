@@ -28,9 +28,10 @@ from typing import Any, Protocol
 
 from metricfold.processes import at_exit, start_thread
 
-__all__ = ["Endable", "look_after", "unwatch", "watch"]
+__all__ = ["SECONDS", "Endable", "look_after", "unwatch", "watch"]
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+SECONDS = 10.0  # in which all must have ended; schedulers send SIGKILL after 30 or so
 _TURN = 12.0  # seconds for which the main thread, in our handler, waits for the watcher
 _ASKED = 128  # with a signal's number: our handler asks, and waits
 _INIT = 1  # the process whose signals the kernel drops where their action is the default
@@ -46,8 +47,8 @@ class Endable(Protocol):
             deadline: on the monotonic clock, until when other ranks may be waited for.
         """
 
-    def end_on_signal(self, *, dying: bool) -> None:
-        """Finish in a few seconds if `dying`; otherwise make sure, as quickly, of what there is."""
+    def end_on_signal(self, *, dying: bool, deadline: float) -> None:
+        """Finish by `deadline` if `dying`; otherwise make sure, by then, of what there is."""
 
 
 class _Watch:
@@ -176,11 +177,14 @@ class _Watch:
 
     def _answer(self, signum: int) -> None:
         """Write everything, and die of the signal if nobody else wants it."""
-        dying = self._mortal(signum)
-        for one in self.watched.copy():
-            # Whatever a sink of the user's raises: the others have their turn.
-            with contextlib.suppress(BaseException):
-                one.end_on_signal(dying=dying)
+        dying, deadline = self._mortal(signum), time.monotonic() + SECONDS
+        # Side by side, so that one that hangs takes no time from the others.
+        here, others = self.watched[:1], self.watched[1:]
+        ending = [start_thread(_end, one, dying, deadline, name="metricfold end") for one in others]
+        for one in here:
+            _end(one, dying, deadline)
+        for thread in ending:
+            thread.join(max(deadline - time.monotonic(), 0.1))
         if dying and self._mortal(signum):
             _die(signum)
         with self._lock:
@@ -192,6 +196,12 @@ class _Watch:
         """Whether this process, but for us, would have died of the signal."""
         default = self.before.get(signum) == signal.SIG_DFL and os.getpid() != _INIT
         return default and signal.getsignal(signum) is _on_signal
+
+
+def _end(one: Endable, dying: bool, deadline: float) -> None:
+    # Whatever a sink of the user's raises: the others have their turn.
+    with contextlib.suppress(BaseException):
+        one.end_on_signal(dying=dying, deadline=deadline)
 
 
 _watch = _Watch()

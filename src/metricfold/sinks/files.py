@@ -101,7 +101,8 @@ class AppendFile:
         It does not if somebody has moved or removed that, or if its server was away in between.
         """
         try:
-            return _identity(self._path.stat()) == self.identity
+            # Both are asked: the server may have forgotten the open one.
+            return _identity(self._path.stat()) == _identity(os.fstat(self._descriptor))
         except OSError:
             return False
 

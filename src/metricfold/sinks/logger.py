@@ -18,7 +18,7 @@ from metricfold import hints
 from metricfold.copies import OneInUse, where_found
 from metricfold.listing import internal, shortened
 from metricfold.naming import check_prefix, repeated
-from metricfold.sinks.ends import look_after, unwatch, watch
+from metricfold.sinks.ends import SECONDS, look_after, unwatch, watch
 from metricfold.sinks.pipeline import Entry, Extra, Pipeline
 from metricfold.sinks.record import Sink, checked_numbers
 from metricfold.sinks.worker import error_of
@@ -38,7 +38,6 @@ _METHODS = ("write", "flush", "close", "rewind")
 
 _PATIENCE = 30.0  # seconds in which a sink must get something done for close() to go on waiting
 _DYING_PATIENCE = 5.0
-_DYING_SECONDS = 10.0  # in all after SIGTERM; schedulers send SIGKILL after 30 or so
 _GRACE_AFTER_ERROR = 2.0  # seconds for a reduction that other ranks may never join
 _SAY_AFTER = 10.0  # seconds of waiting for other ranks, after which close() says so
 
@@ -261,9 +260,8 @@ class MetricsLogger(OneInUse):
         """Close, when the interpreter exits without anyone having done so."""
         _report(self._close(grace=max(deadline - time.monotonic(), 0.0)))
 
-    def end_on_signal(self, *, dying: bool) -> None:
+    def end_on_signal(self, *, dying: bool, deadline: float) -> None:
         """Write, within seconds, everything logged; close as well if the process is about to die."""
-        deadline = time.monotonic() + _DYING_SECONDS
         self._dying = self._dying or dying
         if dying and not self._closing.is_set():
             self._close(grace=_DYING_PATIENCE, patience=_DYING_PATIENCE, deadline=deadline)
@@ -453,7 +451,7 @@ class MetricsLogger(OneInUse):
             )
         if self._closing.is_set():
             if self._dying:  # of a signal, at any moment: there is nobody left to tell
-                time.sleep(_DYING_SECONDS)
+                time.sleep(SECONDS)
             raise RuntimeError("this MetricsLogger is closed: make a new one, or close it later")
         self._used = True
 
