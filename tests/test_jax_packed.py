@@ -518,3 +518,24 @@ def test_a_step_on_a_mesh_that_takes_the_packed_metrics_of_the_step_before_compi
         packed = compiled(packed, x * (i + 1), jnp.array(i == 2))
     assert packed.unpack() == {"x": 6.0}
     assert compiled._cache_size() == 2  # with metrics of a step before, and without
+
+
+@on_devices(1)
+def test_who_records_or_logs_packed_metrics_is_told_to_unpack_them() -> None:
+    import jax
+
+    from metricfold import MetricsAggregator, MetricsLogger
+    from metricfold.jax import DistributedMetrics
+
+    packed = jax.jit(lambda: DistributedMetrics().reduce_sum({"a": 1.0}, None, packed=True))()
+    aggregator = MetricsAggregator()
+    with MetricsLogger([]) as logger:
+        for call in (
+            lambda: aggregator.record("a", packed),
+            lambda: aggregator.record_all(packed),
+            lambda: aggregator.update(packed),
+            lambda: logger.log(0, packed),
+            lambda: logger.log(0, {"a": packed}),
+        ):
+            with pytest.raises(TypeError, match=r"unpack packed metrics first, .*packed\.unpack"):
+                call()

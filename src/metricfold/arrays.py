@@ -157,7 +157,8 @@ class JaxArrays(ArrayBackend):
     framework = "jax"
 
     def owns(self, value: object) -> bool:
-        return isinstance(value, sys.modules["jax"].Array)
+        # Another thread may be about to import JAX.
+        return isinstance(value, getattr(sys.modules["jax"], "Array", ()))
 
     def hold(self, value: Any) -> Any:
         self._check(value)
@@ -257,7 +258,7 @@ def not_one_value(kind: str, shape: Sequence[int]) -> str:
 def unwrapped(value: Any) -> Any:
     """Return the array that stands in `value`, such as a Flax variable; anything else as it is."""
     jax = sys.modules.get("jax")
-    if jax is None or type(value) in _PLAIN or isinstance(value, jax.Array):
+    if jax is None or type(value) in _PLAIN or isinstance(value, getattr(jax, "Array", ())):
         return value
     unwrap = getattr(type(value), "__jax_array__", None)
     return value if unwrap is None else unwrap(value)

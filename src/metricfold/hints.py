@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import date, timedelta
 from decimal import Decimal
@@ -40,6 +41,7 @@ __all__ = [
 
 _COLLATE = "give the DataLoader collate_fn=MetricsCollator(your_collate_fn)"
 _DRAIN = "drain an accumulator first, accumulator = aggregator.drain(accumulator)"
+_UNPACK = "unpack packed metrics first, metrics = packed.unpack()"
 _LOG = "logger.log(step, aggregator, prefix='train')"
 
 
@@ -50,8 +52,8 @@ def for_metrics(given: object) -> str:
     """Return what to write instead of ``aggregator.update(given)``."""
     if isinstance(given, Metric):
         return "; write update([metric])"
-    if _is_accumulator(given):
-        return f"; {_DRAIN}"
+    if _is_accumulator(given) or _is_packed(given):
+        return f"; {_DRAIN if _is_accumulator(given) else _UNPACK}"
     listed = given if isinstance(given, list | tuple) and given else ()
     batch = listed[0] if listed else given
     if isinstance(batch, Mapping):
@@ -76,6 +78,8 @@ def for_source(given: object) -> str:
     """Return what to write instead of ``logger.log(step, given)``."""
     if _is_accumulator(given):
         return f"; {_DRAIN}, and then {_LOG}"
+    if _is_packed(given):
+        return f"; {_UNPACK}"
     listed = given if isinstance(given, list | tuple) and not isinstance(given, Metric) else [given]
     if listed and all(isinstance(one, Metric) or _is_batch(one) for one in listed):
         return f"; let an aggregator take metrics in, aggregator.update(metrics), and then {_LOG}"
@@ -148,6 +152,8 @@ def for_number(name: str, value: object) -> str:
         )
     if _is_accumulator(value):
         return f"{_DRAIN}, and then {_LOG}"
+    if _is_packed(value):
+        return _UNPACK
     if isinstance(value, Mapping):
         first = next((key for key in value if isinstance(key, str)), "name")
         return f"give each of its numbers a key of its own, such as {f'{name}/{first}'!r}"
@@ -178,8 +184,8 @@ def for_number(name: str, value: object) -> str:
 
 def for_value(value: object) -> str:
     """Return what to write instead of a `value` that is recorded."""
-    if _is_accumulator(value):
-        return f"; {_DRAIN}"
+    if _is_accumulator(value) or _is_packed(value):
+        return f"; {_DRAIN if _is_accumulator(value) else _UNPACK}"
     if isinstance(value, Mapping):
         return "; give each of its numbers a metric of its own"
     if value is None:
@@ -257,3 +263,9 @@ def _is_accumulator(value: object) -> bool:
     from metricfold.device_lanes import Layout  # noqa: PLC0415 - which speaks by this module
 
     return isinstance(getattr(value, "layout", None), Layout)
+
+
+def _is_packed(value: object) -> bool:
+    """Return whether it is a `metricfold.jax.PackedMetrics`, which is not imported for that."""
+    module = sys.modules.get("metricfold.jax")
+    return module is not None and isinstance(value, module.PackedMetrics)

@@ -52,7 +52,7 @@ def refuse_while_traced(call: str, name: object = None, *given: object) -> None:
 def is_traced(value: object) -> bool:
     """Return whether `value` is one that JAX traces."""
     jax = sys.modules.get("jax")
-    return jax is not None and isinstance(value, jax.core.Tracer)
+    return isinstance(value, getattr(getattr(jax, "core", None), "Tracer", ()))
 
 
 def _traced_by_jax() -> bool:

@@ -700,9 +700,13 @@ def _host_scalar(key: Key, value: Any) -> Any:
     if backend is None:
         return value
     try:
-        return backend.hold(value).item()
+        held = backend.hold(value)
     except Exception as error:  # noqa: BLE001 - a framework's own may be of any kind
         _refuse(key, error)
+    (number,) = arrays.read([held])()
+    if isinstance(number, Exception):
+        _refuse(key, number)
+    return number
 
 
 def _refuse(key: Key, error: Exception) -> NoReturn:
