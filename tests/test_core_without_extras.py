@@ -178,3 +178,15 @@ def test_importing_metricfold_brings_nothing_but_numpy_along(tmp_path: Path) -> 
     """
     names = (*EXTRAS, "torchdata", "transformers", "tensorflow", "pandas", "scipy")
     assert run(sys.executable, script, tmp_path, *names) == []
+
+
+def test_accumulators_of_torch_do_not_load_its_compiler(tmp_path: Path) -> None:
+    script = """
+        import json, sys
+        import torch
+        import metricfold.torch
+        accumulator = metricfold.torch.DeviceAccumulator({"loss": "mean"}, ["a"])
+        accumulator.update("loss", torch.ones(3), dataset_ids=torch.zeros(3, dtype=torch.int64))
+        print(json.dumps([name for name in sys.argv[1:] if name in sys.modules]))
+    """
+    assert run(sys.executable, script, tmp_path, "torch._dynamo", "torch._inductor") == []

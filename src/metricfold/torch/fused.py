@@ -14,7 +14,6 @@ from types import FunctionType
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from metricfold.torch.folding import Part, Table, fold
 
@@ -58,6 +57,9 @@ class FusedFolds:
         if folding is None or self.failed or _in_a_mode():
             fold(table, parts, weights, ids, None)
             return
+        # Takes seconds to load, and is loaded by now.
+        from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415
+
         try:
             folding(table, parts, weights, ids, None)
         except TorchDynamoException as error:  # before anything has run
