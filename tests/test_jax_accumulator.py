@@ -566,6 +566,7 @@ def test_a_step_on_a_mesh_compiles_once() -> None:
 def test_under_plain_jit_on_an_explicit_mesh_it_is_as_on_an_auto_one() -> None:
     import jax
     import numpy as np
+    from flax import nnx
     from jax.sharding import AxisType, NamedSharding
     from jax.sharding import PartitionSpec as P
     from jax_ways import mesh_of
@@ -586,6 +587,10 @@ def test_under_plain_jit_on_an_explicit_mesh_it_is_as_on_an_auto_one() -> None:
         )
         found = logged(weighted(DeviceAccumulator({"mean": "mean"}, ("a", "b")), rows, ids))
         assert found == {"t_a/mean": 4.0, "t_b/mean": 3.0}
+        # What stands for an array is laid out as that is; outside of a compiled step, too.
+        acc = DeviceAccumulator({"mean": "mean"}, ("a", "b"))
+        acc = acc.update("mean", nnx.Param(rows), dataset_ids=nnx.Variable(ids))
+        assert logged(acc) == {"t_a/mean": 4.0, "t_b/mean": 3.0}
         with pytest.raises(ValueError, match="no metric 'lost'"):
             jax.jit(lambda x: DeviceAccumulator(kinds).update("lost", x))(rows)
 

@@ -144,7 +144,15 @@ def test_numbers_of_the_host_keep_48_bits() -> None:
                 assert found["t/mean"] == pytest.approx(exact.mean(), rel=1e-14)
                 assert found["t/max"] == pytest.approx(exact.max(), rel=1e-14)
             assert logged(acc.update("sum", 1e300))["t/sum"] == np.inf
-            for wrong in ("text", b"x", np.array(["x"]), None, 1j, np.datetime64(1, "s"), object()):
+            for wrong in (
+                "text",
+                b"x",
+                np.array(["x"]),
+                None,
+                1j,
+                np.datetime64(1, "s"),
+                np.array([2, "1"], object),
+            ):
                 with pytest.raises(TypeError):
                     acc.update("sum", wrong)
 
@@ -184,6 +192,7 @@ def test_metrics_and_weights_may_be_of_any_containers() -> None:
         for weights in ways:
             found = logged(acc.update_all(metrics(x, y), weights=weights(v, w)))
             assert found == {"t/loss": 1.0, "t/accuracy": 0.5}
+    assert logged(DeviceAccumulator({"l": "mean"}, ("a", "b")).update_all({})) == {}
     for error, complaint, values, weights in (
         (ValueError, "'loss' has no weights", ways[0](x, y), {"accuracy": w}),
         (TypeError, r"values\[0\]\[0\] is not the values of one metric", [[x], y], None),

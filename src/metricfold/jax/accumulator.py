@@ -582,6 +582,8 @@ def _spread(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _groups(layout: Layout, values: Any, weights: Any, dataset_ids: Any) -> list[Group]:
     """Return what is to be folded, checked, with what has one shape and weight together."""
     given = _by_name(layout, values)
+    if not given:
+        return []
     named = ", ".join(map(repr, given))
     weights_of = _weights(weights, given, named)
     ids = _ids(named, dataset_ids, layout)
@@ -700,10 +702,10 @@ def _fits_int32(host: np.ndarray[Any, Any]) -> bool:
 
 def _exact_pair(where: str, host: np.ndarray[Any, Any]) -> tuple[jax.Array, jax.Array]:
     """Return two float32 that add up to integers, or raise ValueError if none do."""
+    if host.dtype == object and not all(isinstance(one, int) for one in host.reshape(-1)):
+        raise TypeError(f"{where} are {host!r}, which are no numbers")
     try:
         wide = host.astype(np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(f"{where} are {host!r}, which is no number") from None
     except OverflowError:
         wide = np.full(host.shape, np.inf)
     with np.errstate(all="ignore"):
