@@ -361,6 +361,15 @@ def test_packed_metrics_mean_the_same_wherever_they_lie() -> None:
             ), (name, move)
     split = jax.device_put(made["shard_map of scan"][0], NamedSharding(mesh, P("data")))
     assert split.unpack()["x"].tolist() == each
+    # Reduced over two axes, and joined over one of them.
+    both = mesh_of(data=2, model=2)
+
+    def over_both(part: Any) -> Any:
+        return dm.reduce_sum({"x": part[0, 0]}, ("data", "model"), packed=True)
+
+    step = jax.shard_map(over_both, mesh=both, in_specs=P("data", "model"), out_specs=P("data"))
+    joined = jax.jit(step)(x[:2, :2])
+    assert joined.unpack() == jax.device_get(joined).unpack() == {"x": x[:2, :2].sum()}
 
 
 class Pair(NamedTuple):

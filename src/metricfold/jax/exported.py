@@ -60,7 +60,7 @@ def _to_bytes(fields: Any) -> bytes:
             for section in sections
         ],
         "tree": _described(structure),
-        "copies": [copies.axes, copies.number, copies.stacked],
+        "copies": [copies.axes, copies.sizes, copies.stacked],
         "fingerprint": fingerprint,
     }
     return json.dumps(said).encode()
@@ -78,8 +78,8 @@ def _from_bytes(said: bytes | bytearray) -> Any:
         )
         for section in fields["sections"]
     )
-    axes, number, stacked = fields["copies"]
-    copies = Copies(tuple(axes), number, stacked)
+    axes, sizes, stacked = fields["copies"]
+    copies = Copies(tuple(axes), tuple(sizes), stacked)
     structure = jax.tree.structure(_tree(fields["tree"]))
     return sections, structure, copies, fields["fingerprint"]
 

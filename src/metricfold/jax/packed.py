@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import jax
@@ -30,7 +31,6 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
 from metricfold.jax.axes import Axes, bound_axes, knows_what_varies
-from metricfold.jax.collectives import axes_size
 from metricfold.jax.reduction import Group, Reduced
 from metricfold.jax.trees import Leaf
 from metricfold.staging import is_traced
@@ -65,13 +65,13 @@ class Copies:
 
     Args:
         axes: over which it was reduced.
-        number: of devices that these axes of a ``pmap`` or ``shard_map`` span.
+        sizes: how many devices each of these axes of a ``pmap`` or ``shard_map`` spans.
         stacked: whether copies get a dimension of their own, as by ``pmap``. Where JAX knows that all
             devices have the same (``shard_map`` with ``check_vma=True``), they do not.
     """
 
     axes: Axes
-    number: int
+    sizes: tuple[int, ...]
     stacked: bool
 
     @classmethod
@@ -80,8 +80,9 @@ class Copies:
         bound = bound_axes()
         mapped = tuple(axis for axis in axes if axis in bound)
         if not mapped:
-            return cls(axes, 1, stacked=False)
-        return cls(axes, axes_size(mapped), stacked=not knows_what_varies(mapped))
+            return cls(axes, (), stacked=False)
+        sizes = tuple(map(lax.axis_size, mapped))
+        return cls(axes, sizes, stacked=not knows_what_varies(mapped))
 
     def one_of(self, words: Words, length: int, share: float) -> Words:
         """Return the words without the dimension, or the part of one, that counts copies.
@@ -91,11 +92,19 @@ class Copies:
             length: of one result.
             share: what part of the copies is here; 1 but where other processes hold some.
         """
-        here = round(self.number * share)
-        if words.shape[-1] == here * length and here > 1:
-            side_by_side = words.reshape(*words.shape[:-1], here, length)
+        # What is returned may be split over some of the axes.
+        numbers = {
+            math.prod(some)
+            for n in range(1, len(self.sizes) + 1)
+            for some in combinations(self.sizes, n)
+        }
+        here = {round(number * share) for number in numbers if number > 1}
+        joined = words.shape[-1] // length
+        if joined in here and joined > 1 and joined * length == words.shape[-1]:
+            side_by_side = words.reshape(*words.shape[:-1], joined, length)
             return side_by_side[..., 0, :] if _alike(side_by_side, -2) else words
-        if self.stacked and words.ndim > 1 and len(words) == here and _alike(words, 0):
+        copies = here or {1}  # of a single device
+        if self.stacked and words.ndim > 1 and len(words) in copies and _alike(words, 0):
             words = words[0]
         return words
 
@@ -171,9 +180,10 @@ class PackedMetrics:
                 "these packed metrics were donated to a compiled function, or deleted, before they "
                 "were read: unpack them first, or do not donate them"
             )
-        if words.dtype != np.uint32:
+        dtype = getattr(words, "dtype", type(words).__name__)
+        if dtype != np.uint32:
             raise ValueError(
-                f"the words of these packed metrics are {words.dtype}, not uint32: {_COMPUTED}"
+                f"the words of these packed metrics are {dtype}, not uint32: {_COMPUTED}"
             )
         with jax.transfer_guard("allow"):
             if not isinstance(words, jax.Array) or words.is_fully_addressable:
