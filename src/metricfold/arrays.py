@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from metricfold.imported import is_of
 from metricfold.staging import NO_NUMBER, is_traced
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class TorchArrays(ArrayBackend):
     framework = "torch"
 
     def owns(self, value: object) -> bool:
-        return isinstance(value, sys.modules["torch"].Tensor)
+        return is_of(value, "torch", "Tensor")
 
     def hold(self, value: Any) -> Any:
         value = whole_tensor(value)
@@ -157,8 +158,7 @@ class JaxArrays(ArrayBackend):
     framework = "jax"
 
     def owns(self, value: object) -> bool:
-        # Another thread may be about to import JAX.
-        return isinstance(value, getattr(sys.modules["jax"], "Array", ()))
+        return is_of(value, "jax", "Array")
 
     def hold(self, value: Any) -> Any:
         self._check(value)
@@ -216,8 +216,7 @@ class JaxArrays(ArrayBackend):
 
 def of_mesh(value: Any) -> bool:
     """Return whether a tensor is a `DTensor`."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(value, distributed.DTensor)
+    return is_of(value, "torch.distributed.tensor", "DTensor")
 
 
 def whole_tensor(value: Any) -> Any:
@@ -257,8 +256,7 @@ def not_one_value(kind: str, shape: Sequence[int]) -> str:
 
 def unwrapped(value: Any) -> Any:
     """Return the array that stands in `value`, such as a Flax variable; anything else as it is."""
-    jax = sys.modules.get("jax")
-    if jax is None or type(value) in _PLAIN or isinstance(value, getattr(jax, "Array", ())):
+    if "jax" not in sys.modules or type(value) in _PLAIN or is_of(value, "jax", "Array"):
         return value
     unwrap = getattr(type(value), "__jax_array__", None)
     return value if unwrap is None else unwrap(value)

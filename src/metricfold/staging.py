@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from metricfold.imported import is_of
+
 __all__ = ["NO_NUMBER", "is_traced", "refuse_while_traced"]
 
 _INSIDE = (
@@ -51,13 +53,12 @@ def refuse_while_traced(call: str, name: object = None, *given: object) -> None:
 
 def is_traced(value: object) -> bool:
     """Return whether `value` is one that JAX traces."""
-    jax = sys.modules.get("jax")
-    return isinstance(value, getattr(getattr(jax, "core", None), "Tracer", ()))
+    return is_of(value, "jax.core", "Tracer")
 
 
 def _traced_by_jax() -> bool:
     jax: Any = sys.modules.get("jax")
-    if getattr(jax, "jit", None) is None:  # not imported yet, or not all of it
+    if getattr(jax, "lax", None) is None:  # not imported yet, or not all of it
         return False
     global _traced  # noqa: PLW0603
     core: Any = sys.modules.get("jax._src.core")

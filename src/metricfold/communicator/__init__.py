@@ -16,6 +16,7 @@ from metricfold.communicator.base import (
     LocalCommunicator,
     MissingRanksError,
     jax_job,
+    torch_distributed,
     torch_is_initialized,
 )
 
@@ -66,11 +67,8 @@ def connect(
             "a process_group was given, but the processes are JAX's, which knows no groups: leave "
             "it out, and the aggregator reduces over all processes"
         )
-    distributed = sys.modules.get("torch.distributed")
-    dry_run = (
-        distributed is not None and distributed.is_available() and distributed.is_initialized()
-    )
-    if process_group is not None and not dry_run:
+    # There is one in a dry run, whose ranks do not exist.
+    if process_group is not None and torch_distributed() is None:
         raise RuntimeError(
             "a process_group was given, but torch.distributed is not initialised (any more): call "
             "torch.distributed.init_process_group() first"

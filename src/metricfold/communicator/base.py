@@ -167,10 +167,16 @@ def torch_is_initialized() -> bool:
 
     The ranks of a dry run, on the backend "fake", do not exist.
     """
+    distributed = torch_distributed()
+    return distributed is not None and "fake" not in distributed.get_backend()
+
+
+def torch_distributed() -> Any:
+    """Return the module if the training script has made a process group, of any backend."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return False
-    return "fake" not in distributed.get_backend()
+    # While another thread imports it, nothing can be initialised.
+    initialized = getattr(distributed, "is_initialized", None)
+    return distributed if initialized is not None and initialized() else None
 
 
 def jax_job() -> Any:

@@ -33,6 +33,7 @@ from metricfold.handlers import (
     check_on_bad_name,
     quiet,
 )
+from metricfold.imported import is_of
 from metricfold.listing import internal, shortened
 from metricfold.metric import (
     AggregationType,
@@ -847,9 +848,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_masked(value: Any) -> bool:
-    # NumPy loads this module when it is first used.
-    masked = sys.modules.get("numpy.ma")
-    return masked is not None and isinstance(value, masked.MaskedArray)
+    return is_of(value, "numpy.ma", "MaskedArray")  # which NumPy loads when it is first used
 
 
 def _masks_one(one: Any, other: Any) -> bool:
