@@ -128,9 +128,9 @@ def in_a_masked_array(aggregator: MetricsAggregator, metrics: list[Metric]) -> N
             _as_arrays(aggregator, group, np.asarray, masked)
 
 
-def in_rows(metrics: Sequence[Metric]) -> tuple[list[str], Any, Any]:
+def in_rows(metrics: Sequence[Metric], *datasets: str) -> tuple[tuple[str, ...], Any, Any]:
     """Return the datasets, and the values and weights of each in a row, padded by NaN of weight 0."""
-    datasets = list(dict.fromkeys(metric.dataset_name for metric in metrics))
+    datasets = datasets or tuple(dict.fromkeys(metric.dataset_name for metric in metrics))
     values, weights = np.full((len(datasets), 8), NAN), np.zeros((len(datasets), 8))
     for row, dataset in enumerate(datasets):
         group = [metric for metric in metrics if metric.dataset_name == dataset]
@@ -179,19 +179,18 @@ def by_a_torch_accumulator_in_rows(aggregator: MetricsAggregator, metrics: list[
 
 
 def by_a_jax_accumulator(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
-    """As in rows, by one compiled program for each aggregation and for masks or weights."""
+    """As in rows, by one compiled program for each aggregation; of masks where weights do not count."""
     if not metrics:
         return
-    datasets, values, weights = in_rows(metrics)
-    values, weights = np.resize(values, (2, 8)), np.resize(weights, (2, 8))
-    weights[len(datasets) :] = 0
-    mask = bool(np.isin(weights, (0, 1)).all())
-    empty, step = _jax_step(metrics[0].name, metrics[0].agg_type, (*datasets, "none")[:2])
-    aggregator.drain(step(empty, np.float32(values), weights > 0 if mask else np.float32(weights)))
+    name, agg = metrics[0].name, metrics[0].agg_type
+    _, values, weights = in_rows(metrics, "a", "b")
+    empty, step = _jax_step(name, agg)
+    given = np.float32(weights) if agg in WEIGHED else weights > 0
+    aggregator.drain(step(empty, np.float32(values), given))
 
 
 @functools.cache
-def _jax_step(name: str, agg: Any, datasets: tuple[str, ...]) -> tuple[Any, Any]:
+def _jax_step(name: str, agg: Any) -> tuple[Any, Any]:
     import jax
 
     from metricfold.jax import DeviceAccumulator
@@ -201,7 +200,7 @@ def _jax_step(name: str, agg: Any, datasets: tuple[str, ...]) -> tuple[Any, Any]
     def step(acc: Any, values: Any, weights: Any) -> Any:
         return acc.update(name, values, weights=weights, dataset_ids=ids)
 
-    return DeviceAccumulator({name: agg}, datasets), jax.jit(step)
+    return DeviceAccumulator({name: agg}, ("a", "b")), jax.jit(step)
 
 
 IN_ARRAYS: list[Take] = [in_an_array, in_a_masked_array]
