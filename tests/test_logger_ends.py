@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import signal
 import subprocess
 import sys
@@ -500,3 +501,64 @@ logger.close()
         _, errors = finish(process)
     assert (process.returncode, errors) == (0, "")
     assert steps(tmp_path / "run.jsonl") == [0, 1]
+
+
+def test_an_interrupt_in_close_leaves_the_rest_to_the_exit_and_one_more_is_told_what_it_cost(
+    tmp_path,
+):
+    """Until now the first cost all that was left, and neither said so."""
+    code = """
+import os, signal, sys, time
+from metricfold import JSONLSink, MetricsLogger
+
+class Slow(JSONLSink):
+    def write(self, record):
+        super().write(record)
+        if record.step in {interrupts}:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+with MetricsLogger([Slow(sys.argv[1])]) as logger:
+    for step in range(20):
+        logger.log(step, {{"x": 1.0}})
+"""
+    for interrupts, all_written in (([4], True), ([4, 9], False)):
+        path = tmp_path / f"{len(interrupts)}.jsonl"
+        script = code.format(interrupts=interrupts)
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode in (130, -signal.SIGINT), done.stderr
+        assert (len(steps(path)) == 20) is all_written
+        told = re.search(r"(\d+) written, 0 skipped, (\d+) lost", done.stderr)
+        assert (told is None) is all_written, done.stderr
+        # One may have been in the middle of being written.
+        assert all_written or len(steps(path)) - int(told[1]) in (0, 1)
+        assert all_written or int(told[1]) + int(told[2]) == 20
+
+
+def test_a_logger_that_is_made_as_the_interpreter_exits_writes_where_threads_can_still_start(
+    tmp_path,
+):
+    """Until now its constructor raised "can't register atexit after shutdown"."""
+    code = """
+import atexit, sys
+from metricfold import JSONLSink, MetricsLogger
+
+def late():
+    logger = MetricsLogger([JSONLSink(sys.argv[1])])
+    try:
+        logger.log(1, {"x": 1.0})
+    except RuntimeError as error:  # from Python 3.12 on
+        assert "new thread at interpreter shutdown" in str(error)
+        print("no thread")
+    logger.close()
+
+atexit.register(late)
+"""
+    path = tmp_path / "run.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr == ""
+    assert done.stdout == "no thread\n" or steps(path) == [1]

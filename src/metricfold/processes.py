@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import queue
 import signal
@@ -50,7 +51,10 @@ def at_exit(callback: Callable[[float], None]) -> None:
         callback(_deadline_of_exit())
 
     # Imported late because most of those who import metricfold have nothing to finish.
-    import concurrent.futures.thread  # noqa: F401, PLC0415
+    try:
+        import concurrent.futures.thread  # noqa: F401, PLC0415
+    except RuntimeError:
+        return  # the interpreter is exiting: who begins as late as that finishes, too
     from multiprocessing import parent_process, util  # noqa: PLC0415
 
     if parent_process() is not None:
@@ -61,7 +65,8 @@ def at_exit(callback: Callable[[float], None]) -> None:
     # and exit hooks that it registered itself would have run. concurrent.futures hooks in here
     # too, and is imported above so that its hook is the older one: the last in is the first out.
     hook = getattr(threading, "_register_atexit", atexit.register)
-    hook(call)
+    with contextlib.suppress(RuntimeError):  # the same, where that is imported already
+        hook(call)
 
 
 _exits: dict[int, float] = {}  # the deadline of the process, by its id: forks inherit this

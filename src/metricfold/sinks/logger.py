@@ -258,7 +258,12 @@ class MetricsLogger(OneInUse):
 
     def end_on_exit(self, *, deadline: float) -> None:
         """Close, when the interpreter exits without anyone having done so."""
-        _report(self._close(grace=max(deadline - time.monotonic(), 0.0)))
+        try:
+            _report(self._close(grace=max(deadline - time.monotonic(), 0.0)))
+        except BaseException:  # Ctrl-C once more: nobody asks again
+            if self._pipeline is not None:
+                self._pipeline.give_up()
+            raise
 
     def end_on_signal(self, *, dying: bool, deadline: float) -> None:
         """Write, within seconds, everything logged; close as well if the process is about to die."""

@@ -126,8 +126,11 @@ class Pipeline:
         for worker, done in closings:
             closed = worker.wait(done, patience=patience, deadline=deadline)
             table += worker.report(closed=closed)
-        if table:
-            say("not all that was logged has been written:\n  " + "\n  ".join(table))
+        _say(table)
+
+    def give_up(self) -> None:
+        """Say what has not been written, of which nothing more will be."""
+        _say([line for worker in self._workers for line in worker.report(closed=True)])
 
     def is_here(self) -> bool:
         """Return whether it is one of the sinks that asks."""
@@ -237,6 +240,11 @@ class Pipeline:
         except BaseException:  # noqa: BLE001 - the user's; the metrics are written all the same
             _log.exception("the extra numbers of step %d are left out", entry.step)
             return {}
+
+
+def _say(table: Sequence[str]) -> None:
+    if table:
+        say("not all that was logged has been written:\n  " + "\n  ".join(table))
 
 
 class _Unmade(Enum):
