@@ -396,14 +396,14 @@ def test_every_way_in_means_the_same(agg: Any, on_nan: str, way_in: Take) -> Non
     check_cases(agg, way_in, alone, on_nan=on_nan)
 
 
-WAYS_THROUGH: list[Take] = [as_list, as_batch, in_a_torch_array, *ACCUMULATORS]
-"""Of the ways in one of each kind of state that leaves by a checkpoint or to other ranks."""
+WAYS_THROUGH: list[Take] = [as_batch, in_a_torch_array, by_a_torch_accumulator_in_rows]
+"""Besides a list, one of each kind of state that leaves by a checkpoint or to other ranks."""
 
 
 @pytest.mark.parametrize("way_out", [from_a_checkpoint, over_two_ranks], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     ("agg", "way_in"),
-    [(agg, way) for way in WAYS_THROUGH for agg in (ACCUMULATED if way in ACCUMULATORS else TYPES)],
+    [(agg, as_list) for agg in TYPES] + [(agg, way) for way in WAYS_THROUGH for agg in ACCUMULATED],
     ids=lambda one: getattr(one, "__name__", str(one)),
 )
 def test_every_way_out_means_the_same(agg: Any, way_in: Take, way_out: WayOut) -> None:
