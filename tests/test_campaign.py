@@ -8,7 +8,11 @@ from campaign.__main__ import PROGRAMS, run
 pytestmark = pytest.mark.alone  # they stop and kill processes in their own time
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+# A life of JAX processes takes seconds to begin; tests/test_jax_processes.py has much the same.
+SHORT = [program for program in PROGRAMS if program != "jax_ranks"]
+
+
+@pytest.mark.parametrize("program", SHORT)
 @pytest.mark.timeout(120)
 def test_faults_of_a_campaign_come_out_right(program):
     found = run(program, seed=0, quick=True)
