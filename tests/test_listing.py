@@ -88,7 +88,7 @@ def test_a_shell_completes_public_names_of_accumulators_of_jax() -> None:
     from metricfold.jax import DeviceAccumulator
 
     acc = DeviceAccumulator({"loss": "mean"})
-    assert completed(acc) == {"update", "update_all", "merge", "reduce", "empty"}
+    assert completed(acc) == {"update", "update_all", "merge", "reduce", "empty", "from_0_1"}
 
 
 def test_a_shell_completes_public_names_of_callbacks() -> None:
