@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -38,9 +39,11 @@ class RankError(AssertionError):
 
 
 def preload(*modules: str) -> None:
-    """Load further modules before ranks are forked; of no effect once the first have been."""
+    """Load further modules before ranks are forked: ranks that start from now on find them there."""
     _preloaded.extend(modules)
     _context.set_forkserver_preload(_preloaded)
+    # A server that has forked ranks already knows nothing of them; the next rank starts another.
+    forkserver._forkserver._stop()
 
 
 def run_ranks(

@@ -25,7 +25,7 @@ from benchmarks.peers.run import Measured, Point, Span, run
 from benchmarks.table import Row, Section, at_most
 from benchmarks.traffic import Traffic
 from benchmarks.workloads import mixed
-from ranks import run_ranks
+from ranks import preload, run_ranks
 
 from metricfold import MetricsAggregator
 
@@ -156,6 +156,16 @@ def _in_a_thread(issue: Callable[[], object]) -> None:
     thread = Thread(target=issue)
     thread.start()
     thread.join()
+
+
+def _has_loaded(rank: int, module: str) -> bool:
+    return module in sys.modules
+
+
+def test_ranks_find_loaded_what_was_asked_for_after_others_had_started() -> None:
+    assert run_ranks(_has_loaded, 1, "wave") == [False]
+    preload("wave")
+    assert run_ranks(_has_loaded, 1, "wave") == [True]
 
 
 # -- Peers, as far as they need no other package -------------------------------------------------
