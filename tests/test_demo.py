@@ -13,6 +13,7 @@ import socket
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -32,6 +33,9 @@ from metricfold.demo.texts import DemoError, Text
 
 pytestmark = pytest.mark.timeout(150)
 preload("torch._dynamo", "metricfold.demo.train")
+
+SMALL = {"width": 16, "depth": 1, "heads": 2}
+"""The model here: what is logged of it is as true as of the one that the demo trains."""
 
 
 def start_forked(module, arguments, *, ranks, logs, environment):
@@ -74,11 +78,13 @@ def be_rank(module, arguments, variables, said):
     for descriptor, path in ((1, said), (2, said.with_suffix(".err"))):
         with path.open("wb") as log:
             os.dup2(log.fileno(), descriptor)
-    importlib.import_module(module).main()
+    loop = importlib.import_module(module)
+    loop.ByteTransformer = partial(loop.ByteTransformer, **SMALL)
+    loop.main()
 
 
 def demo(*arguments):
-    """Return what the command prints; its ranks are without what the real launcher costs.
+    """Return what the command prints; its ranks are without what the real launcher and model cost.
 
     That launcher is tested in test_demo_launch.py, in test_demo_jax.py, and by CI's own step.
     """
@@ -237,7 +243,7 @@ def test_the_loss_of_each_dataset_is_that_of_its_texts_one_by_one(run):
     from metricfold.demo.model import ByteTransformer
 
     folder, _ = run
-    model = ByteTransformer()
+    model = ByteTransformer(**SMALL)
     model.load_state_dict(torch.load(folder.checkpoint, weights_only=True)["model"])
     validated = [one.metrics for one in read_jsonl(folder.metrics) if one.prefix == "val"][-1]
     everything = []
