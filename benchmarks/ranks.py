@@ -121,6 +121,8 @@ def _run_rank(
     sender: Connection,
     args: tuple[Any, ...],
 ) -> None:
+    # Data workers of this rank start as in any other process, not from a server of its own.
+    multiprocessing.set_start_method(None, force=True)
     import torch.distributed as dist
 
     try:

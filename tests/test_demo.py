@@ -75,6 +75,7 @@ def start_forked(module, arguments, *, ranks, logs, environment):
 def be_rank(module, arguments, variables, said):
     os.environ |= variables
     sys.argv = [module, *arguments]
+    multiprocessing.set_start_method(None, force=True)  # of data workers: as in any other process
     for descriptor, path in ((1, said), (2, said.with_suffix(".err"))):
         with path.open("wb") as log:
             os.dup2(log.fileno(), descriptor)
