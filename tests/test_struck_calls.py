@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
 from campaign import steps
 from campaign.table import Row, Trial
+
+from metricfold import JSONLSink, MetricsLogger, read_jsonl
 
 SOME = 8
 TENDER = {
@@ -36,3 +39,25 @@ def test_what_strikes_in_the_middle_of_a_call_costs_no_value_and_doubles_none(na
         steps.strike(row, Trial(number, random.Random(0)), call, struck)
     assert row.well(), row.notes
     assert row.right > SOME / 2
+
+
+def test_a_log_that_is_struck_is_written_or_not_but_never_said_to_be_lost(tmp_path, caplog, capfd):
+    """Until now its place in the queue stayed taken, and the table at the end spoke of a loss."""
+
+    def log(number: int, struck: steps.Struck) -> None:
+        path = tmp_path / f"{number}.jsonl"
+        with MetricsLogger([JSONLSink(path)]) as logger:
+            logger.log(0, {"x": 1.0})
+            with struck.watching(), contextlib.suppress(KeyboardInterrupt):
+                logger.log(1, {"x": 1.0})
+        assert [record.step for record in read_jsonl(path)] in ([0], [0, 1])
+
+    seen = steps.Struck()
+    log(0, seen)
+    for number, moment in enumerate(seen.moments, 1):
+        struck = steps.Struck(moment, KeyboardInterrupt)
+        log(number, struck)
+        assert struck.there
+    assert len(seen.moments) > SOME
+    assert caplog.messages == []
+    assert "lost" not in capfd.readouterr().err

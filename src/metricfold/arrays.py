@@ -219,6 +219,11 @@ def of_mesh(value: Any) -> bool:
     return is_of(value, "torch.distributed.tensor", "DTensor")
 
 
+def is_sharded(value: Any, dim: int) -> bool:
+    """Return whether a tensor is a `DTensor` of which each rank holds a part along `dim`."""
+    return of_mesh(value) and any(placement.is_shard(dim) for placement in value.placements)
+
+
 def whole_tensor(value: Any) -> Any:
     """Return this rank's part of a `DTensor`, if that is the whole, and other tensors as they are.
 

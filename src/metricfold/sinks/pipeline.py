@@ -84,9 +84,14 @@ class Pipeline:
 
     def submit(self, entry: Entry) -> None:
         """Accept `entry` for every sink for which not too many wait already."""
-        workers = [worker for worker in self._workers if worker.reserve(entry.step)]
-        if workers:
-            self._inbox.put(_Accepted(entry, workers))
+        accepted = _Accepted(entry, [])
+        try:
+            for worker in self._workers:
+                worker.reserve(entry.step, accepted.workers)
+        finally:
+            # Also if an interrupt comes meanwhile: what a sink has accepted, it is given.
+            if accepted.workers:
+                self._inbox.put(accepted)
 
     def rewind(self, step: int) -> None:
         """Rewind all sinks to `step`, after everything accepted so far."""

@@ -96,15 +96,16 @@ class SinkWorker:
         context = contextvars.copy_context()
         self._thread = start_thread(context.run, self._run, name=f"metricfold {self._name}")
 
-    def reserve(self, step: int) -> bool:
-        """Accept the record of `step`, which is to follow, or refuse it if too many wait."""
+    def reserve(self, step: int, accepting: list[SinkWorker]) -> None:
+        """Join those that are `accepting` the record of `step`, or refuse it if too many wait."""
         with self._lock:
             if self._waiting() < self._queue_size:
                 self._reserved += 1
-                return True
+                accepting.append(self)
+                return
             self._refused += 1
             if self._refused > 1:
-                return False
+                return
         trouble = self._trouble
         why = (
             "it is slower than the training. Log less often, or give MetricsLogger a larger "
@@ -116,7 +117,6 @@ class SinkWorker:
             f"{self._name}: {self._queue_size} records wait, and that of step {step} is the first "
             f"to be left out: {why}. How many were left out is said in the end"
         )
-        return False
 
     def put(self, record: Record) -> None:
         """Take over a record that was accepted."""

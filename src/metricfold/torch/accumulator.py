@@ -34,7 +34,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
-from metricfold.arrays import of_mesh, whole_tensor
+from metricfold.arrays import is_sharded, of_mesh, whole_tensor
 from metricfold.copies import copied_plainly
 from metricfold.device_lanes import COUNTS, EXTREMA, MOMENTS, SUMS, HostArrays, Layout
 from metricfold.listing import internal
@@ -302,15 +302,14 @@ class DeviceAccumulator:
         """
         if self.layout.types[self.layout.place(name)] is not AggregationType.MEAN:
             raise ValueError(f'metric {name!r} takes token losses, so make it a "mean"')
-        if of_mesh(logits) and not of_mesh(labels):
+        # Scores that are sharded by class are for torch's loss_parallel, labels as they are.
+        by_class = is_sharded(logits, logits.ndim - 1)
+        if of_mesh(logits) and not of_mesh(labels) and not by_class:
             # Of tensor parallelism, which leaves the scores replicated and knows nothing of labels.
             try:
                 logits = whole_tensor(logits)
             except ValueError as error:
-                raise ValueError(
-                    f"logits of metric {name!r}: {error}. Under loss_parallel, give labels as a DTensor, "
-                    "too"
-                ) from error
+                raise ValueError(f"logits of metric {name!r}: {error}") from error
         if logits.shape[:-1] != labels.shape:
             raise ValueError(
                 f"logits of shape {tuple(logits.shape)} do not go with labels of shape "
