@@ -872,6 +872,90 @@ def test_what_cannot_be_placed_is_left_out_and_counted() -> None:
 
 
 @on_devices(1)
+def test_ids_of_few_bits_name_any_of_more_datasets_than_they_can_count() -> None:
+    """They were compared with a number of datasets that their type does not hold."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from metricfold.jax import DeviceAccumulator
+
+    acc = DeviceAccumulator({"n": "sum"}, [f"d{i}" for i in range(300)])
+    for ids in (np.uint8([3, 255]), np.int8([3, 127]), np.uint16([3, 299])):
+        found = logged(acc.update("n", np.float32([1, 2]), dataset_ids=jnp.asarray(ids)))
+        assert found == {"t_d3/n": 1.0, f"t_d{ids[1]}/n": 2.0}
+    assert logged(acc.update("n", 1.0, dataset_ids=jnp.int8(-1))) == {}
+
+
+@on_devices(1)
+def test_what_numpy_has_masked_is_refused_and_does_not_count() -> None:
+    """What lay under the mask counted."""
+    import jax
+    import numpy as np
+
+    from metricfold.jax import DeviceAccumulator, DistributedMetrics
+
+    acc = DeviceAccumulator({"n": "sum"}, ("a",))
+    x, ids = np.float32([1, 1e9]), np.int32([0, 0])
+    masked = np.ma.masked_array(x, [False, True])
+    for given in (
+        {"values": masked},
+        {"values": np.ma.masked},
+        {"values": x, "weights": masked},
+        {"values": x, "dataset_ids": np.ma.masked_array(ids, [False, True])},
+    ):
+        with pytest.raises(ValueError, match=r"has masked a part.* weights"):
+            acc.update("n", **{"dataset_ids": ids, **given})
+    with pytest.raises(ValueError, match="has masked a part"):
+        jax.pmap(lambda _: DistributedMetrics().reduce_sum({"n": masked}))(x[:1])
+    whole = np.ma.masked_array(x, [False, False])
+    assert logged(acc.update("n", whole, dataset_ids=ids)) == {"t_a/n": 1e9 + 1}
+
+
+@on_devices(1)
+def test_weights_whose_squares_overflow_put_no_rank_out() -> None:
+    """The reduction failed: "rank 0 sent numbers that no rank sends"."""
+    import numpy as np
+
+    from metricfold.jax import DeviceAccumulator
+
+    acc = DeviceAccumulator({"len": "distribution"})
+    found = logged(acc.update("len", np.float32([1, 3, 5]), weights=np.float32([1, 1, 1e25])))
+    assert (found["t/len_stat_count"], found["t/len_stat_mean"]) == (2, 2.0)
+    found = logged(acc.update("len", np.float32([1, 3] * 4), weights=np.float32(9e18)))
+    assert (found["t/len_stat_count"], found["t/len_stat_mean"]) == (8, 2.0)
+
+
+@on_devices(1)
+def test_zero_is_the_smallest_without_a_sign() -> None:
+    """It was logged as -0.0."""
+    import numpy as np
+
+    from metricfold.jax import DeviceAccumulator
+
+    acc = DeviceAccumulator({"low": "min", "high": "max"})
+    for values in (np.float32([0, 1]), np.array([False, True]), np.int32([0, 3])):
+        found = logged(acc.update_all({"low": values, "high": -1.0 * values}))
+        assert str(found["t/low"]) == "0.0"
+        assert found["t/high"] == 0.0
+
+
+@on_devices(1)
+def test_an_accumulator_that_is_donated_after_drain_says_what_to_go_on_with() -> None:
+    import jax
+
+    from metricfold import MetricsAggregator
+    from metricfold.jax import DeviceAccumulator
+
+    step = jax.jit(lambda acc: acc.update("n", 1.0), donate_argnums=0)
+    aggregator = MetricsAggregator()
+    acc = step(DeviceAccumulator({"n": "sum"}))
+    aggregator.drain(acc)  # and not acc = aggregator.drain(acc)
+    step(acc)
+    with pytest.raises(RuntimeError, match=r"go on with the empty one that drain\(\) returns"):
+        aggregator.get_metrics_for_logging("t")
+
+
+@on_devices(1)
 def test_wrong_shapes_types_and_names_are_errors_when_the_step_is_traced() -> None:
     import jax
     import numpy as np

@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 import pickle
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -757,6 +758,47 @@ def test_what_cannot_be_placed_is_left_out_and_counted(warned: list[str]) -> Non
     acc.update("n", x, dataset_ids=ids, weights=(ids == 0) | (ids == 1))
     assert logged(acc) == {"t_a/n": 1.0, "t_b/n": 18.0}
     assert not warned
+
+
+def test_what_several_threads_bring_at_once_all_counts() -> None:
+    """Of two additions to one cell at once, one was lost."""
+    acc, ones = DeviceAccumulator({"n": "sum"}), torch.ones(5000)
+
+    def bring() -> None:
+        for _ in range(150):
+            acc.update("n", ones)
+
+    threads = [threading.Thread(target=bring) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert logged(acc) == {"t/n": 4 * 150 * 5000}
+
+
+def test_the_imaginary_part_of_a_conjugate_is_taken_as_its_numbers() -> None:
+    """Of which torch keeps the negative; a distribution of it was torch's error, half taken in."""
+    acc = DeviceAccumulator({"len": "distribution"})
+    acc.update("len", torch.tensor([1 + 2j, 1 - 4j]).conj().imag)
+    found = logged(acc)
+    assert (found["t/len_stat_min"], found["t/len_stat_max"]) == (-2.0, 4.0)
+    assert found["t/len_stat_count"] == 2
+
+
+def test_a_graph_of_open_sizes_takes_weights_of_a_fixed_one() -> None:
+    """The sizes were compared such that Dynamo took equal ones for different."""
+    acc = DeviceAccumulator({"loss": "mean"})
+    step = torch.compile(
+        lambda x, w: acc.update("loss", x, weights=w), backend="eager", fullgraph=True
+    )
+    w = torch.tensor([[1.0], [0.0]])
+    torch._dynamo.mark_static(w)
+    for size in (2, 3):
+        x = torch.arange(2.0 * size).view(2, size)
+        torch._dynamo.mark_dynamic(x, 1)
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        step(x, w)
+    assert logged(acc) == {"t/loss": 4 / 5}
 
 
 def test_wrong_shapes_types_and_names_are_errors_that_change_nothing() -> None:

@@ -80,6 +80,9 @@ CELLS = 2 * _PER_SIGN + 1
 _FIRST_INDEX = ((1023 - 126) << M) + 1
 """What `bucket_index` says of the least normal float32."""
 
+_MOST_SQUARES = 1e300
+"""What stands for a sum of squares of weights that has overflowed, which only says how few values weigh."""
+
 _BELOW_FIRST = (1 << 31) - 1
 
 _AGGREGATIONS = (
@@ -180,7 +183,7 @@ class Layout:
             return
         identity = found >> 11 & 0xFFFFF
         holds = ", ".join(f"{n}: {t.value}" for n, t in zip(self.names, self.types, strict=True))
-        holds += f"; datasets {self.datasets!r}" if self.datasets != ("",) else ""
+        holds += f"; datasets {self.datasets!r:.300}" if self.datasets != ("",) else ""
         if found == 1 << 31 | identity << 11 | _echo(identity) << 1 | 1:
             raise ValueError(
                 f"the arrays in this accumulator ({holds}) are of one with other metrics, aggregations "
@@ -267,12 +270,12 @@ class Layout:
                 yield (
                     f"{strangers} values of metric {name!r} came with dataset_ids outside of "
                     f"0..{len(self.datasets) - 1} and were left out: each must be the place of a "
-                    f"name in datasets={self.datasets!r}"
+                    f"name in datasets={self.datasets!r:.300}"
                 )
             if unweighable:
                 yield (
                     f"{unweighable} values of metric {name!r} came with weights that are negative, "
-                    "infinite or NaN, or integers that no float32 is, and were left out"
+                    "infinite or NaN, or, of JAX, beyond 2^63 or integers that no float32 is, and were left out"
                 )
             if sum(unheld):
                 yield (
@@ -377,7 +380,7 @@ def _window_state(counts: Sequence[int], sums: Array, extrema: Array, cells: Arr
         moments[:, ~zero],
         M,
         count=finite,
-        squares=float(sums[2]),
+        squares=min(float(sums[2]), _MOST_SQUARES),
         minimum=-float(extrema[1]),
         maximum=float(extrema[0]),
         zeros=float(moments[0, zero].sum()),

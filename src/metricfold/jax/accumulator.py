@@ -50,7 +50,7 @@ from metricfold.jax.folding import CELL_SUMS, REFUSED, Batch, Numbers
 from metricfold.jax.lanes import LANES, LOWEST, Lanes, floats, nothing, of_host, on_host, words
 from metricfold.jax.mesh import only_mesh
 from metricfold.jax.trees import ABSENT, PARTS, Leaf, Said, flatten
-from metricfold.jax.values import as_array
+from metricfold.jax.values import as_array, refuse_masked
 from metricfold.listing import internal
 from metricfold.metric import AggregationType
 from metricfold.staging import is_traced
@@ -218,6 +218,8 @@ class DeviceAccumulator:
         """
         if arrays.keys() >= {*_OLD_NAMES} - {"grid"}:
             raise ValueError(_OF_0_1.format("arrays, metrics, datasets"))
+        # Orbax, without a template, restores what was not there as None.
+        arrays = {name: array for name, array in arrays.items() if array is not None}
         if arrays.keys() != self.arrays().keys():
             raise ValueError(
                 f"{sorted(arrays)} are no arrays of an accumulator of {self!r}, which are "
@@ -401,6 +403,11 @@ class DeviceAccumulator:
                 "from the compiled step, and drain it outside"
             )
         self._check_whole()
+        if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
+            raise TypeError(
+                "this accumulator has shapes and no numbers, as from eval_shape or as a template for Orbax: "
+                "drain the one that was computed or restored"
+            )
         for array in arrays:
             _check_readable(array)
         with jax.transfer_guard_device_to_host("allow"):
@@ -411,6 +418,11 @@ class DeviceAccumulator:
         contributes = _contributes_here(arrays)
 
         def finish() -> HostArrays | None:
+            if any(isinstance(array, jax.Array) and array.is_deleted() for array in arrays):
+                raise ValueError(
+                    "this accumulator was donated to a compiled step after drain() and before it was "
+                    "read: go on with the empty one that drain() returns, acc = aggregator.drain(acc)"
+                )
             if not checked:
                 self._check_fingerprint()
             return on_host(*map(_host, self._arrays()[1:])) if contributes else None
@@ -662,6 +674,7 @@ def _aligned(shape: tuple[int, ...], values: tuple[int, ...]) -> tuple[int, ...]
 def _numbers(where: str, given: Any) -> Arrays:
     """Return numbers as JAX arrays that add up to them: two float32 of what is wider on the host."""
     given = unwrapped(given)
+    refuse_masked(given, where)
     if isinstance(given, (bool, int, float, np.generic, np.ndarray)):
         arrays = _from_host(where, np.asarray(given))
     else:
@@ -736,7 +749,7 @@ def _ids(named: str, dataset_ids: Any, layout: Layout) -> jax.Array | None:
         if len(layout.datasets) > 1:
             raise ValueError(
                 f"metric {named} is one of {len(layout.datasets)} datasets: give dataset_ids, the place "
-                f"of each value's dataset in {layout.datasets!r}"
+                f"of each value's dataset in {layout.datasets!r:.300}"
             )
         return None
     where = f"dataset_ids of metric {named}"
@@ -745,6 +758,7 @@ def _ids(named: str, dataset_ids: Any, layout: Layout) -> jax.Array | None:
             f"metric {named} belongs to no dataset: leave dataset_ids out, or name the datasets "
             "when the accumulator is made"
         )
+    refuse_masked(dataset_ids, where)
     if isinstance(dataset_ids, (int, np.generic, np.ndarray)) and not isinstance(dataset_ids, bool):
         host = np.asarray(dataset_ids)
         if jnp.issubdtype(host.dtype, jnp.integer) or host.dtype == object:

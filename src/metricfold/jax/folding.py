@@ -35,6 +35,8 @@ from metricfold.metric import AggregationType
 __all__ = ["CELL_SUMS", "REFUSED", "Batch", "Numbers"]
 
 _SMALLEST = np.float32(np.finfo(np.float32).tiny)
+_HEAVIEST = np.float32(2.0**63)
+"""Of heavier weights a float32 does not hold the square."""
 _MAGNITUDE = np.int32(0x7FFF_FFFF)
 _FRACTION = np.int32((1 << FRACTION_BITS) - 1)
 _SUM_LANES = {
@@ -154,7 +156,7 @@ class Batch:
         layout: of the accumulator.
         numbers: by name of the metric.
         weights: of each value, or None if all are 1.
-        ids: int32, shape (n,), or None if all are of the one dataset.
+        ids: integers, shape (n,), or None if all are of the one dataset.
     """
 
     def __init__(
@@ -169,12 +171,14 @@ class Batch:
         self.places = [layout.place(name) for name in numbers]
         self._types = [layout.types[place] for place in self.places]
         self._size, self._number = self._numbers[0].values.size, len(layout.datasets)
+        if ids is not None and jnp.iinfo(ids.dtype).bits < 32:
+            ids = ids.astype(jnp.int32)  # fewer bits may not hold the number of datasets
         kept = jnp.ones(self._size, bool) if ids is None else (ids >= 0) & (ids < self._number)
         strange, unweighable = ~kept, jnp.zeros(self._size, bool)
         self._weights = None
         if weights is not None:
             w = weights.values
-            valid = (w >= 0) & (w < np.inf)
+            valid = (w >= 0) & (w <= _HEAVIEST)
             if weights.whole and len(weights.parts) > 1:
                 valid &= weights.parts[1] == 0  # others are no float32
             strange &= w != 0  # padding may have any id
@@ -183,7 +187,8 @@ class Batch:
             self._weights = jnp.where(kept, w, 0)
         self._kept, self._strange, self._unweighable = kept, strange, unweighable
         places = jnp.zeros(self._size, jnp.int32) if ids is None else ids
-        self._segments = Segments(jnp.where(kept, places, self._number), self._number)
+        places = jnp.where(kept, places, self._number).astype(jnp.int32)
+        self._segments = Segments(places, self._number)
 
     def _kept_of(self, numbers: Numbers) -> jax.Array:
         return self._kept if numbers.held is None else self._kept & numbers.held

@@ -117,7 +117,8 @@ def on_host(lanes: Any, refused: Any, grid: Any) -> HostArrays:
     sums = np.ascontiguousarray(lanes[:, COUNTS:_SUMS_END]).view(np.float32)
     extrema = np.ascontiguousarray(lanes[:, _SUMS_END:])
     flipped = extrema ^ ((extrema >> 31) & np.int32(0x7FFF_FFFF))
-    largest = flipped.view(np.float32).astype(np.float64).reshape(rows, EXTREMA, 2).sum(axis=-1)
+    high, low = np.moveaxis(flipped.view(np.float32).reshape(rows, EXTREMA, 2).astype(float), -1, 0)
+    largest = np.where(low == 0, high, high + low)  # -0.0 + 0.0 were 0.0, and the smallest -0.0
     return HostArrays(
         lanes[:, :COUNTS],
         sums.reshape(rows, SUMS, 2),

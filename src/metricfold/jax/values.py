@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from metricfold.arrays import unwrapped
+from metricfold.imported import is_of
 
-__all__ = ["as_array", "wide"]
+__all__ = ["as_array", "refuse_masked", "wide"]
 
 
 def as_array(value: Any, where: str, *, copies: int = 1) -> jax.Array:
@@ -23,8 +24,8 @@ def as_array(value: Any, where: str, *, copies: int = 1) -> jax.Array:
 
     Raises:
         TypeError: `value` is no number.
-        ValueError: `value`, or the sum of its copies, is a number that the JAX type it would get does
-            not hold: an integer that is too large, or a float that would become another whole number,
+        ValueError: `value` is masked; or it, or the sum of its copies, is a number that the JAX type it
+            would get does not hold: an integer that is too large, or a float that would become another whole number,
             or infinite. Other floats are rounded, as ever in JAX.
     """
     value = unwrapped(value)
@@ -32,6 +33,7 @@ def as_array(value: Any, where: str, *, copies: int = 1) -> jax.Array:
         _require_number_type(value.dtype, where)
         return value
     if isinstance(value, (bool, int, float, complex, np.generic, np.ndarray)):
+        refuse_masked(value, where)
         host = np.asarray(value)
         if isinstance(value, int) and host.dtype == object:
             raise ValueError(f"{where} is {value}, which no integer type holds: {_ON_THE_HOST}")
@@ -43,6 +45,15 @@ def as_array(value: Any, where: str, *, copies: int = 1) -> jax.Array:
         f"{where} is {value!r}, of type {type(value).__name__}, which is no number: take it out, or "
         'let reduce_custom leave it as it is ({"name": None})'
     )
+
+
+def refuse_masked(value: Any, where: str) -> None:
+    """Raise ValueError for what NumPy has masked: what lies under the mask would count."""
+    if is_of(value, "numpy.ma", "MaskedArray") and np.ma.getmaskarray(value).any():
+        raise ValueError(
+            f"{where}: NumPy has masked a part, and JAX knows no masks: give x.filled(0), and ~x.mask as "
+            "weights"
+        )
 
 
 def _require_number_type(dtype: Any, where: str) -> None:

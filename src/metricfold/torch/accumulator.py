@@ -22,6 +22,8 @@ from __future__ import annotations
 import logging
 import math
 import numbers
+import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -79,6 +81,20 @@ _NUMBERS = frozenset(
 """The types of numbers that torch converts to float64."""
 
 
+_turn = threading.RLock()
+"""Held while values are folded: on a CPU, of two additions to one cell at once, one would be lost."""
+
+
+def _renew_turn() -> None:
+    """In a child that was forked while another thread held it."""
+    global _turn  # noqa: PLW0603
+    _turn = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_turn)
+
+
 @internal("fill", "owner", "tensors")
 @dataclass(frozen=True, slots=True)
 class AccumulatorMark:
@@ -115,8 +131,8 @@ class _Place:
 class DeviceAccumulator:
     """Metrics that accumulate on a device, for each dataset, until `MetricsAggregator.drain`.
 
-    It is changed in place, without a wait for the device, a growing allocation or a loop over
-    samples or datasets; inside ``torch.compile(fullgraph=True)``, under autocast and
+    It is changed in place, by one thread or by several, without a wait for the device, a growing
+    allocation or a loop over samples or datasets; inside ``torch.compile(fullgraph=True)``, under autocast and
     ``inference_mode`` as anywhere.
 
     A DISTRIBUTION is a histogram with 64 buckets per octave: percentiles are right to 1.6 %, mean
@@ -265,10 +281,16 @@ class DeviceAccumulator:
                 groups.append((place, [tensor]))
         weighs = w is not None and w.dtype != torch.bool
         parts = [Part(self._rows(start, len(g), weighs), start.agg_type, g) for start, g in groups]
-        if parts and flag is None and self._fuses():
-            FOLDS(self._table, parts, w, ids)
-        elif parts:
+        if not parts:
+            return
+        if torch.compiler.is_compiling():
             fold(self._table, parts, w, ids, flag)
+            return
+        with _turn:
+            if self._fuses():
+                FOLDS(self._table, parts, w, ids)
+            else:
+                fold(self._table, parts, w, ids, None)
 
     def token_loss(
         self,
@@ -531,7 +553,7 @@ class DeviceAccumulator:
             if self._datasets > 1:
                 raise ValueError(
                     f"{_named(taken)} is of one of {self._datasets} datasets: give dataset_ids, the "
-                    f"place of each value's dataset in {self.layout.datasets!r}"
+                    f"place of each value's dataset in {self.layout.datasets!r:.300}"
                 )
             return None
         if self.layout.datasets == ("",):

@@ -226,7 +226,8 @@ def fits(shape: torch.Size, values: torch.Size) -> torch.Size | None:
     if len(shape) > len(values):
         return None
     for full in (shape + missing, missing + shape):
-        if all(one in (1, whole) for one, whole in zip(full, values, strict=True)):
+        # Not `in`, by which Dynamo does not find a number equal to a size that it leaves open.
+        if all(one == 1 or one == whole for one, whole in zip(full, values, strict=True)):  # noqa: PLR1714
             return torch.Size(full)
     return None
 
@@ -264,7 +265,8 @@ class _Batch:
         given = x.dtype
         if given in _ONLY_CONVERTED or (x.is_floating_point() and given.itemsize == 1):
             x = x.double()
-        self.x = x = x.float() if agg_type is DISTRIBUTION else x
+        # Of what is stored as its negative, such as the imaginary part of a conjugate, no bits are seen.
+        self.x = x = x.float().resolve_neg() if agg_type is DISTRIBUTION else x
         self.columns = columns
         self.weights = None if block is None else weights
         self.kept: Tensor | None = None
