@@ -912,6 +912,20 @@ def test_what_numpy_has_masked_is_refused_and_does_not_count() -> None:
 
 
 @on_devices(1)
+def test_shapes_alone_are_not_drained_and_arrays_that_are_none_restored() -> None:
+    import jax
+
+    from metricfold import MetricsAggregator
+    from metricfold.jax import DeviceAccumulator
+
+    acc = DeviceAccumulator({"n": "sum"}).update("n", 2.0)
+    with pytest.raises(TypeError, match="has shapes and no numbers"):
+        MetricsAggregator().drain(jax.eval_shape(lambda acc: acc, acc))
+    raw = {**acc.arrays(), "grid": None}  # as Orbax restores them without a template
+    assert logged(acc.empty().with_arrays(raw)) == {"t/n": 2.0}
+
+
+@on_devices(1)
 def test_weights_whose_squares_overflow_put_no_rank_out() -> None:
     """The reduction failed: "rank 0 sent numbers that no rank sends"."""
     import numpy as np
