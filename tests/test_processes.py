@@ -178,11 +178,11 @@ def test_an_exit_after_an_error_does_not_wait_for_missing_ranks() -> None:
     ended = run_script(
         """
         if rank == 1:
-            time.sleep(12)
+            time.sleep(9)
             os._exit(0)
         future = aggregator.reduce_async()
         import threading
-        threading.Thread(target=lambda: (time.sleep(9), print("still here", flush=True)),
+        threading.Thread(target=lambda: (time.sleep(6), print("still here", flush=True)),
                          daemon=True).start()
         raise SystemError("training failed")
         """
