@@ -9,8 +9,8 @@ BENCH_STAMP := $(VENV)/.installed-bench
 
 export OMP_NUM_THREADS ?= 1
 
-# Two more than there are cores: tests of processes and of time wait a good deal.
-WORKERS ?= $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + 2, 4))")
+# One more than there are cores: tests of processes and of time wait a good deal.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + 1, 4))")
 
 .PHONY: demo test campaign lint bench clean
 .DEFAULT_GOAL := test

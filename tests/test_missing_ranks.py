@@ -82,6 +82,28 @@ def test_a_rank_that_comes_in_time_and_waits_itself_is_not_named() -> None:
     assert {text for text, _ in results} == {results[0][0]}
 
 
+def one_is_held_up_in_the_call_before(rank: int) -> Any:
+    aggregator = MetricsAggregator(timeout=1)
+    aggregator.reduce()
+    communicator: Any = aggregator._communicator
+    if rank == 1:
+        return raised(aggregator)
+    if rank == 2:
+        # As where rank 0 has stopped in the midst of a gather: rank 1 has all, and goes on.
+        held = threading.Event()
+        threading.Timer(4, held.set).start()
+        communicator._say_that_it_waits(held, communicator._calls)
+    else:
+        time.sleep(4)
+    return None
+
+
+def test_a_rank_that_still_waits_in_the_call_before_is_not_named() -> None:
+    """Until now the rank that was through named it beside the one that both waited for."""
+    text, missing = run_ranks(one_is_held_up_in_the_call_before, 3)[1]
+    assert missing == (0,), text
+
+
 def one_is_stopped_while_it_waits(rank: int) -> Any:
     job = dist.distributed_c10d._get_default_store()
     aggregator = MetricsAggregator(timeout=2)

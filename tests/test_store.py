@@ -51,7 +51,12 @@ _PROGRAM = """
 
     if sys.argv[1] == "connecting":
         print(said(lambda: StoreClient(job, "ours", 1.0)))
-        print([thread.name for thread in threading.enumerate() if "store" in thread.name])
+        until = time.monotonic() + 10
+        while left := [one.name for one in threading.enumerate() if "store" in one.name]:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.02)
+        print(left)
     else:
         print(said(lambda: client.set_first("first", "me", seconds=0.5)))
         began = time.monotonic()

@@ -340,13 +340,19 @@ class TorchCommunicator(Communicator):
             self._sign_off(state, self._calls)
 
     def _sign(self, rank: int, call: int, seconds: float = _ANSWER) -> _Sign | None:
-        """Return what `rank` has let see of itself in `call` or since; None: it was not there."""
+        """Return what `rank` has let see of itself in `call`, since, or in one that holds it up.
+
+        None: it was not there. Of a gather some ranks may be through, and in the next call, while
+        others still wait for one that has stopped.
+        """
+        done = -1
         for key in ("end", "at"):
             if (text := self._store.get(f"{key}/{rank}", seconds=seconds)) is None:
                 continue
             its_call, state, beat = json.loads(text)
-            if state in ("closed", "ended") or its_call >= call:
+            if its_call >= call or (state != "done" and its_call > done):
                 return _Sign(state, beat)
+            done = its_call
         return None
 
     def _signs(self, call: int, seconds: float = _ANSWER) -> dict[int, _Sign | None]:
