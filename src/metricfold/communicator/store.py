@@ -225,7 +225,13 @@ class _Connection:
 
     def ask(self, question: Callable[..., Any], prefix: str, *args: Any) -> Future[Any]:
         """Return what will hold what `question` returns of the clone, under a prefix."""
-        return self._submit(question, c10d.PrefixStore(prefix, self._clone), *args)
+        return self._submit(self._asked, question, c10d.PrefixStore(prefix, self._clone), *args)
+
+    def _asked(self, question: Callable[..., Any], store: Any, *args: Any) -> Any:
+        # Where the host has ended, as it may before the other ranks do, torch would print a stack.
+        if any(map(_is_hung_up, self._sockets)):
+            raise RuntimeError("its host has closed the connection")
+        return question(store, *args)
 
     def _submit(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
         answer: Future[Any] = Future()
@@ -289,6 +295,16 @@ def _knock(store: Any, seconds: float) -> None:
     # It tries again only until its own timeout, which must have passed when it is cut off.
     timeout = timedelta(seconds=max(0.9 * seconds, 1.0))
     type(store)(store.host, store.port, None, False, timeout, False)
+
+
+def _is_hung_up(connected: socket.socket) -> bool:
+    """Return whether the other side has closed a connection on which it owes no answer."""
+    try:
+        return not connected.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _bottom_of(store: Any) -> Any:
