@@ -65,6 +65,17 @@ class RMSHandler(AggregationHandler):
         )
 
 
+class FailingRMS(RMSHandler):
+    """Raises as it finalises, when it is told to."""
+
+    fails = False
+
+    def finalize_local_agg(self, local_agg_metric: Any) -> Any:
+        if self.fails:
+            raise ZeroDivisionError("the handler's own")
+        return super().finalize_local_agg(local_agg_metric)
+
+
 class ProductHandler(AggregationHandler):
     """Product of all values, kept as a set of prime factors that JSON cannot hold as it is."""
 

@@ -53,17 +53,9 @@ def live(
     """Live as one process; what it says goes to standard output, line by line."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
-    from handlers_of_users import MyTypes, RMSHandler
+    from handlers_of_users import FailingRMS, MyTypes
 
     from metricfold import Metric, MetricsAggregator, MissingRanksError
-
-    class FailingRMS(RMSHandler):
-        fails = False
-
-        def finalize_local_agg(self, local_agg_metric: Any) -> Any:
-            if self.fails:
-                raise ZeroDivisionError("the handler's own")
-            return super().finalize_local_agg(local_agg_metric)
 
     def say(**line: Any) -> None:
         print(json.dumps(line), flush=True)

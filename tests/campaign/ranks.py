@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from handlers_of_users import MyTypes, RMSHandler
+from handlers_of_users import FailingRMS, MyTypes, RMSHandler
 
 from campaign.forks import Outcome, Say, World, after, own_store, side_by_side
 from campaign.table import Goal, Options, Table, Trial, main
@@ -238,15 +238,6 @@ class Plan:
     log: bool  # by a logger, or by reduce() and reduce_async()
     fault: Fault | None = None
     errors: dict[int, tuple[str, int]] = field(default_factory=dict)  # by step: which, and whose
-
-
-class FailingRMS(RMSHandler):
-    fails = False
-
-    def finalize_local_agg(self, local_agg_metric: Any) -> Any:
-        if self.fails:
-            raise ZeroDivisionError("the handler's own")
-        return super().finalize_local_agg(local_agg_metric)
 
 
 class OneRank:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -41,6 +40,7 @@ from metricfold.copies import copied_plainly
 from metricfold.device_lanes import COUNTS, EXTREMA, MOMENTS, SUMS, HostArrays, Layout
 from metricfold.listing import internal
 from metricfold.metric import AggregationType
+from metricfold.processes import watch_forks
 from metricfold.recomputation import not_given_before, recomputed
 from metricfold.torch.folding import (
     IN_ORDER,
@@ -81,18 +81,19 @@ _NUMBERS = frozenset(
 """The types of numbers that torch converts to float64."""
 
 
-_turn = threading.RLock()
-"""Held while values are folded: on a CPU, of two additions to one cell at once, one would be lost."""
+class _Turn:
+    """Taken while values are folded: on a CPU, of two additions to one cell at once, one would be lost."""
+
+    def __init__(self) -> None:
+        self.leave_parent_behind()
+        watch_forks(self)
+
+    def leave_parent_behind(self) -> None:
+        # Another thread of the parent may have held it.
+        self.lock = threading.RLock()
 
 
-def _renew_turn() -> None:
-    """In a child that was forked while another thread held it."""
-    global _turn  # noqa: PLW0603
-    _turn = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_turn)
+_turn = _Turn()
 
 
 @internal("fill", "owner", "tensors")
@@ -286,7 +287,7 @@ class DeviceAccumulator:
         if torch.compiler.is_compiling():
             fold(self._table, parts, w, ids, flag)
             return
-        with _turn:
+        with _turn.lock:
             if self._fuses():
                 FOLDS(self._table, parts, w, ids)
             else:
