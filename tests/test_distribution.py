@@ -24,8 +24,8 @@ from metricfold import (
     MetricsLogger,
     read_jsonl,
 )
+from metricfold._core.fold.sample import EXACT_VALUES
 from metricfold.communicator import Communicator
-from metricfold.pool import EXACT_VALUES
 
 PERCENTILES = (0.1, 1, 5, 25, 50, 75, 95, 99, 99.9)
 SUFFIXES = ("p00.1", "p01", "p05", "p25", "p50", "p75", "p95", "p99", "p99.9")

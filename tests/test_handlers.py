@@ -25,8 +25,8 @@ from metricfold import (
     RateAggHandler,
     SumAggHandler,
 )
+from metricfold._core.fold.handlers import built_in_handlers, percentile_name
 from metricfold.communicator import Communicator
-from metricfold.handlers import built_in_handlers, percentile_name
 
 from ranks import run_threads  # isort: skip
 

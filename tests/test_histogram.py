@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metricfold import LogLinearHistogram
-from metricfold.histogram import EXTENTS_WIDTH, Histogram, bucket_index, slot_width
-from metricfold.histogram.grid import Buckets
-from metricfold.histogram.layout import (
+from metricfold._core.sketch import EXTENTS_WIDTH, Histogram, bucket_index, slot_width
+from metricfold._core.sketch.grid import Buckets
+from metricfold._core.sketch.layout import (
     COARSEST,
     FEWEST_BUCKETS,
     SIGNED,

@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from ranks import run_threads
 from work import interrupted, lines_run
 
-from metricfold import AggregationType, Metric, MetricBatch, MetricsAggregator, inbox
-from metricfold import aggregator as calls
+from metricfold import AggregationType, Metric, MetricBatch, MetricsAggregator
+from metricfold._core.fold.handlers import LaneHandler, MaxAggHandler
+from metricfold._core.intake import aggregator as calls
+from metricfold._core.intake import inbox
 from metricfold.communicator import Communicator
-from metricfold.handlers import LaneHandler, MaxAggHandler
 
 TYPES = ("sum", "mean", "max", "min", "rate", "distribution", "categorical_count")
 WEIGHTED = ("mean", "distribution")

@@ -26,7 +26,7 @@ from metricfold import (
     naming,
     timing,
 )
-from metricfold.totals import Totals
+from metricfold._core.reduce.totals import Totals
 
 
 def attempt(call: Callable[[], object]) -> str:

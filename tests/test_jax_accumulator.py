@@ -182,7 +182,7 @@ def test_the_histogram_is_that_of_the_host_at_64_buckets_per_octave() -> None:
     import numpy as np
 
     from metricfold import LogLinearHistogram
-    from metricfold.device_lanes import M
+    from metricfold._core.device.rows import M
     from metricfold.jax import DeviceAccumulator
 
     rng = np.random.default_rng(5)
@@ -218,7 +218,7 @@ def test_buckets_from_elsewhere_make_the_histogram_that_their_values_make() -> N
     import numpy as np
 
     from metricfold import LogLinearHistogram
-    from metricfold.histogram import bucket_index
+    from metricfold._core.sketch import bucket_index
 
     values = np.concatenate([np.random.default_rng(0).lognormal(size=500) * -3, [2.0, 2.0]])
     index = np.unique(bucket_index(values, 6))

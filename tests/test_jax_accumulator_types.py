@@ -266,7 +266,7 @@ def test_an_accumulator_travels_as_flax_jax_and_python_write_it() -> None:
     import jax
     import jax.numpy as jnp
 
-    from metricfold.device_lanes import Layout
+    from metricfold._core.device.rows import Layout
     from metricfold.jax import DeviceAccumulator
 
     def new(*datasets: str) -> Any:

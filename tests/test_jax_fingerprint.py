@@ -223,7 +223,7 @@ def test_an_error_that_shows_only_once_the_step_has_run_is_that_of_the_log() -> 
 
 def test_a_set_of_datasets_is_refused() -> None:
     """It was taken, in the order that it had in this process."""
-    from metricfold.device_lanes import Layout
+    from metricfold._core.device.rows import Layout
 
     names = {"alpaca": 1, "orca": 2}
     for unordered in (set(names), frozenset(names), names.keys() & {"alpaca", "orca"}):

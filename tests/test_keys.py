@@ -13,15 +13,17 @@ from hypothesis import strategies as st
 from ranks import run_threads
 from work import lines_run
 
-from metricfold import Metric, MetricsAggregator, agreement, keys, naming
-from metricfold.agreement import Agreed, agree, encoded
+from metricfold import Metric, MetricsAggregator, keys
+from metricfold._core.fold import names as naming
+from metricfold._core.fold.batch import Column
+from metricfold._core.fold.handlers import built_in_handlers
+from metricfold._core.fold.names import Claims
+from metricfold._core.intake.keys import KeyTable
+from metricfold._core.reduce import agreement
+from metricfold._core.reduce.agreement import Agreed, agree, encoded
+from metricfold._core.reduce.schema import Entry, Key, Schema
 from metricfold.communicator import Communicator
-from metricfold.data.batch import Column
-from metricfold.handlers import built_in_handlers
-from metricfold.keys import KeyTable
 from metricfold.metric import resolve_type
-from metricfold.naming import Claims
-from metricfold.schema import Entry, Key, Schema
 
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},

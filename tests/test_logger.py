@@ -17,7 +17,7 @@ import pytest
 
 import metricfold
 from metricfold import MetricsAggregator
-from metricfold.histogram import Histogram
+from metricfold._core.sketch import Histogram
 from metricfold.sinks import (
     JSONLSink,
     MetricsLogger,

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from ranks import run_threads
 from work import lines_run
 
-from metricfold import Metric, MetricBatch, MetricsAggregator, delta, handlers, inbox
-from metricfold import aggregator as aggregator_module
+from metricfold import Metric, MetricBatch, MetricsAggregator
+from metricfold._core.fold import handlers
+from metricfold._core.intake import aggregator as aggregator_module
+from metricfold._core.intake import delta, inbox
 from metricfold.torch import DeviceAccumulator
 
 KINDS = ("sum", "mean", "max", "rate", "distribution", "categorical_count", MyTypes.PRODUCT)

@@ -16,7 +16,7 @@ from metricfold import (
     MetricsLogger,
     MetricTransform,
 )
-from metricfold.checkpoint import _json, checksum
+from metricfold._core.reduce.checkpoint import _json, checksum
 from metricfold.metric import is_name
 
 GOOD = [

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from work import lines_run
 
-from metricfold import naming
-from metricfold.handlers import DistributionAggHandler
-from metricfold.naming import ANYTHING, Claims, printed
+from metricfold._core.fold import names as naming
+from metricfold._core.fold.handlers import DistributionAggHandler
+from metricfold._core.fold.names import ANYTHING, Claims, printed
 
 SUFFIXES: tuple[tuple[str, ...], ...] = (
     ("",),

@@ -16,10 +16,11 @@ from campaign.table import Row, Trial
 from ranks import run_threads
 
 from metricfold import MetricsAggregator
-from metricfold.announced import MOST_CUSTOM, MOST_ERROR, entries_from
+from metricfold._core.reduce.announced import MOST_CUSTOM, MOST_ERROR, entries_from
+from metricfold._core.reduce.header import Field
+from metricfold._core.reduce.schema import Entry, Schema
+from metricfold._core.sketch import LogLinearHistogram, fitting
 from metricfold.communicator import Communicator
-from metricfold.histogram import LogLinearHistogram, fitting
-from metricfold.schema import Entry, Field, Schema
 
 GOOD = {"key": ["", "x"], "type": "mean", "sums": 4, "maxs": 0}
 

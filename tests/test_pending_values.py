@@ -20,7 +20,7 @@ _MANY = 4096
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    from metricfold import aggregator, inbox
+    from metricfold._core.intake import aggregator, inbox
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (aggregator, inbox):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metricfold.plain import NotPlainError, pack, unpack
+from metricfold._core.fold.plain import NotPlainError, pack, unpack
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 keys = st.text() | st.integers() | st.floats(allow_nan=False) | st.tuples(st.integers(), st.text())

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from ranks import run_threads
 
 from metricfold import AggregationType, Metric, MetricsAggregator
-from metricfold.announced import entries_from
+from metricfold._core.exchange import Narrow, Outgoing, Wide
+from metricfold._core.fold.handlers import CategoryState, LaneState, WindowState
+from metricfold._core.fold.sample import Window, new_histogram
+from metricfold._core.reduce.announced import entries_from
+from metricfold._core.reduce.header import HEADER_SIZE, Kind
+from metricfold._core.reduce.schema import Entry, Schema, digest
 from metricfold.communicator import Communicator, LocalCommunicator
-from metricfold.handlers import CategoryState, LaneState, WindowState
-from metricfold.pool import Window, new_histogram
-from metricfold.routes import Narrow, Outgoing, Wide
-from metricfold.schema import HEADER_SIZE, Entry, Kind, Schema, digest
 
 torch: Any = importlib.import_module("torch") if find_spec("torch") else None
 

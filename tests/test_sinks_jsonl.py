@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metricfold.histogram import Histogram
+from metricfold._core.sketch import Histogram
 from metricfold.metric import is_name
 from metricfold.sinks import JSONLSink, MetricsLogger, Record, read_jsonl, worker
 from metricfold.sinks.jsonl import _LONGEST

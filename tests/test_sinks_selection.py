@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from metricfold.histogram import Histogram
+from metricfold._core.sketch import Histogram
 from metricfold.sinks import (
     ConsoleSink,
     JSONLSink,

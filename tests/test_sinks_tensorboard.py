@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from metricfold.histogram import Histogram
+from metricfold._core.sketch import Histogram
 from metricfold.sinks import MetricsLogger, Record, TensorBoardSink
 
 

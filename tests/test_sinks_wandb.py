@@ -16,7 +16,7 @@ import pytest
 import wandb
 from wandb_files import finished, history, run_files
 
-from metricfold.histogram import Histogram
+from metricfold._core.sketch import Histogram
 from metricfold.sinks import MetricsLogger, Record, RecordRefused, WandbSink
 
 

@@ -15,7 +15,7 @@ from handlers_of_users import RMSHandler
 from ranks import run_ranks, run_threads
 
 from metricfold import MeanAggHandler, MetricsAggregator, Snapshot
-from metricfold.timing import Timing
+from metricfold._core.view.timing import Timing
 
 SLOW = 0.04
 """Seconds; what else a test does takes far less."""

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metricfold import AggregationType, LogLinearHistogram, MaxAggHandler, MetricsAggregator
-from metricfold.device_lanes import M
+from metricfold._core.device.rows import M
 from metricfold.torch import DeviceAccumulator
 
 IDS = torch.tensor([0, 1, 1])

@@ -20,8 +20,8 @@ from metricfold import (
     MetricsLogger,
     read_jsonl,
 )
+from metricfold._core.runtime.uncompiled import uncompiled
 from metricfold.torch import DeviceAccumulator
-from metricfold.uncompiled import uncompiled
 
 SEEN = [Metric("docs", "seen", 1, AggregationType.SUM)]
 BATCH = MetricBatch.from_metrics(SEEN)

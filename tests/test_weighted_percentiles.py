@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ranks import run_threads
 
 from metricfold import AggregationType, LogLinearHistogram, Metric, MetricsAggregator
-from metricfold.pool import quantiles
+from metricfold._core.fold.sample import quantiles
 
 DISTRIBUTION = AggregationType.DISTRIBUTION
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)

@@ -21,8 +21,8 @@ import numpy as np
 from benchmarks.scale.network import Collective
 from benchmarks.workloads import Workload, batches
 from metricfold import MetricsAggregator
+from metricfold._core.fold.sample import FloatArray
 from metricfold.communicator import Communicator
-from metricfold.pool import FloatArray
 
 __all__ = ["Log", "SimulatedCommunicator", "logs_of"]
 

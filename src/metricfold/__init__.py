@@ -2,10 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from metricfold.aggregator import MetricsAggregator
-from metricfold.communicator import MissingRanksError
-from metricfold.data import MetricBatch, MetricsCollator
-from metricfold.handlers import (
+from metricfold._core.fold.handlers import (
     AggregationHandler,
     CategoricalCountAggHandler,
     DistributionAggHandler,
@@ -16,7 +13,12 @@ from metricfold.handlers import (
     RateAggHandler,
     SumAggHandler,
 )
-from metricfold.merging import merge_state_dicts
+from metricfold._core.intake.aggregator import MetricsAggregator
+from metricfold._core.intake.merging import merge_state_dicts
+from metricfold._core.view.snapshot import Snapshot
+from metricfold.communicator import MissingRanksError
+from metricfold.data import MetricBatch, MetricsCollator
+from metricfold.data.transform import DefaultTrainingMetricTransform, MetricTransform
 from metricfold.metric import AggregationType, Metric, MetricState
 from metricfold.sinks import (
     ConsoleSink,
@@ -26,11 +28,9 @@ from metricfold.sinks import (
     WandbSink,
     read_jsonl,
 )
-from metricfold.snapshot import Snapshot
-from metricfold.transform import DefaultTrainingMetricTransform, MetricTransform
 
 if TYPE_CHECKING:
-    from metricfold.histogram import LogLinearHistogram
+    from metricfold._core.sketch import LogLinearHistogram
 
 __version__ = "0.1.0"
 
@@ -68,6 +68,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "LogLinearHistogram":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from metricfold.histogram import LogLinearHistogram  # noqa: PLC0415 - loaded when asked for
+    from metricfold._core.sketch import LogLinearHistogram  # noqa: PLC0415 - loaded when asked for
 
     return LogLinearHistogram

@@ -26,10 +26,11 @@ from handlers_of_users import LaneRMS, MyTypes, ProductHandler, RMSHandler
 
 from campaign.forks import divided
 from campaign.table import Goal, Options, Row, Table, Trial, main
-from metricfold import MetricsAggregator, merge_state_dicts, plain
-from metricfold.checkpoint import checksum
+from metricfold import MetricsAggregator, merge_state_dicts
+from metricfold._core.fold import plain
+from metricfold._core.reduce.checkpoint import checksum
+from metricfold._core.sketch import plain as saved_histogram
 from metricfold.communicator.threads import thread_world
-from metricfold.histogram import plain as saved_histogram
 from metricfold.metric import is_name
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "checkpoints").glob("*-*.json"))

@@ -26,7 +26,7 @@ from rich.console import Console
 from campaign.forks import Outcome, Say, World, side_by_side
 from campaign.table import Options, Table, Trial, main
 from metricfold import ConsoleSink, JSONLSink, read_jsonl
-from metricfold.histogram import Histogram
+from metricfold._core.sketch import Histogram
 from metricfold.metric import is_name
 from metricfold.sinks import Record
 

@@ -24,10 +24,10 @@ from handlers_of_users import MyTypes, ProductHandler
 from campaign.forks import divided
 from campaign.table import Options, Row, Table, Trial, main
 from metricfold import MetricsAggregator
+from metricfold._core.reduce.header import HEADER_SIZE, Field
 from metricfold.communicator import Communicator, MissingRanksError
 from metricfold.communicator.threads import thread_world
 from metricfold.metric import is_name
-from metricfold.schema import HEADER_SIZE, Field
 
 Change = Callable[[int, str, Any], Any]
 TIMEOUT = 5.0
@@ -216,7 +216,7 @@ _thread = threading.local()
 
 def attack_by_news(row: Row, trial: Trial, blob: bytes) -> None:
     """Send `blob` in the place of a rank's own news."""
-    from metricfold import reduction
+    from metricfold._core.exchange import reduction
 
     real = reduction.encoded
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metricfold.pool import FloatArray
+from metricfold._core.fold.sample import FloatArray
 
 __all__ = [
     "Communicator",

@@ -27,9 +27,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from metricfold._core.fold.sample import FloatArray
+from metricfold._core.runtime.processes import DeferredInterrupt
 from metricfold.communicator.base import Communicator, MissingRanksError, jax_job, likely_cause
-from metricfold.pool import FloatArray
-from metricfold.processes import DeferredInterrupt
 
 __all__ = ["JaxCommunicator"]
 

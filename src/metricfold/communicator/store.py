@@ -36,7 +36,7 @@ from typing import Any
 
 from torch.distributed import distributed_c10d as c10d
 
-from metricfold.processes import TaskThread, release_at_exit, watch_forks
+from metricfold._core.runtime.processes import TaskThread, release_at_exit, watch_forks
 
 __all__ = ["PolledStore", "StoreClient", "StoreGoneError"]
 

@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+from metricfold._core.fold.sample import FloatArray
 from metricfold.communicator.base import Communicator, MissingRanksError
-from metricfold.pool import FloatArray
 
 __all__ = ["ThreadCommunicator", "thread_world"]
 

@@ -29,10 +29,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from metricfold._core.fold.sample import FloatArray
+from metricfold._core.runtime.processes import TaskThread, release_at_exit, start_thread
 from metricfold.communicator.base import Communicator, MissingRanksError, likely_cause
 from metricfold.communicator.store import PolledStore, StoreClient, StoreGoneError
-from metricfold.pool import FloatArray
-from metricfold.processes import TaskThread, release_at_exit, start_thread
 
 __all__ = ["TorchCommunicator"]
 

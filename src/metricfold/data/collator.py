@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from metricfold.data.batch import MetricBatch
+from metricfold._core.fold.batch import MetricBatch
+from metricfold._core.fold.handlers import check_on_bad_name
+from metricfold._core.runtime.listing import shortened
 from metricfold.data.sample import METRICS, take_metrics
-from metricfold.handlers import check_on_bad_name
-from metricfold.listing import shortened
 from metricfold.metric import Metric
 
 __all__ = ["MetricsCollator"]

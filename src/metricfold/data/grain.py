@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from metricfold.transform import MetricTransform
+from metricfold.data.transform import MetricTransform
 
 try:
     import grain

@@ -37,7 +37,7 @@ except ImportError:
     ) from None
 
 if TYPE_CHECKING:
-    from metricfold.aggregator import MetricsAggregator
+    from metricfold._core.intake.aggregator import MetricsAggregator
     from metricfold.torch import DeviceAccumulator
 
 __all__ = ["TrackerSink", "register", "sample_weights"]

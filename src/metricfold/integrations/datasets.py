@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from metricfold.data.sample import METRICS
+from metricfold.data.transform import MetricTransform
 from metricfold.metric import Metric
-from metricfold.transform import MetricTransform
 
 try:
     import datasets

@@ -23,12 +23,12 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from metricfold.aggregator import MetricsAggregator
-from metricfold.copies import OneInUse
-from metricfold.data.batch import MetricBatch
+from metricfold._core.fold.batch import MetricBatch
+from metricfold._core.intake.aggregator import MetricsAggregator
+from metricfold._core.runtime.copies import OneInUse
+from metricfold._core.view.snapshot import WindowLike, check_window
+from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold.data.sample import METRICS
-from metricfold.snapshot import WindowLike, check_window
-from metricfold.tables import Rollup, check_rollup
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -34,13 +34,13 @@ if _missing:
 
 import torch  # noqa: E402 (after the check above)
 
-from metricfold.aggregator import MetricsAggregator  # noqa: E402
-from metricfold.data.batch import MetricBatch  # noqa: E402
+from metricfold._core.fold.batch import MetricBatch  # noqa: E402
+from metricfold._core.intake.aggregator import MetricsAggregator  # noqa: E402
+from metricfold._core.view.snapshot import Snapshot  # noqa: E402
+from metricfold._core.view.tables import Rollup, check_rollup  # noqa: E402
 from metricfold.data.collator import MetricsCollator  # noqa: E402
 from metricfold.data.sample import METRICS, take_metrics  # noqa: E402
 from metricfold.metric import Metric  # noqa: E402
-from metricfold.snapshot import Snapshot  # noqa: E402
-from metricfold.tables import Rollup, check_rollup  # noqa: E402
 from metricfold.torch import DeviceAccumulator  # noqa: E402
 
 __all__ = ["CHECKPOINT_FILE", "MetricfoldMixin"]

@@ -30,8 +30,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, auto_axes
 
-from metricfold.arrays import unwrapped
-from metricfold.device_lanes import (
+from metricfold._core.device.arrays import unwrapped
+from metricfold._core.device.rows import (
     COUNTS,
     EXTREMA,
     FRACTION_BITS,
@@ -43,6 +43,8 @@ from metricfold.device_lanes import (
     with_checksum,
     without_checksum,
 )
+from metricfold._core.runtime.listing import internal
+from metricfold._core.runtime.staging import is_traced
 from metricfold.jax.axes import DEFAULT_AXIS, AxisName, resolve_axes
 from metricfold.jax.collectives import Lane, axes_size, combine
 from metricfold.jax.exact_sums import MOST_TERMS, Limbs, add_pairs, exponents, magnitudes
@@ -51,9 +53,7 @@ from metricfold.jax.lanes import LANES, LOWEST, Lanes, floats, nothing, of_host,
 from metricfold.jax.mesh import only_mesh
 from metricfold.jax.trees import ABSENT, PARTS, Leaf, Said, flatten
 from metricfold.jax.values import as_array, refuse_masked
-from metricfold.listing import internal
 from metricfold.metric import AggregationType
-from metricfold.staging import is_traced
 
 __all__ = ["DeviceAccumulator"]
 

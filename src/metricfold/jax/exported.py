@@ -15,7 +15,7 @@ import jax.export
 import jax.numpy as jnp
 from flax import serialization
 
-from metricfold.device_lanes import Layout
+from metricfold._core.device.rows import Layout
 from metricfold.jax.accumulator import DeviceAccumulator
 from metricfold.jax.packed import Copies, PackedMetrics, Section
 

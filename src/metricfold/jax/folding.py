@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from metricfold.device_lanes import CELLS, EXTREMA, FRACTION_BITS, SUMS, ZERO_CELL, Layout, M
+from metricfold._core.device.rows import CELLS, EXTREMA, FRACTION_BITS, SUMS, ZERO_CELL, Layout, M
 from metricfold.jax.exact_sums import (
     Limbs,
     Segments,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from metricfold.device_lanes import COUNTS, EXTREMA, SUMS, HostArrays
+from metricfold._core.device.rows import COUNTS, EXTREMA, SUMS, HostArrays
 from metricfold.jax.exact_sums import add_pairs
 
 __all__ = [

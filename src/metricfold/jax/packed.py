@@ -30,10 +30,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
+from metricfold._core.runtime.staging import is_traced
 from metricfold.jax.axes import Axes, bound_axes, knows_what_varies
 from metricfold.jax.reduction import Group, Reduced
 from metricfold.jax.trees import Leaf
-from metricfold.staging import is_traced
 
 __all__ = ["PackedMetrics", "pack"]
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metricfold.arrays import unwrapped
-from metricfold.imported import is_of
+from metricfold._core.device.arrays import unwrapped
+from metricfold._core.runtime.imported import is_of
 
 __all__ = ["as_array", "refuse_masked", "wide"]
 

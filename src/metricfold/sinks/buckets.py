@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from metricfold.histogram import Histogram
+from metricfold._core.sketch import Histogram
 
 __all__ = ["coarsened"]
 

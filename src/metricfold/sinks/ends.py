@@ -26,7 +26,7 @@ import time
 from types import FrameType
 from typing import Any, Protocol
 
-from metricfold.processes import at_exit, start_thread
+from metricfold._core.runtime.processes import at_exit, start_thread
 
 __all__ = ["SECONDS", "Endable", "look_after", "unwatch", "watch"]
 

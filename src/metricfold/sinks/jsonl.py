@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from metricfold.histogram import Histogram
+from metricfold._core.sketch import Histogram
 from metricfold.metric import check_name
 from metricfold.sinks.files import AppendFile
 from metricfold.sinks.loud import mention

@@ -14,21 +14,21 @@ from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from metricfold import hints
-from metricfold.copies import OneInUse, where_found
-from metricfold.listing import internal, shortened
-from metricfold.naming import check_prefix, repeated
+from metricfold._core.fold import hints
+from metricfold._core.fold.names import check_prefix, repeated
+from metricfold._core.runtime.copies import OneInUse, where_found
+from metricfold._core.runtime.listing import internal, shortened
+from metricfold._core.runtime.staging import refuse_while_traced
+from metricfold._core.runtime.uncompiled import leave_alone, uncompiled
+from metricfold._core.view.snapshot import Snapshot, WindowLike, check_window
+from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold.sinks.ends import SECONDS, look_after, unwatch, watch
 from metricfold.sinks.pipeline import Entry, Extra, Pipeline
 from metricfold.sinks.record import Sink, checked_numbers
 from metricfold.sinks.worker import error_of
-from metricfold.snapshot import Snapshot, WindowLike, check_window
-from metricfold.staging import refuse_while_traced
-from metricfold.tables import Rollup, check_rollup
-from metricfold.uncompiled import leave_alone, uncompiled
 
 if TYPE_CHECKING:
-    from metricfold.aggregator import MetricsAggregator
+    from metricfold._core.intake.aggregator import MetricsAggregator
 
 __all__ = ["MetricsLogger", "SinkError"]
 

@@ -17,15 +17,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
 
-from metricfold.histogram import Histogram
-from metricfold.processes import start_thread
+from metricfold._core.runtime.processes import start_thread
+from metricfold._core.sketch import Histogram
+from metricfold._core.view.snapshot import Snapshot, WindowLike
+from metricfold._core.view.tables import Rollup
 from metricfold.sinks.early import Watch
 from metricfold.sinks.loud import say
 from metricfold.sinks.record import Record, Sink, checked_numbers
 from metricfold.sinks.selection import SelectiveSink
 from metricfold.sinks.worker import SinkWorker, wait_for
-from metricfold.snapshot import Snapshot, WindowLike
-from metricfold.tables import Rollup
 
 __all__ = ["Entry", "Extra", "Pipeline"]
 

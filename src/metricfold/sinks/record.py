@@ -11,9 +11,9 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from metricfold import hints
-from metricfold.arrays import unwrapped
-from metricfold.histogram import Histogram
+from metricfold._core.device.arrays import unwrapped
+from metricfold._core.fold import hints
+from metricfold._core.sketch import Histogram
 from metricfold.metric import check_name
 
 __all__ = ["Record", "RecordRefused", "Sink", "checked_numbers"]

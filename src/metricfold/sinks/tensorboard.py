@@ -19,7 +19,7 @@ from metricfold.sinks.record import Record
 from metricfold.sinks.selection import SelectiveSink, require
 
 if TYPE_CHECKING:
-    from metricfold.histogram import Histogram
+    from metricfold._core.sketch import Histogram
 
 __all__ = ["TensorBoardSink"]
 

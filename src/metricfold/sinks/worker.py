@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
-from metricfold.processes import start_thread
+from metricfold._core.runtime.processes import start_thread
 from metricfold.sinks.loud import mention, say
 from metricfold.sinks.record import Record, Sink
 

@@ -35,13 +35,14 @@ from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
-from metricfold.arrays import is_sharded, of_mesh, whole_tensor
-from metricfold.copies import copied_plainly
-from metricfold.device_lanes import COUNTS, EXTREMA, MOMENTS, SUMS, HostArrays, Layout
-from metricfold.listing import internal
+from metricfold._core.device.arrays import is_sharded, of_mesh, whole_tensor
+from metricfold._core.device.rows import COUNTS, EXTREMA, MOMENTS, SUMS, HostArrays, Layout
+from metricfold._core.runtime.copies import copied_plainly
+from metricfold._core.runtime.listing import internal
+from metricfold._core.runtime.processes import watch_forks
+from metricfold._core.runtime.recomputation import not_given_before, recomputed
+from metricfold._core.runtime.uncompiled import uncompiled
 from metricfold.metric import AggregationType
-from metricfold.processes import watch_forks
-from metricfold.recomputation import not_given_before, recomputed
 from metricfold.torch.folding import (
     IN_ORDER,
     WEIGHING,
@@ -59,7 +60,6 @@ from metricfold.torch.folding import (
 )
 from metricfold.torch.fused import FOLDS, triton_for
 from metricfold.torch.recomputing import asked, counts
-from metricfold.uncompiled import uncompiled
 
 __all__ = ["AccumulatorMark", "DeviceAccumulator"]
 

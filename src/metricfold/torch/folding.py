@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metricfold.device_lanes import (
+from metricfold._core.device.rows import (
     CELLS,
     COUNTS,
     EXTREMA,

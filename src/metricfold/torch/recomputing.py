@@ -5,7 +5,7 @@
     with metricfold.torch.recomputing():                     # at other weights, as SAM does
         loss_of(model, batch).backward()
 
-Activation checkpointing needs neither: `metricfold.recomputation` says how it is recognised.
+Activation checkpointing needs neither: `metricfold._core.runtime.recomputation` says how it is recognised.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from metricfold.recomputation import open_blocks, recomputed, said
+from metricfold._core.runtime.recomputation import open_blocks, recomputed, said
 
 __all__ = ["asked", "counts", "once", "recomputing"]
 

@@ -1,0 +1,1 @@
+"""Arrays on devices: held without a wait, read all at once, and what accumulators hold."""

@@ -1,0 +1,438 @@
+"""What an accumulator on a device holds, and what it says to an aggregator; of no framework.
+
+A *row* is one metric of one dataset. Every row has the same few lanes, so that an accumulator is a
+handful of arrays however many metrics there are:
+
+    counts   (rows, 4)            values, NaN, +inf, -inf
+    sums     (rows, 3, parts)     sum of w·x, of w, of w²
+    extrema  (rows, 2)            largest x, largest -x
+    grid     (rows · CELLS, 3, parts) of DISTRIBUTIONs: sums of w, w·u and w·u² in each bucket
+    refused  (metrics, 2)         values with a dataset or a weight that cannot be
+
+A sum is what its parts come to: one float64, or two float32, of which the second holds what the first
+has rounded away.
+
+Where the arrays are open to a program that knows nothing of them, as in JAX, the names of metrics and
+datasets lie beside them, and a *fingerprint* ties the two together. It is a word that says which layout
+the arrays are of and, by a checksum, that they have come about by folding. Whatever adds up, averages,
+casts or zeroes the arrays as it would plain metrics leaves a word that is of no layout.
+
+The buckets are those of `bucket_index` at m = 6, which a device finds by shifting a float32's bits;
+u is the position inside of the bucket. CELLS is one cell for each of them, negative ones first, and
+one for zero in the middle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Reversible, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from metricfold._core.fold import hints
+from metricfold._core.fold.handlers import LaneState, State, WindowState
+from metricfold._core.fold.names import Key
+from metricfold._core.fold.sample import BUCKETS
+from metricfold.metric import AggregationType, check_name, resolve_type, type_label
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = [
+    "CELLS",
+    "COUNTS",
+    "EXTREMA",
+    "FRACTION_BITS",
+    "MOMENTS",
+    "SUMS",
+    "ZERO_CELL",
+    "Accumulator",
+    "Drained",
+    "HostArrays",
+    "Layout",
+    "M",
+    "checksum",
+    "with_checksum",
+    "without_checksum",
+]
+
+_logger = logging.getLogger("metricfold")
+
+COUNTS, SUMS, EXTREMA, MOMENTS = 4, 3, 2, 3
+"""Lanes of a row, and of a cell."""
+
+M = 6
+"""Mantissa bits of a bucket index."""
+FRACTION_BITS = 23 - M
+"""Bits of a float32's mantissa that say where in its bucket a value is."""
+_PER_SIGN = 254 << M
+"""Buckets of the normal float32 of one sign; devices take subnormals for zero."""
+ZERO_CELL = _PER_SIGN
+CELLS = 2 * _PER_SIGN + 1
+_FIRST_INDEX = ((1023 - 126) << M) + 1
+"""What `bucket_index` says of the least normal float32."""
+
+_MOST_SQUARES = 1e300
+"""What stands for a sum of squares of weights that has overflowed, which only says how few values weigh."""
+
+_BELOW_FIRST = (1 << 31) - 1
+
+_AGGREGATIONS = (
+    AggregationType.MEAN,
+    AggregationType.SUM,
+    AggregationType.MAX,
+    AggregationType.MIN,
+    AggregationType.DISTRIBUTION,
+)
+
+Array = npt.NDArray[Any]
+
+
+class HostArrays(NamedTuple):
+    """The arrays of an accumulator, on the host."""
+
+    counts: Array
+    sums: Array
+    extrema: Array
+    grid: Array | None
+    refused: Array
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which metrics and datasets an accumulator holds, and in which rows.
+
+    Args:
+        names: of the metrics.
+        types: the aggregation of each.
+        datasets: their names; one empty name stands for metrics without a dataset.
+    """
+
+    names: tuple[str, ...]
+    types: tuple[AggregationType, ...]
+    datasets: tuple[str, ...]
+
+    @classmethod
+    def of(cls, metrics: Mapping[str, object], datasets: Iterable[str]) -> Layout:
+        """Return the layout of `metrics`, by name, in each of `datasets`.
+
+        Raises:
+            TypeError, ValueError: there is no metric, one has an aggregation that accumulators do
+                not know, or a name is no name.
+        """
+        if not isinstance(metrics, Mapping) or not metrics:
+            raise TypeError(
+                f'metrics={metrics!r}: give each metric\'s aggregation by name, as in {{"loss": '
+                '"mean"}'
+            )
+        if isinstance(datasets, str):
+            raise TypeError(f"datasets={datasets!r}: give a list of names, as in ({datasets!r},)")
+        if isinstance(datasets, AbstractSet) and not isinstance(datasets, Reversible):
+            raise TypeError(
+                f"datasets={datasets!r}: a set has another order in each process, and a value's "
+                "dataset id is the place of its dataset: give a list, such as sorted(datasets)"
+            )
+        given = tuple(datasets)
+        for name in metrics:
+            check_name("the name of a metric", name)
+        for dataset in given:
+            check_name("the name of a dataset", dataset)
+        if len(set(given)) < len(given):
+            raise ValueError(f"datasets={given!r}: give each name once")
+        types = tuple(_checked_type(name, agg) for name, agg in metrics.items())
+        return cls(tuple(metrics), types, given or ("",))
+
+    def as_json(self) -> str:
+        """Return what `from_json` reads."""
+        types = [agg_type.value for agg_type in self.types]
+        return json.dumps({"names": self.names, "types": types, "datasets": self.datasets})
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        """Return the layout of which `as_json` has said this."""
+        said = json.loads(text)
+        types = tuple(map(AggregationType, said["types"]))
+        return cls(tuple(said["names"]), types, tuple(said["datasets"]))
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """What arrays of this layout that have seen nothing carry, in 32 bits.
+
+        The first and the last bit are set, so that neither twice nor half of it is it, and no float32
+        holds it. Ten bits say that the others are a fingerprint, of whichever layout.
+        """
+        digest = hashlib.blake2s(self.as_json().encode()).digest()
+        identity = int.from_bytes(digest[:4], "little") & 0xFFFFF
+        return 1 << 31 | identity << 11 | _echo(identity) << 1 | 1
+
+    def check_fingerprint(self, found: int) -> None:
+        """Check the fingerprint of arrays, less the checksum that it carries.
+
+        Raises:
+            ValueError: it is not that of this layout.
+        """
+        if found == self.fingerprint:
+            return
+        identity = found >> 11 & 0xFFFFF
+        holds = ", ".join(f"{n}: {t.value}" for n, t in zip(self.names, self.types, strict=True))
+        holds += f"; datasets {self.datasets!r:.300}" if self.datasets != ("",) else ""
+        if found == 1 << 31 | identity << 11 | _echo(identity) << 1 | 1:
+            raise ValueError(
+                f"the arrays in this accumulator ({holds}) are of one with other metrics, aggregations "
+                "or datasets, or with the same in another order: such as from a checkpoint that was "
+                "saved before they were changed. Restore it into an accumulator that is made as that "
+                "was, drain it, and go on with a new one"
+            )
+        raise ValueError(
+            f"the arrays in this accumulator ({holds}) have been added up, averaged, scaled, cut or filled "
+            "with zeros, as by psum, tree.map(jnp.add, ...) or zeros_like, and say nothing any more. "
+            "Accumulators are brought together by merge() and reduce(), begun anew by empty(), and kept "
+            "out of what averages a training state"
+        )
+
+    @property
+    def rows(self) -> int:
+        return len(self.names) * len(self.datasets)
+
+    @cached_property
+    def distributions(self) -> tuple[str, ...]:
+        """The names of the DISTRIBUTIONs, in the order of their cells."""
+        return tuple(
+            name
+            for name, agg_type in zip(self.names, self.types, strict=True)
+            if agg_type is AggregationType.DISTRIBUTION
+        )
+
+    @property
+    def cells(self) -> int:
+        return len(self.distributions) * len(self.datasets) * CELLS
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of `HostArrays`."""
+        return (
+            (self.rows, COUNTS),
+            (self.rows, SUMS, 2),
+            (self.rows, EXTREMA),
+            (self.cells, MOMENTS, 2),
+            (len(self.names), 2),
+        )
+
+    def place(self, name: str) -> int:
+        """Return which of the metrics `name` is; raises ValueError if it is none."""
+        try:
+            return self.names.index(name)
+        except ValueError:
+            known = ", ".join(map(repr, self.names))
+            raise ValueError(
+                f"this accumulator has no metric {name!r}, but {known}: name them all when it is made"
+            ) from None
+
+    def keys(self) -> Iterator[tuple[Key, AggregationType]]:
+        """Yield the key of each row, in order, and its aggregation."""
+        for name, agg_type in zip(self.names, self.types, strict=True):
+            for dataset in self.datasets:
+                yield (dataset, name), agg_type
+
+    def states(self, arrays: HostArrays) -> Iterator[tuple[Key, State]]:
+        """Yield what `arrays` say of each key that has received anything."""
+        sums = arrays.sums.astype(np.float64).sum(axis=-1)
+        # Where the first overflowed, the second is meaningless.
+        sums = np.where(np.isfinite(arrays.sums[..., 0]), sums, arrays.sums[..., 0])
+        for row, (key, agg_type) in enumerate(self.keys()):
+            counts = arrays.counts[row].tolist()
+            if not counts[0]:
+                continue
+            extrema = arrays.extrema[row].astype(np.float64)
+            if agg_type is AggregationType.DISTRIBUTION:
+                assert arrays.grid is not None
+                name, dataset = divmod(row, len(self.datasets))
+                place = self.distributions.index(self.names[name]) * len(self.datasets) + dataset
+                cells = arrays.grid[place * CELLS : (place + 1) * CELLS]
+                yield key, _window_state(counts, sums[row], extrema, cells)
+            else:
+                yield key, _lane_state(agg_type, counts, sums[row], extrema)
+
+    def complaints(self, refused: Array) -> Iterator[str]:
+        """Yield what to tell the user about values that were left out."""
+        for name, (strangers, unweighable, *unheld) in zip(
+            self.names, refused.tolist(), strict=True
+        ):
+            if strangers:
+                yield (
+                    f"{strangers} values of metric {name!r} came with dataset_ids outside of "
+                    f"0..{len(self.datasets) - 1} and were left out: each must be the place of a "
+                    f"name in datasets={self.datasets!r:.300}"
+                )
+            if unweighable:
+                yield (
+                    f"{unweighable} values of metric {name!r} came with weights that are negative, "
+                    "infinite or NaN, or, of JAX, beyond 2^63 or integers that no float32 is, and were left out"
+                )
+            if sum(unheld):
+                yield (
+                    f"{sum(unheld)} values of metric {name!r} are integers of more than 48 bits, which is "
+                    "what an accumulator holds, and were left out"
+                )
+
+
+def _echo(identity: int) -> int:
+    return (identity ^ identity >> 10) & 0x3FF
+
+
+def checksum(words: Any) -> Any:
+    """Return a number that the sum, the mean or the maximum of two arrays of words does not have.
+
+    Args:
+        words: uint32, shape (rows, columns), of NumPy or JAX. Of zeros it is 0.
+
+    Returns:
+        uint32, even, below 2^31: the first and the last bit of a fingerprint are its own.
+    """
+    place = np.arange(words.size, dtype=np.uint32).reshape(words.shape)
+    mixed = words * (place * np.uint32(0x9E3779B2) + np.uint32(0x85EBCA6B))
+    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0xC2B2AE35)
+    total = (mixed ^ (mixed >> np.uint32(13))).sum(dtype=np.uint32)
+    return (total << np.uint32(1)) & np.uint32(_BELOW_FIRST)
+
+
+def with_checksum(fingerprint: Any, checksum: Any) -> Any:
+    """Return a fingerprint that carries `checksum`, both uint32."""
+    return ((fingerprint + checksum) & np.uint32(_BELOW_FIRST)) | (fingerprint & np.uint32(1 << 31))
+
+
+def without_checksum(fingerprint: Any, checksum: Any) -> Any:
+    """Undo `with_checksum`."""
+    return ((fingerprint - checksum) & np.uint32(_BELOW_FIRST)) | (fingerprint & np.uint32(1 << 31))
+
+
+def _checked_type(name: str, agg: object) -> AggregationType:
+    agg_type = resolve_type(agg)
+    if agg_type not in _AGGREGATIONS:
+        known = ", ".join(repr(known.value) for known in _AGGREGATIONS)
+        raise ValueError(
+            f"metric {name!r} has the aggregation {type_label(agg_type)!r}, which no accumulator on "
+            f"a device can do: use one of {known}, or record() it"
+            f"{hints.for_label(type_label(agg_type))}"
+        )
+    assert isinstance(agg_type, AggregationType)
+    return agg_type
+
+
+def _lane_state(
+    agg_type: AggregationType, counts: Sequence[int], sums: Array, extrema: Array
+) -> LaneState:
+    count, nans, up, down = map(float, counts)
+    if agg_type is AggregationType.MAX:
+        return LaneState((count, nans), (float(extrema[0]),))
+    if agg_type is AggregationType.MIN:
+        return LaneState((count, nans), (float(extrema[1]),))
+    total, weight = float(sums[0]), float(sums[1])
+    # Infinities have not been added up: what they come to is known without.
+    if up or down:
+        total = math.nan if up and down else math.inf if up else -math.inf
+    if agg_type is AggregationType.SUM:
+        return LaneState((count, nans, total))
+    return LaneState((count, nans, total, weight))
+
+
+def _moments(sums: Array) -> Array:
+    """Return sums of w, w·u and w·u² from those of a cell.
+
+    A device without float64 adds up w·k and w·k² of integers k = u · 2^FRACTION_BITS, the latter in two
+    parts, which float64 brings together without a rounding that matters.
+    """
+    if len(sums) == MOMENTS:
+        return sums
+    w, wk, whole, rest = sums
+    return np.stack(
+        [
+            w,
+            np.ldexp(wk, -FRACTION_BITS),
+            np.ldexp(whole, -FRACTION_BITS) + np.ldexp(rest, -2 * FRACTION_BITS),
+        ]
+    )
+
+
+def _window_state(counts: Sequence[int], sums: Array, extrema: Array, cells: Array) -> WindowState:
+    from metricfold._core.sketch import LogLinearHistogram  # noqa: PLC0415 - loaded when first needed
+
+    count, nans, up, down = counts
+    occupied = np.flatnonzero(cells[:, 0, 0])
+    moments = _moments(cells[occupied].astype(np.float64).sum(axis=-1).T)
+    zero = occupied == ZERO_CELL
+    index = np.where(
+        occupied < ZERO_CELL,
+        occupied - (ZERO_CELL - 1) - _FIRST_INDEX,
+        occupied - (ZERO_CELL + 1) + _FIRST_INDEX,
+    )
+    finite = count - nans - up - down
+    histogram = LogLinearHistogram.from_buckets(
+        index[~zero],
+        moments[:, ~zero],
+        M,
+        count=finite,
+        squares=min(float(sums[2]), _MOST_SQUARES),
+        minimum=-float(extrema[1]),
+        maximum=float(extrema[0]),
+        zeros=float(moments[0, zero].sum()),
+        nan_count=nans,
+        posinf_count=up,
+        neginf_count=down,
+        max_buckets=BUCKETS,
+    )
+    lanes = (float(count), float(nans), float(up + down), float(sums[0]), float(sums[1]))
+    return WindowState(lanes, older=histogram if finite else None)
+
+
+# -- On the way to the aggregator ------------------------------------------------------------------
+
+
+class Accumulator(Protocol):
+    """What `MetricsAggregator.drain` takes, of whichever framework."""
+
+    layout: Layout
+
+    def start_read(self) -> Callable[[], HostArrays | None]:
+        """Begin the one transfer; what is returned waits for it, on any thread.
+
+        It returns None where another process contributes the same arrays.
+        """
+
+    def empty(self) -> Self:
+        """Return one of the same layout and placement that holds nothing."""
+
+
+AnyAccumulator = TypeVar("AnyAccumulator", bound=Accumulator)
+
+
+class Drained:
+    """An accumulator on its way from the device to the aggregator."""
+
+    def __init__(self, accumulator: Accumulator) -> None:
+        self._layout = accumulator.layout
+        self._read = accumulator.start_read()
+        self._dropped: set[Key] = set()
+
+    def drop(self, key: Key) -> None:
+        """Leave `key` out."""
+        self._dropped.add(key)
+
+    def arrive(self) -> list[tuple[Key, State]]:
+        """Wait, and return the state of each key; warns of values that were left out."""
+        arrays = self._read()
+        if arrays is None:
+            return []
+        for complaint in self._layout.complaints(arrays.refused):
+            _logger.warning("%s", complaint)
+        return [
+            (key, state) for key, state in self._layout.states(arrays) if key not in self._dropped
+        ]

@@ -1,0 +1,489 @@
+"""Which keys an aggregator knows, with the type, handler and printed names of each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from enum import Enum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from metricfold._core.fold import hints
+from metricfold._core.fold.batch import Column, MetricBatch, check_same_type, fold_metrics
+from metricfold._core.fold.handlers import (
+    AggregationHandler,
+    CategoricalCountAggHandler,
+    DistributionAggHandler,
+    LaneHandler,
+    built_in_handlers,
+    folds_as,
+    name_of,
+    quiet,
+)
+from metricfold._core.fold.names import Claimed, Claims, show
+from metricfold._core.reduce.schema import Entry, Key, Schema, lanes_of
+from metricfold._core.view.derived import DerivedMetric
+from metricfold.metric import TypeLike, resolve_type, type_label
+
+if TYPE_CHECKING:
+    from metricfold._core.reduce.agreement import Agreed
+
+__all__ = ["INSTEAD", "Admission", "KeyRegistry", "KeyTable"]
+
+INSTEAD = "register yours for a type of its own (AggregationType.CUSTOM, your own Enum member or a string)"
+"""What to do where a built-in handler is needed and another one is registered."""
+
+_logger = logging.getLogger("metricfold")
+_BUILT_IN = {agg_type: type(handler) for agg_type, handler in built_in_handlers().items()}
+
+
+class Admission(NamedTuple):
+    """Columns that may be taken in, and the keys that are new with them, with their names."""
+
+    lanes: Sequence[Column]
+    custom: Sequence[tuple[Column, AggregationHandler]]
+    new: Mapping[Key, tuple[TypeLike, AggregationHandler]]
+    claims: Claimed | None
+
+
+_NOTHING_NEW: Mapping[Key, tuple[TypeLike, AggregationHandler]] = {}
+
+
+class KeyTable:
+    """Types, handlers and names.
+
+    Attributes:
+        handlers: what handles each type.
+        of_key: each key's handler. A key keeps the handler that it began with.
+        derived: metrics that are computed from others, by the name that they print.
+        odd: keys that this rank holds otherwise than the ranks have agreed. Values of them have
+            come in while a reduction was under way; the next one refuses them, on all ranks.
+        per_rank: keys of which each rank's values are wanted, whatever the route.
+        kept: the categories that are told apart, of keys that have had more than that.
+        drained: DISTRIBUTIONs of which devices send histograms. Those hold no single values, so
+            that the view of the run is about all values, whatever the window size.
+    """
+
+    def __init__(self, handlers: dict[TypeLike, AggregationHandler]) -> None:
+        self.handlers = handlers
+        self._of_label = {type_label(agg_type): agg_type for agg_type in handlers}
+        # A text and a member of a StrEnum may be equal: then they are one type, called as it was
+        # registered.
+        self._registered = {agg_type: agg_type for agg_type in handlers}
+        self.of_key: dict[Key, AggregationHandler] = {}
+        self.derived: dict[str, DerivedMetric] = {}
+        self.odd: set[Key] = set()
+        self.per_rank: set[Key] = set()
+        self.kept: dict[Key, frozenset[str]] = {}
+        self.drained: set[Key] = set()
+        self._types: dict[Key, TypeLike] = {}
+        self._claims = Claims()
+        self._agreed: Schema | None = None
+        # How keys travel that have the same type and handler as a key has; each such entry once.
+        self._usual: dict[Key, Entry] = {}
+        self._entries: dict[tuple[int, TypeLike], tuple[AggregationHandler, Entry]] = {}
+        self._unhandled: dict[Key, str] = {}
+
+    # -- Types
+
+    def register(self, agg_type: TypeLike, handler: AggregationHandler) -> None:
+        """Let `handler` handle `agg_type` from now on."""
+        if isinstance(agg_type, AggregationHandler):
+            raise TypeError(
+                "register_handler() takes the type first, and then its handler: write "
+                f"register_handler({handler!r}, handler)"
+            )
+        agg_type = resolve_type(agg_type)
+        if not isinstance(handler, AggregationHandler):
+            raise TypeError(
+                f"register_handler() takes an AggregationHandler, but {handler!r} is none: "
+                "subclass AggregationHandler and pass an instance"
+            )
+        label = type_label(agg_type)
+        in_use = [show(key) for key, known in self._types.items() if known == agg_type]
+        if in_use:
+            _logger.warning(
+                "Replacing handler for %s: metrics that it already handles keep the old one (%s); "
+                "metrics seen from now on take the new one",
+                f"{type(agg_type).__name__}.{agg_type.name}"
+                if isinstance(agg_type, Enum)
+                else agg_type,
+                ", ".join(in_use[:5]) + (", ..." if len(in_use) > 5 else ""),
+            )
+        handler = handler.registered()
+        self.handlers[agg_type], self._of_label[label] = handler, agg_type
+        self._registered.setdefault(agg_type, agg_type)
+        if isinstance(agg_type, str):  # which a member of a StrEnum is, too
+            self._of_label.setdefault(str.__str__(agg_type), agg_type)
+        for key, missing in list(self._unhandled.items()):
+            if missing == label:
+                self._learn(key, agg_type, handler)
+                del self._unhandled[key]
+
+    def by_label(self) -> dict[str, AggregationHandler]:
+        """Return the handler of each type, by the type's label."""
+        return {label: self.handlers[agg_type] for label, agg_type in self._of_label.items()}
+
+    def type_of_label(self, label: str) -> TypeLike:
+        """Return the registered type of that label; raises KeyError if there is none."""
+        return self._of_label[label]
+
+    def type_of(self, key: Key) -> TypeLike:
+        """Return the type of a known key, as it was registered."""
+        return self._types[key]
+
+    # -- Taking columns in
+
+    def handler_of(self, key: Key, agg_type: TypeLike) -> AggregationHandler | None:
+        """Return what folds values of `key`: the handler that it began with, else its type's."""
+        if self._types.get(key) == agg_type:
+            return self.of_key[key]
+        return self.handlers.get(agg_type)
+
+    def columns_of(self, batch: MetricBatch) -> Sequence[Column]:
+        """Return the columns of a batch that was folded elsewhere, as the handlers here need."""
+        columns: list[Column] = []
+        for column in batch.columns:
+            handler = self.handler_of(column.key, column.agg_type)
+            if column.state is None and column.metrics:
+                with quiet():
+                    columns += fold_metrics(column.metrics, self.handler_of, in_worker=False)
+                continue
+            if column.state is not None and folds_as(handler) is not _BUILT_IN[column.agg_type]:
+                raise ValueError(
+                    f"{show(column.key)} was folded by MetricsCollator, which knows the built-in "
+                    f"handlers only, but this aggregator has another handler for "
+                    f"{type_label(column.agg_type)!r}: {INSTEAD}"
+                )
+            columns.append(column)
+        return columns
+
+    def admit(self, columns: Sequence[Column]) -> Admission:
+        """Check columns against what is known; changes nothing. Raises ValueError on a clash."""
+        types = self._types
+        unknown: list[tuple[Key, TypeLike]] = []
+        stateless = False
+        for column in columns:
+            stateless = stateless or column.state is None
+            known = types.get(column.key)
+            if known is not None:
+                if known is not column.agg_type:
+                    check_same_type(column.key, known, column.agg_type)
+            elif column.weightless:
+                self._handler_for(column.key, column.agg_type)
+            else:
+                unknown.append((column.key, column.agg_type))
+        new, claims = self._learnable(unknown)
+        if not stateless:
+            return Admission(columns, (), new, claims)
+        # What counts and has no state has a handler without lanes.
+        custom = [
+            (column, new[column.key][1] if column.key in new else self.of_key[column.key])
+            for column in columns
+            if column.state is None and not column.weightless
+        ]
+        lanes = [column for column in columns if column.state is not None]
+        return Admission(lanes, custom, new, claims)
+
+    def admit_keys(self, keys: Iterable[tuple[Key, TypeLike]]) -> Admission:
+        """Check keys of which values may come; changes nothing. Raises ValueError on a clash."""
+        unknown = []
+        for key, agg_type in keys:
+            if key in self._types:
+                check_same_type(key, self._types[key], agg_type)
+            else:
+                unknown.append((key, agg_type))
+        return Admission((), (), *self._learnable(unknown))
+
+    def _learnable(
+        self, unknown: Sequence[tuple[Key, TypeLike]]
+    ) -> tuple[Mapping[Key, tuple[TypeLike, AggregationHandler]], Claimed | None]:
+        """Return what there is to learn about unknown keys; raises ValueError on a clash."""
+        if not unknown:
+            return _NOTHING_NEW, None
+        new: dict[Key, tuple[TypeLike, AggregationHandler]] = {}
+        for key, agg_type in unknown:
+            if key in new:
+                check_same_type(key, new[key][0], agg_type)
+            else:
+                handler = self._handler_for(key, agg_type)
+                new[key] = (self._registered[agg_type], handler)
+        claimed = self._claims.check((key, _suffixes(handler)) for key, (_, handler) in new.items())
+        return new, claimed
+
+    def admit_drained(self, keys: Iterable[tuple[Key, TypeLike]]) -> Admission:
+        """Check keys that a device has folded; changes nothing. Raises ValueError on a clash."""
+        keys = list(keys)
+        admission = self.admit_keys(keys)
+        new: dict[Key, tuple[TypeLike, AggregationHandler]] = {}
+        for key, agg_type in keys:
+            handler = self.of_key.get(key) or admission.new[key][1]
+            if folds_as(handler) is not _BUILT_IN[agg_type]:
+                raise ValueError(
+                    f"{show(key)} was folded on a device, which knows the built-in handlers only, "
+                    f"but this aggregator has another handler for {type_label(agg_type)!r}: {INSTEAD}"
+                )
+            if isinstance(handler, DistributionAggHandler) and handler.window_size is not None:
+                if key not in admission.new:
+                    raise ValueError(
+                        f"{show(key)} holds its most recent values here, and a device sends a "
+                        "histogram of all: give one of them another name, or make the aggregator "
+                        "with dist_window_size=None"
+                    )
+                handler = handler.unbounded()
+            if key in admission.new:
+                new[key] = (agg_type, handler)
+        return Admission((), (), new, admission.claims)
+
+    def commit_drained(self, admission: Admission) -> None:
+        """Take over what `admit_drained` found new."""
+        self.commit(admission)
+        self.drained.update(
+            key
+            for key, (_, handler) in admission.new.items()
+            if isinstance(handler, DistributionAggHandler)
+        )
+
+    def _handler_for(self, key: Key, agg_type: TypeLike) -> AggregationHandler:
+        handler = self.handlers.get(agg_type)
+        if handler is None:
+            known = ", ".join(sorted(self.by_label()))
+            raise ValueError(
+                f"{show(key)} has the aggregation type {type_label(agg_type)!r}, for which no "
+                "handler is registered: call register_handler() first, or use one of "
+                f"{known}{hints.for_label(type_label(agg_type))}"
+            )
+        return handler
+
+    def commit(self, admission: Admission) -> None:
+        """Take over what `admit` found new."""
+        if admission.claims is None:
+            return
+        # Names that are claimed may be claimed again, if an interrupt comes before their keys are known.
+        self._claims.commit(admission.claims)
+        for key, (agg_type, handler) in admission.new.items():
+            self._learn(key, agg_type, handler)
+
+    def _learn(self, key: Key, agg_type: TypeLike, handler: AggregationHandler) -> None:
+        known = self._entries.get((id(handler), agg_type))
+        if known is None or known[0] is not handler:
+            known = handler, _usual_entry(handler, type_label(agg_type))
+            self._entries[id(handler), agg_type] = known
+        # All or none, whatever a signal's handler raises.
+        self._types[key], self.of_key[key], self._usual[key] = agg_type, handler, known[1]
+
+    def derive(self, name: str, metric: DerivedMetric) -> None:
+        """Add the derived metric `name`; raises ValueError if that is taken."""
+        self._claims.derive(name)
+        self.derived[name] = metric
+
+    # -- What the ranks agree on
+
+    def entry(self, key: Key) -> Entry:
+        """Return how `key` travels, as far as its handler decides it."""
+        usual = self._usual[key]
+        return usual._replace(
+            key=key,
+            per_rank=key in self.per_rank and not usual.custom,
+            drained=usual.distributed and key in self.drained,
+        )
+
+    def adopt(self, agreed: Agreed, losers: Iterable[Key]) -> str:
+        """Take over what the ranks have agreed on; returns what this rank cannot do with it.
+
+        Args:
+            agreed: the keys, and which of them are new.
+            losers: keys that this rank brought, and that the others hold otherwise.
+        """
+        losers = list(losers)
+        for key in losers:
+            del self._types[key], self.of_key[key], self._usual[key]
+            self.drained.discard(key)
+        changed = agreed.changed
+        if losers or not self._claim_new(agreed):
+            changed = list(agreed.schema)
+            self._claim_anew(agreed.schema)
+        for entry in changed:
+            if entry.key not in self._types:
+                self._take_over(entry)
+            if entry.key in self._types and not entry.compatible(self._usual[entry.key]):
+                self.odd.add(entry.key)
+            if entry.full:
+                self.kept[entry.key] = frozenset(entry.categories)
+        self._agreed = agreed.schema
+        return self.trouble()
+
+    def _claim_new(self, agreed: Agreed) -> bool:
+        """Claim the names of keys that are new; returns whether that is all there is to claim."""
+        if self._agreed is None and not agreed.before.entries:
+            self._agreed = agreed.before
+        if self._agreed is not agreed.before:
+            return False
+        unknown = []
+        for entry in agreed.changed:
+            if entry.key not in agreed.before:
+                handler = self.of_key.get(entry.key)
+                if handler is None:
+                    unknown.append((entry.key, entry.suffixes))
+                elif entry.key in self.odd or entry.suffixes != self._usual[entry.key].suffixes:
+                    return False
+        try:
+            self._claims.add(unknown)
+        except ValueError:
+            return False
+        return True
+
+    def _claim_anew(self, schema: Schema) -> None:
+        """Let what the ranks have agreed on come first, then what is known here alone."""
+        self._claims = Claims()
+        self._claims.add((entry.key, entry.suffixes) for entry in schema)
+        self.odd, self.kept = set(), {}
+        for key, handler in self.of_key.items():
+            if key not in schema:
+                try:
+                    self._claims.add([(key, _suffixes(handler))])
+                except ValueError:
+                    self.odd.add(key)
+        for name in list(self.derived):
+            try:
+                self._claims.derive(name)
+            except ValueError as error:
+                _logger.warning("the derived metric %r is given up: %s", name, error)
+                del self.derived[name]
+
+    def _take_over(self, entry: Entry) -> None:
+        try:
+            agg_type = self.type_of_label(entry.type)
+        except KeyError:
+            self._unhandled[entry.key] = entry.type
+            return
+        self._learn(entry.key, agg_type, self._as_agreed(entry, self.handlers[agg_type]))
+        if entry.drained:
+            self.drained.add(entry.key)
+
+    @staticmethod
+    def _as_agreed(entry: Entry, handler: AggregationHandler) -> AggregationHandler:
+        """Return what handles the values of `entry`: without a bound, if devices send it."""
+        if entry.drained and isinstance(handler, DistributionAggHandler):
+            return handler.unbounded()
+        return handler
+
+    def trouble(self) -> str:
+        """Return why this rank cannot take part in a reduction, or nothing."""
+        return "; ".join(
+            f"{show(key)} has the aggregation type {label!r}, for which no handler is registered "
+            "here: call register_handler() on every rank"
+            for key, label in self._unhandled.items()
+        )
+
+    def check_saved(
+        self, entries: Collection[Entry], custom_types: Collection[tuple[Key, str]]
+    ) -> Admission:
+        """Check the keys of a checkpoint; changes nothing. Raises ValueError if one cannot be."""
+        keys: list[tuple[Key, TypeLike]] = []
+        labels = [(entry.key, entry.type) for entry in entries]
+        for key, label in dict.fromkeys([*labels, *custom_types]):
+            try:
+                agg_type = self.type_of_label(label)
+            except KeyError:
+                raise ValueError(
+                    f"the state holds {show(key)} of type {label!r}, for which no handler is "
+                    "registered: call register_handler() before load_state_dict()"
+                ) from None
+            keys.append((key, agg_type))
+        admission = self.admit_keys(keys)
+        new = dict(admission.new)
+        for entry in entries:
+            if entry.key in new:
+                agg_type, handler = new[entry.key]
+                new[entry.key] = (agg_type, self._as_agreed(entry, handler))
+            handler = self.of_key.get(entry.key) or new[entry.key][1]
+            usual = _usual_entry(handler, entry.type)
+            held, has = entry.lanes, "no lanes"
+            if isinstance(handler, LaneHandler):
+                has = lanes_of(handler.sum_width, handler.max_width)
+            if held != has:
+                raise ValueError(
+                    f"the state holds {show(entry.key)} with {held}, but {name_of(handler)} has "
+                    f"{has}: register the handler that saved it"
+                )
+            if isinstance(handler, DistributionAggHandler) and entry.bounded != (
+                handler.window_size is not None
+            ):
+                saved = "a window size" if entry.bounded else "dist_window_size=None"
+                raise ValueError(
+                    f"the state holds {show(entry.key)} with {saved}, but this aggregator has "
+                    f"dist_window_size={handler.window_size}: recent values cannot stand for all, "
+                    "nor all for recent ones; make the aggregator as the one that saved"
+                )
+            if entry.distributed != usual.distributed or (entry.categories and not usual.most):
+                raise ValueError(
+                    f"the state holds {show(entry.key)} as what {name_of(handler)} does not keep: "
+                    "register the handler that saved it"
+                )
+        return admission._replace(new=new)
+
+    def commit_saved(self, entries: Iterable[Entry], admission: Admission) -> None:
+        """Take over what `check_saved` found new."""
+        self.commit(admission)
+        self.drained.update(entry.key for entry in entries if entry.drained)
+
+
+class KeyRegistry:
+    """What a reduction, on whatever thread it runs, asks about keys (agreement.Registry).
+
+    Args:
+        keys: the aggregator's table.
+        lock: guards it.
+        forget: drops what the aggregator holds of a key; returns how many values that were.
+    """
+
+    def __init__(
+        self,
+        keys: KeyTable,
+        lock: AbstractContextManager[Any],
+        forget: Callable[[Key], int],
+    ) -> None:
+        self._keys = keys
+        self._lock = lock
+        self._forget = forget
+        self.entry = keys.entry
+
+    def handler(self, key: Key) -> AggregationHandler:
+        return self._keys.of_key[key]
+
+    def per_rank(self) -> set[Key]:
+        return self._keys.per_rank
+
+    def odd(self) -> set[Key]:
+        return self._keys.odd
+
+    def adopt(self, agreed: Agreed, losers: Mapping[Key, int]) -> str:
+        with self._lock:
+            for key, count in losers.items():
+                values = count + self._forget(key)
+                _logger.warning(
+                    "dropped %s of %s: the other ranks hold that name otherwise",
+                    # A handler without lanes keeps no count.
+                    f"{values} values" if values else "what came in",
+                    show(key),
+                )
+            return self._keys.adopt(agreed, losers)
+
+
+def _suffixes(handler: AggregationHandler) -> tuple[str, ...]:
+    # What a handler without lanes will call its results is known only when it finalises.
+    return handler.suffixes() if isinstance(handler, LaneHandler) else ("",)
+
+
+def _usual_entry(handler: AggregationHandler, label: str) -> Entry:
+    """Return how keys of a handler travel: an entry without a key."""
+    suffixes = _suffixes(handler)
+    if not isinstance(handler, LaneHandler):
+        return Entry(("", ""), label, 0, 0, suffixes)
+    entry = Entry(("", ""), label, handler.sum_width, handler.max_width, suffixes)
+    if isinstance(handler, DistributionAggHandler):
+        return entry._replace(distributed=True, bounded=handler.window_size is not None)
+    if isinstance(handler, CategoricalCountAggHandler):
+        return entry._replace(most=handler.max_categories)
+    return entry

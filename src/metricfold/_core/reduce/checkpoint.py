@@ -1,0 +1,343 @@
+"""A checkpoint of an aggregator: three plain keys, valid on any number of ranks.
+
+    {"format": "metricfold", "version": 1, "payload": "{...}"}
+
+The payload is JSON text, so the state passes through `torch.load(weights_only=True)`, `json`,
+`torch.distributed.checkpoint` (which restores only keys that the destination already has: these
+three are always there) and Orbax alike. Arrays are base64 of little-endian float64, bit for bit.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import index
+from typing import Any
+
+import numpy as np
+
+from metricfold._core.fold.custom import SavedState, check_saved_states
+from metricfold._core.fold.sample import (
+    MOST_SAVED,
+    FloatArray,
+    Pool,
+    Window,
+    histogram_from,
+    new_histogram,
+)
+from metricfold._core.reduce.announced import entries_from
+from metricfold._core.reduce.schema import Key, Schema
+from metricfold._core.reduce.totals import NOBODY, Totals
+from metricfold._core.sketch.weights import weighable
+from metricfold.metric import escaped
+
+__all__ = ["FORMAT", "VERSION", "Saved", "checksum", "decode", "encode", "share"]
+
+FORMAT = "metricfold"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a checkpoint holds.
+
+    Args:
+        run: the run total.
+        interval: what the open interval holds so far.
+        windows: recent values of each DISTRIBUTION that has a window size, by rank that saved.
+        custom: states of handlers without lanes, of all ranks, per view.
+        reductions: how many the ranks have had in the run: ranks that go on from states of different
+            reductions find out by it.
+    """
+
+    run: Totals
+    interval: Totals
+    windows: Mapping[Key, Sequence[Window]]
+    custom: Mapping[str, list[SavedState]]
+    reductions: int = 0
+
+
+def encode(saved: Saved) -> dict[str, Any]:
+    """Return `saved` as a state dict of plain types."""
+    content = {
+        "entries": json.loads(saved.run.schema.to_json()),
+        "run": _encode_totals(saved.run),
+        "interval": _encode_totals(saved.interval.moved(saved.run.schema)),
+        "windows": [
+            [list(key), [_encode_window(window) for window in _thinned(windows)]]
+            for key, windows in saved.windows.items()
+        ],
+        "custom": saved.custom,
+        "reductions": saved.reductions,
+    }
+    payload = _json({"checksum": checksum(content), "content": content})
+    return {"format": FORMAT, "version": VERSION, "payload": payload}
+
+
+def decode(state: object) -> Saved:
+    """Return what `state` holds.
+
+    Raises:
+        ValueError: the state is foreign, newer, truncated or damaged; the message says which.
+    """
+    if not isinstance(state, Mapping) or "format" not in state or "payload" not in state:
+        found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(
+            "this is no state of a MetricsAggregator: it must have the keys 'format', 'version' "
+            f"and 'payload', but it has {found}"
+        )
+    if state["format"] != FORMAT:
+        raise ValueError(
+            f"this state was written by {state['format']!r}, not by {FORMAT!r}: load the part of "
+            "the checkpoint that MetricsAggregator.state_dict() returned"
+        )
+    version = state.get("version")
+    if version != VERSION:
+        newer = isinstance(version, int) and version > VERSION
+        raise ValueError(
+            f"this state has version {version!r}, and this metricfold reads version {VERSION}"
+            + (": install a newer metricfold" if newer else "")
+        )
+    payload = state["payload"]
+    if not isinstance(payload, str):
+        raise ValueError(
+            f"the state's payload is {type(payload).__name__}, not text: it is damaged"
+        )
+    content = _checked_content(payload)
+    try:
+        with np.errstate(all="ignore"):
+            return _decoded(content)
+    except _NOT_WRITTEN as error:
+        # Its checksum is right, so it was written like that.
+        raise ValueError(
+            f"the state's payload is not what MetricsAggregator.state_dict() writes "
+            f"({type(error).__name__}: {escaped(str(error))[:_MOST_SAID]}): load an earlier checkpoint"
+        ) from error
+
+
+_NOT_WRITTEN = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+_MOST_SAID = 1000
+
+
+def _decoded(content: Any) -> Saved:
+    schema = Schema(entries_from(content["entries"], settled=True))
+    saved = Saved(
+        run=_decode_totals(schema, content["run"]),
+        interval=_decode_totals(schema, content["interval"]),
+        windows=_by_key(
+            [key, [_decode_window(window) for window in _listed(windows)]]
+            for key, windows in content["windows"]
+        ),
+        custom={view: content["custom"][view] for view in ("run", "interval")},
+        reductions=content.get("reductions", 0),  # older states lack it
+    )
+    if type(saved.reductions) is not int or not 0 <= saved.reductions < _LARGEST_COUNT:
+        raise ValueError("it counts reductions by what is no whole number")
+    for states in saved.custom.values():
+        check_saved_states(states)
+    _check_fit(schema, saved)
+    return saved
+
+
+def _check_fit(schema: Schema, saved: Saved) -> None:
+    """Refuse values of keys that the schema lacks or knows as something else."""
+    recent = {entry.key for entry in schema.distributions if entry.bounded}
+    accumulating = {entry.key for entry in schema.distributions if not entry.bounded}
+    pools = saved.run.pools.keys() | saved.interval.pools.keys()
+    custom = {entry.key: entry.type for entry in schema if entry.custom}
+    if not (saved.windows.keys() <= recent and pools <= accumulating):
+        raise ValueError("it holds values of a metric that is no such DISTRIBUTION")
+    for states in saved.custom.values():
+        for state in states:
+            if custom.get((state["dataset"], state["name"])) != state["type"]:
+                raise ValueError("it holds a state of a metric whose handler has none")
+
+
+def share(windows: Sequence[Window], rank: int, world_size: int, limit: int) -> Window:
+    """Return one rank's share of the windows that some number of ranks saved.
+
+    Values are dealt out one by one, by age, so that each rank gets its part of the recent ones;
+    those of the open interval stay the newest. What a histogram holds goes to the first rank.
+    """
+    weighted = any(window.weights is not None for window in windows)
+    older = [(w, slice(0, w.values.size - w.fresh)) for w in windows]
+    fresh = [(w, slice(w.values.size - w.fresh, None)) for w in windows]
+    dealt = [_deal(part, rank, world_size, weighted=weighted) for part in (older, fresh)]
+    values = np.concatenate([values for values, _ in dealt])
+    weights = np.concatenate([weights for _, weights in dealt]) if weighted else None
+    histograms = [window.older for window in windows if window.older is not None]
+    histogram = new_histogram(histograms) if histograms and rank == 0 else None
+    return Window(values, weights, dealt[1][0].size, histogram).limited(limit)
+
+
+def _deal(
+    parts: Iterable[tuple[Window, slice]], rank: int, world_size: int, *, weighted: bool
+) -> tuple[FloatArray, FloatArray]:
+    values: list[FloatArray] = []
+    weights: list[FloatArray] = []
+    ages: list[FloatArray] = []
+    for window, keep in parts:
+        part = window.values[keep]
+        values.append(part)
+        ones = np.ones(window.values.size) if window.weights is None else window.weights
+        weights.append(ones[keep])
+        ages.append(np.arange(part.size, 0, -1, dtype=np.float64))
+    if not values:
+        return np.empty(0), np.empty(0)
+    # Oldest first; those of one age in the order of the ranks that saved them.
+    order = np.argsort(-np.concatenate(ages), kind="stable")
+    mine = order[::-1][rank::world_size][::-1]
+    return np.concatenate(values)[mine], np.concatenate(weights)[mine]
+
+
+def _thinned(windows: Sequence[Window]) -> Sequence[Window]:
+    """Thin the windows evenly, so that all together hold at most `MOST_SAVED`."""
+    most = max(MOST_SAVED // max(len(windows), 1), 1)
+    if all(window.values.size <= most for window in windows):
+        return windows
+    # Values of the open interval must not get fewer: they go on in a histogram.
+    open_interval = Pool.joined([window.interval() for window in windows])
+    first, *others = (window.thinned(most).closed() for window in windows)
+    return [first._replace(older=open_interval.condensed()), *others]
+
+
+def _encode_totals(totals: Totals) -> dict[str, Any]:
+    return {
+        "sums": _to_text(totals.sums),
+        "lost": _to_text(totals.lost),
+        "maxs": _to_text(totals.maxs),
+        "seconds": totals.seconds,
+        "pools": [
+            [list(key), _encode_window(Window(pool.values, pool.weights, 0, pool.histogram))]
+            for key, pool in totals.pools.items()
+        ],
+    }
+
+
+def _decode_totals(schema: Schema, content: Mapping[str, Any]) -> Totals:
+    totals = Totals(
+        schema,
+        _to_array(content["sums"]),
+        _to_array(content["lost"]),
+        _to_array(content["maxs"]),
+        # Ranks of another job would say nothing here.
+        np.full(schema.max_width, NOBODY, dtype=np.int64),
+        np.zeros(schema.max_width, dtype=np.int64),
+        _number(content["seconds"]),
+        _by_key([key, _decode_pool(pool)] for key, pool in content["pools"]),
+    )
+    widths = (totals.sums.size, totals.lost.size, totals.maxs.size)
+    if widths != (schema.sum_width, schema.sum_width, schema.max_width):
+        raise ValueError("its totals do not fit its keys")
+    if not 0.0 <= totals.seconds < math.inf:
+        raise ValueError(f"its wall time is {totals.seconds!r} seconds")
+    counts = totals.sums[schema.counting] + totals.lost[schema.counting]
+    if not ((counts >= 0) & (counts <= _LARGEST_COUNT) & (counts == np.floor(counts))).all():
+        raise ValueError("it counts values by what are no whole numbers")
+    if not np.isfinite(totals.lost).all():
+        raise ValueError("what rounding took from its sums is not finite")
+    return totals
+
+
+_LARGEST_COUNT = 2.0**53
+
+
+def _by_key(pairs: Iterable[list[Any]]) -> dict[Key, Any]:
+    """Return what belongs to each key; refuses one that is there twice, or is none."""
+    found: dict[Key, Any] = {}
+    for key, content in pairs:
+        dataset, name = _listed(key)
+        if (dataset, name) in found:
+            raise ValueError("it holds values of a metric twice")
+        found[dataset, name] = content
+    return found
+
+
+def _listed(value: object) -> list[Any]:
+    if type(value) is not list:
+        raise TypeError(f"{type(value).__name__} stands where a list should")
+    return value
+
+
+def _number(value: object) -> float:
+    if type(value) not in (int, float):
+        raise TypeError(f"{type(value).__name__} stands where a number should")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _decode_pool(content: Mapping[str, Any]) -> Pool:
+    window = _decode_window(content)
+    if window.fresh or (window.older is not None and window.values.size):
+        raise ValueError("it holds values that accumulate both one by one and in a histogram")
+    return Pool(window.values, window.weights, window.older)
+
+
+def _encode_window(window: Window) -> dict[str, Any]:
+    return {
+        "values": _to_text(window.values),
+        "weights": None if window.weights is None else _to_text(window.weights),
+        "fresh": window.fresh,
+        "older": None if window.older is None else window.older.to_dict(),
+    }
+
+
+def _decode_window(content: Mapping[str, Any]) -> Window:
+    weights, older = content["weights"], content["older"]
+    window = Window(
+        _to_array(content["values"]),
+        None if weights is None else _to_array(weights),
+        index(content["fresh"]),
+        None if older is None else histogram_from(older),
+    )
+    fitting = window.weights is None or (
+        window.weights.size == window.values.size and bool(weighable(window.weights).all())
+    )
+    if not (
+        fitting
+        and type(content["fresh"]) is int
+        and np.isfinite(window.values).all()
+        and 0 <= window.fresh <= window.values.size
+    ):
+        raise ValueError("it holds values that are no numbers, or weights that do not fit them")
+    return window
+
+
+def _to_text(array: FloatArray) -> str:
+    return base64.b64encode(array.astype("<f8").tobytes()).decode("ascii")
+
+
+def _to_array(text: str) -> FloatArray:
+    return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f8").astype(np.float64)
+
+
+def _checked_content(payload: str) -> Any:
+    try:
+        parsed = json.loads(payload)
+        if parsed["checksum"] == checksum(parsed["content"]):
+            return parsed["content"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise ValueError(
+        "the state's payload is truncated or damaged (its checksum differs): load an earlier "
+        "checkpoint"
+    )
+
+
+def _json(content: object) -> str:
+    return json.dumps(content, separators=(",", ":"), sort_keys=True)
+
+
+def checksum(content: object) -> str:
+    """Return what tells whether `content` is what was written: not by whom."""
+    return hashlib.blake2b(_json(content).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,73 @@
+"""The header: the numbers at the front of each rank's vector, by which all see whether they agree."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+__all__ = ["AGREED", "HEADER_SIZE", "PROTOCOL", "Field", "Kind", "RouteChoice", "check_route"]
+
+PROTOCOL = 2
+
+
+class Kind(IntEnum):
+    """Which call a rank is in."""
+
+    REDUCE = 1
+    STATE_DICT = 2
+
+    @property
+    def label(self) -> str:
+        return {Kind.REDUCE: "a reduction", Kind.STATE_DICT: "state_dict()"}[self]
+
+
+class Field(IntEnum):
+    """Where each number of a rank's header stands; up to ROUTE, all ranks must send the same."""
+
+    PROTOCOL = 0
+    KIND = 1
+    SEQUENCE = 2
+    STEP = 3
+    """The caller's step, or -1."""
+    SCHEMA = 4
+    """Hash of the agreed schema."""
+    GENERATION = 5
+    """How often state was loaded or reset."""
+    RUN = 6
+    """Hash of the run total, and of which reduction's state the rank has loaded."""
+    ROUTE = 7
+    """Which route the caller wants."""
+    PENDING = 8
+    """1 if the rank holds something that the schema has no place for."""
+    BLOB_HASH = 9
+    BLOB_SIZE = 10
+    """Hash and size of what is pending, or of the error."""
+    ERROR = 11
+    """1 if the rank has failed and takes part with identities."""
+    SECONDS = 12
+    """Wall time since the rank's last reduction."""
+    CUSTOM_SIZE = 13
+    """Size of the results of handlers without lanes."""
+    SINK_FAILED = 14
+    """1 if a logger's sink has failed there, and all ranks are to hear of it."""
+
+
+AGREED = Field.ROUTE + 1
+"""So many fields, from the first, must be the same on all ranks."""
+HEADER_SIZE = 16
+"""A few more than there are fields, for later versions."""
+
+
+class RouteChoice(IntEnum):
+    """What the caller wants."""
+
+    AUTO = 0
+    NARROW = 1
+    WIDE = 2
+
+
+def check_route(route: object) -> RouteChoice:
+    """Return what `route` stands for; raises ValueError if it is none."""
+    for choice in RouteChoice:
+        if route == choice.name.lower():
+            return choice
+    raise ValueError(f"route={route!r}: use 'auto', 'narrow' or 'wide'")

@@ -1,0 +1,404 @@
+"""The schema: the keys that all ranks have agreed on, and how each of them travels.
+
+The lanes of a key stand where the schema says, whichever route a reduction takes. All ranks hold the
+same schema, because it only changes by an exchange that all take part in: a vector of another size
+would abort the process. `README.md` in the folder `reduce` tells the whole protocol.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from json.encoder import encode_basestring_ascii
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from metricfold._core.fold.handlers import COUNT, NANS, OTHER, CategoryState, State
+from metricfold._core.fold.names import Key
+from metricfold._core.fold.sample import Window
+
+__all__ = [
+    "Entry",
+    "Key",
+    "Schema",
+    "digest",
+    "lanes_of",
+    "places",
+]
+
+
+_HASH_BITS = 2**52 - 1
+
+
+def digest(data: bytes) -> int:
+    """Return 52 bits of a hash of `data`: a float64 holds them exactly."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 12
+
+
+def lanes_of(sums: int, maxs: int) -> str:
+    """Return how messages speak of so many lanes."""
+    return f"{sums} SUM and {maxs} MAX lanes" if sums else "no lanes"
+
+
+class Entry(NamedTuple):
+    """How one key travels.
+
+    Args:
+        key: (dataset name, metric name).
+        type: what `type_label` says of its aggregation type.
+        sums: SUM lanes, without those of categories; 0 for a handler without lanes.
+        maxs: MAX lanes.
+        suffixes: what may be appended to the name when it is printed. They travel, because what
+            a key claims must not depend on who is asked.
+        per_rank: whether each rank's lanes are wanted, whatever the route.
+        distributed: whether it is a DISTRIBUTION, whose values travel too.
+        bounded: whether the view of the run is about recent values only.
+        drained: whether devices send it, as histograms; then it is not bounded, whatever the
+            window size.
+        capacity: places for values of one rank; grows by doubling.
+        weighted: whether those carry weights.
+        condensed: whether a rank had more values than it keeps as they are.
+        categories: each has a SUM lane of its own.
+        most: how many categories there may be.
+        full: whether there were more; they are counted as `OTHER`, which is then a category.
+    """
+
+    key: Key
+    type: str
+    sums: int
+    maxs: int
+    suffixes: tuple[str, ...] = ("",)
+    per_rank: bool = False
+    distributed: bool = False
+    bounded: bool = True
+    drained: bool = False
+    capacity: int = 0
+    weighted: bool = False
+    condensed: bool = False
+    categories: tuple[str, ...] = ()
+    most: int = 0
+    full: bool = False
+
+    @property
+    def sum_width(self) -> int:
+        return self.sums + len(self.categories)
+
+    @property
+    def custom(self) -> bool:
+        return self.sums == 0
+
+    @property
+    def lanes(self) -> str:
+        """How messages speak of its lanes."""
+        return lanes_of(self.sums, self.maxs)
+
+    def joined(self, other: Entry) -> Entry:
+        """Return this entry with room for what `other` brings, as far as there may be room.
+
+        Associative and commutative, but for which categories come first.
+        """
+        if self == other:
+            return self
+        joined = self._replace(
+            per_rank=self.per_rank or other.per_rank,
+            drained=self.drained or other.drained,
+            capacity=max(self.capacity, other.capacity),
+            weighted=self.weighted or other.weighted,
+            condensed=self.condensed or other.condensed,
+            most=min(self.most, other.most),
+            full=self.full or other.full,
+        )
+        return joined.with_categories(other.categories)
+
+    def united(self, other: Entry) -> Entry:
+        """Return this entry with room for all that `other` holds, however many categories.
+
+        Associative and commutative. Whoever goes on from it has a bound of its own.
+        """
+        joined = self._replace(categories=()).joined(other._replace(categories=()))
+        return joined._replace(categories=tuple(sorted({*self.categories, *other.categories})))
+
+    def with_categories(self, categories: Iterable[str]) -> Entry:
+        """Return the entry with more categories, the first ones, as many as there is room for."""
+        known = set(self.categories)
+        new = [category for category in categories if category not in known]
+        if self.full:
+            new = [category for category in new if category != OTHER]
+        room = max(self.most - len(known - {OTHER} if self.full else known), 0)
+        full = self.full or len(new) > room
+        kept = known.union(new[:room], [OTHER] if full else [])
+        return self._replace(categories=tuple(sorted(kept)), full=full)
+
+    @property
+    def kind(self) -> str:
+        """What the entry is, for messages that tell it from another."""
+        if self.distributed:
+            return f"{self.type!r} of {'recent' if self.bounded else 'all'} values"
+        lanes = f"{self.sums} SUM and {self.maxs} MAX lanes" if self.sums else "no lanes"
+        return f"{self.type!r} with {lanes}"
+
+    def compatible(self, other: Entry) -> bool:
+        return self._nature == other._nature
+
+    @property
+    def _nature(self) -> tuple[Any, ...]:
+        return self.type, self.sums, self.maxs, self.distributed, self.bounded
+
+    def holds(self, window: Window) -> bool:
+        """Return whether there are places for what a rank holds of a DISTRIBUTION."""
+        return (
+            window.values.size <= self.capacity > 0
+            and (self.weighted or window.weights is None)
+            and (self.condensed or window.older is None)
+        )
+
+    # As JSON, in which a name that is a `numpy.str_` reads like any other text.
+
+    def to_json(self) -> str:
+        """Return the entry as it travels: its fields by name, without those that are as usual."""
+        return f'{{"key":{self._key}{_fields(self[1:])}'
+
+    def digest(self) -> int:
+        """Return a hash that tells it from others, and is that of the same entry after a journey."""
+        return digest(f"[{self._key}{_values(self[1:])}".encode())
+
+    @property
+    def _key(self) -> str:
+        dataset, name = map(encode_basestring_ascii, self.key)
+        return f"[{dataset},{name}]"
+
+
+_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+# Thousands of keys are alike but for their names.
+
+
+@lru_cache(maxsize=256)
+def _fields(values: tuple[Any, ...]) -> str:
+    """Return how an entry goes on behind its key."""
+    usual = Entry._field_defaults
+    named = zip(Entry._fields[1:], values, strict=True)
+    return "," + _json({name: one for name, one in named if one != usual.get(name)})[1:]
+
+
+@lru_cache(maxsize=256)
+def _values(values: tuple[Any, ...]) -> str:
+    """Return how what is hashed of an entry goes on behind its key."""
+    return "," + _json(values)[1:]
+
+
+class Schema:
+    """The ordered keys that all ranks have agreed on, and where each one's lanes stand.
+
+    Attributes:
+        entries: each key's entry, sorted by key.
+        hash: the same for the same entries, however the schema has grown.
+    """
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self.entries: dict[Key, Entry] = {
+            entry.key: entry for entry in sorted(entries, key=lambda entry: entry.key)
+        }
+        self.hash = sum(entry.digest() for entry in self) & _HASH_BITS
+
+    def grown(self, changed: Iterable[Entry]) -> Schema:
+        """Return the schema with these entries, of new keys or in the place of those it has.
+
+        Most of what a new schema takes is for the entries that are new in it.
+        """
+        entries = dict(self.entries)
+        number = self.hash
+        for entry in changed:
+            known = entries.get(entry.key)
+            number += entry.digest() - (0 if known is None else known.digest())
+            entries[entry.key] = entry
+        grown = Schema()
+        grown.hash = number & _HASH_BITS
+        grown.entries = (
+            entries
+            if len(entries) == len(self.entries)
+            else {key: entries[key] for key in sorted(entries)}
+        )
+        return grown
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.entries
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries.values())
+
+    # What follows from the entries, each found when it is first asked for.
+
+    @cached_property
+    def sums(self) -> dict[Key, slice]:
+        """Places of each key's SUM lanes."""
+        return places(self, lambda entry: entry.sum_width)[0]
+
+    @cached_property
+    def maxs(self) -> dict[Key, slice]:
+        """Places of each key's MAX lanes."""
+        return places(self, lambda entry: entry.maxs)[0]
+
+    @cached_property
+    def sum_width(self) -> int:
+        return int(self._sum_ends[-1])
+
+    @cached_property
+    def max_width(self) -> int:
+        return int(self._max_ends[-1])
+
+    @cached_property
+    def _sum_ends(self) -> IndexArray:
+        """Where the SUM lanes of each key begin, and where the last ones end."""
+        return _ends(entry.sum_width for entry in self)
+
+    @cached_property
+    def _max_ends(self) -> IndexArray:
+        return _ends(entry.maxs for entry in self)
+
+    @cached_property
+    def starts(self) -> tuple[list[int], list[int]]:
+        """Where the SUM and the MAX lanes of each key begin, in the order of the keys."""
+        return self._sum_ends[:-1].tolist(), self._max_ends[:-1].tolist()
+
+    @cached_property
+    def _positions(self) -> dict[Key, int]:
+        return {key: position for position, key in enumerate(self.entries)}
+
+    @cached_property
+    def counting(self) -> IndexArray:
+        """Places of the SUM lanes that hold whole numbers: of values, of NaN, of each category."""
+        found: list[int] = []
+        for start, entry in zip(self.starts[0], self, strict=True):
+            if not entry.custom:
+                categories = range(start + entry.sums, start + entry.sum_width)
+                found += (start + COUNT, start + NANS, *categories)
+        return np.array(found, dtype=np.intp)
+
+    @cached_property
+    def max_counts(self) -> IndexArray:
+        """Where the count of values stands of the key that each MAX lane belongs to."""
+        return np.repeat(self._sum_ends[:-1] + COUNT, np.diff(self._max_ends))
+
+    @cached_property
+    def has_custom(self) -> bool:
+        """Whether a key's handler has no lanes, so that its results travel as bytes."""
+        return any(entry.custom for entry in self)
+
+    @cached_property
+    def distributions(self) -> list[Entry]:
+        return [entry for entry in self if entry.distributed]
+
+    @cached_property
+    def per_rank(self) -> Schema:
+        """The keys of which each rank's lanes are wanted, whatever the route.
+
+        Without a lane for each category: there may be many, and their total is among the others.
+        """
+        return Schema(entry._replace(categories=()) for entry in self if entry.per_rank)
+
+    def to_json(self) -> str:
+        return self.entries_to_json(self)
+
+    @staticmethod
+    def entries_to_json(entries: Iterable[Entry]) -> str:
+        return f"[{','.join([entry.to_json() for entry in entries])}]"
+
+    def beyond(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return those of `entries` that this schema has no room for."""
+        missing = []
+        for entry in entries:
+            agreed = self.entries.get(entry.key)
+            if agreed is None or not agreed.compatible(entry) or agreed.joined(entry) != agreed:
+                missing.append(entry)
+        return missing
+
+    def lanes(self, states: Mapping[Key, State]) -> tuple[list[float], list[float], set[Key]]:
+        """Return the SUM and MAX lanes of one rank, and the keys that lack a place.
+
+        What `states` lacks is the identity. Lanes of which some lack a place are not to be sent.
+        """
+        lacking: set[Key] = set()
+        sums: list[float] = []
+        maxs: list[float] = []
+        found = 0
+        for key, entry in self.entries.items():
+            state = states.get(key)
+            if state is None:
+                sums += (0.0,) * entry.sum_width
+                maxs += (-math.inf,) * entry.maxs
+                continue
+            found += 1
+            sums += state.sums
+            maxs += state.maxs
+            if type(state) is CategoryState:
+                counts = [state.counts.get(category, 0) for category in entry.categories]
+                rest = state.sums[COUNT] - sum(counts)
+                if rest and entry.full:
+                    counts[entry.categories.index(OTHER)] += int(rest)
+                elif rest:
+                    lacking.add(key)
+                sums += counts
+        if found < len(states):
+            lacking.update(key for key in states if key not in self.entries)
+        return sums, maxs, lacking
+
+    def lacking(self, windows: Mapping[Key, Window]) -> set[Key]:
+        """Return the keys of `windows` that the schema has no room for."""
+        return {
+            key
+            for key, window in windows.items()
+            if (agreed := self.entries.get(key)) is None or not agreed.holds(window)
+        }
+
+    # -- From one schema to the next
+
+    def lanes_from(self, older: Schema) -> tuple[IndexArray, IndexArray]:
+        """Return where the SUM and the MAX lanes of `older`, a part of this schema, stand here.
+
+        Categories that there was no room for stand where the others are counted.
+        """
+        here = np.array([self._positions[key] for key in older.entries], dtype=np.intp)
+        sums = _moved(older._sum_ends, self._sum_ends[here])
+        for old in older:
+            if old.categories:
+                new = self.entries[old.key]
+                start = self._sum_ends[self._positions[old.key]] + new.sums
+                lane_of = {category: start + i for i, category in enumerate(new.categories)}
+                rest = lane_of.get(OTHER, 0)
+                place = older._sum_ends[older._positions[old.key]] + old.sums
+                sums[place : place + len(old.categories)] = [
+                    lane_of.get(category, rest) for category in old.categories
+                ]
+        return sums, _moved(older._max_ends, self._max_ends[here])
+
+
+IndexArray = npt.NDArray[np.intp]
+
+
+def places(
+    entries: Iterable[Entry], width: Callable[[Entry], int], start: int = 0
+) -> tuple[dict[Key, slice], int]:
+    """Return where each entry's part of a vector is, one after the other, and where they end."""
+    found: dict[Key, slice] = {}
+    for entry in entries:
+        found[entry.key] = slice(start, start + width(entry))
+        start = found[entry.key].stop
+    return found, start
+
+
+def _ends(widths: Iterable[int]) -> IndexArray:
+    return np.fromiter(accumulate(widths, initial=0), dtype=np.intp)
+
+
+def _moved(ends: IndexArray, starts: IndexArray) -> IndexArray:
+    """Return where each lane stands, once the lanes between `ends` begin at `starts`."""
+    lanes: IndexArray = np.arange(ends[-1]) + np.repeat(starts - ends[:-1], np.diff(ends))
+    return lanes

@@ -1,0 +1,174 @@
+"""Reduced results that go on accumulating: the run, and the interval that is still open.
+
+All are values: adding to one gives a new one, so a `Snapshot` may keep what it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from metricfold._core.fold.handlers import COUNT, NANS, ReducedState
+from metricfold._core.fold.names import Key
+from metricfold._core.fold.sample import EXACT_VALUES, FloatArray, Pool
+from metricfold._core.reduce.schema import Schema, digest
+
+__all__ = ["NOBODY", "IntArray", "Rows", "Totals"]
+
+IntArray = npt.NDArray[np.int64]
+NOBODY = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What each rank contributed: one row a rank, in the lanes of a schema."""
+
+    schema: Schema
+    sums: FloatArray
+    maxs: FloatArray
+
+    def moved(self, schema: Schema) -> Rows:
+        """Return the same in the lanes of another schema; keys that it lacks are left out."""
+        if schema is self.schema:
+            return self
+        common = Schema(entry for entry in self.schema if entry.key in schema)
+        old_sums, old_maxs = self.schema.lanes_from(common)
+        new_sums, new_maxs = schema.lanes_from(common)
+        world_size = len(self.sums)
+        sums = np.zeros((world_size, schema.sum_width))
+        maxs = np.full((world_size, schema.max_width), -np.inf)
+        # Lanes may become one: transposed, they are the rows that are added.
+        np.add.at(sums.T, new_sums, self.sums[:, old_sums].T)
+        maxs[:, new_maxs] = self.maxs[:, old_maxs]
+        return Rows(schema, sums, maxs)
+
+    def plus(self, other: Rows) -> Rows:
+        return Rows(self.schema, self.sums + other.sums, np.maximum(self.maxs, other.maxs))
+
+    def merged(self, seconds: float) -> Totals:
+        """Merge the rows, in rank order, so that every rank comes to the same bits."""
+        sums: FloatArray = np.add.reduce(self.sums, axis=0)
+        maxs: FloatArray = np.maximum.reduce(self.maxs, axis=0)
+        # -inf may be a value, and stands for none.
+        having = _having(self.schema, self.sums)
+        owned = having & ((self.maxs == maxs) | np.isnan(self.maxs))
+        owners = np.where(owned.any(axis=0), np.argmax(owned, axis=0), NOBODY)
+        tied = (having & (self.maxs == maxs)).sum(axis=0)
+        return Totals(self.schema, sums, np.zeros(sums.size), maxs, owners, tied, seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Lanes merged over ranks and over reductions, the same on every rank.
+
+    Args:
+        schema: where each key's lanes stand.
+        sums: SUM lanes.
+        lost: what rounding has taken from `sums` so far (Neumaier's compensated sum).
+        maxs: MAX lanes.
+        owners: the rank that each MAX lane came from, or -1.
+        tied: how many ranks had it.
+        seconds: wall time, by the slowest rank's clock in each interval.
+        pools: values of DISTRIBUTIONs that accumulate.
+    """
+
+    schema: Schema
+    sums: FloatArray
+    lost: FloatArray
+    maxs: FloatArray
+    owners: IntArray
+    tied: IntArray
+    seconds: float
+    pools: Mapping[Key, Pool] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, schema: Schema) -> Totals:
+        return cls(
+            schema,
+            np.zeros(schema.sum_width),
+            np.zeros(schema.sum_width),
+            np.full(schema.max_width, -np.inf),
+            np.full(schema.max_width, NOBODY, dtype=np.int64),
+            np.zeros(schema.max_width, dtype=np.int64),
+            0.0,
+        )
+
+    def moved(self, schema: Schema) -> Totals:
+        """Return the same in the lanes of a larger schema."""
+        if schema is self.schema:
+            return self
+        moved = Totals.empty(schema)
+        sum_lanes, max_lanes = schema.lanes_from(self.schema)
+        np.add.at(moved.sums, sum_lanes, self.sums)
+        np.add.at(moved.lost, sum_lanes, self.lost)
+        moved.maxs[max_lanes] = self.maxs
+        moved.owners[max_lanes], moved.tied[max_lanes] = self.owners, self.tied
+        return replace(moved, seconds=self.seconds, pools=self.pools)
+
+    def plus(self, newer: Totals) -> Totals:
+        """Add what came after: what one reduction has merged, or another job."""
+        added = newer.sums
+        with np.errstate(invalid="ignore"):
+            sums = self.sums + added
+            small = np.where(
+                np.abs(self.sums) >= np.abs(added),
+                (self.sums - sums) + added,
+                (added - sums) + self.sums,
+            )
+        first = _having(self.schema, newer.sums) & ~_having(self.schema, self.sums)
+        larger = first | (newer.maxs > self.maxs)
+        return Totals(
+            self.schema,
+            sums,
+            # Once a sum is infinite its rounding has no meaning.
+            self.lost + newer.lost + np.where(np.isfinite(sums), small, 0.0),
+            np.maximum(self.maxs, newer.maxs),
+            np.where(larger, newer.owners, self.owners),
+            np.where(larger, newer.tied, self.tied),
+            self.seconds + newer.seconds,
+            _joined(self.pools, newer.pools),
+        )
+
+    def states(self) -> Iterator[tuple[Key, ReducedState]]:
+        """Yield the state of each key with lanes that has values."""
+        sums, maxs = self.exact_sums().tolist(), self.maxs.tolist()
+        for key, lanes in self.schema.sums.items():
+            entry = self.schema.entries[key]
+            if not entry.custom and sums[lanes.start + COUNT]:
+                yield (
+                    key,
+                    ReducedState(
+                        tuple(sums[lanes]),
+                        tuple(maxs[self.schema.maxs[key]]),
+                        self.seconds,
+                        self.pools.get(key, Pool()),
+                        entry.categories,
+                    ),
+                )
+
+    def exact_sums(self) -> FloatArray:
+        return self.sums + self.lost
+
+    def hash(self) -> int:
+        arrays = (self.sums, self.lost, self.maxs, np.float64(self.seconds))
+        schema = self.schema.hash.to_bytes(8, "little")
+        pools = [pool.fingerprint() for _, pool in sorted(self.pools.items())]
+        return digest(schema + b"".join([*(array.tobytes() for array in arrays), *pools]))
+
+
+def _having(schema: Schema, sums: FloatArray) -> npt.NDArray[np.bool_]:
+    """Return of which MAX lanes there is a number, given the SUM lanes, shape (..., n)."""
+    counts = schema.max_counts
+    having: npt.NDArray[np.bool_] = sums[..., counts] > sums[..., counts + (NANS - COUNT)]
+    return having
+
+
+def _joined(older: Mapping[Key, Pool], newer: Mapping[Key, Pool]) -> Mapping[Key, Pool]:
+    """Add pools; what one reduction has brought stays exact until there is more."""
+    joined = {**older, **newer}
+    for key in older.keys() & newer.keys():
+        joined[key] = Pool.joined([older[key], newer[key]], most=EXACT_VALUES)
+    return joined

@@ -1,0 +1,1 @@
+"""What is around a call: frameworks, traces, recomputation, copies, threads, exits and forks."""

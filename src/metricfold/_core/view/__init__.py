@@ -1,0 +1,1 @@
+"""What a reduction has brought, looked at from any side."""

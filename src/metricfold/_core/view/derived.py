@@ -1,0 +1,117 @@
+"""Metrics that are computed from others: what `MetricsAggregator.derive` has been given."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple, TypeAlias
+
+from metricfold._core.view.tables import Group, Origin, Table, Warn
+
+__all__ = ["Derived", "DerivedMetric", "add_derived", "check_derived_window"]
+
+Derived: TypeAlias = Callable[[Mapping[str, float]], float]
+
+
+class DerivedMetric(NamedTuple):
+    """A derived metric.
+
+    Args:
+        function: takes the values of one dataset, by name.
+        window: what these speak about; None: what the log shows.
+    """
+
+    function: Derived
+    window: Literal["run", "interval"] | None
+
+
+def check_derived_window(name: str, window: object) -> Literal["run", "interval"] | None:
+    """Return the window of a derived metric, if it is one."""
+    if window is None:
+        return None
+    if isinstance(window, str):
+        if window == "run":
+            return "run"
+        if window == "interval":
+            return "interval"
+    raise ValueError(
+        f"derive({name!r}, ..., window={window!r}): use 'interval' or 'run' for inputs that all "
+        "speak about the same, or leave it out for those that the log shows"
+    )
+
+
+def add_derived(
+    metrics: Mapping[str, DerivedMetric],
+    tables: Mapping[str | None, Table],
+    printable: Callable[[str], bool],
+    there: str,
+    warn: Warn,
+) -> None:
+    """Add derived metrics to tables, in the order in which they were defined.
+
+    Args:
+        metrics: by the name that they print.
+        tables: what the log shows, under None, and the tables of the windows that are asked for. All
+            get all of them, for one may be derived from another.
+        printable: whether some metric may print a name, now or in another interval.
+        there: the names of all metrics, for messages.
+        warn: says once what fails.
+    """
+    for name, metric in metrics.items():
+        source = tables[metric.window]
+        found, lacking = _apply(name, metric.function, source, warn)
+        unknown = [one for one in lacking if one not in metrics and not printable(one)]
+        if unknown:
+            warn(
+                name,
+                f"the derived metric {name!r} needs {', '.join(map(repr, unknown))}, which no "
+                f"dataset has; there are: {there}",
+            )
+        for table in {id(table): table for table in tables.values()}.values():
+            results = found
+            if metric.window is None and table is not source:
+                results, _ = _apply(name, metric.function, table, _be_silent)
+            for dataset, (value, origin) in results.items():
+                table.setdefault(dataset, Group()).put(name, value, origin, warn, dataset)
+
+
+def _apply(
+    name: str, function: Derived, table: Table, warn: Warn
+) -> tuple[dict[str, tuple[float, Origin]], list[str]]:
+    """Return the metric of each dataset, and if none has what it needs, the names that are missing."""
+    found: dict[str, tuple[float, Origin]] = {}
+    missing: set[str] = set()
+    tried = False
+    for dataset, group in table.items():
+        try:
+            value = float(function(_Inputs(group.values)))
+        except _MissingError as error:
+            missing.add(error.args[0])
+            continue
+        except BaseException as error:  # the user's function; isolated, named
+            if not isinstance(error, Exception) and _may_exit():
+                raise
+            where = f"dataset {dataset!r}" if dataset else "all datasets together"
+            warn(name, f"the derived metric {name!r} failed for {where} and is left out: {error!r}")
+        else:
+            found[dataset] = (value, Origin.TOTAL if group.has_totals else Origin.RECORDED)
+        tried = True
+    return found, [] if tried else sorted(missing)
+
+
+def _may_exit() -> bool:
+    """Return whether `sys.exit` would end the program here, and not just a thread of the logger."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def _be_silent(about: str, message: str) -> None:
+    """Say nothing: the same is said of the table that is shown."""
+
+
+class _MissingError(KeyError):
+    """A derived metric asked for a metric that its dataset does not have."""
+
+
+class _Inputs(dict[str, float]):
+    def __missing__(self, name: str) -> float:
+        raise _MissingError(name)

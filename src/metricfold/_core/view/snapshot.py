@@ -1,0 +1,792 @@
+"""`Snapshot`: the result of one reduction, to be looked at from any side.
+
+    snapshot = aggregator.reduce()
+    snapshot.as_dict("train", window="interval")
+    snapshot.owner("alpaca", "grad_norm")       # which rank had the maximum
+    snapshot.lacking("alpaca", "loss")          # which ranks had nothing
+
+Nothing is finalised before it is asked for: a rank that does not look does not pay.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+from metricfold._core.exchange.reduction import Reduced
+from metricfold._core.fold.custom import Result
+from metricfold._core.fold.handlers import (
+    COUNT,
+    NANS,
+    AggregationHandler,
+    CategoricalCountAggHandler,
+    LaneHandler,
+    Lanes,
+    LaneState,
+    MeanAggHandler,
+    ReducedState,
+    quiet,
+)
+from metricfold._core.fold.names import ANYTHING, Claims, check_prefix, printed, repeated, show
+from metricfold._core.fold.sample import Pool
+from metricfold._core.reduce.schema import Entry, Key
+from metricfold._core.reduce.totals import NOBODY, Totals
+from metricfold._core.runtime.uncompiled import uncompiled
+from metricfold._core.sketch import Histogram
+from metricfold._core.view.derived import DerivedMetric, add_derived
+from metricfold._core.view.tables import (
+    Group,
+    Origin,
+    Rollup,
+    Table,
+    check_rollup,
+    levels_of,
+    named,
+)
+from metricfold._core.view.timing import TimerKeys, Timing
+from metricfold.metric import check_key, check_name
+
+__all__ = ["Handlers", "Snapshot", "WindowLike", "check_window"]
+
+_logger = logging.getLogger("metricfold")
+
+View: TypeAlias = Literal["run", "interval"]
+WindowLike: TypeAlias = str | Mapping[str, str]
+"""``"run"``, ``"interval"``, ``"auto"``, or a mapping from metric names to those."""
+
+_NO_VALUES = Pool()
+
+_WINDOWS = ("run", "interval", "auto")
+_FORMS = ("_stat_{}", "_count_{}", "_{}")
+"""How a statistic is printed behind the name of its metric."""
+_BESIDE = "_nan_count"
+"""What may come beside a value, also where there is none."""
+_MOST_NAMED = 8
+"""So many keys a message names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """What finalises each key of a snapshot.
+
+    Args:
+        of_key: the handler of each key.
+        of_type: the handler of each type, by its label, for results of custom handlers.
+        derived: metrics that are computed from others, by the name that they print.
+        warned: what has been said already.
+    """
+
+    of_key: Mapping[Key, AggregationHandler]
+    of_type: Mapping[str, AggregationHandler]
+    derived: Mapping[str, DerivedMetric]
+    warned: set[str]
+
+
+class _Viewed(NamedTuple):
+    """A key with lanes, its view, and where its SUM and MAX lanes begin there."""
+
+    entry: Entry
+    view: View
+    sums: int
+    maxs: int
+
+
+@uncompiled
+class Snapshot:
+    """What all ranks had accumulated when they reduced; immutable, and the same on every rank.
+
+    Attributes:
+        world_size: the number of ranks that took part.
+        seconds: wall time of the interval, by the slowest rank's clock: from the first value on,
+            without what a `MetricsAggregator.pause` took.
+        run_seconds: the same of the run, over restarts.
+    """
+
+    def __init__(self, reduced: Reduced, handlers: Handlers) -> None:
+        self._reduced = reduced
+        self._handlers = handlers
+        self._listed: dict[View, tuple[list[float], list[float]]] = {}
+
+    @property
+    def world_size(self) -> int:
+        return self._reduced.world_size
+
+    @property
+    def seconds(self) -> float:
+        return self._reduced.interval.seconds
+
+    @property
+    def run_seconds(self) -> float:
+        return self._reduced.run.seconds
+
+    @property
+    def sink_failed(self) -> bool:
+        """Whether a sink had failed, on any rank, of a logger with ``on_sink_error="raise"``."""
+        return self._reduced.sink_failed
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing at all came in during the interval."""
+        return not self._reduced.interval.sums.any() and not self._reduced.custom.has("interval")
+
+    def as_dict(
+        self,
+        prefix: str = "data",
+        window: WindowLike = "run",
+        *,
+        rollup: Rollup = False,
+        macro: bool = False,
+    ) -> dict[str, float]:
+        """Return every metric's value, keyed ``{prefix}_{dataset}/{name}``.
+
+        Args:
+            prefix: what keys begin with; a metric without a dataset is ``{prefix}/{name}``.
+            window: ``"run"``: everything since the start (a DISTRIBUTION: each rank's most recent
+                values). ``"interval"``: what came in since the reduction before; names only keys
+                that received something. ``"auto"``: totals (SUM, CATEGORICAL_COUNT) over the run,
+                everything else over the interval. A mapping chooses per metric name; names that
+                it lacks are ``"auto"``.
+            rollup: report ``{prefix}/{name}`` too, over all datasets, be it one or many: an exact
+                merge of their states, not a mean of their results. ``"levels"``: those of datasets
+                whose names begin alike as well, such as ``{prefix}_code/{name}`` over
+                ``code/python`` and ``code/rust``. Metrics whose handler has no lanes have none.
+            macro: report ``{prefix}/{name}_macro`` for names of type MEAN: the plain mean of the
+                datasets' means.
+
+        What was recorded under a name is what it prints: a total that would print the same is left
+        out, with a warning.
+
+        Raises:
+            ValueError: an empty prefix, an unknown window, or a ``rollup`` that is none.
+        """
+        check_prefix(prefix)
+        check_window(window)
+        check_rollup(rollup)
+        self._warn_of_repeated(prefix)
+        if window != "run":
+            self._warn_if_empty()
+        shown = self._shown(window, rollup=rollup, macro=macro)
+        return named(shown, prefix, self._warn_once)
+
+    def value(
+        self,
+        dataset: str | None,
+        name: str,
+        stat: str | None = None,
+        window: WindowLike = "auto",
+    ) -> float | None:
+        """Return one number that `as_dict` shows, such as for a decision to stop; None without values.
+
+        Args:
+            dataset: the dataset. None: of a metric without one; of a name that datasets have, the
+                total over them.
+            name: of the metric, be it recorded, derived or what a handler of yours calls its result.
+            stat: of a DISTRIBUTION the statistic, such as ``"mean"``, ``"p50"`` or ``"count"``; of a
+                CATEGORICAL_COUNT the category; of others what may come beside the value, such as
+                ``"nan_count"``.
+            window: as in `as_dict`.
+
+        Raises:
+            KeyError: there is no such metric, or it has no such statistic; names those that are near.
+            ValueError: the metric is more than one number and `stat` does not say which, or an unknown
+                window.
+
+        >>> from metricfold import MetricsAggregator
+        >>> aggregator = MetricsAggregator()
+        >>> for loss in (1.0, 2.0, 6.0):
+        ...     aggregator.record("loss", loss, dataset="alpaca")
+        ...     aggregator.record("spread", loss, "distribution", dataset="alpaca")
+        >>> snapshot = aggregator.reduce()
+        >>> snapshot.value("alpaca", "loss"), snapshot.value("alpaca", "spread", "p50")
+        (3.0, 2.0)
+        """
+        check_window(window)
+        suffixes, found = self._results((dataset or "", name), window)
+        wanted = [""] if stat is None else [form.format(stat) for form in _FORMS]
+        for suffix in wanted:
+            if suffix in found:
+                return found[suffix]
+        printable = [*(suffixes or ()), *found]
+        if stat is None and "" not in printable and any(one != _BESIDE for one in printable):
+            raise ValueError(
+                f"{show((dataset or '', name))} is more than one number: say which, such as "
+                f"stat={_stat_of(printable[0]) or 'a category'!r}"
+            )
+        known = (any(_matches(one, suffix) for one in wanted) for suffix in printable)
+        if stat is not None and printable and not any(known):
+            there = list(dict.fromkeys(_stat_of(suffix) for suffix in printable if suffix))
+            near = difflib.get_close_matches(str(stat), there, n=len(there) or 1, cutoff=0.0)
+            raise KeyError(
+                f"{show((dataset or '', name))} has no {stat!r}"
+                + (f"; it has: {', '.join(near)}" if near else ": leave stat= out")
+            )
+        return None
+
+    def histograms(self, prefix: str = "data", window: WindowLike = "auto") -> dict[str, Histogram]:
+        """Return the histogram of every DISTRIBUTION that has values, keyed as in `as_dict`."""
+        check_prefix(prefix)
+        check_window(window)
+        found: dict[str, Histogram] = {}
+        for key, viewed in self._views(window).items():
+            if viewed.entry.distributed:
+                pool = self._reduced.pool(viewed.entry, viewed.view)
+                if pool.count:
+                    found[prefix + printed(key)] = pool.drawn()
+        return found
+
+    def histogram(self, dataset: str | None, name: str, window: View = "run") -> Histogram:
+        """Return how the values of one DISTRIBUTION spread: edges, counts and moments.
+
+        Raises:
+            KeyError: there is no such metric.
+            ValueError: it is not a DISTRIBUTION, or the view has no values of it.
+        """
+        key = self._key(dataset, name)
+        entry = self._reduced.schema.entries[key]
+        if not entry.distributed:
+            raise ValueError(f"{show(key)} is no DISTRIBUTION, so it has no histogram")
+        pool = self._reduced.pool(entry, _check_view(window))
+        if not pool.count:
+            raise ValueError(f"{show(key)} has no values in the {window} view")
+        return pool.drawn()
+
+    # -- Per rank
+
+    def per_rank(self, dataset: str | None, name: str) -> list[float | None]:
+        """Return what each rank's own values of the interval give; None where it had none.
+
+        A DISTRIBUTION gives its mean, a CATEGORICAL_COUNT its count of values.
+
+        Raises:
+            KeyError: there is no such metric.
+            ValueError: its handler has no lanes; or the reduction took the wide route, and the
+                metric was not recorded with ``per_rank=True``.
+        """
+        key = self._key_with_lanes(dataset, name)
+        rows = self._reduced.rows
+        if key not in rows.schema:
+            raise ValueError(
+                f"{show(key)} is not known per rank: so many ranks add their values up on the way. "
+                "Record it with per_rank=True"
+            )
+        handler = self._handlers.of_key[key]
+        assert isinstance(handler, LaneHandler)
+        sums, maxs = rows.sums[:, rows.schema.sums[key]], rows.maxs[:, rows.schema.maxs[key]]
+        return [
+            self._rank_value(handler, tuple(one), tuple(other))
+            for one, other in zip(sums.tolist(), maxs.tolist(), strict=True)
+        ]
+
+    def owner(self, dataset: str | None, name: str, window: View = "interval") -> int | None:
+        """Return the rank that the MAX or MIN came from.
+
+        Of several that had it in one reduction the lowest, over several reductions the first. If
+        a NaN came in, the rank that it came from. None if the view has no value, or if its owner
+        is not known: it came out of a checkpoint, is a NaN of an earlier interval, or, on the wide
+        route, several ranks had it (`tied` says how many).
+
+        Raises:
+            KeyError: there is no such metric.
+            ValueError: it is neither MAX nor MIN.
+        """
+        key = self._key_with_owner(dataset, name)
+        totals = self._totals(_check_view(window))
+        nans = self._reduced.schema.sums[key].start + NANS
+        handler = self._handlers.of_key[key]
+        if totals.sums[nans] and isinstance(handler, LaneHandler) and handler.on_nan != "skip":
+            return self._owner_of_nan(key)
+        owner = int(totals.owners[self._reduced.schema.maxs[key]][0])
+        return None if owner == NOBODY else owner
+
+    def tied(self, dataset: str | None, name: str, window: View = "interval") -> int:
+        """Return how many ranks had the MAX or MIN in the reduction that it came from.
+
+        0 if the view has no value, or if it came out of a checkpoint.
+
+        Raises:
+            KeyError: there is no such metric.
+            ValueError: it is neither MAX nor MIN.
+        """
+        key = self._key_with_owner(dataset, name)
+        return int(self._totals(_check_view(window)).tied[self._reduced.schema.maxs[key]][0])
+
+    def lacking(self, dataset: str | None, name: str) -> list[int]:
+        """Return the ranks that had no value of this metric in the interval, ascending.
+
+        Raises:
+            KeyError: there is no such metric.
+            ValueError: its handler has no lanes; or the reduction took the wide route, where it is
+                known how many those are (`lacking_count`), but not which, unless all or none.
+        """
+        key = self._key_with_lanes(dataset, name)
+        rows = self._reduced.rows
+        if key in rows.schema:
+            counts = rows.sums[:, rows.schema.sums[key].start + COUNT]
+            return [int(rank) for rank in np.flatnonzero(counts == 0)]
+        missing = self.lacking_count(dataset, name)
+        if missing not in (0, self.world_size):
+            raise ValueError(
+                f"{missing} of {self.world_size} ranks lack {show(key)}, but not which: so many "
+                "ranks add their values up on the way. Record it with per_rank=True"
+            )
+        return list(range(missing))
+
+    def lacking_count(self, dataset: str | None, name: str) -> int:
+        """Return how many ranks had no value of this metric in the interval.
+
+        Raises:
+            KeyError: there is no such metric.
+            ValueError: its handler has no lanes.
+        """
+        key = self._key_with_lanes(dataset, name)
+        attendance = self._reduced.attendance
+        if attendance is None:
+            return len(self.lacking(dataset, name))
+        return self.world_size - attendance.present(key)
+
+    def timing(self, name: str) -> Timing:
+        """Return what the timer `name` took in the interval, and which ranks are slow and fast.
+
+        Of several ranks with the same share the lowest is named. An interval that was all pause has
+        shares of 0.
+
+        Raises:
+            KeyError: there is no such timer, or no rank has used it in the interval.
+        """
+        keys = TimerKeys.of(name)
+        schema = self._reduced.schema
+        if ("", keys.share) not in schema:
+            raise KeyError(
+                f"no rank has used a timer {name!r}: aggregator.timer({name!r}) makes one"
+            )
+        mean, longest, share = (
+            self._finalized(self._viewed(("", key), "interval")).get("")
+            if ("", key) in schema
+            else None
+            for key in keys.names()
+        )
+        if mean is None and share is None:
+            raise KeyError(f"no rank has used the timer {name!r} in the interval")
+        shares = [(own or 0.0) * self.world_size for own in self.per_rank(None, keys.share)]
+        slowest, fastest = (shares.index(one) for one in (max(shares), min(shares)))
+        return Timing(
+            mean,
+            longest,
+            None if longest is None else self.owner(None, keys.max),
+            share or 0.0,
+            slowest,
+            shares[slowest],
+            fastest,
+            shares[fastest],
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Snapshot(world_size={self.world_size}, keys={len(self._reduced.schema.entries)}, "
+            f"seconds={self.seconds:.4g}, run_seconds={self.run_seconds:.4g})"
+        )
+
+    # -- Inside
+
+    def _key(self, dataset: str | None, name: str) -> Key:
+        key = (dataset or "", name)
+        if key not in self._reduced.schema:
+            raise self._unknown(key)
+        return key
+
+    def _unknown(self, key: Key) -> KeyError:
+        """Return the error that names the keys that are nearest to one that is not there."""
+        texts = {"/".join(known): known for known in sorted(self._handlers.of_key)}
+        near = difflib.get_close_matches("/".join(key), texts, n=_MOST_NAMED, cutoff=0.0)
+        # First those that have the very name.
+        keys = sorted((texts[text] for text in near), key=lambda known: known[1] != key[1])
+        some = "there are" if len(texts) <= _MOST_NAMED else f"of {len(texts)} the nearest are"
+        said = ", ".join(map(show, keys))
+        return KeyError(f"there is no {show(key)}; {some}: {said or 'none'}")
+
+    def _results(
+        self, key: Key, window: WindowLike
+    ) -> tuple[tuple[str, ...] | None, Mapping[str, float]]:
+        """Return what a metric may print behind its name, if that is known, and what it does.
+
+        Raises:
+            KeyError: there is no such metric.
+        """
+        dataset, name = key
+        entry = self._reduced.schema.entries.get(key)
+        if entry is not None and not entry.custom:
+            handler = self._handlers.of_key[key]
+            assert isinstance(handler, LaneHandler)
+            view = _choose(window, name, handler)
+            with quiet():
+                viewed = self._viewed(key, view)
+                there = self._lanes(view)[0][viewed.sums + COUNT]
+                return handler.suffixes(), self._finalized(viewed) if there else {}
+        table = self._shown(window, rollup=not dataset, macro=False)
+        printing = table[dataset].values if dataset in table else {}
+        found = {
+            text.removeprefix(name): value
+            for text, value in printing.items()
+            if text.startswith(name) and text[len(name) : len(name) + 1] in ("", "_")
+        }
+        namesakes = [] if dataset else self._namesakes(levels=False).get(key, [])
+        if namesakes:
+            suffixes = {suffix: None for one in namesakes for suffix in one.suffixes}
+            return tuple(suffixes), {
+                text: value
+                for text, value in found.items()
+                if any(_matches(text, suffix) for suffix in suffixes)
+            }
+        named_so = any(
+            result.key == key
+            for view in ("run", "interval")
+            for result in self._reduced.custom.of(view)
+        )
+        if name in self._handlers.derived:
+            return ("",), {"": printing[name]} if name in printing else {}
+        if entry is None and not named_so:
+            raise self._unknown(key)
+        return None, {text: value for text, value in found.items() if self._prints(key, text)}
+
+    def _prints(self, key: Key, suffix: str) -> bool:
+        """Return whether what is printed so is of this metric, and of no other."""
+        if key[1] + suffix in self._handlers.derived:
+            return False
+        return self._claims.owner(key, suffix) is None
+
+    def _key_with_lanes(self, dataset: str | None, name: str) -> Key:
+        key = self._key(dataset, name)
+        if self._reduced.schema.entries[key].custom:
+            raise ValueError(f"{show(key)} has a handler without lanes: it is not known per rank")
+        return key
+
+    def _key_with_owner(self, dataset: str | None, name: str) -> Key:
+        key = self._key(dataset, name)
+        if self._reduced.schema.entries[key].maxs != 1:
+            raise ValueError(f"{show(key)} is neither a MAX nor a MIN, so no rank owns it")
+        return key
+
+    def _owner_of_nan(self, key: Key) -> int | None:
+        rows, attendance = self._reduced.rows, self._reduced.attendance
+        if key in rows.schema:
+            ranks = np.flatnonzero(rows.sums[:, rows.schema.sums[key].start + NANS])
+            return int(ranks[0]) if ranks.size else None
+        assert attendance is not None
+        owner = attendance.nan_owner(key)
+        return None if owner == NOBODY else owner
+
+    def _totals(self, view: View) -> Totals:
+        return self._reduced.run if view == "run" else self._reduced.interval
+
+    def _views(self, window: WindowLike) -> dict[Key, _Viewed]:
+        """Return each key with lanes that its view has values of."""
+        schema, handlers = self._reduced.schema, self._handlers.of_key
+        found: dict[Key, _Viewed] = {}
+        for entry, sums, maxs in zip(schema, *schema.starts, strict=True):
+            if not entry.custom:
+                view = _choose(window, entry.key[1], handlers[entry.key])
+                if self._lanes(view)[0][sums + COUNT]:
+                    found[entry.key] = _Viewed(entry, view, sums, maxs)
+        return found
+
+    def _viewed(self, key: Key, view: View) -> _Viewed:
+        schema = self._reduced.schema
+        return _Viewed(schema.entries[key], view, schema.sums[key].start, schema.maxs[key].start)
+
+    def _lanes(self, view: View) -> tuple[list[float], list[float]]:
+        """Return the SUM and MAX lanes of a view as numbers, which is quicker key by key."""
+        listed = self._listed.get(view)
+        if listed is None:
+            totals = self._totals(view)
+            listed = self._listed[view] = (totals.exact_sums().tolist(), totals.maxs.tolist())
+        return listed
+
+    def _state(self, viewed: _Viewed) -> ReducedState:
+        """Return the merged state of one key."""
+        entry, view, at, top = viewed
+        sums, maxs = self._lanes(view)
+        return ReducedState(
+            tuple(sums[at : at + entry.sum_width]),
+            tuple(maxs[top : top + entry.maxs]),
+            self._totals(view).seconds,
+            self._reduced.pool(entry, view) if entry.distributed else _NO_VALUES,
+            entry.categories,
+        )
+
+    def _finalized(self, viewed: _Viewed) -> dict[str, float]:
+        handler = self._handlers.of_key[viewed.entry.key]
+        assert isinstance(handler, LaneHandler)
+        return handler.finalize(self._state(viewed))
+
+    def _rank_value(self, handler: LaneHandler, sums: Lanes, maxs: Lanes) -> float | None:
+        if not sums[COUNT]:
+            return None
+        if isinstance(handler, CategoricalCountAggHandler):
+            return sums[COUNT]
+        return handler.finalize_lanes(ReducedState(sums, maxs, self.seconds)).get("")
+
+    def _shown(self, window: WindowLike, *, rollup: Rollup, macro: bool) -> Table:
+        """Return the values of all metrics."""
+        shown = self._table(window, rollup=rollup, macro=macro)
+        if self._handlers.derived:
+            self._add_derived(shown, window, rollup=rollup, macro=macro)
+        return shown
+
+    def _table(self, window: WindowLike, *, rollup: Rollup, macro: bool) -> Table:
+        """Return the values of all metrics, but for derived ones."""
+        table: Table = {}
+        views = self._views(window)
+        finalized: dict[Key, dict[str, float]] = {}
+        with quiet():
+            for key, viewed in views.items():
+                dataset, name = key
+                results = finalized[key] = self._finalized(viewed)
+                values = table.setdefault(dataset, Group()).values
+                for suffix, value in results.items():
+                    values[name + suffix] = value
+        self._add_custom(window, table)
+        if rollup or macro:
+            with quiet():
+                self._add_totals(table, views, finalized, rollup=rollup, macro=macro)
+        return table
+
+    def _add_custom(self, window: WindowLike, table: Table) -> None:
+        """Add the results of handlers without lanes; one that fails is left out and named."""
+        printing: dict[str, Result] = {}
+        for view in ("run", "interval"):
+            for result in self._reduced.custom.of(view):
+                try:
+                    check_key(*result.key)
+                    handler = self._handlers.of_type.get(result.label)
+                    if _choose(window, result.key[1], handler) != view:
+                        continue
+                    values = result.finalised(handler, self._totals(view).seconds)
+                    for suffix in values:
+                        self._check_printing(result, suffix, printing)
+                except Exception as error:  # noqa: BLE001 - the user's handler
+                    what = show(result.origin)
+                    if result.key != result.origin:
+                        what = f"the result {result.key[1]!r} of {what}"
+                    self._warn_once(f"{result.key}", f"{what} is left out: {error!r}")
+                    continue
+                dataset, name = result.key
+                group = table.setdefault(dataset, Group())
+                for suffix, value in values.items():
+                    printing[printed(result.key) + suffix] = result
+                    group.put(name + suffix, value, Origin.RESULT, self._warn_once, dataset)
+
+    def _check_printing(self, result: Result, suffix: str, printing: Mapping[str, Result]) -> None:
+        """Refuse what a result would print if it is no name, or if something else prints it."""
+        text, name = printed(result.key) + suffix, result.key[1] + suffix
+        check_name("what it prints", name)
+        owner = self._claims.owner(result.key, suffix)
+        if owner is None and result.key != result.origin and result.key in self._reduced.schema:
+            owner = result.key
+        if owner is None and text in printing:
+            owner = printing[text].origin
+        if owner is not None:
+            raise ValueError(f"{show(owner)} prints the name {name!r}: give one another name")
+        if name in self._handlers.derived:
+            raise ValueError(f"a derived metric has the name {name!r}: give one another name")
+
+    @cached_property
+    def _claims(self) -> Claims:
+        """What the agreed keys print, whether they have values now or not."""
+        claims = Claims()
+        claims.add((entry.key, entry.suffixes) for entry in self._reduced.schema)
+        return claims
+
+    def _add_totals(
+        self,
+        table: Table,
+        views: Mapping[Key, _Viewed],
+        finalized: Mapping[Key, Mapping[str, float]],
+        *,
+        rollup: Rollup,
+        macro: bool,
+    ) -> None:
+        """Add the metrics over several datasets, as far as one of these has a value.
+
+        Args:
+            table: what they are added to.
+            views: each key that has a value.
+            finalized: the results of each of these.
+            rollup: see `as_dict`.
+            macro: see `as_dict`.
+        """
+        for (level, name), entries in self._namesakes(levels=rollup == "levels").items():
+            members = [entry.key for entry in entries if entry.key in views]
+            if not members:
+                continue
+            if len(entries) > 1 and len({entry.type for entry in entries}) > 1:
+                self._warn_of_types(entries)
+                continue
+            handler = self._handlers.of_key[members[0]]
+            assert isinstance(handler, LaneHandler)
+            group = table.setdefault(level, Group())
+            if rollup:
+                results = finalized[members[0]]
+                if len(members) > 1:
+                    results = handler.finalize(
+                        _merged([self._state(views[key]) for key in members])
+                    )
+                for suffix, value in results.items():
+                    group.put(name + suffix, value, Origin.TOTAL, self._warn_once, level)
+            if macro and not level and isinstance(handler, MeanAggHandler):
+                means = [finalized[key].get("", np.nan) for key in members]
+                value = float(np.mean(means))
+                group.put(f"{name}_macro", value, Origin.TOTAL, self._warn_once, level)
+
+    def _namesakes(self, *, levels: bool) -> dict[tuple[str, str], list[Entry]]:
+        """Return the keys that a total is over, by the name that it prints.
+
+        Args:
+            levels: whether to name those, too, whose datasets' names begin alike.
+        """
+        datasets = {entry.key[0] for entry in self._reduced.schema}
+        found: dict[tuple[str, str], list[Entry]] = {}
+        for entry in self._reduced.schema:
+            dataset, name = entry.key
+            if not dataset or entry.custom:
+                continue
+            found.setdefault(("", name), []).append(entry)
+            for level in levels_of(dataset) if levels else ():
+                if level in datasets:
+                    self._warn_once(
+                        f"level {level}",
+                        f"rollup='levels' leaves out the level {level!r}, for there is a dataset "
+                        f"of that name next to {dataset!r}: call it '{level}/...' to have it in",
+                    )
+                else:
+                    found.setdefault((level, name), []).append(entry)
+        return found
+
+    def _warn_of_types(self, entries: list[Entry]) -> None:
+        """Say that a name is of another type in another dataset, so that nothing adds up."""
+        datasets: dict[str, str] = {}
+        for entry in entries:
+            datasets.setdefault(entry.type, entry.key[0])
+        said = " and ".join(f"{kind!r} in dataset {one!r}" for kind, one in datasets.items())
+        name = entries[0].key[1]
+        self._warn_once(
+            f"types of {name}",
+            f"metric {name!r} is {said}, which do not add up, so there is no total over datasets: "
+            "give one of them another name",
+        )
+
+    def _add_derived(
+        self, shown: Table, window: WindowLike, *, rollup: Rollup, macro: bool
+    ) -> None:
+        """Add derived metrics to the table that is shown, each from what its own window asks for."""
+        tables: dict[str | None, Table] = {None: shown}
+        for metric in self._handlers.derived.values():
+            view = metric.window
+            if view is not None and view not in tables:
+                same = view == window
+                tables[view] = shown if same else self._table(view, rollup=rollup, macro=macro)
+        there = ", ".join(sorted({key[1] for key in self._keys()}))
+        add_derived(self._handlers.derived, tables, self._printable_names(), there, self._warn_once)
+
+    def _printable_names(self) -> Callable[[str], bool]:
+        """Return what tells whether some key may print a name, now or in another interval."""
+        names = [
+            name + suffix
+            for (_, name), handler in self._handlers.of_key.items()
+            for suffix in (handler.suffixes() if isinstance(handler, LaneHandler) else (ANYTHING,))
+        ]
+        return lambda wanted: any(_matches(wanted, name) for name in names)
+
+    def _keys(self) -> Iterator[Key]:
+        return iter(self._handlers.of_key)
+
+    def _warn_if_empty(self) -> None:
+        if self.empty and self._reduced.run.sums.any():
+            self._warn_once(
+                "",
+                "the interval is empty: nothing came in since the reduction before. For two views "
+                "of one interval, take both from one snapshot = aggregator.reduce()",
+            )
+
+    def _warn_of_repeated(self, prefix: str) -> None:
+        about = f"prefix {prefix}"
+        if about in self._handlers.warned:
+            return
+        text = repeated(prefix, (name for _, name in self._keys()))
+        if text:
+            self._handlers.warned.add(about)
+            _logger.warning(text)
+
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._handlers.warned:
+            self._handlers.warned.add(about)
+            if threading.current_thread() is threading.main_thread():
+                warnings.warn(message, RuntimeWarning, stacklevel=4)
+            else:  # of a logger, say, where warnings that are made errors would cost a record
+                _logger.warning(message)
+
+
+def check_window(window: WindowLike) -> None:
+    """Refuse a window that is none."""
+    chosen = list(window.values()) if isinstance(window, Mapping) else [window]
+    for one in chosen:
+        if not isinstance(one, str) or one not in _WINDOWS:
+            raise ValueError(
+                f"window={one!r}: use 'run', 'interval', 'auto', or a dict from metric names to "
+                "those. The run is everything since the start, and the interval since the log before"
+            )
+
+
+def _check_view(window: str) -> View:
+    if window not in ("run", "interval"):
+        raise ValueError(f"window={window!r}: use 'run' or 'interval'")
+    return "run" if window == "run" else "interval"
+
+
+def _matches(text: str, suffix: str) -> bool:
+    return text.startswith(suffix[:-1]) if suffix.endswith(ANYTHING) else text == suffix
+
+
+def _stat_of(suffix: str) -> str:
+    """Return what `Snapshot.value` calls a statistic whose value is printed with `suffix`."""
+    for form in _FORMS:
+        beginning = form.format("")
+        if suffix.startswith(beginning):
+            return suffix.removeprefix(beginning).replace(ANYTHING, "")
+    return suffix
+
+
+def _choose(window: WindowLike, name: str, handler: AggregationHandler | None = None) -> View:
+    chosen = window if isinstance(window, str) else window.get(name, "auto")
+    if chosen == "auto":
+        return "run" if handler is not None and handler.is_total else "interval"
+    return _check_view(chosen)
+
+
+def _merged(states: list[ReducedState]) -> ReducedState:
+    """Merge the states of several datasets."""
+    categories = tuple(sorted({category for s in states for category in s.categories}))
+    fixed = len(states[0].sums) - len(states[0].categories)
+    merged = LaneState(states[0].sums[:fixed], states[0].maxs)
+    for state in states[1:]:
+        merged.merge(LaneState(state.sums[:fixed], state.maxs))
+    if categories:
+        counts: dict[str, float] = dict.fromkeys(categories, 0.0)
+        for state in states:
+            for category, count in zip(state.categories, state.sums[fixed:], strict=True):
+                counts[category] += count
+        merged.sums += tuple(counts.values())
+    return ReducedState(
+        merged.sums,
+        merged.maxs,
+        states[0].seconds,
+        Pool.joined([state.pool for state in states]),
+        categories,
+    )
