@@ -59,7 +59,7 @@ bench: $(BENCH_STAMP)  ## BENCH_ARGS="--quick" shows in a minute that everything
 
 gpu-check: $(STAMP)  ## what only a GPU can show; GPU_ARGS="--only steps" and the like pass through
 	@echo "==> waits, kernels, steps, a trace, ranks and JAX on the GPU: ratios measured side by side"
-	@$(BIN)/python -m benchmarks.gpu_check $(GPU_ARGS)
+	@PYTHONPATH=tests $(BIN)/python -m gpu_check $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs

@@ -33,11 +33,10 @@ SUBJECTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "log": {"bare all_reduce": ()},
     "sketches": {},
     "waits": {},
-    "accumulation_jax": {"8 nnx Averages": _JAX, "8 clu Averages": (*_JAX, "clu")},
+    "accumulation_jax": {"an nnx Average": _JAX},
     "mesh_jax": {"a bare lax.psum": _JAX},
     "peers": {
         "bare all_reduce": (),
-        "pickled states": (),
         "torchmetrics": ("torchmetrics",),
         "torcheval": ("torcheval",),
         "Lightning self.log": ("lightning",),

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.baselines import Aggregation, FrozenMetric, MetricStates
 from benchmarks.meter import Meter
 from benchmarks.workloads import INTERVALS, Workload, batches
 from metricfold import MetricsAggregator, Snapshot
 from metricfold.communicator import Communicator, connect
 
-__all__ = ["BareAllReduce", "Contender", "Metricfold", "MetricfoldEverywhere", "PickledStates"]
+__all__ = ["BareAllReduce", "Contender", "Metricfold", "MetricfoldEverywhere"]
 
 
 class Contender(ABC):
@@ -114,37 +113,6 @@ class BareAllReduce(Contender):
     def log(self) -> Mapping[str, float]:
         dist.all_reduce(self._vector)
         return {}
-
-
-class PickledStates(Contender):
-    """One `all_gather_object` of all state objects, and a merge and a dict of them on every rank."""
-
-    def __init__(self, workload: Workload, rank: int, floats: int) -> None:
-        self._window = workload.window
-        self._intervals = [
-            [
-                [
-                    FrozenMetric(one.dataset, one.name, value, Aggregation(one.aggregation))
-                    for one in columns
-                    for value in one.plain()
-                ]
-                for columns in workload.interval(rank, number)
-            ]
-            * workload.repeats
-            for number in range(INTERVALS)
-        ]
-        self._states = MetricStates(self._window)
-
-    def feed(self) -> None:
-        for batch in self._intervals[self.fed % INTERVALS]:
-            self._states.update(batch)
-        self.fed += 1
-
-    def log(self) -> Mapping[str, float]:
-        states, self._states = self._states, MetricStates(self._window)
-        of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, [*states.states.values()])
-        return states.report(states.combine(of_ranks), "train")
 
 
 class _Watched(Communicator):

@@ -11,13 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from benchmarks.__main__ import SUBJECTS, complaints
-from benchmarks.contenders import MetricfoldEverywhere, PickledStates
-from benchmarks.meter import Meter
 from benchmarks.peers import axis_table, tried
 from benchmarks.peers.differing import CASES, outcome
 from benchmarks.peers.libraries import BARE, OURS, Library
@@ -171,23 +168,6 @@ def test_ranks_find_loaded_what_was_asked_for_after_others_had_started() -> None
 # -- Peers, as far as they need no other package -------------------------------------------------
 
 
-def test_contenders_that_keep_everything_agree_on_an_interval() -> None:
-    for ours, pickled in run_ranks(_log_an_interval, 2):
-        assert ours.keys() >= pickled.keys()
-        np.testing.assert_allclose([ours[key] for key in pickled], [*pickled.values()], rtol=1e-12)
-
-
-def _log_an_interval(rank: int) -> list[dict[str, float]]:
-    workload = mixed(8, 2, 100, 1000)
-    logged = []
-    for make in (MetricfoldEverywhere, PickledStates):
-        meter = Meter(0.0, 1)
-        make(workload, rank, 0).run(meter)
-        assert len(meter.turns) == 1
-        logged.append(dict(meter.values))
-    return logged
-
-
 def test_a_workload_of_many_samples_has_as_many() -> None:
     for samples in (100, 1000, 10**5, 10**7):
         workload = mixed(4, 1, samples, None)
@@ -230,8 +210,6 @@ def test_a_missing_library_is_a_line_of_the_table_and_one_that_fails_too() -> No
     assert tried(NOWHERE, point, 0, span) == "not installed"
     broken = Library("broken", "metricfold", "peers.nowhere:Nothing")
     assert tried(broken, point, 0, span) == "failed"
-    slow = Library("slow", "metricfold", "contenders:MetricfoldEverywhere", most_samples=5)
-    assert tried(slow, point, 0, span) == "not run"
 
 
 def test_what_a_log_takes_is_counted_and_what_it_says_is_compared_with_the_truth() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.gpu_check import PARTS, Place, main, reduce_beside
+from gpu_check import PARTS, Place, main, reduce_beside
 from jax_devices import on_devices
 from ranks import run_ranks
 

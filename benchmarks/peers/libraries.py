@@ -19,13 +19,11 @@ class Library:
         name: how the tables call it.
         package: what has to be installed.
         contender: its class, as ``module:name``.
-        most_samples: more than these take it too long to take in.
     """
 
     name: str
     package: str
     contender: str
-    most_samples: float = float("inf")
 
     @property
     def installed(self) -> bool:
@@ -47,7 +45,6 @@ LIBRARIES = (
     Library("torcheval", "torcheval", "peers.torcheval:SyncAndCompute"),
     Library("Lightning self.log", "lightning", "peers.lightning:SelfLog"),
     Library("Accelerate", "accelerate", "peers.accelerate:GatherForMetrics"),
-    Library("pickled states", "torch", "contenders:PickledStates", most_samples=10**6),
     BARE,
 )
 """Ours comes first: the bare collective is told how much it moves."""

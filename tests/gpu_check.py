@@ -1,8 +1,8 @@
 """What only a GPU can show, in one run of some minutes: `make gpu-check`.
 
-    python -m benchmarks.gpu_check                    # says why, and ends well, where there is no GPU
-    python -m benchmarks.gpu_check --device cpu       # the same code, for what it is worth there
-    python -m benchmarks.gpu_check --only steps jax   # parts by name
+    python -m gpu_check                    # says why, and ends well, where there is no GPU
+    python -m gpu_check --device cpu       # the same code, for what it is worth there
+    python -m gpu_check --only steps jax   # parts by name
 
 Each part returns a section of the benchmarks' table, or raises; the check fails if one raises. It
 runs in a process of its own, so that an error on the device does not end the others.
@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from benchmarks.table import Section, amount, cost
 from benchmarks.timing import interleaved
+from torch import Tensor
+
 from metricfold import MetricsAggregator
 from metricfold.torch import DeviceAccumulator
 from metricfold.torch.fused import triton_for
@@ -413,7 +413,7 @@ PARTS: dict[str, Callable[[Place], Section]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts, each in a process of its own; return 1 if one has failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m gpu_check", description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
@@ -433,7 +433,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     failed = []
     for part in options.only:
-        command = [sys.executable, "-m", "benchmarks.gpu_check", *given, "--part", part]
+        command = [sys.executable, "-m", "gpu_check", *given, "--part", part]
         try:
             subprocess.run(command, timeout=_MOST_SECONDS, check=True)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
