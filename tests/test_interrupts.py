@@ -14,18 +14,11 @@ from handlers_of_users import RMSHandler
 from ranks import run_ranks
 from work import interrupted, lines_run
 
-from metricfold import (
-    Metric,
-    MetricsAggregator,
-    MissingRanksError,
-    aggregator,
-    clock,
-    custom,
-    inbox,
-    keys,
-    naming,
-    timing,
-)
+from metricfold import Metric, MetricsAggregator, MissingRanksError
+from metricfold._core.fold import custom
+from metricfold._core.fold import names as naming
+from metricfold._core.intake import aggregator, clock, inbox, keys
+from metricfold._core.intake import timers as timing
 from metricfold._core.reduce.totals import Totals
 
 

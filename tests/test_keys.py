@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from ranks import run_threads
 from work import lines_run
 
-from metricfold import Metric, MetricsAggregator, keys
+from metricfold import Metric, MetricsAggregator
 from metricfold._core.fold import names as naming
 from metricfold._core.fold.batch import Column
 from metricfold._core.fold.handlers import built_in_handlers
 from metricfold._core.fold.names import Claims
+from metricfold._core.intake import keys
 from metricfold._core.intake.keys import KeyTable
 from metricfold._core.reduce import agreement
 from metricfold._core.reduce.agreement import Agreed, agree, encoded
