@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from metricfold._core.fold.sample import FloatArray
+from metricfold.communicator.tree import Merge
 
 __all__ = [
     "Communicator",
@@ -92,6 +93,20 @@ class Communicator(ABC):
         self.collectives += 1
         return self._all_gather(vector)
 
+    def tree(self, vector: FloatArray, merge: Merge) -> FloatArray:
+        """Return everyone's `vector`, shape (n,), merged in rank order: the same bits on all ranks.
+
+        Args:
+            vector: of the same size on all ranks.
+            merge: gets two vectors of neighbouring blocks of ranks, that of the lower ranks first, and
+                returns a new one. It is called any number of times. Whatever it raises leaves ranks
+                out of step.
+        """
+        if self.world_size == 1:
+            return vector
+        self.collectives += 1
+        return self._tree(vector, merge)
+
     def all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray:
         """Return the elementwise sum or maximum of everyone's `vector`, shape (n,)."""
         self.collectives += 1
@@ -120,6 +135,15 @@ class Communicator(ABC):
 
     @abstractmethod
     def _all_gather(self, vector: FloatArray) -> FloatArray: ...
+
+    def _tree(self, vector: FloatArray, merge: Merge) -> FloatArray:
+        blocks: list[FloatArray] = list(self._all_gather(vector))
+        extra = len(blocks) - (1 << (len(blocks).bit_length() - 1))
+        head = [merge(*blocks[place : place + 2]) for place in range(0, 2 * extra, 2)]
+        blocks = head + blocks[2 * extra :]
+        while len(blocks) > 1:
+            blocks = [merge(*blocks[place : place + 2]) for place in range(0, len(blocks), 2)]
+        return blocks[0]
 
     @abstractmethod
     def _all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray: ...

@@ -14,6 +14,7 @@ import numpy as np
 
 from metricfold._core.fold.sample import FloatArray
 from metricfold.communicator.base import Communicator, MissingRanksError
+from metricfold.communicator.tree import Merge, rounds_of, steps
 
 __all__ = ["ThreadCommunicator", "thread_world"]
 
@@ -53,6 +54,14 @@ class ThreadCommunicator(Communicator):
 
     def _all_gather(self, vector: FloatArray) -> FloatArray:
         return np.stack(self._meeting.gather(self.rank, vector))
+
+    def _tree(self, vector: FloatArray, merge: Merge) -> FloatArray:
+        mine = {step.round: step for step in steps(self.rank, self.world_size)}
+        for number in rounds_of(self.world_size):
+            held = self._meeting.gather(self.rank, vector)
+            if (step := mine.get(number)) is not None and step.receives:
+                vector = step.after(vector, held[step.partner], merge)
+        return vector
 
     def _all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray:
         stacked = np.stack(self._meeting.gather(self.rank, vector))
