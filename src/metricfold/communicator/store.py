@@ -43,6 +43,8 @@ __all__ = ["PolledStore", "StoreClient", "StoreGoneError"]
 
 _SLOW = 2.0
 """Who waits so many seconds for an answer takes note of it."""
+_ENDING = 5.0
+"""Seconds that a thread has to come back once it is cut off: under load it takes its time."""
 
 
 class StoreGoneError(RuntimeError):
@@ -203,6 +205,7 @@ class _Connection:
         bottom = _bottom_of(job_store)
         port = getattr(bottom, "port", None)
         before = _open_files()
+        opened = partial(_new_sockets, before, port)
         self.slow_at = -math.inf
         self.unanswered: Future[Any] | None = None
         self._sockets: list[socket.socket] = []
@@ -214,14 +217,13 @@ class _Connection:
             if port is not None:
                 # A clone that is cut off tries again for as long as the job's store is told to,
                 # which is minutes; a client of our own ends. So this one sees that the host lives.
-                self._submit(_knock, bottom, seconds).result(seconds)
+                self._submit(_knock, bottom, until).result(seconds)
             cloned = self._submit(job_store.clone)
-            self._clone = cloned.result(max(until - time.monotonic(), 0.001))
+            self._clone = cloned.result(_seconds_to(until))
         except concurrent.futures.TimeoutError:
-            self._sockets += _new_sockets(before, port)
-            self._cut_off()
+            self._give_up(opened)
             raise TimeoutError from None
-        self._sockets += _new_sockets(before, port)
+        self._sockets += opened()
 
     def ask(self, question: Callable[..., Any], prefix: str, *args: Any) -> Future[Any]:
         """Return what will hold what `question` returns of the clone, under a prefix."""
@@ -249,7 +251,14 @@ class _Connection:
 
     def _cut_off(self) -> None:
         self._end()
-        self._thread.end(2.0)
+        self._thread.end(_ENDING)
+
+    def _give_up(self, opened: Callable[[], list[socket.socket]]) -> None:
+        """Cut off what the thread has `opened`, again and again: it may connect only now, or anew."""
+        self._end.detach()
+        until = time.monotonic() + _ENDING
+        while not self._thread.end(0.02) and time.monotonic() < until:
+            _cut_off(opened())
 
 
 class _Connections:
@@ -275,8 +284,7 @@ class _Connections:
             raise TimeoutError
         try:
             if (known := self._to.get(job_store)) is None:
-                left = max(until - time.monotonic(), 0.001)
-                known = self._to[job_store] = _Connection(job_store, left)
+                known = self._to[job_store] = _Connection(job_store, _seconds_to(until))
             return known
         finally:
             self._connecting.release()
@@ -285,16 +293,21 @@ class _Connections:
 _connections = _Connections()
 
 
-def _knock(store: Any, seconds: float) -> None:
-    """See that the store answers; over in `seconds`, or once its connection is cut off after these."""
+def _knock(store: Any, until: float) -> None:
+    """See that the store answers; over by `until`, or once its connection is cut off after that."""
     # Where nobody listens, torch's client would go on trying, with nothing to cut off.
     try:
-        socket.create_connection((store.host, store.port), timeout=seconds).close()
+        address = store.host, store.port
+        socket.create_connection(address, timeout=_seconds_to(until)).close()
     except OSError as error:
         raise StoreGoneError(f"{_name_of(store)} does not answer ({error})") from None
-    # It tries again only until its own timeout, which must have passed when it is cut off.
-    timeout = timedelta(seconds=max(0.9 * seconds, 1.0))
+    # It tries again only until its own timeout, which should have passed when it is cut off.
+    timeout = timedelta(seconds=0.9 * _seconds_to(until))
     type(store)(store.host, store.port, None, False, timeout, False)
+
+
+def _seconds_to(until: float) -> float:
+    return max(until - time.monotonic(), 0.001)
 
 
 def _is_hung_up(connected: socket.socket) -> bool:

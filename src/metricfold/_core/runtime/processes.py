@@ -201,10 +201,11 @@ class TaskThread:
         self._tasks.put(done)
         return done.wait(timeout)
 
-    def end(self, timeout: float) -> None:
-        """Run nothing more after what has been submitted, and wait for that."""
+    def end(self, timeout: float) -> bool:
+        """Run nothing more after what has been submitted, and wait for that; returns whether it is over."""
         self._end()
         self._thread.join(timeout)
+        return not self._thread.is_alive()
 
 
 class Worker(TaskThread):
