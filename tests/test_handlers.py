@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from handlers_of_users import RMSHandler
+from handlers_of_users import LaneRMS, MyTypes, RMSHandler
 
 from metricfold import (
     AggregationHandler,
@@ -27,6 +27,7 @@ from metricfold import (
 )
 from metricfold._core.fold.handlers import built_in_handlers, percentile_name
 from metricfold.communicator import Communicator
+from metricfold.metric import type_label
 
 from ranks import run_threads  # isort: skip
 
@@ -76,6 +77,33 @@ def test_a_distribution_by_hand_keeps_its_window_and_pools_all_of_it() -> None:
     assert merged.metadata["values"] == [2, 3, 4, 10, 20, 30]
     assert merged.metadata["statistics"]["p50"] == 7.0
     assert merged.metadata["statistics"]["count"] == 6.0
+
+
+def test_a_kind_says_what_a_state_is_made_of_and_nothing_of_settings() -> None:
+    kinds = {
+        type_label(agg_type): handler.kind_of(type_label(agg_type))
+        for agg_type, handler in built_in_handlers().items()
+    }
+    assert kinds == {
+        "sum": "sum",
+        "mean": "mean",
+        "max": "max",
+        "min": "min",
+        "rate": "rate",
+        "distribution": "distribution/recent",
+        "categorical_count": "counts",
+    }
+    # The window's size, percentiles and on_nan may change on resume; whether there is a bound not.
+    assert DistributionAggHandler(3, (1, 2)).kind_of("distribution") == "distribution/recent"
+    assert DistributionAggHandler(None).kind_of("distribution") == "distribution"
+    assert MeanAggHandler(on_nan="skip").kind_of("mean") == "mean"
+    # Under a type of one's own, and with lanes of one's own, the lanes are said.
+    assert SumAggHandler().kind_of("tokens") == "tokens/3+0"
+    assert DistributionAggHandler(3).kind_of("lengths") == "lengths/5+0/recent"
+    label = type_label(MyTypes.RMS)
+    assert LaneRMS().kind_of(label) == f"{label}/3+0"
+    assert LaneRMS().kind_of("max") == "max/3+0"
+    assert RMSHandler().kind_of(label) == f"{label}/0+0"
 
 
 def test_every_type_but_custom_has_a_handler_from_the_start() -> None:

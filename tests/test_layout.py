@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,4 +87,18 @@ def test_no_part_imports_the_public_names_that_are_made_of_it() -> None:
         if isinstance(node, ast.ImportFrom) and node.module == "metricfold"
         if part_of(name) not in ("demo", "cli")
     ]
+    assert wrong == []
+
+
+def test_no_other_room_asks_what_class_a_handler_or_a_state_is_of() -> None:
+    wrong = []
+    for name, path in modules():
+        if part_of(name) == "_core.fold":
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+                asked = ast.unparse(node.args[1])
+                # What registers a handler has to refuse what is none.
+                if re.search(r"(Handler|State)\b", asked) and asked != "AggregationHandler":
+                    wrong.append(f"{name}:{node.lineno} {asked}")
     assert wrong == []

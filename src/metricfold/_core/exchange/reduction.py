@@ -22,9 +22,7 @@ from metricfold._core.fold.custom import CustomResults
 from metricfold._core.fold.handlers import (
     COUNT,
     OTHER,
-    DistributionAggHandler,
     State,
-    WindowState,
 )
 from metricfold._core.fold.names import Claims, show
 from metricfold._core.fold.sample import FloatArray, Pool, Window
@@ -332,11 +330,10 @@ class Reducer:
     def _windows_with(self, states: Mapping[Key, State], registry: Registry) -> dict[Key, Window]:
         windows = dict(self.windows)
         for key, state in states.items():
-            if isinstance(state, WindowState):
-                handler = registry.handler(key)
-                assert isinstance(handler, DistributionAggHandler)
-                window = windows.get(key, _NO_WINDOW)
-                windows[key] = window.followed_by(state.window(), handler.limit)
+            newer = state.window()
+            if newer is not None:
+                limit = registry.handler(key).laned().sample_limit
+                windows[key] = windows.get(key, _NO_WINDOW).followed_by(newer, limit)
         return windows
 
     def _packed(

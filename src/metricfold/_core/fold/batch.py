@@ -59,6 +59,7 @@ __all__ = [
     "fold_each",
     "fold_metrics",
     "fold_numbers",
+    "fold_read",
     "fold_together",
     "fold_value",
     "folded_keys",
@@ -545,6 +546,13 @@ def fold_numbers(key: Key, handler: LaneHandler, values: Numbers, weights: Numbe
         return handler.fold(array, weighing)
     except ValueError as error:
         raise ValueError(f"{show(key)}: {error}") from error
+
+
+def fold_read(key: Key, handler: LaneHandler, values: Numbers, weights: Numbers) -> LaneState:
+    """Fold what has been read from a device, whose weights have been checked and are not 0."""
+    if isinstance(handler, CategoricalCountAggHandler):
+        return handler.fold_categories(map(str, listed(values)))
+    return fold_numbers(key, handler, values, weights)
 
 
 def _checked_weights(key: Key, weights: Sequence[float]) -> FloatArray | None:

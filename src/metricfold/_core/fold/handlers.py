@@ -132,6 +132,10 @@ class LaneState:
     """Whether it matters in which order values come."""
     recent: ClassVar[bool] = False
     """Whether the most recent of them do."""
+    counts: dict[str, int] | None = None
+    """By category, where categories are counted."""
+    replaced: str | None = None
+    """One of the texts that count under another, since they cannot be printed."""
 
     def __init__(self, sums: Lanes, maxs: Lanes = ()) -> None:
         self.sums = sums
@@ -155,6 +159,13 @@ class LaneState:
 
     def copy(self) -> LaneState:
         return LaneState(self.sums, self.maxs)
+
+    def window(self) -> Window | None:
+        """Return the values that are kept as they are and those before them, if any are kept."""
+        return None
+
+    def trim(self, categories: AbstractSet[str]) -> None:
+        """Count all but `categories`, of which `OTHER` is one, as `OTHER`, if they are many."""
 
     # Of what is more than lanes, that more.
 
@@ -298,6 +309,7 @@ class CategoryState(LaneState):
     __slots__ = ("counts", "replaced")
 
     ordered = True
+    counts: dict[str, int]
 
     def __init__(self, sums: Lanes, counts: dict[str, int], replaced: str | None = None) -> None:
         super().__init__(sums)
@@ -325,8 +337,9 @@ class CategoryState(LaneState):
     def copy(self) -> CategoryState:
         return CategoryState(self.sums, dict(self.counts))
 
-    def keep(self, categories: AbstractSet[str]) -> None:
-        """Count all but `categories`, of which `OTHER` is one, as `OTHER`."""
+    def trim(self, categories: AbstractSet[str]) -> None:
+        if len(self.counts) <= 2 * len(categories):
+            return
         counts = {name: count for name, count in self.counts.items() if name in categories}
         rest = sum(self.counts.values()) - sum(counts.values())
         counts[OTHER] = counts.get(OTHER, 0) + rest
@@ -371,6 +384,12 @@ class AggregationHandler(ABC):
     """Whether a metric may have a weight other than 1. One of weight 0 never comes here."""
     is_total: ClassVar[bool] = False
     """Whether ``window="auto"`` means the run, as for a sum, rather than the interval."""
+    has_lanes: ClassVar[bool] = False
+    """Whether values are folded into a `State`, which merges; `laned` says how."""
+    has_sample: ClassVar[bool] = False
+    """Whether that state keeps values as they are."""
+    has_counts: ClassVar[bool] = False
+    """Whether it counts categories."""
 
     @abstractmethod
     def initialize_metric_state(
@@ -402,6 +421,23 @@ class AggregationHandler(ABC):
         """Return what handles the metrics of a type that this handler is registered for."""
         return self
 
+    def laned(self) -> LaneHandler:
+        """Return the handler as one that folds into lanes; raises TypeError if it has none."""
+        raise TypeError(f"{name_of(self)} has no lanes")
+
+    def kind_of(self, label: str) -> str:
+        """Return what says how states of this handler are made, and so which of them merge.
+
+        Args:
+            label: of the aggregation type that it handles.
+
+        >>> SumAggHandler().kind_of("sum"), SumAggHandler().kind_of("tokens")
+        ('sum', 'tokens/3+0')
+        >>> DistributionAggHandler(100).kind_of("distribution")
+        'distribution/recent'
+        """
+        return f"{label}/0+0"
+
 
 class LaneHandler(AggregationHandler):
     """A handler whose state is a few float64 lanes, each combined by SUM or by MAX.
@@ -431,8 +467,11 @@ class LaneHandler(AggregationHandler):
     max_lanes: ClassVar[tuple[str, ...]] = ()
     weighted: ClassVar[bool] = False
     """Whether weights matter; where they do not, other weights than 1 and 0 are refused."""
+    has_lanes = True
     initial: ClassVar[float] = 0.0
     """What `MetricState.value` is before the first value."""
+    is_mean: ClassVar[bool] = False
+    """Whether the results of several datasets have a mean of their own, each counting once."""
 
     def __init__(self, *, on_nan: str = "propagate") -> None:
         self.on_nan = check_on_nan(on_nan)
@@ -460,6 +499,37 @@ class LaneHandler(AggregationHandler):
     @property
     def max_width(self) -> int:
         return len(self.max_lanes)
+
+    @property
+    def sample_limit(self) -> int:
+        """How many values of an interval each rank keeps as they are."""
+        return 0
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether, of the values that it keeps, the run's view is about the most recent alone."""
+        return False
+
+    @property
+    def most_categories(self) -> int:
+        """How many categories it tells apart."""
+        return 0
+
+    def laned(self) -> LaneHandler:
+        return self
+
+    def kind_of(self, label: str) -> str:
+        parts = [label, f"{self.sum_width}+{self.max_width}"]
+        if self.has_sample:
+            parts.append("recent" if self.is_bounded else "all")
+        if self.has_counts:
+            parts.append("counts")
+        text = "/".join(parts)
+        return _KINDS.get(text, text)
+
+    def unbounded(self) -> LaneHandler:
+        """Return a handler whose view of the run is about all values that it keeps."""
+        return self
 
     def empty(self) -> State:
         """Return the identity of the merge."""
@@ -844,6 +914,7 @@ class MeanAggHandler(LaneHandler):
 
     sum_lanes = ("weighted_sum", "weight")
     weighted = True
+    is_mean = True
 
     def sums_of(self, values: FloatArray, weights: FloatArray | None) -> tuple[float, ...]:
         if weights is None:
@@ -922,6 +993,7 @@ class DistributionAggHandler(LaneHandler):
 
     sum_lanes = ("infinities", "weighted_sum", "weight")
     weighted = True
+    has_sample = True
 
     def __init__(
         self, window_size: int | None = 1000, percentiles: Sequence[float] = (5, 50, 95)
@@ -936,18 +1008,20 @@ class DistributionAggHandler(LaneHandler):
         self._suffixes = tuple(f"_stat_{statistic}" for statistic in statistics)
 
     @property
-    def limit(self) -> int:
-        """How many values of an interval each rank keeps as they are."""
+    def sample_limit(self) -> int:
         return EXACT_VALUES if self.window_size is None else self.window_size
 
+    @property
+    def is_bounded(self) -> bool:
+        return self.window_size is not None
+
     def unbounded(self) -> DistributionAggHandler:
-        """Return a handler whose view of the run is about all values."""
         unbounded = copy(self)
         unbounded.window_size = None
         return unbounded
 
     def empty(self) -> WindowState:
-        return WindowState((0.0,) * self.sum_width, limit=self.limit)
+        return WindowState((0.0,) * self.sum_width, limit=self.sample_limit)
 
     def fold(self, values: FloatArray, weights: FloatArray | None) -> WindowState:
         if weights is not None and weights.size and weights.max() > LARGEST_WEIGHT:
@@ -1017,7 +1091,7 @@ class DistributionAggHandler(LaneHandler):
             if one.size:
                 self._append(metadata, number_of(metric.value), number_of(metric.weight))
             metadata.pop("statistics", None)
-            if self.window_size is None and len(metadata["values"]) >= 2 * self.limit:
+            if self.window_size is None and len(metadata["values"]) >= 2 * self.sample_limit:
                 self._condense(local_agg_metric)
             mean = self._mean(metadata)
             if mean is not None:
@@ -1039,7 +1113,7 @@ class DistributionAggHandler(LaneHandler):
     def _condense(self, state: MetricState) -> None:
         lanes = self._lanes_of(state.metadata)
         assert lanes is not None
-        lanes.limit = self.limit
+        lanes.limit = self.sample_limit
         state.metadata.update(self._metadata(lanes))
 
     @staticmethod
@@ -1134,12 +1208,17 @@ class CategoricalCountAggHandler(LaneHandler):
     """
 
     is_total = True
+    has_counts = True
 
     def __init__(self, max_categories: int = 1000, *, on_bad_name: str = "replace") -> None:
         super().__init__()
         self.max_categories = check_max_categories(max_categories)
         self.on_bad_name = check_on_bad_name(on_bad_name)
         self._told: set[tuple[str, str]] = set()
+
+    @property
+    def most_categories(self) -> int:
+        return self.max_categories
 
     def empty(self) -> CategoryState:
         return CategoryState((0.0,) * self.sum_width, {})
@@ -1185,6 +1264,9 @@ class CategoricalCountAggHandler(LaneHandler):
 
     def suffixes(self) -> tuple[str, ...]:
         return (f"_count_{ANYTHING}",)
+
+    def finalize_lanes(self, state: ReducedState) -> dict[str, float]:
+        return {"": float(state.sums[COUNT])}
 
     def finalize(self, state: ReducedState) -> dict[str, float]:
         counts = state.sums[len(COMMON_LANES) :]
@@ -1261,6 +1343,19 @@ class CategoricalCountAggHandler(LaneHandler):
         return ReducedState(
             state.sums + counts, state.maxs, seconds, categories=tuple(state.counts)
         )
+
+
+_KINDS = {
+    "sum/3+0": "sum",
+    "rate/3+0": "rate",
+    "mean/4+0": "mean",
+    "max/2+1": "max",
+    "min/2+1": "min",
+    "distribution/5+0/recent": "distribution/recent",
+    "distribution/5+0/all": "distribution",
+    "categorical_count/2+0/counts": "counts",
+}
+"""What is made as the built-in type of that name is, by its parts."""
 
 
 _CONTRACTS: dict[type, dict[str, Any]] = {

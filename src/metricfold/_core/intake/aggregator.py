@@ -46,8 +46,6 @@ from metricfold._core.fold.batch import (
 from metricfold._core.fold.custom import CustomResults, CustomStates, restored
 from metricfold._core.fold.handlers import (
     AggregationHandler,
-    DistributionAggHandler,
-    LaneHandler,
     built_in_handlers,
     check_on_nan,
     name_of,
@@ -410,7 +408,7 @@ class MetricsAggregator:
                 types = [(("", key), agg_type) for key, agg_type in keys.types()]
                 admission = self._keys.admit_keys(types)
                 handlers = [self._keys.handler_of(*one) for one in types]
-                if not all(isinstance(handler, LaneHandler) for handler in handlers):
+                if not all(handler is not None and handler.has_lanes for handler in handlers):
                     raise ValueError(
                         f"timer {name!r} needs handlers with lanes for 'mean', 'max' and 'rate', but "
                         f"another one is registered here: {INSTEAD}"
@@ -1095,9 +1093,8 @@ class MetricsAggregator:
         for totals in (saved.run, saved.interval):
             for key, state in totals.states():
                 handler = handlers[key]
-                assert isinstance(handler, LaneHandler)
                 try:
-                    handler.finalize(state)
+                    handler.laned().finalize(state)
                 except Exception as failure:
                     raise ValueError(
                         f"the state of {show(key)} is none that {name_of(handler)} can finalise: "
@@ -1152,9 +1149,8 @@ class MetricsAggregator:
             return
         rank, world_size = communicator.rank, communicator.world_size
         for key, windows in saved.windows.items():
-            handler = self._keys.of_key[key]
-            assert isinstance(handler, DistributionAggHandler)
-            self._reducer.windows[key] = share(windows, rank, world_size, handler.limit)
+            limit = self._keys.of_key[key].laned().sample_limit
+            self._reducer.windows[key] = share(windows, rank, world_size, limit)
         for view, states in saved.custom.items():
             self._custom.inherit(view, states[rank::world_size])
 

@@ -18,15 +18,11 @@ from metricfold._core.fold.batch import (
     Numbers,
     bad_weight,
     counted_elements,
-    fold_numbers,
-    listed,
+    fold_read,
     weights_beside,
 )
 from metricfold._core.fold.handlers import (
     AggregationHandler,
-    CategoricalCountAggHandler,
-    CategoryState,
-    LaneHandler,
     State,
 )
 from metricfold._core.fold.names import show
@@ -104,8 +100,8 @@ class Delta:
         """Let go of categories that are not told apart, where they have become many."""
         for key, categories in kept.items():
             state = self.states.get(key)
-            if isinstance(state, CategoryState) and len(state.counts) > 2 * len(categories):
-                state.keep(categories)
+            if state is not None:
+                state.trim(categories)
 
     def drop(self, key: Key) -> int:
         """Forget `key`; returns how many values it had."""
@@ -215,7 +211,7 @@ class CutDelta:
         for key, arrived in by_key.items():
             for values, weights in _in_runs(arrived):
                 try:
-                    states.append((key, _folded(key, handlers[key], values, weights)))
+                    states.append((key, fold_read(key, handlers[key].laned(), values, weights)))
                 except ValueError as error:  # which names the metric
                     self.errors.append(str(error))
                 except Exception as error:  # noqa: BLE001 - the user's; raised on all ranks
@@ -228,19 +224,7 @@ class CutDelta:
             del delta.drained[0]
         delta.late, delta.queued, delta.elements, delta.errors = [], set(), 0, []
         for key, state in states:
-            self.states.setdefault(key, _empty(handlers[key])).merge(state)
-
-
-def _folded(key: Key, handler: AggregationHandler, values: Numbers, weights: Numbers) -> State:
-    if isinstance(handler, CategoricalCountAggHandler):
-        return handler.fold_categories(map(str, listed(values)))
-    assert isinstance(handler, LaneHandler)
-    return fold_numbers(key, handler, values, weights)
-
-
-def _empty(handler: AggregationHandler) -> State:
-    assert isinstance(handler, LaneHandler)
-    return handler.empty()
+            self.states.setdefault(key, handlers[key].laned().empty()).merge(state)
 
 
 def _in_runs(arrived: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Numbers, Numbers]]:

@@ -236,12 +236,17 @@ class Inbox:
         return slot
 
     def first(
-        self, key: Key, agg_type: TypeLike, handler: object, value: Any, weight: Any
+        self,
+        key: Key,
+        agg_type: TypeLike,
+        handler: AggregationHandler | None,
+        value: Any,
+        weight: Any,
     ) -> Callable[[], None] | None:
         """Return what takes in the first value of a key, once that is admitted; None: not this way."""
-        if not isinstance(handler, LaneHandler) or key in self._keys.of_key:
+        if handler is None or not handler.has_lanes or key in self._keys.of_key:
             return None
-        slot = self._slot(key, agg_type, handler)
+        slot = self._slot(key, agg_type, handler.laned())
         try:
             targets, items = slot.placed(value, weight)
         except (KeyError, OverflowError):
@@ -292,9 +297,7 @@ class Inbox:
             self._fold()
 
     def _open(self, key: Key, agg_type: TypeLike) -> Slot:
-        handler = self._keys.of_key[key]
-        assert isinstance(handler, LaneHandler)
-        slot = self._slots[key] = self._slot(key, agg_type, handler)
+        slot = self._slots[key] = self._slot(key, agg_type, self._keys.of_key[key].laned())
         return slot
 
     def _slot(self, key: Key, agg_type: TypeLike, handler: LaneHandler) -> Slot:

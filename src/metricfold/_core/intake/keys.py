@@ -12,16 +12,13 @@ from metricfold._core.fold import hints
 from metricfold._core.fold.batch import Column, MetricBatch, check_same_type, fold_metrics
 from metricfold._core.fold.handlers import (
     AggregationHandler,
-    CategoricalCountAggHandler,
-    DistributionAggHandler,
-    LaneHandler,
     built_in_handlers,
     folds_as,
     name_of,
     quiet,
 )
 from metricfold._core.fold.names import Claimed, Claims, show
-from metricfold._core.reduce.schema import Entry, Key, Schema, lanes_of
+from metricfold._core.reduce.schema import Entry, Key, Schema
 from metricfold._core.view.derived import DerivedMetric
 from metricfold.metric import TypeLike, resolve_type, type_label
 
@@ -223,14 +220,14 @@ class KeyTable:
                     f"{show(key)} was folded on a device, which knows the built-in handlers only, "
                     f"but this aggregator has another handler for {type_label(agg_type)!r}: {INSTEAD}"
                 )
-            if isinstance(handler, DistributionAggHandler) and handler.window_size is not None:
+            if handler.laned().is_bounded:
                 if key not in admission.new:
                     raise ValueError(
                         f"{show(key)} holds its most recent values here, and a device sends a "
                         "histogram of all: give one of them another name, or make the aggregator "
                         "with dist_window_size=None"
                     )
-                handler = handler.unbounded()
+                handler = handler.laned().unbounded()
             if key in admission.new:
                 new[key] = (agg_type, handler)
         return Admission((), (), new, admission.claims)
@@ -239,9 +236,7 @@ class KeyTable:
         """Take over what `admit_drained` found new."""
         self.commit(admission)
         self.drained.update(
-            key
-            for key, (_, handler) in admission.new.items()
-            if isinstance(handler, DistributionAggHandler)
+            key for key, (_, handler) in admission.new.items() if handler.has_sample
         )
 
     def _handler_for(self, key: Key, agg_type: TypeLike) -> AggregationHandler:
@@ -364,9 +359,7 @@ class KeyTable:
     @staticmethod
     def _as_agreed(entry: Entry, handler: AggregationHandler) -> AggregationHandler:
         """Return what handles the values of `entry`: without a bound, if devices send it."""
-        if entry.drained and isinstance(handler, DistributionAggHandler):
-            return handler.unbounded()
-        return handler
+        return handler.laned().unbounded() if entry.drained and handler.has_sample else handler
 
     def trouble(self) -> str:
         """Return why this rank cannot take part in a reduction, or nothing."""
@@ -399,21 +392,17 @@ class KeyTable:
                 new[entry.key] = (agg_type, self._as_agreed(entry, handler))
             handler = self.of_key.get(entry.key) or new[entry.key][1]
             usual = _usual_entry(handler, entry.type)
-            held, has = entry.lanes, "no lanes"
-            if isinstance(handler, LaneHandler):
-                has = lanes_of(handler.sum_width, handler.max_width)
-            if held != has:
+            if entry.lanes != usual.lanes:
                 raise ValueError(
-                    f"the state holds {show(entry.key)} with {held}, but {name_of(handler)} has "
-                    f"{has}: register the handler that saved it"
+                    f"the state holds {show(entry.key)} with {entry.lanes}, but {name_of(handler)} "
+                    f"has {usual.lanes}: register the handler that saved it"
                 )
-            if isinstance(handler, DistributionAggHandler) and entry.bounded != (
-                handler.window_size is not None
-            ):
+            if usual.distributed and entry.bounded != usual.bounded:
+                size = handler.laned().sample_limit if usual.bounded else None
                 saved = "a window size" if entry.bounded else "dist_window_size=None"
                 raise ValueError(
                     f"the state holds {show(entry.key)} with {saved}, but this aggregator has "
-                    f"dist_window_size={handler.window_size}: recent values cannot stand for all, "
+                    f"dist_window_size={size}: recent values cannot stand for all, "
                     "nor all for recent ones; make the aggregator as the one that saved"
                 )
             if entry.distributed != usual.distributed or (entry.categories and not usual.most):
@@ -473,17 +462,15 @@ class KeyRegistry:
 
 def _suffixes(handler: AggregationHandler) -> tuple[str, ...]:
     # What a handler without lanes will call its results is known only when it finalises.
-    return handler.suffixes() if isinstance(handler, LaneHandler) else ("",)
+    return handler.laned().suffixes() if handler.has_lanes else ("",)
 
 
 def _usual_entry(handler: AggregationHandler, label: str) -> Entry:
     """Return how keys of a handler travel: an entry without a key."""
     suffixes = _suffixes(handler)
-    if not isinstance(handler, LaneHandler):
+    if not handler.has_lanes:
         return Entry(("", ""), label, 0, 0, suffixes)
-    entry = Entry(("", ""), label, handler.sum_width, handler.max_width, suffixes)
-    if isinstance(handler, DistributionAggHandler):
-        return entry._replace(distributed=True, bounded=handler.window_size is not None)
-    if isinstance(handler, CategoricalCountAggHandler):
-        return entry._replace(most=handler.max_categories)
-    return entry
+    lanes = handler.laned()
+    entry = Entry(("", ""), label, lanes.sum_width, lanes.max_width, suffixes)
+    bounded = lanes.is_bounded or not lanes.has_sample
+    return entry._replace(distributed=lanes.has_sample, bounded=bounded, most=lanes.most_categories)

@@ -14,7 +14,7 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Protocol
 
-from metricfold._core.fold.handlers import OTHER, CategoryState, DistributionAggHandler, State
+from metricfold._core.fold.handlers import OTHER, AggregationHandler, State
 from metricfold._core.fold.names import Claims, show
 from metricfold._core.fold.sample import FloatArray, Window
 from metricfold._core.reduce.announced import (
@@ -49,7 +49,7 @@ _key_of = attrgetter("key")
 class Registry(Protocol):
     """What a reduction asks the aggregator about its keys."""
 
-    def handler(self, key: Key) -> object: ...
+    def handler(self, key: Key) -> AggregationHandler: ...
 
     def entry(self, key: Key) -> Entry:
         """Return how `key` travels, as far as its handler decides it."""
@@ -146,20 +146,19 @@ def _with_room(
 ) -> Entry:
     """Return the entry of a key, with room for what a rank holds of it."""
     entry = registry.entry(key)
-    if isinstance(state, CategoryState):
+    if state is not None and state.counts is not None:
         known = schema.entries.get(key, entry)
         grown = known.with_categories(state.counts)
         kept = set(grown.categories)
         new = tuple(category for category in state.counts if category in kept)
         entry = entry._replace(categories=new, full=grown.full)
     if window is not None:
-        handler = registry.handler(key)
-        assert isinstance(handler, DistributionAggHandler)
+        limit = registry.handler(key).laned().sample_limit
         capacity = _SMALLEST_CAPACITY
         while capacity < window.values.size:
             capacity *= 2
         entry = entry._replace(
-            capacity=min(capacity, handler.limit),
+            capacity=min(capacity, limit),
             weighted=window.weights is not None,
             condensed=window.older is not None,
         )

@@ -27,11 +27,9 @@ from metricfold._core.fold.handlers import (
     COUNT,
     NANS,
     AggregationHandler,
-    CategoricalCountAggHandler,
     LaneHandler,
     Lanes,
     LaneState,
-    MeanAggHandler,
     ReducedState,
     quiet,
 )
@@ -277,8 +275,7 @@ class Snapshot:
                 f"{show(key)} is not known per rank: so many ranks add their values up on the way. "
                 "Record it with per_rank=True"
             )
-        handler = self._handlers.of_key[key]
-        assert isinstance(handler, LaneHandler)
+        handler = self._handlers.of_key[key].laned()
         sums, maxs = rows.sums[:, rows.schema.sums[key]], rows.maxs[:, rows.schema.maxs[key]]
         return [
             self._rank_value(handler, tuple(one), tuple(other))
@@ -300,8 +297,7 @@ class Snapshot:
         key = self._key_with_owner(dataset, name)
         totals = self._totals(_check_view(window))
         nans = self._reduced.schema.sums[key].start + NANS
-        handler = self._handlers.of_key[key]
-        if totals.sums[nans] and isinstance(handler, LaneHandler) and handler.on_nan != "skip":
+        if totals.sums[nans] and self._handlers.of_key[key].laned().on_nan != "skip":
             return self._owner_of_nan(key)
         owner = int(totals.owners[self._reduced.schema.maxs[key]][0])
         return None if owner == NOBODY else owner
@@ -423,8 +419,7 @@ class Snapshot:
         dataset, name = key
         entry = self._reduced.schema.entries.get(key)
         if entry is not None and not entry.custom:
-            handler = self._handlers.of_key[key]
-            assert isinstance(handler, LaneHandler)
+            handler = self._handlers.of_key[key].laned()
             view = _choose(window, name, handler)
             with quiet():
                 viewed = self._viewed(key, view)
@@ -522,15 +517,11 @@ class Snapshot:
         )
 
     def _finalized(self, viewed: _Viewed) -> dict[str, float]:
-        handler = self._handlers.of_key[viewed.entry.key]
-        assert isinstance(handler, LaneHandler)
-        return handler.finalize(self._state(viewed))
+        return self._handlers.of_key[viewed.entry.key].laned().finalize(self._state(viewed))
 
     def _rank_value(self, handler: LaneHandler, sums: Lanes, maxs: Lanes) -> float | None:
         if not sums[COUNT]:
             return None
-        if isinstance(handler, CategoricalCountAggHandler):
-            return sums[COUNT]
         return handler.finalize_lanes(ReducedState(sums, maxs, self.seconds)).get("")
 
     def _shown(self, window: WindowLike, *, rollup: Rollup, macro: bool) -> Table:
@@ -629,8 +620,7 @@ class Snapshot:
             if len(entries) > 1 and len({entry.type for entry in entries}) > 1:
                 self._warn_of_types(entries)
                 continue
-            handler = self._handlers.of_key[members[0]]
-            assert isinstance(handler, LaneHandler)
+            handler = self._handlers.of_key[members[0]].laned()
             group = table.setdefault(level, Group())
             if rollup:
                 results = finalized[members[0]]
@@ -640,7 +630,7 @@ class Snapshot:
                     )
                 for suffix, value in results.items():
                     group.put(name + suffix, value, Origin.TOTAL, self._warn_once, level)
-            if macro and not level and isinstance(handler, MeanAggHandler):
+            if macro and not level and handler.is_mean:
                 means = [finalized[key].get("", np.nan) for key in members]
                 value = float(np.mean(means))
                 group.put(f"{name}_macro", value, Origin.TOTAL, self._warn_once, level)
@@ -700,7 +690,7 @@ class Snapshot:
         names = [
             name + suffix
             for (_, name), handler in self._handlers.of_key.items()
-            for suffix in (handler.suffixes() if isinstance(handler, LaneHandler) else (ANYTHING,))
+            for suffix in (handler.laned().suffixes() if handler.has_lanes else (ANYTHING,))
         ]
         return lambda wanted: any(_matches(wanted, name) for name in names)
 
