@@ -16,7 +16,7 @@ from metricfold import (
     MetricsLogger,
     MetricTransform,
 )
-from metricfold._core.reduce.checkpoint import _json, checksum
+from metricfold._core.intake.checkpoint import _json, checksum
 from metricfold.metric import is_name
 
 GOOD = [

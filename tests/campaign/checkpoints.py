@@ -28,7 +28,7 @@ from campaign.forks import divided
 from campaign.table import Goal, Options, Row, Table, Trial, main
 from metricfold import MetricsAggregator, merge_state_dicts
 from metricfold._core.fold import plain
-from metricfold._core.reduce.checkpoint import checksum
+from metricfold._core.intake.checkpoint import checksum
 from metricfold._core.sketch import plain as saved_histogram
 from metricfold.communicator.threads import thread_world
 from metricfold.metric import is_name

@@ -38,7 +38,6 @@ from metricfold._core.reduce.agreement import (
     reasons,
 )
 from metricfold._core.reduce.announced import MOST_CUSTOM
-from metricfold._core.reduce.checkpoint import Saved
 from metricfold._core.reduce.header import HEADER_SIZE, PROTOCOL, Field, Kind, RouteChoice
 from metricfold._core.reduce.schema import Entry, Key, Schema, digest
 from metricfold._core.reduce.totals import Rows, Totals
@@ -122,24 +121,6 @@ class Reduced:
             totals = self.run if view == "run" else self.interval
             return totals.pools.get(entry.key, Pool())
         return (self.recent.recent if view == "run" else self.recent.interval)(entry.key)
-
-    def saved(self, *, interval_open: bool) -> Saved:
-        """Return what a checkpoint holds after this reduction."""
-        windows = {}
-        for entry in self.schema.distributions:
-            if entry.bounded:
-                found = self.recent.windows(entry.key)
-                windows[entry.key] = (
-                    found if interval_open else [window.closed() for window in found]
-                )
-        if self.custom.unsaved:
-            raise TypeError(self.custom.unsaved)
-        interval = self.interval if interval_open else Totals.empty(self.schema)
-        custom = {
-            "run": self.custom.saved["run"],
-            "interval": self.custom.saved["interval"] if interval_open else [],
-        }
-        return Saved(self.run, interval, windows, custom, self.reductions)
 
 
 class Reducer:

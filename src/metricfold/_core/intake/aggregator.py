@@ -53,12 +53,12 @@ from metricfold._core.fold.handlers import (
 )
 from metricfold._core.fold.names import check_prefix, show
 from metricfold._core.fold.sample import Window
+from metricfold._core.intake.checkpoint import Saved, decode, encode, share
 from metricfold._core.intake.clock import Clock, Pause
 from metricfold._core.intake.delta import CutDelta, InTransit
 from metricfold._core.intake.inbox import MOST_LATE, Inbox, never_read
 from metricfold._core.intake.keys import INSTEAD, Admission, KeyRegistry, KeyTable
 from metricfold._core.intake.timers import Elapsed, Timer
-from metricfold._core.reduce.checkpoint import Saved, decode, encode, share
 from metricfold._core.reduce.header import Kind, check_route
 from metricfold._core.reduce.schema import Key, Schema
 from metricfold._core.reduce.totals import Totals
@@ -1060,7 +1060,7 @@ class MetricsAggregator:
             empty = Totals.empty(Schema())
             return Saved(empty, empty, {}, {"run": [], "interval": []})
         reduced, kind = last
-        return reduced.saved(interval_open=kind is Kind.STATE_DICT)
+        return Saved.of(reduced, interval_open=kind is Kind.STATE_DICT)
 
     def _revived(self, saved: Saved, admission: Admission) -> dict[str, list[MetricState]]:
         """Return the states of custom handlers; raises ValueError if one cannot be restored."""

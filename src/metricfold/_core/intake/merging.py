@@ -17,7 +17,7 @@ from typing import Any
 from metricfold._core.fold.handlers import quiet
 from metricfold._core.fold.names import Claims, Key, show
 from metricfold._core.fold.sample import MOST_SAVED, Window, concatenated
-from metricfold._core.reduce.checkpoint import Saved, decode, encode, share
+from metricfold._core.intake.checkpoint import Saved, decode, encode, share
 from metricfold._core.reduce.schema import Entry, Schema
 from metricfold._core.reduce.totals import Totals
 

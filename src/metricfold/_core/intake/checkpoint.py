@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from metricfold._core.exchange.reduction import Reduced
 from metricfold._core.fold.custom import SavedState, check_saved_states
 from metricfold._core.fold.sample import (
     MOST_SAVED,
@@ -59,6 +60,31 @@ class Saved:
     windows: Mapping[Key, Sequence[Window]]
     custom: Mapping[str, list[SavedState]]
     reductions: int = 0
+
+    @classmethod
+    def of(cls, reduced: Reduced, *, interval_open: bool) -> Saved:
+        """Return what a checkpoint holds after a reduction.
+
+        Args:
+            reduced: what came out of it.
+            interval_open: whether its interval goes on.
+
+        Raises:
+            TypeError: a handler without lanes has a state that cannot be saved.
+        """
+        if reduced.custom.unsaved:
+            raise TypeError(reduced.custom.unsaved)
+        windows = {
+            entry.key: reduced.recent.windows(entry.key)
+            for entry in reduced.schema.distributions
+            if entry.bounded
+        }
+        custom = reduced.custom.saved
+        if interval_open:
+            return cls(reduced.run, reduced.interval, windows, custom, reduced.reductions)
+        windows = {key: [one.closed() for one in some] for key, some in windows.items()}
+        custom = {"run": custom["run"], "interval": []}
+        return cls(reduced.run, Totals.empty(reduced.schema), windows, custom, reduced.reductions)
 
 
 def encode(saved: Saved) -> dict[str, Any]:
