@@ -7,8 +7,8 @@
         metrics = {"loss": loss(params, batch), "samples": len(batch["x"])}
         return dm.reduce_custom(metrics, {"samples": "sum"})
 
-There is no state and there are no options: an instance is as good as the class, whose ``_static``
-methods do the same.
+There is no state and there are no options: an instance is as good as the class. Each method has a second
+name, which ends in ``_static``.
 """
 
 from __future__ import annotations
@@ -58,28 +58,22 @@ class DistributedMetrics(nnx.Module):
     def __init__(self) -> None:
         super().__init__()
 
-    def all_gather(
-        self, metrics: dict[str, Any], axis_name: AxisName = DEFAULT_AXIS
-    ) -> dict[str, Any]:
+    @staticmethod
+    def all_gather(metrics: dict[str, Any], axis_name: AxisName = DEFAULT_AXIS) -> dict[str, Any]:
         """Return the values of all devices on each: arrays with a new first dimension.
 
         Over several axes there is still one new dimension, whose last axis varies fastest.
         """
-        return self.all_gather_static(metrics, axis_name)
-
-    @staticmethod
-    def all_gather_static(
-        metrics: dict[str, Any], axis_name: AxisName = DEFAULT_AXIS
-    ) -> dict[str, Any]:
-        """Do what `all_gather` does."""
         leaves, structure = flatten(metrics)
         arrays = [as_array(leaf.value, leaf.path("metrics")) for leaf in leaves]
         with jax.transfer_guard("allow"):  # of constants, where nothing is compiled
             gathered = all_gather(arrays, resolve_axes(axis_name))
         return jax.tree_util.tree_unflatten(structure, gathered)  # type: ignore[no-any-return]
 
+    all_gather_static = all_gather
+
+    @staticmethod
     def reduce_mean(
-        self,
         metrics: dict[str, Any],
         axis_name: AxisName = DEFAULT_AXIS,
         *,
@@ -100,78 +94,45 @@ class DistributedMetrics(nnx.Module):
         Raises:
             ValueError: a weight has another shape than its metric, or a metric has none.
         """
-        return self.reduce_mean_static(metrics, axis_name, weights=weights, packed=packed)
-
-    @staticmethod
-    def reduce_mean_static(
-        metrics: dict[str, Any],
-        axis_name: AxisName = DEFAULT_AXIS,
-        *,
-        weights: Any = None,
-        packed: bool = False,
-    ) -> Any:
-        """Do what `reduce_mean` does."""
         return _reduce(metrics, "mean", axis_name, weights=weights, packed=packed)
 
-    def reduce_sum(
-        self,
-        metrics: dict[str, Any],
-        axis_name: AxisName = DEFAULT_AXIS,
-        *,
-        packed: bool = False,
-    ) -> Any:
-        """Return the sum over devices, of each element of each metric."""
-        return self.reduce_sum_static(metrics, axis_name, packed=packed)
+    reduce_mean_static = reduce_mean
 
     @staticmethod
-    def reduce_sum_static(
+    def reduce_sum(
         metrics: dict[str, Any], axis_name: AxisName = DEFAULT_AXIS, *, packed: bool = False
     ) -> Any:
-        """Do what `reduce_sum` does."""
+        """Return the sum over devices, of each element of each metric."""
         return _reduce(metrics, "sum", axis_name, packed=packed)
 
+    reduce_sum_static = reduce_sum
+
+    @staticmethod
     def reduce_max(
-        self,
-        metrics: dict[str, Any],
-        axis_name: AxisName = DEFAULT_AXIS,
-        *,
-        packed: bool = False,
+        metrics: dict[str, Any], axis_name: AxisName = DEFAULT_AXIS, *, packed: bool = False
     ) -> Any:
         """Return the largest value over devices, of each element of each metric.
 
         It has no derivative: a gradient through it is zero.
         """
-        return self.reduce_max_static(metrics, axis_name, packed=packed)
-
-    @staticmethod
-    def reduce_max_static(
-        metrics: dict[str, Any], axis_name: AxisName = DEFAULT_AXIS, *, packed: bool = False
-    ) -> Any:
-        """Do what `reduce_max` does."""
         return _reduce(metrics, "max", axis_name, packed=packed)
 
+    reduce_max_static = reduce_max
+
+    @staticmethod
     def reduce_min(
-        self,
-        metrics: dict[str, Any],
-        axis_name: AxisName = DEFAULT_AXIS,
-        *,
-        packed: bool = False,
+        metrics: dict[str, Any], axis_name: AxisName = DEFAULT_AXIS, *, packed: bool = False
     ) -> Any:
         """Return the smallest value over devices, of each element of each metric.
 
         It has no derivative: a gradient through it is zero.
         """
-        return self.reduce_min_static(metrics, axis_name, packed=packed)
-
-    @staticmethod
-    def reduce_min_static(
-        metrics: dict[str, Any], axis_name: AxisName = DEFAULT_AXIS, *, packed: bool = False
-    ) -> Any:
-        """Do what `reduce_min` does."""
         return _reduce(metrics, "min", axis_name, packed=packed)
 
+    reduce_min_static = reduce_min
+
+    @staticmethod
     def reduce_custom(
-        self,
         metrics: dict[str, Any],
         reduce_fn: Any = None,
         axis_name: AxisName = DEFAULT_AXIS,
@@ -192,20 +153,12 @@ class DistributedMetrics(nnx.Module):
         Raises:
             ValueError: an op is unknown.
         """
-        return self.reduce_custom_static(metrics, reduce_fn, axis_name, packed=packed)
-
-    @staticmethod
-    def reduce_custom_static(
-        metrics: dict[str, Any],
-        reduce_fn: Any = None,
-        axis_name: AxisName = DEFAULT_AXIS,
-        *,
-        packed: bool = False,
-    ) -> Any:
-        """Do what `reduce_custom` does."""
         return _reduce(metrics, _ops(reduce_fn), axis_name, packed=packed)
 
-    def collect_from_devices(self, metrics: dict[str, Any]) -> dict[str, Any]:
+    reduce_custom_static = reduce_custom
+
+    @staticmethod
+    def collect_from_devices(metrics: dict[str, Any]) -> dict[str, Any]:
         """Return, outside the mapped function, lists of the values of all devices.
 
         Args:
@@ -222,12 +175,9 @@ class DistributedMetrics(nnx.Module):
             ValueError: an array lives partly on devices of other processes.
             RuntimeError: an array was donated or deleted.
         """
-        return self.collect_from_devices_static(metrics)
-
-    @staticmethod
-    def collect_from_devices_static(metrics: dict[str, Any]) -> dict[str, Any]:
-        """Do what `collect_from_devices` does."""
         return collect(metrics)
+
+    collect_from_devices_static = collect_from_devices
 
 
 def _reduce(
