@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from metricfold import MetricsAggregator
 
 __all__ = ["Ledger", "Page", "read_ledger"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,6 @@ class Page:
         first_step: the first step of this launch.
         losses: per step and dataset, the sum of the losses of all predicted tokens.
         tokens: per step and dataset, how many tokens were predicted.
-        seconds: how long each step took, with the wait for its batch and all that was done in it.
         logging: how long each log of the training metrics held up its step.
         collectives: how many collectives the training metrics took.
         schema_rounds: how many of the reductions had to agree on new keys or categories first.
@@ -42,7 +39,6 @@ class Page:
     first_step: int
     losses: list[list[float]]
     tokens: list[list[float]]
-    seconds: list[float]
     logging: list[float]
     collectives: int
     schema_rounds: int
@@ -56,17 +52,7 @@ class Ledger:
         self._parts = parts
         self._first_step = first_step
         self._steps: list[tuple[Any, Any]] = []
-        self._seconds: list[float] = []
         self._logging: list[float] = []
-
-    def timing(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yield `batches`, and note how long it takes from one to the next."""
-        began = time.perf_counter()
-        for batch in batches:
-            yield batch
-            ended = time.perf_counter()
-            self._seconds.append(ended - began)
-            began = ended
 
     @contextmanager
     def logging(self) -> Iterator[None]:
@@ -94,7 +80,6 @@ class Ledger:
                 first_step=self._first_step,
                 losses=losses[:, i].tolist(),
                 tokens=tokens[:, i].tolist(),
-                seconds=self._seconds,
                 logging=self._logging,
                 collectives=aggregator.collectives,
                 schema_rounds=aggregator.schema_rounds,

@@ -19,7 +19,6 @@ from metricfold.demo.folder import RunFolder
 from metricfold.demo.framework import Framework
 from metricfold.demo.ledger import Page, read_ledger
 from metricfold.demo.mixture import SAMPLES_PER_STEP, Mixture
-from metricfold.demo.pace import Pace
 from metricfold.demo.texts import DemoError
 
 __all__ = ["Proof", "Row", "prove"]
@@ -58,7 +57,6 @@ class Proof:
         collectives: how many collectives the training metrics took for both.
         schema_rounds: in how many of them the ranks had to agree on new keys or categories.
         holding: how long a log held up its step on the slowest rank: the median, in seconds.
-        pace: how long steps took that log, and those that do not.
         gradient_norm: the largest norm of one rank's gradient in the interval.
         gradient_owner: the rank that it was on.
         losses: the logged loss over all datasets, by step, over the whole run.
@@ -72,7 +70,6 @@ class Proof:
     collectives: int
     schema_rounds: int
     holding: float
-    pace: Pace
     gradient_norm: float
     gradient_owner: int
     losses: dict[int, float]
@@ -103,7 +100,7 @@ def prove(folder: RunFolder) -> Proof:
     # A checkpoint follows right after a log, so a launch begins with a new interval.
     interval = range(max(steps[:-1], default=first - 1) + 1, step + 1)
     # A validation pass comes before every checkpoint.
-    saved = {one.step for one in records if one.prefix == "val" and one.step >= first}
+    saves = sum(one.prefix == "val" and one.step >= first for one in records)
     logged = logs[-1].metrics
     # There is a number over all datasets where there is more than one.
     loss = "train/loss" if len(mixture.names) > 1 else f"train_{mixture.names[0]}/loss"
@@ -112,11 +109,10 @@ def prove(folder: RunFolder) -> Proof:
         interval,
         _rows(mixture, pages, interval, logged),
         len(steps),
-        len(saved),
+        saves,
         pages[0].collectives,
         pages[0].schema_rounds,
         max(median(page.logging) for page in pages),
-        Pace.of([page.seconds for page in pages], first, steps, saved),
         logged["train/grad_norm"],
         int(logged[f"train/grad_norm_{folder.framework.part}"]),
         {log.step: log.metrics[loss] for log in logs if loss in log.metrics},

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
@@ -129,17 +128,6 @@ def _sentences(proof: Proof) -> Iterator[str]:
             f"to {proof.losses[last]:.2f} at step {last}"
         )
     yield from _cost(proof)
-    pace = proof.pace
-    if pace.logging and pace.after and pace.others:
-        logging, after, others = (
-            1e3 * float(np.median(seconds)) for seconds in (pace.logging, pace.after, pace.others)
-        )
-        low, high = 1e3 * np.quantile(pace.others, (0.25, 0.75))
-        yield (
-            f"Steps that log took {logging:.0f} ms (median of {len(pace.logging)}), the steps after "
-            f"them {after:.0f} ms, all others {others:.0f} ms (half of them {low:.0f} to "
-            f"{high:.0f} ms): ratios {logging / others:.2f} and {after / others:.2f}"
-        )
     yield (
         f"The largest gradient of these steps was {proof.framework.part} {proof.gradient_owner}'s, "
         f"of norm {proof.gradient_norm:.3g}"

@@ -75,9 +75,8 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
     parts = {"model": model.module, "optimizer": optimizer, "train": aggregator, "val": validation}
     start = load_checkpoint(folder.checkpoint, parts) if resume else 0
     stop = start + steps
-    ledger = Ledger(
-        folder.ledger, range(rank, rank + 1), start + 1
-    )  # for the demo's proof; your loop needs none
+    # For the demo's proof; your loop needs none.
+    ledger = Ledger(folder.ledger, range(rank, rank + 1), start + 1)
 
     console = Console()
     sinks = [
@@ -86,7 +85,7 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
         TensorBoardSink(folder.tensorboard),
     ]
     loader = training_batches(mixture, range(start + 1, stop + 1), rank, world_size)
-    batches = ledger.timing(aggregator.timer("data").over(loader))
+    batches = aggregator.timer("data").over(loader)
     progress = track(batches, "training", total=steps, console=console, disable=rank > 0)
     with MetricsLogger(sinks) as logger:
         logger.rewind(start)

@@ -151,16 +151,40 @@ class MetricfoldCallback(OneInUse, Callback):
     ) -> None:
         self._pause.close()  # of an evaluation that has failed
 
+    # -- Batches
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._taken = self._take(batch)
+
+    # The step of a prediction need not know of them either; there nothing counts.
+    on_validation_batch_start = on_test_batch_start = on_train_batch_start
+    on_predict_batch_start = on_train_batch_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._count(batch)
+
+    on_test_batch_end = on_validation_batch_end
+
     # -- Training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluating = False
         self._logged_step = trainer.global_step
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._taken = self._take(batch)
 
     def on_train_batch_end(
         self,
@@ -192,27 +216,6 @@ class MetricfoldCallback(OneInUse, Callback):
         self._pause.enter_context(self.aggregator.pause())
         self._evaluating = True
 
-    def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._taken = self._take(batch)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._count(batch)
-
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # In the end of the epoch, for other callbacks look at its values when all of it has ended.
         if not trainer.sanity_checking:
@@ -223,45 +226,10 @@ class MetricfoldCallback(OneInUse, Callback):
         self._evaluating = False
         self._pause.close()
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_validation_start(trainer, pl_module)
-
-    def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._taken = self._take(batch)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._count(batch)
-
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log(trainer, "test", "interval")
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_validation_end(trainer, pl_module)
-
-    def on_predict_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._take(batch)  # the step need not know of them here either
+    on_test_start, on_test_end = on_validation_start, on_validation_end
 
     # -- Checkpoints
 

@@ -96,7 +96,7 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
     ]
     sharding = dp.create_data_parallel_sharding(mesh)
     loader = training_batches(mixture, range(start + 1, stop + 1), mesh.size)
-    batches = ledger.timing(aggregator.timer("data").over(loader))
+    batches = aggregator.timer("data").over(loader)
     progress = track(batches, "training", total=steps, console=console)
     with MetricsLogger(sinks) as logger:
         logger.rewind(start)
