@@ -84,6 +84,51 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             )
 
 
+class Unfinished:
+    """The tests that have crashed a worker, or that were left out then: the cache calls them failed.
+
+    xdist starts other workers and lets them go on, but not for ever, and pytest forgets a failure when
+    the test has passed since.
+    """
+
+    def __init__(self) -> None:
+        self._collected: set[str] = set()
+        self._over: set[str] = set()
+        self._crashed: set[str] = set()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self._collected.update(ids)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "teardown":
+            self._over.add(report.nodeid)
+        elif report.when == "???":  # thus xdist reports a crash
+            self._crashed.add(report.nodeid)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        unfinished = dict.fromkeys((self._collected - self._over) | self._crashed, True)
+        if unfinished and (cache := session.config.cache):
+            cache.set("cache/lastfailed", cache.get("cache/lastfailed", {}) | unfinished)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Unfinished())
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """With `--last-failed`, as `make test` does at its end, name what has failed and passes now."""
+    passed = terminalreporter.stats.get("passed", [])
+    if config.getoption("lf", default=False) and passed:
+        tests = "1 test" if len(passed) == 1 else f"{len(passed)} tests"
+        terminalreporter.section(f"{tests} failed under load and passed alone:", "!", yellow=True)
+        for report in passed:
+            terminalreporter.line(report.nodeid, yellow=True)
+
+
 @pytest.fixture(autouse=True)
 def _close_loggers_left_open() -> Iterator[None]:
     """Close what a test has left open, for it would answer the signals of the tests after it."""
