@@ -119,7 +119,7 @@ def test_memory_does_not_grow_with_what_is_not_told_apart() -> None:
     aggregator.reduce()
     for number in range(5000):
         count(aggregator, [number])
-    held: Any = aggregator._inbox._delta.states["d", "id"]
+    held: Any = aggregator._held.inbox._delta.states["d", "id"]
     assert len(held.counts) <= 25
     assert held.sums[0] > 2000
     logged = counted(aggregator.get_metrics_for_logging("t"))

@@ -26,7 +26,7 @@ from work import interrupted, lines_run
 from metricfold import AggregationType, Metric, MetricBatch, MetricsAggregator
 from metricfold._core.fold.handlers import LaneHandler, MaxAggHandler
 from metricfold._core.intake import aggregator as calls
-from metricfold._core.intake import inbox
+from metricfold._core.intake import held, inbox
 from metricfold.communicator import Communicator
 
 TYPES = ("sum", "mean", "max", "min", "rate", "distribution", "categorical_count")
@@ -108,8 +108,8 @@ class Story:
             self.mark = None
         elif call == "fold":
             if self.plain:
-                aggregator._inbox._piece = 1  # as after interrupts
-            aggregator._inbox._fold()
+                aggregator._held.inbox._piece = 1  # as after interrupts
+            aggregator._held.inbox._fold()
         elif call == "reduce":
             self.look()
 
@@ -564,11 +564,11 @@ def test_what_waits_is_folded_however_fast_interrupts_come(
 
     for number in range(40):
         record(number)
-    few = lines_run(aggregator._inbox._fold, inbox) // 4
+    few = lines_run(aggregator._held.inbox._fold, inbox) // 4
     interrupts = 0
     for number in range(2000):
         interrupts += interrupted(lambda number=number: record(number), few, inbox)
-        assert len(aggregator._inbox._log) < 150
+        assert len(aggregator._held.inbox._log) < 150
     assert interrupts > 40
     assert of_interval(aggregator)["t/lone distribution_stat_count"] == 2040
 
@@ -678,11 +678,15 @@ def test_a_known_metric_is_taken_in_by_a_few_lines(agg: str) -> None:
     for once in (batch, metrics[:1]):  # after which it is known how this spells them
         aggregator.update(once)
     aggregator.record(f"lone {agg}", value, agg)
-    assert 0 < lines_run(lambda: aggregator.record(f"lone {agg}", value, agg), calls, inbox) <= 40
-    assert 0 < lines_run(lambda: aggregator.update(batch), calls, inbox) <= 25
+    assert (
+        0
+        < lines_run(lambda: aggregator.record(f"lone {agg}", value, agg), calls, held, inbox)
+        <= 40
+    )
+    assert 0 < lines_run(lambda: aggregator.update(batch), calls, held, inbox) <= 25
     if agg != "categorical_count":
-        assert 0 < lines_run(lambda: aggregator.update(metrics), calls, inbox) <= 40
-    assert aggregator._inbox._delta.states == {}
+        assert 0 < lines_run(lambda: aggregator.update(metrics), calls, held, inbox) <= 40
+    assert aggregator._held.inbox._delta.states == {}
 
 
 def test_what_waits_to_be_folded_is_bounded() -> None:
@@ -693,6 +697,6 @@ def test_what_waits_to_be_folded_is_bounded() -> None:
         aggregator.update(values)
         aggregator.update(batch)
         aggregator.record("lone sum", 1, "sum")
-        waiting = sum(len(items) for _, items in aggregator._inbox._log)
+        waiting = sum(len(items) for _, items in aggregator._held.inbox._log)
         assert waiting <= 4096
-        assert sys.getsizeof(aggregator._inbox._log) < 100_000
+        assert sys.getsizeof(aggregator._held.inbox._log) < 100_000

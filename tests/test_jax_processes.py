@@ -390,7 +390,7 @@ def killed_after_the_meeting(rank: int) -> list[str]:
     aggregator = MetricsAggregator(timeout=20)
     aggregator.record("x", 1, "sum")
     aggregator.reduce()
-    communicator: Any = aggregator._communicator
+    communicator: Any = aggregator._link.communicator
     if rank == 1:
         communicator._gathered = lambda _: os._exit(3)
     return [attempt(aggregator.reduce), attempt(aggregator.reduce)]
@@ -408,7 +408,7 @@ def fails_by_itself(rank: int) -> list[str]:
     aggregator = MetricsAggregator(timeout=3)
     aggregator.record("x", 1, "sum")
     aggregator.reduce()
-    communicator: Any = aggregator._communicator
+    communicator: Any = aggregator._link.communicator
     gathered = communicator._gathered
 
     def failing(vector: Any) -> Any:
@@ -432,7 +432,7 @@ def interrupted_in_the_middle(rank: int, times: int) -> list[str]:
     aggregator = MetricsAggregator(timeout=3)
     aggregator.record("x", 1, "sum")
     aggregator.reduce()
-    communicator: Any = aggregator._communicator
+    communicator: Any = aggregator._link.communicator
     gathered = communicator._gathered
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

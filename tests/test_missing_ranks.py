@@ -51,7 +51,7 @@ def one_breaks_its_connections(rank: int) -> Any:
     aggregator = MetricsAggregator(timeout=20)
     aggregator.reduce()
     if rank == 1:
-        communicator: Any = aggregator._communicator
+        communicator: Any = aggregator._link.communicator
         communicator._close_pairs()
         return None
     future = aggregator.reduce_async()
@@ -85,7 +85,7 @@ def test_a_rank_that_comes_in_time_and_waits_itself_is_not_named() -> None:
 def one_is_held_up_in_the_call_before(rank: int) -> Any:
     aggregator = MetricsAggregator(timeout=1)
     aggregator.reduce()
-    communicator: Any = aggregator._communicator
+    communicator: Any = aggregator._link.communicator
     if rank == 1:
         return raised(aggregator)
     if rank == 2:

@@ -107,7 +107,7 @@ def fail(communicator: Communicator) -> str:
     aggregator = MetricsAggregator(communicator=communicator)
     aggregator.record("x", 1.0)
     bad = "\x1b[31m" + "x" * (2 * MOST_ERROR) if communicator.rank else None
-    aggregator._keys.trouble = lambda: bad or ""
+    aggregator._held.keys.trouble = lambda: bad or ""
     with pytest.raises(RuntimeError) as caught:
         aggregator.reduce()
     return str(caught.value)

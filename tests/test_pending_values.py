@@ -20,10 +20,10 @@ _MANY = 4096
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    from metricfold._core.intake import aggregator, inbox
+    from metricfold._core.intake import held, inbox
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (aggregator, inbox):
+        for module in (held, inbox):
             patch.setattr(module, "MOST_LATE", _MANY)
         yield
 
@@ -109,6 +109,6 @@ def test_accumulators_and_values_of_handlers_without_lanes_are_bounded_too() -> 
         for _ in range(5):
             rms.update([Metric("d", "rms", value, "mean")] * 1024)
     assert len(texts) == 1, texts
-    assert len(rms._late_custom) < _MANY
+    assert len(rms._held.late_custom) < _MANY
     logged: dict[str, Any] = rms.get_metrics_for_logging("t")
     assert logged["t_d/rms"] == pytest.approx(3.0)

@@ -157,7 +157,7 @@ def test_a_clean_exit_lets_the_reduction_under_way_finish_and_ends_its_connectio
         future.add_done_callback(lambda f: print("total", f.result().as_dict("t"), flush=True))
         # A thread of gloo's that is still busy when the interpreter is torn down aborts the process,
         # but seldom: this tells each time whether it is gone by then.
-        group = weakref.ref(aggregator._communicator._group)
+        group = weakref.ref(aggregator._link.communicator._group)
         def check():
             print("ended", group() is None, flush=True)
             try:

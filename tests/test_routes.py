@@ -492,7 +492,7 @@ def fails_to_pack_again(communicator: Communicator, route: str) -> str:
     aggregator = MetricsAggregator(communicator=communicator, route=route)
     aggregator.record("x", 1.0)
     if communicator.rank == 1:
-        reducer = aggregator._reducer
+        reducer = aggregator._held.run.reducer
         packed, calls = reducer._packed, []
 
         def broken(*args: Any) -> Any:

@@ -359,7 +359,7 @@ def attack_by_results(row: Row, trial: Trial) -> None:
         aggregator.record("product", 2.0, MyTypes.PRODUCT)
         aggregator.reduce()
         if communicator.rank == 1:
-            aggregator._custom.results = lambda *_: blob
+            aggregator._held.custom.results = lambda *_: blob
         aggregator.record("product", 2.0, MyTypes.PRODUCT)
         return [aggregator.reduce().as_dict("t"), None]
 

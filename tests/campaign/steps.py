@@ -41,7 +41,7 @@ ERRORS: dict[str, type[BaseException]] = {
 
 Moment = tuple[str, str, int, str]  # file, function, instruction, and what happens there
 _OURS = str(Path(metricfold.__file__).parent)
-_NOT_ASKED = ("__del__", "_finish_there", "claim")
+_NOT_ASKED = ("__del__", "_finish_there")
 """What nobody hears of an error in, and with what a thread begins, where no signal is answered."""
 
 
@@ -198,17 +198,18 @@ def misjudged(result: Any, world_size: int, step: int, way: str) -> str:
 
 def _with_worker(aggregator: MetricsAggregator, struck: Struck, call: Callable[[], Any]) -> Any:
     """Let `struck` watch the aggregator's own thread, from when it takes up the next task."""
-    real = aggregator._finish_there
+    link = aggregator._link
+    real = link._finish_there
 
-    def finish_there(begun: Any) -> Any:
+    def finish_there(*task: Any) -> Any:
         with struck.watching():
-            return real(begun)
+            return real(*task)
 
-    aggregator._finish_there = finish_there  # type: ignore[method-assign]
+    link._finish_there = finish_there  # type: ignore[method-assign]
     try:
         return call()
     finally:
-        aggregator._finish_there = real  # type: ignore[method-assign]
+        link._finish_there = real  # type: ignore[method-assign]
 
 
 def _after_the_end(aggregator: MetricsAggregator, step: int, world_size: int) -> str:

@@ -21,7 +21,15 @@ from typing import Any
 import numpy as np
 
 from metricfold._core.exchange.reduction import Reduced
-from metricfold._core.fold.custom import SavedState, check_saved_states
+from metricfold._core.fold.custom import (
+    CustomResults,
+    CustomStates,
+    SavedState,
+    check_saved_states,
+    restored,
+)
+from metricfold._core.fold.handlers import AggregationHandler, name_of
+from metricfold._core.fold.names import show
 from metricfold._core.fold.sample import (
     MOST_SAVED,
     FloatArray,
@@ -30,13 +38,14 @@ from metricfold._core.fold.sample import (
     histogram_from,
     new_histogram,
 )
+from metricfold._core.intake.keys import Admission, KeyTable
 from metricfold._core.reduce.announced import entries_from
 from metricfold._core.reduce.schema import Key, Schema
 from metricfold._core.reduce.totals import NOBODY, Totals
 from metricfold._core.sketch.weights import weighable
-from metricfold.metric import escaped
+from metricfold.metric import MetricState, escaped
 
-__all__ = ["FORMAT", "VERSION", "Saved", "checksum", "decode", "encode", "share"]
+__all__ = ["FORMAT", "VERSION", "Restored", "Saved", "checksum", "decode", "encode", "share"]
 
 FORMAT = "metricfold"
 VERSION = 1
@@ -85,6 +94,91 @@ class Saved:
         windows = {key: [one.closed() for one in some] for key, some in windows.items()}
         custom = {"run": custom["run"], "interval": []}
         return cls(reduced.run, Totals.empty(reduced.schema), windows, custom, reduced.reductions)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A checkpoint that an aggregator can go on from.
+
+    Args:
+        saved: what it holds.
+        admission: the keys that are new with it.
+        custom: the states of handlers without lanes, of all ranks, per view.
+    """
+
+    saved: Saved
+    admission: Admission
+    custom: Mapping[str, Sequence[MetricState]]
+
+    @classmethod
+    def of(cls, saved: Saved, keys: KeyTable) -> Restored:
+        """Try out what a checkpoint holds; changes nothing.
+
+        Raises:
+            ValueError: a metric's handler is missing or is another one, or a state is such that later
+                calls would fail on it.
+        """
+        labels = [
+            ((state["dataset"], state["name"]), state["type"])
+            for states in saved.custom.values()
+            for state in states
+        ]
+        admission = keys.check_saved(saved.run.schema.entries.values(), labels)
+        handlers = {**keys.of_key, **{key: new[1] for key, new in admission.new.items()}}
+        custom = {
+            view: [_revived(state, handlers, keys) for state in states]
+            for view, states in saved.custom.items()
+        }
+        for totals in (saved.run, saved.interval):
+            for key, state in totals.states():
+                try:
+                    handlers[key].laned().finalize(state)
+                except Exception as failure:
+                    raise ValueError(
+                        f"the state of {show(key)} is none that {name_of(handlers[key])} can "
+                        f"finalise: {failure!r}. Load an earlier checkpoint"
+                    ) from failure
+        try:
+            _finalise_once(saved, custom, handlers, keys)
+        except Exception as failure:
+            raise ValueError(
+                f"the states of custom handlers cannot go on from what was saved: {failure!r}. Load an "
+                "earlier checkpoint, or register the handlers that saved it"
+            ) from failure
+        return cls(saved, admission, custom)
+
+
+def _revived(
+    state: SavedState, handlers: Mapping[Key, AggregationHandler], keys: KeyTable
+) -> MetricState:
+    key = (state["dataset"], state["name"])
+    try:
+        return restored(state, handlers[key], keys.type_of_label(state["type"]))
+    except Exception as failure:
+        raise ValueError(
+            f"the state of {show(key)} cannot be restored by "
+            f"{name_of(handlers[key])}.deserialize_metadata: {failure!r}"
+        ) from failure
+
+
+def _finalise_once(
+    saved: Saved,
+    custom: Mapping[str, Sequence[MetricState]],
+    handlers: Mapping[Key, AggregationHandler],
+    keys: KeyTable,
+) -> None:
+    """Finalise and save the states of handlers without lanes, as later calls will; or raise."""
+    if not any(custom.values()):
+        return
+    states = CustomStates()
+    for view, some in custom.items():
+        states.inherit(view, some)
+    results = CustomResults([states.results(handlers, keys.by_label())])
+    if results.unsaved:
+        raise TypeError(results.unsaved)
+    for view, totals in (("run", saved.run), ("interval", saved.interval)):
+        for result in results.of(view):
+            result.finalised(keys.by_label().get(result.label), totals.seconds)
 
 
 def encode(saved: Saved) -> dict[str, Any]:

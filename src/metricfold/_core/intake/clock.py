@@ -60,6 +60,11 @@ class Clock:
         """The seconds of the interval so far."""
         return max(self.now() - self._interval_began, 0.0)
 
+    def begin(self) -> None:
+        """Let time count from now on, if it does not."""
+        if not self.running:
+            self.start(time.perf_counter())
+
     def start(self, moment: float) -> None:
         """Let time count from `moment` on, or, during a pause, from its end on."""
         with self._lock:

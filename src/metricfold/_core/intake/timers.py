@@ -30,14 +30,19 @@ from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
+from metricfold._core.fold.batch import Column, fold_value
+from metricfold._core.fold.names import Key
 from metricfold._core.intake.clock import Clock
+from metricfold._core.intake.keys import INSTEAD, KeyTable
 from metricfold._core.runtime.listing import internal
 from metricfold._core.runtime.staging import refuse_while_traced
+from metricfold._core.view.timing import TimerKeys
+from metricfold.metric import AggregationType
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["Elapsed", "Timer"]
+__all__ = ["Timer", "Timers"]
 
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -109,6 +114,92 @@ class Elapsed:
         """In a forked child: refuse what comes, for nobody will read it."""
         self.inherited = True
         self.lock = threading.RLock()
+
+
+class Timers:
+    """The timers of one rank, by name.
+
+    Args:
+        keys: knows how their metrics are folded.
+        clock: says which of their time counts.
+    """
+
+    def __init__(self, keys: KeyTable, clock: Clock) -> None:
+        self._keys = keys
+        self._clock = clock
+        self._elapsed: dict[str, Elapsed] = {}
+
+    def known(self, name: object) -> Timer | None:
+        """Return the timer of that name, if there is one."""
+        elapsed = self._elapsed.get(name) if isinstance(name, str) else None
+        return None if elapsed is None else Timer(elapsed)
+
+    def add(self, name: str) -> Timer:
+        """Return the timer of a new name; raises ValueError if another metric has one of its names."""
+        names = TimerKeys.of(name)
+        types = [(("", key), agg_type) for key, agg_type in names.types()]
+        admission = self._keys.admit_keys(types)
+        handlers = [self._keys.handler_of(*one) for one in types]
+        if not all(handler is not None and handler.has_lanes for handler in handlers):
+            raise ValueError(
+                f"timer {name!r} needs handlers with lanes for 'mean', 'max' and 'rate', but "
+                f"another one is registered here: {INSTEAD}"
+            )
+        self._keys.commit(admission)
+        self._keys.per_rank.add(("", names.share))
+        return Timer(self._elapsed.setdefault(name, Elapsed(self._clock)))
+
+    def take(self, world_size: int, shown: float, cut: int) -> tuple[list[Column], str]:
+        """Return metrics of the times that have been taken, and an error, for all ranks.
+
+        Args:
+            world_size: the number of ranks.
+            shown: what the clock shows where the interval ends.
+            cut: as `Elapsed.take` has it.
+        """
+        columns: list[Column] = []
+        errors = []
+        for name, elapsed in self._elapsed.items():
+            taken = elapsed.take(shown, cut)
+            keys = TimerKeys.of(name)
+            uses = float(taken.uses)
+            numbers: list[tuple[str, AggregationType, float, float]] = []
+            if uses:
+                mean = self._keys.handler_of(("", keys.mean), AggregationType.MEAN)
+                weight = uses if mean is None or mean.weighted else 1.0
+                numbers.append((keys.mean, AggregationType.MEAN, taken.total / uses, weight))
+                numbers.append((keys.max, AggregationType.MAX, taken.longest, 1.0))
+            if uses or taken.counted:
+                # Added up over ranks and divided by the time: the mean of the ranks' shares.
+                share = taken.counted / world_size
+                numbers.append((keys.share, AggregationType.RATE, share, 1.0))
+            try:
+                columns += [
+                    fold_value(("", key), agg_type, value, weight, self._keys.handler_of)
+                    for key, agg_type, value, weight in numbers
+                ]
+            except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
+                errors.append(f"timer {name!r}: the handler failed: {failure!r}")
+        return columns, "; ".join(errors)
+
+    def begin_anew(self) -> None:
+        """Drop what has been taken."""
+        for elapsed in self._elapsed.values():
+            elapsed.take(self._clock.now(), -1)
+
+    def drop(self, key: Key) -> None:
+        """Forget a timer that has `key`: whoever uses it again is told, as anyone who records such."""
+        self._elapsed = {
+            name: elapsed
+            for name, elapsed in self._elapsed.items()
+            if key[0] or key[1] not in TimerKeys.of(name).names()
+        }
+
+    def leave_parent_behind(self) -> None:
+        """In a forked child: forget all, and refuse what comes to those that somebody holds."""
+        for elapsed in self._elapsed.values():
+            elapsed.leave_parent_behind()
+        self._elapsed = {}
 
 
 @internal("count", "has", "outer", "running")
