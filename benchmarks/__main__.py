@@ -33,8 +33,7 @@ SUBJECTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "log": {"bare all_reduce": ()},
     "sketches": {},
     "waits": {},
-    "accumulation_jax": {"an nnx Average": _JAX},
-    "mesh_jax": {"a bare lax.psum": _JAX},
+    "on_jax": {"an nnx Average": _JAX, "a bare lax.psum": _JAX},
     "peers": {
         "bare all_reduce": (),
         "torchmetrics": ("torchmetrics",),

@@ -64,7 +64,7 @@ def test_a_subject_that_is_none_is_refused_with_those_that_are() -> None:
     done = benchmarks("--quick", "logs")
     assert done.returncode == 2
     assert "no subject 'logs'" in done.stderr
-    assert "accumulation_jax" in done.stderr
+    assert "on_jax" in done.stderr
     for subject in SUBJECTS:
         assert find_spec(f"benchmarks.{subject}")
 
