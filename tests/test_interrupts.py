@@ -98,7 +98,7 @@ def begun() -> MetricsAggregator:
 def found(metrics: MetricsAggregator) -> tuple[Any, ...]:
     """Return what an aggregator has come to, but for how long that took."""
     snapshot = metrics.reduce()
-    uses = snapshot._state(snapshot._viewed(("", "data_seconds"), "run")).sums[-1]
+    uses = snapshot._report.state(("", "data_seconds"), "run").sums[-1]
     logged = snapshot.as_dict("t")
     return uses, {key: value for key, value in logged.items() if "/data_" not in key}
 

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 from metricfold._core.fold.batch import MetricBatch
 from metricfold._core.intake.aggregator import MetricsAggregator
 from metricfold._core.runtime.copies import OneInUse
-from metricfold._core.view.snapshot import WindowLike, check_window
 from metricfold._core.view.tables import Rollup, check_rollup
+from metricfold._core.view.windows import WindowLike, check_window
 from metricfold.data.sample import METRICS
 
 if TYPE_CHECKING:

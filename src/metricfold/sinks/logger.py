@@ -20,8 +20,9 @@ from metricfold._core.runtime.copies import OneInUse, where_found
 from metricfold._core.runtime.listing import internal, shortened
 from metricfold._core.runtime.staging import refuse_while_traced
 from metricfold._core.runtime.uncompiled import leave_alone, uncompiled
-from metricfold._core.view.snapshot import Snapshot, WindowLike, check_window
+from metricfold._core.view.snapshot import Snapshot
 from metricfold._core.view.tables import Rollup, check_rollup
+from metricfold._core.view.windows import WindowLike, check_window
 from metricfold.sinks.ends import SECONDS, look_after, unwatch, watch
 from metricfold.sinks.pipeline import Entry, Extra, Pipeline
 from metricfold.sinks.record import Sink, checked_numbers

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from metricfold._core.runtime.processes import start_thread
 from metricfold._core.sketch import Histogram
-from metricfold._core.view.snapshot import Snapshot, WindowLike
+from metricfold._core.view.snapshot import Snapshot
 from metricfold._core.view.tables import Rollup
+from metricfold._core.view.windows import WindowLike
 from metricfold.sinks.early import Watch
 from metricfold.sinks.loud import say
 from metricfold.sinks.record import Record, Sink, checked_numbers

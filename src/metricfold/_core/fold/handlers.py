@@ -30,11 +30,13 @@ from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property, reduce
+from itertools import compress
 from numbers import Real
 from operator import add, mul
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from metricfold._core.device import arrays
 from metricfold._core.fold.names import ANYTHING, show
@@ -47,6 +49,7 @@ from metricfold._core.fold.sample import (
     histogram_from,
     new_histogram,
 )
+from metricfold._core.fold.statistics import Pools, statistics
 from metricfold._core.sketch.weights import LARGEST_WEIGHT
 from metricfold.metric import (
     AggregationType,
@@ -79,6 +82,7 @@ __all__ = [
     "MinAggHandler",
     "RateAggHandler",
     "ReducedState",
+    "ReducedStates",
     "State",
     "SumAggHandler",
     "WindowState",
@@ -87,7 +91,6 @@ __all__ = [
     "folds_as",
     "name_of",
     "number_of",
-    "percentile_name",
     "quiet",
     "reported",
     "travelling",
@@ -368,6 +371,34 @@ class ReducedState:
     categories: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class ReducedStates:
+    """Everyone's states of k keys that one handler finalises at once.
+
+    Args:
+        sums: their SUM lanes, shape (k, n).
+        maxs: their MAX lanes, shape (k, m).
+        seconds: as of one state.
+        pools: as of one state, for each key.
+        categories: of the last SUM lanes of each.
+    """
+
+    sums: FloatArray
+    maxs: FloatArray
+    seconds: float
+    pools: Sequence[Pool] = ()
+    categories: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, state: ReducedState) -> ReducedStates:
+        lanes = np.array([state.sums]), np.array([state.maxs])
+        return cls(*lanes, state.seconds, (state.pool,), state.categories)
+
+
+Results: TypeAlias = tuple[FloatArray, npt.NDArray[np.bool_]]
+"""What is reported of k states: values, and which of them there are, both of shape (k, s)."""
+
+
 # -- The contract --------------------------------------------------------------------------------
 
 
@@ -579,6 +610,32 @@ class LaneHandler(AggregationHandler):
         if nans:
             reported["_nan_count"] = nans
         return reported
+
+    # The same of many keys at once, where nothing of it is overridden: see `folds_as`.
+
+    def columns(self, categories: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the suffixes of what `finalize_all` gives, of keys that have these categories."""
+        return ("", "_nan_count")
+
+    def finalize_all(self, states: ReducedStates) -> Results:
+        """Return what `finalize` does, of several keys."""
+        count, nans = states.sums[:, COUNT], states.sums[:, NANS]
+        lanes = dict(zip(self._lane_names, (*states.sums.T, *states.maxs.T), strict=True))
+        spoilt = (nans > 0) & (self.on_nan == "propagate")
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = np.where(spoilt, math.nan, self.results({**lanes, "seconds": states.seconds}))
+        there = (count > nans) | spoilt
+        return np.stack([values, nans], axis=1), np.stack([there, (nans > 0) & ~spoilt], axis=1)
+
+    def results(self, lanes: Mapping[str, Any]) -> FloatArray:
+        """Return what `result` does of several keys, each lane in an array of shape (k,)."""
+        return np.asarray(self.result(lanes))
+
+    def _finalized(self, state: ReducedState) -> dict[str, float]:
+        """Return what `finalize_all` says of one."""
+        values, there = self.finalize_all(ReducedStates.of(state))
+        named = zip(self.columns(state.categories), values[0].tolist(), strict=True)
+        return dict(compress(named, there[0].tolist()))
 
     # The contract, for those who call a handler themselves, override a method of it, or return a
     # state of a type with lanes from a handler of their own. A state's value is what its metadata
@@ -905,6 +962,11 @@ class RateAggHandler(SumAggHandler):
             reported.pop("", None)
         return reported
 
+    def finalize_all(self, states: ReducedStates) -> Results:
+        values, there = super().finalize_all(states)
+        there[:, 0] &= states.seconds != 0
+        return values, there
+
     def _value_of(self, state: State, metadata: Mapping[str, Any]) -> float:
         return super()._value_of(state, {"seconds": 1.0, **metadata})
 
@@ -924,6 +986,10 @@ class MeanAggHandler(LaneHandler):
     def result(self, lanes: Mapping[str, float]) -> float:
         # Nothing that came in weighs nothing, but another rank may send what it likes.
         return lanes["weighted_sum"] / lanes["weight"] if lanes["weight"] else math.nan
+
+    def results(self, lanes: Mapping[str, Any]) -> FloatArray:
+        weight = lanes["weight"]
+        return np.where(weight == 0, math.nan, lanes["weighted_sum"] / weight)
 
     # By the contract: the sum and the count, each value as often as its weight says.
 
@@ -1001,11 +1067,8 @@ class DistributionAggHandler(LaneHandler):
         super().__init__()
         self.window_size = check_window_size(window_size)
         self.percentiles = check_percentiles(percentiles)
-        names = [percentile_name(p) for p in self.percentiles]
-        self._percentile_suffixes = [f"_stat_{name}" for name in names]
-        self._ranks = np.array(self.percentiles) / 100.0
-        statistics = ["mean", "min", "max", "std", *names, "count", "nan_count", "inf_count"]
-        self._suffixes = tuple(f"_stat_{statistic}" for statistic in statistics)
+        names = (*statistics(self.percentiles), "nan_count", "inf_count")
+        self._suffixes = tuple(f"_stat_{name}" for name in names)
 
     @property
     def sample_limit(self) -> int:
@@ -1053,25 +1116,24 @@ class DistributionAggHandler(LaneHandler):
         weighted_sum, weight = state.sums[-2:]
         return {"": weighted_sum / weight} if weight else {}
 
+    def columns(self, categories: tuple[str, ...]) -> tuple[str, ...]:
+        return self._suffixes
+
     def finalize(self, state: ReducedState) -> dict[str, float]:
-        pool = state.pool
-        reported: dict[str, float] = {}
-        if pool.count:
-            low, high = pool.minimum, pool.maximum
-            mean, std = pool.moments()
-            reported["_stat_mean"] = min(max(mean, low), high)
-            reported["_stat_min"] = low
-            reported["_stat_max"] = high
-            if pool.count > 1:
-                reported["_stat_std"] = 0.0 if low == high else std
-            found = np.clip(pool.quantiles(self._ranks), low, high).tolist()
-            reported.update(zip(self._percentile_suffixes, found, strict=True))
-            reported["_stat_count"] = float(pool.count)
-        if state.sums[NANS]:
-            reported["_stat_nan_count"] = float(state.sums[NANS])
-        if state.sums[2]:
-            reported["_stat_inf_count"] = float(state.sums[2])
-        return reported
+        return self._finalized(state)
+
+    def finalize_all(self, states: ReducedStates) -> Results:
+        table = statistics(self.percentiles)
+        values = np.zeros((len(states.sums), len(self._suffixes)))
+        values[:, -2:] = states.sums[:, (NANS, NANS + 1)]
+        there = values > 0
+        full = [place for place, pool in enumerate(states.pools) if pool.count]
+        if full:
+            found = Pools.of([states.pools[place] for place in full], self.percentiles)
+            for column, statistic in enumerate(table.values()):
+                values[full, column] = statistic.of(found)
+                there[full, column] = found.count >= statistic.least
+        return values, there
 
     # By the contract: the recent values, and a histogram of those before them if there is no bound.
 
@@ -1268,13 +1330,15 @@ class CategoricalCountAggHandler(LaneHandler):
     def finalize_lanes(self, state: ReducedState) -> dict[str, float]:
         return {"": float(state.sums[COUNT])}
 
+    def columns(self, categories: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"_count_{category}" for category in categories)
+
     def finalize(self, state: ReducedState) -> dict[str, float]:
-        counts = state.sums[len(COMMON_LANES) :]
-        return {
-            f"_count_{category}": count
-            for category, count in zip(state.categories, counts, strict=True)
-            if count
-        }
+        return self._finalized(state)
+
+    def finalize_all(self, states: ReducedStates) -> Results:
+        counts = states.sums[:, len(COMMON_LANES) :]
+        return counts, counts != 0
 
     # By the contract: how often each category occurred; the value is their sum.
 
@@ -1425,12 +1489,6 @@ def built_in_handlers(
         ),
         AggregationType.RATE: RateAggHandler(on_nan=on_nan),
     }
-
-
-def percentile_name(percentile: float) -> str:
-    """Return ``p05`` for 5, ``p50`` for 50 and ``p99.9`` for 99.9."""
-    whole, _, fraction = np.format_float_positional(percentile, trim="-").partition(".")
-    return f"p{int(whole):02d}.{fraction}" if fraction else f"p{int(whole):02d}"
 
 
 # -- Checks --------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ from metricfold._core.runtime.recomputation import recomputed
 from metricfold._core.runtime.staging import refuse_while_traced
 from metricfold._core.runtime.uncompiled import leave_alone, uncompiled
 from metricfold._core.view.derived import Derived, DerivedMetric, check_derived_window
-from metricfold._core.view.snapshot import Snapshot, WindowLike, check_window
+from metricfold._core.view.snapshot import Snapshot
+from metricfold._core.view.windows import WindowLike, check_window
 from metricfold.communicator import Communicator
 from metricfold.data.sample import guard_default_collate
 from metricfold.metric import Metric, TypeLike, check_name, resolve_type

@@ -20,6 +20,7 @@ from metricfold._core.fold.handlers import (
 from metricfold._core.fold.names import Claimed, Claims, show
 from metricfold._core.reduce.schema import Entry, Key, Schema
 from metricfold._core.view.derived import DerivedMetric
+from metricfold._core.view.rollup import Plans
 from metricfold.metric import TypeLike, resolve_type, type_label
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class KeyTable:
         kept: the categories that are told apart, of keys that have had more than that.
         drained: DISTRIBUTIONs of which devices send histograms. Those hold no single values, so
             that the view of the run is about all values, whatever the window size.
+        plans: how what the keys print is computed.
     """
 
     def __init__(self, handlers: dict[TypeLike, AggregationHandler]) -> None:
@@ -73,6 +75,7 @@ class KeyTable:
         self.per_rank: set[Key] = set()
         self.kept: dict[Key, frozenset[str]] = {}
         self.drained: set[Key] = set()
+        self.plans = Plans()
         self._types: dict[Key, TypeLike] = {}
         self._claims = Claims()
         self._agreed: Schema | None = None

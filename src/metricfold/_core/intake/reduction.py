@@ -14,7 +14,8 @@ from metricfold._core.intake.held import Held
 from metricfold._core.intake.keys import KeyRegistry
 from metricfold._core.reduce.header import Kind
 from metricfold._core.reduce.schema import Key
-from metricfold._core.view.snapshot import Handlers, Snapshot
+from metricfold._core.view.report import Handlers
+from metricfold._core.view.snapshot import Snapshot
 from metricfold.communicator import Communicator
 from metricfold.metric import MetricState
 
@@ -104,6 +105,7 @@ class Reduction:
                 held.keys.by_label(),
                 dict(held.keys.derived),
                 held.warned,
+                held.keys.plans,
             )
         return Snapshot(reduced, handlers)
 

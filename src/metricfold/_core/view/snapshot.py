@@ -12,89 +12,32 @@ from __future__ import annotations
 
 import difflib
 import logging
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Mapping
 
 import numpy as np
 
 from metricfold._core.exchange.reduction import Reduced
-from metricfold._core.fold.custom import Result
-from metricfold._core.fold.handlers import (
-    COUNT,
-    NANS,
-    AggregationHandler,
-    LaneHandler,
-    Lanes,
-    LaneState,
-    ReducedState,
-    quiet,
-)
-from metricfold._core.fold.names import ANYTHING, Claims, check_prefix, printed, repeated, show
-from metricfold._core.fold.sample import Pool
-from metricfold._core.reduce.schema import Entry, Key
-from metricfold._core.reduce.totals import NOBODY, Totals
+from metricfold._core.fold.handlers import COUNT, NANS, ReducedState
+from metricfold._core.fold.names import ANYTHING, check_prefix, printed, repeated, show
+from metricfold._core.reduce.schema import Key
+from metricfold._core.reduce.totals import NOBODY
 from metricfold._core.runtime.uncompiled import uncompiled
 from metricfold._core.sketch import Histogram
-from metricfold._core.view.derived import DerivedMetric, add_derived
-from metricfold._core.view.tables import (
-    Group,
-    Origin,
-    Rollup,
-    Table,
-    check_rollup,
-    levels_of,
-    named,
-)
+from metricfold._core.view.report import Handlers, Report, matches
+from metricfold._core.view.tables import Rollup, check_rollup, named
 from metricfold._core.view.timing import TimerKeys, Timing
-from metricfold.metric import check_key, check_name
+from metricfold._core.view.windows import View, WindowLike, check_view, check_window, view_of
 
-__all__ = ["Handlers", "Snapshot", "WindowLike", "check_window"]
+__all__ = ["Snapshot"]
 
 _logger = logging.getLogger("metricfold")
 
-View: TypeAlias = Literal["run", "interval"]
-WindowLike: TypeAlias = str | Mapping[str, str]
-"""``"run"``, ``"interval"``, ``"auto"``, or a mapping from metric names to those."""
-
-_NO_VALUES = Pool()
-
-_WINDOWS = ("run", "interval", "auto")
 _FORMS = ("_stat_{}", "_count_{}", "_{}")
 """How a statistic is printed behind the name of its metric."""
 _BESIDE = "_nan_count"
 """What may come beside a value, also where there is none."""
 _MOST_NAMED = 8
 """So many keys a message names."""
-
-
-@dataclass(frozen=True, slots=True)
-class Handlers:
-    """What finalises each key of a snapshot.
-
-    Args:
-        of_key: the handler of each key.
-        of_type: the handler of each type, by its label, for results of custom handlers.
-        derived: metrics that are computed from others, by the name that they print.
-        warned: what has been said already.
-    """
-
-    of_key: Mapping[Key, AggregationHandler]
-    of_type: Mapping[str, AggregationHandler]
-    derived: Mapping[str, DerivedMetric]
-    warned: set[str]
-
-
-class _Viewed(NamedTuple):
-    """A key with lanes, its view, and where its SUM and MAX lanes begin there."""
-
-    entry: Entry
-    view: View
-    sums: int
-    maxs: int
 
 
 @uncompiled
@@ -111,7 +54,7 @@ class Snapshot:
     def __init__(self, reduced: Reduced, handlers: Handlers) -> None:
         self._reduced = reduced
         self._handlers = handlers
-        self._listed: dict[View, tuple[list[float], list[float]]] = {}
+        self._report = Report(reduced, handlers)
 
     @property
     def world_size(self) -> int:
@@ -171,8 +114,8 @@ class Snapshot:
         self._warn_of_repeated(prefix)
         if window != "run":
             self._warn_if_empty()
-        shown = self._shown(window, rollup=rollup, macro=macro)
-        return named(shown, prefix, self._warn_once)
+        shown = self._report.table(window, rollup=rollup, macro=macro)
+        return named(shown, prefix, self._report.warn_once)
 
     def value(
         self,
@@ -218,7 +161,7 @@ class Snapshot:
                 f"{show((dataset or '', name))} is more than one number: say which, such as "
                 f"stat={_stat_of(printable[0]) or 'a category'!r}"
             )
-        known = (any(_matches(one, suffix) for one in wanted) for suffix in printable)
+        known = (any(matches(one, suffix) for one in wanted) for suffix in printable)
         if stat is not None and printable and not any(known):
             there = list(dict.fromkeys(_stat_of(suffix) for suffix in printable if suffix))
             near = difflib.get_close_matches(str(stat), there, n=len(there) or 1, cutoff=0.0)
@@ -233,11 +176,11 @@ class Snapshot:
         check_prefix(prefix)
         check_window(window)
         found: dict[str, Histogram] = {}
-        for key, viewed in self._views(window).items():
-            if viewed.entry.distributed:
-                pool = self._reduced.pool(viewed.entry, viewed.view)
-                if pool.count:
-                    found[prefix + printed(key)] = pool.drawn()
+        for entry in self._reduced.schema.distributions:
+            is_total = self._handlers.of_key[entry.key].is_total
+            pool = self._reduced.pool(entry, view_of(window, entry.key[1], is_total=is_total))
+            if pool.count:
+                found[prefix + printed(entry.key)] = pool.drawn()
         return found
 
     def histogram(self, dataset: str | None, name: str, window: View = "run") -> Histogram:
@@ -251,7 +194,7 @@ class Snapshot:
         entry = self._reduced.schema.entries[key]
         if not entry.distributed:
             raise ValueError(f"{show(key)} is no DISTRIBUTION, so it has no histogram")
-        pool = self._reduced.pool(entry, _check_view(window))
+        pool = self._reduced.pool(entry, check_view(window))
         if not pool.count:
             raise ValueError(f"{show(key)} has no values in the {window} view")
         return pool.drawn()
@@ -277,10 +220,11 @@ class Snapshot:
             )
         handler = self._handlers.of_key[key].laned()
         sums, maxs = rows.sums[:, rows.schema.sums[key]], rows.maxs[:, rows.schema.maxs[key]]
-        return [
-            self._rank_value(handler, tuple(one), tuple(other))
-            for one, other in zip(sums.tolist(), maxs.tolist(), strict=True)
-        ]
+        found: list[float | None] = []
+        for one, other in zip(sums.tolist(), maxs.tolist(), strict=True):
+            state = ReducedState(tuple(one), tuple(other), self.seconds)
+            found.append(handler.finalize_lanes(state).get("") if one[COUNT] else None)
+        return found
 
     def owner(self, dataset: str | None, name: str, window: View = "interval") -> int | None:
         """Return the rank that the MAX or MIN came from.
@@ -295,7 +239,7 @@ class Snapshot:
             ValueError: it is neither MAX nor MIN.
         """
         key = self._key_with_owner(dataset, name)
-        totals = self._totals(_check_view(window))
+        totals = self._report.totals_of(check_view(window))
         nans = self._reduced.schema.sums[key].start + NANS
         if totals.sums[nans] and self._handlers.of_key[key].laned().on_nan != "skip":
             return self._owner_of_nan(key)
@@ -312,7 +256,9 @@ class Snapshot:
             ValueError: it is neither MAX nor MIN.
         """
         key = self._key_with_owner(dataset, name)
-        return int(self._totals(_check_view(window)).tied[self._reduced.schema.maxs[key]][0])
+        return int(
+            self._report.totals_of(check_view(window)).tied[self._reduced.schema.maxs[key]][0]
+        )
 
     def lacking(self, dataset: str | None, name: str) -> list[int]:
         """Return the ranks that had no value of this metric in the interval, ascending.
@@ -364,9 +310,7 @@ class Snapshot:
                 f"no rank has used a timer {name!r}: aggregator.timer({name!r}) makes one"
             )
         mean, longest, share = (
-            self._finalized(self._viewed(("", key), "interval")).get("")
-            if ("", key) in schema
-            else None
+            self._report.printed(("", key), "interval").get("") if ("", key) in schema else None
             for key in keys.names()
         )
         if mean is None and share is None:
@@ -420,25 +364,24 @@ class Snapshot:
         entry = self._reduced.schema.entries.get(key)
         if entry is not None and not entry.custom:
             handler = self._handlers.of_key[key].laned()
-            view = _choose(window, name, handler)
-            with quiet():
-                viewed = self._viewed(key, view)
-                there = self._lanes(view)[0][viewed.sums + COUNT]
-                return handler.suffixes(), self._finalized(viewed) if there else {}
-        table = self._shown(window, rollup=not dataset, macro=False)
+            view = view_of(window, name, is_total=handler.is_total)
+            return handler.suffixes(), self._report.printed(key, view)
+        table = self._report.table(window, rollup=not dataset, macro=False)
         printing = table[dataset].values if dataset in table else {}
         found = {
             text.removeprefix(name): value
             for text, value in printing.items()
             if text.startswith(name) and text[len(name) : len(name) + 1] in ("", "_")
         }
-        namesakes = [] if dataset else self._namesakes(levels=False).get(key, [])
+        namesakes = (
+            [] if dataset else self._report.totals_over_datasets(levels=False).members.get(key, [])
+        )
         if namesakes:
             suffixes = {suffix: None for one in namesakes for suffix in one.suffixes}
             return tuple(suffixes), {
                 text: value
                 for text, value in found.items()
-                if any(_matches(text, suffix) for suffix in suffixes)
+                if any(matches(text, suffix) for suffix in suffixes)
             }
         named_so = any(
             result.key == key
@@ -455,7 +398,7 @@ class Snapshot:
         """Return whether what is printed so is of this metric, and of no other."""
         if key[1] + suffix in self._handlers.derived:
             return False
-        return self._claims.owner(key, suffix) is None
+        return self._report.claims.owner(key, suffix) is None
 
     def _key_with_lanes(self, dataset: str | None, name: str) -> Key:
         key = self._key(dataset, name)
@@ -478,228 +421,9 @@ class Snapshot:
         owner = attendance.nan_owner(key)
         return None if owner == NOBODY else owner
 
-    def _totals(self, view: View) -> Totals:
-        return self._reduced.run if view == "run" else self._reduced.interval
-
-    def _views(self, window: WindowLike) -> dict[Key, _Viewed]:
-        """Return each key with lanes that its view has values of."""
-        schema, handlers = self._reduced.schema, self._handlers.of_key
-        found: dict[Key, _Viewed] = {}
-        for entry, sums, maxs in zip(schema, *schema.starts, strict=True):
-            if not entry.custom:
-                view = _choose(window, entry.key[1], handlers[entry.key])
-                if self._lanes(view)[0][sums + COUNT]:
-                    found[entry.key] = _Viewed(entry, view, sums, maxs)
-        return found
-
-    def _viewed(self, key: Key, view: View) -> _Viewed:
-        schema = self._reduced.schema
-        return _Viewed(schema.entries[key], view, schema.sums[key].start, schema.maxs[key].start)
-
-    def _lanes(self, view: View) -> tuple[list[float], list[float]]:
-        """Return the SUM and MAX lanes of a view as numbers, which is quicker key by key."""
-        listed = self._listed.get(view)
-        if listed is None:
-            totals = self._totals(view)
-            listed = self._listed[view] = (totals.exact_sums().tolist(), totals.maxs.tolist())
-        return listed
-
-    def _state(self, viewed: _Viewed) -> ReducedState:
-        """Return the merged state of one key."""
-        entry, view, at, top = viewed
-        sums, maxs = self._lanes(view)
-        return ReducedState(
-            tuple(sums[at : at + entry.sum_width]),
-            tuple(maxs[top : top + entry.maxs]),
-            self._totals(view).seconds,
-            self._reduced.pool(entry, view) if entry.distributed else _NO_VALUES,
-            entry.categories,
-        )
-
-    def _finalized(self, viewed: _Viewed) -> dict[str, float]:
-        return self._handlers.of_key[viewed.entry.key].laned().finalize(self._state(viewed))
-
-    def _rank_value(self, handler: LaneHandler, sums: Lanes, maxs: Lanes) -> float | None:
-        if not sums[COUNT]:
-            return None
-        return handler.finalize_lanes(ReducedState(sums, maxs, self.seconds)).get("")
-
-    def _shown(self, window: WindowLike, *, rollup: Rollup, macro: bool) -> Table:
-        """Return the values of all metrics."""
-        shown = self._table(window, rollup=rollup, macro=macro)
-        if self._handlers.derived:
-            self._add_derived(shown, window, rollup=rollup, macro=macro)
-        return shown
-
-    def _table(self, window: WindowLike, *, rollup: Rollup, macro: bool) -> Table:
-        """Return the values of all metrics, but for derived ones."""
-        table: Table = {}
-        views = self._views(window)
-        finalized: dict[Key, dict[str, float]] = {}
-        with quiet():
-            for key, viewed in views.items():
-                dataset, name = key
-                results = finalized[key] = self._finalized(viewed)
-                values = table.setdefault(dataset, Group()).values
-                for suffix, value in results.items():
-                    values[name + suffix] = value
-        self._add_custom(window, table)
-        if rollup or macro:
-            with quiet():
-                self._add_totals(table, views, finalized, rollup=rollup, macro=macro)
-        return table
-
-    def _add_custom(self, window: WindowLike, table: Table) -> None:
-        """Add the results of handlers without lanes; one that fails is left out and named."""
-        printing: dict[str, Result] = {}
-        for view in ("run", "interval"):
-            for result in self._reduced.custom.of(view):
-                try:
-                    check_key(*result.key)
-                    handler = self._handlers.of_type.get(result.label)
-                    if _choose(window, result.key[1], handler) != view:
-                        continue
-                    values = result.finalised(handler, self._totals(view).seconds)
-                    for suffix in values:
-                        self._check_printing(result, suffix, printing)
-                except Exception as error:  # noqa: BLE001 - the user's handler
-                    what = show(result.origin)
-                    if result.key != result.origin:
-                        what = f"the result {result.key[1]!r} of {what}"
-                    self._warn_once(f"{result.key}", f"{what} is left out: {error!r}")
-                    continue
-                dataset, name = result.key
-                group = table.setdefault(dataset, Group())
-                for suffix, value in values.items():
-                    printing[printed(result.key) + suffix] = result
-                    group.put(name + suffix, value, Origin.RESULT, self._warn_once, dataset)
-
-    def _check_printing(self, result: Result, suffix: str, printing: Mapping[str, Result]) -> None:
-        """Refuse what a result would print if it is no name, or if something else prints it."""
-        text, name = printed(result.key) + suffix, result.key[1] + suffix
-        check_name("what it prints", name)
-        owner = self._claims.owner(result.key, suffix)
-        if owner is None and result.key != result.origin and result.key in self._reduced.schema:
-            owner = result.key
-        if owner is None and text in printing:
-            owner = printing[text].origin
-        if owner is not None:
-            raise ValueError(f"{show(owner)} prints the name {name!r}: give one another name")
-        if name in self._handlers.derived:
-            raise ValueError(f"a derived metric has the name {name!r}: give one another name")
-
-    @cached_property
-    def _claims(self) -> Claims:
-        """What the agreed keys print, whether they have values now or not."""
-        claims = Claims()
-        claims.add((entry.key, entry.suffixes) for entry in self._reduced.schema)
-        return claims
-
-    def _add_totals(
-        self,
-        table: Table,
-        views: Mapping[Key, _Viewed],
-        finalized: Mapping[Key, Mapping[str, float]],
-        *,
-        rollup: Rollup,
-        macro: bool,
-    ) -> None:
-        """Add the metrics over several datasets, as far as one of these has a value.
-
-        Args:
-            table: what they are added to.
-            views: each key that has a value.
-            finalized: the results of each of these.
-            rollup: see `as_dict`.
-            macro: see `as_dict`.
-        """
-        for (level, name), entries in self._namesakes(levels=rollup == "levels").items():
-            members = [entry.key for entry in entries if entry.key in views]
-            if not members:
-                continue
-            if len(entries) > 1 and len({entry.type for entry in entries}) > 1:
-                self._warn_of_types(entries)
-                continue
-            handler = self._handlers.of_key[members[0]].laned()
-            group = table.setdefault(level, Group())
-            if rollup:
-                results = finalized[members[0]]
-                if len(members) > 1:
-                    results = handler.finalize(
-                        _merged([self._state(views[key]) for key in members])
-                    )
-                for suffix, value in results.items():
-                    group.put(name + suffix, value, Origin.TOTAL, self._warn_once, level)
-            if macro and not level and handler.is_mean:
-                means = [finalized[key].get("", np.nan) for key in members]
-                value = float(np.mean(means))
-                group.put(f"{name}_macro", value, Origin.TOTAL, self._warn_once, level)
-
-    def _namesakes(self, *, levels: bool) -> dict[tuple[str, str], list[Entry]]:
-        """Return the keys that a total is over, by the name that it prints.
-
-        Args:
-            levels: whether to name those, too, whose datasets' names begin alike.
-        """
-        datasets = {entry.key[0] for entry in self._reduced.schema}
-        found: dict[tuple[str, str], list[Entry]] = {}
-        for entry in self._reduced.schema:
-            dataset, name = entry.key
-            if not dataset or entry.custom:
-                continue
-            found.setdefault(("", name), []).append(entry)
-            for level in levels_of(dataset) if levels else ():
-                if level in datasets:
-                    self._warn_once(
-                        f"level {level}",
-                        f"rollup='levels' leaves out the level {level!r}, for there is a dataset "
-                        f"of that name next to {dataset!r}: call it '{level}/...' to have it in",
-                    )
-                else:
-                    found.setdefault((level, name), []).append(entry)
-        return found
-
-    def _warn_of_types(self, entries: list[Entry]) -> None:
-        """Say that a name is of another type in another dataset, so that nothing adds up."""
-        datasets: dict[str, str] = {}
-        for entry in entries:
-            datasets.setdefault(entry.type, entry.key[0])
-        said = " and ".join(f"{kind!r} in dataset {one!r}" for kind, one in datasets.items())
-        name = entries[0].key[1]
-        self._warn_once(
-            f"types of {name}",
-            f"metric {name!r} is {said}, which do not add up, so there is no total over datasets: "
-            "give one of them another name",
-        )
-
-    def _add_derived(
-        self, shown: Table, window: WindowLike, *, rollup: Rollup, macro: bool
-    ) -> None:
-        """Add derived metrics to the table that is shown, each from what its own window asks for."""
-        tables: dict[str | None, Table] = {None: shown}
-        for metric in self._handlers.derived.values():
-            view = metric.window
-            if view is not None and view not in tables:
-                same = view == window
-                tables[view] = shown if same else self._table(view, rollup=rollup, macro=macro)
-        there = ", ".join(sorted({key[1] for key in self._keys()}))
-        add_derived(self._handlers.derived, tables, self._printable_names(), there, self._warn_once)
-
-    def _printable_names(self) -> Callable[[str], bool]:
-        """Return what tells whether some key may print a name, now or in another interval."""
-        names = [
-            name + suffix
-            for (_, name), handler in self._handlers.of_key.items()
-            for suffix in (handler.laned().suffixes() if handler.has_lanes else (ANYTHING,))
-        ]
-        return lambda wanted: any(_matches(wanted, name) for name in names)
-
-    def _keys(self) -> Iterator[Key]:
-        return iter(self._handlers.of_key)
-
     def _warn_if_empty(self) -> None:
         if self.empty and self._reduced.run.sums.any():
-            self._warn_once(
+            self._report.warn_once(
                 "",
                 "the interval is empty: nothing came in since the reduction before. For two views "
                 "of one interval, take both from one snapshot = aggregator.reduce()",
@@ -709,39 +433,10 @@ class Snapshot:
         about = f"prefix {prefix}"
         if about in self._handlers.warned:
             return
-        text = repeated(prefix, (name for _, name in self._keys()))
+        text = repeated(prefix, (name for _, name in self._handlers.of_key))
         if text:
             self._handlers.warned.add(about)
             _logger.warning(text)
-
-    def _warn_once(self, about: str, message: str) -> None:
-        if about not in self._handlers.warned:
-            self._handlers.warned.add(about)
-            if threading.current_thread() is threading.main_thread():
-                warnings.warn(message, RuntimeWarning, stacklevel=4)
-            else:  # of a logger, say, where warnings that are made errors would cost a record
-                _logger.warning(message)
-
-
-def check_window(window: WindowLike) -> None:
-    """Refuse a window that is none."""
-    chosen = list(window.values()) if isinstance(window, Mapping) else [window]
-    for one in chosen:
-        if not isinstance(one, str) or one not in _WINDOWS:
-            raise ValueError(
-                f"window={one!r}: use 'run', 'interval', 'auto', or a dict from metric names to "
-                "those. The run is everything since the start, and the interval since the log before"
-            )
-
-
-def _check_view(window: str) -> View:
-    if window not in ("run", "interval"):
-        raise ValueError(f"window={window!r}: use 'run' or 'interval'")
-    return "run" if window == "run" else "interval"
-
-
-def _matches(text: str, suffix: str) -> bool:
-    return text.startswith(suffix[:-1]) if suffix.endswith(ANYTHING) else text == suffix
 
 
 def _stat_of(suffix: str) -> str:
@@ -751,32 +446,3 @@ def _stat_of(suffix: str) -> str:
         if suffix.startswith(beginning):
             return suffix.removeprefix(beginning).replace(ANYTHING, "")
     return suffix
-
-
-def _choose(window: WindowLike, name: str, handler: AggregationHandler | None = None) -> View:
-    chosen = window if isinstance(window, str) else window.get(name, "auto")
-    if chosen == "auto":
-        return "run" if handler is not None and handler.is_total else "interval"
-    return _check_view(chosen)
-
-
-def _merged(states: list[ReducedState]) -> ReducedState:
-    """Merge the states of several datasets."""
-    categories = tuple(sorted({category for s in states for category in s.categories}))
-    fixed = len(states[0].sums) - len(states[0].categories)
-    merged = LaneState(states[0].sums[:fixed], states[0].maxs)
-    for state in states[1:]:
-        merged.merge(LaneState(state.sums[:fixed], state.maxs))
-    if categories:
-        counts: dict[str, float] = dict.fromkeys(categories, 0.0)
-        for state in states:
-            for category, count in zip(state.categories, state.sums[fixed:], strict=True):
-                counts[category] += count
-        merged.sums += tuple(counts.values())
-    return ReducedState(
-        merged.sums,
-        merged.maxs,
-        states[0].seconds,
-        Pool.joined([state.pool for state in states]),
-        categories,
-    )

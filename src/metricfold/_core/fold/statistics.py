@@ -1,0 +1,204 @@
+"""What is printed of a DISTRIBUTION: one table, from a name to what computes it of many pools at once.
+
+    found = Pools.of(pools, percentiles)
+    {name: statistic.of(found) for name, statistic in statistics(percentiles).items()}
+
+A new statistic is a line in `statistics`: a name, and a function of `Pools`, in which the least, the
+greatest, the mean, the deviation and the percentiles of each pool stand in arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from metricfold._core.fold.sample import FloatArray, Pool
+
+__all__ = ["Pools", "Statistic", "order_statistics", "percentile_name", "statistics"]
+
+_AT_ONCE = 8
+"""So many pools of equal size at once: they stay in the cache, and take little memory."""
+_CELLS = 1 << 11
+_MANY = 2_500
+"""Values from which on one pass over their cells is quicker than to partition them."""
+
+
+class Statistic(NamedTuple):
+    """One number of each pool.
+
+    Args:
+        of: computes it, shape (k,).
+        least: how many values a pool must have for it to mean something.
+    """
+
+    of: Callable[[Pools], FloatArray]
+    least: int = 1
+
+
+@lru_cache(maxsize=16)
+def statistics(percentiles: tuple[float, ...]) -> Mapping[str, Statistic]:
+    """Return what is printed of a DISTRIBUTION, in that order, with these percentiles."""
+    return {
+        "mean": Statistic(lambda pools: pools.inside(pools.mean)),
+        "min": Statistic(lambda pools: pools.minimum),
+        "max": Statistic(lambda pools: pools.maximum),
+        "std": Statistic(_deviation, least=2),
+        **{
+            percentile_name(one): Statistic(partial(_percentile, place))
+            for place, one in enumerate(percentiles)
+        },
+        "count": Statistic(lambda pools: pools.count),
+    }
+
+
+def _deviation(pools: Pools) -> FloatArray:
+    return np.where(pools.minimum == pools.maximum, 0.0, pools.deviation)
+
+
+def _percentile(place: int, pools: Pools) -> FloatArray:
+    return pools.inside(pools.percentiles[:, place])
+
+
+def percentile_name(percentile: float) -> str:
+    """Return ``p05`` for 5, ``p50`` for 50 and ``p99.9`` for 99.9."""
+    whole, _, fraction = np.format_float_positional(percentile, trim="-").partition(".")
+    return f"p{int(whole):02d}.{fraction}" if fraction else f"p{int(whole):02d}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pools:
+    """What is known of several pools, none of them empty; each array has a place for each of them.
+
+    Args:
+        pools: the k pools.
+        count: how many values, shape (k,).
+        minimum: the least.
+        maximum: the greatest.
+        mean: the weighted mean.
+        deviation: the sample standard deviation, which means nothing for one value.
+        percentiles: shape (k, p).
+    """
+
+    pools: Sequence[Pool]
+    count: FloatArray
+    minimum: FloatArray
+    maximum: FloatArray
+    mean: FloatArray
+    deviation: FloatArray
+    percentiles: FloatArray
+
+    @classmethod
+    def of(cls, pools: Sequence[Pool], percentiles: Sequence[float]) -> Pools:
+        """Return what is known of `pools`, with the percentiles, each in 0..100."""
+        q = np.array(percentiles) / 100.0
+        count, low, high, mean, deviation = np.empty((5, len(pools)))
+        found = cls(pools, count, low, high, mean, deviation, np.empty((len(pools), q.size)))
+        alike: dict[int, list[int]] = {}
+        for place, pool in enumerate(pools):
+            if pool.histogram is None and pool.weights is None:
+                alike.setdefault(pool.values.size, []).append(place)
+                continue
+            count[place], low[place], high[place] = pool.count, pool.minimum, pool.maximum
+            mean[place], deviation[place] = pool.moments()
+            if q.size:
+                found.percentiles[place] = pool.quantiles(q)
+        for size, places in alike.items():
+            count[places] = size
+            for first in range(0, len(places), _AT_ONCE):
+                some = places[first : first + _AT_ONCE]
+                values = np.stack([pools[place].values for place in some])
+                low[some], high[some] = extremes = values.min(axis=1), values.max(axis=1)
+                mean[some], deviation[some] = _moments(values, *extremes)
+                if q.size:
+                    found.percentiles[some] = _quantiles(values, *extremes, q)
+        return found
+
+    def inside(self, numbers: FloatArray) -> FloatArray:
+        """Return numbers that rounding may have put outside of the values, put inside."""
+        return np.minimum(np.maximum(numbers, self.minimum), self.maximum)
+
+
+def _moments(
+    values: FloatArray, low: FloatArray, high: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Return mean and sample standard deviation of each row, shape (k, n), n > 0."""
+    # Scale to 1, by a power of two so that nothing is rounded: squares of huge values stay finite.
+    scale = np.ldexp(1.0, np.minimum(np.frexp(np.maximum(-low, high))[1], 1023))
+    scaled = values / scale[:, np.newaxis]
+    mean = scaled.mean(axis=1)
+    scaled -= mean[:, np.newaxis]
+    np.multiply(scaled, scaled, out=scaled)
+    square = scaled.sum(axis=1) / max(values.shape[1] - 1, 1)
+    return mean * scale, np.sqrt(square) * scale
+
+
+def _quantiles(values: FloatArray, low: FloatArray, high: FloatArray, q: FloatArray) -> FloatArray:
+    """Return quantiles of each row, shape (k, n), by NumPy's ``linear`` rule and to its very bits."""
+    size = values.shape[1]
+    place = q * (size - 1)
+    below = np.floor(place).astype(np.intp)
+    above = np.minimum(below + 1, size - 1)
+    ranks = np.unique(np.concatenate([below, above]))
+    found = order_statistics(values, ranks, low, high)
+    one, other = found[:, ranks.searchsorted(below)], found[:, ranks.searchsorted(above)]
+    step, gap = place - below, other - one
+    mixed: FloatArray = np.where(step >= 0.5, other - gap * (1 - step), one + gap * step)
+    return mixed
+
+
+def order_statistics(
+    values: FloatArray, ranks: npt.NDArray[np.intp], low: FloatArray, high: FloatArray
+) -> FloatArray:
+    """Return what ``np.sort(values, 1)[:, ranks]`` is, of many values in less time.
+
+    One pass puts each value into one of some thousand cells, in the values' order; then only those
+    are sorted that share a cell with a rank that is asked for.
+
+    Args:
+        values: shape (k, n), finite.
+        ranks: shape (r,), ascending.
+        low: the least of each row, shape (k,).
+        high: the greatest.
+    """
+    cells = _cells(values, low, high) if values.shape[1] >= _MANY else None
+    if cells is None:
+        return np.partition(values, ranks, axis=1)[:, ranks]
+    count, width = len(values), _CELLS + 1
+    cells += (np.arange(count) * width)[:, np.newaxis]
+    through = np.bincount(cells.ravel(), minlength=count * width).reshape(count, width).cumsum(1)
+    found = np.empty((count, len(ranks)))
+    for i in range(count):
+        where = through[i].searchsorted(ranks, side="right")
+        for cell in np.unique(where).tolist():
+            asked = where == cell
+            before = int(through[i, cell - 1]) if cell else 0
+            part = values[i][cells[i] == i * width + cell]
+            inside = ranks[asked] - before
+            found[i, asked] = np.partition(part, inside)[inside]
+    return found
+
+
+def _cells(values: FloatArray, low: FloatArray, high: FloatArray) -> npt.NDArray[np.int64] | None:
+    """Return a cell in 0.._CELLS for each value, the greater the value the higher; or None."""
+    if (low >= 0.0).all():
+        # The bits of positive floats are in order, and as fine as the values are: -0 is 0.
+        bits = (values + 0.0).view(np.int64)
+        least = (low + 0.0).view(np.int64)
+        span = ((high + 0.0).view(np.int64) - least).astype(np.float64)
+        shift = np.maximum(np.frexp(span)[1] - (_CELLS.bit_length() - 1), 0).astype(np.int64)
+        bits -= least[:, np.newaxis]
+        bits >>= shift[:, np.newaxis]
+        return bits
+    # Of both signs most bits lie unused around 0.
+    with np.errstate(all="ignore"):
+        scale = _CELLS / (high - low)
+    if not (np.isfinite(scale) & (scale > 0.0)).all():
+        return None
+    shares = values - low[:, np.newaxis]
+    shares *= scale[:, np.newaxis]
+    return shares.astype(np.int64)

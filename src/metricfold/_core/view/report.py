@@ -1,0 +1,189 @@
+"""What a log shows of a reduction: the results of all keys, totals over datasets, derived metrics."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+from metricfold._core.exchange.reduction import Reduced
+from metricfold._core.fold.custom import Result
+from metricfold._core.fold.handlers import COUNT, AggregationHandler, ReducedState, quiet
+from metricfold._core.fold.names import ANYTHING, Claims, printed, show
+from metricfold._core.reduce.schema import Key
+from metricfold._core.reduce.totals import Totals
+from metricfold._core.view.derived import DerivedMetric, add_derived
+from metricfold._core.view.plan import Lanes, Plan
+from metricfold._core.view.rollup import DatasetTotals, Plans
+from metricfold._core.view.tables import Group, Origin, Rollup, Table
+from metricfold._core.view.windows import View, WindowLike, view_of
+from metricfold.metric import check_key, check_name
+
+__all__ = ["Handlers", "Report", "matches"]
+
+_logger = logging.getLogger("metricfold")
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """What finalises each key of a snapshot.
+
+    Args:
+        of_key: the handler of each key.
+        of_type: the handler of each type, by its label, for results of custom handlers.
+        derived: metrics that are computed from others, by the name that they print.
+        warned: what has been said already.
+        plans: how it is done, from one reduction to the next.
+    """
+
+    of_key: Mapping[Key, AggregationHandler]
+    of_type: Mapping[str, AggregationHandler]
+    derived: Mapping[str, DerivedMetric]
+    warned: set[str]
+    plans: Plans = field(default_factory=Plans)
+
+
+class Report:
+    """What may be shown of one reduction; each part is computed when it is asked for."""
+
+    def __init__(self, reduced: Reduced, handlers: Handlers) -> None:
+        self._reduced = reduced
+        self._handlers = handlers
+        self._lanes: dict[View, Lanes] = {}
+
+    def totals_of(self, view: View) -> Totals:
+        return self._reduced.run if view == "run" else self._reduced.interval
+
+    def lanes(self, view: View) -> Lanes:
+        """Return what a view holds; once for all who ask."""
+        lanes = self._lanes.get(view)
+        if lanes is None:
+            totals = self.totals_of(view)
+            pool = partial(self._reduced.pool, view=view)
+            lanes = self._lanes[view] = Lanes(
+                totals.exact_sums(), totals.maxs, totals.seconds, pool
+            )
+        return lanes
+
+    def state(self, key: Key, view: View) -> ReducedState:
+        """Return the merged state of one key that has lanes."""
+        schema = self._reduced.schema
+        return self.lanes(view).state(schema.entries[key], schema.sums[key], schema.maxs[key])
+
+    def printed(self, key: Key, view: View) -> dict[str, float]:
+        """Return what one key that has lanes prints, by suffix; nothing if the view has no values."""
+        state = self.state(key, view)
+        with quiet():
+            return self._handlers.of_key[key].laned().finalize(state) if state.sums[COUNT] else {}
+
+    def totals_over_datasets(self, *, levels: bool) -> DatasetTotals:
+        return self._handlers.plans.rollup(self._plan, levels=levels)
+
+    def table(self, window: WindowLike, *, rollup: Rollup, macro: bool) -> Table:
+        """Return the values of all metrics."""
+        shown = self._recorded(window, rollup=rollup, macro=macro)
+        if self._handlers.derived:
+            self._add_derived(shown, window, rollup=rollup, macro=macro)
+        return shown
+
+    def _recorded(self, window: WindowLike, *, rollup: Rollup, macro: bool) -> Table:
+        """Return the values of all metrics, but for derived ones."""
+        with quiet():
+            found = self._plan.finalize(window, self.lanes)
+        table = found.table()
+        self._add_custom(window, table)
+        if rollup or macro:
+            totals = self.totals_over_datasets(levels=rollup == "levels")
+            shown = {"totals": bool(rollup), "macro": macro}
+            with quiet():
+                totals.add_to(table, found, window, self.lanes, self.warn_once, **shown)
+        return table
+
+    @cached_property
+    def _plan(self) -> Plan:
+        return self._handlers.plans.of(self._reduced.schema, self._handlers.of_key)
+
+    def _add_custom(self, window: WindowLike, table: Table) -> None:
+        """Add the results of handlers without lanes; one that fails is left out and named."""
+        printing: dict[str, Result] = {}
+        for view in ("run", "interval"):
+            for result in self._reduced.custom.of(view):
+                try:
+                    check_key(*result.key)
+                    handler = self._handlers.of_type.get(result.label)
+                    is_total = handler is not None and handler.is_total
+                    if view_of(window, result.key[1], is_total=is_total) != view:
+                        continue
+                    values = result.finalised(handler, self.totals_of(view).seconds)
+                    for suffix in values:
+                        self._check_printing(result, suffix, printing)
+                except Exception as error:  # noqa: BLE001 - the user's handler
+                    what = show(result.origin)
+                    if result.key != result.origin:
+                        what = f"the result {result.key[1]!r} of {what}"
+                    self.warn_once(f"{result.key}", f"{what} is left out: {error!r}")
+                    continue
+                dataset, name = result.key
+                group = table.setdefault(dataset, Group())
+                for suffix, value in values.items():
+                    printing[printed(result.key) + suffix] = result
+                    group.put(name + suffix, value, Origin.RESULT, self.warn_once, dataset)
+
+    def _check_printing(self, result: Result, suffix: str, printing: Mapping[str, Result]) -> None:
+        """Refuse what a result would print if it is no name, or if something else prints it."""
+        text, name = printed(result.key) + suffix, result.key[1] + suffix
+        check_name("what it prints", name)
+        owner = self.claims.owner(result.key, suffix)
+        if owner is None and result.key != result.origin and result.key in self._reduced.schema:
+            owner = result.key
+        if owner is None and text in printing:
+            owner = printing[text].origin
+        if owner is not None:
+            raise ValueError(f"{show(owner)} prints the name {name!r}: give one another name")
+        if name in self._handlers.derived:
+            raise ValueError(f"a derived metric has the name {name!r}: give one another name")
+
+    @cached_property
+    def claims(self) -> Claims:
+        """What the agreed keys print, whether they have values now or not."""
+        claims = Claims()
+        claims.add((entry.key, entry.suffixes) for entry in self._reduced.schema)
+        return claims
+
+    def _add_derived(
+        self, shown: Table, window: WindowLike, *, rollup: Rollup, macro: bool
+    ) -> None:
+        """Add derived metrics to the table that is shown, each from what its own window asks for."""
+        tables: dict[str | None, Table] = {None: shown}
+        for metric in self._handlers.derived.values():
+            view = metric.window
+            if view is not None and view not in tables:
+                same = view == window
+                tables[view] = shown if same else self._recorded(view, rollup=rollup, macro=macro)
+        there = ", ".join(sorted({key[1] for key in self._handlers.of_key}))
+        add_derived(self._handlers.derived, tables, self._printable_names(), there, self.warn_once)
+
+    def _printable_names(self) -> Callable[[str], bool]:
+        """Return what tells whether some key may print a name, now or in another interval."""
+        names = [
+            name + suffix
+            for (_, name), handler in self._handlers.of_key.items()
+            for suffix in (handler.laned().suffixes() if handler.has_lanes else (ANYTHING,))
+        ]
+        return lambda wanted: any(matches(wanted, name) for name in names)
+
+    def warn_once(self, about: str, message: str) -> None:
+        if about not in self._handlers.warned:
+            self._handlers.warned.add(about)
+            if threading.current_thread() is threading.main_thread():
+                warnings.warn(message, RuntimeWarning, stacklevel=4)
+            else:  # of a logger, say, where warnings that are made errors would cost a record
+                _logger.warning(message)
+
+
+def matches(text: str, suffix: str) -> bool:
+    """Return whether what is printed behind a name is one of the suffixes that this stands for."""
+    return text.startswith(suffix[:-1]) if suffix.endswith(ANYTHING) else text == suffix
