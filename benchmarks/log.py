@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 
 from benchmarks.contenders import BareAllReduce, Metricfold
+from benchmarks.meter import walls
 from benchmarks.ranks import run_ranks
 from benchmarks.table import Budget, Row, Section, amount, at_most, cost, seconds_of
 from benchmarks.workloads import Workload, large, small
@@ -65,7 +66,7 @@ def _section(workload: Workload, worlds: tuple[int, ...], logs: int, budgets: _B
         ranks = f"{size} rank{'s' if size > 1 else ''}"
         first = seen[0]
         both = [sum(taken) for taken in zip(first.own, first.dicts, strict=True)]
-        ours, bare = (_walls([getattr(one, whose) for one in seen]) for whose in ("ours", "bare"))
+        ours, bare = (walls([getattr(one, whose) for one in seen]) for whose in ("ours", "bare"))
         section.rows += [
             cost(f"{ranks}: reduce()", ours, "bare all_reduce", bare, budgets.get((_RATIO, size))),
             *(
@@ -85,14 +86,6 @@ def _section(workload: Workload, worlds: tuple[int, ...], logs: int, budgets: _B
 def _collectives(ranks: str, seen: list[_Seen], most: int) -> Row:
     most_seen = max(one.collectives for one in seen)
     return amount(f"{ranks}: collectives per log", most_seen, "", budget=at_most(most))
-
-
-def _walls(turns: list[list[tuple[float, float]]]) -> list[float]:
-    """Return, by round, the time from the first rank's beginning to the last rank's end."""
-    return [
-        max(ended for _, ended in turn) - min(began for began, _ in turn)
-        for turn in zip(*turns, strict=True)
-    ]
 
 
 def _log(rank: int, workload: Workload, rounds: int, route: str) -> _Seen:

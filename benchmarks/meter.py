@@ -21,7 +21,19 @@ import torch.distributed as dist
 from benchmarks.memory import peak
 from benchmarks.traffic import Traffic
 
-__all__ = ["Meter"]
+__all__ = ["Meter", "walls"]
+
+
+def walls(turns: list[list[tuple[float, float]]]) -> list[float]:
+    """Return, by turn, the time from the first rank's beginning to the last rank's end.
+
+    Args:
+        turns: of each rank, when each began and ended by the machine's clock.
+    """
+    return [
+        max(ended for _, ended in turn) - min(began for began, _ in turn)
+        for turn in zip(*turns, strict=True)
+    ]
 
 
 class Meter:

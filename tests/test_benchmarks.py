@@ -18,7 +18,7 @@ from benchmarks.__main__ import SUBJECTS, complaints
 from benchmarks.peers import axis_table, tried
 from benchmarks.peers.differing import CASES, outcome
 from benchmarks.peers.libraries import BARE, OURS, Library
-from benchmarks.peers.run import Measured, Point, Span, run
+from benchmarks.peers.run import Measured, Point, run
 from benchmarks.table import Row, Section, at_most
 from benchmarks.traffic import Traffic
 from benchmarks.workloads import mixed
@@ -179,8 +179,8 @@ def test_a_workload_of_many_samples_has_as_many() -> None:
 
 
 def test_a_table_shows_each_point_and_the_rest_from_the_first_to_the_last() -> None:
-    here = Measured(0.0123, 1, 520, 2_000_000, 0.0, 0.05)
-    there = Measured(1.5, 1, 1040, 2_000_000, 0.0, 0.1)
+    here = Measured(0.0123, 1, 520, 2_000_000, 0.05)
+    there = Measured(1.5, 1, 1040, 2_000_000, 0.1)
     points = [Point(4, 2, 100), Point(8, 2, 100)]
     table = axis_table(
         "metrics", points, {"ours": [here, there], "theirs": ["not installed", "failed"]}
@@ -206,19 +206,20 @@ def test_a_library_that_hangs_or_fails_is_said_to() -> None:
 
 
 def test_a_missing_library_is_a_line_of_the_table_and_one_that_fails_too() -> None:
-    point, span = Point(4, 1, 10), Span(0.0, 1)
-    assert tried(NOWHERE, point, 0, span) == "not installed"
+    point, most = Point(4, 1, 10), (0.0, 1)
+    assert tried(NOWHERE, point, 0, *most) == "not installed"
     broken = Library("broken", "metricfold", "peers.nowhere:Nothing")
-    assert tried(broken, point, 0, span) == "failed"
+    assert tried(broken, point, 0, *most) == "failed"
 
 
 def test_what_a_log_takes_is_counted_and_what_it_says_is_compared_with_the_truth() -> None:
-    point, span = Point(4, 2, 100, 1), Span(0.1, 3)
-    ours = run(OURS, point, 0, span)
+    point, most = Point(4, 2, 100, 1), (0.1, 3)
+    ours = run(OURS, point, 0, *most)
     assert ours.collectives == 1
     assert 0 < ours.seconds < 60
     assert ours.sent >= 8 * ours.floats > 0
-    assert ours.scalar_error is not None
-    assert ours.scalar_error < 1e-12
-    assert ours.percentile_error == 0
-    assert run(BARE, point, ours.floats, span).collectives == 1
+    assert ours.error == 0
+    scalars = run(OURS, Point(4, 2, 100), 0, *most)
+    assert scalars.error is not None
+    assert scalars.error < 1e-12
+    assert run(BARE, point, ours.floats, *most).collectives == 1

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from benchmarks.peers.differing import CASES, outcome
 from benchmarks.peers.libraries import BARE, LIBRARIES, OURS, Library
-from benchmarks.peers.run import Measured, Point, Span, run
+from benchmarks.peers.run import Measured, Point, run
 from benchmarks.ranks import RankError, preload
 from benchmarks.table import Section, amount, at_most, bytes_text, seconds
 
@@ -36,12 +36,12 @@ def measure(*, quick: bool) -> list[Section]:
         return [Section("Other libraries", lines=[["not run"]], notes=[note])]
     preload("benchmarks.peers.preload")
     axes = _axes(quick)
-    span = Span(0.1, 3) if quick else Span(1.0, 40)
+    most = (0.1, 3) if quick else (1.0, 40)
     found: dict[tuple[Library, Point], Measured | str] = {}
     for point in dict.fromkeys(point for points in axes.values() for point in points):
         floats = 0
         for library in LIBRARIES:
-            one = found[library, point] = tried(library, point, floats, span)
+            one = found[library, point] = tried(library, point, floats, *most)
             if library is OURS and isinstance(one, Measured):
                 floats = one.floats
     sections = [
@@ -68,12 +68,12 @@ def _axes(quick: bool) -> dict[str, list[Point]]:
     return {axis: [replace(around[axis], **{axis: one}) for one in values[axis]] for axis in values}
 
 
-def tried(library: Library, point: Point, floats: int, span: Span) -> Measured | str:
+def tried(library: Library, point: Point, floats: int, seconds: float, logs: int) -> Measured | str:
     """Return what was measured, or why nothing was."""
     if not library.installed:
         return "not installed"
     try:
-        return run(library, point, floats, span)
+        return run(library, point, floats, seconds, logs)
     except RankError as error:
         print(f"{library.name} failed at {point}: {error}", file=sys.stderr, flush=True)
         return "failed"
@@ -86,7 +86,7 @@ def axis_table(
     head = [
         ", ".join(f"{value:,} {name}" for name, value in points[0].named().items() if name != axis),
         *(f"{getattr(point, axis):,}" for point in points),
-        *("collectives", "bytes sent", "memory", "percentiles off by"),
+        *("collectives", "bytes sent", "memory", "off by"),
     ]
     section = Section(AXES[axis], head=head)
     for library, results in found.items():
@@ -96,7 +96,7 @@ def axis_table(
             _range(ran, lambda one: f"{one.collectives:,}"),
             _range(ran, lambda one: bytes_text(one.sent)),
             _range(ran, lambda one: bytes_text(one.memory)),
-            _range(ran[-1:], lambda one: _percent(one.percentile_error)),
+            _range(ran[-1:], lambda one: _percent(one.error)),
         ]
         section.lines.append([library, *times, *rest])
     return section

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from itertools import repeat
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.baselines import percentiles
 from benchmarks.meter import Meter
@@ -54,7 +54,7 @@ class SelfLog(Peer):
             enable_model_summary=False,
         )
         self._module = _Module(self, meter)
-        trainer.fit(self._module, DataLoader(_Inputs(), batch_size=None))
+        trainer.fit(self._module, repeat(torch.ones(1, _WIDTH)))
 
     def log(self) -> Mapping[str, float]:
         """Call `self.log` for each metric, from a hook of the module."""
@@ -108,11 +108,3 @@ class _Module(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.01)
-
-
-class _Inputs(IterableDataset[torch.Tensor]):
-    """What the model is trained on."""
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        while True:
-            yield torch.ones(1, _WIDTH)

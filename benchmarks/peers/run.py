@@ -16,12 +16,12 @@ import torch.distributed as dist
 
 from benchmarks.baselines import percentiles
 from benchmarks.memory import forget_peak, held
-from benchmarks.meter import Meter
+from benchmarks.meter import Meter, walls
 from benchmarks.peers.libraries import Library
 from benchmarks.ranks import run_ranks
 from benchmarks.workloads import INTERVALS, Workload, mixed
 
-__all__ = ["Measured", "Point", "Span", "as_launched", "run"]
+__all__ = ["Measured", "Point", "as_launched", "run"]
 
 _WINDOW = 1000
 """Recent values that a distribution keeps where a library lets one choose."""
@@ -48,14 +48,6 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """How many seconds the logs of one library at one point take, and how many are timed at most."""
-
-    seconds: float
-    logs: int
-
-
-@dataclass(frozen=True, slots=True)
 class Measured:
     """What a library took at a point.
 
@@ -64,8 +56,7 @@ class Measured:
         collectives: that one rank issued in a log.
         sent: bytes that the busiest rank sent in a log.
         memory: bytes that the neediest rank came to hold for its metrics and the logs, at most.
-        scalar_error: the worst relative error of a sum, mean, maximum or minimum.
-        percentile_error: the worst relative error of a percentile.
+        error: the worst relative error of a percentile, or without any of another number.
         floats: size of the vector, if it is ours.
     """
 
@@ -73,45 +64,48 @@ class Measured:
     collectives: int
     sent: int
     memory: int
-    scalar_error: float | None
-    percentile_error: float | None
+    error: float | None
     floats: int = 0
 
 
-def run(library: Library, point: Point, floats: int, span: Span) -> Measured:
+def run(library: Library, point: Point, floats: int, seconds: float, logs: int) -> Measured:
     """Return what a log takes; raises RankError with the reason if the library fails.
 
     Args:
         library: whose contender logs.
         point: what it has to log.
         floats: size of our own vector at this point.
-        span: how long to measure.
+        seconds: how long its logs take in all.
+        logs: how many are timed at most.
     """
     workload = mixed(point.metrics, point.distributions, point.samples, _WINDOW)
     tiny = mixed(4, min(point.distributions, 1), 10, _WINDOW)
     seen = run_ranks(
-        _logged, point.ranks, library, workload, tiny, floats, span, timeout=240, group_timeout=240
+        _logged,
+        *(point.ranks, library, workload, tiny, floats, seconds, logs),
+        timeout=240,
+        group_timeout=240,
     )
     meters = [meter for meter, _, _, _ in seen]
-    times = [
-        max(ended for _, ended in turn) - min(began for began, _ in turn)
-        for turn in zip(*(meter.turns for meter in meters), strict=True)
-    ]
     first, _, number, ours = seen[0]
-    scalars, wanted = _truth(workload, point.ranks, number)
     return Measured(
-        seconds=statistics.median(times),
+        seconds=statistics.median(walls([meter.turns for meter in meters])),
         collectives=first.collectives,
         sent=max(meter.sent for meter in meters),
         memory=max(memory for _, memory, _, _ in seen),
-        scalar_error=_worst(first.values, scalars),
-        percentile_error=_worst(first.values, wanted),
+        error=_worst(first.values, _truth(workload, point.ranks, number)),
         floats=ours,
     )
 
 
 def _logged(
-    rank: int, library: Library, workload: Workload, tiny: Workload, floats: int, span: Span
+    rank: int,
+    library: Library,
+    workload: Workload,
+    tiny: Workload,
+    floats: int,
+    seconds: float,
+    logs: int,
 ) -> tuple[Meter, int, int, int]:
     """Run on each rank: return what was measured, memory, the last interval and our floats."""
     as_launched(rank)
@@ -124,7 +118,7 @@ def _logged(
     gc.collect()
     before = held()
     forget_peak()
-    meter = Meter(span.seconds, span.logs)
+    meter = Meter(seconds, logs)
     contender.run(meter)
     dist.barrier()
     number = (contender.fed - 1) % INTERVALS
@@ -153,10 +147,8 @@ def as_launched(rank: int) -> None:
 _FOLDS: dict[str, Any] = {"sum": np.sum, "mean": np.mean, "max": np.max, "min": np.min}
 
 
-def _truth(
-    workload: Workload, ranks: int, number: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return scalars and percentiles over the pooled samples of an interval."""
+def _truth(workload: Workload, ranks: int, number: int) -> dict[str, float]:
+    """Return the percentiles over the pooled samples of an interval, or the scalars if there are none."""
     columns: dict[tuple[str, str], list[Any]] = {}
     for rank in range(ranks):
         for batch in workload.interval(rank, number):
@@ -171,7 +163,7 @@ def _truth(
         else:
             repeats = workload.repeats if aggregation == "sum" else 1
             scalars[key] = float(_FOLDS[aggregation](values)) * repeats
-    return scalars, of_distributions
+    return of_distributions or scalars
 
 
 def _worst(logged: Mapping[str, float], wanted: Mapping[str, float]) -> float | None:
