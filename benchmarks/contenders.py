@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ import torch.distributed as dist
 from benchmarks.meter import Meter
 from benchmarks.workloads import INTERVALS, Workload, batches
 from metricfold import MetricsAggregator, Snapshot
+from metricfold._core.fold.sample import FloatArray
 from metricfold.communicator import Communicator, connect
+from metricfold.communicator.tree import Merge
 
-__all__ = ["BareAllReduce", "Contender", "Metricfold", "MetricfoldEverywhere"]
+__all__ = ["BareAllReduce", "Contender", "Metricfold", "MetricfoldEverywhere", "Watched"]
 
 
 class Contender(ABC):
@@ -63,14 +65,21 @@ class Metricfold(Contender):
 
     Attributes:
         snapshot: what the last log returned.
-        own: CPU seconds of this process in each log, before and after its collectives.
+        own: CPU seconds of this process in each log, without those in its collectives.
     """
 
     snapshot: Snapshot
 
-    def __init__(self, workload: Workload, rank: int, floats: int = 0, route: str = "auto") -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        rank: int,
+        floats: int = 0,
+        route: str = "auto",
+        wire: Watched | None = None,
+    ) -> None:
         self._workload, self._rank = workload, rank
-        self._wire = _Watched(connect(f"{workload.title} {route}", None, None, 0))
+        self._wire = wire or Watched(connect(f"{workload.title} {route}", None, None, 0))
         self.aggregator = MetricsAggregator(workload.window, communicator=self._wire, route=route)
         self.own: list[float] = []
 
@@ -115,31 +124,31 @@ class BareAllReduce(Contender):
         return {}
 
 
-class _Watched(Communicator):
-    """Another communicator, what went in, and the CPU seconds from the first entry to the last exit."""
+class Watched(Communicator):
+    """Another communicator, how much went in, and the CPU seconds that passed in there."""
 
     def __init__(self, inner: Communicator) -> None:
         self._inner = inner
-        self.rank = inner.rank
-        self.world_size = inner.world_size
+        self.rank, self.world_size = inner.rank, inner.world_size
         self.begin()
 
     def begin(self) -> None:
         """Begin another log."""
-        self._entered: float | None = None
         self.seconds = 0.0
         self.floats = 0
 
-    def _all_gather(self, vector: Any) -> Any:
+    def _all_gather(self, vector: FloatArray) -> FloatArray:
         return self._timed(vector, lambda: self._inner.all_gather(vector))
 
-    def _all_reduce(self, vector: Any, op: Literal["sum", "max"]) -> Any:
+    def _tree(self, vector: FloatArray, merge: Merge) -> FloatArray:
+        return self._timed(vector, lambda: self._inner.tree(vector, merge))
+
+    def _all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray:
         return self._timed(vector, lambda: self._inner.all_reduce(vector, op))
 
-    def _timed(self, vector: Any, collective: Callable[[], Any]) -> Any:
-        if self._entered is None:
-            self._entered = time.process_time()
+    def _timed(self, vector: FloatArray, collective: Callable[[], FloatArray]) -> FloatArray:
+        began = time.process_time()
         self.floats += vector.size
         result = collective()
-        self.seconds = time.process_time() - self._entered
+        self.seconds += time.process_time() - began
         return result
