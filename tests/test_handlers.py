@@ -25,7 +25,7 @@ from metricfold import (
     RateAggHandler,
     SumAggHandler,
 )
-from metricfold._core.fold.handlers import built_in_handlers
+from metricfold._core.fold.builtin import built_in_handlers
 from metricfold._core.fold.statistics import percentile_name
 from metricfold.communicator import Communicator
 from metricfold.metric import type_label

@@ -24,7 +24,8 @@ from ranks import run_threads
 from work import interrupted, lines_run
 
 from metricfold import AggregationType, Metric, MetricBatch, MetricsAggregator
-from metricfold._core.fold.handlers import LaneHandler, MaxAggHandler
+from metricfold._core.fold.builtin import MaxAggHandler
+from metricfold._core.fold.handlers import LaneHandler
 from metricfold._core.intake import aggregator as calls
 from metricfold._core.intake import held, inbox
 from metricfold.communicator import Communicator

@@ -26,7 +26,7 @@ from metricfold import (
     MetricsLogger,
     MissingRanksError,
 )
-from metricfold._core.fold.handlers import MeanAggHandler
+from metricfold._core.fold.builtin import MeanAggHandler
 from metricfold.torch import DeviceAccumulator
 
 LOSS = Metric("alpaca", "loss", 1.0, "mean")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from work import lines_run
 
 from metricfold._core.fold import names as naming
-from metricfold._core.fold.handlers import DistributionAggHandler
+from metricfold._core.fold.builtin import DistributionAggHandler
 from metricfold._core.fold.names import ANYTHING, Claims, printed
 
 SUFFIXES: tuple[tuple[str, ...], ...] = (

@@ -17,8 +17,8 @@ from ranks import run_threads
 
 from metricfold import AggregationType, Metric, MetricsAggregator
 from metricfold._core.exchange import Narrow, Outgoing, Wide
-from metricfold._core.fold.handlers import CategoryState, LaneState, WindowState
 from metricfold._core.fold.sample import Window, new_histogram
+from metricfold._core.fold.state import Sample, State
 from metricfold._core.reduce.announced import entries_from
 from metricfold._core.reduce.header import HEADER_SIZE, Kind
 from metricfold._core.reduce.schema import Entry, Schema, digest
@@ -174,9 +174,9 @@ def test_a_vector_holds_identities_where_a_rank_has_nothing() -> None:
 def test_what_is_packed_comes_out_again() -> None:
     schema = Schema([lanes, window, kinds])
     states = {
-        lanes.key: LaneState((1.0, 2.0, 3.0), (9.0,)),
-        window.key: WindowState((2.0, 0.0, 0.0, 4.0, 2.0)),
-        kinds.key: CategoryState((5.0, 0.0), {"y": 5}),
+        lanes.key: State((1.0, 2.0, 3.0), (9.0,)),
+        window.key: State((2.0, 0.0, 0.0, 4.0, 2.0), sample=Sample()),
+        kinds.key: State((5.0, 0.0), counts={"y": 5}),
     }
     older = new_histogram((), np.array([7.0]))
     kept = Window(np.array([1.5, 2.5]), np.array([1.0, 3.0]), fresh=1)
@@ -208,10 +208,10 @@ def test_what_has_no_place_in_the_vector_is_named() -> None:
 
     schema = Schema([lanes, window, kinds])
     new = ("not", "agreed")
-    categories = CategoryState((5.0, 0.0), {"y": 4, "z": 1})
+    categories = State((5.0, 0.0), counts={"y": 4, "z": 1})
     long, weighted = Window(np.zeros(5)), Window(np.zeros(1), np.ones(1))
     older = Window(np.zeros(1), None, 1, new_histogram((), np.zeros(1)))
-    assert lacking(schema, {new: LaneState((1.0, 1.0, 1.0))}, {}) == {new}
+    assert lacking(schema, {new: State((1.0, 1.0, 1.0))}, {}) == {new}
     assert lacking(schema, {kinds.key: categories}, {}) == {kinds.key}
     assert lacking(schema, {}, {window.key: long, new: weighted}) == {window.key, new}
     assert lacking(schema, {}, {window.key: older}) == {window.key}

@@ -2,17 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-from metricfold._core.fold.handlers import (
-    AggregationHandler,
+from metricfold._core.fold.builtin import (
     CategoricalCountAggHandler,
     DistributionAggHandler,
-    LaneHandler,
     MaxAggHandler,
     MeanAggHandler,
     MinAggHandler,
     RateAggHandler,
     SumAggHandler,
 )
+from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 from metricfold._core.intake.aggregator import MetricsAggregator
 from metricfold._core.intake.merging import merge_state_dicts
 from metricfold._core.view.snapshot import Snapshot

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from metricfold._core.fold.batch import MetricBatch
-from metricfold._core.fold.handlers import check_on_bad_name
+from metricfold._core.fold.builtin import check_on_bad_name
 from metricfold._core.runtime.listing import shortened
 from metricfold.data.sample import METRICS, take_metrics
 from metricfold.metric import Metric

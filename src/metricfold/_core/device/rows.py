@@ -38,9 +38,9 @@ import numpy as np
 import numpy.typing as npt
 
 from metricfold._core.fold import hints
-from metricfold._core.fold.handlers import LaneState, State, WindowState
 from metricfold._core.fold.names import Key
 from metricfold._core.fold.sample import BUCKETS
+from metricfold._core.fold.state import Sample, State
 from metricfold.metric import AggregationType, check_name, resolve_type, type_label
 
 if TYPE_CHECKING:
@@ -329,19 +329,19 @@ def _checked_type(name: str, agg: object) -> AggregationType:
 
 def _lane_state(
     agg_type: AggregationType, counts: Sequence[int], sums: Array, extrema: Array
-) -> LaneState:
+) -> State:
     count, nans, up, down = map(float, counts)
     if agg_type is AggregationType.MAX:
-        return LaneState((count, nans), (float(extrema[0]),))
+        return State((count, nans), (float(extrema[0]),))
     if agg_type is AggregationType.MIN:
-        return LaneState((count, nans), (float(extrema[1]),))
+        return State((count, nans), (float(extrema[1]),))
     total, weight = float(sums[0]), float(sums[1])
     # Infinities have not been added up: what they come to is known without.
     if up or down:
         total = math.nan if up and down else math.inf if up else -math.inf
     if agg_type is AggregationType.SUM:
-        return LaneState((count, nans, total))
-    return LaneState((count, nans, total, weight))
+        return State((count, nans, total))
+    return State((count, nans, total, weight))
 
 
 def _moments(sums: Array) -> Array:
@@ -362,7 +362,7 @@ def _moments(sums: Array) -> Array:
     )
 
 
-def _window_state(counts: Sequence[int], sums: Array, extrema: Array, cells: Array) -> WindowState:
+def _window_state(counts: Sequence[int], sums: Array, extrema: Array, cells: Array) -> State:
     from metricfold._core.sketch import LogLinearHistogram  # noqa: PLC0415 - loaded when first needed
 
     count, nans, up, down = counts
@@ -390,7 +390,7 @@ def _window_state(counts: Sequence[int], sums: Array, extrema: Array, cells: Arr
         max_buckets=BUCKETS,
     )
     lanes = (float(count), float(nans), float(up + down), float(sums[0]), float(sums[1]))
-    return WindowState(lanes, older=histogram if finite else None)
+    return State(lanes, sample=Sample(older=histogram if finite else None))
 
 
 # -- On the way to the aggregator ------------------------------------------------------------------

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from metricfold._core.fold.handlers import State
 from metricfold._core.fold.names import Key
 from metricfold._core.fold.sample import FloatArray, Pool, Window
+from metricfold._core.fold.state import State
 from metricfold._core.reduce.header import AGREED, Field, Kind
 from metricfold._core.reduce.schema import Schema
 from metricfold._core.reduce.totals import IntArray, Rows, Totals

@@ -19,13 +19,9 @@ import numpy as np
 
 from metricfold._core.exchange import Attendance, Exchanged, Outgoing, Recent, Route, choose
 from metricfold._core.fold.custom import CustomResults
-from metricfold._core.fold.handlers import (
-    COUNT,
-    OTHER,
-    State,
-)
 from metricfold._core.fold.names import Claims, show
 from metricfold._core.fold.sample import FloatArray, Pool, Window
+from metricfold._core.fold.state import COUNT, OTHER, State
 from metricfold._core.reduce.agreement import (
     Registry,
     agree,

@@ -29,9 +29,9 @@ from metricfold._core.exchange.base import (
     uncounted,
 )
 from metricfold._core.exchange.slots import extents_width, fitting, laid_out, lanes_width, unpacked
-from metricfold._core.fold.handlers import COUNT, NANS
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.sample import MOST_SAVED, FloatArray, Pool, Window
+from metricfold._core.fold.state import COUNT, NANS
 from metricfold._core.reduce.header import AGREED, Field, Kind
 from metricfold._core.reduce.schema import Entry, Schema, places
 from metricfold._core.reduce.totals import NOBODY, IntArray, Rows, Totals

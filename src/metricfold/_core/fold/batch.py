@@ -23,19 +23,12 @@ import numpy.typing as npt
 
 from metricfold._core.device import arrays
 from metricfold._core.fold import hints
-from metricfold._core.fold.handlers import (
-    AggregationHandler,
-    CategoricalCountAggHandler,
-    CategoryState,
-    LaneHandler,
-    LaneState,
-    built_in_handlers,
-    category_of,
-    check_on_bad_name,
-    quiet,
-)
+from metricfold._core.fold.builtin import built_in_handlers, check_on_bad_name
+from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.sample import FloatArray
+from metricfold._core.fold.state import State, quiet
+from metricfold._core.fold.values import category_of
 from metricfold._core.runtime.imported import is_of
 from metricfold._core.runtime.listing import internal, shortened
 from metricfold.metric import (
@@ -124,7 +117,7 @@ class Column:
         self,
         key: Key,
         agg_type: TypeLike,
-        state: LaneState | None,
+        state: State | None,
         metrics: Sequence[Metric] = (),
         late: Sequence[Late] = (),
     ) -> None:
@@ -168,13 +161,12 @@ class MetricBatch:
         size: int = 0,
     ) -> None:
         columns = list(columns)
-        folded = [(one, one.state) for one in columns if one.state is not None]
-        self.keys = _KEY.join(
-            [_FIELD.join((*one.key, type_label(one.agg_type))) for one, _ in folded]
-        )
+        folded = [one for one in columns if one.state is not None]
+        self.keys = _KEY.join([_FIELD.join((*one.key, type_label(one.agg_type))) for one in folded])
+        plain = [one.state.plain() for one in folded if one.state is not None]
         self.folded: tuple[Any, ...] = (
-            (_bytes_of(state.sums for _, state in folded), _bytes_of(s.maxs for _, s in folded)),
-            *(state.part() for _, state in folded if state.ordered),
+            (_bytes_of(sums for sums, _, _ in plain), _bytes_of(maxs for _, maxs, _ in plain)),
+            *(part for _, _, part in plain if part is not None),
         )
         self.others = tuple(one for one in columns if one.state is None)
         self.replaced = tuple(replaced)
@@ -192,7 +184,7 @@ class MetricBatch:
             state.sums = tuple(islice(sums, len(state.sums)))
             state.maxs = tuple(islice(maxs, len(state.maxs)))
             if state.ordered:
-                state.take_parts([next(parts)])
+                state.take_plain([next(parts)])
             found.append(Column((dataset, name), agg_type, state))
         return [*found, *self.others]
 
@@ -473,16 +465,17 @@ def _fold_counted(
     in_worker: bool,
 ) -> Column:
     """Return the column of values that count, whose weights have been checked."""
-    if isinstance(handler, CategoricalCountAggHandler):
-        return _fold_categories(key, agg_type, listed(values), listed(weights), handler, in_worker)
-    if not isinstance(handler, LaneHandler):
+    if handler is None or not handler.has_lanes:
         return _keep_metrics(key, agg_type, listed(values), listed(weights), in_worker)
+    folding = handler.laned()
+    if folding.takes is str:
+        return _fold_categories(key, agg_type, listed(values), listed(weights), folding, in_worker)
     late: list[Late] = []
     if not isinstance(values, np.ndarray):
         plain = _NUMBERS.issuperset(map(type, values)) and _NUMBERS.issuperset(map(type, weights))
         if not plain:
             values, weights, late = _numbers(key, agg_type, values, listed(weights), in_worker)
-    return Column(key, agg_type, fold_numbers(key, handler, values, weights), late=late)
+    return Column(key, agg_type, fold_numbers(key, folding, values, weights), late=late)
 
 
 def _weight(key: Key, weight: Any, weighted: bool, in_worker: bool) -> Any:
@@ -534,7 +527,7 @@ def _refuse_weight(key: Key, agg_type: TypeLike, weight: float) -> NoReturn:
     )
 
 
-def fold_numbers(key: Key, handler: LaneHandler, values: Numbers, weights: Numbers) -> LaneState:
+def fold_numbers(key: Key, handler: LaneHandler, values: Numbers, weights: Numbers) -> State:
     """Fold host numbers, whose weights have been checked and are not 0."""
     array = _floats(key, "a value", values)
     weighing = None
@@ -548,10 +541,10 @@ def fold_numbers(key: Key, handler: LaneHandler, values: Numbers, weights: Numbe
         raise ValueError(f"{show(key)}: {error}") from error
 
 
-def fold_read(key: Key, handler: LaneHandler, values: Numbers, weights: Numbers) -> LaneState:
+def fold_read(key: Key, handler: LaneHandler, values: Numbers, weights: Numbers) -> State:
     """Fold what has been read from a device, whose weights have been checked and are not 0."""
-    if isinstance(handler, CategoricalCountAggHandler):
-        return handler.fold_categories(map(str, listed(values)))
+    if handler.takes is str:
+        return handler.fold_listed([*map(str, listed(values))], None)
     return fold_numbers(key, handler, values, weights)
 
 
@@ -591,7 +584,7 @@ def _fold_categories(
     agg_type: TypeLike,
     values: Sequence[Any],
     weights: Sequence[Any],
-    handler: CategoricalCountAggHandler,
+    handler: LaneHandler,
     in_worker: bool,
 ) -> Column:
     late: list[Late] = []
@@ -609,8 +602,8 @@ def _fold_categories(
     # Those that wait for their weights are folded later, but refused here.
     waiting = [one.value for one in late if isinstance(one.value, str)]
     try:
-        state = handler.fold_categories(categories)
-        replaced = [state.replaced, handler.fold_categories(waiting).replaced]
+        state = handler.fold_listed(categories, None)
+        replaced = [state.replaced, handler.fold_listed(waiting, None).replaced]
     except ValueError as error:
         raise ValueError(f"{show(key)}: {error}") from None
     if not in_worker:
@@ -907,23 +900,21 @@ _BUILT_IN = {
 _TYPES = {str(agg_type.value): agg_type for agg_type in AggregationType}
 
 
-def _empty(agg_type: AggregationType) -> LaneState:
-    handler = _BUILT_IN["replace"][agg_type]
-    assert isinstance(handler, LaneHandler)
-    return handler.empty()
+def _empty(agg_type: AggregationType) -> State:
+    return _BUILT_IN["replace"][agg_type].laned().empty()
 
 
 def say_replaced(batch: MetricBatch, handler_of: HandlerOf) -> None:
     """Warn of the categories that a data worker has replaced, once for each key."""
     for key, text in batch.replaced:
         handler = handler_of(key, AggregationType.CATEGORICAL_COUNT)
-        if isinstance(handler, CategoricalCountAggHandler):
-            handler.tell(key, text)
+        if handler is not None and handler.has_lanes:
+            handler.laned().tell(key, text)
 
 
 def _replaced(columns: Iterable[Column]) -> list[tuple[Key, str]]:
     return [
         (column.key, column.state.replaced)
         for column in columns
-        if isinstance(column.state, CategoryState) and column.state.replaced is not None
+        if column.state is not None and column.state.replaced is not None
     ]

@@ -14,15 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from metricfold._core.fold.handlers import (
-    AggregationHandler,
-    name_of,
-    number_of,
-    reported,
-    travelling,
-)
+from metricfold._core.fold.contract import travelling
+from metricfold._core.fold.handlers import AggregationHandler, reported
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.plain import NotPlainError, pack, unpack
+from metricfold._core.fold.values import number_of
 from metricfold.metric import (
     Metric,
     MetricState,
@@ -280,7 +276,7 @@ class Result:
         result = states[0] if len(states) == 1 else handler.finalize_dist_agg(states)
         if not isinstance(result, MetricState):
             raise TypeError(
-                f"{name_of(handler)}.finalize_dist_agg returned {quote(result)} for "
+                f"{type(handler).__name__}.finalize_dist_agg returned {quote(result)} for "
                 f"{show(self.key)}: return a MetricState"
             )
         try:
@@ -392,7 +388,7 @@ def _begun(handler: AggregationHandler, key: Key, agg_type: TypeLike) -> MetricS
     state = copy.deepcopy(handler.initialize_metric_state(*key, agg_type))
     if not isinstance(state, MetricState):
         raise TypeError(
-            f"{name_of(handler)}.initialize_metric_state returned {quote(state)} for {show(key)}: "
+            f"{type(handler).__name__}.initialize_metric_state returned {quote(state)} for {show(key)}: "
             "return a MetricState"
         )
     return state
@@ -404,12 +400,12 @@ def _finalised(key: Key, handler: AggregationHandler, state: MetricState) -> lis
         results = handler.finalize_local_agg(state)
     except Exception as error:
         raise RuntimeError(
-            f"{name_of(handler)}.finalize_local_agg failed for {show(key)}: {error!r}"
+            f"{type(handler).__name__}.finalize_local_agg failed for {show(key)}: {error!r}"
         ) from error
     listed = list(results) if isinstance(results, Iterable) else [None]
     if not all(isinstance(result, MetricState) for result in listed):
         raise TypeError(
-            f"{name_of(handler)}.finalize_local_agg returned {quote(results)} for {show(key)}: "
+            f"{type(handler).__name__}.finalize_local_agg returned {quote(results)} for {show(key)}: "
             "return a list of MetricState"
         )
     return listed
@@ -430,7 +426,7 @@ def _sent(
         packed = _packed(**names, value=value, metadata=metadata)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"{name_of(handler)} finalised {show(key)} to what cannot travel between ranks: {error}. "
+            f"{type(handler).__name__} finalised {show(key)} to what cannot travel between ranks: {error}. "
             "Return plain data, or override serialize_metadata and deserialize_metadata"
         ) from None
     dataset, name, value, metadata = packed.values()
@@ -466,6 +462,6 @@ def _save(
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"the state of {show(key)} cannot be saved as JSON ({error}): override "
-            f"serialize_metadata and deserialize_metadata in {name_of(handler)}"
+            f"serialize_metadata and deserialize_metadata in {type(handler).__name__}"
         ) from None
     return {"dataset": key[0], "name": key[1], "type": type_label(agg_type), **packed}

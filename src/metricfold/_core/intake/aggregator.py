@@ -30,13 +30,10 @@ from metricfold._core.fold.batch import (
     is_many,
     say_replaced,
 )
-from metricfold._core.fold.handlers import (
-    AggregationHandler,
-    built_in_handlers,
-    check_on_nan,
-    quiet,
-)
+from metricfold._core.fold.builtin import built_in_handlers
+from metricfold._core.fold.handlers import AggregationHandler, check_on_nan
 from metricfold._core.fold.names import Key, check_prefix, show
+from metricfold._core.fold.state import quiet
 from metricfold._core.intake.checkpoint import Restored, decode, encode
 from metricfold._core.intake.clock import Pause
 from metricfold._core.intake.held import AggregatorMark, Held

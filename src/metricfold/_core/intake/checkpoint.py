@@ -28,7 +28,7 @@ from metricfold._core.fold.custom import (
     check_saved_states,
     restored,
 )
-from metricfold._core.fold.handlers import AggregationHandler, name_of
+from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import show
 from metricfold._core.fold.sample import (
     MOST_SAVED,
@@ -135,7 +135,7 @@ class Restored:
                     handlers[key].laned().finalize(state)
                 except Exception as failure:
                     raise ValueError(
-                        f"the state of {show(key)} is none that {name_of(handlers[key])} can "
+                        f"the state of {show(key)} is none that {type(handlers[key]).__name__} can "
                         f"finalise: {failure!r}. Load an earlier checkpoint"
                     ) from failure
         try:
@@ -157,7 +157,7 @@ def _revived(
     except Exception as failure:
         raise ValueError(
             f"the state of {show(key)} cannot be restored by "
-            f"{name_of(handlers[key])}.deserialize_metadata: {failure!r}"
+            f"{type(handlers[key]).__name__}.deserialize_metadata: {failure!r}"
         ) from failure
 
 

@@ -21,11 +21,9 @@ from metricfold._core.fold.batch import (
     fold_read,
     weights_beside,
 )
-from metricfold._core.fold.handlers import (
-    AggregationHandler,
-    State,
-)
+from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import show
+from metricfold._core.fold.state import State
 from metricfold._core.reduce.schema import Key
 from metricfold._core.runtime.listing import shortened
 

@@ -24,31 +24,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import chain, groupby
-from operator import mul, sub
+from operator import sub
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from metricfold._core.device.rows import Drained
 from metricfold._core.fold.batch import Column, Late, MetricBatch, folded_keys
-from metricfold._core.fold.handlers import (
-    COUNT,
-    AggregationHandler,
-    CategoricalCountAggHandler,
-    DistributionAggHandler,
-    LaneHandler,
-    LaneState,
-    MaxAggHandler,
-    MeanAggHandler,
-    MinAggHandler,
-    RateAggHandler,
-    SumAggHandler,
+from metricfold._core.fold.builtin import (
     built_in_handlers,
     folds_as,
-    quiet,
 )
+from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.sample import FloatArray
+from metricfold._core.fold.state import COUNT, Sample, State, quiet
 from metricfold._core.intake.delta import CutDelta, Delta
 from metricfold._core.runtime.listing import shortened
 from metricfold._core.sketch.weights import LARGEST_WEIGHT
@@ -523,7 +513,7 @@ class Slot:
     def __init__(self, key: Key, agg_type: TypeLike, handler: LaneHandler) -> None:
         self.key, self.agg_type, self.handler = key, agg_type, handler
         self.built_in = folds_as(handler)
-        self.takes = None if self.built_in is None else _TAKEN[self.built_in]
+        self.takes = None if self.built_in is None else handler.takes
         self.values: Items = []
         self._others: Items | None = None
         self.number = (self.values,) if self.takes is float else None
@@ -569,7 +559,7 @@ class Slot:
         if self._others is not None:
             self._others.clear()
 
-    def folded(self) -> tuple[LaneState, list[Late]]:
+    def folded(self) -> tuple[State, list[Late]]:
         """Return the state of what is here, and what lies on a device."""
         late: list[Late] = []
         if not self._others:
@@ -589,20 +579,14 @@ class Slot:
                 state.merge_all(items)
         return state, late
 
-    def add_lanes(self, lanes: LaneState) -> None:
+    def add_lanes(self, lanes: State) -> None:
         """Add the lanes of several states; what else these held has been put down apart."""
         self.others.append(lanes)
 
-    def _of_values(self, values: Sequence[Any], weights: Sequence[float] | None) -> LaneState:
-        state = None
-        if self.built_in is not None:
-            state = _FOLDS[self.built_in](self.handler, values, weights)
-        if state is None:
-            with quiet():
-                state = self.handler.fold(
-                    _array(values), None if weights is None else _array(weights)
-                )
-        return state
+    def _of_values(self, values: Any, weights: Any) -> State:
+        if self.built_in is None:
+            return LaneHandler.fold_listed(self.handler, values, weights)
+        return self.handler.fold_listed(values, weights)
 
 
 class OrderedSlot(Slot):
@@ -615,7 +599,7 @@ class OrderedSlot(Slot):
 
     def __init__(self, key: Key, agg_type: TypeLike, handler: LaneHandler) -> None:
         super().__init__(key, agg_type, handler)
-        self._lanes: list[LaneState] = []
+        self._lanes: list[State] = []
         self._queued = False
 
     @property
@@ -630,17 +614,17 @@ class OrderedSlot(Slot):
         self._lanes.clear()
         self._queued = False
 
-    def add_lanes(self, lanes: LaneState) -> None:
+    def add_lanes(self, lanes: State) -> None:
         self._lanes.append(lanes)
 
     def filled(self) -> bool:
         return bool(self.values or self._lanes or self._queued)
 
-    def folded(self) -> tuple[LaneState, list[Late]]:
+    def folded(self) -> tuple[State, list[Late]]:
         state = self.handler.empty()
         late: list[Late] = []
         for kind, run in self._runs():
-            queue = late if state.recent and (late or self._queued) else None
+            queue = late if state.sample is not None and (late or self._queued) else None
             if kind is Late:
                 late += run
             elif kind is float or kind is str:
@@ -653,27 +637,25 @@ class OrderedSlot(Slot):
                 state.merge_all(run)
             else:
                 for one in run:
-                    values, weights, rest = one.parted()
-                    state.merge(rest)
+                    sums, values, weights = one.sample.apart(one.sums)
+                    state.merge(State(sums))
                     self._follow(state, queue, values, weights)
         for lanes in self._lanes:
-            LaneState.merge(state, lanes)
+            state.merge(lanes)
         return state, late
 
-    def _take_parts(self, state: Any, queue: list[Late] | None, parts: list[Any]) -> None:
+    def _take_parts(self, state: State, queue: list[Late] | None, parts: list[Any]) -> None:
         """Take in what collated batches hold besides lanes, which are merged apart."""
         if queue is None:
-            state.take_parts(parts)
+            state.take_plain(parts)
             return
         for part in parts:
-            values, weights = state.values_in([part])
+            values, weights, *_ = Sample.of([part]).window()
             # What queues is folded later, lanes and all.
             state.sums = tuple(map(sub, state.sums, self._of_values(values, weights).sums))
             self._follow(state, queue, values, weights)
 
-    def _follow(
-        self, state: LaneState, queue: list[Late] | None, values: Any, weights: Any
-    ) -> None:
+    def _follow(self, state: State, queue: list[Late] | None, values: Any, weights: Any) -> None:
         """Let values follow those in `state`, or queue behind such as lie on a device."""
         if queue is None:
             state.merge(self._of_values(values, weights))
@@ -721,7 +703,7 @@ class Shape:
         maxs = _rows(all_maxs).max(axis=0).tolist()
         for slot in self._slots:
             width, height = slot.handler.sum_width, slot.handler.max_width
-            slot.add_lanes(LaneState(tuple(sums[:width]), tuple(maxs[:height])))
+            slot.add_lanes(State(tuple(sums[:width]), tuple(maxs[:height])))
             del sums[:width], maxs[:height]
         self.clear()
 
@@ -738,70 +720,3 @@ def _array(numbers: Any) -> FloatArray:
 
 def _kind(item: object) -> type:
     return float if type(item) is int else type(item)
-
-
-# How the built-in handlers fold numbers, or texts, without NumPy; None: not these. Sums are exact up
-# to one rounding. The rare sum that is none (NaN, infinities, an overflow) is the handler's business.
-
-Fold: TypeAlias = Callable[[Any, Sequence[Any], Sequence[float] | None], LaneState | None]
-
-
-def _sum(_: object, values: Sequence[float], __: object) -> LaneState | None:
-    total = _total(values)
-    return None if total is None else LaneState((float(len(values)), 0.0, total))
-
-
-def _mean(_: object, values: Sequence[float], weights: Sequence[float] | None) -> LaneState | None:
-    count = float(len(values))
-    if weights is None:
-        total = _total(values)
-        return None if total is None else LaneState((count, 0.0, total, count))
-    total, weight = _total([*map(mul, values, weights)]), _total(weights)
-    return None if total is None or weight is None else LaneState((count, 0.0, total, weight))
-
-
-def _max(_: object, values: Sequence[float], __: object) -> LaneState | None:
-    finite = math.isfinite(_added_up(values))
-    return LaneState((float(len(values)), 0.0), (float(max(values)),)) if finite else None
-
-
-def _min(_: object, values: Sequence[float], __: object) -> LaneState | None:
-    finite = math.isfinite(_added_up(values))
-    return LaneState((float(len(values)), 0.0), (-float(min(values)),)) if finite else None
-
-
-def _added_up(values: Sequence[float]) -> float:
-    # From a float on: ints that a float holds may come to one that none does.
-    return sum(values, 0.0)
-
-
-def _counts(handler: CategoricalCountAggHandler, values: Sequence[str], _: object) -> LaneState:
-    return handler.fold_categories(values)
-
-
-def _by_handler(_: object, __: object, ___: object) -> None:
-    return None
-
-
-_FOLDS: dict[type, Fold] = {
-    SumAggHandler: _sum,
-    RateAggHandler: _sum,
-    MeanAggHandler: _mean,
-    MaxAggHandler: _max,
-    MinAggHandler: _min,
-    CategoricalCountAggHandler: _counts,
-    DistributionAggHandler: _by_handler,
-}
-
-
-_TAKEN: dict[type, type] = {
-    kind: str if kind is CategoricalCountAggHandler else float for kind in _FOLDS
-}
-
-
-def _total(numbers: Sequence[float]) -> float | None:
-    try:
-        total = math.fsum(numbers)
-    except (OverflowError, ValueError):
-        return None
-    return total if math.isfinite(total) else None

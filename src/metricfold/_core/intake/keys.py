@@ -10,14 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metricfold._core.fold import hints
 from metricfold._core.fold.batch import Column, MetricBatch, check_same_type, fold_metrics
-from metricfold._core.fold.handlers import (
-    AggregationHandler,
-    built_in_handlers,
-    folds_as,
-    name_of,
-    quiet,
-)
+from metricfold._core.fold.builtin import built_in_handlers, folds_as
+from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import Claimed, Claims, show
+from metricfold._core.fold.state import quiet
 from metricfold._core.reduce.schema import Entry, Key, Schema
 from metricfold._core.view.derived import DerivedMetric
 from metricfold._core.view.rollup import Plans
@@ -110,7 +106,6 @@ class KeyTable:
                 else agg_type,
                 ", ".join(in_use[:5]) + (", ..." if len(in_use) > 5 else ""),
             )
-        handler = handler.registered()
         self.handlers[agg_type], self._of_label[label] = handler, agg_type
         self._registered.setdefault(agg_type, agg_type)
         if isinstance(agg_type, str):  # which a member of a StrEnum is, too
@@ -397,7 +392,7 @@ class KeyTable:
             usual = _usual_entry(handler, entry.type)
             if entry.lanes != usual.lanes:
                 raise ValueError(
-                    f"the state holds {show(entry.key)} with {entry.lanes}, but {name_of(handler)} "
+                    f"the state holds {show(entry.key)} with {entry.lanes}, but {type(handler).__name__} "
                     f"has {usual.lanes}: register the handler that saved it"
                 )
             if usual.distributed and entry.bounded != usual.bounded:
@@ -410,7 +405,7 @@ class KeyTable:
                 )
             if entry.distributed != usual.distributed or (entry.categories and not usual.most):
                 raise ValueError(
-                    f"the state holds {show(entry.key)} as what {name_of(handler)} does not keep: "
+                    f"the state holds {show(entry.key)} as what {type(handler).__name__} does not keep: "
                     "register the handler that saved it"
                 )
         return admission._replace(new=new)

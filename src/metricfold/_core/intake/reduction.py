@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import SupportsIndex
 
 from metricfold._core.exchange.reduction import Contribution, Outcome
-from metricfold._core.fold.handlers import quiet
+from metricfold._core.fold.state import quiet
 from metricfold._core.intake.delta import CutDelta
 from metricfold._core.intake.held import Held
 from metricfold._core.intake.keys import KeyRegistry

@@ -14,9 +14,10 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Protocol
 
-from metricfold._core.fold.handlers import OTHER, AggregationHandler, State
+from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import Claims, show
 from metricfold._core.fold.sample import FloatArray, Window
+from metricfold._core.fold.state import OTHER, State
 from metricfold._core.reduce.announced import (
     MOST_ERROR,
     compressed,

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from metricfold._core.fold.handlers import OTHER
 from metricfold._core.fold.names import ANYTHING, show
 from metricfold._core.fold.sample import FloatArray
+from metricfold._core.fold.state import OTHER
 from metricfold._core.reduce.header import HEADER_SIZE, Field, Kind
 from metricfold._core.reduce.schema import Entry
 from metricfold.metric import check_key, is_name

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from metricfold._core.fold.handlers import COUNT, NANS, OTHER, CategoryState, State
 from metricfold._core.fold.names import Key
 from metricfold._core.fold.sample import Window
+from metricfold._core.fold.state import COUNT, NANS, OTHER, State
 
 __all__ = [
     "Entry",
@@ -338,7 +338,7 @@ class Schema:
             found += 1
             sums += state.sums
             maxs += state.maxs
-            if type(state) is CategoryState:
+            if state.counts is not None:
                 counts = [state.counts.get(category, 0) for category in entry.categories]
                 rest = state.sums[COUNT] - sum(counts)
                 if rest and entry.full:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from metricfold._core.fold.handlers import COUNT, NANS, ReducedState
 from metricfold._core.fold.names import Key
 from metricfold._core.fold.sample import EXACT_VALUES, FloatArray, Pool
+from metricfold._core.fold.state import COUNT, NANS, ReducedState
 from metricfold._core.reduce.schema import Schema, digest
 
 __all__ = ["NOBODY", "IntArray", "Rows", "Totals"]

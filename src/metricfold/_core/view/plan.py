@@ -17,15 +17,10 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from metricfold._core.fold.handlers import (
-    COUNT,
-    AggregationHandler,
-    LaneHandler,
-    ReducedState,
-    ReducedStates,
-    folds_as,
-)
+from metricfold._core.fold.builtin import folds_as
+from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 from metricfold._core.fold.sample import FloatArray, Pool
+from metricfold._core.fold.state import COUNT, ReducedState, ReducedStates
 from metricfold._core.reduce.schema import Entry, IndexArray, Key, Schema
 from metricfold._core.view.tables import Group, Table
 from metricfold._core.view.windows import View, WindowLike, view_of

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from metricfold._core.exchange.reduction import Reduced
-from metricfold._core.fold.handlers import COUNT, NANS, ReducedState
 from metricfold._core.fold.names import ANYTHING, check_prefix, printed, repeated, show
+from metricfold._core.fold.state import COUNT, NANS, ReducedState
 from metricfold._core.reduce.schema import Key
 from metricfold._core.reduce.totals import NOBODY
 from metricfold._core.runtime.uncompiled import uncompiled

@@ -1,0 +1,488 @@
+"""The handlers that are there from the start: identity, merge, fold and result of each.
+
+                    SUM lanes                          MAX lanes     besides
+    SUM, RATE       sum
+    MEAN            weighted_sum, weight
+    MAX                                                max
+    MIN                                                negative_min
+    DISTRIBUTION    infinities, weighted_sum, weight                 the sample
+    CATEGORICAL                                                      the counts
+
+All have ``count`` and ``nans`` before these. `fold` takes arrays; `fold_listed` takes Python's own
+numbers, which NumPy would need longer for than all the rest takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import reprlib
+from copy import copy
+from functools import cached_property
+from numbers import Real
+from operator import mul
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from metricfold._core.fold.contract import CountsWriting, MeanWriting, SampleWriting
+from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
+from metricfold._core.fold.names import ANYTHING, show
+from metricfold._core.fold.sample import EXACT_VALUES
+from metricfold._core.fold.state import (
+    COMMON_LANES,
+    COUNT,
+    NANS,
+    ReducedState,
+    ReducedStates,
+    Results,
+    Sample,
+    State,
+)
+from metricfold._core.fold.statistics import Pools, statistics
+from metricfold._core.sketch.weights import LARGEST_WEIGHT
+from metricfold.metric import AggregationType, TypeLike, escaped, is_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from metricfold._core.fold.names import Key
+    from metricfold._core.fold.sample import FloatArray
+
+__all__ = [
+    "CategoricalCountAggHandler",
+    "DistributionAggHandler",
+    "MaxAggHandler",
+    "MeanAggHandler",
+    "MinAggHandler",
+    "RateAggHandler",
+    "SumAggHandler",
+    "built_in_handlers",
+    "check_on_bad_name",
+    "folds_as",
+]
+
+_logger = logging.getLogger("metricfold")
+
+
+class SumAggHandler(LaneHandler):
+    """Total of the values; integers are exact up to 2^53."""
+
+    sum_lanes = ("sum",)
+    is_total = True
+    value_is_all = True
+
+    def sums_of(self, values: FloatArray, weights: FloatArray | None) -> tuple[float, ...]:
+        return (float(values.sum()),)
+
+    def fold_listed(self, values: Sequence[float], weights: Sequence[float] | None) -> State:
+        total = _total(values)
+        if total is None:
+            return super().fold_listed(values, weights)
+        return State((float(len(values)), 0.0, total))
+
+    def result(self, lanes: Mapping[str, float]) -> float:
+        return lanes["sum"]
+
+
+class RateAggHandler(SumAggHandler):
+    """Total of the values per second of wall time, by the slowest rank's clock.
+
+    Over no time, as in a pause that spans an interval, there is no rate to report. By the contract
+    the value is the total, which is divided where it is reported.
+    """
+
+    is_total = False
+    seconds_by_hand = 1.0
+
+    def result(self, lanes: Mapping[str, float]) -> float:
+        return lanes["sum"] / lanes["seconds"] if lanes["seconds"] else math.nan
+
+    def finalize_lanes(self, state: ReducedState) -> dict[str, float]:
+        reported = super().finalize_lanes(state)
+        if not state.seconds:
+            reported.pop("", None)
+        return reported
+
+    def finalize_all(self, states: ReducedStates) -> Results:
+        values, there = super().finalize_all(states)
+        there[:, 0] &= states.seconds != 0
+        return values, there
+
+
+class MeanAggHandler(LaneHandler):
+    """Weighted mean: sum(w * x) / sum(w) over the values of all ranks."""
+
+    sum_lanes = ("weighted_sum", "weight")
+    weighted = True
+    is_mean = True
+    writing = MeanWriting()
+
+    def sums_of(self, values: FloatArray, weights: FloatArray | None) -> tuple[float, ...]:
+        if weights is None:
+            return float(values.sum()), float(values.size)
+        return float((values * weights).sum()), float(weights.sum())
+
+    def fold_listed(self, values: Sequence[float], weights: Sequence[float] | None) -> State:
+        count = float(len(values))
+        total = _total(values if weights is None else [*map(mul, values, weights)])
+        weight = count if weights is None else _total(weights)
+        if total is None or weight is None:
+            return super().fold_listed(values, weights)
+        return State((count, 0.0, total, weight))
+
+    def result(self, lanes: Mapping[str, float]) -> float:
+        # Nothing that came in weighs nothing, but another rank may send what it likes.
+        return lanes["weighted_sum"] / lanes["weight"] if lanes["weight"] else math.nan
+
+    def results(self, lanes: Mapping[str, Any]) -> FloatArray:
+        weight = lanes["weight"]
+        return np.where(weight == 0, math.nan, lanes["weighted_sum"] / weight)
+
+
+class MaxAggHandler(LaneHandler):
+    """Largest value."""
+
+    max_lanes = ("max",)
+    initial = -math.inf
+    value_is_all = True
+
+    def maxs_of(self, values: FloatArray) -> tuple[float, ...]:
+        return (float(values.max()),)
+
+    def fold_listed(self, values: Sequence[float], weights: Sequence[float] | None) -> State:
+        if not _all_finite(values):
+            return super().fold_listed(values, weights)
+        return State((float(len(values)), 0.0), (float(max(values)),))
+
+    def result(self, lanes: Mapping[str, float]) -> float:
+        return lanes["max"]
+
+
+class MinAggHandler(LaneHandler):
+    """Smallest value, kept as the MAX of the negative."""
+
+    max_lanes = ("negative_min",)
+    initial = math.inf
+    value_is_all = True
+
+    def maxs_of(self, values: FloatArray) -> tuple[float, ...]:
+        return (-float(values.min()),)
+
+    def fold_listed(self, values: Sequence[float], weights: Sequence[float] | None) -> State:
+        if not _all_finite(values):
+            return super().fold_listed(values, weights)
+        return State((float(len(values)), 0.0), (-float(min(values)),))
+
+    def result(self, lanes: Mapping[str, float]) -> float:
+        return -lanes["negative_min"]
+
+
+class DistributionAggHandler(LaneHandler):
+    """Mean, std, extrema and percentiles of the values, pooled over all ranks.
+
+    NaN and infinities are left out of the statistics and counted. ``std`` is the sample standard
+    deviation: absent for one value, 0.0 when all are equal. With weights, ``mean`` is
+    sum(w * x) / sum(w) and the variance is unbiased for weights that say how reliable a value is.
+    Percentiles are NumPy's by its ``linear`` rule, each value repeated as often as its weight says;
+    weights that come to less than one a value are scaled to that. ``count`` is the number of values
+    that the other statistics speak about.
+
+    Args:
+        window_size: how many of its most recent values each rank keeps, for the view of the run;
+            None: no bound, so that the run's view is about all values.
+        percentiles: which percentiles to report, ascending, each in 0..100.
+    """
+
+    sum_lanes = ("infinities", "weighted_sum", "weight")
+    weighted = True
+    has_sample = True
+    writing = SampleWriting()
+
+    def __init__(
+        self, window_size: int | None = 1000, percentiles: Sequence[float] = (5, 50, 95)
+    ) -> None:
+        super().__init__()
+        self.window_size = check_window_size(window_size)
+        self.percentiles = check_percentiles(percentiles)
+        names = (*statistics(self.percentiles), "nan_count", "inf_count")
+        self._suffixes = tuple(f"_stat_{name}" for name in names)
+
+    @property
+    def sample_limit(self) -> int:
+        return EXACT_VALUES if self.window_size is None else self.window_size
+
+    @property
+    def is_bounded(self) -> bool:
+        return self.window_size is not None
+
+    def unbounded(self) -> DistributionAggHandler:
+        unbounded = copy(self)
+        unbounded.window_size = None
+        return unbounded
+
+    def empty(self) -> State:
+        return State((0.0,) * self.sum_width, sample=Sample(limit=self.sample_limit))
+
+    def fold(self, values: FloatArray, weights: FloatArray | None) -> State:
+        if weights is not None and weights.size and weights.max() > LARGEST_WEIGHT:
+            raise ValueError(
+                f"the weight {weights.max():g} is too large: a value of a DISTRIBUTION weighs "
+                f"{LARGEST_WEIGHT:g} at most"
+            )
+        count, nans, infinities = values.size, 0, 0
+        total = float(values.sum())
+        if not math.isfinite(total):
+            finite = np.isfinite(values)
+            nans = int(np.isnan(values).sum())
+            infinities = int(count - finite.sum() - nans)
+            values = values[finite]
+            weights = None if weights is None else weights[finite]
+            total = float(values.sum())
+        if weights is None:
+            weight = float(values.size)
+        else:
+            total, weight = float(values @ weights), float(weights.sum())
+        sums = (float(count), float(nans), float(infinities), total, weight)
+        return State(sums, sample=Sample([(values, weights)]))
+
+    def suffixes(self) -> tuple[str, ...]:
+        return self._suffixes
+
+    def finalize_lanes(self, state: ReducedState) -> dict[str, float]:
+        # NaN is merely counted here.
+        weighted_sum, weight = state.sums[-2:]
+        return {"": weighted_sum / weight} if weight else {}
+
+    def columns(self, categories: tuple[str, ...]) -> tuple[str, ...]:
+        return self._suffixes
+
+    def finalize(self, state: ReducedState) -> dict[str, float]:
+        return self._finalized(state)
+
+    def finalize_all(self, states: ReducedStates) -> Results:
+        table = statistics(self.percentiles)
+        values = np.zeros((len(states.sums), len(self._suffixes)))
+        values[:, -2:] = states.sums[:, (NANS, NANS + 1)]
+        there = values > 0
+        full = [place for place, pool in enumerate(states.pools) if pool.count]
+        if full:
+            found = Pools.of([states.pools[place] for place in full], self.percentiles)
+            for column, statistic in enumerate(table.values()):
+                values[full, column] = statistic.of(found)
+                there[full, column] = found.count >= statistic.least
+        return values, there
+
+
+class CategoricalCountAggHandler(LaneHandler):
+    """How often each category occurred, reported as ``{name}_count_{category}``.
+
+    Args:
+        max_categories: how many categories are told apart, over all ranks and the whole run: the
+            first that the ranks agree on. What else occurs is counted as `OTHER`.
+        on_bad_name: what becomes of a category that is empty or cannot be printed: ``"replace"``
+            counts it as ``__empty__``, or with what cannot be printed spelled out, and warns of a
+            metric's first; ``"refuse"`` raises ValueError.
+    """
+
+    is_total = True
+    has_counts = True
+    takes = str
+    writing = CountsWriting()
+
+    def __init__(self, max_categories: int = 1000, *, on_bad_name: str = "replace") -> None:
+        super().__init__()
+        self.max_categories = check_max_categories(max_categories)
+        self.on_bad_name = check_on_bad_name(on_bad_name)
+        self._told: set[tuple[str, str]] = set()
+
+    @property
+    def most_categories(self) -> int:
+        return self.max_categories
+
+    def empty(self) -> State:
+        return State((0.0,) * self.sum_width, counts={})
+
+    def fold_categories(self, categories: Iterable[str]) -> State:
+        """Return the state of `categories`.
+
+        Raises:
+            ValueError: one is empty or cannot be printed, and is not to be replaced.
+        """
+        counts: dict[str, int] = {}
+        for category in categories:
+            counts[category] = counts.get(category, 0) + 1
+        bad = [category for category in counts if not is_name(category)]
+        for category in bad:
+            name, count = self.printable(category), counts.pop(category)
+            counts[name] = counts.get(name, 0) + count
+        replaced = bad[0] if bad else None
+        return State((float(sum(counts.values())), 0.0), counts=counts, replaced=replaced)
+
+    def fold_listed(self, values: Sequence[str], weights: Sequence[float] | None) -> State:
+        return self.fold_categories(values)
+
+    def printable(self, category: str) -> str:
+        """Return what an unprintable category counts as; raises ValueError if it is refused."""
+        if self.on_bad_name == "replace":
+            return escaped(category)
+        if not category:
+            raise ValueError("the category is empty: give it a text, such as 'none'")
+        raise ValueError(
+            f"the category {reprlib.repr(category)} holds a line break or another unprintable "
+            "character: give a text on one line"
+        )
+
+    def tell(self, key: Key, replaced: str) -> None:
+        """Warn that a category of `key` counts under another text, once for each key."""
+        if key not in self._told:
+            self._told.add(key)
+            _logger.warning(
+                "%s has a category that cannot be printed, %s, which counts as %r: all such are "
+                "spelled out. on_bad_name='refuse' refuses them",
+                show(key),
+                reprlib.repr(replaced),
+                escaped(replaced),
+            )
+
+    def suffixes(self) -> tuple[str, ...]:
+        return (f"_count_{ANYTHING}",)
+
+    def finalize_lanes(self, state: ReducedState) -> dict[str, float]:
+        return {"": float(state.sums[COUNT])}
+
+    def columns(self, categories: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"_count_{category}" for category in categories)
+
+    def finalize(self, state: ReducedState) -> dict[str, float]:
+        return self._finalized(state)
+
+    def finalize_all(self, states: ReducedStates) -> Results:
+        counts = states.sums[:, len(COMMON_LANES) :]
+        return counts, counts != 0
+
+
+_BUILT_IN = (
+    SumAggHandler,
+    RateAggHandler,
+    MeanAggHandler,
+    MaxAggHandler,
+    MinAggHandler,
+    DistributionAggHandler,
+    CategoricalCountAggHandler,
+)
+
+_REPLACEABLE = {
+    name
+    for kind in (LaneHandler, *_BUILT_IN)
+    for name, member in vars(kind).items()
+    if not isinstance(member, cached_property)
+}
+"""What an object may have of its own in the place of its class's."""
+
+
+def folds_as(handler: AggregationHandler | None) -> type[LaneHandler] | None:
+    """Return the class here that folds just as `handler` does, if one does.
+
+    A subclass, or an object of which something has been replaced, may fold otherwise.
+    """
+    kind = type(handler)
+    if kind not in _BUILT_IN or not vars(handler).keys().isdisjoint(_REPLACEABLE):
+        return None
+    assert issubclass(kind, LaneHandler)
+    return kind
+
+
+def built_in_handlers(
+    window_size: int | None = 1000,
+    percentiles: Sequence[float] = (5, 50, 95),
+    on_nan: str = "propagate",
+    max_categories: int = 1000,
+    on_bad_name: str = "replace",
+) -> dict[TypeLike, AggregationHandler]:
+    """Return a handler for every type that has one from the start."""
+    return {
+        AggregationType.SUM: SumAggHandler(on_nan=on_nan),
+        AggregationType.MEAN: MeanAggHandler(on_nan=on_nan),
+        AggregationType.MAX: MaxAggHandler(on_nan=on_nan),
+        AggregationType.MIN: MinAggHandler(on_nan=on_nan),
+        AggregationType.DISTRIBUTION: DistributionAggHandler(window_size, percentiles),
+        AggregationType.CATEGORICAL_COUNT: CategoricalCountAggHandler(
+            max_categories, on_bad_name=on_bad_name
+        ),
+        AggregationType.RATE: RateAggHandler(on_nan=on_nan),
+    }
+
+
+# Sums are exact up to one rounding. The rare one that is none (NaN, infinities, an overflow) is
+# what arrays are for.
+
+
+def _total(numbers: Sequence[float]) -> float | None:
+    try:
+        total = math.fsum(numbers)
+    except (OverflowError, ValueError):
+        return None
+    return total if math.isfinite(total) else None
+
+
+def _all_finite(values: Sequence[float]) -> bool:
+    # From a float on: ints that a float holds may come to one that none does.
+    return math.isfinite(sum(values, 0.0))
+
+
+# -- Checks --------------------------------------------------------------------------------------
+
+
+def check_window_size(size: object) -> int | None:
+    if size is None:
+        return None
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size <= 0:
+        name = f"; if that is the aggregator's name, write name={size!r}" * isinstance(size, str)
+        raise ValueError(
+            f"the window size is {size!r}: give the number of recent values that each rank keeps, "
+            f"1 or more, or None for all{name}"
+        )
+    return int(size)
+
+
+def check_max_categories(most: object) -> int:
+    if isinstance(most, bool) or not isinstance(most, int | np.integer) or most <= 0:
+        raise ValueError(
+            f"max_categories={most!r}: give the number of categories to tell apart, 1 or more"
+        )
+    return int(most)
+
+
+def check_percentiles(percentiles: Sequence[float]) -> tuple[float, ...]:
+    try:
+        given = tuple(percentiles)
+    except TypeError:
+        raise TypeError(
+            f"percentiles={percentiles!r}: give a list of numbers in 0..100, such as (5, 50, 95)"
+        ) from None
+    for percentile in given:
+        if not isinstance(percentile, Real) or isinstance(percentile, bool):
+            raise TypeError(
+                f"percentiles={percentiles!r}: {percentile!r} is no number: give a list of numbers "
+                "in 0..100, such as (5, 50, 95)"
+            )
+        if not 0 <= percentile <= 100:
+            raise ValueError(f"percentiles={percentiles!r}: each must lie in 0..100")
+    if given and max(given) <= 1 and any(0 < percentile < 1 for percentile in given):
+        hundred = [round(float(percentile) * 100, 6) for percentile in given]
+        meant = tuple(int(one) if one.is_integer() else one for one in hundred)
+        raise ValueError(
+            f"percentiles={percentiles!r} are fractions, but percentiles lie in 0..100: write "
+            f"percentiles={meant!r}. If you do mean those below the first, give one above it too"
+        )
+    checked = tuple(map(float, given))
+    if list(checked) != sorted(set(checked)):
+        raise ValueError(f"percentiles={percentiles!r}: give them ascending, each once")
+    return checked
+
+
+def check_on_bad_name(on_bad_name: str) -> str:
+    if on_bad_name not in ("replace", "refuse"):
+        raise ValueError(f"on_bad_name={on_bad_name!r}: use 'replace' or 'refuse'")
+    return on_bad_name

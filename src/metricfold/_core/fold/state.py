@@ -1,0 +1,326 @@
+"""What a key has accumulated: a `State`, whose parts merge each in its own way.
+
+    part     identity      of two states                                  of whom
+    sums     0             their sum                                      every handler with lanes
+    maxs     -inf          the larger; NaN, where there is one            MAX, MIN, lanes of your own
+    sample   no values     the newer values follow the older              DISTRIBUTION
+    counts   no category   their sums by category                         CATEGORICAL_COUNT
+
+`README.md` in this folder says for each part why it does not matter how the values were split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from metricfold._core.fold.sample import FloatArray, Pool, Window, concatenated, new_histogram
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from collections.abc import Set as AbstractSet
+
+    from metricfold._core.sketch import LogLinearHistogram
+
+__all__ = [
+    "COMMON_LANES",
+    "COUNT",
+    "NANS",
+    "OTHER",
+    "Counts",
+    "Lanes",
+    "ReducedState",
+    "ReducedStates",
+    "Results",
+    "Sample",
+    "State",
+    "quiet",
+]
+
+Lanes: TypeAlias = tuple[float, ...]
+Counts: TypeAlias = dict[str, int]
+"""By category, in the order in which they first came."""
+
+COUNT, NANS = 0, 1
+"""The two SUM lanes that every state begins with: values received, and how many were NaN."""
+COMMON_LANES = ("count", "nans")
+OTHER = "__other__"
+"""Stands for all categories beyond those that are told apart."""
+
+_UNFOLDED = 16_384
+"""So many values beyond the most recent ones pile up before they are folded into a histogram: most
+intervals bring fewer, and are folded when they are reduced, where no training step waits."""
+
+
+def quiet() -> np.errstate:
+    """Return a context in which sums may overflow to inf, or inf - inf be NaN, without a warning.
+
+    Such results are reported as what they are; a warning for each would drown them.
+    """
+    return np.errstate(over="ignore", invalid="ignore")
+
+
+class State:
+    """What one rank has accumulated of one key.
+
+    The lanes are tuples: to add a few numbers, an array would take several times as long.
+
+    Args:
+        sums: the SUM lanes.
+        maxs: the MAX lanes.
+        sample: the values of a DISTRIBUTION; None: it keeps none.
+        counts: the categories of a CATEGORICAL_COUNT; None: it counts none.
+        replaced: one of the categories that count under another text, since they cannot be printed.
+    """
+
+    __slots__ = ("counts", "maxs", "replaced", "sample", "sums")
+
+    shape: ClassVar[tuple[int, ...]] = ()
+    """Of the cells that each lane is of: so far there is one."""
+
+    def __init__(
+        self,
+        sums: Lanes,
+        maxs: Lanes = (),
+        sample: Sample | None = None,
+        counts: Counts | None = None,
+        replaced: str | None = None,
+    ) -> None:
+        self.sums = sums
+        self.maxs = maxs
+        self.sample = sample
+        self.counts = counts
+        self.replaced = replaced
+
+    @property
+    def ordered(self) -> bool:
+        """Whether it matters in which order values come."""
+        return self.sample is not None or self.counts is not None
+
+    def merge(self, other: State) -> None:
+        """Take in what `other` holds; its values are the newer ones.
+
+        Associative, with the empty state as its identity, and commutative but for the order in
+        which values and categories came. It has to be: the same values reach a result as states of
+        data workers, of pieces of an interval, of ranks, which no two routes join in the same
+        order, and of the runs before a restart.
+        """
+        self.sums = _added(self.sums, other.sums)
+        if self.maxs:
+            self.maxs = tuple(map(_larger, self.maxs, other.maxs))
+        if self.ordered:
+            self._take_parts((other,))
+
+    def merge_all(self, others: Sequence[State]) -> None:
+        """Merge several, in order."""
+        if len(others) < 3:
+            for other in others:
+                self.merge(other)
+            return
+        self.sums = tuple(map(sum, zip(self.sums, *[other.sums for other in others], strict=True)))
+        if self.maxs:
+            lanes = zip(self.maxs, *[other.maxs for other in others], strict=True)
+            self.maxs = tuple(reduce(_larger, lane) for lane in lanes)
+        if self.ordered:
+            self._take_parts(others)
+
+    def _take_parts(self, others: Sequence[State]) -> None:
+        samples = [other.sample for other in others if other.sample is not None]
+        if samples:
+            assert self.sample is not None
+            self.sample.follow_with(samples)
+        counts = self.counts
+        for other in others:
+            if other.counts is not None:
+                assert counts is not None
+                for category, count in other.counts.items():
+                    counts[category] = counts.get(category, 0) + count
+
+    def copy(self) -> State:
+        sample = None if self.sample is None else self.sample.copy()
+        counts = None if self.counts is None else dict(self.counts)
+        return State(self.sums, self.maxs, sample, counts)
+
+    def plain(self) -> tuple[Lanes, Lanes, Any]:
+        """Return its SUM and MAX lanes, and what it holds besides, if anything, in plain types."""
+        return self.sums, self.maxs, self.counts if self.sample is None else self.sample.plain()
+
+    def take_plain(self, parts: Sequence[Any]) -> None:
+        """Take in what the third of several `plain` have been, in order; not their lanes."""
+        if self.sample is not None:
+            self.sample.follow_with([Sample.of(parts)])
+        elif self.counts is not None:
+            self._take_parts([State((), counts=part) for part in parts])
+
+    def window(self) -> Window | None:
+        """Return the values that are kept as they are and those before them, if any are kept."""
+        return None if self.sample is None else self.sample.window()
+
+    def trim(self, categories: AbstractSet[str]) -> None:
+        """Count all but `categories`, of which `OTHER` is one, as `OTHER`, if they are many."""
+        if self.counts is None or len(self.counts) <= 2 * len(categories):
+            return
+        counts = {name: count for name, count in self.counts.items() if name in categories}
+        rest = sum(self.counts.values()) - sum(counts.values())
+        counts[OTHER] = counts.get(OTHER, 0) + rest
+        self.counts = counts
+
+
+def _added(one: Lanes, other: Lanes) -> Lanes:
+    # What most states have is written out: it takes a third of the time.
+    if len(one) == 3:
+        a, b, c = one
+        d, e, f = other
+        return a + d, b + e, c + f
+    if len(one) == 5:
+        a, b, c, g, h = one
+        d, e, f, i, j = other
+        return a + d, b + e, c + f, g + i, h + j
+    return tuple(map(add, one, other))
+
+
+def _larger(one: float, other: float) -> float:
+    return one if one >= other or math.isnan(one) else other
+
+
+class Sample:
+    """The most recent finite values in order of arrival, and those before them.
+
+    Args:
+        chunks: values and weights, or None for weights that are all 1, oldest first.
+        limit: about so many values are kept as they are; None: all of them.
+        older: histogram of the values that came before the chunks.
+    """
+
+    __slots__ = ("chunks", "limit", "older", "size")
+
+    def __init__(
+        self,
+        chunks: Iterable[tuple[FloatArray, FloatArray | None]] = (),
+        limit: int | None = None,
+        older: LogLinearHistogram | None = None,
+    ) -> None:
+        self.limit = limit
+        self.chunks = deque(chunk for chunk in chunks if chunk[0].size)
+        self.size = sum(values.size for values, _ in self.chunks)
+        self.older = older
+
+    def follow_with(self, others: Sequence[Sample]) -> None:
+        """Let the values of `others` follow, in order."""
+        older = [] if self.older is None else [self.older]
+        for other in others:
+            self.chunks += other.chunks
+            self.size += other.size
+            if other.older is not None:
+                older.append(other.older)
+        if len(older) > (self.older is not None):
+            self.older = new_histogram(older)
+        if self.limit is not None and self.size >= self.limit + _UNFOLDED:
+            self._condense(self.limit)
+
+    def _condense(self, limit: int) -> None:
+        """Move the oldest chunks to the histogram, but for the newest `limit` values."""
+        beyond = []
+        while self.size - self.chunks[0][0].size >= limit:
+            beyond.append(self.chunks.popleft())
+            self.size -= beyond[-1][0].size
+        known = [] if self.older is None else [self.older]
+        # A new one: copies share the old, which never changes.
+        self.older = new_histogram(known, *concatenated(beyond))
+
+    def copy(self) -> Sample:
+        copied = Sample((), self.limit, self.older)
+        copied.chunks, copied.size = self.chunks.copy(), self.size
+        return copied
+
+    def window(self) -> Window:
+        """Return the newest `limit` values, and all before them as a histogram."""
+        values, weights = concatenated(list(self.chunks))
+        if self.older is not None:
+            self.older.settle()
+        window = Window(values, weights, values.size, self.older)
+        if self.limit is None or values.size <= self.limit:
+            return window
+        return window.limited(self.limit)
+
+    def apart(self, sums: Lanes) -> tuple[Lanes, FloatArray, FloatArray | None]:
+        """Return what `sums` of a state are without these values, and the values with their weights.
+
+        What remains has no order and merely counts: NaN and infinities.
+        """
+        values, weights, *_ = self.window()
+        count, nans, infinities, *_ = sums
+        return (count - self.size, nans, infinities, 0.0, 0.0), values, weights
+
+    def plain(self) -> list[bytes | None]:
+        """Return the values that are kept as they are, and their weights, as bytes of float64."""
+        values, weights = concatenated(list(self.chunks))
+        return [values.tobytes(), None if weights is None else weights.tobytes()]
+
+    @classmethod
+    def of(cls, plains: Sequence[Sequence[bytes | None]]) -> Sample:
+        """Return the values of which `plain` gave these, in order."""
+        values = np.frombuffer(b"".join([plain[0] or b"" for plain in plains]))
+        if all(plain[1] is None for plain in plains):
+            return cls([(values, None)])
+        return cls([(values, np.frombuffer(b"".join(map(_weights_in, plains))))])
+
+
+def _weights_in(plain: Sequence[bytes | None]) -> bytes:
+    values, weights = plain
+    assert values is not None
+    return np.ones(len(values) // 8).tobytes() if weights is None else weights
+
+
+@dataclass(slots=True)
+class ReducedState:
+    """Everyone's state of one key, as a handler finalises it.
+
+    Args:
+        sums: the SUM lanes, first the count of values received and how many of them were NaN.
+        maxs: the MAX lanes.
+        seconds: wall time that the state speaks about, by the slowest rank's clock.
+        pool: the values of a DISTRIBUTION.
+        categories: the categories of a CATEGORICAL_COUNT, in the order of their SUM lanes.
+    """
+
+    sums: Lanes
+    maxs: Lanes
+    seconds: float = 0.0
+    pool: Pool = field(default_factory=Pool)
+    categories: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReducedStates:
+    """Everyone's states of k keys that one handler finalises at once.
+
+    Args:
+        sums: their SUM lanes, shape (k, n).
+        maxs: their MAX lanes, shape (k, m).
+        seconds: as of one state.
+        pools: as of one state, for each key.
+        categories: of the last SUM lanes of each.
+    """
+
+    sums: FloatArray
+    maxs: FloatArray
+    seconds: float
+    pools: Sequence[Pool] = ()
+    categories: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, state: ReducedState) -> ReducedStates:
+        lanes = np.array([state.sums]), np.array([state.maxs])
+        return cls(*lanes, state.seconds, (state.pool,), state.categories)
+
+
+Results: TypeAlias = tuple[FloatArray, npt.NDArray[np.bool_]]
+"""What is reported of k states: values, and which of them there are, both of shape (k, s)."""
