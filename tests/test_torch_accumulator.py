@@ -289,7 +289,7 @@ def test_the_histogram_is_that_of_the_host_at_64_buckets_per_octave() -> None:
             fine.downscale()
         host = LogLinearHistogram(512)
         host.merge(fine)
-        found, wanted = state.older.to_dict(), host.to_dict()
+        found, wanted = state.sample.older.to_dict(), host.to_dict()
         assert found["totals"] == wanted["totals"]
         assert (found["minimum"], found["maximum"]) == (wanted["minimum"], wanted["maximum"])
         assert len(found["segments"]) == len(wanted["segments"])
