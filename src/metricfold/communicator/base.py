@@ -109,14 +109,13 @@ class Communicator(ABC):
 
     def all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray:
         """Return the elementwise sum or maximum of everyone's `vector`, shape (n,)."""
-        self.collectives += 1
-        return self._all_reduce(vector, op)
+        return self.tree(vector, np.add if op == "sum" else np.maximum)
 
     def all_gather_bytes(self, data: bytes, sizes: Sequence[int]) -> list[bytes]:
         """Return everyone's `data`; `sizes`, known to all, has its length on each rank.
 
-        One all-reduce of as many bytes as there are in all: every rank writes to its own place in
-        a vector of zeros. A rank whose bytes others have already got may send none. What is not of
+        One tree over as many bytes as there are in all: every rank writes to its own place in a
+        vector of zeros, and these are added. A rank whose bytes others have already got may send none. What is not of
         the size announced is cut or filled up: the vectors must be of one size.
         """
         if not any(sizes):
@@ -127,7 +126,7 @@ class Communicator(ABC):
         mine = slice(int(ends[self.rank]) - lanes[self.rank], int(ends[self.rank]))
         size = sizes[self.rank]
         vector[mine] = _to_floats(data[:size].ljust(size, b"\0"))
-        gathered = self.all_reduce(vector, "sum")
+        gathered = self.tree(vector, np.add)
         return [
             _to_bytes(gathered[int(end) - lane : int(end)], size)
             for end, lane, size in zip(ends, lanes, sizes, strict=True)
@@ -144,9 +143,6 @@ class Communicator(ABC):
         while len(blocks) > 1:
             blocks = [merge(*blocks[place : place + 2]) for place in range(0, len(blocks), 2)]
         return blocks[0]
-
-    @abstractmethod
-    def _all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray: ...
 
     def current(self) -> bool:
         """Return whether the ranks that this communicator connects are still the ones to ask."""
@@ -176,11 +172,7 @@ class LocalCommunicator(Communicator):
     def all_gather(self, vector: FloatArray) -> FloatArray:
         return vector[np.newaxis]
 
-    def all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray:
-        return vector
-
     _all_gather = all_gather
-    _all_reduce = all_reduce
 
     def current(self) -> bool:
         return not torch_is_initialized() and jax_job() is None

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -103,17 +103,6 @@ class JaxCommunicator(Communicator):
     def _all_gather(self, vector: FloatArray) -> FloatArray:
         return self._run(lambda: self._gathered(vector))
 
-    def _all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray:
-        combine = np.add if op == "sum" else np.maximum
-        if self.world_size * vector.nbytes <= _ONE_STEP:
-            return combine.reduce(self._all_gather(vector))  # type: ignore[no-any-return]
-
-        def reduced() -> FloatArray:
-            share = combine.reduce(self._shares(vector))
-            return self._gathered(share).reshape(-1)[: vector.size]
-
-        return self._run(reduced)
-
     def _run(self, collective: Callable[[], FloatArray]) -> FloatArray:
         self._calls += 1
         try:
@@ -131,16 +120,9 @@ class JaxCommunicator(Communicator):
 
     def _gathered(self, vector: FloatArray) -> FloatArray:
         """Return everyone's vector, shape (n,), as rows of shape (world_size, n)."""
-        gather, _ = _programs(self._mesh)
+        gather = _gathering(self._mesh)
         rows = self._read(gather(self._spread(_filled(vector, _room(vector.size)))))
         return rows.reshape(self.world_size, -1)[:, : vector.size].copy()
-
-    def _shares(self, vector: FloatArray) -> FloatArray:
-        """Return everyone's numbers of the one part of the vector that is this process's."""
-        _, exchange = _programs(self._mesh)
-        room = _room(-(-vector.size // self.world_size))
-        parts = _filled(vector, self.world_size * room).reshape(self.world_size, room)
-        return self._read(exchange(self._spread(parts))).reshape(self.world_size, room)
 
     def _spread(self, mine: FloatArray) -> Any:
         """Return an array whose first axis is the processes, of which each brings `mine`."""
@@ -295,20 +277,14 @@ class JaxCommunicator(Communicator):
 
 
 @cache
-def _programs(mesh: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """Return an all-gather and an all-to-all of what `_spread` returns, for all of one mesh."""
+def _gathering(mesh: Any) -> Callable[[Any], Any]:
+    """Return an all-gather of what `_spread` returns, for all of one mesh."""
     jax = sys.modules["jax"]
 
     def metricfold_gather(array: Any) -> Any:
         return array
 
-    def metricfold_exchange(array: Any) -> Any:
-        return array
-
-    return (
-        jax.jit(metricfold_gather, out_shardings=jax.NamedSharding(mesh, jax.P())),
-        jax.jit(metricfold_exchange, out_shardings=jax.NamedSharding(mesh, jax.P(None, "ranks"))),
-    )
+    return jax.jit(metricfold_gather, out_shardings=jax.NamedSharding(mesh, jax.P()))  # type: ignore[no-any-return]
 
 
 def _room(size: int) -> int:

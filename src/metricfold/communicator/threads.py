@@ -8,7 +8,6 @@ A collective that some thread does not join breaks for all after the timeout.
 from __future__ import annotations
 
 import threading
-from typing import Literal
 
 import numpy as np
 
@@ -62,11 +61,6 @@ class ThreadCommunicator(Communicator):
             if (step := mine.get(number)) is not None and step.receives:
                 vector = step.after(vector, held[step.partner], merge)
         return vector
-
-    def _all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray:
-        stacked = np.stack(self._meeting.gather(self.rank, vector))
-        reduced: FloatArray = np.add.reduce(stacked) if op == "sum" else stacked.max(axis=0)
-        return reduced
 
 
 def thread_world(world_size: int, timeout: float = 30.0) -> list[ThreadCommunicator]:
