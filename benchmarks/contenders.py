@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import numpy as np
 import torch
@@ -142,9 +141,6 @@ class Watched(Communicator):
 
     def _tree(self, vector: FloatArray, merge: Merge) -> FloatArray:
         return self._timed(vector, lambda: self._inner.tree(vector, merge))
-
-    def _all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray:
-        return self._timed(vector, lambda: self._inner.all_reduce(vector, op))
 
     def _timed(self, vector: FloatArray, collective: Callable[[], FloatArray]) -> FloatArray:
         began = time.process_time()

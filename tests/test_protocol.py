@@ -266,7 +266,7 @@ def test_one_rank_is_a_world_without_collectives() -> None:
     local = LocalCommunicator()
     vector = np.array([1.0, math.nan])
     assert local.all_gather(vector).shape == (1, 2)
-    assert local.all_reduce(vector, "max") is vector
+    assert local.tree(vector, np.add) is vector
     assert local.collectives == 0
 
 
@@ -274,13 +274,13 @@ def test_identical_news_from_many_ranks_travel_once() -> None:
     sent: list[int] = []
 
     def reduce(communicator: Communicator) -> None:
-        original = communicator.all_reduce
+        original = communicator.tree
 
-        def watched(vector: Any, op: Any) -> Any:
+        def watched(vector: Any, merge: Any) -> Any:
             sent.append(vector.size)
-            return original(vector, op)
+            return original(vector, merge)
 
-        communicator.all_reduce = watched  # type: ignore[method-assign]
+        communicator.tree = watched  # type: ignore[method-assign]
         aggregator = MetricsAggregator(communicator=communicator)
         for index in range(50):
             aggregator.record(f"metric {index}", 1.0)

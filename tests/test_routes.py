@@ -134,7 +134,7 @@ class Counting:
 
     def __init__(self, communicator: Communicator) -> None:
         self.sizes: list[int] = []
-        for name in ("_all_gather", "_all_reduce"):
+        for name in ("_all_gather", "_tree"):
             setattr(communicator, name, self._counting(getattr(communicator, name)))
 
     def _counting(self, collective: Any) -> Any:

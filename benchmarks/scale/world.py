@@ -1,9 +1,8 @@
 """Many ranks in one process: a few are threads, the others repeat what those send.
 
 Threads take turns: each runs alone until it enters a collective, and gets what it would get among
-`size` ranks. Rank r repeats real rank r % real, so an all-gather really returns `size` rows. An
-all-reduce multiplies instead of adding the same numbers over and over: adding is what the network
-does, and no part of a rank's own work.
+`size` ranks. Rank r repeats real rank r % real, so an all-gather really returns `size` rows, and a
+tree really merges so many vectors, though not on this rank's clock.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Literal
 
 import numpy as np
 
@@ -23,6 +21,7 @@ from benchmarks.workloads import Workload, batches
 from metricfold import MetricsAggregator
 from metricfold._core.fold.sample import FloatArray
 from metricfold.communicator import Communicator
+from metricfold.communicator.tree import Merge
 
 __all__ = ["Log", "SimulatedCommunicator", "logs_of"]
 
@@ -139,11 +138,18 @@ class SimulatedCommunicator(Communicator):
     def _all_gather(self, vector: FloatArray) -> FloatArray:
         return self._take_part(vector, lambda rows: rows[self._whose], gathers=True)
 
-    def _all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray:
-        times = np.ones(self._inner.world_size) if self._among_real else np.bincount(self._whose)
-        whole: Callable[[FloatArray], FloatArray] = (
-            (lambda rows: rows.max(axis=0)) if op == "max" else (lambda rows: times @ rows)
-        )
+    def _tree(self, vector: FloatArray, merge: Merge) -> FloatArray:
+        def whole(rows: FloatArray) -> FloatArray:
+            blocks = list(rows if self._among_real else rows[self._whose])
+            extra = len(blocks) - (1 << (len(blocks).bit_length() - 1))
+            while len(blocks) > 1:
+                # Where there is no power of two, neighbours among the first make one.
+                joined = 2 * extra or len(blocks)
+                pairs = zip(blocks[0:joined:2], blocks[1:joined:2], strict=True)
+                blocks = [merge(*pair) for pair in pairs] + blocks[joined:]
+                extra = 0
+            return blocks[0]
+
         return self._take_part(vector, whole, gathers=False)
 
     def _take_part(
@@ -157,6 +163,9 @@ class SimulatedCommunicator(Communicator):
             self._turn.acquire()
         self.go_on()
         result = whole(rows)
-        self._since = time.thread_time()  # laying out the rows is the network's work
+        # Laying out the rows, and merging them, is the network's work.
+        self._since = time.thread_time()
+        if tracemalloc.is_tracing():
+            tracemalloc.reset_peak()
         self.taken.append(Collective(gathers, vector.nbytes, result.nbytes))
         return result

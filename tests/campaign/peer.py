@@ -56,8 +56,8 @@ class Tampering(Communicator):
     def _all_gather(self, vector: Any) -> Any:
         return self._inner._all_gather(self._changed("gather", vector))
 
-    def _all_reduce(self, vector: Any, op: Any) -> Any:
-        return self._inner._all_reduce(self._changed(op, vector), op)
+    def _tree(self, vector: Any, merge: Any) -> Any:
+        return self._inner._tree(self._changed("tree", vector), merge)
 
     def all_gather_bytes(self, data: bytes, sizes: Any) -> list[bytes]:
         sent = self._change(self._number, "bytes", data)

@@ -320,7 +320,7 @@ class OneRank:
             return collective
 
         Communicator.all_gather = watched(Communicator.all_gather)  # type: ignore[method-assign]
-        Communicator.all_reduce = watched(Communicator.all_reduce)  # type: ignore[method-assign]
+        Communicator.tree = watched(Communicator.tree)  # type: ignore[method-assign]
 
     def live(self) -> None:
         plan, life = self.plan, self.plan.life

@@ -8,10 +8,10 @@ exchange has failed, a rank notes how it ended there; then one of them calls the
     a note that is not renewed                                        stopped in the exchange: missing
     it met closed connections at once, after a timeout of the others  too late: missing
 
-Nobody is named after one look, for a rank may have come just now, or note slowly. And of the missing
-only those are named for which a rank says twice that it waits: a rank that is through with an exchange
-writes nothing either, and nobody waits for it. But where one has sent nothing to anyone, nobody can be
-through, and all are named.
+Nobody is named after one look, for a rank may have come just now, or note slowly. And of those missing
+from a tree only those are named for which a rank says twice that it waits: a rank that is through writes
+nothing either, and nobody waits for it. But where one has sent nothing to anyone, nobody can be through,
+and all are named. Whom a rank waits for in a gather, gloo does not tell; there all are named.
 
 The first verdict goes to the store, and is everybody's.
 """
@@ -28,9 +28,9 @@ from typing import NamedTuple, Protocol
 
 from metricfold._core.runtime.processes import start_thread
 from metricfold.communicator.base import MissingRanksError, likely_cause
-from metricfold.communicator.tree import Step, first_sent
+from metricfold.communicator.tree import first_sent
 
-__all__ = ["ANSWER", "BEAT", "LATE", "Board", "RollCall", "Words", "first_line"]
+__all__ = ["ANSWER", "BEAT", "EVERYWHERE", "LATE", "Board", "RollCall", "Words", "first_line"]
 
 _logger = logging.getLogger("metricfold")
 
@@ -40,6 +40,8 @@ ANSWER = 3.0
 """For so many seconds the store is waited for where nothing else gives a deadline."""
 LATE = 0.25
 """A rank that met broken connections within so many seconds came after the others had given up."""
+EVERYWHERE = (-1, -1)
+"""Where a rank waits in a gather: for all, in no round."""
 _END = 4.5
 """A rank says so many seconds after the timeout at the latest that the store does not answer."""
 _FIRST_WAIT = 10.0
@@ -95,7 +97,7 @@ class _Sign(NamedTuple):
         state: ``"waits"``, ``"here"``, ``"broke"``, ``"gave up"``, ``"done"``, ``"closed"`` or
             ``"ended"``.
         beat: of one that waits: how often it has said so. Else the seconds it had waited.
-        partner: the rank that it waits for; -1 where that is not known.
+        partner: the rank that it waits for; -1 in a gather, of which gloo does not tell.
         round: in which round.
     """
 
@@ -120,7 +122,7 @@ class RollCall:
     Attributes:
         call: how many exchanges this rank has begun.
         passed: how many of them it is through with.
-        step: in which step of the exchange it is.
+        at: which rank it waits for, and in which round of a tree; None where it does not wait.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class RollCall:
         self._name, self._rank, self._ranks = name, rank, ranks
         self._seconds = seconds
         self.call = self.passed = 0
-        self.step: Step | None = None
+        self.at: tuple[int, int] | None = None
         self._began = 0.0
         self._lock = threading.Lock()
         self._noting = self._over = False
@@ -156,7 +158,7 @@ class RollCall:
     def begin(self) -> None:
         """Begin an exchange."""
         self.call += 1
-        self.step = None
+        self.at = None
 
     def watch(self) -> None:
         """Let it be noted from now on, on a thread of its own, that this rank waits.
@@ -175,7 +177,7 @@ class RollCall:
 
     def finish(self) -> None:
         """Be through with the exchange."""
-        self.passed, self.step = self.call, None
+        self.passed, self.at = self.call, None
 
     def leave(self, state: str) -> None:
         """Let the others see that this rank takes part in nothing any more."""
@@ -193,18 +195,18 @@ class RollCall:
             noted = warned = beats = idle = 0
             while not self._is_needless(idle):
                 time.sleep(BEAT)
-                call, step, waited = self.call, self.step, self.waited
+                call, at, waited = self.call, self.at, self.waited
                 if noted and self.passed >= noted and not self._over:
                     self._sign_off(_Sign(noted, "done", 0.0))
                     noted = 0
-                if step is None or self.passed >= call:
+                if at is None or self.passed >= call:
                     idle += 1
                 elif waited >= BEAT / 2 and not self._over:
                     idle, beats = 0, beats + 1 if noted == call else 1
                     noted = call
                     # A rank that gave up its notes while the store is away for a moment would be named.
                     left = max(self._seconds - waited, 0.0) + ANSWER
-                    note = _Sign(call, "waits", beats, step.partner, step.round)
+                    note = _Sign(call, "waits", beats, *at)
                     self._board.set(f"at/{self._rank}", json.dumps(note), seconds=left)
                     if warned < call and waited >= self.patience - BEAT:
                         warned = call
@@ -228,9 +230,7 @@ class RollCall:
             self.warn(self._waited_for(absent, call, first, second))
 
     def _ended(self, state: str, waited: float) -> _Sign:
-        if self.step is None:
-            return _Sign(self.call, state, waited)
-        return _Sign(self.call, state, waited, self.step.partner, self.step.round)
+        return _Sign(self.call, state, waited, *(self.at or EVERYWHERE))
 
     def _sign_off(self, sign: _Sign, seconds: float = ANSWER) -> None:
         """Let the others see how this rank's exchange has ended."""
@@ -262,7 +262,7 @@ class RollCall:
         """Return the ranks that have left no sign in this exchange, and are waited for."""
         signs = self._signs(self.call)
         absent = {rank: sign for rank, sign in signs.items() if sign is None}
-        return list(self._waited_for(absent, self.call, signs) or absent)
+        return list(self._waited_for(absent, self.call, signs))
 
     def _waited_for(
         self,
@@ -272,11 +272,13 @@ class RollCall:
     ) -> Mapping[int, _Sign | None]:
         """Return those of the suspects for which somebody waits, in every look.
 
-        All of them, where one has sent nothing to anyone: then nobody else can be through.
+        All of them in a gather, and where one has sent nothing to anyone: then nobody is through.
         """
+        mine = self._ended("waits", 0.0)
+        if mine.partner < 0:
+            return suspects
         waited = set(suspects)
         nothing_sent = False
-        mine = self._ended("waits", 0.0)
         for look in looks:
             signs = [s for s in (*look.values(), mine) if s is not None and s.call <= call]
             waited &= {sign.partner for sign in signs}

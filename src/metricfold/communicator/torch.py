@@ -28,14 +28,15 @@ from torch.distributed import distributed_c10d as c10d
 from metricfold._core.fold.sample import FloatArray
 from metricfold._core.runtime.processes import TaskThread, release_at_exit
 from metricfold.communicator.base import Communicator, MissingRanksError
-from metricfold.communicator.roll_call import ANSWER, LATE, RollCall, Words, first_line
+from metricfold.communicator.roll_call import ANSWER, EVERYWHERE, LATE, RollCall, Words, first_line
 from metricfold.communicator.store import PolledStore, StoreClient, StoreGoneError
-from metricfold.communicator.tree import Merge, Step, block, steps
+from metricfold.communicator.tree import Merge, Step, steps
 
 __all__ = ["TorchCommunicator"]
 
 _CONNECT = 1.0
 """A connection gets at least so many seconds, and up to five times as many in all."""
+_Gather: Any = vars(c10d)["AllgatherOptions"]  # which torch.distributed itself lacks
 _NO_TAG = 2**31 - 1
 """Of a message that nobody waits for."""
 _ROUNDS = 64
@@ -102,7 +103,12 @@ class TorchCommunicator(Communicator):
         self._store.close()
 
     def release(self) -> None:
-        """At exit: end the group while there is an interpreter that its threads can let go with."""
+        """At exit: end the group while gloo's thread can still let go of what it holds.
+
+        That thread may hold the tensors of a gather for a moment after it is done. Letting go of
+        them takes the interpreter, and a C++ thread that asks for it while it is torn down aborts
+        the process. The group's destructor waits for the thread.
+        """
         self._released = True
         if not self._store.stuck:  # each aggregator of this process would wait for it
             with suppress(RuntimeError):
@@ -130,18 +136,23 @@ class TorchCommunicator(Communicator):
 
     def _all_gather(self, vector: FloatArray) -> FloatArray:
         rows = np.empty((self.world_size, vector.size))
-        rows[self.rank] = vector
-        for step in self._begun():
-            sent, got = (
-                rows[block(rank, step.round, self.world_size)].reshape(-1)
-                for rank in (self.rank, step.partner)
-            )
-            self._swap(step, sent, got)
+        options = _Gather()
+        options.timeout = self._timeout
+        self._begin()
+        self._roll.at = EVERYWHERE
+        try:
+            flat = torch.from_numpy(rows.reshape(-1))
+            self._works.append(self._group._allgather_base(flat, torch.from_numpy(vector), options))
+            # gloo itself gives up at the timeout.
+            self._wait(2.0)
+        except RuntimeError as error:
+            raise self._diagnosed(error) from error
         self._roll.finish()
         return rows
 
     def _tree(self, vector: FloatArray, merge: Merge) -> FloatArray:
-        for step in self._begun():
+        self._begin()
+        for step in steps(self.rank, self.world_size):
             got = np.empty(vector.size)
             self._swap(step, vector, got)
             if step.receives:
@@ -149,8 +160,8 @@ class TorchCommunicator(Communicator):
         self._roll.finish()
         return vector
 
-    def _begun(self) -> list[Step]:
-        """Begin an exchange, whose deadline is one for all its steps; returns these."""
+    def _begin(self) -> None:
+        """Begin an exchange, whose deadline is one for all that it waits for."""
         if self._released:
             raise RuntimeError(
                 f"aggregator {self._name!r} has given its connection back, for the interpreter is "
@@ -162,28 +173,32 @@ class TorchCommunicator(Communicator):
             self._group = self._connect()
         self._until = time.monotonic() + self._seconds
         self._roll.watch()
-        return steps(self.rank, self.world_size)
 
     def _swap(self, step: Step, sent: FloatArray, got: FloatArray) -> None:
         """Send and receive, as `step` says."""
         # With the number of the exchange, what was cut off in one can match nothing in another.
         tag = (self._roll.call * _ROUNDS + step.round) % 2**31
-        self._roll.step = step
-        works = self._works
+        self._roll.at = (step.partner, step.round)
         try:
             if step.receives:
-                works.append(self._group.recv([torch.from_numpy(got)], step.partner, tag))
+                self._works.append(self._group.recv([torch.from_numpy(got)], step.partner, tag))
             if step.sends:
-                works.append(self._group.send([torch.from_numpy(sent)], step.partner, tag))
-            while works:
-                # Once for each, for a wait that expires closes the connections to all ranks: one
-                # that comes later can then not complete what the others have given up.
-                left = max(self._until - time.monotonic(), 0.001)
-                works[0].wait(timedelta(seconds=left))
-                del works[0]
-            self._roll.step = None  # who is long in merging must not seem to wait
+                self._works.append(self._group.send([torch.from_numpy(sent)], step.partner, tag))
+            self._wait()
+            self._roll.at = None  # who is long in merging must not seem to wait
         except RuntimeError as error:
             raise self._diagnosed(error) from error
+
+    def _wait(self, longer: float = 0.0) -> None:
+        """Wait for all that is under way, for each once, until the deadline or so much longer.
+
+        A wait that expires closes the connections to all ranks: one that comes later can then not
+        complete what the others have given up.
+        """
+        while self._works:
+            left = max(self._until + longer - time.monotonic(), 0.001)
+            self._works[0].wait(timedelta(seconds=left))
+            del self._works[0]
 
     @property
     def _seconds(self) -> float:

@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeAlias
 
 from metricfold._core.fold.sample import FloatArray
 
-__all__ = ["Merge", "Step", "block", "first_sent", "rounds_of", "senders", "steps"]
+__all__ = ["Merge", "Step", "first_sent", "rounds_of", "senders", "steps"]
 
 Merge: TypeAlias = Callable[[FloatArray, FloatArray], FloatArray]
 """Merges the vectors of two neighbouring blocks of ranks, that of the lower ranks first."""
@@ -91,18 +91,3 @@ def senders(world_size: int) -> dict[int, tuple[tuple[int, int], ...]]:
 def first_sent(rank: int, world_size: int) -> int:
     """Return the round in which `rank` sends for the first time."""
     return next(step.round for step in steps(rank, world_size) if step.sends)
-
-
-def block(rank: int, number: int, world_size: int) -> slice:
-    """Return the ranks whose vectors `rank` has merged, or gathered, before round `number`."""
-    depth = world_size.bit_length() - 1
-    extra = world_size - (1 << depth)
-    if number == 0:
-        return slice(rank, rank + 1)
-
-    def first(place: int) -> int:
-        return 2 * place if place < extra else place + extra
-
-    size = 1 << (number - 1)
-    place = (rank // 2 if rank < 2 * extra else rank - extra) & -size
-    return slice(first(place), first(place + size))
