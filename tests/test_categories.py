@@ -119,7 +119,8 @@ def test_memory_does_not_grow_with_what_is_not_told_apart() -> None:
     aggregator.reduce()
     for number in range(5000):
         count(aggregator, [number])
-    held: Any = aggregator._held.inbox._delta.states["d", "id"]
+    (layer,) = aggregator._held.inbox._stage.layers
+    held: Any = layer.states["d", "id"]
     assert len(held.counts) <= 25
     assert held.sums[0] > 2000
     logged = counted(aggregator.get_metrics_for_logging("t"))

@@ -220,8 +220,9 @@ def test_a_run_of_many_values_takes_bounded_memory() -> None:
             batch = rng.lognormal(5, 1, 2500)
             take(aggregator, batch, batch=2500)
             held = aggregator._held.inbox
-            state: Any = held._delta.states.get(("d", "x"))
-            assert state is None or state.size <= 1000 + 16_384 + 2500
+            for layer in held._stage.layers:
+                state: Any = layer.states["d", "x"]
+                assert state.size <= 1000 + 16_384 + 2500
             assert sum(len(adders) for adders, _ in held._log) <= 4096
         aggregator.reduce()
         sizes.add(len(aggregator.state_dict()["payload"]) // 20_000)

@@ -20,7 +20,7 @@ from work import lines_run
 from metricfold import Metric, MetricBatch, MetricsAggregator
 from metricfold._core.fold import handlers
 from metricfold._core.intake import aggregator as aggregator_module
-from metricfold._core.intake import delta, held, inbox
+from metricfold._core.intake import held, inbox, layers
 from metricfold.torch import DeviceAccumulator
 
 KINDS = ("sum", "mean", "max", "rate", "distribution", "categorical_count", MyTypes.PRODUCT)
@@ -147,7 +147,7 @@ def test_a_mark_takes_the_time_of_its_step_not_of_all_that_has_come() -> None:
                 if value % 3 == 0:
                     aggregator.rollback(mark)
 
-        return lines_run(ten_steps, aggregator_module, held, inbox, delta, handlers)
+        return lines_run(ten_steps, aggregator_module, held, inbox, layers, handlers)
 
     assert lines(300) == lines(3) > 100
 
@@ -171,7 +171,7 @@ def test_categories_that_are_not_told_apart_take_no_memory_between_marks() -> No
     for number in range(6000):
         aggregator.mark()
         aggregator.record("id", f"number {number}", "categorical_count", dataset="d")
-    for part in (aggregator._held.inbox._delta, aggregator._held.inbox._since):
+    for part in aggregator._held.inbox._stage.layers:
         state: Any = part.states.get(("d", "id"))
         assert state is None or len(state.counts) <= 25
     assert sum(aggregator.get_metrics_for_logging("t").values()) == 6020

@@ -88,18 +88,18 @@ class _States:
         """Make the present states those that a failure goes back to."""
         self.older, self.since = copy.deepcopy((self.run, self.interval)), []
 
-    def closed(self) -> _States:
-        """Return these states with nothing in the interval."""
-        closed = _States(self.agg_type, run=self.run, inherited_run=self.inherited_run)
-        closed.settle()
-        return closed
-
     def go_back(self, handler: AggregationHandler, key: Key, values: int) -> None:
         """Undo everything but the first `values` values since the states were settled."""
         kept, (self.run, self.interval) = self.since[:values], copy.deepcopy(self.older)
         self.since = []
         for metric in kept:
             self.take(handler, key, metric)
+
+    def closed(self) -> _States:
+        """Return these states with nothing in the interval."""
+        closed = _States(self.agg_type, run=self.run, inherited_run=self.inherited_run)
+        closed.settle()
+        return closed
 
 
 class Begun(Protocol):
@@ -113,7 +113,6 @@ class CustomStates:
 
     def __init__(self) -> None:
         self._states: dict[Key, _States] = {}
-        self._marked: dict[Key, int] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._states)
@@ -133,8 +132,8 @@ class CustomStates:
             commit: takes in what has come in the same call; the call counts once that is done.
         """
         work = [one for one in work if one[2]]
-        new = {key for key, *_ in work if key not in self._states}
-        before = {key: len(self._states[key].since) for key, *_ in work if key not in new}
+        handlers = {key: handler for key, handler, _ in work}
+        before = {key: len(self._states[key].since) for key in handlers if key in self._states}
         try:
             for key, handler, metrics in work:
                 states = self._states.setdefault(key, _States(metrics[0].agg_type))
@@ -142,38 +141,48 @@ class CustomStates:
                     states.take(handler, key, metric)
             commit()
         except BaseException:
-            for key in new:
-                self._states.pop(key, None)
-            for key, handler, _ in work:
-                if key in before:
-                    self._states[key].go_back(handler, key, before[key])
+            self.go_back(before, handlers)
             raise
-        if self._marked is None:
-            self._settle({key: self._states[key] for key, *_ in work})
 
-    @staticmethod
-    def _settle(states: Mapping[Key, _States]) -> None:
-        for one in states.values():
-            if len(one.since) >= _REPLAY:
-                one.settle()
+    # -- Undo
 
-    def mark(self) -> None:
-        """Let `rollback` come back to here."""
-        self._settle(self._states)
-        self._marked = {key: len(one.since) for key, one in self._states.items()}
+    def settle(self, keys: Iterable[Key]) -> None:
+        """Let go of what `go_back` would need to come to an earlier place, where that is much."""
+        for key in keys:
+            if len(self._states[key].since) >= _REPLAY:
+                self._states[key].settle()
 
-    def rollback(self, handlers: Mapping[Key, AggregationHandler]) -> None:
-        """Drop what has come in since the mark; there is one."""
-        assert self._marked is not None
-        for key in list(self._states):
-            if key not in self._marked:
+    def values(self) -> dict[Key, int]:
+        """Return the place of the newest value of each key, for `go_back`, until the next `settle`."""
+        return {key: len(one.since) for key, one in self._states.items()}
+
+    def go_back(
+        self, values: Mapping[Key, int], handlers: Mapping[Key, AggregationHandler]
+    ) -> None:
+        """Drop what has come in since `values`, of the keys that have a handler here."""
+        for key in [key for key in self._states if key in handlers]:
+            if key not in values:
                 del self._states[key]
-            elif len(self._states[key].since) > self._marked[key]:
-                self._states[key].go_back(handlers[key], key, self._marked[key])
+            elif len(self._states[key].since) > values[key]:
+                self._states[key].go_back(handlers[key], key, values[key])
 
-    def unmark(self) -> None:
-        """Let go of the mark."""
-        self._marked = None
+    def close_interval(self, begun: Begun) -> None:
+        """Begin a new interval, and hand over the old one's states, which can be inherited."""
+        closed = {key: states.of("interval") for key, states in self._states.items()}
+        states = {key: states.closed() for key, states in self._states.items()}
+        # No signal comes in between these.
+        begun.closed, self._states = closed, states
+
+    def inherit(self, view: str, states: Mapping[Key, Sequence[MetricState]]) -> None:
+        """Take over states of a checkpoint, or of a reduction that has failed: older than what is here."""
+        for key, older in states.items():
+            if older:
+                own = self._states.setdefault(key, _States(older[0].agg_type))
+                inherited = own.inherited_run if view == "run" else own.inherited_interval
+                inherited[:0] = older
+
+    def drop(self, key: Key) -> None:
+        self._states.pop(key, None)
 
     def results(
         self,
@@ -202,31 +211,6 @@ class CustomStates:
                     except (TypeError, ValueError) as error:
                         sent["unsaved"] = str(error)
         return json.dumps(sent, separators=(",", ":")).encode()
-
-    def close_interval(self, begun: Begun) -> None:
-        """Begin a new interval; what is handed over can be put back with `reopen_interval`."""
-        closed = {key: states.of("interval") for key, states in self._states.items()}
-        states = {key: states.closed() for key, states in self._states.items()}
-        # No signal comes in between these.
-        begun.closed, self._states = closed, states
-
-    def reopen_interval(self, closed: Mapping[Key, list[MetricState]]) -> None:
-        for key, states in closed.items():
-            known = self._states.get(key)
-            if known is not None:
-                known.inherited_interval = [*states, *known.inherited_interval]
-
-    def drop(self, key: Key) -> None:
-        self._states.pop(key, None)
-        if self._marked is not None:
-            self._marked.pop(key, None)
-
-    def inherit(self, view: str, states: Iterable[MetricState]) -> None:
-        """Take over states out of a checkpoint."""
-        for state in states:
-            key = (state.dataset_name, state.metric_name)
-            own = self._states.setdefault(key, _States(state.agg_type))
-            (own.inherited_run if view == "run" else own.inherited_interval).append(state)
 
 
 _VIEWS = ("run", "interval")

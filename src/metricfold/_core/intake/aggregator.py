@@ -448,7 +448,7 @@ class MetricsAggregator:
                     f"this mark is of aggregator {mark.name!r}, not of {self.name!r}: give each "
                     "back to its own"
                 )
-            if mark.cuts != held.cuts:
+            if mark.cuts != held.inbox.cuts:
                 raise ValueError(
                     "what came in after this mark has been reduced, saved or replaced already: call "
                     "mark() anew after a log, state_dict(), load_state_dict() or reset()"
@@ -458,7 +458,7 @@ class MetricsAggregator:
                     "a newer mark has been made since this one, and only the newest can be rolled "
                     "back to: call mark() once, where a step begins"
                 )
-            held.rollback()
+            held.inbox.rollback()
 
     def _take(self, columns: Sequence[Column]) -> None:
         with self._held.lock:

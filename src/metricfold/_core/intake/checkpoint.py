@@ -172,7 +172,8 @@ def _finalise_once(
         return
     states = CustomStates()
     for view, some in custom.items():
-        states.inherit(view, some)
+        for state in reversed(some):
+            states.inherit(view, {(state.dataset_name, state.metric_name): [state]})
     results = CustomResults([states.results(handlers, keys.by_label())])
     if results.unsaved:
         raise TypeError(results.unsaved)

@@ -1,10 +1,9 @@
 """What comes in: put down in order of arrival, folded when much of it has piled up.
 
     record, update        log.append((to which lists, which items))      one append, whatever comes
-    every few thousand    each slot folds its items into a state         a `Delta`
-    mark                  remembers a place in the log
-    rollback              cuts the log off there
-    cut, restore          hand the delta to a reduction; take it back if that fails
+    every few thousand    each slot folds its items into a state         a `Layer`
+    mark, rollback        `layers` tells how what has come is undone
+    cut, put_back
 
 A *slot* has lists for the items of one key: numbers, numbers with a weight, states that were folded
 elsewhere, and values that still lie on a device. One log for all keys lets a call be put down as a
@@ -23,6 +22,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from functools import partial
 from itertools import chain, groupby
 from operator import sub
 from typing import Any, Protocol, TypeAlias
@@ -30,21 +31,22 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from metricfold._core.device.rows import Drained
-from metricfold._core.fold.batch import Column, Late, MetricBatch, folded_keys
+from metricfold._core.fold.batch import Column, Late, MetricBatch, folded_keys, listed
 from metricfold._core.fold.builtin import (
     built_in_handlers,
     folds_as,
 )
+from metricfold._core.fold.custom import CustomStates
 from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import COUNT, Sample, State, quiet
-from metricfold._core.intake.delta import CutDelta, Delta
+from metricfold._core.intake.layers import Layer, Mark, Stage, arriving, joined
 from metricfold._core.runtime.listing import shortened
 from metricfold._core.sketch.weights import LARGEST_WEIGHT
 from metricfold.metric import AggregationType, Metric, TypeLike, is_name
 
-__all__ = ["MOST_LATE", "Inbox", "Keys", "never_read"]
+__all__ = ["MOST_LATE", "Inbox", "Keys"]
 
 _log = logging.getLogger("metricfold")
 
@@ -58,6 +60,8 @@ _MOST_SHAPES = 256
 
 MOST_LATE, _MOST_ELEMENTS, _MOST_DRAINED = 2**15, 2**24, 64
 """So many values, their elements, or accumulators may lie on devices; what is more is read ahead of the log."""
+_HANDED_OVER = 256
+"""So many values that were read go to handlers without lanes at a time."""
 _PER_ROOM_ON_DEVICE = _MOST_ELEMENTS // _MOST
 """An array on a device takes the room of one more value for so many of its elements."""
 
@@ -80,11 +84,13 @@ class Keys(Protocol):
     of_key: dict[Key, AggregationHandler]
     kept: dict[Key, frozenset[str]]
 
+    def type_of(self, key: Key) -> TypeLike: ...
+
 
 class Begun(Protocol):
     """Takes over what a reduction is about."""
 
-    cut: CutDelta | None
+    layer: Layer | None
 
 
 class Inbox:
@@ -94,7 +100,8 @@ class Inbox:
         keys: knows the handler of each key.
 
     Attributes:
-        cuts: how often it has been cut.
+        custom: the states of handlers without lanes, which get what comes at once.
+        cuts: how often it has been cut off or emptied.
     """
 
     def __init__(self, keys: Keys) -> None:
@@ -105,16 +112,17 @@ class Inbox:
         self._shapes: dict[str, Shape] = {}
         self._kinds: dict[type, type[Slot]] = {}
         self._accumulators: list[Drained] = []
+        self._waiting: list[Late] = []
         self._log: list[tuple[Sequence[Items], Sequence[Any]]] = []
         self._room = _MOST
         self._warned = False
-        self._folds = self._folding = 0
+        self._folding = 0
         self._piece = sys.maxsize
+        self._stage = Stage()
+        self.custom = CustomStates()
+        # Keys of handlers without lanes, of which values may lie on a device. What comes queues behind.
+        self._behind: set[Key] = set()
         self.cuts = 0
-        self._delta = Delta()
-        # With a mark: its place in the log, and what of that which came after it has been folded.
-        self._mark: int | None = None
-        self._since = Delta()
 
     # -- The fast way in. These return whether it was one; if not, nothing has changed.
 
@@ -251,8 +259,53 @@ class Inbox:
 
     # -- What has been checked and folded elsewhere
 
-    def take(self, columns: Iterable[Column]) -> None:
-        """Take in columns of keys that have been admitted; `relieve` comes after it."""
+    def take(
+        self,
+        columns: Iterable[Column],
+        custom: Sequence[tuple[Column, AggregationHandler]],
+        commit: Callable[[], object],
+    ) -> None:
+        """Take in columns that have been admitted, all or none.
+
+        Args:
+            columns: of handlers with lanes.
+            custom: of handlers without, which may raise.
+            commit: takes over the keys that are new.
+        """
+        work, waiting = self._work(custom)
+
+        def take_in() -> None:
+            commit()
+            self._behind.update(one.key for one in waiting)
+            targets, items, size = self._columns(columns)
+            targets += [self._waiting] * len(waiting)
+            if targets:
+                self._put(targets, [*items, *waiting], size + len(waiting))
+
+        if work:
+            self.custom.update(work, take_in)
+            if self._stage.mark is None:
+                self.custom.settle(key for key, *_ in work)
+        else:
+            take_in()
+        self.relieve()
+
+    def _work(
+        self, custom: Sequence[tuple[Column, AggregationHandler]]
+    ) -> tuple[list[tuple[Key, AggregationHandler, Sequence[Metric]]], list[Late]]:
+        """Return what handlers without lanes get now, and what waits until it can be read."""
+        work, waiting = [], []
+        for column, handler in custom:
+            key, agg_type = column.key, column.agg_type
+            if key in self._behind:
+                waiting += [Late(key, agg_type, one.value, one.weight) for one in column.metrics]
+            elif column.metrics:
+                work.append((key, handler, column.metrics))
+            waiting += column.late
+        return work, waiting
+
+    def _columns(self, columns: Iterable[Column]) -> tuple[list[Items], list[Any], int]:
+        """Return how to take in columns of handlers with lanes, and how much that is."""
         targets: list[Items] = []
         items: list[Any] = []
         size = 0
@@ -267,8 +320,7 @@ class Inbox:
                 items += column.late
                 elements = sum(one.count for one in column.late)
                 size += len(column.late) + elements // _PER_ROOM_ON_DEVICE
-        if targets:
-            self._put(targets, items, size)
+        return targets, items, size
 
     def take_accumulator(self, drained: Drained) -> None:
         """Take in an accumulator that is on its way from its device."""
@@ -285,6 +337,7 @@ class Inbox:
         """Fold what has piled up, if that is much."""
         if self._room < 0:
             self._fold()
+            self._relieve_custom()
 
     def _open(self, key: Key, agg_type: TypeLike) -> Slot:
         slot = self._slots[key] = self._slot(key, agg_type, self._keys.of_key[key].laned())
@@ -319,36 +372,93 @@ class Inbox:
 
     def _fold_first(self, count: int) -> None:
         """Fold the first calls of the log, and take them out of it."""
-        log, mark, folds = self._log, self._mark, self._folds
+        log, stage, admitted = self._log, self._stage, self._keys.kept
+        mark, beneath, above = stage.mark, stage.beneath(), stage.above()
         count = min(count, len(log))
-        before = count if mark is None else min(mark, count)
-        since = self._since
-        queued = self._delta.queued | since.queued
-        delta = self._delta.followed_by(self._folded(log[:before], queued))
-        delta.trim(self._keys.kept)
-        delta = self._bounded(delta)
+        before = count if mark is None else min(mark.calls, count)
+        queued = {key for layer in stage.layers for key in layer.queued}
+        layers = [self._folded(log[:before], queued)]
+        layers = [self._bounded(joined([*beneath, *layers], admitted))]
         if mark is not None:
-            since = since.followed_by(self._folded(log[before:count], queued | delta.queued))
-            since.trim(self._keys.kept)
-            mark -= before
-        # Until here nothing has changed, and no signal comes in between these. If the handler of an
-        # earlier one has folded the same meanwhile, that was it.
-        if self._folds == folds:
-            folded = (delta, since, mark, folds + 1, ())
-            self._delta, self._since, self._mark, self._folds, log[:count] = folded
+            newer = self._folded(log[before:count], queued | layers[0].queued)
+            layers.append(joined([*above, newer], admitted))
+            mark = replace(mark, layers=1, calls=mark.calls - before)
+        folded = (Stage(layers, mark), ())
+        # Until here nothing has changed, and no signal comes in between these. If a signal's handler
+        # has changed the stage meanwhile, it has folded the same, too.
+        if self._stage is stage:
+            self._stage, log[:count] = folded
 
-    def _bounded(self, delta: Delta) -> Delta:
+    def _bounded(self, layer: Layer) -> Layer:
         """Return what has come in with no more of it on devices than there may be."""
-        many = len(delta.late) >= MOST_LATE or len(delta.drained) >= _MOST_DRAINED
-        if not many and delta.elements < _MOST_ELEMENTS:
-            return delta
+        many = len(layer.pending) >= MOST_LATE or len(layer.drained) >= _MOST_DRAINED
+        if not many and layer.elements < _MOST_ELEMENTS:
+            return layer
+        self._warn(layer.pending, len(layer.drained))
+        with quiet():
+            return layer.relieved(self._keys.of_key)
+
+    def _relieve_custom(self) -> None:
+        """The same of handlers without lanes. With a mark, what came before and after stays apart."""
+        stage = self._stage
+        if stage.mark is not None or len(stage.layers) != 1:
+            return
+        layer = stage.layers[0]
+        # Nothing may wait here.
+        if len(layer.custom) >= MOST_LATE and all(map(Late.ready, layer.custom)):
+            self._warn(layer.custom)
+
+            def keep(rest: Layer) -> None:
+                self._stage = Stage([rest])
+
+            self.hand_over(layer, keep)
+
+    def _warn(self, late: Sequence[Late], accumulators: int = 0) -> None:
         if not self._warned:
             self._warned = True
-            _log.warning("%s", never_read(delta.late, len(delta.drained)))
-        with quiet():
-            return delta.relieved(self._keys.of_key)
+            _log.warning("%s", _never_read(late, accumulators))
 
-    def _folded(self, calls: Calls, queued: AbstractSet[Key]) -> Delta:
+    def hand_over(self, layer: Layer, keep: Callable[[Layer], None]) -> None:
+        """Read what handlers without lanes wait for, and let them have it; waits for it.
+
+        Args:
+            layer: has it.
+            keep: takes what is left of the layer, each time that something has been handed over.
+        """
+        if not layer.custom:
+            return
+        errors: list[str] = [*layer.errors]
+        read = [
+            Late(one.key, one.agg_type, value, weight)
+            for one, value, weight in arriving(layer.custom)(errors)
+        ]
+        layer = replace(layer, custom=read, errors=errors)
+        keep(layer)
+        most = _HANDED_OVER
+        while layer.custom:
+            some, rest = layer.custom[:most], replace(layer, custom=layer.custom[most:])
+            try:
+                self.custom.update(map(self._read, some), partial(keep, rest))
+            except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
+                if len(some) > 1:  # find out which
+                    most = 1
+                    continue
+                text = f"{show(some[0].key)}: the handler failed: {failure!r}"
+                rest = replace(rest, errors=[*dict.fromkeys([*rest.errors, text])])
+                keep(rest)
+            layer = rest
+        self._behind.clear()
+
+    def _read(self, one: Late) -> tuple[Key, AggregationHandler, Sequence[Metric]]:
+        """Return what has been read as a handler without lanes takes it."""
+        pairs = [(one.value, one.weight)]
+        if isinstance(one.value, np.ndarray):
+            pairs = list(zip(listed(one.value), listed(one.weight), strict=True))
+        agg_type = self._keys.type_of(one.key)
+        metrics = [Metric(*one.key, each, agg_type, own) for each, own in pairs]
+        return one.key, self._keys.of_key[one.key], metrics
+
+    def _folded(self, calls: Calls, queued: AbstractSet[Key]) -> Layer:
         """Return what some calls in the log have brought.
 
         Args:
@@ -357,7 +467,8 @@ class Inbox:
         """
         targets = chain.from_iterable([targets for targets, _ in calls])
         items = chain.from_iterable([items for _, items in calls])
-        folded = Delta()
+        states: dict[Key, State] = {}
+        pending: list[Late] = []
         if self._folding:  # a signal's handler does this while a fold of the same is under way
             self._clear()
         self._folding += 1
@@ -369,9 +480,14 @@ class Inbox:
                 shape.spread()
             for slot in self._slots.values():
                 if slot.filled():
-                    folded.add(slot.key, *slot.folded())
+                    states[slot.key], late = slot.folded()
+                    pending += late
                     slot.clear()
-            folded.drained += self._accumulators
+            for key, categories in self._keys.kept.items():
+                if key in states:
+                    states[key].trim(categories)
+            folded = Layer(states, pending, [*self._waiting], [*self._accumulators])
+            self._waiting.clear()
             self._accumulators.clear()
         except BaseException:
             self._clear()
@@ -386,57 +502,89 @@ class Inbox:
         for shape in self._shapes.values():
             shape.clear()
         self._accumulators.clear()
+        self._waiting.clear()
 
-    # -- Marks
+    # -- Undo
+
+    def _restage(self, change: Callable[[Stage], Stage]) -> None:
+        """Replace the stage, also where a signal's handler does so meanwhile."""
+        while True:
+            before = self._stage
+            after = change(before)
+            if self._stage is before:
+                self._stage = after
+                return
 
     def mark(self) -> None:
-        """Let `rollback` come back to here; takes the time of what has been folded since."""
-        if self._since.holds_any():
-            self._delta, self._since = self._delta.followed_by(self._since), Delta()
-        self._mark = len(self._log)
+        """Let `rollback` come back to here; takes the time of what has been folded since the last."""
+        self.custom.settle(self.custom.keys())
+
+        def marked(stage: Stage) -> Stage:
+            layers = stage.layers
+            if len(layers) > 1:
+                layers = [joined(layers, self._keys.kept)]
+            return Stage(layers, Mark(len(layers), len(self._log), self.custom.values()))
+
+        self._restage(marked)
 
     def rollback(self) -> None:
         """Drop what has come in since the mark; there is one."""
-        self._since = Delta()
-        del self._log[self._mark :]
+        while True:
+            stage, mark = self._stage, self._stage.mark
+            assert mark is not None
+            rolled = (Stage(stage.beneath(), mark), ())
+            # No signal comes in between these.
+            if self._stage is stage:
+                self._stage, self._log[mark.calls :] = rolled
+                break
+        self.custom.go_back(mark.values, self._keys.of_key)
 
-    # -- Reductions
-
-    def cut(self, columns: Iterable[Column], begun: Begun) -> CutDelta:
-        """Return all that has come in, and begin anew, without a mark.
+    def cut(self, columns: Iterable[Column], begun: Begun) -> None:
+        """Take off all that has come in, and begin anew, without a mark.
 
         Args:
             columns: what comes along, of keys that have been admitted.
-            begun: takes over what is returned.
+            begun: takes it over.
         """
-        self._fold()
-        more = Delta()
-        for column in columns:
-            assert column.state is not None
-            more.add(column.key, column.state, column.late)
-        taken = CutDelta(self._delta.followed_by(self._since).followed_by(more))
-        delta, since, cuts = Delta(), Delta(), self.cuts + 1
-        # No signal comes in between these, or what it holds would be lost, or counted twice.
-        begun.cut, self._delta, self._since, self._mark, self.cuts = taken, delta, since, None, cuts
-        return taken
+        states = {column.key: column.state for column in columns if column.state is not None}
+        pending = [one for column in columns for one in column.late]
+        while True:
+            self._fold()
+            stage = self._stage
+            layer = joined([*stage.layers, Layer(states, pending)], self._keys.kept)
+            taken = (layer, Stage(), self.cuts + 1)
+            # No signal comes in between these, or what it holds would be lost, or counted twice.
+            if self._stage is stage:
+                begun.layer, self._stage, self.cuts = taken
+                return
 
-    def restore(self, taken: CutDelta) -> None:
-        """Put back what a failed reduction took; it comes before what has come since."""
-        self._delta = taken.given_back().followed_by(self._delta)
+    def put_back(self, layer: Layer) -> None:
+        """Lay what a failed reduction took beneath what has come since."""
+        self._restage(lambda stage: stage.over(layer))
+        self._behind.update(one.key for one in layer.custom)
+
+    def clear(self) -> None:
+        """Forget all that has come in."""
+        self._stage, self.custom, self._behind = Stage(), CustomStates(), set()
+        self._log.clear()
+        self.cuts += 1
 
     def drop(self, key: Key) -> int:
         """Forget `key`; returns how many values it had."""
         self._fold()
+        self.custom.drop(key)
         slot = self._slots.pop(key, None)
         if slot is not None:
             for spelled in slot.spellings():
                 self._spelled.pop(spelled, None)
                 self._numbers.pop(spelled, None)
             self._shapes.clear()
-        return self._delta.drop(key) + self._since.drop(key)
+        count = sum(layer.count(key) for layer in self._stage.layers)
+        self._restage(lambda stage: stage.without(key))
+        return count
 
 
-def never_read(late: Sequence[Late], accumulators: int = 0) -> str:
+def _never_read(late: Sequence[Late], accumulators: int) -> str:
     """Return what to tell who lets values pile up on a device."""
     named = shortened(dict.fromkeys(show(one.key) for one in late))
     what = [f"{len(late):,} values on a device ({named})"] if late else []

@@ -172,11 +172,15 @@ class KeyTable:
         if not stateless:
             return Admission(columns, (), new, claims)
         # What counts and has no state has a handler without lanes.
-        custom = [
-            (column, new[column.key][1] if column.key in new else self.of_key[column.key])
-            for column in columns
-            if column.state is None and not column.weightless
-        ]
+        custom = []
+        for column in columns:
+            if column.state is None and not column.weightless:
+                learnt = new.get(column.key) or (types[column.key], self.of_key[column.key])
+                agg_type, handler = learnt
+                if column.agg_type is not agg_type:  # and equal
+                    column.agg_type = agg_type
+                    column.metrics = [one._replace(agg_type=agg_type) for one in column.metrics]
+                custom.append((column, handler))
         lanes = [column for column in columns if column.state is not None]
         return Admission(lanes, custom, new, claims)
 

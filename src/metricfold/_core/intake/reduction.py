@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import SupportsIndex
 
 from metricfold._core.exchange.reduction import Contribution, Outcome
 from metricfold._core.fold.state import quiet
-from metricfold._core.intake.delta import CutDelta
 from metricfold._core.intake.held import Held
 from metricfold._core.intake.keys import KeyRegistry
+from metricfold._core.intake.layers import Arriving, Layer, arriving
 from metricfold._core.reduce.header import Kind
 from metricfold._core.reduce.schema import Key
 from metricfold._core.view.report import Handlers
@@ -45,8 +46,9 @@ class Reduction:
         self._sink_failed = sink_failed
         self._communicator: Communicator | None = None
         self._mine: Contribution | None = None
+        self._pending: Arriving = arriving(())
         # What has been cut off.
-        self.cut: CutDelta | None = None
+        self.layer: Layer | None = None
         self.seconds = 0.0
         self.closed: Mapping[Key, list[MetricState]] = {}
 
@@ -59,29 +61,31 @@ class Reduction:
         """Cut off what has accumulated, on the caller's thread."""
         held, self._communicator = self._held, communicator
         with held.lock:
-            held.run.bind(communicator, held.custom, held.keys)
+            inbox, keys = held.inbox, held.keys
+            held.run.bind(communicator, inbox.custom, keys)
             shown = held.clock.now()
-            times, untimed = held.timers.take(communicator.world_size, shown, held.inbox.cuts)
-            held.let_go_of_mark()
-            cut = held.inbox.cut(times, self)
+            times, untimed = held.timers.take(communicator.world_size, shown, inbox.cuts)
+            inbox.cut(times, self)
             held.clock.cut(shown, self)
             # From here on the others are on their way: join them whatever happens, and say so there.
             number, wrong = _checked_step(self._step)
-            error = wrong or untimed or held.read_late_custom() or held.keys.trouble()
+            error = wrong or untimed or self._handed_over() or keys.trouble()
+            assert self.layer is not None
+            self._pending = arriving(self.layer.pending)
             results = b""
-            if held.custom and not error:
+            if inbox.custom and not error:
                 try:
-                    results = held.custom.results(held.keys.of_key, held.keys.by_label())
+                    results = inbox.custom.results(keys.of_key, keys.by_label())
                 except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
                     error = f"a custom handler failed to finalise: {str(failure) or repr(failure)}"
             if self._kind is Kind.REDUCE and not error:
-                held.custom.close_interval(self)
+                inbox.custom.close_interval(self)
             self._mine = Contribution(
                 self._kind,
-                cut.states,
+                {},
                 self.seconds,
                 results,
-                tuple(held.custom.keys()),
+                tuple(inbox.custom.keys()),
                 number,
                 error,
                 self._sink_failed,
@@ -89,13 +93,14 @@ class Reduction:
 
     def finish(self) -> Snapshot:
         """Take part in the reduction."""
-        held, mine, cut, communicator = self._held, self._mine, self.cut, self._communicator
+        held, mine, communicator = self._held, self._mine, self._communicator
         assert mine is not None
-        assert cut is not None
         assert communicator is not None
         with quiet():
-            mine.error = "; ".join(filter(None, (mine.error, *self._settled(cut))))
-            registry = KeyRegistry(held.keys, held.lock, held.forget)
+            errors = dict.fromkeys([mine.error, *self._settled()])
+            mine.error = "; ".join(filter(None, errors))
+            mine.states = dict(self.layer.states) if self.layer is not None else {}
+            registry = KeyRegistry(held.keys, held.lock, self._forget)
             with communicator.interrupts_deferred():
                 reduced = held.run.reducer.reduce(communicator, mine, registry)
                 held.run.go_on(reduced, interval_open=self._kind is Kind.STATE_DICT)
@@ -113,18 +118,36 @@ class Reduction:
         """Put back what was cut off; it comes before what has come since."""
         held = self._held
         with held.lock:
-            if self.cut is not None:
-                held.inbox.restore(self.cut)
+            if self.layer is not None:
+                held.inbox.put_back(self.layer)
                 held.clock.restore(self.seconds)
-                held.custom.reopen_interval(self.closed)
+                held.inbox.custom.inherit("interval", self.closed)
 
-    def _settled(self, cut: CutDelta) -> list[str]:
-        """Wait for values on devices; returns what went wrong, for all ranks to hear."""
+    def _keep(self, layer: Layer) -> None:
+        self.layer = layer
+
+    def _handed_over(self) -> str:
+        """Let handlers without lanes have what lay on a device; returns what went wrong."""
+        assert self.layer is not None
+        self._held.inbox.hand_over(self.layer, self._keep)
+        return "; ".join(self.layer.errors)
+
+    def _settled(self) -> Sequence[str]:
+        """Wait for values on devices; returns what went wrong, for all ranks to hear, once."""
+        assert self.layer is not None
         try:
-            cut.settle(self._held.keys.of_key)
+            layer = self.layer.settled(self._held.keys.of_key, self._pending)
         except Exception as failure:  # noqa: BLE001 - such as an error of the device
-            cut.errors.append(f"values could not be read from their device: {failure!r}")
-        return cut.errors
+            return [f"values could not be read from their device: {failure!r}"]
+        self.layer = replace(layer, errors=())
+        return layer.errors
+
+    def _forget(self, key: Key) -> int:
+        """Drop what has been cut off of `key`, and what has come since; returns how much that is."""
+        if self.layer is not None:
+            self.layer = self.layer.without(key)
+        self.closed = {known: states for known, states in self.closed.items() if known != key}
+        return self._held.forget(key)
 
 
 def _checked_step(step: object) -> tuple[int | None, str]:

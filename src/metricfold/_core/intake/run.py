@@ -9,9 +9,10 @@ from metricfold._core.fold.custom import CustomStates
 from metricfold._core.intake.checkpoint import Restored, Saved, share
 from metricfold._core.intake.keys import KeyTable
 from metricfold._core.reduce.header import RouteChoice
-from metricfold._core.reduce.schema import Schema
+from metricfold._core.reduce.schema import Key, Schema
 from metricfold._core.reduce.totals import Totals
 from metricfold.communicator import Communicator
+from metricfold.metric import MetricState
 
 __all__ = ["Run"]
 
@@ -47,7 +48,10 @@ class Run:
             limit = keys.of_key[key].laned().sample_limit
             self.reducer.windows[key] = share(windows, rank, world_size, limit)
         for view, states in restored.custom.items():
-            custom.inherit(view, states[rank::world_size])
+            mine: dict[Key, list[MetricState]] = {}
+            for state in states[rank::world_size]:
+                mine.setdefault((state.dataset_name, state.metric_name), []).append(state)
+            custom.inherit(view, mine)
 
     def go_on(self, reduced: Reduced, *, interval_open: bool) -> None:
         """Take note of what a reduction has come to."""

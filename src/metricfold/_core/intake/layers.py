@@ -1,0 +1,288 @@
+"""What has come in and been folded: layers that never change, the oldest at the bottom.
+
+    calls as they came          the log of the inbox, on top
+    ----------------------      a mark: rollback drops what lies above it
+    layers                      a cut takes all, joined; if its reduction fails, it goes back beneath
+                                what has come since
+
+So there is one way to undo: to leave layers out, or to lay one back. A layer holds what some calls
+brought: a state of each key, and what still lies on devices, in order of arrival. That settles when it
+is read, which gives another layer. Joining two is associative, and changes neither.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from itertools import groupby, takewhile
+from typing import Any, NoReturn, TypeAlias
+
+import numpy as np
+
+from metricfold._core.device import arrays
+from metricfold._core.device.rows import Drained
+from metricfold._core.fold.batch import (
+    Late,
+    Numbers,
+    bad_weight,
+    counted_elements,
+    fold_read,
+    weights_beside,
+)
+from metricfold._core.fold.handlers import AggregationHandler
+from metricfold._core.fold.names import Key, show
+from metricfold._core.fold.state import State
+from metricfold._core.runtime.listing import shortened
+
+__all__ = ["Arriving", "Layer", "Mark", "Stage", "arriving", "joined"]
+
+Admitted: TypeAlias = Mapping[Key, AbstractSet[str]]
+"""The categories that are told apart, of keys that have had more than that."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """What some calls have brought.
+
+    Args:
+        states: what is folded, by key.
+        pending: values on a device, in order of arrival.
+        custom: such values of handlers without lanes, and those on the host that came behind them.
+        drained: accumulators on their way from a device.
+        errors: what could not be read when it was read ahead of a reduction, for all ranks to hear.
+    """
+
+    states: Mapping[Key, State] = field(default_factory=dict)
+    pending: Sequence[Late] = ()
+    custom: Sequence[Late] = ()
+    drained: Sequence[Drained] = ()
+    errors: Sequence[str] = ()
+
+    def followed_by(self, newer: Layer, admitted: Admitted) -> Layer:
+        """Return both as one, with no more categories than are told apart, where these are many."""
+        states = {**self.states, **newer.states}
+        for key in self.states.keys() & newer.states.keys():
+            states[key] = both = self.states[key].copy()
+            both.merge(newer.states[key])
+            if key in admitted:
+                both.trim(admitted[key])
+        return Layer(
+            states,
+            [*self.pending, *newer.pending],
+            [*self.custom, *newer.custom],
+            [*self.drained, *newer.drained],
+            [*dict.fromkeys([*self.errors, *newer.errors])],
+        )
+
+    @property
+    def elements(self) -> int:
+        """How many numbers lie on devices."""
+        return sum(one.count for one in self.pending)
+
+    @property
+    def queued(self) -> set[Key]:
+        """The keys of handlers with lanes that have values on devices."""
+        return {one.key for one in self.pending}
+
+    def settled(self, handlers: Mapping[Key, AggregationHandler], pending: Arriving) -> Layer:
+        """Return the same with all read and folded that lay on devices; waits for it.
+
+        What cannot be read or folded is dropped and stands in `errors`: this rank still takes part
+        in the reduction, so that the others do not wait for it.
+
+        Args:
+            handlers: of each key.
+            pending: on its way from the devices.
+        """
+        errors = [*self.errors]
+        by_key: dict[Key, list[tuple[Any, Any]]] = {}
+        for one, value, weight in pending(errors):
+            by_key.setdefault(one.key, []).append((value, weight))
+        found: list[tuple[Key, State]] = []
+        for key, arrived in by_key.items():
+            for values, weights in _in_runs(arrived):
+                try:
+                    found.append((key, fold_read(key, handlers[key].laned(), values, weights)))
+                except ValueError as error:  # which names the metric
+                    errors.append(str(error))
+                except Exception as error:  # noqa: BLE001 - the user's; raised on all ranks
+                    errors.append(f"{show(key)}: the handler failed: {error!r}")
+        for drained in self.drained:
+            try:
+                found += drained.arrive()
+            except Exception as error:  # noqa: BLE001 - such as an error of the device
+                errors.append(f"an accumulator could not be read from its device: {error!r}")
+        states = {**self.states}
+        for key in dict.fromkeys(key for key, _ in found):
+            known = states.get(key)
+            states[key] = handlers[key].laned().empty() if known is None else known.copy()
+        for key, state in found:
+            states[key].merge(state)
+        return Layer(states, custom=self.custom, errors=errors)
+
+    def relieved(self, handlers: Mapping[Key, AggregationHandler]) -> Layer:
+        """Return the same with the older half of what lies on devices read and folded.
+
+        It has been computed long since, or is left for later: nothing may wait here, for what a device
+        works on may call back and wait for this.
+        """
+        half, accumulators = (len(self.pending) + 1) // 2, (len(self.drained) + 1) // 2
+        half = sum(1 for _ in takewhile(Late.ready, self.pending[:half]))
+        older = replace(self, pending=self.pending[:half], drained=self.drained[:accumulators])
+        return replace(
+            older.settled(handlers, arriving(older.pending)),
+            pending=self.pending[half:],
+            drained=self.drained[accumulators:],
+        )
+
+    def without(self, key: Key) -> Layer:
+        """Return the same without `key`."""
+        for drained in self.drained:
+            drained.drop(key)
+        return replace(
+            self,
+            states={known: state for known, state in self.states.items() if known != key},
+            pending=[one for one in self.pending if one.key != key],
+            custom=[one for one in self.custom if one.key != key],
+        )
+
+    def count(self, key: Key) -> int:
+        """Return how many values of `key` are here, in states or pending."""
+        pending = sum(one.count for one in self.pending if one.key == key)
+        return pending + (int(self.states[key].sums[0]) if key in self.states else 0)
+
+
+def joined(layers: Sequence[Layer], admitted: Admitted) -> Layer:
+    """Return several layers as one."""
+    if not layers:
+        return Layer()
+    return reduce(lambda older, newer: older.followed_by(newer, admitted), layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place to come back to.
+
+    Args:
+        layers: so many lie beneath it.
+        calls: so many of those in the log came before it.
+        values: so many values had each handler without lanes.
+    """
+
+    layers: int
+    calls: int
+    values: Mapping[Key, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stage:
+    """All layers, and the mark. It is replaced as one, so that an interrupt leaves nothing half done.
+
+    Args:
+        layers: the oldest first.
+        mark: the newest, if it is still good.
+    """
+
+    layers: Sequence[Layer] = ()
+    mark: Mark | None = None
+
+    def beneath(self) -> Sequence[Layer]:
+        """Return the layers that a rollback leaves."""
+        return self.layers if self.mark is None else self.layers[: self.mark.layers]
+
+    def above(self) -> Sequence[Layer]:
+        """Return the layers that a rollback drops."""
+        return self.layers[len(self.beneath()) :]
+
+    def over(self, layer: Layer) -> Stage:
+        """Return the stage with a layer laid beneath all others."""
+        mark = self.mark
+        if mark is not None:
+            mark = replace(mark, layers=mark.layers + 1)
+        return Stage((layer, *self.layers), mark)
+
+    def without(self, key: Key) -> Stage:
+        """Return the stage without `key`."""
+        return Stage([layer.without(key) for layer in self.layers], self.mark)
+
+
+# -- From devices to the host ----------------------------------------------------------------------
+
+Arriving: TypeAlias = Callable[[list[str]], Iterator[tuple[Late, Any, Any]]]
+"""Waits, and yields each value that counts, with its number and weight, or arrays of these; given a
+list that takes what cannot be used."""
+
+
+def arriving(pending: Sequence[Late]) -> Arriving:
+    """Let values and weights set out from their devices, on the thread that computed them."""
+    try:
+        numbers = arrays.read(
+            [
+                array
+                for one in pending
+                for array in (one.value, one.weight)
+                if arrays.backend_of(array) is not None
+            ]
+        )
+    except Exception as error:  # noqa: BLE001 - the framework's; raised where they are needed
+        numbers = partial(_raise, error)
+    return partial(_arrived, pending, numbers)
+
+
+def _arrived(
+    pending: Sequence[Late], read: Callable[[], Iterable[Any]], errors: list[str]
+) -> Iterator[tuple[Late, Any, Any]]:
+    numbers = iter(read())
+    failed: dict[str, Counter[Key]] = {}
+    for one in pending:
+        value, weight = (
+            array if arrays.backend_of(array) is None else next(numbers)
+            for array in (one.value, one.weight)
+        )
+        broken = [item for item in (value, weight) if isinstance(item, Exception)]
+        if not broken:
+            weight = weights_beside(value, weight)
+        bad = None if broken else bad_weight(weight)
+        if broken:
+            failed.setdefault(str(broken[0]), Counter())[one.key] += 1
+        elif bad is not None:
+            why = f"the weight {bad!r} is not a finite number of 0 or more"
+            failed.setdefault(why, Counter())[one.key] += 1
+        elif isinstance(value, np.ndarray):
+            values, weights = counted_elements(value, weight)
+            if values.size:
+                yield one, values, weights
+        elif weight:
+            yield one, value, weight
+    errors += [f"{_counted(keys)}: {why}" for why, keys in failed.items()]
+
+
+def _counted(keys: Counter[Key]) -> str:
+    """Return which metrics these are, and how many values of each."""
+    return shortened(
+        (
+            f"{show(key)} ({number:,} times)" if number > 1 else show(key)
+            for key, number in keys.items()
+        ),
+        _MOST_NAMED,
+    )
+
+
+_MOST_NAMED = 20
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
+def _in_runs(arrived: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Numbers, Numbers]]:
+    """Yield values and weights in order: single ones that follow each other as lists."""
+    for single, run in groupby(arrived, key=lambda pair: not isinstance(pair[0], np.ndarray)):
+        if single:
+            values, weights = zip(*run, strict=True)
+            yield values, weights
+        else:
+            yield from run
