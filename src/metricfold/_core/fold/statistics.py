@@ -19,13 +19,12 @@ import numpy.typing as npt
 
 from metricfold._core.fold.sample import FloatArray, Pool
 
-__all__ = ["Pools", "Statistic", "order_statistics", "percentile_name", "statistics"]
+__all__ = ["Pools", "Statistic", "percentile_name", "statistics"]
 
-_AT_ONCE = 8
-"""So many pools of equal size at once: they stay in the cache, and take little memory."""
-_CELLS = 1 << 11
-_MANY = 2_500
-"""Values from which on one pass over their cells is quicker than to partition them."""
+_AT_ONCE = 1 << 16
+"""So many values of pools of equal size at once: they stay in the cache, and take little memory."""
+_MANY = 1_500
+"""Values from which on those alone are sorted that share a cell with what is asked for."""
 
 
 class Statistic(NamedTuple):
@@ -109,13 +108,17 @@ class Pools:
                 found.percentiles[place] = pool.quantiles(q)
         for size, places in alike.items():
             count[places] = size
-            for first in range(0, len(places), _AT_ONCE):
-                some = places[first : first + _AT_ONCE]
-                values = np.stack([pools[place].values for place in some])
+            step = min(max(_AT_ONCE // size, 1), len(places))
+            # Memory that is taken once is also in the cache.
+            room = np.empty((2, step, size))
+            for first in range(0, len(places), step):
+                some = places[first : first + step]
+                values, scratch = room[:, : len(some)]
+                np.stack([pools[place].values for place in some], out=values)
                 low[some], high[some] = extremes = values.min(axis=1), values.max(axis=1)
-                mean[some], deviation[some] = _moments(values, *extremes)
+                mean[some], deviation[some] = _moments(values, *extremes, scratch)
                 if q.size:
-                    found.percentiles[some] = _quantiles(values, *extremes, q)
+                    found.percentiles[some] = _quantiles(values, *extremes, scratch, q)
         return found
 
     def inside(self, numbers: FloatArray) -> FloatArray:
@@ -123,13 +126,17 @@ class Pools:
         return np.minimum(np.maximum(numbers, self.minimum), self.maximum)
 
 
+# Of rows of values, shape (k, n), n > 0: with the least and the greatest of each, and memory of the
+# same shape to work in.
+
+
 def _moments(
-    values: FloatArray, low: FloatArray, high: FloatArray
+    values: FloatArray, low: FloatArray, high: FloatArray, scratch: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
-    """Return mean and sample standard deviation of each row, shape (k, n), n > 0."""
+    """Return mean and sample standard deviation of each row."""
     # Scale to 1, by a power of two so that nothing is rounded: squares of huge values stay finite.
     scale = np.ldexp(1.0, np.minimum(np.frexp(np.maximum(-low, high))[1], 1023))
-    scaled = values / scale[:, np.newaxis]
+    scaled = np.divide(values, scale[:, np.newaxis], out=scratch)
     mean = scaled.mean(axis=1)
     scaled -= mean[:, np.newaxis]
     np.multiply(scaled, scaled, out=scaled)
@@ -137,68 +144,90 @@ def _moments(
     return mean * scale, np.sqrt(square) * scale
 
 
-def _quantiles(values: FloatArray, low: FloatArray, high: FloatArray, q: FloatArray) -> FloatArray:
-    """Return quantiles of each row, shape (k, n), by NumPy's ``linear`` rule and to its very bits."""
+def _quantiles(
+    values: FloatArray, low: FloatArray, high: FloatArray, scratch: FloatArray, q: FloatArray
+) -> FloatArray:
+    """Return quantiles of each row, by NumPy's ``linear`` rule and to its very bits."""
     size = values.shape[1]
     place = q * (size - 1)
     below = np.floor(place).astype(np.intp)
     above = np.minimum(below + 1, size - 1)
     ranks = np.unique(np.concatenate([below, above]))
-    found = order_statistics(values, ranks, low, high)
+    if size < _MANY:
+        found = np.sort(values, axis=1)[:, ranks]
+    else:
+        found = _order_statistics(values, low, high, scratch, ranks)
     one, other = found[:, ranks.searchsorted(below)], found[:, ranks.searchsorted(above)]
     step, gap = place - below, other - one
     mixed: FloatArray = np.where(step >= 0.5, other - gap * (1 - step), one + gap * step)
     return mixed
 
 
-def order_statistics(
-    values: FloatArray, ranks: npt.NDArray[np.intp], low: FloatArray, high: FloatArray
+def _order_statistics(
+    values: FloatArray,
+    low: FloatArray,
+    high: FloatArray,
+    scratch: FloatArray,
+    ranks: npt.NDArray[np.intp],
 ) -> FloatArray:
     """Return what ``np.sort(values, 1)[:, ranks]`` is, of many values in less time.
 
-    One pass puts each value into one of some thousand cells, in the values' order; then only those
-    are sorted that share a cell with a rank that is asked for.
-
-    Args:
-        values: shape (k, n), finite.
-        ranks: shape (r,), ascending.
-        low: the least of each row, shape (k,).
-        high: the greatest.
+    One pass puts each value into one of many cells, in the values' order; then only those are sorted
+    that share a cell with a rank that is asked for.
     """
-    cells = _cells(values, low, high) if values.shape[1] >= _MANY else None
+    count, size = values.shape
+    bits = size.bit_length() - 2
+    # One cell at each end is for what rounding puts there. The cells of a row follow the last one's.
+    width = (1 << bits) + 2
+    cells = _cells(values, low, high, scratch, bits)
     if cells is None:
         return np.partition(values, ranks, axis=1)[:, ranks]
-    count, width = len(values), _CELLS + 1
     cells += (np.arange(count) * width)[:, np.newaxis]
-    through = np.bincount(cells.ravel(), minlength=count * width).reshape(count, width).cumsum(1)
-    found = np.empty((count, len(ranks)))
-    for i in range(count):
-        where = through[i].searchsorted(ranks, side="right")
-        for cell in np.unique(where).tolist():
-            asked = where == cell
-            before = int(through[i, cell - 1]) if cell else 0
-            part = values[i][cells[i] == i * width + cell]
-            inside = ranks[asked] - before
-            found[i, asked] = np.partition(part, inside)[inside]
+    inside = np.bincount(cells.ravel(), minlength=count * width)
+    through = inside.cumsum()
+    asked = (np.arange(count) * size)[:, np.newaxis] + ranks
+    where = through.searchsorted(asked.ravel(), side="right").reshape(asked.shape)
+    wanted = np.zeros(inside.size, dtype=np.bool_)
+    wanted[where] = True
+    some = values[wanted[cells]]
+    inside[~wanted] = 0
+    taken = inside.cumsum()
+    ends = taken[width - 1 :: width]
+    starts = np.append(0, ends[:-1])
+    # As many are not taken below a rank's cell as are taken less there.
+    places = asked - through[where] + taken[where] - starts[:, np.newaxis]
+    found = np.empty(asked.shape)
+    for i, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        found[i] = np.partition(some[start:end], places[i])[places[i]]
     return found
 
 
-def _cells(values: FloatArray, low: FloatArray, high: FloatArray) -> npt.NDArray[np.int64] | None:
-    """Return a cell in 0.._CELLS for each value, the greater the value the higher; or None."""
+def _cells(
+    values: FloatArray, low: FloatArray, high: FloatArray, scratch: FloatArray, bits: int
+) -> npt.NDArray[np.int64] | None:
+    """Return a cell in 0..2^bits + 1 for each value, the greater the value the higher.
+
+    None if that cannot be.
+    """
+    cells = scratch.view(np.int64)
     if (low >= 0.0).all():
-        # The bits of positive floats are in order, and as fine as the values are: -0 is 0.
-        bits = (values + 0.0).view(np.int64)
-        least = (low + 0.0).view(np.int64)
-        span = ((high + 0.0).view(np.int64) - least).astype(np.float64)
-        shift = np.maximum(np.frexp(span)[1] - (_CELLS.bit_length() - 1), 0).astype(np.int64)
-        bits -= least[:, np.newaxis]
-        bits >>= shift[:, np.newaxis]
-        return bits
-    # Of both signs most bits lie unused around 0.
+        # The bits of positive floats are in order, and as fine as the values are; -0 is 0.
+        np.add(values, 0.0, out=scratch)
+        least, most = (low + 0.0).view(np.int64), high.view(np.int64)
+        shift = np.maximum(np.frexp((most - least).astype(np.float64))[1] - bits, 0).astype(
+            np.int64
+        )
+        cells >>= shift[:, np.newaxis]
+        cells -= (least >> shift)[:, np.newaxis]
+        return cells
+    # Of both signs most bits lie unused around 0: cut the range into equal parts.
     with np.errstate(all="ignore"):
-        scale = _CELLS / (high - low)
+        scale = (1 << bits) / (high - low)
     if not (np.isfinite(scale) & (scale > 0.0)).all():
         return None
-    shares = values - low[:, np.newaxis]
-    shares *= scale[:, np.newaxis]
-    return shares.astype(np.int64)
+    np.subtract(values, low[:, np.newaxis], out=scratch)
+    scratch *= scale[:, np.newaxis]
+    # Above 2^52 the bits of a float count by ones.
+    scratch += 2.0**52
+    cells -= int(np.float64(2.0**52).view(np.int64))
+    return cells
