@@ -39,7 +39,9 @@ from metricfold._core.device.rows import (
     SUMS,
     HostArrays,
     Layout,
+    check_fits,
     checksum,
+    fits,
     with_checksum,
     without_checksum,
 )
@@ -490,11 +492,7 @@ class DeviceAccumulator:
             )
 
     def __repr__(self) -> str:
-        metrics = {
-            name: agg_type.value
-            for name, agg_type in zip(self.layout.names, self.layout.types, strict=True)
-        }
-        return f"DeviceAccumulator({metrics}, datasets={tuple(filter(None, self.layout.datasets))})"
+        return f"DeviceAccumulator({self.layout})"
 
 
 _KEYS = tuple(map(jax.tree_util.GetAttrKey, _NAMES))
@@ -583,7 +581,7 @@ def _rows(places: Sequence[int]) -> Any:
 
 def _spread(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return one element per value, shape (n,)."""
-    aligned = _aligned(array.shape, shape)
+    aligned = fits(array.shape, shape)
     assert aligned is not None  # checked where it was given
     return jnp.broadcast_to(array.reshape(aligned), shape).reshape(math.prod(shape))
 
@@ -609,12 +607,8 @@ def _groups(layout: Layout, values: Any, weights: Any, dataset_ids: Any) -> list
             )
         spread = {"weights": None if w is None else w[0], "dataset_ids": ids}
         for what, array in spread.items():
-            if array is not None and _aligned(array.shape, shape) is None:
-                raise ValueError(
-                    f"{what} of metric {name!r} have the shape {array.shape}, but the values {shape}: "
-                    "give one per value, one for each index of their first dimensions, or what NumPy "
-                    "broadcasts to their shape"
-                )
+            if array is not None:
+                check_fits(f"{what} of metric {name!r}", array.shape, shape)
         if size:
             groups.setdefault((shape, id(w)), ({}, w, ids))[0][name] = numbers
     return list(groups.values())
@@ -654,21 +648,6 @@ def _weights(weights: Any, given: Mapping[str, Leaf], named: str) -> Callable[[s
             )
         each[name] = _numbers(f"weights of metric {name!r}", found)
     return each.__getitem__
-
-
-def _aligned(shape: tuple[int, ...], values: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return `shape` with as many dimensions as the values, or None if they do not go together.
-
-    Each dimension is that of the values or 1. The first one is theirs, as of one weight per sample; if
-    that does not fit, the last one is, as NumPy broadcasts.
-    """
-    missing = (1,) * (len(values) - len(shape))
-    for full in (shape + missing, missing + shape):
-        if len(full) == len(values) and all(
-            one in (1, whole) for one, whole in zip(full, values, strict=True)
-        ):
-            return full
-    return None
 
 
 def _numbers(where: str, given: Any) -> Arrays:
@@ -745,19 +724,9 @@ def _put(host: np.ndarray[Any, Any]) -> jax.Array:
 
 
 def _ids(named: str, dataset_ids: Any, layout: Layout) -> jax.Array | None:
-    if dataset_ids is None:
-        if len(layout.datasets) > 1:
-            raise ValueError(
-                f"metric {named} is one of {len(layout.datasets)} datasets: give dataset_ids, the place "
-                f"of each value's dataset in {layout.datasets!r:.300}"
-            )
+    if not layout.takes_ids(f"metric {named}", dataset_ids):
         return None
     where = f"dataset_ids of metric {named}"
-    if layout.datasets == ("",):
-        raise ValueError(
-            f"metric {named} belongs to no dataset: leave dataset_ids out, or name the datasets "
-            "when the accumulator is made"
-        )
     refuse_masked(dataset_ids, where)
     if isinstance(dataset_ids, (int, np.generic, np.ndarray)) and not isinstance(dataset_ids, bool):
         host = np.asarray(dataset_ids)

@@ -36,7 +36,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 from metricfold._core.device.arrays import is_sharded, of_mesh, whole_tensor
-from metricfold._core.device.rows import COUNTS, EXTREMA, MOMENTS, SUMS, HostArrays, Layout
+from metricfold._core.device.rows import (
+    COUNTS,
+    EXTREMA,
+    MOMENTS,
+    SUMS,
+    HostArrays,
+    Layout,
+    check_fits,
+)
 from metricfold._core.runtime.copies import copied_plainly
 from metricfold._core.runtime.listing import internal
 from metricfold._core.runtime.processes import watch_forks
@@ -50,7 +58,6 @@ from metricfold.torch.folding import (
     Part,
     Rows,
     Table,
-    fits,
     fold,
     read_extrema,
     read_grid,
@@ -434,12 +441,7 @@ class DeviceAccumulator:
         self._begin()
 
     def __repr__(self) -> str:
-        metrics = {
-            name: agg_type.value
-            for name, agg_type in zip(self.layout.names, self.layout.types, strict=True)
-        }
-        datasets = tuple(filter(None, self.layout.datasets))
-        return f"DeviceAccumulator({metrics}, datasets={datasets}, device={str(self.device)!r})"
+        return f"DeviceAccumulator({self.layout}, device={str(self.device)!r})"
 
     # -- Inside
 
@@ -511,7 +513,7 @@ class DeviceAccumulator:
             raise ValueError(f"{what}: {given!r} is not a finite number of 0 or more")
         w = self._numbers(what, given)
         for name, x in taken.items():
-            _check_shape(f"weights of metric {name!r}", w, x)
+            check_fits(f"weights of metric {name!r}", w.shape, x.shape)
         return w
 
     def _here(self, what: str, given: Any) -> Tensor:
@@ -550,25 +552,15 @@ class DeviceAccumulator:
             )
 
     def _ids(self, taken: Mapping[str, Tensor], dataset_ids: Any) -> Tensor | None:
-        if dataset_ids is None:
-            if self._datasets > 1:
-                raise ValueError(
-                    f"{_named(taken)} is of one of {self._datasets} datasets: give dataset_ids, the "
-                    f"place of each value's dataset in {self.layout.datasets!r:.300}"
-                )
+        if not self.layout.takes_ids(_named(taken), dataset_ids):
             return None
-        if self.layout.datasets == ("",):
-            raise ValueError(
-                f"{_named(taken)} belongs to no dataset: leave dataset_ids out, or name the "
-                "datasets when the accumulator is made"
-            )
         ids = self._here(f"dataset_ids of {_named(taken)}", dataset_ids)
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(
                 f"dataset_ids of {_named(taken)} are of type {ids.dtype}: give integers"
             )
         for name, x in taken.items():
-            _check_shape(f"dataset_ids of metric {name!r}", ids, x)
+            check_fits(f"dataset_ids of metric {name!r}", ids.shape, x.shape)
         return ids.long()
 
     def _host_arrays(self, flat: np.ndarray[Any, Any]) -> HostArrays:
@@ -627,15 +619,6 @@ def _warn_if_lost(names: tuple[str, ...], counted: Tensor, as_copied: _AsCopied)
             "took in of %s is lost: drain the copy as well, or keep the accumulator out of what is "
             "copied, such as a module of which weight averaging makes a second one",
             _named(names),
-        )
-
-
-def _check_shape(what: str, tensor: Tensor, x: Tensor) -> None:
-    if fits(tensor.shape, x.shape) is None:
-        raise ValueError(
-            f"{what} have the shape {tuple(tensor.shape)}, but the values {tuple(x.shape)}: give "
-            "one per value, one for each index of their first dimensions, or what NumPy broadcasts "
-            "to them"
         )
 
 

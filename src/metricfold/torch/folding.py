@@ -34,6 +34,7 @@ from metricfold._core.device.rows import (
     SUMS,
     ZERO_CELL,
     M,
+    fits,
 )
 from metricfold.metric import AggregationType
 
@@ -44,7 +45,6 @@ __all__ = [
     "Part",
     "Rows",
     "Table",
-    "fits",
     "fold",
     "read_extrema",
     "read_grid",
@@ -214,22 +214,6 @@ def fold(
             batch.enlarge(rows.extrema)
         if rows.grid is not None:
             batch.add_to_grid(rows.grid)
-
-
-def fits(shape: torch.Size, values: torch.Size) -> torch.Size | None:
-    """Return the shape with all dimensions of the values, or None if they do not go together.
-
-    Each dimension is that of the values or 1. The first one is theirs, as of one weight per sample; if
-    that does not fit, the last one is, as NumPy broadcasts.
-    """
-    missing = (1,) * (len(values) - len(shape))
-    if len(shape) > len(values):
-        return None
-    for full in (shape + missing, missing + shape):
-        # Not `in`, by which Dynamo does not find a number equal to a size that it leaves open.
-        if all(one == 1 or one == whole for one, whole in zip(full, values, strict=True)):  # noqa: PLR1714
-            return torch.Size(full)
-    return None
 
 
 def aligned(tensor: Tensor, values: torch.Size) -> Tensor:

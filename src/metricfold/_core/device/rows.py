@@ -59,7 +59,9 @@ __all__ = [
     "HostArrays",
     "Layout",
     "M",
+    "check_fits",
     "checksum",
+    "fits",
     "with_checksum",
     "without_checksum",
 ]
@@ -236,6 +238,28 @@ class Layout:
                 f"this accumulator has no metric {name!r}, but {known}: name them all when it is made"
             ) from None
 
+    def takes_ids(self, named: str, dataset_ids: object) -> bool:
+        """Return whether `dataset_ids` come with values; `named` is what the values are called.
+
+        Raises:
+            ValueError: they must come where there are several datasets, and must not where there is none.
+        """
+        if dataset_ids is None and len(self.datasets) > 1:
+            raise ValueError(
+                f"{named} is of one of {len(self.datasets)} datasets: give dataset_ids, the place of "
+                f"each value's dataset in {self.datasets!r:.300}"
+            )
+        if dataset_ids is not None and self.datasets == ("",):
+            raise ValueError(
+                f"{named} belongs to no dataset: leave dataset_ids out, or name the datasets when the "
+                "accumulator is made"
+            )
+        return dataset_ids is not None
+
+    def __str__(self) -> str:
+        types = {name: one.value for name, one in zip(self.names, self.types, strict=True)}
+        return f"{types}, datasets={tuple(filter(None, self.datasets))}"
+
     def keys(self) -> Iterator[tuple[Key, AggregationType]]:
         """Yield the key of each row, in order, and its aggregation."""
         for name, agg_type in zip(self.names, self.types, strict=True):
@@ -282,6 +306,31 @@ class Layout:
                     f"{sum(unheld)} values of metric {name!r} are integers of more than 48 bits, which is "
                     "what an accumulator holds, and were left out"
                 )
+
+
+def fits(shape: tuple[int, ...], values: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the shape with all dimensions of the values, or None if they do not go together.
+
+    Each dimension is that of the values or 1. The first one is theirs, as of one weight per sample; if
+    that does not fit, the last one is, as NumPy broadcasts.
+    """
+    missing = (1,) * (len(values) - len(shape))
+    if len(shape) > len(values):
+        return None
+    for full in (shape + missing, missing + shape):
+        # Not `in`, by which Dynamo does not find a number equal to a size that it leaves open.
+        if all(one == 1 or one == whole for one, whole in zip(full, values, strict=True)):  # noqa: PLR1714
+            return full
+    return None
+
+
+def check_fits(what: str, shape: tuple[int, ...], values: tuple[int, ...]) -> None:
+    """Raise ValueError if what is given beside values does not go together with them."""
+    if fits(shape, values) is None:
+        raise ValueError(
+            f"{what} have the shape {tuple(shape)}, but the values {tuple(values)}: give one per value, "
+            "one for each index of their first dimensions, or what NumPy broadcasts to them"
+        )
 
 
 def _echo(identity: int) -> int:
