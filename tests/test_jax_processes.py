@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blocks import block, bracketed, joined
 from handlers_of_users import LaneRMS, MyTypes, RMSHandler
 from jax_processes import World, end_processes, run_processes
 
@@ -175,6 +176,7 @@ def collectives(rank: int, sizes: list[int]) -> list[Any]:
     assert not jax.config.jax_enable_x64
     communicator = JaxCommunicator("collectives")
     world = communicator.world_size
+    blocks = [block(other, world) for other in range(world)]
     failed = []
     for size in sizes:
         vectors = []
@@ -188,16 +190,14 @@ def collectives(rank: int, sizes: list[int]) -> list[Any]:
         before = mine.tobytes()
         rows = communicator.all_gather(mine)
         with np.errstate(invalid="ignore"):
-            added = communicator.all_reduce(mine, "sum")
-            largest = communicator.all_reduce(mine, "max")
-            total = vectors[0].copy()
-            for vector in vectors[1:]:
-                total += vector
+            added = communicator.tree(mine, np.add)
+            total = bracketed(vectors, np.add)
+        joined_ranks = communicator.tree(block(rank, world), joined)
         good = (
             rows.tobytes() == np.stack(vectors).tobytes()
             and rows.flags.writeable
-            and np.array_equal(added, total, equal_nan=True)
-            and np.array_equal(largest, np.max(vectors, axis=0), equal_nan=True)
+            and added.tobytes() == total.tobytes()
+            and joined_ranks.tobytes() == bracketed(blocks, joined).tobytes()
             and mine.tobytes() == before
         )
         failed += [] if good else [size]
@@ -207,8 +207,8 @@ def collectives(rank: int, sizes: list[int]) -> list[Any]:
     return [failed, gathered == parts, communicator.collectives]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_float64_arrives_bit_for_bit_and_is_added_in_rank_order(processes: int) -> None:
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_float64_arrives_bit_for_bit_and_is_merged_in_rank_order(processes: int) -> None:
     sizes = [1, 2, 255, 257, 3001, 70_001, 150_000]
     expected = [[], True, 3 * len(sizes) + 1]
     assert run_processes(collectives, processes, sizes) == [expected] * processes
@@ -474,7 +474,7 @@ def test_a_process_that_is_interrupted_twice_in_the_middle_takes_part_in_nothing
 
 
 def slow(rank: int) -> Any:
-    from metricfold.communicator import jax as communicator
+    from metricfold.communicator import roll_call as communicator
 
     aggregator = MetricsAggregator(timeout=20)
     aggregator.record("x", rank, "sum")

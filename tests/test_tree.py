@@ -2,46 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
+from blocks import block, bracketed, joined, ranks_of
 from ranks import run_threads
 
 from metricfold.communicator import Communicator, LocalCommunicator
 from metricfold.communicator.tree import rounds_of, senders, steps
-
-
-def block(rank: int, world_size: int) -> Any:
-    """Return a vector that holds a number, which ranks it is made of, and how they were joined."""
-    vector = np.full(3 + 2 * world_size, -1.0)
-    vector[:4] = 10.0 ** (7 * (rank % 5)) / 3.0, 1.0, 1.0, rank
-    return vector
-
-
-def joined(lower: Any, upper: Any) -> Any:
-    """Append the upper block's ranks and brackets to the lower one's; add the numbers, which rounds."""
-    world_size = (lower.size - 3) // 2
-    result = np.full(lower.size, -1.0)
-    ranks = [v[3 : 3 + int(v[1])] for v in (lower, upper)]
-    brackets = [v[3 + world_size : 2 + world_size + int(v[1])] for v in (lower, upper)]
-    result[0] = lower[0] + upper[0]
-    result[1] = lower[1] + upper[1]
-    result[2] = 0.5 * lower[2] + 0.25 * upper[2]
-    result[3 : 3 + int(result[1])] = np.concatenate(ranks)
-    # Between any two neighbours: how many ranks had come together when these were joined.
-    both = [*brackets[0], result[1], *brackets[1]]
-    result[3 + world_size : 3 + world_size + len(both)] = both
-    return result
-
-
-def bracketed(rows: list[Any], merge: Any) -> Any:
-    """Merge rows as a gather does: neighbours among the first until a power of two is left."""
-    extra = len(rows) - (1 << (len(rows).bit_length() - 1))
-    rows = [merge(*rows[at : at + 2]) for at in range(0, 2 * extra, 2)] + rows[2 * extra :]
-    while len(rows) > 1:
-        rows = [merge(*rows[at : at + 2]) for at in range(0, len(rows), 2)]
-    return rows[0]
 
 
 @pytest.mark.parametrize("world_size", range(1, 41))
@@ -89,8 +56,7 @@ def test_threads_get_the_bits_that_a_gather_merges(world_size: int) -> None:
 
     results = run_threads(both, world_size)
     assert {bits for pair in results for bits in pair} == {results[0][0]}
-    merged = np.frombuffer(results[0][0])
-    assert merged[3 : 3 + world_size].tolist() == list(range(world_size))
+    assert ranks_of(np.frombuffer(results[0][0])) == list(range(world_size))
 
 
 def test_a_tree_is_one_collective_and_none_in_a_world_of_one() -> None:

@@ -135,14 +135,8 @@ class Communicator(ABC):
     @abstractmethod
     def _all_gather(self, vector: FloatArray) -> FloatArray: ...
 
-    def _tree(self, vector: FloatArray, merge: Merge) -> FloatArray:
-        blocks: list[FloatArray] = list(self._all_gather(vector))
-        extra = len(blocks) - (1 << (len(blocks).bit_length() - 1))
-        head = [merge(*blocks[place : place + 2]) for place in range(0, 2 * extra, 2)]
-        blocks = head + blocks[2 * extra :]
-        while len(blocks) > 1:
-            blocks = [merge(*blocks[place : place + 2]) for place in range(0, len(blocks), 2)]
-        return blocks[0]
+    @abstractmethod
+    def _tree(self, vector: FloatArray, merge: Merge) -> FloatArray: ...
 
     def current(self) -> bool:
         """Return whether the ranks that this communicator connects are still the ones to ask."""
@@ -173,6 +167,9 @@ class LocalCommunicator(Communicator):
         return vector[np.newaxis]
 
     _all_gather = all_gather
+
+    def _tree(self, vector: FloatArray, merge: Merge) -> FloatArray:
+        return vector
 
     def current(self) -> bool:
         return not torch_is_initialized() and jax_job() is None

@@ -4,18 +4,18 @@ What JAX does with its devices must be begun in the same order on all processes.
 issued on the caller's thread, in the order of the program, like a training step; from a thread of
 our own they would meet another process's training step.
 
-A device collective that some process does not join hangs without a word. So before each, all
-processes meet at the coordinator, which takes a millisecond; one that does not come is named, and
-JAX goes on working. Numbers travel as the bits of float64, whatever ``jax_enable_x64`` says, and
-are added on the host in the order of ranks: the same bits everywhere.
+A device collective that some process does not join hangs without a word. So before each exchange,
+all processes meet at the coordinator, which takes a millisecond; one that does not come is named, and
+JAX goes on working. After that there is no deadline: a process that is stopped in an exchange holds up
+the others. Numbers travel as the bits of float64, whatever ``jax_enable_x64`` says, and are merged on
+the host: the same bits everywhere.
 
 JAX itself is not imported: only a training script that has initialised it comes here.
 """
 
 from __future__ import annotations
 
-import json
-import logging
+import math
 import re
 import sys
 import time
@@ -29,28 +29,30 @@ import numpy as np
 
 from metricfold._core.fold.sample import FloatArray
 from metricfold._core.runtime.processes import DeferredInterrupt
-from metricfold.communicator.base import Communicator, MissingRanksError, jax_job, likely_cause
+from metricfold.communicator.base import Communicator, MissingRanksError, jax_job
+from metricfold.communicator.roll_call import RollCall, Words, first_line
+from metricfold.communicator.tree import Merge, senders, steps
 
 __all__ = ["JaxCommunicator"]
 
-_logger = logging.getLogger("metricfold")
-
 _TIMEOUT = timedelta(minutes=10)
-_FIRST_WAIT = 10.0
-"""After so many seconds a warning names who is missing."""
 _GRACE = 0.25
 """How long processes that came at about the same time get to record themselves."""
 _SMALLEST = 256
 """Vectors are filled up to at least so many numbers: shorter ones cost as much."""
-_ONE_STEP = 1 << 20
-"""Up to so many bytes in all, an all-reduce is one all-gather."""
-
-
 _OF_THE_NETWORK = re.compile(
     "gloo|nccl|rccl|connect|peer|socket|network|barrier|coordinat|unavailable|deadline|aborted|task",
     re.IGNORECASE,
 )
 """In what is raised for the sake of another process; anything else is this one's own fault."""
+
+
+_WORDS = Words(
+    "process",
+    "if jax.process_index() == 0:",
+    "This aggregator cannot talk to other processes any more, but JAX can: make a new aggregator on "
+    "all processes and load the last state",
+)
 
 
 class JaxCommunicator(Communicator):
@@ -76,10 +78,11 @@ class JaxCommunicator(Communicator):
         self.rank = int(job.process_id)
         self.world_size = int(job.num_processes)
         self._client: Any = job.client
-        self._name = name
-        self._timeout = _TIMEOUT if timeout is None else timeout
+        self._seconds = (_TIMEOUT if timeout is None else timeout).total_seconds()
         self._prefix = f"metricfold/{name}/{generation}"
-        self._calls = 0
+        board = _Coordinator(self._client, self._prefix)
+        everyone = range(self.world_size)
+        self._roll = RollCall(board, name, self.rank, everyone, self._seconds, _WORDS)
         self._mesh: Any = None
         self._interrupt = DeferredInterrupt()
 
@@ -96,33 +99,63 @@ class JaxCommunicator(Communicator):
 
     def abandon(self, why: str) -> None:
         with suppress(Exception):  # the coordinator is gone: nobody can be told
-            self._given_up([self.rank], f"it left a reduction in the middle: {why}")
+            self._roll.abandon(why)
 
-    # -- Collectives
+    # -- Exchanges
 
     def _all_gather(self, vector: FloatArray) -> FloatArray:
         return self._run(lambda: self._gathered(vector))
 
-    def _run(self, collective: Callable[[], FloatArray]) -> FloatArray:
-        self._calls += 1
+    def _tree(self, vector: FloatArray, merge: Merge) -> FloatArray:
+        return self._run(lambda: self._merged(vector, merge))
+
+    def _run(self, exchange: Callable[[], FloatArray]) -> FloatArray:
+        self._roll.begin()
         try:
             self._meet()
             if self._mesh is None:
                 self._mesh = self._connect()
             # A user who steps through a program uncompiled would get no collective here.
             with sys.modules["jax"].disable_jit(False):
-                return collective()
+                result = exchange()
         except MissingRanksError:
             raise
         # A process that is killed after the meeting lets JAX raise a bare ValueError here, for one.
         except Exception as error:
             raise self._broken(error) from error
+        self._roll.finish()
+        return result
 
     def _gathered(self, vector: FloatArray) -> FloatArray:
         """Return everyone's vector, shape (n,), as rows of shape (world_size, n)."""
         gather = _gathering(self._mesh)
         rows = self._read(gather(self._spread(_filled(vector, _room(vector.size)))))
         return rows.reshape(self.world_size, -1)[:, : vector.size].copy()
+
+    def _merged(self, vector: FloatArray, merge: Merge) -> FloatArray:
+        """Go through the rounds of a tree, all of them on all processes, as device programs must.
+
+        So one that cannot merge goes on, and so do those who get that from it: 1 + its rank, which
+        is 0 where all is well, stands behind each vector.
+        """
+        failed, size = 0.0, vector.size
+        mine = {step.round: step for step in steps(self.rank, self.world_size)}
+        for number, pairs in senders(self.world_size).items():
+            sent = _filled(np.append(vector, failed), _room(size + 1))
+            step = mine.get(number)
+            self._roll.at = None if step is None else (step.partner, number)
+            got = self._read(_swap(self._mesh, pairs)(self._spread(sent))).reshape(-1)
+            if step is None or not step.receives or failed:
+                continue
+            try:
+                failed = float(got[size])
+                vector = vector if failed else step.after(vector, got[:size], merge)
+            except Exception as error:  # noqa: BLE001 - the others must be told before it is raised
+                failed = 1.0 + self.rank
+                self.abandon(f"{type(error).__name__}: {first_line(error)}")
+        if failed:
+            raise self._roll.given_up({int(failed) - 1: ""}, "it left a reduction in the middle")
+        return vector
 
     def _spread(self, mine: FloatArray) -> Any:
         """Return an array whose first axis is the processes, of which each brings `mine`."""
@@ -146,7 +179,8 @@ class JaxCommunicator(Communicator):
         mine = jax.local_devices()[0]
         self._client.key_value_set(f"{self._prefix}/device/{self.rank}", str(mine.id))
         self._meet()
-        ids = self._read_all("device")
+        entries = self._client.key_value_dir_get(f"{self._prefix}/device/")
+        ids = {int(key.rpartition("/")[2]): value for key, value in entries}
         devices = {device.id: device for device in jax.devices()}
         ranked = [devices[int(ids[rank])] for rank in range(self.world_size)]
         return jax.sharding.Mesh(np.array(ranked), ("ranks",))
@@ -159,22 +193,20 @@ class JaxCommunicator(Communicator):
         The coordinator tells all the same: a process that comes to a meeting too late hears at once
         that it was given up. So all go on to the second meeting alike, or none.
         """
-        total = self._timeout.total_seconds()
-        first = min(_FIRST_WAIT, total / 2)
         started = time.monotonic()
-        if self._all_came("first", first):
+        if self._all_came("first", self._roll.patience):
             return
-        self._raise_if_poisoned()
+        self._roll.raise_if_poisoned()
         # Who waits for a process that may never come must not have to wait until the timeout.
         self._interrupt.deliver()
-        self._record()
-        waited = time.monotonic() - started
-        if waited >= first / 2:
+        self._roll.note_here()
+        if time.monotonic() - started >= self._roll.patience / 2:
             time.sleep(_GRACE)
-            self._warn(waited)
-        if not self._all_came("second", total - first):
-            self._raise_if_poisoned()
-            raise self._given_up(self._absent(), f"they did not come within {total:g} s")
+            self._roll.warn(dict.fromkeys(self._roll.absent()))
+        if not self._all_came("second", self._seconds - self._roll.patience):
+            self._roll.raise_if_poisoned()
+            absent = dict.fromkeys(self._roll.absent(), "")
+            raise self._roll.given_up(absent, self._roll.did_not_come())
 
     def _all_came(self, meeting: str, seconds: float) -> bool:
         # The coordinator numbers the meetings of one name: a new name each time would pile up there.
@@ -187,93 +219,58 @@ class JaxCommunicator(Communicator):
             return False
         return True
 
-    @property
-    def _call(self) -> str:
-        return f"call-{self._calls}"
-
-    def _record(self) -> None:
-        """Let the others see that this process waits in this call."""
-        self._client.key_value_set(
-            f"{self._prefix}/{self._call}/{self.rank}", "here", allow_overwrite=True
-        )
-
-    def _absent(self) -> list[int]:
-        """Return the processes that have not recorded themselves in this call."""
-        here = self._read_all(self._call)
-        return [rank for rank in range(self.world_size) if rank not in here]
-
-    def _read_all(self, folder: str) -> dict[int, str]:
-        entries = self._client.key_value_dir_get(f"{self._prefix}/{folder}/")
-        return {int(key.rpartition("/")[2]): value for key, value in entries}
-
     def _broken(self, error: Exception) -> MissingRanksError:
         """Find out which processes are missing after a collective has failed."""
-        text = (str(error) or "no message").splitlines()[0][:300]
-        what = f"{type(error).__name__}: {text}"
+        what = f"{type(error).__name__}: {first_line(error)}"
         how = f"the connection to them broke ({what})"
         try:
-            self._raise_if_poisoned()
-            if not _OF_THE_NETWORK.search(text):
-                return self._given_up([self.rank], f"it left a reduction in the middle: {what}")
-            self._record()
-            # Those to whom the same has happened record themselves: nobody is named after one look.
-            time.sleep(4 * _GRACE)
-            if self._absent():
-                time.sleep(4 * _GRACE)
-            self._raise_if_poisoned()
-            return self._given_up(self._absent(), how)
+            self._roll.raise_if_poisoned()
+            if not _OF_THE_NETWORK.search(what):
+                reason = f"it left a reduction in the middle: {what}"
+                return self._roll.given_up({self.rank: ""}, reason)
+            known = self._roll.verdict(how, timed_out=False)
+            return known or self._roll.given_up({}, f"no process is missing, but {how}")
         except MissingRanksError as known:
             return known
         except Exception as gone:  # noqa: BLE001 - the coordinator is gone too
-            first = (str(gone) or type(gone).__name__).splitlines()[0][:200]
-            return self._missing([], f"{how}; JAX's coordinator does not answer ({first})")
+            where = f"JAX's coordinator does not answer ({first_line(gone)})"
+            return self._roll.nobody_named(f"{how}; {where}")
 
-    def _given_up(self, missing: list[int], how: str) -> MissingRanksError:
-        """Record the verdict, the first process's for all, and return it as an error."""
-        verdict = json.dumps({"missing": missing, "how": how})
-        try:
-            self._client.key_value_set(f"{self._prefix}/poison", verdict)
-        except RuntimeError as error:
-            if "ALREADY_EXISTS" not in str(error):
-                raise
-            self._raise_if_poisoned()
-        return self._from_verdict(verdict)
 
-    def _raise_if_poisoned(self) -> None:
+class _Coordinator:
+    """JAX's coordinator, as a place to leave notes; it gives no deadlines.
+
+    Args:
+        client: JAX's own.
+        prefix: of all keys.
+    """
+
+    where = "JAX's coordinator"
+    slow_at = -math.inf
+
+    def __init__(self, client: Any, prefix: str) -> None:
+        self._client, self._prefix = client, prefix
+
+    def set(self, key: str, value: str, *, seconds: float) -> None:
+        self._client.key_value_set(f"{self._prefix}/{key}", value, allow_overwrite=True)
+
+    def get(self, key: str, *, seconds: float) -> bytes | None:
         try:
-            verdict = self._client.key_value_try_get(f"{self._prefix}/poison")
+            found: str = self._client.key_value_try_get(f"{self._prefix}/{key}")
         except RuntimeError as error:
             if "NOT_FOUND" not in str(error):
                 raise
-            return
-        raise self._from_verdict(verdict)
+            return None
+        return found.encode()
 
-    def _from_verdict(self, verdict: str) -> MissingRanksError:
-        content = json.loads(verdict)
-        return self._missing(content["missing"], content["how"])
-
-    def _missing(self, missing: list[int], how: str) -> MissingRanksError:
-        who = ", ".join(map(str, missing)) or "unknown"
-        return MissingRanksError(
-            f"aggregator {self._name!r}: missing from a collective call: process(es) {who} of "
-            f"{self.world_size}; {how}. "
-            f"{likely_cause(how, 'process', 'if jax.process_index() == 0:')}. This aggregator cannot talk to other processes any more, but JAX can: "
-            "make a new aggregator on all processes and load the last state",
-            missing,
-        )
-
-    def _warn(self, waited: float) -> None:
-        missing = self._absent()
-        if missing:
-            _logger.warning(
-                "aggregator %r: process %d has waited %.0f s in a collective call for process(es) "
-                "%s; giving up after %.0f s",
-                self._name,
-                self.rank,
-                waited,
-                ", ".join(map(str, missing)),
-                self._timeout.total_seconds(),
-            )
+    def set_first(self, key: str, value: str, *, seconds: float) -> bytes:
+        try:
+            self._client.key_value_set(f"{self._prefix}/{key}", value)
+        except RuntimeError as error:
+            if "ALREADY_EXISTS" not in str(error):
+                raise
+            return self.get(key, seconds=seconds) or value.encode()
+        return value.encode()
 
 
 @cache
@@ -285,6 +282,19 @@ def _gathering(mesh: Any) -> Callable[[Any], Any]:
         return array
 
     return jax.jit(metricfold_gather, out_shardings=jax.NamedSharding(mesh, jax.P()))  # type: ignore[no-any-return]
+
+
+@cache
+def _swap(mesh: Any, pairs: tuple[tuple[int, int], ...]) -> Callable[[Any], Any]:
+    """Return a program that sends what `_spread` returns from the first of each pair to the second."""
+    jax = sys.modules["jax"]
+
+    def metricfold_swap(array: Any) -> Any:
+        return jax.lax.ppermute(array, "ranks", pairs)
+
+    ranks = jax.P("ranks")
+    swap = jax.shard_map(metricfold_swap, mesh=mesh, in_specs=ranks, out_specs=ranks)
+    return jax.jit(swap)  # type: ignore[no-any-return]
 
 
 def _room(size: int) -> int:

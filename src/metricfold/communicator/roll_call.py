@@ -141,7 +141,7 @@ class RollCall:
         self.at: tuple[int, int] | None = None
         self._began = 0.0
         self._lock = threading.Lock()
-        self._noting = self._over = False
+        self._noting = self._over = self._is_here = False
 
     @property
     def patience(self) -> float:
@@ -178,6 +178,10 @@ class RollCall:
     def finish(self) -> None:
         """Be through with the exchange."""
         self.passed, self.at = self.call, None
+        if self._is_here:
+            self._is_here = False
+            with suppress(RuntimeError):  # the store is gone, as the next exchange will notice
+                self._sign_off(_Sign(self.call, "done", 0.0))
 
     def leave(self, state: str) -> None:
         """Let the others see that this rank takes part in nothing any more."""
@@ -187,6 +191,7 @@ class RollCall:
 
     def note_here(self) -> None:
         """Let the others see that this rank has come to the exchange."""
+        self._is_here = True
         note = json.dumps(_Sign(self.call, "here", 0.0))
         self._board.set(f"at/{self._rank}", note, seconds=ANSWER)
 
