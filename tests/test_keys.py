@@ -15,8 +15,8 @@ from work import lines_run
 
 from metricfold import Metric, MetricsAggregator
 from metricfold._core.fold import names as naming
-from metricfold._core.fold.batch import Column
 from metricfold._core.fold.builtin import built_in_handlers
+from metricfold._core.fold.columns import Column
 from metricfold._core.fold.names import Claims
 from metricfold._core.intake import keys
 from metricfold._core.intake.keys import KeyTable

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 __all__ = [
     "EMPTY",
+    "METRICS",
     "AggregationType",
     "Metric",
     "MetricState",
@@ -62,6 +63,8 @@ class AggregationType(Enum):
 TypeLike: TypeAlias = AggregationType | Enum | str
 """What names an aggregation: a built-in type, a member of the user's own `Enum`, or a string."""
 
+METRICS = "metrics"
+"""Under this name a sample and a batch carry theirs."""
 EMPTY = "__empty__"
 """Stands for a category out of data that is an empty text."""
 

@@ -7,11 +7,9 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from typing import Any, NoReturn, TypeVar
 
-from metricfold.metric import Metric
+from metricfold.metric import METRICS, Metric
 
 __all__ = ["METRICS", "guard_default_collate", "take_metrics", "with_metrics"]
-
-METRICS = "metrics"
 
 Sample = TypeVar("Sample", bound=Mapping[str, Any])
 

@@ -23,8 +23,7 @@ import numpy as np
 
 from metricfold._core.device import arrays
 from metricfold._core.runtime.staging import NO_NUMBER, is_traced
-from metricfold.data.sample import METRICS
-from metricfold.metric import AggregationType, Metric
+from metricfold.metric import METRICS, AggregationType, Metric
 
 __all__ = [
     "for_agg",

@@ -20,20 +20,13 @@ from metricfold._core.device.arrays import unwrapped
 from metricfold._core.device.rows import AnyAccumulator, Drained, Layout
 from metricfold._core.exchange.link import Link
 from metricfold._core.fold import hints
-from metricfold._core.fold.batch import (
-    Column,
-    MetricBatch,
-    fold_each,
-    fold_metrics,
-    fold_together,
-    fold_value,
-    is_many,
-    say_replaced,
-)
+from metricfold._core.fold.batch import MetricBatch, say_replaced
 from metricfold._core.fold.builtin import built_in_handlers
+from metricfold._core.fold.columns import Column, fold_each, fold_metrics, fold_together, fold_value
 from metricfold._core.fold.handlers import AggregationHandler, check_on_nan
 from metricfold._core.fold.names import Key, check_prefix, show
 from metricfold._core.fold.state import quiet
+from metricfold._core.fold.values import is_many
 from metricfold._core.intake.checkpoint import Restored, decode, encode
 from metricfold._core.intake.clock import Pause
 from metricfold._core.intake.held import AggregatorMark, Held

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from metricfold._core.fold.batch import Column
+from metricfold._core.fold.columns import Column
 from metricfold._core.fold.names import show
 from metricfold._core.intake.checkpoint import Restored
 from metricfold._core.intake.clock import Clock

@@ -31,16 +31,18 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from metricfold._core.device.rows import Drained
-from metricfold._core.fold.batch import Column, Late, MetricBatch, folded_keys, listed
+from metricfold._core.fold.batch import MetricBatch, folded_keys
 from metricfold._core.fold.builtin import (
     built_in_handlers,
     folds_as,
 )
+from metricfold._core.fold.columns import Column, Pending
 from metricfold._core.fold.custom import CustomStates
 from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import COUNT, Sample, State, quiet
+from metricfold._core.fold.values import listed
 from metricfold._core.intake.layers import Layer, Mark, Stage, arriving, joined
 from metricfold._core.runtime.listing import shortened
 from metricfold._core.sketch.weights import LARGEST_WEIGHT
@@ -112,7 +114,7 @@ class Inbox:
         self._shapes: dict[str, Shape] = {}
         self._kinds: dict[type, type[Slot]] = {}
         self._accumulators: list[Drained] = []
-        self._waiting: list[Late] = []
+        self._waiting: list[Pending] = []
         self._log: list[tuple[Sequence[Items], Sequence[Any]]] = []
         self._room = _MOST
         self._warned = False
@@ -292,16 +294,16 @@ class Inbox:
 
     def _work(
         self, custom: Sequence[tuple[Column, AggregationHandler]]
-    ) -> tuple[list[tuple[Key, AggregationHandler, Sequence[Metric]]], list[Late]]:
+    ) -> tuple[list[tuple[Key, AggregationHandler, Sequence[Metric]]], list[Pending]]:
         """Return what handlers without lanes get now, and what waits until it can be read."""
         work, waiting = [], []
         for column, handler in custom:
             key, agg_type = column.key, column.agg_type
             if key in self._behind:
-                waiting += [Late(key, agg_type, one.value, one.weight) for one in column.metrics]
+                waiting += [Pending(key, agg_type, one.value, one.weight) for one in column.metrics]
             elif column.metrics:
                 work.append((key, handler, column.metrics))
-            waiting += column.late
+            waiting += column.pending
         return work, waiting
 
     def _columns(self, columns: Iterable[Column]) -> tuple[list[Items], list[Any], int]:
@@ -315,11 +317,11 @@ class Inbox:
             targets.append(slot.others)
             items.append(column.state)
             size += int(column.state.sums[COUNT]) or 1
-            if column.late:
-                targets += [slot.others] * len(column.late)
-                items += column.late
-                elements = sum(one.count for one in column.late)
-                size += len(column.late) + elements // _PER_ROOM_ON_DEVICE
+            if column.pending:
+                targets += [slot.others] * len(column.pending)
+                items += column.pending
+                elements = sum(one.count for one in column.pending)
+                size += len(column.pending) + elements // _PER_ROOM_ON_DEVICE
         return targets, items, size
 
     def take_accumulator(self, drained: Drained) -> None:
@@ -405,7 +407,7 @@ class Inbox:
             return
         layer = stage.layers[0]
         # Nothing may wait here.
-        if len(layer.custom) >= MOST_LATE and all(map(Late.ready, layer.custom)):
+        if len(layer.custom) >= MOST_LATE and all(map(Pending.ready, layer.custom)):
             self._warn(layer.custom)
 
             def keep(rest: Layer) -> None:
@@ -413,7 +415,7 @@ class Inbox:
 
             self.hand_over(layer, keep)
 
-    def _warn(self, late: Sequence[Late], accumulators: int = 0) -> None:
+    def _warn(self, late: Sequence[Pending], accumulators: int = 0) -> None:
         if not self._warned:
             self._warned = True
             _log.warning("%s", _never_read(late, accumulators))
@@ -429,7 +431,7 @@ class Inbox:
             return
         errors: list[str] = [*layer.errors]
         read = [
-            Late(one.key, one.agg_type, value, weight)
+            Pending(one.key, one.agg_type, value, weight)
             for one, value, weight in arriving(layer.custom)(errors)
         ]
         layer = replace(layer, custom=read, errors=errors)
@@ -449,7 +451,7 @@ class Inbox:
             layer = rest
         self._behind.clear()
 
-    def _read(self, one: Late) -> tuple[Key, AggregationHandler, Sequence[Metric]]:
+    def _read(self, one: Pending) -> tuple[Key, AggregationHandler, Sequence[Metric]]:
         """Return what has been read as a handler without lanes takes it."""
         pairs = [(one.value, one.weight)]
         if isinstance(one.value, np.ndarray):
@@ -468,7 +470,7 @@ class Inbox:
         targets = chain.from_iterable([targets for targets, _ in calls])
         items = chain.from_iterable([items for _, items in calls])
         states: dict[Key, State] = {}
-        pending: list[Late] = []
+        pending: list[Pending] = []
         if self._folding:  # a signal's handler does this while a fold of the same is under way
             self._clear()
         self._folding += 1
@@ -547,7 +549,7 @@ class Inbox:
             begun: takes it over.
         """
         states = {column.key: column.state for column in columns if column.state is not None}
-        pending = [one for column in columns for one in column.late]
+        pending = [one for column in columns for one in column.pending]
         while True:
             self._fold()
             stage = self._stage
@@ -584,7 +586,7 @@ class Inbox:
         return count
 
 
-def _never_read(late: Sequence[Late], accumulators: int) -> str:
+def _never_read(late: Sequence[Pending], accumulators: int) -> str:
     """Return what to tell who lets values pile up on a device."""
     named = shortened(dict.fromkeys(show(one.key) for one in late))
     what = [f"{len(late):,} values on a device ({named})"] if late else []
@@ -643,7 +645,7 @@ class Slot:
         built_in: what its handler folds just like, if it does like a built-in one.
         takes: the type of what may come the fast way: float, str (categories), or None.
         values: for what may come the fast way and has weight 1.
-        others: for anything else: values with their weights, states, and what is `Late`.
+        others: for anything else: values with their weights, states, and what is `Pending`.
         number: where a plain number goes, if it may come the fast way.
     """
 
@@ -707,9 +709,9 @@ class Slot:
         if self._others is not None:
             self._others.clear()
 
-    def folded(self) -> tuple[State, list[Late]]:
+    def folded(self) -> tuple[State, list[Pending]]:
         """Return the state of what is here, and what lies on a device."""
-        late: list[Late] = []
+        late: list[Pending] = []
         if not self._others:
             return self._of_values(self.values, None), late
         state = self.handler.empty()
@@ -721,7 +723,7 @@ class Slot:
         for kind, items in by_kind.items():
             if kind is tuple:
                 state.merge(self._of_values(*zip(*items, strict=True)))
-            elif kind is Late:
+            elif kind is Pending:
                 late = items
             else:
                 state.merge_all(items)
@@ -768,12 +770,12 @@ class OrderedSlot(Slot):
     def filled(self) -> bool:
         return bool(self.values or self._lanes or self._queued)
 
-    def folded(self) -> tuple[State, list[Late]]:
+    def folded(self) -> tuple[State, list[Pending]]:
         state = self.handler.empty()
-        late: list[Late] = []
+        late: list[Pending] = []
         for kind, run in self._runs():
             queue = late if state.sample is not None and (late or self._queued) else None
-            if kind is Late:
+            if kind is Pending:
                 late += run
             elif kind is float or kind is str:
                 self._follow(state, queue, run, None)
@@ -792,7 +794,7 @@ class OrderedSlot(Slot):
             state.merge(lanes)
         return state, late
 
-    def _take_parts(self, state: State, queue: list[Late] | None, parts: list[Any]) -> None:
+    def _take_parts(self, state: State, queue: list[Pending] | None, parts: list[Any]) -> None:
         """Take in what collated batches hold besides lanes, which are merged apart."""
         if queue is None:
             state.take_plain(parts)
@@ -803,13 +805,13 @@ class OrderedSlot(Slot):
             state.sums = tuple(map(sub, state.sums, self._of_values(values, weights).sums))
             self._follow(state, queue, values, weights)
 
-    def _follow(self, state: State, queue: list[Late] | None, values: Any, weights: Any) -> None:
+    def _follow(self, state: State, queue: list[Pending] | None, values: Any, weights: Any) -> None:
         """Let values follow those in `state`, or queue behind such as lie on a device."""
         if queue is None:
             state.merge(self._of_values(values, weights))
         else:
             weighing = 1.0 if weights is None else _array(weights)
-            queue.append(Late(self.key, self.agg_type, _array(values), weighing))
+            queue.append(Pending(self.key, self.agg_type, _array(values), weighing))
 
     def _runs(self) -> Iterator[tuple[type, list[Any]]]:
         """Yield what came in a row and is of one kind; nearly always that is everything."""

@@ -9,8 +9,9 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metricfold._core.fold import hints
-from metricfold._core.fold.batch import Column, MetricBatch, check_same_type, fold_metrics
+from metricfold._core.fold.batch import MetricBatch
 from metricfold._core.fold.builtin import built_in_handlers, folds_as
+from metricfold._core.fold.columns import Column, check_same_type, fold_metrics
 from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import Claimed, Claims, show
 from metricfold._core.fold.state import quiet

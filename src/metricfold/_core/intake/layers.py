@@ -24,17 +24,11 @@ import numpy as np
 
 from metricfold._core.device import arrays
 from metricfold._core.device.rows import Drained
-from metricfold._core.fold.batch import (
-    Late,
-    Numbers,
-    bad_weight,
-    counted_elements,
-    fold_read,
-    weights_beside,
-)
+from metricfold._core.fold.columns import Pending, fold_read
 from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.state import State
+from metricfold._core.fold.values import Numbers, bad_weight, counted_elements, weights_beside
 from metricfold._core.runtime.listing import shortened
 
 __all__ = ["Arriving", "Layer", "Mark", "Stage", "arriving", "joined"]
@@ -56,8 +50,8 @@ class Layer:
     """
 
     states: Mapping[Key, State] = field(default_factory=dict)
-    pending: Sequence[Late] = ()
-    custom: Sequence[Late] = ()
+    pending: Sequence[Pending] = ()
+    custom: Sequence[Pending] = ()
     drained: Sequence[Drained] = ()
     errors: Sequence[str] = ()
 
@@ -130,7 +124,7 @@ class Layer:
         works on may call back and wait for this.
         """
         half, accumulators = (len(self.pending) + 1) // 2, (len(self.drained) + 1) // 2
-        half = sum(1 for _ in takewhile(Late.ready, self.pending[:half]))
+        half = sum(1 for _ in takewhile(Pending.ready, self.pending[:half]))
         older = replace(self, pending=self.pending[:half], drained=self.drained[:accumulators])
         return replace(
             older.settled(handlers, arriving(older.pending)),
@@ -211,12 +205,12 @@ class Stage:
 
 # -- From devices to the host ----------------------------------------------------------------------
 
-Arriving: TypeAlias = Callable[[list[str]], Iterator[tuple[Late, Any, Any]]]
+Arriving: TypeAlias = Callable[[list[str]], Iterator[tuple[Pending, Any, Any]]]
 """Waits, and yields each value that counts, with its number and weight, or arrays of these; given a
 list that takes what cannot be used."""
 
 
-def arriving(pending: Sequence[Late]) -> Arriving:
+def arriving(pending: Sequence[Pending]) -> Arriving:
     """Let values and weights set out from their devices, on the thread that computed them."""
     try:
         numbers = arrays.read(
@@ -233,8 +227,8 @@ def arriving(pending: Sequence[Late]) -> Arriving:
 
 
 def _arrived(
-    pending: Sequence[Late], read: Callable[[], Iterable[Any]], errors: list[str]
-) -> Iterator[tuple[Late, Any, Any]]:
+    pending: Sequence[Pending], read: Callable[[], Iterable[Any]], errors: list[str]
+) -> Iterator[tuple[Pending, Any, Any]]:
     numbers = iter(read())
     failed: dict[str, Counter[Key]] = {}
     for one in pending:

@@ -30,7 +30,7 @@ from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
-from metricfold._core.fold.batch import Column, fold_value
+from metricfold._core.fold.columns import Column, fold_value
 from metricfold._core.fold.names import Key
 from metricfold._core.intake.clock import Clock
 from metricfold._core.intake.keys import INSTEAD, KeyTable
