@@ -49,9 +49,9 @@ def measure(*, quick: bool) -> list[Section]:
     datasets, window, means = (3, 50, 10) if quick else (50, 1000, 100)
     worlds = (1, 2) if quick else (1, 2, 4, 8)
     many, few, least = (6, 4, 2) if quick else (240, 48, 8)
-    wide = run_ranks(_log, 2, small(means), least, "wide", timeout=300)
+    tree = run_ranks(_log, 2, small(means), least, "tree", timeout=300)
     section = _section(small(means), worlds, many, _SMALL)
-    section.rows.append(_collectives("2 ranks, wide", wide, 2))
+    section.rows.append(_collectives("2 ranks, by tree", tree, 1))
     return [
         _section(large(datasets, window), worlds, few, _LARGE),
         _section(large(datasets, window, signed=True), worlds[-1:], least, _SIGNED),

@@ -157,7 +157,7 @@ def magnitude(metrics: Sequence[Metric]) -> float:
     story=st.lists(intervals, min_size=1, max_size=4),
     world_size=st.integers(1, 4),
     on_nan=st.sampled_from(["propagate", "skip"]),
-    route=st.sampled_from(["narrow", "wide"]),
+    route=st.sampled_from(["gather", "tree"]),
     window=st.sampled_from([1000, None]),
 )
 def test_any_split_over_workers_ranks_intervals_and_restarts_gives_one_answer(
@@ -189,7 +189,7 @@ def test_any_split_over_workers_ranks_intervals_and_restarts_gives_one_answer(
 @given(
     story=st.lists(intervals, min_size=2, max_size=3),
     world_size=st.integers(2, 3),
-    route=st.sampled_from(["narrow", "wide"]),
+    route=st.sampled_from(["gather", "tree"]),
     window=st.sampled_from([1, 1000, None]),
 )
 def test_each_interval_speaks_about_what_came_in_since_the_one_before(

@@ -55,7 +55,7 @@ def test_a_quick_run_prints_a_table_of_finite_ratios() -> None:
     assert collectives == {
         "1 rank: collectives per log": "1",
         "2 ranks: collectives per log": "1",
-        "2 ranks, wide: collectives per log": "2",
+        "2 ranks, by tree: collectives per log": "1",
     }
     assert "bare all_reduce" in {row[2].split(":")[0] for row in figures}
 

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from ranks import run_threads
 
 from metricfold import AggregationType, Metric, MetricsAggregator
-from metricfold._core.exchange import Narrow, Outgoing, Wide
+from metricfold._core.exchange import Gather, Tree
 from metricfold._core.fold.sample import Window, new_histogram
 from metricfold._core.fold.state import Sample, State
 from metricfold._core.reduce.announced import entries_from
-from metricfold._core.reduce.header import HEADER_SIZE, Kind
+from metricfold._core.reduce.header import AGREED, HEADER_SIZE
 from metricfold._core.reduce.schema import Entry, Schema, digest
+from metricfold._core.reduce.wire import Outgoing
 from metricfold.communicator import Communicator, LocalCommunicator
 
 torch: Any = importlib.import_module("torch") if find_spec("torch") else None
@@ -122,7 +123,7 @@ def live(
 @given(
     world_size=st.integers(2, 4),
     story=st.lists(st.lists(events, min_size=4, max_size=4), max_size=6),
-    route=st.sampled_from(["narrow", "wide"]),
+    route=st.sampled_from(["gather", "tree"]),
     window=st.sampled_from([8, None]),
 )
 def test_whatever_fails_all_ranks_raise_alike_and_go_on(
@@ -148,23 +149,24 @@ custom = Entry(("d", "custom"), "mine", 0, 0)
 
 
 def outgoing(states: dict[Any, Any], windows: dict[Any, Window]) -> Outgoing:
-    return Outgoing(Kind.REDUCE, states, windows, set())
+    return Outgoing(states, windows)
 
 
 def exchanged(schema: Schema, states: dict[Any, Any], windows: dict[Any, Window]) -> Any:
     """Return what comes out of a world of one rank."""
-    narrow = Narrow(schema)
-    vector, lacking = narrow.pack(outgoing(states, windows))
+    gather = Gather(schema, 1)
+    vector, lacking = gather.wire.pack(outgoing(states, windows), 0)
     assert not lacking
-    assert vector.size == narrow.size
-    merged = narrow.exchange(LocalCommunicator(), np.zeros(HEADER_SIZE), vector).merged
+    assert vector.size == gather.wire.size
+    merged = gather.exchange(LocalCommunicator(), np.zeros(HEADER_SIZE), vector).merged
     assert merged is not None
     return merged
 
 
 def test_a_vector_holds_identities_where_a_rank_has_nothing() -> None:
     schema = Schema([kinds, window, lanes, custom])
-    assert Narrow(schema).size == HEADER_SIZE + 1 + (3 + 5 + 4) + (2 + 8)
+    size = HEADER_SIZE + AGREED + 3 * 1 + (3 + 5 + 4) + (2 + 8)
+    assert Gather(schema, 1).wire.size == size
     merged = exchanged(schema, {}, {})
     assert not merged.delta.sums.any()
     assert (merged.delta.maxs == -np.inf).all()
@@ -201,10 +203,10 @@ def test_what_is_packed_comes_out_again() -> None:
 
 def test_what_has_no_place_in_the_vector_is_named() -> None:
     def lacking(schema: Schema, states: dict[Any, Any], windows: dict[Any, Window]) -> set[Any]:
-        narrow = Narrow(schema).pack(outgoing(states, windows))[1]
-        wide = Wide(schema, 2).pack(outgoing(states, windows))[1]
-        assert narrow == wide
-        return narrow
+        gathered = Gather(schema, 2).wire.pack(outgoing(states, windows), 1)[1]
+        merged = Tree(schema, 2).wire.pack(outgoing(states, windows), 1)[1]
+        assert gathered == merged
+        return gathered
 
     schema = Schema([lanes, window, kinds])
     new = ("not", "agreed")

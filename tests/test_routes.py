@@ -1,4 +1,4 @@
-"""Two routes to one result: an all-gather, and two all-reduces where that would be large."""
+"""Two routes to one result: a gather of all vectors, and a tree where that would be large."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ranks import run_ranks, run_threads
 from metricfold import AggregationType, Metric, MetricsAggregator
 from metricfold.communicator import Communicator
 
-BOTH = pytest.mark.parametrize("route", ["narrow", "wide"])
+BOTH = pytest.mark.parametrize("route", ["gather", "tree"])
 
 # -- Both give the same --------------------------------------------------------------------------
 
@@ -77,7 +77,7 @@ def live(
         ]
         said.append(
             {
-                key: (snapshot.lacking_count(*key), snapshot.lacking_count(*key) == 4)
+                key: (snapshot.lacking_count(*key), snapshot.lacking(*key))
                 for ranks in story[: number + 1]
                 for metrics in ranks
                 for metric in metrics
@@ -100,12 +100,12 @@ def test_both_routes_give_the_same(
 ) -> None:
     story = [ranks[:world_size] for ranks in story]
     options = {"dist_window_size": window}
-    narrow, *others = run_threads(live, world_size, story, {**options, "route": "narrow"})
+    gathered, *others = run_threads(live, world_size, story, {**options, "route": "gather"})
     for other in others:
-        assert repr(other) == repr(narrow)
-    wide, *others = run_threads(live, world_size, story, {**options, "route": "wide"})
+        assert repr(other) == repr(gathered)
+    merged, *others = run_threads(live, world_size, story, {**options, "route": "tree"})
     for other in others:
-        assert repr(other) == repr(wide)
+        assert repr(other) == repr(merged)
     magnitude = 1.0 + sum(
         abs(metric.value) * max(metric.weight, 1)
         for ranks in story
@@ -113,17 +113,19 @@ def test_both_routes_give_the_same(
         for metric in metrics
         if isinstance(metric.value, int | float) and math.isfinite(metric.value)
     )
-    for ours, theirs in zip(wide, narrow, strict=True):
+    for ours, theirs in zip(merged, gathered, strict=True):
         if not isinstance(ours, dict):
             assert ours == theirs
             continue
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
-            if isinstance(value, tuple) or "count" in key:
-                assert ours[key] == value, key
-            else:
+            if "_stat_" in key and "count" not in key:
+                # Of more points than one rank has room for a tree knows a sketch.
                 near = pytest.approx(value, rel=1e-9, abs=1e-12 * magnitude, nan_ok=True)
                 assert ours[key] == near, key
+            else:
+                # Lanes are merged in one order on both, and so come to the same bits.
+                assert repr(ours[key]) == repr(value), key
 
 
 # -- What each costs -----------------------------------------------------------------------------
@@ -166,19 +168,20 @@ def hundred_metrics(communicator: Communicator, samples: int, route: str) -> tup
     return counting.sizes, aggregator.collectives - before
 
 
-def test_the_wide_payload_grows_with_neither_ranks_nor_samples(
+def test_what_a_rank_sends_into_a_tree_grows_with_neither_ranks_nor_samples(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = {
-        (world_size, samples): run_threads(hundred_metrics, world_size, samples, "wide")[0]
-        for world_size, samples in [(2, 10), (6, 10), (2, 3000)]
+        (world_size, samples): run_threads(hundred_metrics, world_size, samples, "tree")[0]
+        for world_size, samples in [(2, 1500), (4, 3000), (4, 10)]
     }
-    sizes, collectives = found[2, 10]
-    assert collectives == len(sizes) == 2
-    assert all(one == (sizes, 2) for one in found.values())
+    sizes, collectives = found[4, 3000]
+    assert collectives == len(sizes) == 1
+    assert found[2, 1500] == (sizes, 1)
+    assert sum(found[4, 10][0]) < sum(sizes) / 5
     with capsys.disabled():
-        print(f"\n100 metrics, 20 of them distributions: {8 * sum(sizes):,} bytes a rank, always")
-    gathered, collectives = run_threads(hundred_metrics, 2, 10, "narrow")[0]
+        print(f"\n100 metrics, 20 of them distributions: {8 * sum(sizes):,} bytes a rank at most")
+    gathered, collectives = run_threads(hundred_metrics, 2, 10, "gather")[0]
     assert collectives == len(gathered) == 1
 
 
@@ -197,12 +200,11 @@ def four_intervals(rank: int, route: str) -> tuple[list[int], list[dict[str, flo
     return counted, logged
 
 
-@pytest.mark.parametrize(("route", "collectives"), [("narrow", 1), ("wide", 2)])
-def test_real_ranks_come_to_the_same_bits_by_one_collective_or_two(
-    route: str, collectives: int
-) -> None:
+@BOTH
+def test_real_ranks_come_to_the_same_bits_by_one_exchange(route: str) -> None:
+    """Where the vectors of all were large, a log took two collectives."""
     results = run_ranks(four_intervals, 4, route)
-    assert results[0][0][1:] == [collectives] * 3
+    assert results[0][0][1:] == [1] * 3
     assert all(repr(result) == repr(results[0]) for result in results)
     last = results[0][1][-1]
     losses = [np.random.default_rng(rank).lognormal(0, 9, 300)[0] for rank in range(4)]
@@ -210,26 +212,34 @@ def test_real_ranks_come_to_the_same_bits_by_one_collective_or_two(
     assert last["t_d/len_stat_count"] == 4 * 4 * 2100
 
 
-def big(communicator: Communicator, metrics: int) -> tuple[int, float]:
-    """Return the collectives of a log of distributions whose windows are full."""
+def big(communicator: Communicator, metrics: int) -> tuple[bool, float]:
+    """Log distributions whose windows are full; returns whether they were merged on the way."""
+    trees: list[Any] = []
+    tree = communicator.tree
+
+    def watched(vector: Any, merge: Any) -> Any:
+        trees.append(vector.size)
+        return tree(vector, merge)
+
+    communicator.tree = watched  # type: ignore[method-assign]
     aggregator = MetricsAggregator(communicator=communicator)
     for _ in range(2):
         for number in range(metrics):
             full = np.arange(1000.0)
             aggregator.record(f"{number}", full, "distribution", dataset="d", each=True)
-        before = aggregator.collectives
+        trees.clear()
         logged = aggregator.get_metrics_for_logging("t")
-    return aggregator.collectives - before, logged["t_d/0_stat_p50"]
+    return bool(trees), logged["t_d/0_stat_p50"]
 
 
 def test_the_route_follows_from_how_much_there_is_to_say() -> None:
-    assert run_threads(big, 2, 100)[0] == (1, 499.5)
+    assert run_threads(big, 2, 100)[0] == (False, 499.5)
     # 2 ranks x 300 windows of 1000 float64 are more than 4 MiB.
-    collectives, median = run_threads(big, 2, 300)[0]
-    assert collectives == 2
+    merged, median = run_threads(big, 2, 300)[0]
+    assert merged
     assert median == pytest.approx(499.5, rel=2e-3)
     # One rank has nobody to send anything to.
-    assert run_threads(big, 1, 600)[0][1] == 499.5
+    assert run_threads(big, 1, 600)[0] == (False, 499.5)
 
 
 # -- Who had what --------------------------------------------------------------------------------
@@ -246,9 +256,7 @@ def extremes(communicator: Communicator, route: str) -> tuple[Any, ...]:
     if rank % 2:
         aggregator.record("odd", 1.0, "sum")
     snapshot = aggregator.reduce()
-    wide = route == "wide"
-    assert snapshot.owner(None, "grad") == (None if wide else 1)
-    assert snapshot.tied(None, "grad") == 2
+    assert (snapshot.owner(None, "grad"), snapshot.tied(None, "grad")) == (1, 2)
     assert (snapshot.owner(None, "low"), snapshot.tied(None, "low")) == (1, 1)
     assert snapshot.owner(None, "step") == 3
     assert snapshot.owner(None, "bad") == 2
@@ -256,19 +264,18 @@ def extremes(communicator: Communicator, route: str) -> tuple[Any, ...]:
     assert snapshot.lacking_count(None, "grad") == 0
     assert snapshot.lacking(None, "grad") == []
     assert snapshot.lacking(None, "wait") == []
-    if wide:
-        with pytest.raises(ValueError, match="2 of 4 ranks lack metric 'odd'"):
-            snapshot.lacking(None, "odd")
+    assert snapshot.lacking(None, "odd") == [0, 2]
+    if route == "tree":
         with pytest.raises(ValueError, match="Record it with per_rank=True"):
             snapshot.per_rank(None, "grad")
     else:
-        assert snapshot.lacking(None, "odd") == [0, 2]
         assert snapshot.per_rank(None, "grad") == [1.0, 7.0, 3.0, 7.0]
     return snapshot.per_rank(None, "wait"), snapshot.per_rank(None, "step")
 
 
 @BOTH
 def test_owners_ties_and_absentees_are_known(route: str) -> None:
+    """By two all-reduces a rank was known only where it was the only one, and absentees were counted."""
     expected = ([0.5, 1.5, 2.5, 3.5], [1.0, 11.0, 21.0, 31.0])
     assert run_threads(extremes, 4, route) == [expected] * 4
 
@@ -291,8 +298,7 @@ def infinite(communicator: Communicator, route: str) -> list[Any]:
 @BOTH
 def test_an_extremum_that_no_number_lies_beyond_has_an_owner(route: str) -> None:
     """It had none: the lane of a rank without a value holds the same infinity."""
-    both = [(1 if route == "narrow" else None, 2)] * 2
-    expected = [*[(2, 1)] * 2, *both, *[(None, 0)] * 2, *[(3, 1)] * 2, 2, 1]
+    expected = [*[(2, 1)] * 2, *[(1, 2)] * 2, *[(None, 0)] * 2, *[(3, 1)] * 2, 2, 1]
     assert run_threads(infinite, 4, route) == [expected] * 4
 
 
@@ -316,7 +322,7 @@ def test_one_rank_may_ask_for_values_per_rank_later(route: str) -> None:
 
 
 def told_different_routes(communicator: Communicator) -> str:
-    route = "wide" if communicator.rank else "auto"
+    route = "tree" if communicator.rank else "auto"
     aggregator = MetricsAggregator(communicator=communicator, route=route)
     aggregator.record("loss", 1.0)
     with pytest.raises(RuntimeError) as raised:
@@ -326,47 +332,26 @@ def told_different_routes(communicator: Communicator) -> str:
 
 def test_ranks_that_were_told_different_routes_are_told_so() -> None:
     first, *others = run_threads(told_different_routes, 3)
-    assert "rank 0 with route='auto', ranks 1-2 with route='wide'" in first
+    assert "rank 0 with route='auto', ranks 1-2 with route='tree'" in first
     assert set(others) == {first}
 
 
 def test_an_unknown_route_is_refused() -> None:
-    with pytest.raises(ValueError, match="route='broad': use 'auto', 'narrow' or 'wide'"):
+    with pytest.raises(ValueError, match="route='broad': use 'auto', 'gather' or 'tree'"):
         MetricsAggregator(route="broad")
 
 
-def fails_between(communicator: Communicator) -> tuple[str, dict[str, float]]:
-    """Fail on one rank after the first of the two collectives; then go on."""
-    aggregator = MetricsAggregator(communicator=communicator, route="wide")
-    aggregator.record("length", communicator.rank, "distribution")
-    aggregator.record("total", 1, "sum")
-    aggregator.reduce()
-    aggregator.record("length", 5.0 + communicator.rank, "distribution")
-    aggregator.record("total", 1, "sum")
-    original = communicator.all_reduce
-    if communicator.rank == 1:
-
-        def broken(vector: Any, op: Any) -> Any:
-            merged = original(vector, op)
-            if op == "max":
-                # As if what the others have were laid out so that ours has no place in it.
-                merged[-400:] = -np.inf
-            return merged
-
-        communicator.all_reduce = broken  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError) as raised:
-        aggregator.reduce()
-    communicator.all_reduce = original  # type: ignore[method-assign]
-    return str(raised.value), aggregator.get_metrics_for_logging("t")
+def older_name(communicator: Communicator) -> Any:
+    route = ("narrow", "gather")[communicator.rank]
+    aggregator = MetricsAggregator(communicator=communicator, route=route)
+    aggregator.record("loss", 1.0 + communicator.rank)
+    return aggregator.reduce().per_rank(None, "loss")
 
 
-def test_a_rank_that_fails_between_the_two_collectives_joins_the_second() -> None:
-    results = run_threads(fails_between, 3)
-    message, logged = results[0]
-    assert "rank 1 could not take part: it could not pack what it holds" in message
-    assert all(result == (message, logged) for result in results)
-    assert logged["t/total"] == 6
-    assert logged["t/length_stat_count"] == 6
+def test_routes_go_by_their_older_names_too() -> None:
+    """`narrow` was what is `gather` now, and `wide` were two all-reduces in the place of `tree`."""
+    assert run_threads(older_name, 2) == [[1.0, 2.0]] * 2
+    assert MetricsAggregator(route="wide").reduce().as_dict("t") == {}
 
 
 # -- Checkpoints ---------------------------------------------------------------------------------
@@ -417,7 +402,7 @@ def test_a_checkpoint_holds_every_value_of_the_open_interval(
 
 
 def saves_alone(communicator: Communicator) -> tuple[Any, ...]:
-    aggregator = MetricsAggregator(1000, communicator=communicator, route="wide")
+    aggregator = MetricsAggregator(1000, communicator=communicator, route="tree")
     values = np.random.default_rng(communicator.rank).normal(300, 5, 900).tolist()
     aggregator.update([Metric("d", "t", v, AggregationType.DISTRIBUTION) for v in values])
     snapshot = aggregator.reduce()
@@ -427,7 +412,7 @@ def saves_alone(communicator: Communicator) -> tuple[Any, ...]:
     return snapshot.as_dict("t"), again.get_metrics_for_logging("t")
 
 
-def test_a_state_saved_by_one_rank_of_the_wide_route_stands_for_all() -> None:
+def test_a_state_saved_by_one_rank_stands_for_all_that_were_merged_on_the_way() -> None:
     logged, resumed = run_threads(saves_alone, 4)[0]
     assert resumed["t_d/t_stat_count"] == logged["t_d/t_stat_count"] == 3600
     for percentile in ("p05", "p50", "p95", "mean", "std"):
@@ -456,9 +441,9 @@ def wish_in_an_open_interval(communicator: Communicator, route: str) -> Any:
     if communicator.rank == 1:
         aggregator.record("x", 5.0, per_rank=True)
     snapshot = aggregator.reduce()
-    if route == "narrow":
+    if route == "gather":
         return snapshot.per_rank(None, "x"), snapshot.lacking(None, "x")
-    # What came in before the wish was added up on the way.
+    # What came in before the wish was merged on the way.
     with pytest.raises(ValueError, match="per_rank=True"):
         snapshot.per_rank(None, "x")
     assert snapshot.lacking(None, "x") == []
@@ -467,12 +452,12 @@ def wish_in_an_open_interval(communicator: Communicator, route: str) -> Any:
 
 
 def test_values_per_rank_are_whole_or_refused() -> None:
-    assert run_threads(wish_in_an_open_interval, 2, "narrow")[0] == ([0.0, 3.0], [])
-    assert run_threads(wish_in_an_open_interval, 2, "wide")[0] == [0.0, 1.0]
+    assert run_threads(wish_in_an_open_interval, 2, "gather")[0] == ([0.0, 3.0], [])
+    assert run_threads(wish_in_an_open_interval, 2, "tree")[0] == [0.0, 1.0]
 
 
 def counts_per_rank(communicator: Communicator) -> list[Any]:
-    aggregator = MetricsAggregator(communicator=communicator, route="wide")
+    aggregator = MetricsAggregator(communicator=communicator, route="tree")
     for number in range(50):
         kind = f"{communicator.rank}-{number}"
         aggregator.record("kind", kind, "categorical_count", per_rank=True)

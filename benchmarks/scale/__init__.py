@@ -40,7 +40,7 @@ def measure(*, quick: bool) -> list[Section]:
         for section in (later, first):
             section.lines.append([f"**{workload.title}**"])
         for ranks in worlds:
-            for route in ("narrow", "wide"):
+            for route in ("gather", "tree"):
                 logs = simulated(workload, route, ranks, 1 if quick else 5)
                 if isinstance(logs, int):
                     later.lines.append([f"{ranks:,}", route, "", f"({bytes_text(logs)})"])
@@ -61,7 +61,7 @@ def simulated(workload: Workload, route: str, ranks: int, logs: int) -> list[Log
 
     Where they would gather too much it is the bytes that each would bring.
     """
-    if route == "narrow" and ranks > 16:
+    if route == "gather" and ranks > 16:
         few = simulated(workload, route, 16, 0)
         assert isinstance(few, list)
         received = few[-1].received * ranks // 16

@@ -59,6 +59,9 @@ class Tampering(Communicator):
     def _tree(self, vector: Any, merge: Any) -> Any:
         return self._inner._tree(self._changed("tree", vector), merge)
 
+    def _tree(self, vector: Any, merge: Any) -> Any:
+        return self._inner._tree(self._changed("tree", vector), merge)
+
     def all_gather_bytes(self, data: bytes, sizes: Any) -> list[bytes]:
         sent = self._change(self._number, "bytes", data)
         return super().all_gather_bytes(data if isinstance(sent, np.ndarray) else sent, sizes)
@@ -74,7 +77,7 @@ def world(size: int, change: Change, body: Callable[[Communicator], Any]) -> lis
 
 
 def aggregator_of(communicator: Communicator, chance: random.Random | None = None) -> Any:
-    route = chance.choice(["narrow", "wide"]) if chance else "narrow"
+    route = chance.choice(["gather", "tree"]) if chance else "gather"
     window = chance.choice([5, 5, None]) if chance else 5
     aggregator = MetricsAggregator(window, communicator=communicator, route=route)
     aggregator.register_handler(MyTypes.PRODUCT, ProductHandler())
@@ -216,9 +219,9 @@ _thread = threading.local()
 
 def attack_by_news(row: Row, trial: Trial, blob: bytes) -> None:
     """Send `blob` in the place of a rank's own news."""
-    from metricfold._core.exchange import reduction
+    from metricfold._core.reduce import reducer
 
-    real = reduction.encoded
+    real = reducer.encoded
 
     def encoded(entries: Any) -> bytes:
         return blob if entries and getattr(_thread, "evil", False) else real(entries)
@@ -237,11 +240,11 @@ def attack_by_news(row: Row, trial: Trial, blob: bytes) -> None:
             raise
         return [first, None]
 
-    reduction.encoded = encoded
+    reducer.encoded = encoded
     try:
         outcomes = world(2, lambda number, op, vector: vector, body)
     finally:
-        reduction.encoded = real
+        reducer.encoded = real
     harmless = len(blob) > 2 and _is_good(blob)
     judge(row, trial, outcomes, refused=not harmless)
 

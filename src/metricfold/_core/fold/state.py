@@ -187,7 +187,9 @@ def _added(one: Lanes, other: Lanes) -> Lanes:
 
 
 def _larger(one: float, other: float) -> float:
-    return one if one >= other or math.isnan(one) else other
+    if one == other:
+        return one or one + other  # 0 is beyond -0, whichever comes first
+    return one if one > other or math.isnan(one) else other
 
 
 class Sample:

@@ -75,9 +75,9 @@ class MetricsAggregator:
         on_bad_name: what becomes of a category that is empty or cannot be printed: ``"replace"``
             counts it as ``__empty__``, or with what cannot be printed spelled out, and warns of a
             metric's first; ``"refuse"`` raises. Batches bring what their `MetricsCollator` chose.
-        route: ``"narrow"``: one all-gather per reduction. ``"wide"``: two all-reduces, whose cost
-            for a rank does not grow with their number. ``"auto"``: the wide one where an
-            all-gather would move more than 4 MiB in all.
+        route: ``"gather"``: everyone's vectors are gathered. ``"tree"``: they are merged pairwise on
+            the way, so that what a rank sends and receives hardly grows with their number.
+            ``"auto"``: the tree where a gather would move more than 4 MiB in all.
         communicator: moves vectors between ranks; default: found by what is initialised.
 
     `update` and `record` never wait for a device. The calls that talk to other ranks (`reduce`,
@@ -198,7 +198,7 @@ class MetricsAggregator:
                 of its elements; what is masked has weight 0.
             each: count each element of an array; `weight` may then be one for all.
             per_rank: let `Snapshot.per_rank` know each rank's value however many ranks there are,
-                such as of a step's time; otherwise it does on the narrow route alone.
+                such as of a step's time; otherwise it does where vectors are gathered (`route`).
 
         Raises:
             ValueError, TypeError: as `update`; then nothing has changed.

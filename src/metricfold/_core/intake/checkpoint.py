@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from metricfold._core.exchange.reduction import Reduced
 from metricfold._core.fold.custom import (
     CustomResults,
     CustomStates,
@@ -40,6 +39,7 @@ from metricfold._core.fold.sample import (
 )
 from metricfold._core.intake.keys import Admission, KeyTable
 from metricfold._core.reduce.announced import entries_from
+from metricfold._core.reduce.reducer import Reduced
 from metricfold._core.reduce.schema import Key, Schema
 from metricfold._core.reduce.totals import NOBODY, Totals
 from metricfold._core.sketch.weights import weighable

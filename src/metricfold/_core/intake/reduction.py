@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import SupportsIndex
 
-from metricfold._core.exchange.reduction import Contribution, Outcome
 from metricfold._core.fold.state import quiet
 from metricfold._core.intake.held import Held
 from metricfold._core.intake.keys import KeyRegistry
 from metricfold._core.intake.layers import Arriving, Layer, arriving
 from metricfold._core.reduce.header import Kind
+from metricfold._core.reduce.reducer import Contribution, Outcome
 from metricfold._core.reduce.schema import Key
 from metricfold._core.view.report import Handlers
 from metricfold._core.view.snapshot import Snapshot
@@ -102,7 +102,8 @@ class Reduction:
             mine.states = dict(self.layer.states) if self.layer is not None else {}
             registry = KeyRegistry(held.keys, held.lock, self._forget)
             with communicator.interrupts_deferred():
-                reduced = held.run.reducer.reduce(communicator, mine, registry)
+                assert held.run.exchange is not None
+                reduced = held.run.reducer.reduce(held.run.exchange, mine, registry)
                 held.run.go_on(reduced, interval_open=self._kind is Kind.STATE_DICT)
         with held.lock:
             handlers = Handlers(

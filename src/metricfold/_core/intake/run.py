@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from metricfold._core.exchange.reduction import Reduced, Reducer
+from metricfold._core.exchange import Exchange
 from metricfold._core.fold.custom import CustomStates
 from metricfold._core.intake.checkpoint import Restored, Saved, share
 from metricfold._core.intake.keys import KeyTable
 from metricfold._core.reduce.header import RouteChoice
+from metricfold._core.reduce.reducer import Reduced, Reducer
 from metricfold._core.reduce.schema import Key, Schema
 from metricfold._core.reduce.totals import Totals
 from metricfold.communicator import Communicator
@@ -26,11 +27,14 @@ class Run:
     Attributes:
         reducer: holds the totals.
         saved: returns what a checkpoint holds as of the last reduction.
+        exchange: carries what reductions send, once it is known who the ranks are.
     """
 
     def __init__(self, route: RouteChoice) -> None:
-        self.reducer = Reducer(route)
+        self.reducer = Reducer()
         self.saved: Callable[[], Saved] = _nothing
+        self.exchange: Exchange | None = None
+        self._route = route
         self._bound: Communicator | None = None
         self._unclaimed: Restored | None = None
 
@@ -39,7 +43,7 @@ class Run:
         if communicator is not self._bound:
             if self._bound is not None:
                 self.reducer.rebind()
-            self._bound = communicator
+            self.exchange, self._bound = Exchange(communicator, self._route), communicator
         restored, self._unclaimed = self._unclaimed, None
         if restored is None:
             return

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-__all__ = ["AGREED", "HEADER_SIZE", "PROTOCOL", "Field", "Kind", "RouteChoice", "check_route"]
+import numpy as np
+import numpy.typing as npt
 
-PROTOCOL = 2
+from metricfold._core.fold.sample import FloatArray
+
+__all__ = [
+    "AGREED",
+    "HEADER_SIZE",
+    "PROTOCOL",
+    "Field",
+    "Kind",
+    "RouteChoice",
+    "check_route",
+    "uncounted",
+]
+
+PROTOCOL = 3
 
 
 class Kind(IntEnum):
@@ -21,11 +35,12 @@ class Kind(IntEnum):
 
 
 class Field(IntEnum):
-    """Where each number of a rank's header stands; up to ROUTE, all ranks must send the same."""
+    """Where each number of a rank's header stands; up to RULES, all ranks must send the same."""
 
     PROTOCOL = 0
     KIND = 1
     SEQUENCE = 2
+    """How many exchanges the rank has completed."""
     STEP = 3
     """The caller's step, or -1."""
     SCHEMA = 4
@@ -36,24 +51,28 @@ class Field(IntEnum):
     """Hash of the run total, and of which reduction's state the rank has loaded."""
     ROUTE = 7
     """Which route the caller wants."""
-    PENDING = 8
+    RULES = 8
+    """Hash of the rules that look for alerts; 0 for none. Reserved: 0 in this version."""
+    PENDING = 9
     """1 if the rank holds something that the schema has no place for."""
-    BLOB_HASH = 9
-    BLOB_SIZE = 10
+    BLOB_HASH = 10
+    BLOB_SIZE = 11
     """Hash and size of what is pending, or of the error."""
-    ERROR = 11
+    ERROR = 12
     """1 if the rank has failed and takes part with identities."""
-    SECONDS = 12
+    SECONDS = 13
     """Wall time since the rank's last reduction."""
-    CUSTOM_SIZE = 13
+    CUSTOM_SIZE = 14
     """Size of the results of handlers without lanes."""
-    SINK_FAILED = 14
+    SINK_FAILED = 15
     """1 if a logger's sink has failed there, and all ranks are to hear of it."""
+    ALERTS = 16
+    """1 if the rank has found what the others cannot see. Reserved: 0 in this version."""
 
 
-AGREED = Field.ROUTE + 1
+AGREED = Field.RULES + 1
 """So many fields, from the first, must be the same on all ranks."""
-HEADER_SIZE = 16
+HEADER_SIZE = 20
 """A few more than there are fields, for later versions."""
 
 
@@ -61,13 +80,25 @@ class RouteChoice(IntEnum):
     """What the caller wants."""
 
     AUTO = 0
-    NARROW = 1
-    WIDE = 2
+    GATHER = 1
+    TREE = 2
+
+
+_ALIASES = {"narrow": RouteChoice.GATHER, "wide": RouteChoice.TREE}
 
 
 def check_route(route: object) -> RouteChoice:
     """Return what `route` stands for; raises ValueError if it is none."""
-    for choice in RouteChoice:
-        if route == choice.name.lower():
+    for name, choice in [*((one.name.lower(), one) for one in RouteChoice), *_ALIASES.items()]:
+        if route == name:
             return choice
-    raise ValueError(f"route={route!r}: use 'auto', 'narrow' or 'wide'")
+    raise ValueError(f"route={route!r}: use 'auto', 'gather' or 'tree'")
+
+
+_LARGEST = 2.0**53
+
+
+def uncounted(numbers: FloatArray) -> npt.NDArray[np.bool_]:
+    """Return where numbers are no counts."""
+    counts = (numbers >= 0.0) & (numbers <= _LARGEST) & (numbers == np.floor(numbers))
+    return ~counts  # type: ignore[no-any-return]

@@ -15,11 +15,11 @@ from metricfold._core.fold.names import Key
 from metricfold._core.fold.sample import EXACT_VALUES, FloatArray, Pool
 from metricfold._core.fold.state import COUNT, NANS, ReducedState
 from metricfold._core.reduce.schema import Schema, digest
+from metricfold._core.reduce.sections import NOBODY, added_later, larger, owned_later
 
 __all__ = ["NOBODY", "IntArray", "Rows", "Totals"]
 
 IntArray = npt.NDArray[np.int64]
-NOBODY = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +46,7 @@ class Rows:
         return Rows(schema, sums, maxs)
 
     def plus(self, other: Rows) -> Rows:
-        return Rows(self.schema, self.sums + other.sums, np.maximum(self.maxs, other.maxs))
-
-    def merged(self, seconds: float) -> Totals:
-        """Merge the rows, in rank order, so that every rank comes to the same bits."""
-        sums: FloatArray = np.add.reduce(self.sums, axis=0)
-        maxs: FloatArray = np.maximum.reduce(self.maxs, axis=0)
-        # -inf may be a value, and stands for none.
-        having = _having(self.schema, self.sums)
-        owned = having & ((self.maxs == maxs) | np.isnan(self.maxs))
-        owners = np.where(owned.any(axis=0), np.argmax(owned, axis=0), NOBODY)
-        tied = (having & (self.maxs == maxs)).sum(axis=0)
-        return Totals(self.schema, sums, np.zeros(sums.size), maxs, owners, tied, seconds)
+        return Rows(self.schema, self.sums + other.sums, larger(self.maxs, other.maxs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,24 +99,21 @@ class Totals:
 
     def plus(self, newer: Totals) -> Totals:
         """Add what came after: what one reduction has merged, or another job."""
-        added = newer.sums
-        with np.errstate(invalid="ignore"):
-            sums = self.sums + added
-            small = np.where(
-                np.abs(self.sums) >= np.abs(added),
-                (self.sums - sums) + added,
-                (added - sums) + self.sums,
-            )
-        first = _having(self.schema, newer.sums) & ~_having(self.schema, self.sums)
-        larger = first | (newer.maxs > self.maxs)
+        sums, lost = added_later(self.sums, self.lost + newer.lost, newer.sums)
+        # -inf may be a value, and stands for none.
+        begins = _having(self.schema, newer.sums) & ~_having(self.schema, self.sums)
+        maxs, owners, tied = owned_later(
+            np.stack((self.maxs, self.owners, self.tied)),
+            np.stack((newer.maxs, newer.owners, newer.tied)),
+            begins,
+        )
         return Totals(
             self.schema,
             sums,
-            # Once a sum is infinite its rounding has no meaning.
-            self.lost + newer.lost + np.where(np.isfinite(sums), small, 0.0),
-            np.maximum(self.maxs, newer.maxs),
-            np.where(larger, newer.owners, self.owners),
-            np.where(larger, newer.tied, self.tied),
+            lost,
+            maxs,
+            owners.astype(np.int64),
+            tied.astype(np.int64),
             self.seconds + newer.seconds,
             _joined(self.pools, newer.pools),
         )

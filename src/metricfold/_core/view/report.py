@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
-from metricfold._core.exchange.reduction import Reduced
 from metricfold._core.fold.custom import Result
 from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import ANYTHING, Claims, printed, show
 from metricfold._core.fold.state import COUNT, ReducedState, quiet
+from metricfold._core.reduce.reducer import Reduced
 from metricfold._core.reduce.schema import Key
 from metricfold._core.reduce.totals import Totals
 from metricfold._core.view.derived import DerivedMetric, add_derived

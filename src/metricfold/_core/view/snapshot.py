@@ -16,11 +16,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from metricfold._core.exchange.reduction import Reduced
 from metricfold._core.fold.names import ANYTHING, check_prefix, printed, repeated, show
 from metricfold._core.fold.state import COUNT, NANS, ReducedState
+from metricfold._core.reduce.reducer import Reduced
 from metricfold._core.reduce.schema import Key
-from metricfold._core.reduce.totals import NOBODY
+from metricfold._core.reduce.sections import NOBODY
 from metricfold._core.runtime.uncompiled import uncompiled
 from metricfold._core.sketch import Histogram
 from metricfold._core.view.report import Handlers, Report, matches
@@ -208,14 +208,14 @@ class Snapshot:
 
         Raises:
             KeyError: there is no such metric.
-            ValueError: its handler has no lanes; or the reduction took the wide route, and the
-                metric was not recorded with ``per_rank=True``.
+            ValueError: its handler has no lanes; or the ranks' values were merged on the way
+                (``route="tree"``), and the metric was not recorded with ``per_rank=True``.
         """
         key = self._key_with_lanes(dataset, name)
         rows = self._reduced.rows
         if key not in rows.schema:
             raise ValueError(
-                f"{show(key)} is not known per rank: so many ranks add their values up on the way. "
+                f"{show(key)} is not known per rank: so many ranks merge their values on the way. "
                 "Record it with per_rank=True"
             )
         handler = self._handlers.of_key[key].laned()
@@ -230,9 +230,8 @@ class Snapshot:
         """Return the rank that the MAX or MIN came from.
 
         Of several that had it in one reduction the lowest, over several reductions the first. If
-        a NaN came in, the rank that it came from. None if the view has no value, or if its owner
-        is not known: it came out of a checkpoint, is a NaN of an earlier interval, or, on the wide
-        route, several ranks had it (`tied` says how many).
+        a NaN came in, the lowest rank that it came from. None if the view has no value, or if its
+        owner is not known: it came out of a checkpoint, or is a NaN of an earlier interval.
 
         Raises:
             KeyError: there is no such metric.
@@ -265,21 +264,24 @@ class Snapshot:
 
         Raises:
             KeyError: there is no such metric.
-            ValueError: its handler has no lanes; or the reduction took the wide route, where it is
-                known how many those are (`lacking_count`), but not which, unless all or none.
+            ValueError: its handler has no lanes; or so many ranks merge their values on the way
+                that it is known how many those are (`lacking_count`), but not which.
         """
         key = self._key_with_lanes(dataset, name)
         rows = self._reduced.rows
         if key in rows.schema:
             counts = rows.sums[:, rows.schema.sums[key].start + COUNT]
             return [int(rank) for rank in np.flatnonzero(counts == 0)]
-        missing = self.lacking_count(dataset, name)
-        if missing not in (0, self.world_size):
+        attendance = self._reduced.attendance
+        assert attendance is not None
+        lacking = attendance.lacking(key)
+        if lacking is None:
             raise ValueError(
-                f"{missing} of {self.world_size} ranks lack {show(key)}, but not which: so many "
-                "ranks add their values up on the way. Record it with per_rank=True"
+                f"{self.world_size - attendance.present(key)} of {self.world_size} ranks lack "
+                f"{show(key)}, but not which: so many ranks count themselves on the way. Record it "
+                "with per_rank=True"
             )
-        return list(range(missing))
+        return lacking
 
     def lacking_count(self, dataset: str | None, name: str) -> int:
         """Return how many ranks had no value of this metric in the interval.

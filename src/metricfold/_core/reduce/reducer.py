@@ -1,0 +1,554 @@
+"""The reduction: what every rank has accumulated becomes one result, the same on all.
+
+An exchange carries everyone's vectors. The header at the front of each lets all ranks see, in that same
+exchange, whether anybody disagrees, has failed, or holds something that the agreed schema has no
+place for; then all take the same further steps. `README.md` beside this file tells the protocol in
+full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from metricfold._core.fold.custom import CustomResults
+from metricfold._core.fold.names import Claims, show
+from metricfold._core.fold.sample import FloatArray, Pool, Window
+from metricfold._core.fold.state import COUNT, NANS, OTHER, State
+from metricfold._core.reduce.agreement import (
+    Registry,
+    agree,
+    check,
+    check_whole,
+    encoded,
+    name_ranks,
+    news,
+    reason,
+    reasons,
+)
+from metricfold._core.reduce.announced import MOST_CUSTOM
+from metricfold._core.reduce.header import HEADER_SIZE, PROTOCOL, Field, Kind, RouteChoice
+from metricfold._core.reduce.schema import Entry, Key, Schema, digest
+from metricfold._core.reduce.totals import Rows, Totals
+from metricfold._core.reduce.values import Recent
+from metricfold._core.reduce.wire import Attendance, Outgoing, Wire
+
+__all__ = ["Arrived", "Contribution", "Exchange", "Merged", "Outcome", "Reduced", "Reducer"]
+
+_logger = logging.getLogger("metricfold")
+_NO_WINDOW = Window()
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What all ranks sent, merged.
+
+    Args:
+        delta: lanes.
+        rows: each rank's lanes; of the keys in `rows.schema` alone.
+        recent: values of DISTRIBUTIONs.
+        attendance: which ranks had what; None if all keys are known per rank.
+        sink_failed: whether a logger's sink had failed on any rank.
+    """
+
+    delta: Totals
+    rows: Rows
+    recent: Recent
+    attendance: Attendance | None = None
+    sink_failed: bool = False
+
+
+class Arrived(NamedTuple):
+    """What an exchange came to.
+
+    Args:
+        headers: everyone's, shape (world_size, HEADER_SIZE), if they have been gathered.
+        merged: what has been merged; None if some rank objects or has news.
+        wrong: what no rank sends among what has arrived, which all ranks see alike.
+    """
+
+    headers: FloatArray | None
+    merged: Merged | None
+    wrong: str = ""
+
+
+class Exchange(Protocol):
+    """What carries vectors and bytes between ranks, each call in the same order on all of them."""
+
+    rank: int
+    world_size: int
+    wanted: RouteChoice
+
+    def wire(self, schema: Schema) -> Wire:
+        """Return how a rank's vector is laid out, the same on all ranks."""
+        ...
+
+    def vectors(self, schema: Schema, header: FloatArray, vector: FloatArray) -> Arrived:
+        """Send this rank's vector, laid out so, with that header."""
+        ...
+
+    def gathered(self, data: bytes, sizes: Sequence[int]) -> list[bytes]:
+        """Return everyone's bytes, of which all know how many there are."""
+        ...
+
+
+class Outcome(enum.Enum):
+    """What has become of a contribution."""
+
+    PENDING = "no exchange has begun"
+    OPEN = "an exchange has begun; other ranks may merge what this rank does not"
+    REFUSED = "no rank has merged it, and all know that"
+    MERGED = "all ranks have merged it, or will raise at their next call"
+
+
+@dataclass(slots=True)
+class Contribution:
+    """What one rank brings to one reduction.
+
+    Args:
+        kind: which call this is.
+        states: what each key has accumulated.
+        seconds: wall time since the last reduction.
+        custom: results of handlers without lanes, as bytes.
+        custom_keys: the keys that those belong to.
+        step: the caller's step, or None.
+        error: why this rank fails; it takes part all the same.
+        sink_failed: whether a logger's sink has failed here, for all ranks to hear.
+        outcome: what has become of it.
+        news: what it holds beyond the agreed keys.
+        windows: what it holds of each DISTRIBUTION, the most recent values of earlier ones included.
+    """
+
+    kind: Kind
+    states: dict[Key, State]
+    seconds: float
+    custom: bytes = b""
+    custom_keys: tuple[Key, ...] = ()
+    step: int | None = None
+    error: str = ""
+    sink_failed: bool = False
+    outcome: Outcome = Outcome.PENDING
+    news: Sequence[Entry] = ()
+    windows: dict[Key, Window] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """What came out of one reduction, the same on all ranks.
+
+    Args:
+        schema: the keys.
+        run: everything since the start.
+        interval: what came in since the last reduction that closed an interval.
+        rows: the same, per rank, of the keys that are known per rank.
+        recent: values of DISTRIBUTIONs, as this reduction brought them.
+        attendance: what is known of the ranks otherwise; None if all keys are known per rank.
+        custom: results of handlers without lanes.
+        world_size: the number of ranks.
+        sink_failed: whether a logger's sink had failed on any of them.
+        reductions: how many there have been in the run.
+    """
+
+    schema: Schema
+    run: Totals
+    interval: Totals
+    rows: Rows
+    recent: Recent
+    attendance: Attendance | None
+    custom: CustomResults
+    world_size: int
+    sink_failed: bool = False
+    reductions: int = 0
+
+    def pool(self, entry: Entry, view: Literal["run", "interval"]) -> Pool:
+        """Return the values that a view of a DISTRIBUTION speaks about."""
+        if not entry.bounded:
+            totals = self.run if view == "run" else self.interval
+            return totals.pools.get(entry.key, Pool())
+        return (self.recent.recent if view == "run" else self.recent.interval)(entry.key)
+
+
+class Reducer:
+    """Runs reductions, and keeps what goes on from one to the next.
+
+    Attributes:
+        schema: the agreed schema; changes only in an exchange that all ranks take part in.
+        run: the run total; may have keys, out of a checkpoint, that the schema still lacks.
+        interval: what reductions have folded into the interval that is still open.
+        windows: this rank's recent values of bounded DISTRIBUTIONs.
+        generation: how often state was loaded or reset.
+        schema_rounds: how often new keys were exchanged.
+    """
+
+    def __init__(self) -> None:
+        self.schema, self._claims = Schema(), Claims()
+        self.run = Totals.empty(self.schema)
+        self.interval = Totals.empty(self.schema)
+        self.windows: dict[Key, Window] = {}
+        self.generation = 0
+        self.schema_rounds = 0
+        self._sequence = 0
+        self._reductions = self._loaded_after = 0
+        self._close_interval()
+
+    def replace_totals(self, run: Totals, interval: Totals, reductions: int) -> None:
+        """Go on from other totals, of a run with so many reductions; what is agreed on stays."""
+        self.run, self.interval = run, interval
+        self._reductions = self._loaded_after = reductions
+        self.windows = {}
+        self._close_interval()
+        self.generation += 1
+
+    def rebind(self) -> None:
+        """Begin among other ranks: agree on everything anew."""
+        self.schema, self._claims = Schema(), Claims()
+        if not self.run.sums.any():
+            # Nothing but this process's own clock, which is no reason for ranks to disagree.
+            self.run = self.interval = Totals.empty(self.schema)
+        self._close_interval()
+        self._sequence = 0
+
+    def _close_interval(self) -> None:
+        """Forget who has had what in the interval."""
+        self._rows: Rows | None = None
+        self._rows_of = self.schema
+        self._present: set[Key] = set()
+        self._with_nan: set[Key] = set()
+
+    def reduce(self, exchange: Exchange, mine: Contribution, registry: Registry) -> Reduced:
+        """Take part in one reduction.
+
+        Raises on all ranks alike if one disagrees or has failed; then nothing is merged. What became
+        of `mine` stands in its `outcome`, whatever is raised.
+        """
+        before = vars(self).copy()
+        try:
+            return self._reduced(exchange, mine, registry)
+        except BaseException:
+            if exchange.world_size == 1 and mine.outcome is Outcome.OPEN:
+                # Nobody else can have merged it: it is as if nothing had been begun.
+                vars(self).update(before)
+                mine.outcome = Outcome.PENDING
+            raise
+
+    def _reduced(self, exchange: Exchange, mine: Contribution, registry: Registry) -> Reduced:
+        vector, blob = self._prepared(exchange, mine, registry)
+        arrived = self._exchanged(exchange, mine, vector, blob)
+        if arrived.merged is None:
+            arrived = self._agreed(exchange, mine, arrived, blob, registry)
+        merged, custom = self._whole(exchange, mine, arrived)
+        return self._accumulated(exchange, mine, merged, custom)
+
+    # -- Pack
+
+    def _prepared(
+        self, exchange: Exchange, mine: Contribution, registry: Registry
+    ) -> tuple[FloatArray, bytes]:
+        """Return what this rank sends, and its news or its error, with which it sends identities."""
+        if len(mine.custom) > MOST_CUSTOM:
+            mine.error = mine.error or (
+                f"the results and states of its handlers without lanes take {len(mine.custom)} "
+                f"bytes, more than the {MOST_CUSTOM} that travel: keep less in them"
+            )
+        if not mine.error:
+            try:
+                mine.windows = self._windows_with(mine.states, registry)
+                vector, lacking = self._packed(exchange, mine, registry)
+                lacking.update(
+                    key
+                    for key in mine.custom_keys
+                    if key not in self.schema or key in registry.odd()
+                )
+                loaded: Iterable[Entry] = ()
+                if self.run.schema is not self.schema:
+                    loaded = (*self.run.schema, *self.interval.schema)
+                mine.news = news(self.schema, lacking, mine.states, mine.windows, loaded, registry)
+                blob = encoded(mine.news)
+            except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
+                mine.error = f"it could not prepare what it holds: {error!r}"
+            else:
+                return (exchange.wire(self.schema).identity() if blob else vector), blob
+        mine.custom = b""
+        return self._failed(exchange, mine)
+
+    def _failed(self, exchange: Exchange, mine: Contribution) -> tuple[FloatArray, bytes]:
+        return exchange.wire(self.schema).identity(), reason(mine.error)
+
+    def _windows_with(self, states: dict[Key, State], registry: Registry) -> dict[Key, Window]:
+        windows = dict(self.windows)
+        for key, state in states.items():
+            newer = state.window()
+            if newer is not None:
+                limit = registry.handler(key).laned().sample_limit
+                windows[key] = windows.get(key, _NO_WINDOW).followed_by(newer, limit)
+        return windows
+
+    def _packed(
+        self, exchange: Exchange, mine: Contribution, registry: Registry
+    ) -> tuple[FloatArray, set[Key]]:
+        """Return what this rank sends, and the keys that the schema has no place for."""
+        states, windows = mine.states, mine.windows
+        odd = registry.odd() & states.keys()
+        if odd:
+            states = {key: state for key, state in states.items() if key not in odd}
+            windows = {key: window for key, window in windows.items() if key not in odd}
+        outgoing = Outgoing(states, windows, self._present, self._with_nan)
+        vector, lacking = exchange.wire(self.schema).pack(outgoing, exchange.rank)
+        return vector, lacking | odd
+
+    def _header(self, mine: Contribution, wanted: RouteChoice, blob: bytes) -> FloatArray:
+        header = np.zeros(HEADER_SIZE)
+        header[Field.PROTOCOL] = PROTOCOL
+        header[Field.KIND] = mine.kind
+        header[Field.SEQUENCE] = self._sequence
+        header[Field.STEP] = -1 if mine.step is None else mine.step
+        header[Field.SCHEMA] = self.schema.hash
+        header[Field.GENERATION] = self.generation
+        # Two states may hold the same totals, and differ in the interval or in recent values.
+        header[Field.RUN] = digest(f"{self.run.hash()} {self._loaded_after}".encode())
+        header[Field.ROUTE] = wanted
+        header[Field.PENDING] = bool(blob) and not mine.error
+        header[Field.BLOB_HASH] = digest(blob) if blob else 0
+        header[Field.BLOB_SIZE] = len(blob)
+        header[Field.ERROR] = bool(mine.error)
+        header[Field.SECONDS] = mine.seconds
+        header[Field.CUSTOM_SIZE] = len(mine.custom)
+        header[Field.SINK_FAILED] = mine.sink_failed
+        return header
+
+    # -- Exchange
+
+    def _exchanged(
+        self, exchange: Exchange, mine: Contribution, vector: FloatArray, blob: bytes
+    ) -> Arrived:
+        """Send what this rank holds; raises on all ranks if one has failed or disagrees."""
+        header = self._header(mine, exchange.wanted, blob)
+        mine.outcome = Outcome.OPEN
+        arrived = exchange.vectors(self.schema, header, vector)
+        self._sequence += 1
+        headers = arrived.headers
+        if headers is not None:
+            with _by_all(mine):
+                check_whole(headers)
+            if headers[:, Field.ERROR].any():
+                texts = self._exchange_blobs(exchange, headers, mine, blob)
+                failed = np.flatnonzero(headers[:, Field.ERROR]).tolist()
+                with _by_all(mine):
+                    raise RuntimeError(
+                        f"the reduction was given up, and nothing else is lost: {name_ranks(failed)} "
+                        f"could not take part: {reasons(texts[rank] for rank in failed)}"
+                    )
+            with _by_all(mine):
+                check(headers)
+        if arrived.wrong:
+            with _by_all(mine):
+                raise RuntimeError(arrived.wrong)
+        return arrived
+
+    @staticmethod
+    def _exchange_blobs(
+        exchange: Exchange, headers: FloatArray, mine: Contribution, blob: bytes
+    ) -> list[bytes]:
+        """Return everyone's blob; of equal ones, which the hash tells, only the first travels."""
+        hashes = headers[:, Field.BLOB_HASH].astype(np.int64)
+        sizes = headers[:, Field.BLOB_SIZE].astype(np.int64)
+        first = {int(hashes[rank]): rank for rank in reversed(range(len(hashes)))}
+        sender = [first[int(number)] for number in hashes]
+        sent = [int(size) if sender[rank] == rank else 0 for rank, size in enumerate(sizes)]
+        own = blob if sent[exchange.rank] else b""
+        received = exchange.gathered(own, sent)
+        damaged = [
+            rank
+            for rank, size in enumerate(sent)
+            if (size and digest(received[rank]) != int(hashes[rank]))
+            or sizes[rank] != sizes[sender[rank]]
+        ]
+        if damaged:
+            with _by_all(mine):
+                raise RuntimeError(
+                    f"what {name_ranks(damaged)} sent of new keys, or of a failure, did not arrive as "
+                    "its header announces it. Nothing was reduced; look after that rank's machine"
+                )
+        return [received[sender[rank]] for rank in range(len(hashes))]
+
+    # -- Agree
+
+    def _agreed(
+        self,
+        exchange: Exchange,
+        mine: Contribution,
+        arrived: Arrived,
+        blob: bytes,
+        registry: Registry,
+    ) -> Arrived:
+        """Exchange the news, give the schema room for all of them, and send again.
+
+        Raises:
+            ValueError: ranks hold a key or name otherwise than others; on all ranks alike.
+        """
+        assert arrived.headers is not None
+        self._take_in(exchange, mine, arrived.headers, blob, registry)
+        again = self._exchanged(exchange, mine, *self._packed_again(exchange, mine, registry))
+        if again.merged is None:
+            with _by_all(mine):
+                raise RuntimeError(_contradicting(again.headers))
+        return again
+
+    def _take_in(
+        self,
+        exchange: Exchange,
+        mine: Contribution,
+        headers: FloatArray,
+        blob: bytes,
+        registry: Registry,
+    ) -> None:
+        blobs = self._exchange_blobs(exchange, headers, mine, blob)
+        self.schema_rounds += 1
+        # Where there are others, all read the same bytes, each its own too: so all come to the same.
+        own = {blob: mine.news} if exchange.world_size == 1 else {}
+        with _by_all(mine):
+            agreed = agree(self.schema, self._claims, blobs, own)
+        if exchange.rank == 0:
+            for entry in agreed.overflowed(self.run.schema):
+                _warn_of_categories(entry)
+        self.schema = agreed.schema
+        losers = {}
+        for lost in agreed.lost:
+            if exchange.rank in lost.ranks:
+                state = mine.states.pop(lost.key, None)
+                losers[lost.key] = 0 if state is None else int(state.sums[COUNT])
+                mine.windows.pop(lost.key, None)
+        try:
+            mine.error = registry.adopt(agreed, losers)
+        except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
+            mine.error = f"it could not take over the agreed keys: {error!r}"
+        if agreed.lost:
+            with _by_all(mine):
+                raise ValueError("; ".join(map(str, agreed.lost)))
+
+    def _packed_again(
+        self, exchange: Exchange, mine: Contribution, registry: Registry
+    ) -> tuple[FloatArray, bytes]:
+        """Return what this rank sends once the keys are agreed on, or identities and its error."""
+        try:
+            vector, lacking = self._packed(exchange, mine, registry)
+        except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
+            mine.error = mine.error or f"it could not pack what it holds: {error!r}"
+        else:
+            if lacking and not mine.error:
+                mine.error = f"the agreed keys lack places for {', '.join(map(show, lacking))}"
+        return self._failed(exchange, mine) if mine.error else (vector, b"")
+
+    # -- Merge
+
+    def _whole(
+        self, exchange: Exchange, mine: Contribution, arrived: Arrived
+    ) -> tuple[Merged, CustomResults]:
+        """Return what has been merged, with the values that accumulate, and results without lanes."""
+        merged, custom = arrived.merged, CustomResults()
+        assert merged is not None
+        if self.schema.has_custom:
+            assert arrived.headers is not None
+            sizes = arrived.headers[:, Field.CUSTOM_SIZE].astype(np.int64).tolist()
+            gathered = exchange.gathered(mine.custom, sizes)
+            with _by_all(mine):
+                custom = CustomResults(gathered)
+        with _by_all(mine):
+            pools = {
+                entry.key: merged.recent.interval(entry.key)
+                for entry in self.schema.distributions
+                if not entry.bounded
+            }
+        pools = {key: pool for key, pool in pools.items() if pool.count}
+        return replace(merged, delta=replace(merged.delta, pools=pools)), custom
+
+    # -- Result
+
+    def _accumulated(
+        self, exchange: Exchange, mine: Contribution, merged: Merged, custom: CustomResults
+    ) -> Reduced:
+        """Add what has been merged to the run and the interval.
+
+        From here on nothing fails, and every rank does the same.
+        """
+        schema = self.schema
+        self.run = self.run.moved(schema).plus(merged.delta)
+        interval = self.interval.moved(schema).plus(merged.delta)
+        rows = self._with_earlier(merged.rows)
+        windows = {key: one for key, one in mine.windows.items() if schema.entries[key].bounded}
+        if mine.kind is Kind.REDUCE:
+            self._close_interval()
+            self.interval = Totals.empty(schema)
+            self.windows = {key: window.closed() for key, window in windows.items()}
+        else:
+            self.interval, self.windows = interval, windows
+            self._rows, self._rows_of = rows, schema
+            having = {key: state.sums for key, state in mine.states.items()}
+            self._present = self._present.union(k for k, sums in having.items() if sums[COUNT])
+            self._with_nan = self._with_nan.union(k for k, sums in having.items() if sums[NANS])
+        self._reductions += 1
+        reduced = Reduced(
+            schema,
+            self.run,
+            interval,
+            rows,
+            merged.recent,
+            merged.attendance,
+            custom,
+            exchange.world_size,
+            merged.sink_failed,
+            self._reductions,
+        )
+        mine.outcome = Outcome.MERGED
+        return reduced
+
+    def _with_earlier(self, rows: Rows) -> Rows:
+        """Add what earlier reductions have brought to the open interval."""
+        earlier, agreed = self._rows, self._rows_of
+        if earlier is None:
+            return rows
+        # Of keys that were merged on the way nobody knows who had what.
+        known = [
+            entry for entry in rows.schema if entry.key in earlier.schema or entry.key not in agreed
+        ]
+        if len(known) < len(rows.schema.entries):
+            rows = rows.moved(Schema(known))
+        return earlier.moved(rows.schema).plus(rows)
+
+
+@contextlib.contextmanager
+def _by_all(mine: Contribution) -> Iterator[None]:
+    """Take what is raised here for what all ranks raise, for all have received the same."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception:
+        mine.outcome = Outcome.REFUSED
+        raise
+
+
+def _contradicting(headers: FloatArray | None) -> str:
+    """Return what to say of ranks whose keys are agreed on, and which send no values for them."""
+    pending = [] if headers is None else np.flatnonzero(headers[:, Field.PENDING]).tolist()
+    who = f"{name_ranks(pending)} asked" if pending else "a rank asked"
+    return (
+        f"{who} for new keys again, right after all had agreed on them, or sent values that "
+        "contradict its header. Nothing was reduced; look after that rank's machine"
+    )
+
+
+def _warn_of_categories(entry: Entry) -> None:
+    _logger.warning(
+        "%s has more than %d categories: those that the ranks came upon first are told apart, all "
+        "others are counted as %r. For more of them, raise max_categories",
+        show(entry.key),
+        entry.most,
+        OTHER,
+    )

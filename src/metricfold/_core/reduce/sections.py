@@ -1,0 +1,110 @@
+"""The merges: what becomes of two vectors of numbers, over ranks and over time.
+
+A wire vector is a row of sections, and so is an accumulated result. Each section is one of these
+three, which differ in nothing but their identity and how two of them become one:
+
+    section     identity      over ranks                          over time
+    Added       0             a + b                               a + b, and what rounding took
+    Larger      -inf          the larger; NaN beyond all          the same
+    Owned       -inf, -1, 0   the larger, the lowest rank that    the larger with its owner and
+                              has it, and how many have it        ties; of equal ones the older
+
+All are associative (sums but for rounding) and have an identity. Over ranks both sides are always
+*neighbouring blocks of ranks, the lower ones first*: so the first that has a maximum is the lowest
+rank that has it. The bits that come out depend on neither the processor nor how the numbers lie in
+memory: NaN is made one NaN, and 0 is beyond -0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from metricfold._core.fold.sample import FloatArray
+
+__all__ = ["NOBODY", "added", "added_later", "larger", "owned", "owned_later"]
+
+NOBODY = -1
+"""Stands for the owner of a maximum that no rank has."""
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+def added(lower: FloatArray, upper: FloatArray) -> FloatArray:
+    """Return the sums of two blocks of ranks."""
+    with np.errstate(all="ignore"):
+        return _one_nan(lower + upper)
+
+
+def added_later(
+    old: FloatArray, lost: FloatArray, new: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Return sums over time, and what rounding has taken from them (Neumaier's compensated sum).
+
+    Args:
+        old: the sums so far.
+        lost: what rounding has taken from these so far, and from `new`.
+        new: what came after.
+    """
+    with np.errstate(all="ignore"):
+        sums = old + new
+        small = np.where(np.abs(old) >= np.abs(new), (old - sums) + new, (new - sums) + old)
+    # Once a sum is infinite its rounding has no meaning.
+    return sums, lost + np.where(np.isfinite(sums), small, 0.0)
+
+
+def larger(one: FloatArray, other: FloatArray) -> FloatArray:
+    """Return the larger of each two, over ranks and over time."""
+    return _one_nan(np.where(_first(one, other), one, other))
+
+
+def owned(lower: FloatArray, upper: FloatArray) -> FloatArray:
+    """Return maxima of two blocks of ranks, with their owners and how many ranks have them.
+
+    Args:
+        lower: maxima, owners and numbers of ranks, shape (..., 3, n).
+        upper: those of the higher ranks.
+    """
+    out = np.empty(np.broadcast_shapes(lower.shape, upper.shape))
+    (a, owner_a, tied_a), (b, owner_b, tied_b) = (
+        np.moveaxis(lower, -2, 0),
+        np.moveaxis(upper, -2, 0),
+    )
+    first = _first(a, b)
+    out[..., 0, :] = _one_nan(np.where(first, a, b))
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    # Who has nothing never owns, though the maximum be -inf itself.
+    of_equals = np.where(owner_a == NOBODY, owner_b, owner_a)
+    out[..., 1, :] = np.where(same, of_equals, np.where(first, owner_a, owner_b))
+    out[..., 2, :] = np.where(same, tied_a + tied_b, np.where(first, tied_a, tied_b))
+    return out
+
+
+def owned_later(old: FloatArray, new: FloatArray, begins: BoolArray) -> FloatArray:
+    """Return maxima over time, with the owners and ties of the larger ones, of equal ones the older.
+
+    Args:
+        old: maxima, owners and numbers of ranks, shape (3, n).
+        new: what came after.
+        begins: where there is a number in `new`, and none in `old`. An old owner may be unknown,
+            as out of a checkpoint, where there is one.
+    """
+    a, b = old[0], new[0]
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    later = begins | ~(_first(a, b) | same)
+    out = np.where(later, new, old)
+    out[0] = larger(a, b)
+    return out
+
+
+def _first(a: FloatArray, b: FloatArray) -> BoolArray:
+    """Return where `a` is the larger, or both are the same."""
+    # Not np.maximum: which zero of two it returns, and which NaN, depends on strides and SIMD.
+    alike = (a == b) & (np.signbit(a) <= np.signbit(b))
+    return (a > b) | np.isnan(a) | alike  # type: ignore[no-any-return]
+
+
+def _one_nan(numbers: FloatArray) -> FloatArray:
+    """Make each NaN the same one: which comes out of an addition is the processor's choice."""
+    numbers[np.isnan(numbers)] = np.nan
+    return numbers

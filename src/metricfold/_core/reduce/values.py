@@ -1,0 +1,401 @@
+"""How the values of DISTRIBUTIONs travel: each rank's own side by side, or joined on the way.
+
+Side by side (`Windows`), a rank sends its window: how many values, how many of them belong to the
+open interval, the values, their weights, and, if it was ever needed, a sketch. Nothing is merged
+until somebody asks.
+
+On the way (`Pools`), each key has a place for each view, of one size: points stay points while those
+of both sides fit into it, and are a sketch beyond.
+
+    [ how many points, or -1 | the points (and their weights), or the slot of a sketch ]
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from metricfold._core.fold.names import Key, show
+from metricfold._core.fold.sample import MOST_SAVED, FloatArray, Pool, Window
+from metricfold._core.reduce.header import uncounted
+from metricfold._core.reduce.schema import Entry, Schema, places
+from metricfold._core.reduce.slots import fitting, joined, pack, slot_width, unpack
+from metricfold._core.sketch.weights import weighable
+
+__all__ = ["Pools", "Recent", "Values", "Windows"]
+
+IndexArray = npt.NDArray[np.intp]
+BoolArray = npt.NDArray[np.bool_]
+
+_NOTHING = Window()
+
+
+class Recent(ABC):
+    """The values of DISTRIBUTIONs, as one reduction brought them; merged when asked for."""
+
+    def __init__(self) -> None:
+        self._pools: dict[tuple[Key, bool], Pool] = {}
+
+    def interval(self, key: Key) -> Pool:
+        """Return what came in during the open interval."""
+        return self._pool(key, of_interval=True)
+
+    def recent(self, key: Key) -> Pool:
+        """Return each rank's most recent values."""
+        return self._pool(key, of_interval=False)
+
+    def _pool(self, key: Key, *, of_interval: bool) -> Pool:
+        known = self._pools.get((key, of_interval))
+        if known is None:
+            known = self._pools[key, of_interval] = self.pooled(key, of_interval=of_interval)
+        return known
+
+    @abstractmethod
+    def pooled(self, key: Key, *, of_interval: bool) -> Pool:
+        """Return the values of all ranks."""
+
+    @abstractmethod
+    def windows(self, key: Key) -> list[Window]:
+        """Return what a checkpoint keeps: most recent values, and those of the open interval."""
+
+
+class Values(ABC):
+    """Where the values of DISTRIBUTIONs stand in a vector, and what becomes of them.
+
+    Attributes:
+        width: numbers that each rank sends.
+    """
+
+    width: int
+
+    @abstractmethod
+    def pack(self, vector: FloatArray, windows: Mapping[Key, Window]) -> None:
+        """Write what a rank holds into `vector`, shape (width,), of zeros."""
+
+    def join(self, lower: FloatArray, upper: FloatArray, out: FloatArray) -> None:  # noqa: B027
+        """Write what each two rows hold together into `out`; nothing where all rows arrive."""
+
+    @abstractmethod
+    def wrong(self, rows: FloatArray) -> BoolArray:
+        """Return which rows, shape (k, width), have what no ranks' values come to."""
+
+    @abstractmethod
+    def recent(self, rows: FloatArray) -> Recent:
+        """Return what has arrived, which is not wrong."""
+
+
+# -- Side by side ----------------------------------------------------------------------------------
+
+_SIZE, _FRESH, _COUNTS = 0, 1, 2
+
+
+class Windows(Values):
+    """Each rank's window, as it is."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._entries = schema.entries
+        self._places, self.width = places(schema.distributions, _window_width)
+
+    def pack(self, vector: FloatArray, windows: Mapping[Key, Window]) -> None:
+        for key, window in windows.items():
+            place, entry, size = vector[self._places[key]], self._entries[key], window.values.size
+            place[_SIZE], place[_FRESH] = size, window.fresh
+            place[_COUNTS : _COUNTS + size] = window.values
+            if entry.weighted:
+                start = _COUNTS + entry.capacity
+                place[start : start + size] = 1.0 if window.weights is None else window.weights
+            if window.older is not None:
+                place[-slot_width() :] = pack(window.older)
+
+    def wrong(self, rows: FloatArray) -> BoolArray:
+        if not self.width:
+            return np.zeros(len(rows), dtype=np.bool_)
+        bad = np.asarray(~(np.isfinite(rows) | self._open).all(axis=1))
+        heads = rows[:, self._heads]
+        sizes, fresh = heads[:, 0], heads[:, 1]
+        bad |= (uncounted(sizes) | uncounted(fresh)).any(axis=1)
+        bad |= ((sizes > self._capacities) | (fresh > sizes)).any(axis=1)
+        for key, place in self._places.items():
+            entry = self._entries[key]
+            if entry.weighted:
+                start = place.start + _COUNTS + entry.capacity
+                weights = rows[:, start : start + entry.capacity]
+                given = np.arange(entry.capacity) < rows[:, place.start, np.newaxis]
+                bad |= (given & ~weighable(weights)).any(axis=1)
+            if entry.condensed:
+                bad |= ~fitting(rows[:, place.stop - slot_width() : place.stop])
+        return bad
+
+    def recent(self, rows: FloatArray) -> Recent:
+        return SideBySide(self, rows)
+
+    @cached_property
+    def _heads(self) -> IndexArray:
+        """Where sizes stand, and how many values are fresh; shape (2, n)."""
+        starts = [place.start for place in self._places.values() if place.stop > place.start]
+        return np.add.outer([_SIZE, _FRESH], np.array(starts, dtype=np.intp))
+
+    @cached_property
+    def _capacities(self) -> IndexArray:
+        capacities = [self._entries[key].capacity for key in self._places]
+        return np.array([capacity for capacity in capacities if capacity], dtype=np.intp)
+
+    @cached_property
+    def _open(self) -> BoolArray:
+        """Which of the values may be infinite: those of a sketch's extents."""
+        may = np.zeros(self.width, dtype=np.bool_)
+        for key, place in self._places.items():
+            if self._entries[key].condensed:
+                may[place.stop - slot_width() : place.stop] = True
+        return may
+
+    def window_of(self, row: FloatArray, key: Key) -> Window:
+        """Return what one rank holds of a DISTRIBUTION, out of its row."""
+        entry = self._entries[key]
+        if not entry.capacity:
+            return _NOTHING
+        place = row[self._places[key]]
+        size, fresh = int(place[_SIZE]), int(place[_FRESH])
+        start = _COUNTS + entry.capacity
+        return Window(
+            place[_COUNTS : _COUNTS + size],
+            place[start : start + size] if entry.weighted else None,
+            fresh,
+            unpack(place[-slot_width() :]) if entry.condensed else None,
+        )
+
+
+def _window_width(entry: Entry) -> int:
+    if not entry.capacity:
+        return 0
+    exact = entry.capacity * (2 if entry.weighted else 1)
+    return _COUNTS + exact + (slot_width() if entry.condensed else 0)
+
+
+class SideBySide(Recent):
+    """What every rank sent of each DISTRIBUTION.
+
+    Args:
+        windows: know where each stands.
+        rows: everyone's, shape (world_size, windows.width).
+    """
+
+    def __init__(self, windows: Windows, rows: FloatArray) -> None:
+        super().__init__()
+        self._windows, self._rows = windows, rows
+
+    def windows(self, key: Key) -> list[Window]:
+        found = []
+        for rank, row in enumerate(self._rows):
+            try:
+                found.append(self._windows.window_of(row, key))
+            except ValueError as error:
+                raise RuntimeError(
+                    f"rank {rank} sent values of {show(key)} that no rank sends: {error}. Look after "
+                    "that rank's machine"
+                ) from None
+        return found
+
+    def pooled(self, key: Key, *, of_interval: bool) -> Pool:
+        windows = self.windows(key)
+        return Pool.joined([w.interval() if of_interval else w.recent() for w in windows])
+
+
+# -- Joined on the way -----------------------------------------------------------------------------
+
+_SKETCH = -1.0
+"""Stands for the number of points where there is a sketch."""
+
+
+class _Place(NamedTuple):
+    """One key's place for one view: where it is, and how many points it has room for."""
+
+    key: Key
+    of_interval: bool
+    at: slice
+    room: int
+    weighted: bool
+
+
+class Pools(Values):
+    """All ranks' values of each view, in places of one size.
+
+    Args:
+        schema: the agreed keys.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, schema: Schema, world_size: int) -> None:
+        self._places = list(_laid_out(schema, world_size))
+        self._place_of = {(place.key, place.of_interval): place for place in self._places}
+        self.width = self._places[-1].at.stop if self._places else 0
+
+    def pack(self, vector: FloatArray, windows: Mapping[Key, Window]) -> None:
+        for place in self._places:
+            window = windows.get(place.key)
+            if window is not None:
+                pool = window.interval() if place.of_interval else window.recent()
+                _write(vector[place.at], place, pool)
+
+    def join(self, lower: FloatArray, upper: FloatArray, out: FloatArray) -> None:
+        # NaN where a row holds what no rank sends: whoever looks at the end sees that.
+        sketches: list[tuple[FloatArray, FloatArray, FloatArray]] = []
+        for place in self._places:
+            for one, other, both in zip(
+                lower[:, place.at], upper[:, place.at], out[:, place.at], strict=True
+            ):
+                if not _sound(one, place) or not _sound(other, place):
+                    both[:] = np.nan
+                elif one[0] == 0.0 or other[0] == 0.0:
+                    both[:] = other if one[0] == 0.0 else one
+                elif min(one[0], other[0]) > 0.0 and one[0] + other[0] <= place.room:
+                    both[:] = 0.0
+                    _write(both, place, Pool.joined([_read(one, place), _read(other, place)]))
+                else:
+                    sketches.append((_slot(one, place), _slot(other, place), both))
+        if sketches:
+            lowers, uppers, places_ = zip(*sketches, strict=True)
+            for slot, both in zip(joined(np.stack(lowers), np.stack(uppers)), places_, strict=True):
+                both[0], both[1 : 1 + slot.size], both[1 + slot.size :] = _SKETCH, slot, 0.0
+
+    def wrong(self, rows: FloatArray) -> BoolArray:
+        sound = [all(_sound(row[place.at], place) for place in self._places) for row in rows]
+        return ~np.array(sound, dtype=np.bool_)
+
+    def recent(self, rows: FloatArray) -> Recent:
+        (vector,) = rows
+        return JoinedOnTheWay(self, vector)
+
+    def pool_of(self, vector: FloatArray, key: Key, *, of_interval: bool) -> Pool:
+        """Return the values of a view; raises ValueError if no ranks' come to them."""
+        place = self._place_of[key, of_interval]
+        return _read(vector[place.at], place)
+
+
+def _laid_out(schema: Schema, world_size: int) -> Iterator[_Place]:
+    start = 0
+    for entry in schema.distributions:
+        each = 2 if entry.weighted else 1
+        # Where the points of all ranks fit, there will never be a sketch.
+        width = slot_width()
+        if not entry.condensed:
+            width = min(width, world_size * entry.capacity * each)
+        for of_interval in (True, False) if entry.bounded else (True,):
+            yield _Place(
+                entry.key,
+                of_interval,
+                slice(start, start + 1 + width),
+                width // each,
+                entry.weighted,
+            )
+            start += 1 + width
+
+
+def _write(numbers: FloatArray, place: _Place, pool: Pool) -> None:
+    size = pool.values.size
+    if pool.histogram is None and size <= place.room:
+        numbers[0], numbers[1 : 1 + size] = size, pool.values
+        if place.weighted:
+            start = 1 + place.room
+            numbers[start : start + size] = 1.0 if pool.weights is None else pool.weights
+    else:
+        numbers[0], numbers[1 : 1 + slot_width()] = _SKETCH, pack(pool.condensed())
+
+
+def _read(numbers: FloatArray, place: _Place) -> Pool:
+    if numbers[0] == _SKETCH:
+        return Pool(histogram=unpack(numbers[1 : 1 + slot_width()]))
+    size, start = int(numbers[0]), 1 + place.room
+    weights = numbers[start : start + size] if place.weighted else None
+    return Pool(numbers[1 : 1 + size], weights)
+
+
+def _slot(numbers: FloatArray, place: _Place) -> FloatArray:
+    """Return what is in a place as a sketch's slot."""
+    if numbers[0] == _SKETCH:
+        return numbers[1 : 1 + slot_width()]
+    return pack(_read(numbers, place).condensed())
+
+
+def _sound(numbers: FloatArray, place: _Place) -> bool:
+    """Return whether a place holds what ranks send."""
+    count = numbers[0]
+    if count == _SKETCH:
+        slot = numbers[1 : 1 + slot_width()]
+        return slot.size == slot_width() and bool(fitting(slot[np.newaxis])[0])
+    if uncounted(count) or count > place.room:
+        return False
+    size, start = int(count), 1 + place.room
+    if not np.isfinite(numbers[1 : 1 + size]).all():
+        return False
+    return not place.weighted or bool(weighable(numbers[start : start + size]).all())
+
+
+_GOLDEN = 0.6180339887498949
+"""Multiples of the golden ratio, modulo 1, are spread evenly wherever they are cut off."""
+
+
+class JoinedOnTheWay(Recent):
+    """What all ranks sent of each DISTRIBUTION, joined.
+
+    Args:
+        pools: know where each stands.
+        vector: what they came to, shape (pools.width,).
+    """
+
+    def __init__(self, pools: Pools, vector: FloatArray) -> None:
+        super().__init__()
+        self._places, self._vector = pools, vector
+
+    def pooled(self, key: Key, *, of_interval: bool) -> Pool:
+        try:
+            return self._places.pool_of(self._vector, key, of_interval=of_interval)
+        except ValueError as error:
+            raise RuntimeError(
+                f"a rank sent values of {show(key)} that no rank sends: {error}. route='gather' names it"
+            ) from None
+
+    def windows(self, key: Key) -> list[Window]:
+        # Whoever loads them keeps some of the newest: whose they were is not known any more, so that
+        # each age has to hold a part of all.
+        recent, interval = self.recent(key), self.interval(key)
+        if recent.histogram is not None:
+            size = min(recent.count, MOST_SAVED)
+            drawn = recent.quantiles((np.arange(size) + 0.5) / size)
+            return [Window(_spread(drawn), None, 0, interval.condensed())]
+        # The values of the open interval must not get fewer: what is a sketch goes on as one.
+        points = interval.histogram is None
+        fresh = _pairs_of(interval) if points else np.empty((0, 2))
+        values = np.concatenate((_spread(_without(_pairs_of(recent), fresh)), _spread(fresh)))
+        weights = None if recent.weights is None else np.ascontiguousarray(values[:, 1])
+        older = None if points else interval.histogram
+        return [Window(np.ascontiguousarray(values[:, 0]), weights, len(fresh), older)]
+
+
+def _pairs_of(pool: Pool) -> FloatArray:
+    """Return values and weights as rows, ascending, shape (n, 2)."""
+    weights = np.ones(pool.values.size) if pool.weights is None else pool.weights
+    return np.stack((pool.values, weights), axis=1)[np.lexsort((weights, pool.values))]
+
+
+def _without(pairs: FloatArray, some: FloatArray) -> FloatArray:
+    """Return `pairs` but for `some` of them, shapes (n, 2); of equal ones as many as remain."""
+    left = Counter(map(tuple, some.tolist()))
+    kept = []
+    for pair in map(tuple, pairs.tolist()):
+        if left[pair]:
+            left[pair] -= 1
+        else:
+            kept.append(pair)
+    return np.array(kept, dtype=np.float64).reshape(-1, 2)
+
+
+def _spread(values: FloatArray) -> FloatArray:
+    """Return ascending values in an order of which each stretch holds a part of all."""
+    return values[np.argsort(np.argsort(np.arange(len(values)) * _GOLDEN % 1.0))]

@@ -1,0 +1,337 @@
+"""The wire vector: one rank's state of all keys. A packed vector is a state itself.
+
+It is a row of named sections, each of which has an identity and becomes one with that of the other
+ranks in its own way (`sections`):
+
+    head      the header, and what must be agreed on once more, negated     larger
+    nans      of each key with maxima, the lowest rank that had NaN, negated  larger
+    sums      SUM lanes                                                     added
+    present   which ranks had values of each key, or how many               added
+    own       each rank's own lanes of the keys recorded with per_rank      added
+    owned     MAX lanes, with their owners and how many ranks have them     owned
+    values    of DISTRIBUTIONs (`values`)                                   side by side, or joined
+
+A number x that must be the same on all ranks travels as x and -x: the larger ones cancel only if it
+is. Where vectors are gathered, all see whose each row is; `nans`, `present` and `own` are there only
+where vectors are merged on the way. Both merge in the one order of `merged`, and so come to the
+same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from metricfold._core.fold.names import Key
+from metricfold._core.fold.sample import FloatArray, Window
+from metricfold._core.fold.state import COUNT, NANS, State
+from metricfold._core.reduce.header import AGREED, HEADER_SIZE, Field, uncounted
+from metricfold._core.reduce.schema import Schema
+from metricfold._core.reduce.sections import NOBODY, added, larger, owned
+from metricfold._core.reduce.totals import Rows, Totals
+from metricfold._core.reduce.values import Pools, Recent, Values, Windows
+
+__all__ = ["Attendance", "Outgoing", "Wire", "merged"]
+
+IndexArray = npt.NDArray[np.intp]
+BoolArray = npt.NDArray[np.bool_]
+
+_BITS = 52
+"""Ranks that one number tells apart: each is a bit, and a float64 holds so many exactly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """What one rank sends.
+
+    Args:
+        states: what each key has accumulated.
+        windows: what it holds of each DISTRIBUTION.
+        present: keys of which it has sent values already during the open interval.
+        with_nan: those of which it has sent NaN.
+    """
+
+    states: Mapping[Key, State]
+    windows: Mapping[Key, Window]
+    present: AbstractSet[Key] = frozenset()
+    with_nan: AbstractSet[Key] = frozenset()
+
+
+def merged(rows: FloatArray, pairs: Callable[[FloatArray, FloatArray], FloatArray]) -> FloatArray:
+    """Merge the vectors of all ranks, shape (k, n), in their order, as a tree of ranks does.
+
+    Neighbours first, the lower ranks first: of the first 2 * extra ranks (0, 1), (2, 3), ..., where
+    extra is what k is beyond a power of two; then, of what is left, neighbours again and again.
+    """
+    extra = len(rows) - (1 << len(rows).bit_length() - 1)
+    if extra:
+        first = pairs(rows[0 : 2 * extra : 2], rows[1 : 2 * extra : 2])
+        rows = np.concatenate((first, rows[2 * extra :]))
+    while len(rows) > 1:
+        rows = pairs(rows[0::2], rows[1::2])
+    whole: FloatArray = rows[0]
+    return whole
+
+
+class Wire:
+    """Where each section stands, how it is filled, merged and read.
+
+    Args:
+        schema: the agreed keys.
+        world_size: number of ranks.
+        joining: whether vectors are merged on the way; else everyone's arrive.
+
+    Attributes:
+        size: numbers that each rank sends.
+        values: how values of DISTRIBUTIONs travel.
+    """
+
+    def __init__(self, schema: Schema, world_size: int, *, joining: bool) -> None:
+        self.schema, self.world_size = schema, world_size
+        self._keys = [entry.key for entry in schema if not entry.custom]
+        self._counts = np.array([schema.sums[key].start + COUNT for key in self._keys], np.intp)
+        self._owning = [entry.key for entry in schema if entry.maxs]
+        self._nans = np.array([schema.sums[key].start + NANS for key in self._owning], np.intp)
+        self._own = schema.per_rank if joining else Schema()
+        self._own_lanes = schema.lanes_from(self._own)
+        each = self._own.sum_width + self._own.max_width
+        head, lanes = HEADER_SIZE + AGREED, schema.sum_width + 3 * schema.max_width
+        self.values: Values = Pools(schema, world_size) if joining else Windows(schema)
+        words = -(-world_size // _BITS)
+        rest = head + lanes + world_size * each + self.values.width
+        # A bit for each rank, as long as that costs next to nothing.
+        self._bits = words == 1 or 10 * len(self._keys) * words <= rest
+        self._words = words if self._bits else 1
+        present = len(self._keys) * self._words
+        widths = (
+            head,
+            len(self._owning) * joining,
+            schema.sum_width,
+            present * joining,
+            world_size * each,
+            3 * schema.max_width,
+            self.values.width,
+        )
+        ends = np.cumsum(widths).tolist()
+        at = [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
+        self._head, self._with_nan, self._sums, self._present, self._rows, self._owned, _ = at
+        self._larger = slice(0, self._with_nan.stop)
+        self._added = slice(self._sums.start, self._rows.stop)
+        self.lanes = slice(0, self._owned.stop)
+        self._values = slice(self._owned.stop, ends[-1])
+        self.size: int = ends[-1]
+        self._joining = joining
+
+    # -- A rank's vector
+
+    def identity(self) -> FloatArray:
+        """Return the vector of a rank that has nothing, shape (size,)."""
+        vector = np.zeros(self.size)
+        vector[self._larger] = -np.inf
+        owned = vector[self._owned].reshape(3, -1)
+        owned[0], owned[1] = -np.inf, NOBODY
+        return vector
+
+    def pack(self, outgoing: Outgoing, rank: int) -> tuple[FloatArray, set[Key]]:
+        """Return what a rank sends, but for its header, and the keys that there is no place for.
+
+        What lacks places is not to be sent.
+        """
+        schema = self.schema
+        lanes, maxs, lacking = schema.lanes(outgoing.states)
+        lacking |= schema.lacking(outgoing.windows)
+        vector = self.identity()
+        if lacking:
+            return vector, lacking
+        sums = vector[self._sums]
+        sums[:] = lanes
+        owned = vector[self._owned].reshape(3, -1)
+        owned[0] = maxs
+        having = sums[schema.max_counts] > sums[schema.max_counts + (NANS - COUNT)]
+        owned[1, having], owned[2, having] = rank, 1.0
+        self.values.pack(vector[self._values], outgoing.windows)
+        if self._joining:
+            self._pack_own(vector, sums, owned[0], outgoing, rank)
+        return vector, lacking
+
+    def _pack_own(
+        self, vector: FloatArray, sums: FloatArray, maxs: FloatArray, outgoing: Outgoing, rank: int
+    ) -> None:
+        present = (sums[self._counts] > 0) | _among(self._keys, outgoing.present)
+        with_nan = (sums[self._nans] > 0) | _among(self._owning, outgoing.with_nan)
+        vector[self._with_nan][with_nan] = -rank
+        word, bit = divmod(rank, _BITS) if self._bits else (0, 0)
+        vector[self._present].reshape(-1, self._words)[:, word] = present * 2.0**bit
+        if self._rows.stop > self._rows.start:
+            rows = vector[self._rows].reshape(self.world_size, -1)
+            sum_lanes, max_lanes = self._own_lanes
+            rows[rank] = np.concatenate((sums[sum_lanes], maxs[max_lanes]))
+
+    def head(self, vector: FloatArray, header: FloatArray) -> None:
+        """Write a rank's header into its vector."""
+        vector[:HEADER_SIZE] = header
+        vector[HEADER_SIZE : self._head.stop] = -header[:AGREED]
+
+    # -- Merging
+
+    def pairs(self, lower: FloatArray, upper: FloatArray) -> FloatArray:
+        """Merge each two vectors of neighbouring blocks of ranks, the lower ones first.
+
+        Never raises for what ranks send: it is judged when all of it has been merged.
+
+        Args:
+            lower: shape (n, size), or (n, lanes.stop), of which the values have been left out.
+            upper: of the same shape.
+        """
+        out = np.empty(lower.shape)
+        out[:, self._larger] = larger(lower[:, self._larger], upper[:, self._larger])
+        out[:, self._added] = added(lower[:, self._added], upper[:, self._added])
+        three = (len(lower), 3, self.schema.max_width)
+        out[:, self._owned] = owned(
+            lower[:, self._owned].reshape(three), upper[:, self._owned].reshape(three)
+        ).reshape(len(lower), -1)
+        if self._joining:
+            self.values.join(lower[:, self._values], upper[:, self._values], out[:, self._values])
+        return out
+
+    def merged(self, rows: FloatArray) -> FloatArray:
+        """Merge everyone's vectors, shape (k, n), in rank order; n as in `pairs`."""
+        return merged(rows, self.pairs)
+
+    def sign(self, rows: FloatArray) -> None:
+        """Let each gathered vector own its maxima as the rank whose row it is, whatever it says."""
+        owned = rows[:, self._owned].reshape(len(rows), 3, -1)
+        owned[:, 1] = np.where(owned[:, 2] > 0, np.arange(len(rows))[:, np.newaxis], NOBODY)
+        rows[:, self._owned] = owned.reshape(len(rows), -1)
+
+    # -- What has arrived
+
+    def agreed(self, vector: FloatArray) -> bool:
+        """Return whether all ranks of a merged vector agree, and none has news or has failed."""
+        head = vector[self._head]
+        flags = head[[Field.PENDING, Field.ERROR]]
+        seconds, failed = head[[Field.SECONDS, Field.SINK_FAILED]]
+        same = (head[:AGREED] == -head[HEADER_SIZE:]).all()
+        return bool(same and not flags.any() and 0 <= seconds < np.inf and failed in (0.0, 1.0))
+
+    def recent(self, vectors: FloatArray) -> Recent:
+        """Return the values of DISTRIBUTIONs: of everyone's vectors, or of the merged one, as a row."""
+        return self.values.recent(vectors[:, self._values])
+
+    def wrong(self, rows: FloatArray, first: IndexArray, end: IndexArray) -> BoolArray:
+        """Return which vectors, shape (k, size), hold what no ranks' come to.
+
+        Args:
+            rows: of blocks of ranks.
+            first: the first rank of each block, shape (k,).
+            end: the one after its last.
+        """
+        bad = self.values.wrong(rows[:, self._values])
+        first, end = first[:, np.newaxis], end[:, np.newaxis]
+        bad |= uncounted(rows[:, self._sums][:, self.schema.counting]).any(axis=1)
+        owned = rows[:, self._owned].reshape(len(rows), 3, -1)
+        owners, tied = owned[:, 1], owned[:, 2]
+        nobody = owners == NOBODY
+        bad |= uncounted(np.where(nobody, 0.0, owners)).any(axis=1) | uncounted(tied).any(axis=1)
+        bad |= ~((nobody & (tied == 0)) | ((owners >= first) & (owners < end) & (tied > 0))).all(
+            axis=1
+        )
+        bad |= (tied > end - first).any(axis=1)
+        if self._joining:
+            present = rows[:, self._present]
+            bad |= uncounted(present).any(axis=1) | (present >= 2.0**_BITS).any(axis=1)
+            if not self._bits:
+                bad |= (present > end - first).any(axis=1)
+            with_nan = -rows[:, self._with_nan]
+            nobody = with_nan == np.inf
+            bad |= uncounted(np.where(nobody, 0.0, with_nan)).any(axis=1)
+            bad |= ~(nobody | ((with_nan >= first) & (with_nan < end))).all(axis=1)
+            own = rows[:, self._rows].reshape(len(rows), self.world_size, -1)
+            bad |= uncounted(own[:, :, self._own.counting]).any(axis=(1, 2))
+        return bad
+
+    def totals(self, vector: FloatArray) -> Totals:
+        """Return what the lanes of all ranks come to."""
+        sums, owned = vector[self._sums], vector[self._owned].reshape(3, -1)
+        return Totals(
+            self.schema,
+            sums,
+            np.zeros(sums.size),
+            owned[0],
+            owned[1].astype(np.int64),
+            owned[2].astype(np.int64),
+            float(vector[Field.SECONDS]),
+        )
+
+    def rows(self, vectors: FloatArray) -> Rows:
+        """Return the lanes of everyone's vectors, shape (world_size, n)."""
+        owned = vectors[:, self._owned].reshape(len(vectors), 3, -1)
+        return Rows(self.schema, vectors[:, self._sums], owned[:, 0])
+
+    def own(self, vector: FloatArray) -> Rows:
+        """Return each rank's lanes of the keys recorded with per_rank, out of a merged vector."""
+        rows = vector[self._rows].reshape(self.world_size, -1)
+        width = self._own.sum_width
+        return Rows(self._own, rows[:, :width], rows[:, width:])
+
+    def attendance(self, vector: FloatArray) -> Attendance:
+        """Return which ranks had what, out of a merged vector."""
+        present = vector[self._present].reshape(-1, self._words)
+        nans = vector[self._with_nan]
+        owners = np.where(nans == -np.inf, NOBODY, -nans).astype(np.int64)
+        return Attendance(
+            {key: place for place, key in enumerate(self._keys)},
+            present.astype(np.int64),
+            self._bits,
+            self.world_size,
+            dict(zip(self._owning, owners.tolist(), strict=True)),
+        )
+
+
+def _among(keys: Sequence[Key], some: AbstractSet[Key]) -> BoolArray:
+    if not some:
+        return np.zeros(len(keys), dtype=np.bool_)
+    return np.fromiter((key in some for key in keys), np.bool_, len(keys))
+
+
+@dataclass(frozen=True, slots=True)
+class Attendance:
+    """Which ranks had values of a key in the open interval, as far as that is told.
+
+    Args:
+        keys: the row of each.
+        numbers: of each key a bit for each rank, 52 in a number, or how many ranks; shape (n, words).
+        bits: which of the two.
+        world_size: number of ranks.
+        nan_owners: the lowest rank that had NaN, or -1, of each key with maxima.
+    """
+
+    keys: Mapping[Key, int]
+    numbers: npt.NDArray[np.int64]
+    bits: bool
+    world_size: int
+    nan_owners: Mapping[Key, int]
+
+    def present(self, key: Key) -> int:
+        """Return how many ranks had values of `key`."""
+        numbers = self.numbers[self.keys[key]].tolist()
+        return sum(number.bit_count() for number in numbers) if self.bits else int(numbers[0])
+
+    def lacking(self, key: Key) -> list[int] | None:
+        """Return the ranks that had no values of `key`; None if that is not told."""
+        if self.bits:
+            numbers = self.numbers[self.keys[key]].tolist()
+            words = [divmod(rank, _BITS) for rank in range(self.world_size)]
+            return [rank for rank, (word, bit) in enumerate(words) if not numbers[word] >> bit & 1]
+        present = self.present(key)
+        if present in (0, self.world_size):
+            return list(range(self.world_size - present))
+        return None
+
+    def nan_owner(self, key: Key) -> int:
+        """Return the lowest rank that had NaN, or -1."""
+        return self.nan_owners[key]
