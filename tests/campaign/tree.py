@@ -210,7 +210,7 @@ def beside(name: str, trial: Trial) -> Iterator[Outcome]:
         alone = torch.nn.Linear(40, 40)
         alone.load_state_dict(model.module.state_dict())
         aggregators = {
-            label: MetricsAggregator(name=label, route="wide", timeout=40) for label in "ab"
+            label: MetricsAggregator(name=label, route="tree", timeout=40) for label in "ab"
         }
         for step in range(rounds):
             futures = {}
