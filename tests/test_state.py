@@ -122,6 +122,7 @@ def entry_of(name: str) -> Entry:
         distributed=handler.has_sample,
         bounded=handler.is_bounded,
         capacity=64 * handler.has_sample,
+        condensed=handler.has_sample,
         categories=("a", "b", "c") if handler.has_counts else (),
         most=handler.most_categories,
     )
