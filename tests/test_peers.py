@@ -16,10 +16,11 @@ from campaign.table import Row, Trial
 from ranks import run_threads
 
 from metricfold import MetricsAggregator
+from metricfold._core import sketch as sketches
 from metricfold._core.reduce.announced import MOST_CUSTOM, MOST_ERROR, entries_from
 from metricfold._core.reduce.header import Field
 from metricfold._core.reduce.schema import Entry, Schema
-from metricfold._core.sketch import LogLinearHistogram, fitting
+from metricfold._core.sketch import LogLinearHistogram
 from metricfold.communicator import Communicator
 
 GOOD = {"key": ["", "x"], "type": "mean", "sums": 4, "maxs": 0}
@@ -142,20 +143,23 @@ def test_every_entry_that_ranks_send_is_read_back() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda extents, lanes: extents.__setitem__(0, 2.0**60),
-        lambda extents, lanes: extents.__setitem__(-4, -1e30),
-        lambda extents, lanes: extents.__setitem__(-2, 5.0),
-        lambda extents, lanes: lanes.__setitem__(0, 1e300),
-        lambda extents, lanes: lanes.__setitem__(0, 0.5),
-        lambda extents, lanes: lanes.__setitem__(-1, math.nan),
-        lambda extents, lanes: lanes.__setitem__(0, -3.0),
+        {0: 1e300},
+        {0: 0.5},
+        {0: -3.0},
+        {6: 5.0},
+        {8: 17.0},
+        {9: -1.0},
+        {10: 2.0**60},
+        {11: 0.0},
+        {-1: math.nan},
+        {-1: 1.0},
     ],
 )
-def test_a_histogram_on_the_wire_that_no_values_come_to_does_not_fit(change: Any) -> None:
+def test_a_sketch_on_the_wire_that_no_values_come_to_does_not_fit(change: dict[int, float]) -> None:
     histogram = LogLinearHistogram(512)
     histogram.update([1.0, 2.0, 3.0, -4.0])
-    extents = histogram.extents()
-    lanes = histogram.pack(extents, 512)
-    assert fitting(extents[np.newaxis], lanes[np.newaxis]).tolist() == [True]
-    change(extents, lanes)
-    assert fitting(extents[np.newaxis], lanes[np.newaxis]).tolist() == [False]
+    slot = sketches.pack(histogram)
+    assert sketches.fitting(slot[np.newaxis]).tolist() == [True]
+    for place, number in change.items():
+        slot[place] = number
+    assert sketches.fitting(slot[np.newaxis]).tolist() == [False]

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from metricfold._core import sketch as histograms  # its sketch is loaded when it is first needed
-from metricfold._core.sketch import Histogram
+from metricfold._core.sketch import BUCKETS, Histogram
+from metricfold._core.sketch.weights import concatenated
 
 if TYPE_CHECKING:
     from metricfold._core.sketch import LogLinearHistogram
@@ -36,8 +37,6 @@ __all__ = [
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 Weights: TypeAlias = FloatArray | None
 
-BUCKETS = 512
-"""Of a histogram that travels or accumulates: 15 kB. docs/histograms.md says how right that is."""
 EXACT_VALUES = 1000
 """Without a window size, so many values of a rank and interval, and of a view, are kept exactly."""
 MOST_SAVED = 65_536
@@ -67,18 +66,6 @@ def histogram_from(state: Mapping[str, Any]) -> LogLinearHistogram:
     if state["max_buckets"] != BUCKETS:
         raise ValueError(f"it holds a histogram of max_buckets={state['max_buckets']!r}")
     return histograms.LogLinearHistogram.from_dict(state)
-
-
-def concatenated(parts: Sequence[tuple[FloatArray, Weights]]) -> tuple[FloatArray, Weights]:
-    """Return all values, and their weights if any part has some."""
-    if len(parts) < 2:
-        return parts[0] if parts else (_NOTHING, None)
-    values = np.concatenate([values for values, _ in parts])
-    for _, weights in parts:
-        if weights is not None:
-            weighing = [np.ones(v.size) if w is None else w for v, w in parts]
-            return values, np.concatenate(weighing)
-    return values, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,20 +216,15 @@ class Window(NamedTuple):
 def quantiles(values: FloatArray, weights: FloatArray | None, q: FloatArray) -> FloatArray:
     """Return the quantiles `q`, each in 0..1, of `values`, shape (n,), n > 0.
 
-    NumPy's ``linear`` rule; with weights the rule of `histogram.estimation.quantiles`, each value a
-    cell of no width.
+    NumPy's ``linear`` rule; with weights the rule of `sketch.estimate.quantiles`, each value a cell of
+    no width.
     """
     if weights is None or (weights[0] <= 1.0 and (weights == weights[0]).all()):
         return np.quantile(values, q)
-    from metricfold._core.sketch.estimation import (  # noqa: PLC0415 - loaded when it is first needed
-        Profile,
-    )
-    from metricfold._core.sketch.estimation import quantiles as of_cells  # noqa: PLC0415
+    from metricfold._core.sketch import estimate  # noqa: PLC0415 - loaded when it is first needed
 
-    order = np.argsort(values, kind="stable")
-    values, weights = values[order], weights[order]
-    cells = Profile(weights, values, np.zeros(values.size), values, values)
-    return of_cells(cells, values.size, q)
+    cells = estimate.Profile.of_values(values, weights)
+    return estimate.quantiles(cells, values.size, q)
 
 
 def _moments(values: FloatArray, weights: FloatArray | None) -> tuple[float, float]:

@@ -21,11 +21,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from metricfold._core import sketch as sketches  # what is in it loads when it is first needed
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.sample import MOST_SAVED, FloatArray, Pool, Window
 from metricfold._core.reduce.header import uncounted
 from metricfold._core.reduce.schema import Entry, Schema, places
-from metricfold._core.reduce.slots import fitting, joined, pack, slot_width, unpack
 from metricfold._core.sketch.weights import weighable
 
 __all__ = ["Pools", "Recent", "Values", "Windows"]
@@ -111,12 +111,12 @@ class Windows(Values):
                 start = _COUNTS + entry.capacity
                 place[start : start + size] = 1.0 if window.weights is None else window.weights
             if window.older is not None:
-                place[-slot_width() :] = pack(window.older)
+                place[-sketches.slot_width() :] = sketches.pack(window.older)
 
     def wrong(self, rows: FloatArray) -> BoolArray:
         if not self.width:
             return np.zeros(len(rows), dtype=np.bool_)
-        bad = np.asarray(~(np.isfinite(rows) | self._open).all(axis=1))
+        bad = np.asarray(~np.isfinite(rows).all(axis=1))
         heads = rows[:, self._heads]
         sizes, fresh = heads[:, 0], heads[:, 1]
         bad |= (uncounted(sizes) | uncounted(fresh)).any(axis=1)
@@ -129,7 +129,7 @@ class Windows(Values):
                 given = np.arange(entry.capacity) < rows[:, place.start, np.newaxis]
                 bad |= (given & ~weighable(weights)).any(axis=1)
             if entry.condensed:
-                bad |= ~fitting(rows[:, place.stop - slot_width() : place.stop])
+                bad |= ~sketches.fitting(rows[:, place.stop - sketches.slot_width() : place.stop])
         return bad
 
     def recent(self, rows: FloatArray) -> Recent:
@@ -146,15 +146,6 @@ class Windows(Values):
         capacities = [self._entries[key].capacity for key in self._places]
         return np.array([capacity for capacity in capacities if capacity], dtype=np.intp)
 
-    @cached_property
-    def _open(self) -> BoolArray:
-        """Which of the values may be infinite: those of a sketch's extents."""
-        may = np.zeros(self.width, dtype=np.bool_)
-        for key, place in self._places.items():
-            if self._entries[key].condensed:
-                may[place.stop - slot_width() : place.stop] = True
-        return may
-
     def window_of(self, row: FloatArray, key: Key) -> Window:
         """Return what one rank holds of a DISTRIBUTION, out of its row."""
         entry = self._entries[key]
@@ -167,7 +158,7 @@ class Windows(Values):
             place[_COUNTS : _COUNTS + size],
             place[start : start + size] if entry.weighted else None,
             fresh,
-            unpack(place[-slot_width() :]) if entry.condensed else None,
+            sketches.unpack(place[-sketches.slot_width() :]) if entry.condensed else None,
         )
 
 
@@ -175,7 +166,7 @@ def _window_width(entry: Entry) -> int:
     if not entry.capacity:
         return 0
     exact = entry.capacity * (2 if entry.weighted else 1)
-    return _COUNTS + exact + (slot_width() if entry.condensed else 0)
+    return _COUNTS + exact + (sketches.slot_width() if entry.condensed else 0)
 
 
 class SideBySide(Recent):
@@ -245,7 +236,7 @@ class Pools(Values):
 
     def join(self, lower: FloatArray, upper: FloatArray, out: FloatArray) -> None:
         # NaN where a row holds what no rank sends: whoever looks at the end sees that.
-        sketches: list[tuple[FloatArray, FloatArray, FloatArray]] = []
+        condensed: list[tuple[FloatArray, FloatArray, FloatArray]] = []
         for place in self._places:
             for one, other, both in zip(
                 lower[:, place.at], upper[:, place.at], out[:, place.at], strict=True
@@ -258,10 +249,12 @@ class Pools(Values):
                     both[:] = 0.0
                     _write(both, place, Pool.joined([_read(one, place), _read(other, place)]))
                 else:
-                    sketches.append((_slot(one, place), _slot(other, place), both))
-        if sketches:
-            lowers, uppers, places_ = zip(*sketches, strict=True)
-            for slot, both in zip(joined(np.stack(lowers), np.stack(uppers)), places_, strict=True):
+                    condensed.append((_slot(one, place), _slot(other, place), both))
+        if condensed:
+            lowers, uppers, places_ = zip(*condensed, strict=True)
+            for slot, both in zip(
+                sketches.joined(np.stack(lowers), np.stack(uppers)), places_, strict=True
+            ):
                 both[0], both[1 : 1 + slot.size], both[1 + slot.size :] = _SKETCH, slot, 0.0
 
     def wrong(self, rows: FloatArray) -> BoolArray:
@@ -283,7 +276,7 @@ def _laid_out(schema: Schema, world_size: int) -> Iterator[_Place]:
     for entry in schema.distributions:
         each = 2 if entry.weighted else 1
         # Where the points of all ranks fit, there will never be a sketch.
-        width = slot_width()
+        width = sketches.slot_width()
         if not entry.condensed:
             width = min(width, world_size * entry.capacity * each)
         for of_interval in (True, False) if entry.bounded else (True,):
@@ -305,12 +298,15 @@ def _write(numbers: FloatArray, place: _Place, pool: Pool) -> None:
             start = 1 + place.room
             numbers[start : start + size] = 1.0 if pool.weights is None else pool.weights
     else:
-        numbers[0], numbers[1 : 1 + slot_width()] = _SKETCH, pack(pool.condensed())
+        numbers[0], numbers[1 : 1 + sketches.slot_width()] = (
+            _SKETCH,
+            sketches.pack(pool.condensed()),
+        )
 
 
 def _read(numbers: FloatArray, place: _Place) -> Pool:
     if numbers[0] == _SKETCH:
-        return Pool(histogram=unpack(numbers[1 : 1 + slot_width()]))
+        return Pool(histogram=sketches.unpack(numbers[1 : 1 + sketches.slot_width()]))
     size, start = int(numbers[0]), 1 + place.room
     weights = numbers[start : start + size] if place.weighted else None
     return Pool(numbers[1 : 1 + size], weights)
@@ -319,16 +315,16 @@ def _read(numbers: FloatArray, place: _Place) -> Pool:
 def _slot(numbers: FloatArray, place: _Place) -> FloatArray:
     """Return what is in a place as a sketch's slot."""
     if numbers[0] == _SKETCH:
-        return numbers[1 : 1 + slot_width()]
-    return pack(_read(numbers, place).condensed())
+        return numbers[1 : 1 + sketches.slot_width()]
+    return sketches.pack(_read(numbers, place).condensed())
 
 
 def _sound(numbers: FloatArray, place: _Place) -> bool:
     """Return whether a place holds what ranks send."""
     count = numbers[0]
     if count == _SKETCH:
-        slot = numbers[1 : 1 + slot_width()]
-        return slot.size == slot_width() and bool(fitting(slot[np.newaxis])[0])
+        slot = numbers[1 : 1 + sketches.slot_width()]
+        return slot.size == sketches.slot_width() and bool(sketches.fitting(slot[np.newaxis])[0])
     if uncounted(count) or count > place.room:
         return False
     size, start = int(count), 1 + place.room

@@ -1,10 +1,9 @@
-"""Histograms: a mergeable sketch of any number of values, and the record that sinks draw.
+"""The sketch of a distribution: any number of values in a fixed amount of memory, which merges exactly.
 
-Four questions, four files: *which bucket is this value in* (`indexing`), *which buckets are kept,
-and how fine* (`layout`), *how are their contents stored, folded and re-binned* (`grid`), and *what
-do they say about the values* (`estimation`). `sketch` joins them in `LogLinearHistogram`; `contents`
-is what it holds in the form that merges, `wire` and `plain` write that as lanes for collectives
-and as plain types for checkpoints.
+Which bucket is a value in (`indexing`), what do two sketches hold together (`buckets`, `contents`), how do
+many values get in (`filling`), and what does it say about them (`estimate`, `shape`)? `sketch` joins these in
+`LogLinearHistogram`; `slots` writes it into vectors, `plain` into a checkpoint. README.md is the whole
+in a page.
 """
 
 from __future__ import annotations
@@ -17,24 +16,32 @@ from metricfold._core.sketch.record import Histogram
 if TYPE_CHECKING:
     from metricfold._core.sketch.indexing import bucket_index
     from metricfold._core.sketch.sketch import LogLinearHistogram
-    from metricfold._core.sketch.wire import EXTENTS_WIDTH, fitting, slot_width
+    from metricfold._core.sketch.slots import fitting, joined, pack, slot_width, unpack
 
 __all__ = [
-    "EXTENTS_WIDTH",
+    "BUCKETS",
     "Histogram",
     "LogLinearHistogram",
     "bucket_index",
     "fitting",
+    "joined",
+    "pack",
     "slot_width",
+    "unpack",
 ]
+
+BUCKETS = 512
+"""Of a sketch that travels or accumulates: 16 kB. docs/histograms.md says how right that is."""
 
 # Loaded when asked for: those who only log should not wait for it.
 _HOMES = {
-    "EXTENTS_WIDTH": "wire",
     "LogLinearHistogram": "sketch",
     "bucket_index": "indexing",
-    "fitting": "wire",
-    "slot_width": "wire",
+    "fitting": "slots",
+    "joined": "slots",
+    "pack": "slots",
+    "slot_width": "slots",
+    "unpack": "slots",
 }
 
 

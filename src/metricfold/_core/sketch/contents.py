@@ -1,19 +1,17 @@
-"""All that a histogram holds, in the form that merges."""
+"""All that sketches hold, in the form that merges: totals, extremes and buckets, of any number of them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from functools import reduce
 
 import numpy as np
 
-from metricfold._core.sketch.grid import Buckets, Grid, place
-from metricfold._core.sketch.indexing import FINEST, FloatArray
-from metricfold._core.sketch.layout import FEWEST_BUCKETS, Extents, Layout, resolve
+from metricfold._core.sketch.buckets import FARTHEST, BoolArray, Buckets, united
+from metricfold._core.sketch.indexing import FINEST, FloatArray, IntArray
 
-__all__ = ["Contents", "Frame", "Total", "check_max_buckets"]
+__all__ = ["FEWEST_BUCKETS", "Contents", "Total", "check_max_buckets", "counts"]
 
 
 class Total(IntEnum):
@@ -30,108 +28,14 @@ class Total(IntEnum):
     """Weight of the values that are ±0."""
 
 
-_NOT_FINITE = (Total.NAN, Total.POSITIVE_INFINITY, Total.NEGATIVE_INFINITY)
+_NUMBERS = [Total.COUNT, Total.NAN, Total.POSITIVE_INFINITY, Total.NEGATIVE_INFINITY]
+_SLACK = 1e-3
+"""By which moments may exceed their weights: sums on devices are rounded."""
+_TINY = 1e-300
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Frame:
-    """What fixes the layout of a histogram, and its extreme values; merges by taking extremes.
-
-    Args:
-        extents: which buckets are occupied.
-        minimum: the least value; inf if there is none.
-        maximum: the greatest value; -inf if there is none.
-        finest: the largest resolution allowed.
-        dropped: how many segments have been dropped.
-    """
-
-    extents: Extents
-    minimum: float = math.inf
-    maximum: float = -math.inf
-    finest: int = FINEST
-    dropped: int = 0
-
-    def joined(self, other: Frame) -> Frame:
-        return Frame(
-            self.extents.joined(other.extents),
-            min(self.minimum, other.minimum),
-            max(self.maximum, other.maximum),
-            min(self.finest, other.finest),
-            max(self.dropped, other.dropped),
-        )
-
-    def layout(self, max_buckets: int) -> Layout:
-        return resolve(self.extents, max_buckets, self.finest, self.dropped)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Contents:
-    """What a histogram holds.
-
-    Args:
-        max_buckets: how many buckets there may be.
-        minimum: the least value; inf if there is none.
-        maximum: the greatest value; -inf if there is none.
-        totals: sums over all values, indexed by `Total`.
-        grid: what all values but zeros are in; in the layout that its occupied buckets determine.
-    """
-
-    max_buckets: int
-    minimum: float
-    maximum: float
-    totals: FloatArray
-    grid: Grid
-
-    @classmethod
-    def of(cls, max_buckets: int, frame: Frame, totals: FloatArray, buckets: Buckets) -> Contents:
-        """Return what a histogram holds whose `frame` and occupied `buckets` are known."""
-        grid = Grid(frame.layout(max_buckets))
-        place(buckets, grid.layout, grid.sums)
-        return cls(max_buckets, frame.minimum, frame.maximum, totals, grid)
-
-    def check(self) -> None:
-        """Refuse contents that no values come to.
-
-        Raises:
-            ValueError: says which numbers contradict each other.
-        """
-        totals, (weights, *moments) = self.totals, self.grid.sums
-        numbers = [totals, weights, *moments]
-        if not all(((array >= 0) & (array < math.inf)).all() for array in numbers):
-            raise ValueError("its sums are negative, or no finite numbers")
-        counts = totals[[Total.COUNT, *_NOT_FINITE]]
-        if (counts != np.floor(counts)).any() or (counts > 2.0**53).any():
-            raise ValueError("its counts are no whole numbers")
-        some = totals[Total.COUNT] > 0
-        if some != (weights.any() or totals[Total.ZERO] > 0):
-            raise ValueError("its count contradicts its buckets")
-        if some and not -math.inf < self.minimum <= self.maximum < math.inf:
-            raise ValueError(f"it reaches from {self.minimum} to {self.maximum}")
-
-    @property
-    def frame(self) -> Frame:
-        layout = self.grid.layout
-        return Frame(layout.extents, self.minimum, self.maximum, layout.finest, layout.dropped)
-
-    @property
-    def buckets(self) -> Buckets:
-        return Buckets.of(self.grid)
-
-    def copy(self) -> Contents:
-        return replace(self, totals=self.totals.copy(), grid=self.grid.copy())
-
-    def joined(self, *others: Contents) -> Contents:
-        parts = (self, *others)
-        return Contents.of(
-            min(part.max_buckets for part in parts),
-            reduce(Frame.joined, [part.frame for part in parts]),
-            np.sum([part.totals for part in parts], axis=0),
-            Buckets.of(*(part.grid for part in parts)),
-        )
-
-
+FEWEST_BUCKETS = 320
 MOST_BUCKETS = 2**20
-"""A histogram of so many takes 24 MiB; a file may ask for no more."""
+"""A histogram of so many takes 48 MiB; a file may ask for no more."""
 
 
 def check_max_buckets(max_buckets: int) -> int:
@@ -143,3 +47,107 @@ def check_max_buckets(max_buckets: int) -> int:
             f"{MOST_BUCKETS}"
         )
     return int(max_buckets)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contents:
+    """What p sketches hold.
+
+    Args:
+        totals: sums over all values, indexed by `Total`, shape (p, 6).
+        low: the least value of each; inf if there is none; shape (p,).
+        high: the greatest value of each; -inf if there is none.
+        finest: the largest resolution that each may have.
+        reach: within how many octaves of 1 buckets are shared out.
+        buckets: what all values but zeros are in.
+    """
+
+    totals: FloatArray
+    low: FloatArray
+    high: FloatArray
+    finest: IntArray
+    reach: IntArray
+    buckets: Buckets
+
+    @classmethod
+    def empty(cls) -> Contents:
+        """Return what one sketch holds that has seen nothing."""
+        return cls(
+            np.zeros((1, len(Total))),
+            np.array([math.inf]),
+            np.array([-math.inf]),
+            np.array([FINEST]),
+            np.array([FARTHEST]),
+            Buckets.empty(),
+        )
+
+    def copy(self) -> Contents:
+        """Return the same; what is added to it later changes it alone."""
+        return replace(
+            self,
+            totals=self.totals.copy(),
+            low=self.low.copy(),
+            high=self.high.copy(),
+            buckets=replace(self.buckets, sums=self.buckets.sums.copy()),
+        )
+
+    def only(self, which: BoolArray) -> Contents:
+        """Return the same sketches, all but `which` of them empty."""
+        if which.all():
+            return self
+        return Contents(
+            np.where(which[:, np.newaxis], self.totals, 0.0),
+            np.where(which, self.low, math.inf),
+            np.where(which, self.high, -math.inf),
+            np.where(which, self.finest, FINEST),
+            np.where(which, self.reach, FARTHEST),
+            self.buckets.taken(np.flatnonzero(which[self.buckets.row])),
+        )
+
+    def joined(self, other: Contents, most: int) -> Contents:
+        """Return what `self` and `other` hold together, sketch by sketch, in `most` buckets each.
+
+        Associative and commutative: sums are added, extremes compared, and the resolutions depend on
+        what values there are alone.
+        """
+        finest = np.minimum(self.finest, other.finest)
+        reach = np.minimum(self.reach, other.reach)
+        buckets, reach = united(self.buckets, other.buckets, finest, reach, most)
+        return Contents(
+            self.totals + other.totals,
+            np.minimum(self.low, other.low),
+            np.maximum(self.high, other.high),
+            finest,
+            reach,
+            buckets,
+        )
+
+    def sound(self) -> BoolArray:
+        """Return which of the sketches values may have come to, shape (p,).
+
+        What is sound merges, and is read, without an error.
+        """
+        rows, buckets = len(self.totals), self.buckets
+        wrong = buckets.faulty(self.finest)
+        weight, first, second = buckets.sums
+        for larger, smaller in ((weight, first), (first, second)):
+            # Written so that NaN is wrong.
+            wrong |= ~((smaller >= 0.0) & (smaller <= larger * (1.0 + _SLACK) + _TINY))
+        wrong |= ~((weight > 0.0) & (weight < math.inf))
+        good = np.bincount(buckets.row, wrong, minlength=rows) == 0.0
+        good &= ((self.totals >= 0.0) & (self.totals < math.inf)).all(axis=1)
+        good &= counts(self.totals[:, _NUMBERS]).all(axis=1)
+        good &= (self.finest >= 0) & (self.finest <= FINEST)
+        good &= (self.reach >= -1) & (self.reach <= FARTHEST)
+        some = self.totals[:, Total.COUNT] > 0.0
+        weighed = np.bincount(buckets.row, minlength=rows) > 0
+        good &= some == (weighed | (self.totals[:, Total.ZERO] > 0.0))
+        ordered = (self.low <= self.high) & np.isfinite(self.low) & np.isfinite(self.high)
+        sound: BoolArray = good & (ordered | ~some)
+        return sound
+
+
+def counts(numbers: FloatArray) -> BoolArray:
+    """Return which of the numbers count something."""
+    found: BoolArray = (numbers >= 0.0) & (numbers == np.floor(numbers)) & (numbers <= 2.0**53)
+    return found

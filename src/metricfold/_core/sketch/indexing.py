@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "BIAS",
+    "FIELDS",
     "FINEST",
     "FRACTION_BITS",
     "MAGNITUDE",
@@ -21,9 +23,7 @@ __all__ = [
     "IntArray",
     "bucket_index",
     "from_bits",
-    "lower_edge",
     "magnitude_bits",
-    "width",
 ]
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
@@ -33,6 +33,8 @@ FINEST = 16
 """The largest `m`: 65,536 buckets per octave."""
 FRACTION_BITS = 52
 BIAS = 1023
+FIELDS = 2047
+"""Exponent fields of finite floats; 0 is that of the subnormals."""
 MAGNITUDE = np.int64(0x7FFF_FFFF_FFFF_FFFF)
 """All bits of a float64 but its sign."""
 
@@ -89,15 +91,3 @@ def magnitude_bits(values: FloatArray) -> IntArray:
 def from_bits(bits: IntArray) -> FloatArray:
     """Return the floats of which `bits` are the bits."""
     return np.ascontiguousarray(bits, dtype=np.int64).view(np.float64)
-
-
-def lower_edge(bucket: IntArray, m: IntArray) -> FloatArray:
-    """Return the magnitude at which each bucket (`k` of `bucket_index`) begins."""
-    return from_bits(bucket << (FRACTION_BITS - m))
-
-
-def width(bucket: IntArray, m: IntArray) -> FloatArray:
-    """Return the width of each bucket: 2^(exponent - m); subnormals share the lowest exponent."""
-    exponent = np.maximum(bucket >> m, 1) - BIAS
-    widths: FloatArray = np.ldexp(1.0, (exponent - m).astype(np.int32))
-    return widths

@@ -5,54 +5,55 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from operator import index
 from typing import Any
 
 import numpy as np
 
-from metricfold._core.sketch.contents import Contents, Frame, Total, check_max_buckets
-from metricfold._core.sketch.grid import MOMENTS, Buckets
-from metricfold._core.sketch.indexing import FINEST, FloatArray
-from metricfold._core.sketch.layout import FIELDS, FIRST_FIELDS, SEGMENT_OF_PREFIX, SEGMENTS, WHOLE
+from metricfold._core.sketch import earlier
+from metricfold._core.sketch.buckets import COARSEST, FARTHEST, Buckets
+from metricfold._core.sketch.contents import Contents, Total, check_max_buckets
+from metricfold._core.sketch.indexing import FINEST
 
 __all__ = ["from_dict", "to_dict"]
 
 _FORMAT = "metricfold histogram"
-_VERSION = 1
+_VERSION = 2
 
 
-def to_dict(contents: Contents) -> dict[str, Any]:
-    """Return plain types; of the buckets, those that are occupied, one group per segment."""
-    frame, buckets = contents.frame, contents.buckets
-    some = contents.totals[Total.COUNT] > 0
-    cuts = np.flatnonzero(np.diff(buckets.segment, prepend=-1, append=-1))
-    # As `bucket_index` says it; a segment that is one bucket has the index of its first octave.
-    bucket = np.where(buckets.m == WHOLE, FIRST_FIELDS[buckets.segment], buckets.index) + 1
-    signed = np.where(buckets.segment < SEGMENTS, bucket, -bucket)
-    return {
+def to_dict(contents: Contents, max_buckets: int) -> dict[str, Any]:
+    """Return plain types; of the buckets, one group per octave, or one of all that are groups of octaves."""
+    buckets, totals = contents.buckets, contents.totals[0]
+    some = totals[Total.COUNT] > 0
+    # As `bucket_index` says it.
+    bucket = (buckets.edge >> (FINEST - buckets.m)) + 1
+    signed = np.where(buckets.index < 0, -bucket, bucket)
+    state = {
         "format": _FORMAT,
         "version": _VERSION,
-        "max_buckets": contents.max_buckets,
-        "finest": frame.finest,
-        "dropped": frame.dropped,
-        "minimum": frame.minimum if some else None,
-        "maximum": frame.maximum if some else None,
-        "totals": {total.name.lower(): float(contents.totals[total]) for total in Total},
+        "max_buckets": max_buckets,
+        "finest": int(contents.finest[0]),
+        "reach": int(contents.reach[0]),
+        "minimum": float(contents.low[0]) if some else None,
+        "maximum": float(contents.high[0]) if some else None,
+        "totals": {total.name.lower(): float(totals[total]) for total in Total},
         "segments": [
             {
                 "m": int(buckets.m[begin]),
+                "cut": bool(buckets.cut[begin]),
                 "index": signed[begin:end].tolist(),
                 "sums": buckets.sums[:, begin:end].tolist(),
             }
-            for begin, end in pairwise(cuts.tolist())
+            for begin, end in pairwise([*buckets.octaves().tolist(), signed.size])
         ],
-        "checksum": _checksum(contents.max_buckets, frame, contents.totals, buckets),
     }
+    return {**state, "checksum": _checksum(contents, max_buckets)}
 
 
-def from_dict(state: Mapping[str, Any]) -> Contents:
-    """Return the contents of which `to_dict` gave `state`."""
+def from_dict(state: Mapping[str, Any]) -> tuple[Contents, int]:
+    """Return what a histogram holds of which `to_dict` gave `state`, and its `max_buckets`."""
     try:
         return _read(state)
     except KeyError as error:
@@ -62,59 +63,52 @@ def from_dict(state: Mapping[str, Any]) -> Contents:
     raise ValueError(f"this is not the state of a histogram, or it is damaged: {reason}")
 
 
-def _read(state: Mapping[str, Any]) -> Contents:
+def _read(state: Mapping[str, Any]) -> tuple[Contents, int]:
     if state["format"] != _FORMAT:
         raise ValueError(f"its format is {state['format']!r}")
-    if state["version"] != _VERSION:
+    if state["version"] not in (1, _VERSION):
         raise ValueError(f"its version is {state['version']!r}, this is {_VERSION}")
-    totals = np.array([float(state["totals"][total.name.lower()]) for total in Total])
-    some = totals[Total.COUNT] > 0
-    buckets = Buckets.joined(Buckets.empty(), *map(_read_segment, state["segments"]))
-    frame = Frame(
-        buckets.extents,
-        float(state["minimum"]) if some else math.inf,
-        float(state["maximum"]) if some else -math.inf,
-        index(state["finest"]),
-        index(state["dropped"]),
-    )
+    first = state["version"] == 1
+    totals = np.array([[float(state["totals"][total.name.lower()]) for total in Total]])
+    some = totals[0, Total.COUNT] > 0
     max_buckets = check_max_buckets(state["max_buckets"])
-    if state["checksum"] != _checksum(max_buckets, frame, totals, buckets):
-        raise ValueError("its checksum is wrong")
-    if not 0 <= frame.finest <= FINEST or not 0 <= frame.dropped <= SEGMENTS:
-        raise ValueError("it is finer, or has dropped more, than any")
-    contents = Contents.of(max_buckets, frame, totals, buckets)
-    contents.check()
-    # What a layout has no use for would come back at the next save, in a form that nobody reads.
-    if not _same(contents, frame, buckets):
-        raise ValueError("its buckets are not those that its values come to")
-    return contents
-
-
-def _same(contents: Contents, frame: Frame, buckets: Buckets) -> bool:
-    """Return whether `contents` hold what has been read, bucket for bucket."""
-    settled, kept = contents.frame, contents.buckets
-    return (settled.finest, settled.dropped) == (frame.finest, frame.dropped) and all(
-        np.array_equal(getattr(kept, part), getattr(buckets, part))
-        for part in ("segment", "index", "m", "sums")
+    finest, reach = index(state["finest"]), FARTHEST if first else index(state["reach"])
+    if not 0 <= finest <= FINEST or not -1 <= reach <= FARTHEST:
+        raise ValueError(f"it is as fine as m={finest} and reaches over {reach} octaves")
+    parts = [earlier.segment(group) if first else _segment(group) for group in state["segments"]]
+    contents = Contents(
+        totals,
+        np.array([float(state["minimum"]) if some else math.inf]),
+        np.array([float(state["maximum"]) if some else -math.inf]),
+        np.array([finest]),
+        np.array([reach]),
+        Buckets.of_all([Buckets.empty(), *parts]),
     )
+    checksum = earlier.checksum(state, totals) if first else _checksum(contents, max_buckets)
+    if state["checksum"] != checksum:
+        raise ValueError("its checksum is wrong")
+    nothing = replace(contents, totals=np.zeros_like(totals), buckets=Buckets.empty())
+    if first:
+        return contents.joined(nothing, max_buckets), max_buckets
+    if not contents.sound().all():
+        raise ValueError("its numbers contradict each other, or are none")
+    # What a share has no use for would come back at the next save, in a form that nobody reads.
+    settled = contents.joined(nothing, max_buckets)
+    if settled.reach[0] != reach or not settled.buckets.alike(contents.buckets):
+        raise ValueError("its buckets are not those that its values come to")
+    return contents, max_buckets
 
 
-def _read_segment(group: Mapping[str, Any]) -> Buckets:
-    m, signed = index(group["m"]), np.array(group["index"], dtype=np.int64)
-    sums = np.array(group["sums"], dtype=np.float64).reshape(MOMENTS, signed.size)
-    bucket = np.abs(signed) - 1
-    if m != WHOLE and not 0 <= m <= FINEST:
-        raise ValueError(f"it has buckets at m={m}")
-    if ((bucket < 0) | (bucket >> max(m, 0) >= FIELDS)).any():
-        raise ValueError("it has buckets beyond those of finite floats")
-    segment = SEGMENT_OF_PREFIX[(bucket >> max(m, 0)) + 2048 * (signed < 0)]
-    bucket = np.zeros_like(bucket) if m == WHOLE else bucket
-    return Buckets(segment, bucket, np.full(bucket.size, m), sums)
+def _segment(group: Mapping[str, Any]) -> Buckets:
+    m, cut = index(group["m"]), group["cut"]
+    if not COARSEST <= m <= FINEST or not isinstance(cut, bool) or not group["index"]:
+        raise ValueError(f"it has buckets at m={m}, cut: {cut}")
+    return Buckets.signed(group["index"], group["sums"], m, cut=cut)
 
 
-def _checksum(max_buckets: int, frame: Frame, totals: FloatArray, buckets: Buckets) -> int:
+def _checksum(contents: Contents, max_buckets: int) -> int:
     """Return 32 bits of all that a histogram holds, whatever type says it."""
-    numbers = [max_buckets, frame.finest, frame.dropped, frame.minimum, frame.maximum]
-    columns = [buckets.segment, buckets.index, buckets.m, *buckets.sums]
-    everything = np.concatenate([numbers, totals, *columns]).astype("<f8")
-    return zlib.crc32(everything.tobytes())
+    buckets = contents.buckets
+    columns = [contents.totals[0], contents.low, contents.high, contents.finest]
+    columns += [contents.reach, [max_buckets], buckets.index, buckets.m, buckets.cut, *buckets.sums]
+    return zlib.crc32(np.concatenate(columns).astype("<f8").tobytes())

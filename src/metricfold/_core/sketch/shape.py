@@ -66,6 +66,15 @@ class Shapes:
         found: FloatArray = self._start[shape] + self._step[shape] * (left + share)
         return found
 
+    def share(self, shape: IntArray, z: FloatArray) -> FloatArray:
+        """Return how much of each density numbered in `shape` lies below `z` deviations."""
+        place = np.clip((z - self._start[shape]) / self._step[shape], 0.0, _NODES - 1.0)
+        left = np.minimum(place.astype(np.int64), _NODES - 2)
+        rest = place - left
+        one, other = self._density[shape, left], self._density[shape, left + 1]
+        found: FloatArray = self._through[shape, left] + rest * (one + 0.5 * rest * (other - one))
+        return np.clip(found, 0.0, 1.0)
+
 
 def _densest(
     z: FloatArray, bell: npt.NDArray[np.bool_]

@@ -1,11 +1,13 @@
-"""How much a value may weigh."""
+"""Values and their weights: how much one may weigh, and many together."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LARGEST_WEIGHT", "weighable"]
+__all__ = ["LARGEST_WEIGHT", "concatenated", "weighable"]
 
 LARGEST_WEIGHT = 1e150
 """The squares of weights must add up to a number."""
@@ -14,3 +16,16 @@ LARGEST_WEIGHT = 1e150
 def weighable(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
     """Return which of `weights` a value that counts may have."""
     return (weights > 0.0) & (weights <= LARGEST_WEIGHT)
+
+
+def concatenated(
+    parts: Sequence[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64] | None]],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64] | None]:
+    """Return all values, and their weights if any part has some."""
+    if len(parts) < 2:
+        return parts[0] if parts else (np.empty(0), None)
+    values = np.concatenate([values for values, _ in parts])
+    if all(weights is None for _, weights in parts):
+        return values, None
+    weighing = [np.ones(v.size) if w is None else w for v, w in parts]
+    return values, np.concatenate(weighing)

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metricfold._core.sketch.grid import Buckets
+from metricfold._core.sketch.buckets import Buckets
 from metricfold._core.sketch.indexing import FloatArray, IntArray
-from metricfold._core.sketch.layout import SEGMENTS
 from metricfold._core.sketch.record import Histogram
 from metricfold._core.sketch.shape import Shapes
 
-__all__ = ["Profile", "as_histogram", "mean_and_deviation", "quantiles"]
+__all__ = ["Profile", "as_histogram", "below", "mean_and_deviation", "quantiles"]
 
 _MANY = 8
 """Values in a cell from which on their distribution has a shape."""
@@ -59,17 +58,24 @@ class Profile:
             )
 
     @classmethod
+    def of_values(cls, values: FloatArray, weights: FloatArray) -> Profile:
+        """Return a cell of no width for each value, shape (n,)."""
+        order = np.argsort(values, kind="stable")
+        values, weights = values[order], weights[order]
+        return cls(weights, values, np.zeros(values.size), values, values)
+
+    @classmethod
     def of(cls, buckets: Buckets, zeros: float, minimum: float, maximum: float) -> Profile:
         """Return the cells of `buckets` and of the weight of `zeros`, between the extremes."""
         count, first, second = buckets.sums
         least, greatest = buckets.bounds
-        negative = buckets.segment >= SEGMENTS
+        negative = buckets.index < 0
         with np.errstate(under="ignore", over="ignore"):
-            units = buckets.units
+            units = buckets.units.astype(np.int32)
             square = count * second - first * first
             square[square < _NOISE * count * second] = 0.0
-            deviations = np.sqrt(square) / count * units
-            means = buckets.origins + units * (first / count)
+            deviations = np.ldexp(np.sqrt(square) / count, units)
+            means = buckets.origins + np.ldexp(first / count, units)
             means = np.minimum(np.maximum(means, least), greatest)
         weights = count
         means = np.where(negative, -means, means)
@@ -182,7 +188,9 @@ def as_histogram(profile: Profile, bins: int | None) -> Histogram:
         # Halves first: the range of huge values of both signs is no number.
         edges = np.linspace(low / 2, high / 2, bins + 1) * 2
         edges[0], edges[-1] = low, high
-        counts = np.diff(_below(profile, edges))
+        reached = below(profile, edges)
+        reached[0], reached[-1] = 0.0, profile.weights.sum()
+        counts = np.maximum(np.diff(reached), 0.0)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         squares = profile.means**2 + profile.deviations**2
         return Histogram(
@@ -212,18 +220,27 @@ def _outlines(profile: Profile) -> tuple[FloatArray, FloatArray]:
     return np.append(edges[:-1][wide], edges[-1]), counts[wide]
 
 
-def _below(profile: Profile, edges: FloatArray) -> FloatArray:
-    """Return the weight below each edge; that below the last one is all."""
+def below(profile: Profile, values: FloatArray) -> FloatArray:
+    """Return the weight below each of some `values`."""
     through = np.cumsum(profile.weights)
-    cell = np.minimum(np.searchsorted(profile.highs, edges), len(through) - 1)
-    reach = math.sqrt(3.0) * profile.deviations[cell]
+    cell = np.minimum(np.searchsorted(profile.highs, values), through.size - 1)
+    weights, means, deviations = (
+        part[cell] for part in (profile.weights, profile.means, profile.deviations)
+    )
     with np.errstate(over="ignore"):
-        first = np.maximum(profile.means[cell] - reach, profile.lows[cell])
-        final = np.minimum(profile.means[cell] + reach, profile.highs[cell])
-        share = np.clip((edges - first) / np.maximum(final - first, _TINY), 0.0, 1.0)
-    below: FloatArray = through[cell] - profile.weights[cell] * (1.0 - share)
-    below[0], below[-1] = 0.0, through[-1]
-    return below
+        first = np.maximum(means - math.sqrt(3.0) * deviations, profile.lows[cell])
+        final = np.minimum(means + math.sqrt(3.0) * deviations, profile.highs[cell])
+        share = np.clip((values - first) / np.maximum(final - first, _TINY), 0.0, 1.0)
+    many = (weights >= max(_MANY, _NOTABLE * through[-1])) & (deviations > 0.0)
+    if many.any():
+        cells, shape = np.unique(cell[many], return_inverse=True)
+        shapes = Shapes(*profile.bounds(cells))
+        with np.errstate(over="ignore"):
+            z = (values[many] - means[many]) / deviations[many]
+        share[many] = np.where(shapes.known[shape], shapes.share(shape, z), share[many])
+    share[values > profile.highs[-1]] = 1.0
+    found: FloatArray = through[cell] - weights * (1.0 - share)
+    return found
 
 
 def _covered(profile: Profile, counts: FloatArray, cell: IntArray, start: FloatArray) -> FloatArray:

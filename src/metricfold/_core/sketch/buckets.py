@@ -1,0 +1,426 @@
+"""What is in the occupied buckets of sketches, and how two of them become one.
+
+A bucket is known by its lower edge: of ±|x| the exponent and the top 16 bits of the mantissa, as one
+number that grows with x. Of the values in it three sums are kept, over their weights: of 1, u and u²,
+where u in [0, 1) is the position between its edges. When halves become one bucket, they carry over
+exactly: a value at u in half j lies at (j + u) / 2 of the whole.
+
+How fine, says the *share* of a sketch. An octave o (of one sign) is cut into 2^m_o buckets. With c_o for
+the number that are occupied at the resolution in which its values came, 16 on a host,
+
+    T     the largest whole number with  Σ_o min(T, c_o) <= most
+    m_o   the largest m at which o has no more than T occupied buckets.
+
+Below 16, which is m = 4, T does not go: then the octaves far from 1 have one bucket each, and those within
+*reach* share the others, from 2^-(r + 1) to 2^(r + 1) with the largest r at which each may have 16.
+
+All of this follows from the values alone, and only falls as values come in. None of it needs what was lost:
+an octave that has been cut had c_o > T, and T falls, so that it counts as T from there on; so does one in
+which values of two resolutions have met, whose c_o nobody knows. All others are as fine as they came. So it
+does not matter in which order, in how many parts and along which tree values come together.
+
+Where more octaves than buckets are occupied, 2^d neighbours each become one bucket, m = -d, in all of the
+sketch, with the smallest d that is enough.
+
+All functions work on many sketches at once: each bucket says in which `row` it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from metricfold._core.sketch.indexing import (
+    BIAS,
+    FIELDS,
+    FINEST,
+    FRACTION_BITS,
+    MAGNITUDE,
+    FloatArray,
+    IntArray,
+    from_bits,
+)
+
+__all__ = ["COARSEST", "FARTHEST", "MOMENTS", "BoolArray", "Buckets", "united"]
+
+BoolArray = npt.NDArray[np.bool_]
+
+MOMENTS = 3
+"""Sums per bucket: of 1, u and u²."""
+COARSEST = -4
+"""Of groups of 2^4 octaves there are 256, both signs together: there is room for them in any sketch."""
+
+FARTHEST = BIAS
+"""How far the octaves of all floats reach."""
+_LEAST_SHARE = 16
+
+_SHIFT = FRACTION_BITS - FINEST
+_HALVINGS = np.ldexp(1.0, -np.arange(FINEST + 1))
+_ROW = 40
+"""Bits of a number that tells the buckets of one row apart, and more than `index` needs."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Buckets:
+    """Occupied buckets of any number of sketches, row by row, in ascending order of their values.
+
+    Args:
+        row: the sketch that each belongs to, shape (n,).
+        index: of a positive bucket its lower edge, counted in the finest buckets from 0; of a negative
+            one the complement of that. So both ascend with the values, and `index >> 16` is the octave.
+        m: its resolution, the same in all of an octave.
+        cut: whether its octave is coarser than its values came.
+        sums: of 1, u and u²; shape (3, n).
+    """
+
+    row: IntArray
+    index: IntArray
+    m: IntArray
+    cut: BoolArray
+    sums: FloatArray
+
+    @classmethod
+    def of(
+        cls, index: IntArray, m: IntArray, sums: FloatArray, cut: BoolArray | None = None
+    ) -> Buckets:
+        """Return the buckets of one sketch; none of them cut, if nothing is said."""
+        if cut is None:
+            cut = np.zeros(index.size, dtype=np.bool_)
+        return cls(np.zeros(index.size, dtype=np.int64), index, m, cut, sums)
+
+    @classmethod
+    def empty(cls) -> Buckets:
+        none = np.empty(0, dtype=np.int64)
+        return cls.of(none, none, np.empty((MOMENTS, 0)))
+
+    @classmethod
+    def of_values(cls, bits: IntArray, weights: FloatArray | None, m: int) -> Buckets:
+        """Return a bucket for each value, neither 0 nor infinite, given by its bits; in their order."""
+        magnitude = bits & MAGNITUDE
+        rest = (1 << (FRACTION_BITS - m)) - 1
+        u = (magnitude & rest) * 2.0 ** (m - FRACTION_BITS)
+        edge = (magnitude & ~rest) >> _SHIFT
+        weight = np.ones(u.size) if weights is None else weights
+        first = weight * u
+        sums = np.stack([weight, first, first * u])
+        return cls.of(edge ^ (bits >> 63), np.full(edge.size, m), sums)
+
+    @classmethod
+    def signed(
+        cls, index: npt.ArrayLike, sums: npt.ArrayLike, m: int, *, cut: bool = False
+    ) -> Buckets:
+        """Return buckets of one sketch given by the signed indices of `bucket_index`, 0 not among them.
+
+        Raises:
+            ValueError: an index is 0 or beyond those of floats, or there are not three sums of each.
+        """
+        given = np.asarray(index, dtype=np.int64)
+        array = np.array(sums, dtype=np.float64)
+        if given.ndim != 1 or array.shape != (MOMENTS, given.size):
+            raise ValueError(
+                f"indices of shape {given.shape} and sums of shape {array.shape}: give n indices, "
+                f"and {MOMENTS} sums of each, shape ({MOMENTS}, n)"
+            )
+        bucket = np.abs(given) - 1
+        if ((bucket < 0) | (bucket > ((FIELDS << FINEST) - 1) >> (FINEST - m))).any():
+            raise ValueError(f"at m={m}, an index is 0 or beyond those of finite floats")
+        edge = bucket << (FINEST - m)
+        every = np.full(given.size, m)
+        return cls.of(np.where(given < 0, ~edge, edge), every, array, np.full(given.size, cut))
+
+    @classmethod
+    def of_all(cls, parts: Sequence[Buckets]) -> Buckets:
+        """Return what is in all `parts`, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([part.row for part in parts]),
+            np.concatenate([part.index for part in parts]),
+            np.concatenate([part.m for part in parts]),
+            np.concatenate([part.cut for part in parts]),
+            np.concatenate([part.sums for part in parts], axis=1),
+        )
+
+    def taken(self, places: IntArray) -> Buckets:
+        row, index, m, cut = self.row, self.index, self.m, self.cut
+        return Buckets(
+            row.take(places),
+            index.take(places),
+            m.take(places),
+            cut.take(places),
+            self.sums.take(places, axis=1),
+        )
+
+    def alike(self, other: Buckets) -> bool:
+        """Return whether the same buckets are occupied."""
+        return np.array_equal(self.index, other.index) and np.array_equal(self.m, other.m)
+
+    def ordered(self) -> Buckets:
+        return self.taken(np.argsort((self.row << _ROW) + self.index, kind="stable"))
+
+    # -- Where they are
+
+    @property
+    def edge(self) -> IntArray:
+        """The lower edge of the magnitudes, counted in the finest buckets."""
+        return self.index ^ (self.index >> 63)
+
+    @property
+    def origins(self) -> FloatArray:
+        """The magnitude at u = 0."""
+        return np.where(self.m < 0, 0.0, from_bits(self.edge << _SHIFT))
+
+    @property
+    def units(self) -> IntArray:
+        """The magnitude at u = 1 is 2^unit more."""
+        field = self.edge >> FINEST
+        # Subnormal numbers share the lowest exponent. A group of octaves is measured from 0.
+        inside = np.maximum(field, 1) - self.m
+        return np.where(self.m < 0, field + (1 << -np.minimum(self.m, 0)), inside) - BIAS
+
+    @property
+    def bounds(self) -> tuple[FloatArray, FloatArray]:
+        """The least and the greatest magnitude, other than 0, that belongs to each bucket."""
+        edge = self.edge
+        end = np.minimum(edge + (1 << (FINEST - self.m)), FIELDS << FINEST)
+        return from_bits(np.maximum(edge << _SHIFT, 1)), from_bits((end << _SHIFT) - 1)
+
+    @property
+    def distance(self) -> IntArray:
+        """How many octaves each is away from 1: 0 from 1/2 to 2."""
+        return _distance(self.index)
+
+    def octaves(self) -> IntArray:
+        """Return the place of the first bucket of each octave."""
+        return _starts((self.row << _ROW) + (self.index >> FINEST))
+
+    def faulty(self, finest: IntArray) -> BoolArray:
+        """Return which are no bucket of a sketch, or stand where they cannot.
+
+        Args:
+            finest: the largest resolution that each sketch may have, shape (rows,).
+        """
+        m, edge = self.m, self.edge
+        wrong = (m < COARSEST) | (m > finest[self.row]) | (edge >= FIELDS << FINEST)
+        wrong |= (edge & ((1 << (FINEST - np.clip(m, COARSEST, FINEST))) - 1)) != 0
+        if m.size < 2:
+            return wrong
+        same = self.row[1:] == self.row[:-1]
+        octave = self.index >> FINEST
+        wrong[1:] |= same & (self.index[1:] <= self.index[:-1])
+        alike = (m[1:] == m[:-1]) & (self.cut[1:] == self.cut[:-1])
+        together = (octave[1:] == octave[:-1]) | (m[1:] < 0) | (m[:-1] < 0)
+        wrong[1:] |= same & together & ~alike
+        return wrong
+
+    # -- How they become fewer
+
+    def at(self, m: IntArray) -> Buckets:
+        """Return the same contents in the coarser buckets that hold them, not yet joined."""
+        shift = FINEST - m
+        below = (np.int64(1) << shift) - 1
+        index = np.where(self.index < 0, self.index | below, self.index & ~below)
+        to = replace(self, index=index, m=m)
+        # u in the coarser bucket is start + scale * u.
+        if m.size and m.min() < 0:
+            old, new = self.units, to.units
+            start = np.ldexp(self.origins - to.origins, -new.astype(np.int32))
+            scale = np.ldexp(1.0, (old - new).astype(np.int32))
+        else:
+            start = (self.edge & below) * _HALVINGS.take(shift)
+            scale = _HALVINGS.take(self.m - m)
+        count, first, second = self.sums
+        started, scaled = start * count, scale * first
+        sums = np.empty_like(self.sums)
+        sums[0] = count
+        sums[1] = started + scaled
+        sums[2] = start * (started + 2.0 * scaled) + scale * (scale * second)
+        return replace(to, sums=sums)
+
+    def joined(self, upper: BoolArray | None = None) -> Buckets:
+        """Return each bucket once; what is in it is added up one after the other, on every machine.
+
+        Args:
+            upper: which belong to the second of two rows of sketches. Each side is added up by itself,
+                so that it does not matter which is the first.
+        """
+        starts = _starts((self.row << _ROW) + self.index)
+        if starts.size == self.index.size:
+            return self
+        begins = np.zeros(self.index.size, dtype=np.int64)
+        begins[starts] = 1
+        group, sides = np.cumsum(begins) - 1, 1 if upper is None else 2
+        if upper is not None:
+            group = 2 * group + upper
+        once = self.taken(starts)
+        for total, moment in zip(once.sums, self.sums, strict=True):
+            added = np.bincount(group, moment, minlength=sides * starts.size)
+            total[:] = added if upper is None else added[::2] + added[1::2]
+        return once
+
+    def fitted(self, reach: IntArray, most: int) -> tuple[Buckets, IntArray]:
+        """Return the same contents in no more than `most` buckets for each row, and how far they reach.
+
+        Args:
+            reach: of each sketch until now, shape (rows,).
+            most: how many buckets each may have.
+        """
+        held = np.bincount(self.row, minlength=reach.size)
+        if not self.index.size or (held.max() <= most and not self.cut.any()):
+            return self, reach
+        first = self.octaves()
+        sizes = _sizes(first, self.index.size)
+        row, distance = self.row[first], _distance(self.index[first])
+        charges = Charges(row, sizes, self.cut[first], reach.size, most)
+        share = charges.shares()
+        short = np.flatnonzero((share < _LEAST_SHARE) | (reach < FARTHEST))
+        if short.size:
+            share[short] = _LEAST_SHARE
+            reach = reach.copy()
+            for each in short.tolist():
+                reach[each] = min(int(reach[each]), charges.reach(each, distance))
+        limit = np.where(distance > reach[row], 1, share[row])
+        # What is grouped once has had more octaves than buckets, and stays so.
+        grouped = np.bincount(row, minlength=reach.size) > most
+        grouped[row[self.m[first] < 0]] = True
+        over = (sizes > limit) | grouped[row]
+        if not over.any():
+            return self, reach
+        m, coarse = self.m.copy(), np.repeat(over, sizes)
+        inside = self._finest_within(np.where(over, limit, most), first, sizes)
+        m[coarse] = np.minimum(m, np.repeat(inside, sizes))[coarse]
+        for each in np.flatnonzero(grouped).tolist():
+            here = self.row == each
+            m[here] = self._group_size(here, most)
+        return replace(self.at(m), cut=self.cut | coarse).joined(), reach
+
+    def _finest_within(self, limit: IntArray, first: IntArray, sizes: IntArray) -> IntArray:
+        """Return the largest m at which each octave has no more than `limit` occupied buckets."""
+        # Neighbours that differ first in bit b of their edges are two buckets where 16 - m <= b.
+        octave = np.repeat(np.arange(first.size), sizes)
+        same = octave[1:] == octave[:-1]
+        differ = (self.index[1:] ^ self.index[:-1])[same].astype(np.float64)
+        bit = np.frexp(differ)[1] - 1
+        split = np.bincount(octave[1:][same] * FINEST + bit, minlength=first.size * FINEST)
+        # Column j: how many are occupied at m = j + 1.
+        occupied = 1 + split.reshape(-1, FINEST)[:, ::-1].cumsum(axis=1)
+        finest: IntArray = (occupied <= limit[:, np.newaxis]).sum(axis=1)
+        return finest
+
+    def _group_size(self, here: BoolArray, most: int) -> int:
+        """Return the m at which the octaves of one row are grouped to `most` buckets or fewer."""
+        m = min(int(self.m[here].min()), -1)
+        while _starts(self.index[here] >> (FINEST - m)).size > most:
+            m -= 1
+        return m
+
+
+def united(
+    one: Buckets, other: Buckets, finest: IntArray, reach: IntArray, most: int
+) -> tuple[Buckets, IntArray]:
+    """Return what two rows of sketches hold together, sketch by sketch, and how far they reach.
+
+    The same whichever is `one`: to the last bit. Either may hold a bucket twice.
+
+    Args:
+        one: of the first row, or of values in ascending order.
+        other: of the second row, or of values in ascending order.
+        finest: the largest resolution that each sketch may have, shape (rows,).
+        reach: how far both reach, shape (rows,).
+        most: how many buckets each may have.
+    """
+    if not (one.index.size and other.index.size):
+        both, upper = one if one.index.size else other, None
+    else:
+        both = Buckets.of_all([one, other])
+        order = np.argsort((both.row << _ROW) + both.index, kind="stable")
+        both, upper = both.taken(order), order >= one.index.size
+    if not both.index.size:
+        return both, reach
+    return _agreed(both, finest).joined(upper).fitted(reach, most)
+
+
+def _agreed(buckets: Buckets, finest: IntArray) -> Buckets:
+    """Bring what shares an octave to the coarsest resolution in it, but not yet together."""
+    first = buckets.octaves()
+    sizes = _sizes(first, buckets.index.size)
+    row = buckets.row[first]
+    coarsest = np.minimum.reduceat(buckets.m, first)
+    m = np.minimum(coarsest, finest[row])
+    cut = np.logical_or.reduceat(buckets.cut, first)
+    if m.min() < 0:
+        # One that is grouped is so in all of its octaves.
+        grouped = np.zeros(finest.size, dtype=np.int64)
+        np.minimum.at(grouped, row, m)
+        m = np.where(grouped[row] < 0, grouped[row], m)
+    cut |= m < np.maximum.reduceat(buckets.m, first)
+    buckets = replace(buckets, cut=np.repeat(cut, sizes))
+    m = np.repeat(m, sizes)
+    return buckets.at(m) if (m < buckets.m).any() else buckets
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Charges:
+    """What octaves take of the buckets that a sketch may have.
+
+    Args:
+        row: the sketch of each octave, shape (n,).
+        sizes: how many of its buckets are occupied.
+        cut: whether it takes its share, whatever is occupied now.
+        rows: how many sketches there are.
+        most: how many buckets each may have.
+    """
+
+    row: IntArray
+    sizes: IntArray
+    cut: BoolArray
+    rows: int
+    most: int
+
+    def of(self, share: IntArray) -> IntArray:
+        """Return what each takes if its sketch has this share."""
+        each = share[self.row]
+        return np.where(self.cut, each, np.minimum(self.sizes, each))
+
+    def shares(self) -> IntArray:
+        """Return the largest share that each sketch has the buckets for; 0 if it has none."""
+        # With an equal part for each octave they have room, and those that are cut need theirs.
+        octaves = np.bincount(self.row, minlength=self.rows)
+        needy = np.bincount(self.row[self.cut], minlength=self.rows)
+        share, beyond = self.most // np.maximum(octaves, 1), self.most // np.maximum(needy, 1) + 1
+        while (share + 1 < beyond).any():
+            middle = (share + beyond) // 2
+            fits = np.bincount(self.row, self.of(middle), minlength=self.rows) <= self.most
+            share, beyond = np.where(fits, middle, share), np.where(fits, beyond, middle)
+        return share
+
+    def reach(self, row: int, distance: IntArray) -> int:
+        """Return how far octaves of one sketch may be for the least share; those beyond take 1."""
+        here = self.row == row
+        more = self.of(np.full(self.rows, _LEAST_SHARE))[here] - 1
+        through = np.bincount(distance[here], more, minlength=FARTHEST + 1).cumsum()
+        return int(through.searchsorted(self.most - more.size, side="right")) - 1
+
+
+def _distance(index: IntArray) -> IntArray:
+    """Return how many octaves each bucket is away from 1: 0 from 1/2 to 2."""
+    exponent = (index ^ (index >> 63)) // (1 << FINEST) - BIAS
+    return exponent ^ (exponent >> 63)
+
+
+def _starts(key: IntArray) -> IntArray:
+    """Return where another number begins."""
+    new = np.ones(key.size, dtype=np.bool_)
+    np.not_equal(key[1:], key[:-1], out=new[1:])
+    return new.nonzero()[0]
+
+
+def _sizes(first: IntArray, end: int) -> IntArray:
+    """Return how far it is from each place to the next, and from the last one to the end."""
+    sizes = np.empty_like(first)
+    np.subtract(first[1:], first[:-1], out=sizes[:-1])
+    sizes[-1:] = end - first[-1:]
+    return sizes

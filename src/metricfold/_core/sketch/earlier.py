@@ -1,0 +1,98 @@
+"""States of version 1, which were cut into segments: of one octave around 1, of many far from it.
+
+Where there were more of them than buckets, whole segments had been dropped to one bucket each.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from operator import index
+from typing import Any
+
+import numpy as np
+
+from metricfold._core.sketch.buckets import MOMENTS, Buckets
+from metricfold._core.sketch.indexing import BIAS, FIELDS, FINEST, FloatArray, from_bits
+
+__all__ = ["checksum", "segment"]
+
+_DROPPED = -1
+"""Stands for `m` of a segment that was one bucket."""
+_STARTS = np.array(
+    [
+        0,
+        *range(BIAS - 256, BIAS - 128, 64),
+        *range(BIAS - 128, BIAS - 64, 16),
+        *range(BIAS - 64, BIAS - 32, 4),
+        *range(BIAS - 32, BIAS + 32),
+        *range(BIAS + 32, BIAS + 64, 4),
+        *range(BIAS + 64, BIAS + 128, 16),
+        *range(BIAS + 128, BIAS + 256, 64),
+        BIAS + 256,
+        FIELDS,
+    ]
+)
+"""The exponent field with which each segment began, and the end of the last."""
+
+
+def segment(group: Mapping[str, Any]) -> Buckets:
+    """Return the buckets of one segment."""
+    m = index(group["m"])
+    if m != _DROPPED:
+        if not 0 <= m <= FINEST:
+            raise ValueError(f"it has buckets at m={m}")
+        return Buckets.signed(group["index"], group["sums"], m)
+    (signed,) = group["index"]
+    return _spread(index(signed), np.array(group["sums"], dtype=np.float64).reshape(MOMENTS))
+
+
+def _spread(signed: int, sums: FloatArray) -> Buckets:
+    """Return two values that have the mean and the deviation of a segment that was dropped."""
+    which = _number(abs(signed) - 1)
+    begin, end = int(_STARTS[which]), int(_STARTS[which + 1])
+    weight, first, second = sums
+    if not (weight > 0.0 and np.isfinite(sums).all()):
+        raise ValueError("its sums are no numbers")
+    # The position was the magnitude in a unit between both ends.
+    unit = (begin + end) // 2 - BIAS
+    mean = first / weight
+    deviation = math.sqrt(max(second / weight - mean * mean, 0.0))
+    least, greatest = from_bits(np.array([max(begin << 52, 1), (end << 52) - 1]))
+    with np.errstate(over="ignore", under="ignore"):
+        values = np.ldexp(np.array([mean - deviation, mean + deviation]), unit)
+    values = np.clip(values, least, greatest) * (1.0 if signed > 0 else -1.0)
+    return Buckets.of_values(values.view(np.int64), np.full(2, weight / 2.0), FINEST)
+
+
+def _number(field: int) -> int:
+    if not 0 <= field < FIELDS:
+        raise ValueError("it has buckets beyond those of finite floats")
+    return int(np.searchsorted(_STARTS, field, side="right")) - 1
+
+
+def checksum(state: Mapping[str, Any], totals: FloatArray) -> int:
+    """Return the checksum of a state."""
+    some = totals[0, 0] > 0
+    head = [
+        state["max_buckets"],
+        index(state["finest"]),
+        index(state["dropped"]),
+        float(state["minimum"]) if some else math.inf,
+        float(state["maximum"]) if some else -math.inf,
+    ]
+    columns: list[list[float]] = [[] for _ in range(3 + MOMENTS)]
+    for group in state["segments"]:
+        m = index(group["m"])
+        for signed in group["index"]:
+            bucket = abs(index(signed)) - 1
+            number = _number(bucket >> max(m, 0)) + (len(_STARTS) - 1) * (signed < 0)
+            for column, one in zip(
+                columns, (number, 0 if m == _DROPPED else bucket, m), strict=False
+            ):
+                column.append(one)
+        for column, moment in zip(columns[3:], group["sums"], strict=True):
+            column.extend(moment)
+    everything = np.concatenate([head, totals[0], *columns]).astype("<f8")
+    return zlib.crc32(everything.tobytes())

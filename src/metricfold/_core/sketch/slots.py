@@ -1,0 +1,148 @@
+"""Sketches in vectors: a slot of one width each, and how two vectors of them merge.
+
+A slot is what one sketch holds: totals, extremes, by how much it is coarser than the finest and by how much
+nearer than the farthest, and of each bucket a code and three sums.
+
+    code = index * 64 + 2 * (m + 5) + cut           never 0, which says that no more buckets follow
+
+A slot of zeros is that of no sketch, and the identity.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from metricfold._core.sketch import BUCKETS
+from metricfold._core.sketch.buckets import COARSEST, FARTHEST, MOMENTS, BoolArray, Buckets
+from metricfold._core.sketch.contents import Contents, Total
+from metricfold._core.sketch.indexing import FINEST, FloatArray
+from metricfold._core.sketch.sketch import LogLinearHistogram
+
+__all__ = ["fitting", "joined", "pack", "slot_width", "unpack"]
+
+_TOTALS = slice(0, len(Total))
+_LOW, _HIGH, _COARSER, _NEARER, _CODES = range(len(Total), len(Total) + 5)
+_SUMS = _CODES + BUCKETS
+_WIDTH = _SUMS + MOMENTS * BUCKETS
+
+_BITS = 6
+_MOST_LIMITED = (FINEST, FARTHEST + 1)
+_LOWEST = 1 - COARSEST
+_LARGEST_CODE = 2.0**40
+
+
+def slot_width() -> int:
+    """Return how many numbers a slot has."""
+    return _WIDTH
+
+
+def pack(sketch: LogLinearHistogram | None) -> FloatArray:
+    """Return what a sketch holds, or that there is none, as one slot.
+
+    Raises:
+        ValueError: the sketch is not of `BUCKETS` buckets.
+    """
+    if sketch is None:
+        return np.zeros(_WIDTH)
+    if sketch.max_buckets != BUCKETS:
+        raise ValueError(
+            f"a sketch of max_buckets={sketch.max_buckets} does not travel: merge it into one of "
+            f"{BUCKETS}"
+        )
+    slot: FloatArray = _packed(sketch.contents())[0]
+    return slot
+
+
+def unpack(slot: npt.ArrayLike) -> LogLinearHistogram | None:
+    """Return the sketch that is in a slot; None if there is none.
+
+    Raises:
+        ValueError: no sketch comes to these numbers.
+    """
+    array = np.array(slot, dtype=np.float64)
+    if array.shape != (_WIDTH,):
+        raise ValueError(f"a slot has {_WIDTH} numbers, not an array of shape {array.shape}")
+    if not array.any():
+        return None
+    contents, good = _read(array[np.newaxis])
+    if not good[0]:
+        raise ValueError("these are not the numbers of a sketch")
+    return LogLinearHistogram.of(contents, BUCKETS)
+
+
+def fitting(slots: FloatArray) -> BoolArray:
+    """Return which slots, shape (n, slot_width()), hold a sketch or none; shape (n,)."""
+    return _read(slots)[1]
+
+
+def joined(lower: FloatArray, upper: FloatArray) -> FloatArray:
+    """Return the merge of each pair of slots, shape (p, slot_width()).
+
+    Commutative to the last bit, associative but for rounding in the moments of a bucket, and the same
+    on every machine: what is added up is added one after the other. A pair of which one is not
+    `fitting` comes to a slot of NaN, which is not fitting.
+    """
+    (one, good), (other, well) = _read(lower), _read(upper)
+    out = _packed(one.joined(other, BUCKETS))
+    out[~(good & well)] = math.nan
+    return out
+
+
+def _packed(contents: Contents) -> FloatArray:
+    buckets = contents.buckets
+    slots = np.zeros((len(contents.totals), _WIDTH))
+    slots[:, _TOTALS] = contents.totals
+    some = contents.totals[:, Total.COUNT] > 0.0
+    slots[some, _LOW], slots[some, _HIGH] = contents.low[some], contents.high[some]
+    slots[:, _COARSER] = FINEST - contents.finest
+    slots[:, _NEARER] = FARTHEST - contents.reach
+    held = np.bincount(buckets.row, minlength=len(slots))
+    place = np.arange(buckets.row.size) - np.repeat(held.cumsum() - held, held)
+    codes = (buckets.index << _BITS) + 2 * (buckets.m + _LOWEST) + buckets.cut
+    slots[buckets.row, _CODES + place] = codes
+    for moment, sums in enumerate(buckets.sums):
+        slots[buckets.row, _SUMS + moment * BUCKETS + place] = sums
+    slots += 0.0  # of two zeros the one without a sign
+    return slots
+
+
+def _read(slots: FloatArray) -> tuple[Contents, BoolArray]:
+    """Return what is in slots, and which of them hold a sketch or none; the others hold nothing."""
+    codes = slots[:, _CODES:_SUMS]
+    good = np.isfinite(slots).all(axis=1)
+    with np.errstate(invalid="ignore"):
+        good &= (np.abs(codes) < _LARGEST_CODE).all(axis=1) & (codes == np.floor(codes)).all(axis=1)
+    there = codes != 0.0
+    good &= ~(there[:, 1:] & ~there[:, :-1]).any(axis=1)
+    # Beyond the last code nothing may stand.
+    sums = slots[:, _SUMS:].reshape(len(slots), MOMENTS, BUCKETS)
+    good &= ~((sums != 0.0) & ~there[:, np.newaxis]).any(axis=(1, 2))
+
+    row, place = np.nonzero(there & good[:, np.newaxis])
+    code = codes[row, place].astype(np.int64)
+    kind = code & ((1 << _BITS) - 1)
+    buckets = Buckets(
+        row,
+        code >> _BITS,
+        (kind >> 1) - _LOWEST,
+        (kind & 1).astype(np.bool_),
+        np.ascontiguousarray(sums[row, :, place].T),
+    )
+    limits = slots[:, _COARSER : _NEARER + 1]
+    good &= ((limits >= 0.0) & (limits <= _MOST_LIMITED) & (limits == np.floor(limits))).all(axis=1)
+    coarser, nearer = np.where(good[:, np.newaxis], limits, 0.0).astype(np.int64).T
+    totals = slots[:, _TOTALS]
+    some = totals[:, Total.COUNT] > 0.0
+    contents = Contents(
+        totals,
+        np.where(some, slots[:, _LOW], math.inf),
+        np.where(some, slots[:, _HIGH], -math.inf),
+        FINEST - coarser,
+        FARTHEST - nearer,
+        buckets,
+    )
+    good &= contents.sound()
+    return contents.only(good), good
