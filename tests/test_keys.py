@@ -63,7 +63,11 @@ class World:
     def agree(self) -> Agreed:
         blobs = []
         for table in self.tables:
-            unknown = [key for key in table.of_key if key not in self.schema or key in table.odd]
+            unknown = [
+                key
+                for key, known in table.records.items()
+                if key not in self.schema or known.conflicting
+            ]
             blobs.append(encoded([table.entry(key) for key in sorted(unknown)]))
         agreed = agree(self.schema, self.claims, blobs)
         for rank, table in enumerate(self.tables):
@@ -76,7 +80,7 @@ def begun_anew(table: KeyTable, agreed: Schema) -> tuple[Claims, set[Key]]:
     """Return the names in use and the keys held otherwise, found out from all keys at once."""
     claims, otherwise = Claims(), set()
     claims.add((entry.key, entry.suffixes) for entry in agreed)
-    for key in table.of_key:
+    for key in table.records:
         entry = agreed.entries.get(key)
         if entry is not None:
             if not entry.compatible(table.entry(key)):
@@ -115,7 +119,7 @@ def test_ranks_know_after_each_log_what_all_keys_at_once_would_tell(
         assert agreed.schema.hash == Schema(agreed.schema).hash
         for table in world.tables:
             claims, otherwise = begun_anew(table, agreed.schema)
-            assert table.odd == otherwise
+            assert table.conflicting() == otherwise
             for name in NAMES:
                 for agg in AGGREGATIONS:
                     suffixes = table.handlers[resolve_type(agg)].suffixes()  # type: ignore[attr-defined]
@@ -124,7 +128,7 @@ def test_ranks_know_after_each_log_what_all_keys_at_once_would_tell(
                         if "derived" not in theirs:
                             assert bool(theirs) == bool(answer(claims, (dataset, name), suffixes))
                     for known in table.derived:
-                        assert known not in table.of_key
+                        assert known not in table.records
 
 
 lanes = st.builds(

@@ -65,13 +65,13 @@ def test_news_of_real_ranks_alone_reach_everyone() -> None:
     assert own == {f"t_own/kind_count_rank {rank}": 3 * (13.0 - (rank == 4)) for rank in range(5)}
 
 
-def test_all_gather_and_all_reduce_speak_of_the_whole_world() -> None:
+def test_a_gather_and_a_tree_speak_of_the_whole_world() -> None:
     def on_rank(communicator: Communicator) -> list[Any]:
         vector = np.array([communicator.rank + 1.0, -communicator.rank])
         return [
             communicator.all_gather(vector).tolist(),
-            communicator.all_reduce(vector, "sum").tolist(),
-            communicator.all_reduce(vector, "max").tolist(),
+            communicator.tree(vector, np.add).tolist(),
+            communicator.tree(vector, np.maximum).tolist(),
             communicator.all_gather_bytes(b"ab"[: communicator.rank + 1], [1, 2, 0, 0, 0]),
         ]
 

@@ -35,6 +35,7 @@ _SECONDS = {
     "soak": 40.0,
     "steps": 60.0,
     "store": 60.0,
+    "tree": 200.0,
 }
 """In which a program begins trials; it goes on where it has not shown yet what it must."""
 _QUICK = 8.0

@@ -34,7 +34,16 @@ from typing import Any, NamedTuple
 
 from campaign.table import Options, Row, Table, Trial
 
-__all__ = ["Outcome", "World", "after", "divided", "own_store", "side_by_side", "store_host"]
+__all__ = [
+    "Outcome",
+    "World",
+    "after",
+    "divided",
+    "own_store",
+    "say_starved",
+    "side_by_side",
+    "store_host",
+]
 
 # As in conftest.py: the store looks up who connects, and a name server's silence is no fault of ours.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
@@ -181,6 +190,22 @@ def after(seconds: float, call: Callable[[], object]) -> None:
         call()
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def say_starved(say: Say) -> None:
+    """Say from now on for how long the machine has left this process without a processor."""
+
+    def watch() -> None:
+        longest = 0.5
+        while True:
+            began = time.monotonic()
+            time.sleep(0.05)
+            late = time.monotonic() - began - 0.05
+            if late > longest:
+                longest = late
+                say(starved=late)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def side_by_side(

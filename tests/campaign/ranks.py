@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ import torch
 import torch.distributed as dist
 from handlers_of_users import FailingRMS, MyTypes, RMSHandler
 
-from campaign.forks import Outcome, Say, World, after, own_store, side_by_side
+from campaign.forks import Outcome, Say, World, after, own_store, say_starved, side_by_side
 from campaign.table import Goal, Options, Table, Trial, main
 from metricfold import (
     JSONLSink,
@@ -267,7 +266,7 @@ class OneRank:
         self.logger = MetricsLogger([JSONLSink(plan.folder / "run.jsonl")]) if plan.log else None
         self.watch_collectives()
         self.say_how_long_connecting_takes()
-        threading.Thread(target=self.say_starved, daemon=True).start()
+        say_starved(say)
 
     def say_how_long_connecting_takes(self) -> None:
         """Say how long torch, and the name server that it asks, take to connect to the store."""
@@ -279,17 +278,6 @@ class OneRank:
             self.say(connected=time.monotonic() - began)
 
         StoreClient.__init__ = timed  # type: ignore[method-assign]
-
-    def say_starved(self) -> None:
-        """Say for how long the machine has left this process without a processor."""
-        longest = 0.5
-        while True:
-            began = time.monotonic()
-            time.sleep(0.05)
-            late = time.monotonic() - began - 0.05
-            if late > longest:
-                longest = late
-                self.say(starved=late)
 
     def derived(self, metrics: Any) -> float:
         if self.derive_fails:

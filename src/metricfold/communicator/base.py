@@ -6,7 +6,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -106,10 +106,6 @@ class Communicator(ABC):
             return vector
         self.collectives += 1
         return self._tree(vector, merge)
-
-    def all_reduce(self, vector: FloatArray, op: Literal["sum", "max"]) -> FloatArray:
-        """Return the elementwise sum or maximum of everyone's `vector`, shape (n,)."""
-        return self.tree(vector, np.add if op == "sum" else np.maximum)
 
     def all_gather_bytes(self, data: bytes, sizes: Sequence[int]) -> list[bytes]:
         """Return everyone's `data`; `sizes`, known to all, has its length on each rank.

@@ -362,37 +362,6 @@ class CategoricalCountAggHandler(LaneHandler):
         return counts, counts != 0
 
 
-_BUILT_IN = (
-    SumAggHandler,
-    RateAggHandler,
-    MeanAggHandler,
-    MaxAggHandler,
-    MinAggHandler,
-    DistributionAggHandler,
-    CategoricalCountAggHandler,
-)
-
-_REPLACEABLE = {
-    name
-    for kind in (LaneHandler, *_BUILT_IN)
-    for name, member in vars(kind).items()
-    if not isinstance(member, cached_property)
-}
-"""What an object may have of its own in the place of its class's."""
-
-
-def folds_as(handler: AggregationHandler | None) -> type[LaneHandler] | None:
-    """Return the class here that folds just as `handler` does, if one does.
-
-    A subclass, or an object of which something has been replaced, may fold otherwise.
-    """
-    kind = type(handler)
-    if kind not in _BUILT_IN or not vars(handler).keys().isdisjoint(_REPLACEABLE):
-        return None
-    assert issubclass(kind, LaneHandler)
-    return kind
-
-
 def built_in_handlers(
     window_size: int | None = 1000,
     percentiles: Sequence[float] = (5, 50, 95),
@@ -412,6 +381,18 @@ def built_in_handlers(
         ),
         AggregationType.RATE: RateAggHandler(on_nan=on_nan),
     }
+
+
+def folds_as(handler: AggregationHandler | None) -> type[LaneHandler] | None:
+    """Return the class here that folds just as `handler` does, if one does.
+
+    A subclass, or an object of which something has been replaced, may fold otherwise.
+    """
+    kind = type(handler)
+    if kind not in _BUILT_IN or not vars(handler).keys().isdisjoint(_REPLACEABLE):
+        return None
+    assert issubclass(kind, LaneHandler)
+    return kind
 
 
 # Sums are exact up to one rounding. The rare one that is none (NaN, infinities, an overflow) is
@@ -486,3 +467,13 @@ def check_on_bad_name(on_bad_name: str) -> str:
     if on_bad_name not in ("replace", "refuse"):
         raise ValueError(f"on_bad_name={on_bad_name!r}: use 'replace' or 'refuse'")
     return on_bad_name
+
+
+_BUILT_IN = {type(handler) for handler in built_in_handlers().values()}
+_REPLACEABLE = {
+    name
+    for kind in (LaneHandler, *_BUILT_IN)
+    for name, member in vars(kind).items()
+    if not isinstance(member, cached_property)
+}
+"""What an object may have of its own in the place of its class's."""

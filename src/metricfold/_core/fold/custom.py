@@ -174,12 +174,16 @@ class CustomStates:
         begun.closed, self._states = closed, states
 
     def inherit(self, view: str, states: Mapping[Key, Sequence[MetricState]]) -> None:
-        """Take over states of a checkpoint, or of a reduction that has failed: older than what is here."""
+        """Take over states of a checkpoint, or of a failed reduction, which are older than those here.
+
+        Those that have been taken over already are not again.
+        """
         for key, older in states.items():
             if older:
                 own = self._states.setdefault(key, _States(older[0].agg_type))
                 inherited = own.inherited_run if view == "run" else own.inherited_interval
-                inherited[:0] = older
+                known = {*map(id, inherited)}
+                inherited[:0] = [state for state in older if id(state) not in known]
 
     def drop(self, key: Key) -> None:
         self._states.pop(key, None)

@@ -124,7 +124,7 @@ class MetricsAggregator:
         if communicator is not None:
             parts.append(f"rank={communicator.rank}, world_size={communicator.world_size}")
         held = self._held
-        parts.append(f"keys={len(held.keys.of_key)}, seconds={held.clock.interval:.4g}")
+        parts.append(f"keys={len(held.keys.records)}, seconds={held.clock.interval:.4g}")
         if self._link.dead is not None:
             parts.append("out of use")
         return f"MetricsAggregator({', '.join(parts)})"
@@ -242,8 +242,8 @@ class MetricsAggregator:
                 "it out"
             )
         self._take([column])
-        if per_rank:
-            held.keys.per_rank.add(key)
+        if per_rank and not column.weightless:
+            held.keys.records[key].per_rank = True
 
     def record_all(
         self,

@@ -124,7 +124,8 @@ class Restored:
             for state in states
         ]
         admission = keys.check_saved(saved.run.schema.entries.values(), labels)
-        handlers = {**keys.of_key, **{key: new[1] for key, new in admission.new.items()}}
+        handlers = keys.by_key()
+        handlers.update((key, handler) for key, (_, handler) in admission.new.items())
         custom = {
             view: [_revived(state, handlers, keys) for state in states]
             for view, states in saved.custom.items()

@@ -90,7 +90,7 @@ class Held:
                 key, counts = one.key, not one.weightless
             else:
                 key, counts = one[:2], not (isinstance(one.weight, Real) and one.weight == 0)
-            if counts and key not in self.keys.of_key:
+            if counts and key not in self.keys.records:
                 lost.add(show(key))
         lost -= self.warned
         if lost:

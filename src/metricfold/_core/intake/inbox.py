@@ -43,12 +43,13 @@ from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import COUNT, Sample, State, quiet
 from metricfold._core.fold.values import listed
-from metricfold._core.intake.layers import Layer, Mark, Stage, arriving, joined
+from metricfold._core.intake.keys import KeyTable
+from metricfold._core.intake.layers import Layer, Mark, Stage, arriving, joined, trim
 from metricfold._core.runtime.listing import shortened
 from metricfold._core.sketch.weights import LARGEST_WEIGHT
 from metricfold.metric import AggregationType, Metric, TypeLike, is_name
 
-__all__ = ["MOST_LATE", "Inbox", "Keys"]
+__all__ = ["MOST_LATE", "Inbox"]
 
 _log = logging.getLogger("metricfold")
 
@@ -80,15 +81,6 @@ Calls: TypeAlias = Sequence[tuple[Sequence[Items], Sequence[Any]]]
 """A log, or a part of it: for each call what goes where."""
 
 
-class Keys(Protocol):
-    """What the inbox asks about keys: their handlers, and the categories that are told apart."""
-
-    of_key: dict[Key, AggregationHandler]
-    kept: dict[Key, frozenset[str]]
-
-    def type_of(self, key: Key) -> TypeLike: ...
-
-
 class Begun(Protocol):
     """Takes over what a reduction is about."""
 
@@ -99,14 +91,14 @@ class Inbox:
     """What one rank has taken in since its last reduction.
 
     Args:
-        keys: knows the handler of each key.
+        keys: knows each key.
 
     Attributes:
         custom: the states of handlers without lanes, which get what comes at once.
         cuts: how often it has been cut off or emptied.
     """
 
-    def __init__(self, keys: Keys) -> None:
+    def __init__(self, keys: KeyTable) -> None:
         self._keys = keys
         self._slots: dict[Key, Slot] = {}
         self._spelled = _Spelled(self._slots)
@@ -244,7 +236,7 @@ class Inbox:
         weight: Any,
     ) -> Callable[[], None] | None:
         """Return what takes in the first value of a key, once that is admitted; None: not this way."""
-        if handler is None or not handler.has_lanes or key in self._keys.of_key:
+        if handler is None or not handler.has_lanes or key in self._keys.records:
             return None
         slot = self._slot(key, agg_type, handler.laned())
         try:
@@ -342,7 +334,7 @@ class Inbox:
             self._relieve_custom()
 
     def _open(self, key: Key, agg_type: TypeLike) -> Slot:
-        slot = self._slots[key] = self._slot(key, agg_type, self._keys.of_key[key].laned())
+        slot = self._slots[key] = self._slot(key, agg_type, self._keys.records[key].handler.laned())
         return slot
 
     def _slot(self, key: Key, agg_type: TypeLike, handler: LaneHandler) -> Slot:
@@ -374,16 +366,16 @@ class Inbox:
 
     def _fold_first(self, count: int) -> None:
         """Fold the first calls of the log, and take them out of it."""
-        log, stage, admitted = self._log, self._stage, self._keys.kept
+        log, stage, records = self._log, self._stage, self._keys.records
         mark, beneath, above = stage.mark, stage.beneath(), stage.above()
         count = min(count, len(log))
         before = count if mark is None else min(mark.calls, count)
         queued = {key for layer in stage.layers for key in layer.queued}
         layers = [self._folded(log[:before], queued)]
-        layers = [self._bounded(joined([*beneath, *layers], admitted))]
+        layers = [self._bounded(joined([*beneath, *layers], records))]
         if mark is not None:
             newer = self._folded(log[before:count], queued | layers[0].queued)
-            layers.append(joined([*above, newer], admitted))
+            layers.append(joined([*above, newer], records))
             mark = replace(mark, layers=1, calls=mark.calls - before)
         folded = (Stage(layers, mark), ())
         # Until here nothing has changed, and no signal comes in between these. If a signal's handler
@@ -398,7 +390,7 @@ class Inbox:
             return layer
         self._warn(layer.pending, len(layer.drained))
         with quiet():
-            return layer.relieved(self._keys.of_key)
+            return layer.relieved(self._keys.records)
 
     def _relieve_custom(self) -> None:
         """The same of handlers without lanes. With a mark, what came before and after stays apart."""
@@ -456,9 +448,9 @@ class Inbox:
         pairs = [(one.value, one.weight)]
         if isinstance(one.value, np.ndarray):
             pairs = list(zip(listed(one.value), listed(one.weight), strict=True))
-        agg_type = self._keys.type_of(one.key)
-        metrics = [Metric(*one.key, each, agg_type, own) for each, own in pairs]
-        return one.key, self._keys.of_key[one.key], metrics
+        known = self._keys.records[one.key]
+        metrics = [Metric(*one.key, each, known.agg_type, own) for each, own in pairs]
+        return one.key, known.handler, metrics
 
     def _folded(self, calls: Calls, queued: AbstractSet[Key]) -> Layer:
         """Return what some calls in the log have brought.
@@ -482,12 +474,11 @@ class Inbox:
                 shape.spread()
             for slot in self._slots.values():
                 if slot.filled():
-                    states[slot.key], late = slot.folded()
+                    state, late = slot.folded()
+                    trim(state, self._keys.records[slot.key])
+                    states[slot.key] = state
                     pending += late
                     slot.clear()
-            for key, categories in self._keys.kept.items():
-                if key in states:
-                    states[key].trim(categories)
             folded = Layer(states, pending, [*self._waiting], [*self._accumulators])
             self._waiting.clear()
             self._accumulators.clear()
@@ -524,7 +515,7 @@ class Inbox:
         def marked(stage: Stage) -> Stage:
             layers = stage.layers
             if len(layers) > 1:
-                layers = [joined(layers, self._keys.kept)]
+                layers = [joined(layers, self._keys.records)]
             return Stage(layers, Mark(len(layers), len(self._log), self.custom.values()))
 
         self._restage(marked)
@@ -539,7 +530,7 @@ class Inbox:
             if self._stage is stage:
                 self._stage, self._log[mark.calls :] = rolled
                 break
-        self.custom.go_back(mark.values, self._keys.of_key)
+        self.custom.go_back(mark.values, self._keys.by_key())
 
     def cut(self, columns: Iterable[Column], begun: Begun) -> None:
         """Take off all that has come in, and begin anew, without a mark.
@@ -553,7 +544,7 @@ class Inbox:
         while True:
             self._fold()
             stage = self._stage
-            layer = joined([*stage.layers, Layer(states, pending)], self._keys.kept)
+            layer = joined([*stage.layers, Layer(states, pending)], self._keys.records)
             taken = (layer, Stage(), self.cuts + 1)
             # No signal comes in between these, or what it holds would be lost, or counted twice.
             if self._stage is stage:

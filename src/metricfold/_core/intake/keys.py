@@ -1,11 +1,14 @@
-"""Which keys an aggregator knows, with the type, handler and printed names of each."""
+"""Which keys an aggregator knows: one record of each, and who has claimed which printed name."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from enum import Enum
+from itertools import compress
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metricfold._core.fold import hints
@@ -23,7 +26,7 @@ from metricfold.metric import TypeLike, resolve_type, type_label
 if TYPE_CHECKING:
     from metricfold._core.reduce.agreement import Agreed
 
-__all__ = ["INSTEAD", "Admission", "KeyRegistry", "KeyTable"]
+__all__ = ["INSTEAD", "Admission", "KeyRecord", "KeyRegistry", "KeyTable"]
 
 INSTEAD = "register yours for a type of its own (AggregationType.CUSTOM, your own Enum member or a string)"
 """What to do where a built-in handler is needed and another one is registered."""
@@ -44,42 +47,59 @@ class Admission(NamedTuple):
 _NOTHING_NEW: Mapping[Key, tuple[TypeLike, AggregationHandler]] = {}
 
 
+@dataclass(slots=True)
+class KeyRecord:
+    """What one rank knows of a key.
+
+    Args:
+        agg_type: its type, as it was registered.
+        handler: the handler that it began with, which it keeps.
+        usual: how keys of that type and handler travel: one entry for all, without a key.
+        per_rank: whether each rank's values are wanted, whatever the route.
+        drained: whether it is a DISTRIBUTION of which devices send histograms. Those hold no single
+            values, so that the view of the run is about all values, whatever the window size.
+        conflicting: whether the ranks have agreed on it otherwise than it is held here. Values have
+            come in while a reduction was under way; the next one refuses them, on all ranks.
+        admitted: the categories that are told apart, once there have been more than that.
+    """
+
+    agg_type: TypeLike
+    handler: AggregationHandler
+    usual: Entry
+    per_rank: bool = False
+    drained: bool = False
+    conflicting: bool = False
+    admitted: frozenset[str] | None = None
+
+
+_conflicting, _handler, _per_rank = map(attrgetter, ("conflicting", "handler", "per_rank"))
+
+
 class KeyTable:
-    """Types, handlers and names.
+    """All that is known of keys, of types and of printed names.
 
     Attributes:
+        records: of each key.
         handlers: what handles each type.
-        of_key: each key's handler. A key keeps the handler that it began with.
         derived: metrics that are computed from others, by the name that they print.
-        odd: keys that this rank holds otherwise than the ranks have agreed. Values of them have
-            come in while a reduction was under way; the next one refuses them, on all ranks.
-        per_rank: keys of which each rank's values are wanted, whatever the route.
-        kept: the categories that are told apart, of keys that have had more than that.
-        drained: DISTRIBUTIONs of which devices send histograms. Those hold no single values, so
-            that the view of the run is about all values, whatever the window size.
         plans: how what the keys print is computed.
     """
 
     def __init__(self, handlers: dict[TypeLike, AggregationHandler]) -> None:
+        self.records: dict[Key, KeyRecord] = {}
         self.handlers = handlers
         self._of_label = {type_label(agg_type): agg_type for agg_type in handlers}
         # A text and a member of a StrEnum may be equal: then they are one type, called as it was
         # registered.
         self._registered = {agg_type: agg_type for agg_type in handlers}
-        self.of_key: dict[Key, AggregationHandler] = {}
         self.derived: dict[str, DerivedMetric] = {}
-        self.odd: set[Key] = set()
-        self.per_rank: set[Key] = set()
-        self.kept: dict[Key, frozenset[str]] = {}
-        self.drained: set[Key] = set()
         self.plans = Plans()
-        self._types: dict[Key, TypeLike] = {}
         self._claims = Claims()
         self._agreed: Schema | None = None
-        # How keys travel that have the same type and handler as a key has; each such entry once.
-        self._usual: dict[Key, Entry] = {}
-        self._entries: dict[tuple[int, TypeLike], tuple[AggregationHandler, Entry]] = {}
-        self._unhandled: dict[Key, str] = {}
+        # Thousands of keys are alike but for their names.
+        self._usual: dict[tuple[int, TypeLike], tuple[AggregationHandler, Entry]] = {}
+        # Types of agreed keys that lack a handler here, by their labels.
+        self._unhandled: dict[str, list[Key]] = {}
 
     # -- Types
 
@@ -97,7 +117,7 @@ class KeyTable:
                 "subclass AggregationHandler and pass an instance"
             )
         label = type_label(agg_type)
-        in_use = [show(key) for key, known in self._types.items() if known == agg_type]
+        in_use = [show(key) for key, one in self.records.items() if one.agg_type == agg_type]
         if in_use:
             _logger.warning(
                 "Replacing handler for %s: metrics that it already handles keep the old one (%s); "
@@ -111,10 +131,8 @@ class KeyTable:
         self._registered.setdefault(agg_type, agg_type)
         if isinstance(agg_type, str):  # which a member of a StrEnum is, too
             self._of_label.setdefault(str.__str__(agg_type), agg_type)
-        for key, missing in list(self._unhandled.items()):
-            if missing == label:
-                self._learn(key, agg_type, handler)
-                del self._unhandled[key]
+        for key in self._unhandled.pop(label, ()):
+            self._learn(key, agg_type, handler)
 
     def by_label(self) -> dict[str, AggregationHandler]:
         """Return the handler of each type, by the type's label."""
@@ -126,14 +144,19 @@ class KeyTable:
 
     def type_of(self, key: Key) -> TypeLike:
         """Return the type of a known key, as it was registered."""
-        return self._types[key]
+        return self.records[key].agg_type
+
+    def by_key(self) -> dict[Key, AggregationHandler]:
+        """Return the handler of each key."""
+        return dict(zip(self.records, map(_handler, self.records.values()), strict=True))
 
     # -- Taking columns in
 
     def handler_of(self, key: Key, agg_type: TypeLike) -> AggregationHandler | None:
         """Return what folds values of `key`: the handler that it began with, else its type's."""
-        if self._types.get(key) == agg_type:
-            return self.of_key[key]
+        known = self.records.get(key)
+        if known is not None and known.agg_type == agg_type:
+            return known.handler
         return self.handlers.get(agg_type)
 
     def columns_of(self, batch: MetricBatch) -> Sequence[Column]:
@@ -156,15 +179,15 @@ class KeyTable:
 
     def admit(self, columns: Sequence[Column]) -> Admission:
         """Check columns against what is known; changes nothing. Raises ValueError on a clash."""
-        types = self._types
+        records = self.records
         unknown: list[tuple[Key, TypeLike]] = []
         stateless = False
         for column in columns:
             stateless = stateless or column.state is None
-            known = types.get(column.key)
+            known = records.get(column.key)
             if known is not None:
-                if known is not column.agg_type:
-                    check_same_type(column.key, known, column.agg_type)
+                if known.agg_type is not column.agg_type:
+                    check_same_type(column.key, known.agg_type, column.agg_type)
             elif column.weightless:
                 self._handler_for(column.key, column.agg_type)
             else:
@@ -176,8 +199,10 @@ class KeyTable:
         custom = []
         for column in columns:
             if column.state is None and not column.weightless:
-                learnt = new.get(column.key) or (types[column.key], self.of_key[column.key])
-                agg_type, handler = learnt
+                known = records.get(column.key)
+                agg_type, handler = (
+                    new[column.key] if known is None else (known.agg_type, known.handler)
+                )
                 if column.agg_type is not agg_type:  # and equal
                     column.agg_type = agg_type
                     column.metrics = [one._replace(agg_type=agg_type) for one in column.metrics]
@@ -189,8 +214,8 @@ class KeyTable:
         """Check keys of which values may come; changes nothing. Raises ValueError on a clash."""
         unknown = []
         for key, agg_type in keys:
-            if key in self._types:
-                check_same_type(key, self._types[key], agg_type)
+            if key in self.records:
+                check_same_type(key, self.records[key].agg_type, agg_type)
             else:
                 unknown.append((key, agg_type))
         return Admission((), (), *self._learnable(unknown))
@@ -217,7 +242,7 @@ class KeyTable:
         admission = self.admit_keys(keys)
         new: dict[Key, tuple[TypeLike, AggregationHandler]] = {}
         for key, agg_type in keys:
-            handler = self.of_key.get(key) or admission.new[key][1]
+            handler = self._handler(key, admission)
             if folds_as(handler) is not _BUILT_IN[agg_type]:
                 raise ValueError(
                     f"{show(key)} was folded on a device, which knows the built-in handlers only, "
@@ -238,9 +263,13 @@ class KeyTable:
     def commit_drained(self, admission: Admission) -> None:
         """Take over what `admit_drained` found new."""
         self.commit(admission)
-        self.drained.update(
-            key for key, (_, handler) in admission.new.items() if handler.has_sample
-        )
+        for key, (_, handler) in admission.new.items():
+            self.records[key].drained = handler.has_sample
+
+    def _handler(self, key: Key, admission: Admission) -> AggregationHandler:
+        """Return the handler of a key that is known, or new with `admission`."""
+        known = self.records.get(key)
+        return admission.new[key][1] if known is None else known.handler
 
     def _handler_for(self, key: Key, agg_type: TypeLike) -> AggregationHandler:
         handler = self.handlers.get(agg_type)
@@ -263,12 +292,11 @@ class KeyTable:
             self._learn(key, agg_type, handler)
 
     def _learn(self, key: Key, agg_type: TypeLike, handler: AggregationHandler) -> None:
-        known = self._entries.get((id(handler), agg_type))
+        known = self._usual.get((id(handler), agg_type))
         if known is None or known[0] is not handler:
             known = handler, _usual_entry(handler, type_label(agg_type))
-            self._entries[id(handler), agg_type] = known
-        # All or none, whatever a signal's handler raises.
-        self._types[key], self.of_key[key], self._usual[key] = agg_type, handler, known[1]
+            self._usual[id(handler), agg_type] = known
+        self.records[key] = KeyRecord(agg_type, handler, known[1])
 
     def derive(self, name: str, metric: DerivedMetric) -> None:
         """Add the derived metric `name`; raises ValueError if that is taken."""
@@ -279,12 +307,21 @@ class KeyTable:
 
     def entry(self, key: Key) -> Entry:
         """Return how `key` travels, as far as its handler decides it."""
-        usual = self._usual[key]
+        known = self.records[key]
+        usual = known.usual
         return usual._replace(
             key=key,
-            per_rank=key in self.per_rank and not usual.custom,
-            drained=usual.distributed and key in self.drained,
+            per_rank=known.per_rank and not usual.custom,
+            drained=usual.distributed and known.drained,
         )
+
+    def conflicting(self) -> set[Key]:
+        """Return the keys that this rank holds otherwise than the ranks have agreed."""
+        return self.those(_conflicting)
+
+    def those(self, trait: Callable[[KeyRecord], bool]) -> set[Key]:
+        """Return the keys that have a trait; in a loop that Python does not run."""
+        return {*compress(self.records, map(trait, self.records.values()))}
 
     def adopt(self, agreed: Agreed, losers: Iterable[Key]) -> str:
         """Take over what the ranks have agreed on; returns what this rank cannot do with it.
@@ -295,19 +332,18 @@ class KeyTable:
         """
         losers = list(losers)
         for key in losers:
-            del self._types[key], self.of_key[key], self._usual[key]
-            self.drained.discard(key)
+            del self.records[key]
         changed = agreed.changed
         if losers or not self._claim_new(agreed):
             changed = list(agreed.schema)
             self._claim_anew(agreed.schema)
         for entry in changed:
-            if entry.key not in self._types:
+            if entry.key not in self.records:
                 self._take_over(entry)
-            if entry.key in self._types and not entry.compatible(self._usual[entry.key]):
-                self.odd.add(entry.key)
-            if entry.full:
-                self.kept[entry.key] = frozenset(entry.categories)
+            known = self.records.get(entry.key)
+            if known is not None:
+                known.conflicting = known.conflicting or not entry.compatible(known.usual)
+                known.admitted = frozenset(entry.categories) if entry.full else None
         self._agreed = agreed.schema
         return self.trouble()
 
@@ -320,10 +356,10 @@ class KeyTable:
         unknown = []
         for entry in agreed.changed:
             if entry.key not in agreed.before:
-                handler = self.of_key.get(entry.key)
-                if handler is None:
+                known = self.records.get(entry.key)
+                if known is None:
                     unknown.append((entry.key, entry.suffixes))
-                elif entry.key in self.odd or entry.suffixes != self._usual[entry.key].suffixes:
+                elif known.conflicting or entry.suffixes != known.usual.suffixes:
                     return False
         try:
             self._claims.add(unknown)
@@ -335,13 +371,13 @@ class KeyTable:
         """Let what the ranks have agreed on come first, then what is known here alone."""
         self._claims = Claims()
         self._claims.add((entry.key, entry.suffixes) for entry in schema)
-        self.odd, self.kept = set(), {}
-        for key, handler in self.of_key.items():
+        for key, known in self.records.items():
+            known.conflicting, known.admitted = False, None
             if key not in schema:
                 try:
-                    self._claims.add([(key, _suffixes(handler))])
+                    self._claims.add([(key, _suffixes(known.handler))])
                 except ValueError:
-                    self.odd.add(key)
+                    known.conflicting = True
         for name in list(self.derived):
             try:
                 self._claims.derive(name)
@@ -353,11 +389,10 @@ class KeyTable:
         try:
             agg_type = self.type_of_label(entry.type)
         except KeyError:
-            self._unhandled[entry.key] = entry.type
+            self._unhandled.setdefault(entry.type, []).append(entry.key)
             return
         self._learn(entry.key, agg_type, self._as_agreed(entry, self.handlers[agg_type]))
-        if entry.drained:
-            self.drained.add(entry.key)
+        self.records[entry.key].drained = entry.drained
 
     @staticmethod
     def _as_agreed(entry: Entry, handler: AggregationHandler) -> AggregationHandler:
@@ -369,7 +404,8 @@ class KeyTable:
         return "; ".join(
             f"{show(key)} has the aggregation type {label!r}, for which no handler is registered "
             "here: call register_handler() on every rank"
-            for key, label in self._unhandled.items()
+            for label, keys in self._unhandled.items()
+            for key in keys
         )
 
     def check_saved(
@@ -393,7 +429,7 @@ class KeyTable:
             if entry.key in new:
                 agg_type, handler = new[entry.key]
                 new[entry.key] = (agg_type, self._as_agreed(entry, handler))
-            handler = self.of_key.get(entry.key) or new[entry.key][1]
+            handler = self._handler(entry.key, admission._replace(new=new))
             usual = _usual_entry(handler, entry.type)
             if entry.lanes != usual.lanes:
                 raise ValueError(
@@ -418,7 +454,9 @@ class KeyTable:
     def commit_saved(self, entries: Iterable[Entry], admission: Admission) -> None:
         """Take over what `check_saved` found new."""
         self.commit(admission)
-        self.drained.update(entry.key for entry in entries if entry.drained)
+        for entry in entries:
+            if entry.drained:
+                self.records[entry.key].drained = True
 
 
 class KeyRegistry:
@@ -442,13 +480,13 @@ class KeyRegistry:
         self.entry = keys.entry
 
     def handler(self, key: Key) -> AggregationHandler:
-        return self._keys.of_key[key]
+        return self._keys.records[key].handler
 
     def per_rank(self) -> set[Key]:
-        return self._keys.per_rank
+        return self._keys.those(_per_rank)
 
     def odd(self) -> set[Key]:
-        return self._keys.odd
+        return self._keys.conflicting()
 
     def adopt(self, agreed: Agreed, losers: Mapping[Key, int]) -> str:
         with self._lock:

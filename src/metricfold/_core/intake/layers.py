@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import groupby, takewhile
@@ -25,16 +24,15 @@ import numpy as np
 from metricfold._core.device import arrays
 from metricfold._core.device.rows import Drained
 from metricfold._core.fold.columns import Pending, fold_read
-from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.state import State
 from metricfold._core.fold.values import Numbers, bad_weight, counted_elements, weights_beside
+from metricfold._core.intake.keys import KeyRecord
 from metricfold._core.runtime.listing import shortened
 
-__all__ = ["Arriving", "Layer", "Mark", "Stage", "arriving", "joined"]
+__all__ = ["Arriving", "Layer", "Mark", "Stage", "arriving", "joined", "trim"]
 
-Admitted: TypeAlias = Mapping[Key, AbstractSet[str]]
-"""The categories that are told apart, of keys that have had more than that."""
+Records: TypeAlias = Mapping[Key, KeyRecord]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,14 +53,13 @@ class Layer:
     drained: Sequence[Drained] = ()
     errors: Sequence[str] = ()
 
-    def followed_by(self, newer: Layer, admitted: Admitted) -> Layer:
+    def followed_by(self, newer: Layer, records: Records) -> Layer:
         """Return both as one, with no more categories than are told apart, where these are many."""
         states = {**self.states, **newer.states}
         for key in self.states.keys() & newer.states.keys():
             states[key] = both = self.states[key].copy()
             both.merge(newer.states[key])
-            if key in admitted:
-                both.trim(admitted[key])
+            trim(both, records[key])
         return Layer(
             states,
             [*self.pending, *newer.pending],
@@ -81,14 +78,14 @@ class Layer:
         """The keys of handlers with lanes that have values on devices."""
         return {one.key for one in self.pending}
 
-    def settled(self, handlers: Mapping[Key, AggregationHandler], pending: Arriving) -> Layer:
+    def settled(self, records: Records, pending: Arriving) -> Layer:
         """Return the same with all read and folded that lay on devices; waits for it.
 
         What cannot be read or folded is dropped and stands in `errors`: this rank still takes part
         in the reduction, so that the others do not wait for it.
 
         Args:
-            handlers: of each key.
+            records: of the keys.
             pending: on its way from the devices.
         """
         errors = [*self.errors]
@@ -99,7 +96,9 @@ class Layer:
         for key, arrived in by_key.items():
             for values, weights in _in_runs(arrived):
                 try:
-                    found.append((key, fold_read(key, handlers[key].laned(), values, weights)))
+                    found.append(
+                        (key, fold_read(key, records[key].handler.laned(), values, weights))
+                    )
                 except ValueError as error:  # which names the metric
                     errors.append(str(error))
                 except Exception as error:  # noqa: BLE001 - the user's; raised on all ranks
@@ -112,12 +111,12 @@ class Layer:
         states = {**self.states}
         for key in dict.fromkeys(key for key, _ in found):
             known = states.get(key)
-            states[key] = handlers[key].laned().empty() if known is None else known.copy()
+            states[key] = records[key].handler.laned().empty() if known is None else known.copy()
         for key, state in found:
             states[key].merge(state)
         return Layer(states, custom=self.custom, errors=errors)
 
-    def relieved(self, handlers: Mapping[Key, AggregationHandler]) -> Layer:
+    def relieved(self, records: Records) -> Layer:
         """Return the same with the older half of what lies on devices read and folded.
 
         It has been computed long since, or is left for later: nothing may wait here, for what a device
@@ -127,7 +126,7 @@ class Layer:
         half = sum(1 for _ in takewhile(Pending.ready, self.pending[:half]))
         older = replace(self, pending=self.pending[:half], drained=self.drained[:accumulators])
         return replace(
-            older.settled(handlers, arriving(older.pending)),
+            older.settled(records, arriving(older.pending)),
             pending=self.pending[half:],
             drained=self.drained[accumulators:],
         )
@@ -149,11 +148,17 @@ class Layer:
         return pending + (int(self.states[key].sums[0]) if key in self.states else 0)
 
 
-def joined(layers: Sequence[Layer], admitted: Admitted) -> Layer:
+def joined(layers: Sequence[Layer], records: Records) -> Layer:
     """Return several layers as one."""
     if not layers:
         return Layer()
-    return reduce(lambda older, newer: older.followed_by(newer, admitted), layers)
+    return reduce(lambda older, newer: older.followed_by(newer, records), layers)
+
+
+def trim(state: State, known: KeyRecord) -> None:
+    """Let go of categories that are not told apart, where they have become many."""
+    if known.admitted is not None:
+        state.trim(known.admitted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class Reduction:
             results = b""
             if inbox.custom and not error:
                 try:
-                    results = inbox.custom.results(keys.of_key, keys.by_label())
+                    results = inbox.custom.results(keys.by_key(), keys.by_label())
                 except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
                     error = f"a custom handler failed to finalise: {str(failure) or repr(failure)}"
             if self._kind is Kind.REDUCE and not error:
@@ -107,7 +107,7 @@ class Reduction:
                 held.run.go_on(reduced, interval_open=self._kind is Kind.STATE_DICT)
         with held.lock:
             handlers = Handlers(
-                dict(held.keys.of_key),
+                held.keys.by_key(),
                 held.keys.by_label(),
                 dict(held.keys.derived),
                 held.warned,
@@ -137,7 +137,7 @@ class Reduction:
         """Wait for values on devices; returns what went wrong, for all ranks to hear, once."""
         assert self.layer is not None
         try:
-            layer = self.layer.settled(self._held.keys.of_key, self._pending)
+            layer = self.layer.settled(self._held.keys.records, self._pending)
         except Exception as failure:  # noqa: BLE001 - such as an error of the device
             return [f"values could not be read from their device: {failure!r}"]
         self.layer = replace(layer, errors=())

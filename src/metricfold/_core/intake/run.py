@@ -39,23 +39,25 @@ class Run:
         self._unclaimed: Restored | None = None
 
     def bind(self, communicator: Communicator, custom: CustomStates, keys: KeyTable) -> None:
-        """Go on over `communicator`; take this rank's share of what a checkpoint held, now that ranks are known."""
+        """Go on over `communicator`, with this rank's share of what a checkpoint held."""
         if communicator is not self._bound:
             if self._bound is not None:
                 self.reducer.rebind()
             self.exchange, self._bound = Exchange(communicator, self._route), communicator
-        restored, self._unclaimed = self._unclaimed, None
+        restored = self._unclaimed
         if restored is None:
             return
+        # Should an interrupt come in between, all of it is done again, to the same end.
         rank, world_size = communicator.rank, communicator.world_size
         for key, windows in restored.saved.windows.items():
-            limit = keys.of_key[key].laned().sample_limit
+            limit = keys.records[key].handler.laned().sample_limit
             self.reducer.windows[key] = share(windows, rank, world_size, limit)
         for view, states in restored.custom.items():
             mine: dict[Key, list[MetricState]] = {}
             for state in states[rank::world_size]:
                 mine.setdefault((state.dataset_name, state.metric_name), []).append(state)
             custom.inherit(view, mine)
+        self._unclaimed = None
 
     def go_on(self, reduced: Reduced, *, interval_open: bool) -> None:
         """Take note of what a reduction has come to."""

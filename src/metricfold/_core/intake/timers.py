@@ -146,7 +146,7 @@ class Timers:
                 f"another one is registered here: {INSTEAD}"
             )
         self._keys.commit(admission)
-        self._keys.per_rank.add(("", names.share))
+        self._keys.records["", names.share].per_rank = True
         return Timer(self._elapsed.setdefault(name, Elapsed(self._clock)))
 
     def take(self, world_size: int, shown: float, cut: int) -> tuple[list[Column], str]:

@@ -188,8 +188,7 @@ class Reducer:
 
     def __init__(self) -> None:
         self.schema, self._claims = Schema(), Claims()
-        self.run = Totals.empty(self.schema)
-        self.interval = Totals.empty(self.schema)
+        self.run = self.interval = self._nothing = Totals.empty(self.schema)
         self.windows: dict[Key, Window] = {}
         self.generation = 0
         self.schema_rounds = 0
@@ -210,7 +209,7 @@ class Reducer:
         self.schema, self._claims = Schema(), Claims()
         if not self.run.sums.any():
             # Nothing but this process's own clock, which is no reason for ranks to disagree.
-            self.run = self.interval = Totals.empty(self.schema)
+            self.run = self.interval = self._nothing = Totals.empty(self.schema)
         self._close_interval()
         self._sequence = 0
 
@@ -333,7 +332,7 @@ class Reducer:
         arrived = exchange.vectors(self.schema, header, vector)
         self._sequence += 1
         headers = arrived.headers
-        if headers is not None:
+        if headers is not None and (arrived.merged is None or self.schema.has_custom):
             with _by_all(mine):
                 check_whole(headers)
             if headers[:, Field.ERROR].any():
@@ -466,7 +465,9 @@ class Reducer:
                 if not entry.bounded
             }
         pools = {key: pool for key, pool in pools.items() if pool.count}
-        return replace(merged, delta=replace(merged.delta, pools=pools)), custom
+        if pools:
+            merged = replace(merged, delta=replace(merged.delta, pools=pools))
+        return merged, custom
 
     # -- Result
 
@@ -479,12 +480,14 @@ class Reducer:
         """
         schema = self.schema
         self.run = self.run.moved(schema).plus(merged.delta)
-        interval = self.interval.moved(schema).plus(merged.delta)
+        interval = merged.delta
+        if self.interval is not self._nothing:
+            interval = self.interval.moved(schema).plus(interval)
         rows = self._with_earlier(merged.rows)
         windows = {key: one for key, one in mine.windows.items() if schema.entries[key].bounded}
         if mine.kind is Kind.REDUCE:
             self._close_interval()
-            self.interval = Totals.empty(schema)
+            self.interval = self._nothing = Totals.empty(schema)
             self.windows = {key: window.closed() for key, window in windows.items()}
         else:
             self.interval, self.windows = interval, windows

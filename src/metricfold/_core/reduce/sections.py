@@ -28,6 +28,8 @@ NOBODY = -1
 """Stands for the owner of a maximum that no rank has."""
 
 BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+Owned = tuple[FloatArray, IntArray, IntArray]
 
 
 def added(lower: FloatArray, upper: FloatArray) -> FloatArray:
@@ -80,11 +82,11 @@ def owned(lower: FloatArray, upper: FloatArray) -> FloatArray:
     return out
 
 
-def owned_later(old: FloatArray, new: FloatArray, begins: BoolArray) -> FloatArray:
+def owned_later(old: Owned, new: Owned, begins: BoolArray) -> Owned:
     """Return maxima over time, with the owners and ties of the larger ones, of equal ones the older.
 
     Args:
-        old: maxima, owners and numbers of ranks, shape (3, n).
+        old: maxima, owners and numbers of ranks, shapes (n,).
         new: what came after.
         begins: where there is a number in `new`, and none in `old`. An old owner may be unknown,
             as out of a checkpoint, where there is one.
@@ -92,9 +94,8 @@ def owned_later(old: FloatArray, new: FloatArray, begins: BoolArray) -> FloatArr
     a, b = old[0], new[0]
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     later = begins | ~(_first(a, b) | same)
-    out = np.where(later, new, old)
-    out[0] = larger(a, b)
-    return out
+    owners, tied = (np.where(later, *both) for both in zip(new[1:], old[1:], strict=True))
+    return larger(a, b), owners, tied
 
 
 def _first(a: FloatArray, b: FloatArray) -> BoolArray:

@@ -100,20 +100,16 @@ class Totals:
     def plus(self, newer: Totals) -> Totals:
         """Add what came after: what one reduction has merged, or another job."""
         sums, lost = added_later(self.sums, self.lost + newer.lost, newer.sums)
-        # -inf may be a value, and stands for none.
-        begins = _having(self.schema, newer.sums) & ~_having(self.schema, self.sums)
-        maxs, owners, tied = owned_later(
-            np.stack((self.maxs, self.owners, self.tied)),
-            np.stack((newer.maxs, newer.owners, newer.tied)),
-            begins,
-        )
+        owned = (self.maxs, self.owners, self.tied)
+        if self.maxs.size:
+            # -inf may be a value, and stands for none.
+            begins = _having(self.schema, newer.sums) & ~_having(self.schema, self.sums)
+            owned = owned_later(owned, (newer.maxs, newer.owners, newer.tied), begins)
         return Totals(
             self.schema,
             sums,
             lost,
-            maxs,
-            owners.astype(np.int64),
-            tied.astype(np.int64),
+            *owned,
             self.seconds + newer.seconds,
             _joined(self.pools, newer.pools),
         )

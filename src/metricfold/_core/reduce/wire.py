@@ -40,6 +40,8 @@ __all__ = ["Attendance", "Outgoing", "Wire", "merged"]
 IndexArray = npt.NDArray[np.intp]
 BoolArray = npt.NDArray[np.bool_]
 
+_OBJECTIONS = slice(Field.PENDING, Field.ERROR + 1)
+"""What is 0 of a rank that has neither news nor failed."""
 _BITS = 52
 """Ranks that one number tells apart: each is a bit, and a float64 holds so many exactly."""
 
@@ -150,9 +152,10 @@ class Wire:
         sums = vector[self._sums]
         sums[:] = lanes
         owned = vector[self._owned].reshape(3, -1)
-        owned[0] = maxs
-        having = sums[schema.max_counts] > sums[schema.max_counts + (NANS - COUNT)]
-        owned[1, having], owned[2, having] = rank, 1.0
+        if maxs:
+            owned[0] = maxs
+            having = sums[schema.max_counts] > sums[schema.max_counts + (NANS - COUNT)]
+            owned[1, having], owned[2, having] = rank, 1.0
         self.values.pack(vector[self._values], outgoing.windows)
         if self._joining:
             self._pack_own(vector, sums, owned[0], outgoing, rank)
@@ -190,10 +193,11 @@ class Wire:
         out = np.empty(lower.shape)
         out[:, self._larger] = larger(lower[:, self._larger], upper[:, self._larger])
         out[:, self._added] = added(lower[:, self._added], upper[:, self._added])
-        three = (len(lower), 3, self.schema.max_width)
-        out[:, self._owned] = owned(
-            lower[:, self._owned].reshape(three), upper[:, self._owned].reshape(three)
-        ).reshape(len(lower), -1)
+        if self.schema.max_width:
+            three = (len(lower), 3, self.schema.max_width)
+            out[:, self._owned] = owned(
+                lower[:, self._owned].reshape(three), upper[:, self._owned].reshape(three)
+            ).reshape(len(lower), -1)
         if self._joining:
             self.values.join(lower[:, self._values], upper[:, self._values], out[:, self._values])
         return out
@@ -204,6 +208,8 @@ class Wire:
 
     def sign(self, rows: FloatArray) -> None:
         """Let each gathered vector own its maxima as the rank whose row it is, whatever it says."""
+        if not self.schema.max_width:
+            return
         owned = rows[:, self._owned].reshape(len(rows), 3, -1)
         owned[:, 1] = np.where(owned[:, 2] > 0, np.arange(len(rows))[:, np.newaxis], NOBODY)
         rows[:, self._owned] = owned.reshape(len(rows), -1)
@@ -213,10 +219,9 @@ class Wire:
     def agreed(self, vector: FloatArray) -> bool:
         """Return whether all ranks of a merged vector agree, and none has news or has failed."""
         head = vector[self._head]
-        flags = head[[Field.PENDING, Field.ERROR]]
-        seconds, failed = head[[Field.SECONDS, Field.SINK_FAILED]]
-        same = (head[:AGREED] == -head[HEADER_SIZE:]).all()
-        return bool(same and not flags.any() and 0 <= seconds < np.inf and failed in (0.0, 1.0))
+        same = (head[:AGREED] == -head[HEADER_SIZE:]).all() and not head[_OBJECTIONS].any()
+        seconds, failed = head[Field.SECONDS], head[Field.SINK_FAILED]
+        return bool(same and 0 <= seconds < np.inf and failed in (0.0, 1.0))
 
     def recent(self, vectors: FloatArray) -> Recent:
         """Return the values of DISTRIBUTIONs: of everyone's vectors, or of the merged one, as a row."""
@@ -233,14 +238,13 @@ class Wire:
         bad = self.values.wrong(rows[:, self._values])
         first, end = first[:, np.newaxis], end[:, np.newaxis]
         bad |= uncounted(rows[:, self._sums][:, self.schema.counting]).any(axis=1)
-        owned = rows[:, self._owned].reshape(len(rows), 3, -1)
-        owners, tied = owned[:, 1], owned[:, 2]
-        nobody = owners == NOBODY
-        bad |= uncounted(np.where(nobody, 0.0, owners)).any(axis=1) | uncounted(tied).any(axis=1)
-        bad |= ~((nobody & (tied == 0)) | ((owners >= first) & (owners < end) & (tied > 0))).all(
-            axis=1
-        )
-        bad |= (tied > end - first).any(axis=1)
+        if self.schema.max_width:
+            owned = rows[:, self._owned].reshape(len(rows), 3, -1)
+            owners, tied = owned[:, 1], owned[:, 2]
+            nobody = (owners == NOBODY) & (tied == 0)
+            somebody = ~uncounted(owners) & (owners >= first) & (owners < end)
+            somebody &= ~uncounted(tied) & (tied > 0) & (tied <= end - first)
+            bad |= ~(nobody | somebody).all(axis=1)
         if self._joining:
             present = rows[:, self._present]
             bad |= uncounted(present).any(axis=1) | (present >= 2.0**_BITS).any(axis=1)
@@ -256,7 +260,8 @@ class Wire:
 
     def totals(self, vector: FloatArray) -> Totals:
         """Return what the lanes of all ranks come to."""
-        sums, owned = vector[self._sums], vector[self._owned].reshape(3, -1)
+        # A sum of nothing but -0 is 0, as that over time is; and a copy lets the vectors go.
+        sums, owned = vector[self._sums] + 0.0, vector[self._owned].reshape(3, -1)
         return Totals(
             self.schema,
             sums,
