@@ -275,6 +275,10 @@ def with_payload(change: Any) -> dict[str, Any]:
         ({**good_state(), "format": "torchmetrics"}, "written by 'torchmetrics'"),
         ({**good_state(), "version": 99}, "version 99.*install a newer metricfold"),
         ({**good_state(), "version": "x"}, "has version 'x'"),
+        (
+            {**good_state(), "version": 0},
+            "has version 0, and this metricfold reads versions 1 to 2",
+        ),
         (with_payload(lambda text: text[: len(text) // 2]), "truncated or damaged"),
         (with_payload(lambda text: text.replace('"seconds":', '"seconds":1', 1)), "damaged"),
         (with_payload(lambda text: ""), "truncated or damaged"),

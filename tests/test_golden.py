@@ -21,6 +21,7 @@ from handlers_of_users import LaneRMS, MyTypes, ProductHandler, RMSHandler
 from ranks import run_threads
 
 from metricfold import MetricsAggregator, read_jsonl
+from metricfold._core.intake.checkpoint import decode, encode
 from metricfold.sinks import TensorBoardSink, WandbSink
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -73,15 +74,17 @@ def seen(communicator: Any, state: dict[str, Any], route: str, bounded: bool) ->
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_a_checkpoint_of_version_1_counts_on_on_1_and_2_ranks(name: str) -> None:
+def test_a_checkpoint_of_either_version_counts_on_on_1_and_2_ranks(name: str) -> None:
     route, saved_on, window, interval = name.split("-")
     expected = parsed(CHECKPOINTS / "expected.json")
     metrics = expected["metrics"][f"{saved_on}-{window}-{interval}"]
     timers, drawn = expected["timers"][name], expected["drawn"].get(name)
     state = parsed(CHECKPOINTS / f"{name}.json")
-    assert state["version"] == 1
-    for ranks in (1, 2):
-        results = run_threads(seen, ranks, state, route, window == "bounded")
+    # Written again, which is in version 2, it says the same.
+    again = encode(decode(state))
+    assert (state["version"], again["version"]) == (1, 2)
+    for ranks, version in ((1, state), (2, state), (1, again), (2, again)):
+        results = run_threads(seen, ranks, version, route, window == "bounded")
         assert repr(results[1:]) == repr(results[:-1])
         run, in_interval, run_seconds, seconds = results[0]
         for view, found, of_time in (("run", run, run_seconds), ("interval", in_interval, seconds)):

@@ -28,7 +28,7 @@ from campaign.forks import divided
 from campaign.table import Goal, Options, Row, Table, Trial, main
 from metricfold import MetricsAggregator, merge_state_dicts
 from metricfold._core.fold import plain
-from metricfold._core.intake.checkpoint import checksum
+from metricfold._core.intake import checkpoint
 from metricfold._core.sketch import plain as saved_histogram
 from metricfold.communicator.threads import thread_world
 from metricfold.metric import is_name
@@ -43,6 +43,7 @@ class Golden:
 
     Args:
         file: where it is.
+        anew: whether it is written anew, in the newest version.
 
     Attributes:
         state: what `state_dict` returned.
@@ -50,8 +51,10 @@ class Golden:
         places: the path of each container in what it holds.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, anew: bool = False) -> None:
         self.state = json.loads(file.read_text("utf-8"))
+        if anew:
+            self.state = checkpoint.encode(checkpoint.decode(self.state))
         self.window = None if "unbounded" in file.stem else 5
         self._text = json.dumps(json.loads(self.state["payload"])["content"])
         content = self.content()
@@ -174,7 +177,7 @@ def forged(golden: Golden, content: Any) -> dict[str, Any]:
         if histogram not in genuine:
             _sign(histogram)
     try:
-        payload = json.dumps({"checksum": checksum(content), "content": content})
+        payload = json.dumps({"checksum": checkpoint.checksum(content), "content": content})
     except (ValueError, RecursionError):
         payload = "{}"
     return {**golden.state, "payload": payload}
@@ -485,7 +488,8 @@ def grafted(golden: Golden, chance: random.Random) -> Any:
     """Return a state of which a part is that of another checkpoint."""
     content, other = golden.content(), chance.choice(goldens()).content()
     for _ in range(chance.choice([1, 1, 2])):
-        part = chance.choice(["entries", "run", "interval", "windows", "custom", "views"])
+        parts = ["entries", "run", "interval", "windows", "custom", "kinds", "rules", "views"]
+        part = chance.choice([part for part in parts if part in other or part == "views"])
         if part == "views":
             content["run"], content["interval"] = content["interval"], content["run"]
         elif part in ("run", "interval") and chance.random() < 0.5:
@@ -683,7 +687,7 @@ DAMAGED = 90_000
 
 @functools.cache
 def goldens() -> list[Golden]:
-    return [Golden(file) for file in GOLDEN]
+    return [Golden(file, anew=anew) for file in GOLDEN for anew in (False, True)]
 
 
 def damaged(state: dict[str, Any], chance: random.Random) -> dict[str, Any]:

@@ -1,8 +1,16 @@
 """A checkpoint of an aggregator: three plain keys, valid on any number of ranks.
 
-    {"format": "metricfold", "version": 1, "payload": "{...}"}
+    {"format": "metricfold", "version": 2, "payload": "{...}"}
 
-The payload is JSON text, so the state passes through `torch.load(weights_only=True)`, `json`,
+    entries         how each key travels: the schema
+    run, interval   vectors in its order, `lost` with what rounding has taken; what accumulates besides
+    windows         recent values of each DISTRIBUTION, by rank that saved
+    custom          states of handlers without lanes, of all ranks
+    kinds           of keys that ranks hold in more than one way: in which order these were agreed on
+    rules           memories of rules over metrics; reserved
+    reductions      how many the ranks have had in the run
+
+Version 1 lacks `kinds` and `rules`. The payload is JSON text, so the state passes through `torch.load(weights_only=True)`, `json`,
 `torch.distributed.checkpoint` (which restores only keys that the destination already has: these
 three are always there) and Orbax alike. Arrays are base64 of little-endian float64, bit for bit.
 """
@@ -48,7 +56,7 @@ from metricfold.metric import MetricState, escaped
 __all__ = ["FORMAT", "VERSION", "Restored", "Saved", "checksum", "decode", "encode", "share"]
 
 FORMAT = "metricfold"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +202,8 @@ def encode(saved: Saved) -> dict[str, Any]:
             for key, windows in saved.windows.items()
         ],
         "custom": saved.custom,
+        "kinds": [],
+        "rules": {},
         "reductions": saved.reductions,
     }
     payload = _json({"checksum": checksum(content), "content": content})
@@ -217,12 +227,14 @@ def decode(state: object) -> Saved:
             f"this state was written by {state['format']!r}, not by {FORMAT!r}: load the part of "
             "the checkpoint that MetricsAggregator.state_dict() returned"
         )
-    version = state.get("version")
-    if version != VERSION:
-        newer = isinstance(version, int) and version > VERSION
+    try:
+        version = index(state.get("version"))  # type: ignore[arg-type]  # Orbax gives an array back
+    except TypeError:
+        version = 0
+    if not 1 <= version <= VERSION:
         raise ValueError(
-            f"this state has version {version!r}, and this metricfold reads version {VERSION}"
-            + (": install a newer metricfold" if newer else "")
+            f"this state has version {state.get('version')!r}, and this metricfold reads versions 1 "
+            f"to {VERSION}" + (": install a newer metricfold" if version > VERSION else "")
         )
     payload = state["payload"]
     if not isinstance(payload, str):
@@ -232,7 +244,7 @@ def decode(state: object) -> Saved:
     content = _checked_content(payload)
     try:
         with np.errstate(all="ignore"):
-            return _decoded(content)
+            return _decoded(content if version > 1 else _as_version_2(content))
     except _NOT_WRITTEN as error:
         # Its checksum is right, so it was written like that.
         raise ValueError(
@@ -252,7 +264,20 @@ _NOT_WRITTEN = (
 _MOST_SAID = 1000
 
 
+def _as_version_2(content: Any) -> dict[str, Any]:
+    """Return what version 1 holds as version 2 does."""
+    # Of the first of that version reductions were not counted.
+    return {"kinds": [], "rules": {}, "reductions": 0, **content}
+
+
+_PARTS = {"entries", "run", "interval", "windows", "custom", "kinds", "rules", "reductions"}
+
+
 def _decoded(content: Any) -> Saved:
+    if content.keys() != _PARTS:
+        raise ValueError("it lacks a part, or has another")
+    if content["rules"] != {} or content["kinds"] != []:
+        raise ValueError("it holds memories of rules, or kinds, which this version does not know")
     schema = Schema(entries_from(content["entries"], settled=True))
     saved = Saved(
         run=_decode_totals(schema, content["run"]),
@@ -262,7 +287,7 @@ def _decoded(content: Any) -> Saved:
             for key, windows in content["windows"]
         ),
         custom={view: content["custom"][view] for view in ("run", "interval")},
-        reductions=content.get("reductions", 0),  # older states lack it
+        reductions=content["reductions"],
     )
     if type(saved.reductions) is not int or not 0 <= saved.reductions < _LARGEST_COUNT:
         raise ValueError("it counts reductions by what is no whole number")
