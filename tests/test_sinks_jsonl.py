@@ -101,6 +101,43 @@ def test_lines_that_name_no_prefix_are_read(tmp_path):
     assert read_jsonl(path) == [Record(3, 17.25, {"train_a/loss": 1.5})]
 
 
+ARRAYS = {"train/tokens": {"axes": {"layer": 2}, "values": [3.0, "NaN"]}}
+ALERTS = [{"rule": "Spike", "key": "train/loss", "value": 7.5}]
+RUN = {"metricfold": "0.2.0", "world_size": 8, "config": {"lr": 1e-3}}
+
+
+def test_arrays_alerts_and_the_header_of_a_run_come_back_and_stand_where_there_are_any(tmp_path):
+    path = tmp_path / "run.jsonl"
+    first = Record(1, 2.0, {"train/loss": 7.5}, {}, "train", ARRAYS, ALERTS, RUN)
+    write(path, first, record(2))
+    assert read_jsonl(path) == [first, record(2)]
+    one, two = strict_lines(path)
+    assert (one["arrays"], one["alerts"], one["run"]) == (ARRAYS, ALERTS, RUN)
+    assert two.keys() == {"step", "wall_time", "prefix", "metrics", "histograms"}
+
+
+def test_a_field_that_a_later_version_adds_is_left_as_it_is(tmp_path):
+    path = tmp_path / "run.jsonl"
+    write(path, record(1))
+    line = {**strict_lines(path)[0], "later": [1, {"x": None}]}
+    path.write_text(json.dumps(line) + "\n")
+    assert read_jsonl(path) == [record(1)]
+    write(path, record(2))
+    JSONLSink(path).rewind(1)
+    assert strict_lines(path) == [line]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"arrays": {"a": 1}}, {"arrays": []}, {"alerts": [1]}, {"alerts": 7}, {"run": "x"}]
+)
+def test_reserved_fields_of_another_form_are_no_record(tmp_path, wrong):
+    path = tmp_path / "run.jsonl"
+    write(path, record(1))
+    path.write_text(json.dumps({**strict_lines(path)[0], **wrong}) + "\n")
+    with pytest.raises(ValueError, match="line 1 is not a record"):
+        read_jsonl(path)
+
+
 def test_histograms_come_back(tmp_path):
     path = tmp_path / "run.jsonl"
     edges, counts = np.array([-1.0, 0.1, 3.0]), np.array([2.0, 0.5])

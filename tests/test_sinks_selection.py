@@ -72,6 +72,18 @@ def test_select_chooses_histograms_too():
     assert list(record.histograms) == ["b/len"]
 
 
+def test_select_chooses_arrays_too_and_alerts_go_to_every_sink():
+    sink = Collecting(select="b/*", key_format="run7/{key}")
+    arrays = {"a/load": {"values": [1.0]}, "b/load": {"values": [2.0]}}
+    alerts = [{"rule": "Spike"}]
+    sink.write(Record(7, 1.5, {}, arrays=arrays))
+    sink.write(Record(8, 1.5, {"a/loss": 1.0}, alerts=alerts, run={"world_size": 2}))
+    assert sink.records == [
+        Record(7, 1.5, {}, arrays={"run7/b/load": {"values": [2.0]}}),
+        Record(8, 1.5, {}, alerts=alerts, run={"world_size": 2}),
+    ]
+
+
 def test_a_record_of_which_nothing_is_selected_is_not_written():
     assert written({"a/loss": 1.0}, ["a/len"], select="b/*") == []
 

@@ -3,6 +3,9 @@
     {"step": 50, "wall_time": 1760000000.0, "prefix": "train", "metrics": {"train/loss": 2.31},
      "histograms": {}}
 
+What has axes, what alerts have found and what the run is stand behind these where a record has them
+(``"arrays"``, ``"alerts"``, ``"run"``). A reader leaves what it does not know.
+
 Every line is valid JSON by itself. JSON has no NaN and no infinity, so these are written as the
 strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, and `read_jsonl` turns them back into floats.
 """
@@ -295,6 +298,9 @@ def _mend_last_line(file: AppendFile) -> None:
 
 # -- Writing -------------------------------------------------------------------------------------
 
+_OPTIONAL = ("arrays", "alerts", "run")
+"""Fields of a record that are written where there is something in them."""
+
 
 def _encoded(record: Record) -> bytes:
     line = {
@@ -304,6 +310,7 @@ def _encoded(record: Record) -> bytes:
         "metrics": {key: _number(value) for key, value in record.metrics.items()},
         "histograms": {key: _histogram(value) for key, value in record.histograms.items()},
     }
+    line |= {name: found for name in _OPTIONAL if (found := getattr(record, name))}
     return json.dumps(line, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
 
 
@@ -357,6 +364,9 @@ def _decoded(record: dict[str, Any], line: _Line, path: Path) -> Record:
             prefix=_to_text(record.get("prefix", "")),  # older lines have none
             metrics={key: _to_number(value) for key, value in record["metrics"].items()},
             histograms={key: _to_histogram(value) for key, value in record["histograms"].items()},
+            arrays={key: _to_object(value) for key, value in record.get("arrays", {}).items()},
+            alerts=[_to_object(alert) for alert in record.get("alerts", [])],
+            run=_to_object(record["run"]) if "run" in record else None,
         )
         _check_printable(read)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -368,7 +378,7 @@ def _check_printable(record: Record) -> None:
     """Refuse what no log has: it may be shown on a terminal next."""
     if record.prefix:
         check_name("its prefix", record.prefix)
-    for key in (*record.metrics, *record.histograms):
+    for key in (*record.metrics, *record.histograms, *record.arrays):
         check_name("a key", key)
 
 
@@ -400,6 +410,12 @@ def _finite(number: float) -> float:
 def _to_text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.60} is no text")
+    return value
+
+
+def _to_object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r:.60} is no JSON object")
     return value
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from numbers import Real
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,12 @@ class Record:
         histograms: a histogram for each DISTRIBUTION metric, such as ``"train_alpaca/seq_len"``.
         prefix: the ``prefix=`` of `log`, which tells where the dataset's name begins in a key that
             starts with it; empty if there was none.
+        arrays: for each metric that has cells, what JSON says of its axes and of its values.
+        alerts: what was found in these metrics, each as JSON objects have it.
+        run: in a process's first record what is known of the run, as a JSON object has it.
+
+    The last three are reserved: a sink that knows them not may leave them, and a file that has them
+    is read.
     """
 
     step: int
@@ -37,15 +43,19 @@ class Record:
     metrics: dict[str, float]
     histograms: dict[str, Histogram] = field(default_factory=dict)
     prefix: str = ""
+    arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
+    alerts: list[dict[str, Any]] = field(default_factory=list)
+    run: dict[str, Any] | None = None
 
     # The comparison that a dataclass has by itself fails on the arrays of a histogram.
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Record):
             return NotImplemented
-        mine = (self.step, self.wall_time, self.prefix, self.metrics, self.histograms.keys())
-        its = (other.step, other.wall_time, other.prefix, other.metrics, other.histograms.keys())
-        return mine == its and all(
-            _same(histogram, other.histograms[key]) for key, histogram in self.histograms.items()
+        plain = [part.name for part in fields(Record) if part.name != "histograms"]
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in plain)
+            and self.histograms.keys() == other.histograms.keys()
+            and all(_same(one, other.histograms[key]) for key, one in self.histograms.items())
         )
 
     __hash__ = None  # type: ignore[assignment]  # what it holds can be altered

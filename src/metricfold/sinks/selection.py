@@ -62,12 +62,15 @@ class SelectiveSink(ABC):
             check_name("the prefix of a record", record.prefix)
         metrics = self._renamed(record.metrics)
         histograms = self._renamed(record.histograms)
-        if self._unmatched is not None and (record.metrics or record.histograms):
-            found = bool(metrics or histograms)
-            if found or self._unmatched.saw(self, record.metrics.keys() | record.histograms.keys()):
+        arrays = self._renamed(record.arrays)
+        found = bool(metrics or histograms or arrays)
+        if self._unmatched is not None and (record.metrics or record.histograms or record.arrays):
+            keys = record.metrics.keys() | record.histograms.keys() | record.arrays.keys()
+            if found or self._unmatched.saw(self, keys):
                 self._unmatched = None
-        if metrics or histograms:
-            self._write(replace(record, metrics=metrics, histograms=histograms))
+        if found or record.alerts:
+            chosen = replace(record, metrics=metrics, histograms=histograms, arrays=arrays)
+            self._write(chosen)
 
     def parts(self) -> Sequence[SelectiveSink]:
         """Return the sinks that this one stands for, each of which gets a thread of its own.
