@@ -9,8 +9,9 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -56,8 +57,26 @@ def test_docstring_examples_of_what_loads_jax_run() -> None:
 
 
 def failed_examples(name: str) -> int:
+    """Run the examples in the docstrings of what lies in a module, wherever it says that it does."""
     module: ModuleType = importlib.import_module(name)
-    return doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    tests = doctest.DocTestFinder(recurse=False).find(module)
+    for thing in filter(partial(lies_in, module), vars(module).values()):
+        globs = vars(module).copy()
+        tests += doctest.DocTestFinder().find(thing, thing.__name__, module=False, globs=globs)
+    for test in tests:
+        runner.run(test)
+    return runner.failures
+
+
+def lies_in(module: ModuleType, thing: object) -> bool:
+    if not isinstance(thing, type | FunctionType):
+        return False
+    parts = vars(thing).values() if isinstance(thing, type) else [thing]
+    spaces = [part.__globals__ for part in parts if isinstance(part, FunctionType)]
+    return any(one is vars(module) for one in spaces) or (
+        not spaces and thing.__module__ == module.__name__
+    )
 
 
 def blocks(page: str) -> list[str]:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pickle
+import pickletools
+import pydoc
 import re
+import typing
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
+
+import pytest
 
 import metricfold
+from metricfold.sinks import Record
 
 ROOT = Path(metricfold.__file__).parent
 
@@ -102,3 +111,88 @@ def test_no_other_room_asks_what_class_a_handler_or_a_state_is_of() -> None:
                 if re.search(r"(Handler|State)\b", asked) and asked != "AggregationHandler":
                     wrong.append(f"{name}:{node.lineno} {asked}")
     assert wrong == []
+
+
+# -- What is public says where users find it -----------------------------------------------------
+
+
+def public_names() -> list[tuple[str, str]]:
+    """Return each public module, and each name that it exports."""
+    found = []
+    for name in PUBLIC:
+        if {"torch", "jax"} & {*name.split(".")}:
+            pytest.importorskip(name.rpartition(".")[2])
+        found += [(name, one) for one in importlib.import_module(name).__all__]
+    return found
+
+
+PUBLIC = (
+    "metricfold",
+    "metricfold.communicator",
+    "metricfold.data",
+    "metricfold.histogram",
+    "metricfold.jax",
+    "metricfold.sinks",
+    "metricfold.torch",
+)
+
+
+def test_public_objects_say_the_public_module_that_they_are_imported_from() -> None:
+    wrong = []
+    for module, name in public_names():
+        found = getattr(importlib.import_module(module), name)
+        wanted = (
+            "metricfold" if name in metricfold.__all__ and module != "metricfold.torch" else module
+        )
+        if hasattr(found, "__module__") and found.__module__ != wanted:
+            wrong.append(f"{module}.{name} says {found.__module__}")
+    assert wrong == []
+
+
+def test_representations_help_and_hints_of_public_objects_show_no_private_path() -> None:
+    for module, name in public_names():
+        found = getattr(importlib.import_module(module), name)
+        assert "_core" not in repr(found)
+        if isinstance(found, type | FunctionType):
+            assert "_core" not in pydoc.plain(pydoc.render_doc(found)), name
+        if isinstance(found, type):
+            typing.get_type_hints(found)  # as frameworks do that fill classes from files
+
+
+def test_a_copied_class_of_a_private_module_is_still_the_public_one() -> None:
+    from metricfold._core.view.snapshot import Snapshot
+
+    assert Snapshot is metricfold.Snapshot
+    assert repr(Snapshot) == "<class 'metricfold.Snapshot'>"
+
+
+def paths_in(pickled: bytes) -> set[str]:
+    """Return the modules that a pickle names."""
+    texts = (argument for _, argument, _ in pickletools.genops(pickled))
+    return {text for text in texts if isinstance(text, str) and text.startswith("metricfold")}
+
+
+def test_what_is_pickled_names_no_private_path_so_that_it_is_found_when_files_move() -> None:
+    metrics = [
+        metricfold.Metric("a", "loss", 1.0, "mean", 2.0),
+        metricfold.Metric("a", "len", 3.0, "distribution"),
+        metricfold.Metric("a", "kind", "x", "categorical_count"),
+        metricfold.Metric("a", "own", 1.0, "a type of mine"),
+    ]
+    record = Record(1, 2.0, {"train/loss": 1.5})
+    batch = metricfold.MetricBatch.from_metrics(metrics)
+    handlers = [metricfold.MeanAggHandler(), metricfold.DistributionAggHandler(percentiles=(1, 2))]
+    for thing in (*metrics, record, batch, *handlers, metricfold.AggregationType.MEAN):
+        pickled = pickle.dumps(thing, protocol=4)
+        assert [path for path in paths_in(pickled) if "_core" in path] == []
+        assert type(pickle.loads(pickled)) is type(thing)
+    assert repr(pickle.loads(pickle.dumps(batch))) == repr(batch)
+
+
+def test_a_pickled_accumulator_names_no_private_path() -> None:
+    pytest.importorskip("torch")
+    from metricfold.torch import DeviceAccumulator
+
+    pickled = pickle.dumps(DeviceAccumulator({"loss": "mean", "len": "distribution"}, ["a"]), 4)
+    assert [path for path in paths_in(pickled) if "_core" in path] == []
+    assert isinstance(pickle.loads(pickled), DeviceAccumulator)

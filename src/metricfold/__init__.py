@@ -14,6 +14,7 @@ from metricfold._core.fold.builtin import (
 from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 from metricfold._core.intake.aggregator import MetricsAggregator
 from metricfold._core.intake.merging import merge_state_dicts
+from metricfold._core.runtime.published import publish
 from metricfold._core.view.snapshot import Snapshot
 from metricfold.communicator import MissingRanksError
 from metricfold.data import MetricBatch, MetricsCollator
@@ -62,11 +63,12 @@ __all__ = [
     "merge_state_dicts",
     "read_jsonl",
 ]
+publish(globals())
 
 
 def __getattr__(name: str) -> Any:
     if name != "LogLinearHistogram":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from metricfold._core.sketch import LogLinearHistogram  # noqa: PLC0415 - loaded when asked for
+    from metricfold.histogram import LogLinearHistogram  # noqa: PLC0415 - loaded when asked for
 
     return LogLinearHistogram

@@ -11,6 +11,7 @@ import sys
 from datetime import timedelta
 from typing import Any
 
+from metricfold._core.runtime.published import publish
 from metricfold.communicator.base import (
     Communicator,
     LocalCommunicator,
@@ -93,3 +94,6 @@ def global_rank() -> int:
 def _torch_ranks() -> int:
     initialized = torch_is_initialized()
     return int(sys.modules["torch.distributed"].get_world_size()) if initialized else 0
+
+
+publish(globals())

@@ -31,7 +31,8 @@ if _missing:
         )
     )
 
-from metricfold.jax.accumulator import DeviceAccumulator  # noqa: E402 (after the check above)
+from metricfold._core.runtime.published import publish  # noqa: E402 (after the check above)
+from metricfold.jax.accumulator import DeviceAccumulator  # noqa: E402
 from metricfold.jax.data_parallel import DataParallel  # noqa: E402
 from metricfold.jax.distributed_metrics import DistributedMetrics  # noqa: E402
 from metricfold.jax.exported import register as _register  # noqa: E402
@@ -47,3 +48,4 @@ __all__ = [
     "DistributedMetrics",
     "PackedMetrics",
 ]
+publish(globals())

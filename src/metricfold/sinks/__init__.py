@@ -10,6 +10,7 @@ A backend's own package is imported when its sink first writes, so that the rank
 and the users who want none of it never pay for it.
 """
 
+from metricfold._core.runtime.published import publish
 from metricfold.sinks.console import ConsoleSink
 from metricfold.sinks.jsonl import JSONLSink, read_jsonl
 from metricfold.sinks.logger import MetricsLogger, SinkError
@@ -31,3 +32,4 @@ __all__ = [
     "WandbSink",
     "read_jsonl",
 ]
+publish(globals())

@@ -17,10 +17,12 @@ if find_spec("torch") is None:
         "metricfold.torch needs torch, which is not installed: pip install 'metricfold[torch]'"
     )
 
+from metricfold._core.runtime.published import publish
 from metricfold._core.runtime.uncompiled import leave_alone
 from metricfold.torch.accumulator import AccumulatorMark, DeviceAccumulator
 from metricfold.torch.recomputing import once, recomputing
 
 __all__ = ["AccumulatorMark", "DeviceAccumulator", "once", "recomputing"]
+publish(globals())
 
 leave_alone()

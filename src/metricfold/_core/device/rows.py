@@ -308,6 +308,9 @@ class Layout:
                 )
 
 
+Layout.__module__ = "metricfold.device_lanes"  # where pickles find it, wherever it lies
+
+
 def fits(shape: tuple[int, ...], values: tuple[int, ...]) -> tuple[int, ...] | None:
     """Return the shape with all dimensions of the values, or None if they do not go together.
 

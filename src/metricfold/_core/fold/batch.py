@@ -155,6 +155,9 @@ def _unpack_batch(
     return batch
 
 
+_unpack_batch.__module__ = "metricfold.data.batch"  # where pickles find it, wherever it lies
+
+
 def _unpack_column(key: Key, label: TypeLike, content: Iterable[tuple[Any, Any]]) -> Column:
     agg_type = resolve_type(label)
     return Column(key, agg_type, None, [Metric(*key, value, agg_type, w) for value, w in content])

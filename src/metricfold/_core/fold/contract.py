@@ -180,6 +180,9 @@ def _reduced(handler: LaneHandler, state: State, seconds: float) -> ReducedState
 class Writing:
     """How a state stands in metadata: here each lane under its name."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def written(self, handler: LaneHandler, state: State) -> dict[str, Any]:
         """Return the metadata of `state`."""
         return dict(zip(handler.lane_names, (*state.sums, *state.maxs), strict=True))

@@ -203,6 +203,7 @@ class MetricsAggregator:
         Raises:
             ValueError, TypeError: as `update`; then nothing has changed.
 
+        >>> import numpy as np
         >>> aggregator = MetricsAggregator()
         >>> aggregator.record("len", np.array([[3, 5], [4, 0]]), "max", each=True)
         >>> losses, mask = np.array([2.0, 4.0, 9.0]), np.array([True, True, False])

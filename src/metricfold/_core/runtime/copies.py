@@ -79,7 +79,7 @@ def _place_in(owner: object, thing: object, levels: int) -> list[str]:
     kind = type(owner)
     if isinstance(owner, ModuleType):
         return []
-    if not kind.__module__.startswith("metricfold."):
+    if kind.__module__.partition(".")[0] != "metricfold":
         attributes = _attributes(owner) or {}
         names = [name for name, value in attributes.items() if value is thing]
         return [f"attribute {name!r} of a {kind.__name__}" for name in names]

@@ -1,0 +1,58 @@
+"""Public objects say where users find them, wherever they lie.
+
+    __all__ = ["MetricBatch", "MetricsCollator"]
+    publish(globals())
+
+So reprs, `help` and error messages show no private path; and a pickle names the public one, which
+stays where it is when private files move.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from types import FunctionType
+from typing import Any
+
+__all__ = ["publish"]
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def publish(module: Mapping[str, Any]) -> None:
+    """Let classes and functions that a public module exports say that module as their own.
+
+    What the package itself exports says the package.
+
+    Args:
+        module: its namespace, with the names in ``__all__``.
+    """
+    package = getattr(sys.modules[_PACKAGE], "__all__", ())
+    for name in module["__all__"]:
+        found = module.get(name)
+        home = _PACKAGE if name in package else module["__name__"]
+        things: list[type | FunctionType] = []
+        if isinstance(found, type):
+            # `help` shows private bases, too.
+            things = [one for one in found.__mro__ if one is found or "._" in one.__module__]
+        elif isinstance(found, FunctionType):
+            things = [found]
+        for one in things:
+            if one.__module__.startswith(f"{_PACKAGE}."):
+                _resolve(one)
+                one.__module__ = home
+
+
+def _resolve(published: type | FunctionType) -> None:
+    """Let the annotations of a class be what they mean where it lies.
+
+    Elsewhere, where `typing.get_type_hints` looks from now on, their names may mean nothing.
+    """
+    known = vars(sys.modules[published.__module__])
+    hints = vars(published).get("__annotations__", {})
+    for name, hint in hints.items():
+        text = getattr(hint, "__forward_arg__", hint)
+        if isinstance(text, str):
+            with suppress(NameError):  # of what only type checkers import
+                hints[name] = eval(text, known)  # noqa: S307 - our own
