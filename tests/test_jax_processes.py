@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -384,6 +385,60 @@ def test_missing_processes_are_named_and_late_ones_are_told_the_same(
             (warning,) = result["warnings"]
             assert f"process {rank} has waited " in warning
             assert f"process(es) {names}; giving up after 3 s" in warning
+
+
+def fails_in_a_tree(rank: int, how: str, faulty: int, at: int) -> Any:
+    """Let one process fail before a round of a tree; the one before it goes well."""
+    from metricfold.communicator.jax import JaxCommunicator
+
+    communicator: Any = JaxCommunicator(f"{how} {faulty} {at}", timedelta(seconds=6))
+    world = communicator.world_size
+    right = bracketed([block(other, world) for other in range(world)], joined).tobytes()
+    swapped, spread = 0, communicator._spread
+
+    def spread_or_fail(vector: Any) -> Any:
+        nonlocal swapped
+        if how == "killed" and rank == faulty and swapped == at:
+            os._exit(3)
+        swapped += 1
+        return spread(vector)
+
+    def merge(lower: Any, upper: Any) -> Any:
+        if how == "raising" and rank == faulty and swapped > at:
+            raise MemoryError("no room to merge in")
+        return joined(lower, upper)
+
+    outcomes: list[Any] = [communicator.tree(block(rank, world), joined).tobytes() == right]
+    communicator._spread = spread_or_fail
+    for _ in range(2):
+        try:
+            outcomes.append(communicator.tree(block(rank, world), merge).tobytes() == right)
+        except MissingRanksError as error:
+            outcomes.append((error.missing, str(error)))
+            break  # as an aggregator does
+    return outcomes
+
+
+@pytest.mark.parametrize(("processes", "at"), [(3, 1), (4, 0)])
+def test_a_process_that_is_killed_in_a_tree_is_named(processes: int, at: int) -> None:
+    last = processes - 1
+    results = run_processes(fails_in_a_tree, processes, "killed", last, at, dies=(last,))
+    for result in results[:last]:
+        assert result[0] is True
+        assert result[1] is True or len(result) == 2
+        assert result[-1][0] == (last,), result
+
+
+def test_a_process_that_cannot_merge_in_a_tree_is_named_and_jax_goes_on() -> None:
+    for at in (0, 1):
+        results = run_processes(fails_in_a_tree, 4, "raising", 1, at)
+        for result in results:
+            assert result[0] is True
+            assert result[1] is True or len(result) == 2
+            missing, text = result[-1]
+            assert missing == (1,)
+            assert "MemoryError: no room to merge in" in text
+        assert len(results[1]) == 2
 
 
 def killed_after_the_meeting(rank: int) -> list[str]:

@@ -47,6 +47,7 @@ _OF_THE_NETWORK = re.compile(
 """In what is raised for the sake of another process; anything else is this one's own fault."""
 
 
+_UNKNOWN = -1.0
 _WORDS = Words(
     "process",
     "if jax.process_index() == 0:",
@@ -115,8 +116,10 @@ class JaxCommunicator(Communicator):
             self._meet()
             if self._mesh is None:
                 self._mesh = self._connect()
-            # A user who steps through a program uncompiled would get no collective here.
-            with sys.modules["jax"].disable_jit(False):
+            jax = sys.modules["jax"]
+            # A user who steps through a program uncompiled would get no collective here, nor one
+            # who has set a mesh of his own.
+            with jax.disable_jit(False), jax.set_mesh(self._mesh):
                 result = exchange()
         except MissingRanksError:
             raise
@@ -135,16 +138,21 @@ class JaxCommunicator(Communicator):
     def _merged(self, vector: FloatArray, merge: Merge) -> FloatArray:
         """Go through the rounds of a tree, all of them on all processes, as device programs must.
 
-        So one that cannot merge goes on, and so do those who get that from it: 1 + its rank, which
-        is 0 where all is well, stands behind each vector.
+        So one that cannot merge, or whose partner is gone, goes on, and so do those who hear that
+        from it: behind each vector stands 1 + the rank that failed, or -1 where that is not known.
         """
         failed, size = 0.0, vector.size
+        broke: Exception | None = None
         mine = {step.round: step for step in steps(self.rank, self.world_size)}
         for number, pairs in senders(self.world_size).items():
             sent = _filled(np.append(vector, failed), _room(size + 1))
             step = mine.get(number)
             self._roll.at = None if step is None else (step.partner, number)
-            got = self._read(_swap(self._mesh, pairs)(self._spread(sent))).reshape(-1)
+            try:
+                got = self._read(_swap(self._mesh, pairs)(self._spread(sent))).reshape(-1)
+            except Exception as error:  # noqa: BLE001 - raised below
+                failed, broke = failed or _UNKNOWN, broke or error
+                continue
             if step is None or not step.receives or failed:
                 continue
             try:
@@ -153,8 +161,10 @@ class JaxCommunicator(Communicator):
             except Exception as error:  # noqa: BLE001 - the others must be told before it is raised
                 failed = 1.0 + self.rank
                 self.abandon(f"{type(error).__name__}: {first_line(error)}")
-        if failed:
+        if failed > 0:
             raise self._roll.given_up({int(failed) - 1: ""}, "it left a reduction in the middle")
+        if failed:
+            raise broke or RuntimeError("the connection of another process broke")
         return vector
 
     def _spread(self, mine: FloatArray) -> Any:
