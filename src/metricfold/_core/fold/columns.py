@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from itertools import compress
 from operator import itemgetter
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -51,6 +51,8 @@ from metricfold.metric import Metric, TypeLike, check_name, is_name, quote, reso
 __all__ = [
     "Column",
     "HandlerOf",
+    "HandlersKnown",
+    "Known",
     "Pending",
     "check_same_type",
     "fold_each",
@@ -61,6 +63,36 @@ __all__ = [
 ]
 
 HandlerOf: TypeAlias = "Callable[[Key, TypeLike], AggregationHandler | None]"
+
+
+class Known(Protocol):
+    """What is known of a key."""
+
+    agg_type: TypeLike
+    handler: AggregationHandler
+
+
+class HandlersKnown:
+    """Says what folds values of a key: the handler that it began with, else its type's.
+
+    Args:
+        records: of keys that have begun.
+        of_type: what handles each type.
+    """
+
+    def __init__(
+        self, records: Mapping[Key, Known], of_type: Mapping[TypeLike, AggregationHandler]
+    ) -> None:
+        self._records = records
+        self._of_type = of_type
+
+    def __call__(self, key: Key, agg_type: TypeLike) -> AggregationHandler | None:
+        known = self._records.get(key)
+        if known is not None and known.agg_type == agg_type:
+            return known.handler
+        return self._of_type.get(agg_type)
+
+
 """Returns what folds a key of that type; None: nothing does, it keeps its metrics."""
 
 _METRIC = {Metric}

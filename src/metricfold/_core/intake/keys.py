@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from metricfold._core.fold import hints
 from metricfold._core.fold.batch import MetricBatch
 from metricfold._core.fold.builtin import built_in_handlers, folds_as
-from metricfold._core.fold.columns import Column, check_same_type, fold_metrics
+from metricfold._core.fold.columns import Column, HandlersKnown, check_same_type, fold_metrics
 from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import Claimed, Claims, show
 from metricfold._core.fold.state import quiet
@@ -81,6 +81,7 @@ class KeyTable:
     Attributes:
         records: of each key.
         handlers: what handles each type.
+        handler_of: says what folds values of a key.
         derived: metrics that are computed from others, by the name that they print.
         plans: how what the keys print is computed.
     """
@@ -88,6 +89,7 @@ class KeyTable:
     def __init__(self, handlers: dict[TypeLike, AggregationHandler]) -> None:
         self.records: dict[Key, KeyRecord] = {}
         self.handlers = handlers
+        self.handler_of = HandlersKnown(self.records, handlers)
         self._of_label = {type_label(agg_type): agg_type for agg_type in handlers}
         # A text and a member of a StrEnum may be equal: then they are one type, called as it was
         # registered.
@@ -151,13 +153,6 @@ class KeyTable:
         return dict(zip(self.records, map(_handler, self.records.values()), strict=True))
 
     # -- Taking columns in
-
-    def handler_of(self, key: Key, agg_type: TypeLike) -> AggregationHandler | None:
-        """Return what folds values of `key`: the handler that it began with, else its type's."""
-        known = self.records.get(key)
-        if known is not None and known.agg_type == agg_type:
-            return known.handler
-        return self.handlers.get(agg_type)
 
     def columns_of(self, batch: MetricBatch) -> Sequence[Column]:
         """Return the columns of a batch that was folded elsewhere, as the handlers here need."""
@@ -233,7 +228,9 @@ class KeyTable:
             else:
                 handler = self._handler_for(key, agg_type)
                 new[key] = (self._registered[agg_type], handler)
-        claimed = self._claims.check((key, _suffixes(handler)) for key, (_, handler) in new.items())
+        claimed = self._claims.check(
+            [(key, _suffixes(handler)) for key, (_, handler) in new.items()]
+        )
         return new, claimed
 
     def admit_drained(self, keys: Iterable[tuple[Key, TypeLike]]) -> Admission:
