@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from metricfold import LogLinearHistogram
 from metricfold._core import sketch as sketches
-from metricfold._core.sketch import BUCKETS, Histogram, bucket_index
+from metricfold._core.sketch import BUCKETS, Histogram, bucket_index, plain
 from metricfold._core.sketch.contents import FEWEST_BUCKETS
 
 SMALLEST = 2.0**-1074
@@ -719,6 +719,83 @@ def test_a_damaged_state_is_refused(path):
             continue
         with pytest.raises(ValueError, match="not the state of a histogram, or it is damaged: "):
             LogLinearHistogram.from_dict(state)
+
+
+# What version 0.1.0 wrote of these values, where it had dropped the segments far from 1.
+FAR = [1e300, 1e-300, 3e-300, 5e-324, 1.7e308, -1e200, 0.0, 1.0, 1.5]
+BEFORE = {
+    "format": "metricfold histogram",
+    "version": 1,
+    "max_buckets": 320,
+    "finest": 16,
+    "dropped": 2,
+    "minimum": -1e200,
+    "maximum": 1.7e308,
+    "totals": {
+        "count": 9.0,
+        "squares": 9.0,
+        "nan": 1.0,
+        "zero": 1.0,
+        "positive_infinity": 0.0,
+        "negative_infinity": 0.0,
+    },
+    "segments": [
+        {
+            "m": -1,
+            "index": [1],
+            "sums": [[3.0], [1.824976247048878e-107], [2.0815864389328803e-214]],
+        },
+        {"m": 4, "index": [16369, 16377], "sums": [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]},
+        {
+            "m": -1,
+            "index": [1280],
+            "sums": [[2.0], [3.7260759152323785e115], [1.3883641562737847e231]],
+        },
+        {"m": -1, "index": [-1280], "sums": [[1.0], [21918093.49008403], [480402822240063.94]]},
+    ],
+    "checksum": 4260383798,
+}
+
+
+def test_a_state_of_version_1_goes_on_with_its_counts_mean_and_deviation():
+    histogram = LogLinearHistogram.from_dict(json.loads(json.dumps(BEFORE)))
+    assert (histogram.count, histogram.nan_count, histogram.max_buckets) == (9, 1, 320)
+    assert (histogram.min, histogram.max) == (-1e200, 1.7e308)
+    assert histogram.mean == pytest.approx(np.mean(FAR), rel=1e-12)
+    assert histogram.std / 1e300 == pytest.approx(np.std(np.array(FAR) / 1e300, ddof=1), rel=1e-9)
+    assert histogram.quantile(0.5) == pytest.approx(3e-300, rel=1)
+    assert LogLinearHistogram.from_dict(histogram.to_dict()).to_dict() == histogram.to_dict()
+    histogram.update(FAR)
+    assert histogram.count == 18
+    with pytest.raises(ValueError, match="its checksum is wrong"):
+        LogLinearHistogram.from_dict({**BEFORE, "minimum": -1e201})
+    with pytest.raises(ValueError, match="dropped more segments than there are"):
+        LogLinearHistogram.from_dict({**BEFORE, "dropped": 95})
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in leaves(STATE)[1:] if "checksum" not in path], ids=str
+)
+def test_a_state_that_was_forged_is_refused_or_can_be_used(path, monkeypatch):
+    """Its checksum fits: what else is wrong must not raise later."""
+    checksums = []
+    real = plain._checksum
+    monkeypatch.setattr(
+        plain, "_checksum", lambda *args: checksums.append(real(*args)) or checksums[-1]
+    )
+    for wreck in [*WRECKS[2:-2], 1, 2**40, 5e-324, 1e308]:
+        state = json.loads(json.dumps(STATE))
+        reduce(lambda inner, key: inner[key], path[:-1], state)[path[-1]] = wreck
+        for _ in range(2):
+            try:
+                histogram = LogLinearHistogram.from_dict(state)
+            except ValueError:
+                state["checksum"] = checksums[-1] if checksums else 0
+                continue
+            histogram.update([1.0, 1e30, -3e-310])
+            histogram.merge(LogLinearHistogram.from_dict(histogram.to_dict()))
+            assert not np.isnan(histogram.quantile(PERCENTILES)).any()
+            histogram.histogram(8)
 
 
 @pytest.mark.parametrize("state", [None, [], {}, "x", {"format": "metricfold"}])

@@ -29,6 +29,7 @@ from campaign.table import Goal, Options, Row, Table, Trial, main
 from metricfold import MetricsAggregator, merge_state_dicts
 from metricfold._core.fold import plain
 from metricfold._core.intake import checkpoint
+from metricfold._core.sketch import earlier as earlier_histogram
 from metricfold._core.sketch import plain as saved_histogram
 from metricfold.communicator.threads import thread_world
 from metricfold.metric import is_name
@@ -194,15 +195,20 @@ def _histograms(node: Any) -> Iterator[dict[str, Any]]:
 
 
 def _sign(histogram: dict[str, Any]) -> None:
-    """Give a histogram the checksum that it should have, if it has any."""
-    real = saved_histogram._checksum
+    """Give a histogram, of this version or of version 1, the checksum that it should have, if any."""
+    module, name = (
+        (earlier_histogram, "checksum")
+        if histogram.get("version") == 1
+        else (saved_histogram, "_checksum")
+    )
+    real = getattr(module, name)
     found: list[int] = []
 
     def noted(*args: Any) -> int:
         found.append(real(*args))
         return found[-1]
 
-    saved_histogram._checksum = noted
+    setattr(module, name, noted)
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
@@ -210,7 +216,7 @@ def _sign(histogram: dict[str, Any]) -> None:
     except Exception:
         pass
     finally:
-        saved_histogram._checksum = real
+        setattr(module, name, real)
     if found:
         histogram["checksum"] = found[-1]
 

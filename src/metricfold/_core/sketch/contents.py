@@ -32,6 +32,8 @@ _NUMBERS = [Total.COUNT, Total.NAN, Total.POSITIVE_INFINITY, Total.NEGATIVE_INFI
 _SLACK = 1e-3
 """By which moments may exceed their weights: sums on devices are rounded."""
 _TINY = 1e-300
+_MOST = 1e306
+"""So that what many ranks hold together is a number still."""
 
 FEWEST_BUCKETS = 320
 MOST_BUCKETS = 2**20
@@ -133,9 +135,9 @@ class Contents:
         for larger, smaller in ((weight, first), (first, second)):
             # Written so that NaN is wrong.
             wrong |= ~((smaller >= 0.0) & (smaller <= larger * (1.0 + _SLACK) + _TINY))
-        wrong |= ~((weight > 0.0) & (weight < math.inf))
+        wrong |= ~((weight > 0.0) & (weight <= _MOST))
         good = np.bincount(buckets.row, wrong, minlength=rows) == 0.0
-        good &= ((self.totals >= 0.0) & (self.totals < math.inf)).all(axis=1)
+        good &= ((self.totals >= 0.0) & (self.totals <= _MOST)).all(axis=1)
         good &= counts(self.totals[:, _NUMBERS]).all(axis=1)
         good &= (self.finest >= 0) & (self.finest <= FINEST)
         good &= (self.reach >= -1) & (self.reach <= FARTHEST)

@@ -55,15 +55,18 @@ def _spread(signed: int, sums: FloatArray) -> Buckets:
     weight, first, second = sums
     if not (weight > 0.0 and np.isfinite(sums).all()):
         raise ValueError("its sums are no numbers")
-    # The position was the magnitude in a unit between both ends.
+    # The position was the magnitude in a unit between both ends. One value is the least of the segment.
     unit = (begin + end) // 2 - BIAS
-    mean = first / weight
-    deviation = math.sqrt(max(second / weight - mean * mean, 0.0))
     least, greatest = from_bits(np.array([max(begin << 52, 1), (end << 52) - 1]))
-    with np.errstate(over="ignore", under="ignore"):
-        values = np.ldexp(np.array([mean - deviation, mean + deviation]), unit)
-    values = np.clip(values, least, greatest) * (1.0 if signed > 0 else -1.0)
-    return Buckets.of_values(values.view(np.int64), np.full(2, weight / 2.0), FINEST)
+    with np.errstate(all="ignore"):
+        low = np.ldexp(least, -unit)
+        mean = max(first / weight - low, 0.0)
+        square = max((second - 2.0 * low * first) / weight + low * low, mean * mean)
+        part, high = (mean * mean / square, square / mean) if mean * square else (0.0, 0.0)
+        values = np.clip(np.ldexp(low + np.array([0.0, high]), unit), least, greatest)
+    weights = weight * np.array([1.0 - part, part])
+    bits = (values * (1.0 if signed > 0 else -1.0)).view(np.int64)[weights > 0.0]
+    return Buckets.of_values(bits, weights[weights > 0.0], FINEST).ordered().joined()
 
 
 def _number(field: int) -> int:
@@ -74,6 +77,8 @@ def _number(field: int) -> int:
 
 def checksum(state: Mapping[str, Any], totals: FloatArray) -> int:
     """Return the checksum of a state."""
+    if not 0 <= index(state["dropped"]) < len(_STARTS):
+        raise ValueError("it has dropped more segments than there are")
     some = totals[0, 0] > 0
     head = [
         state["max_buckets"],

@@ -75,28 +75,27 @@ def _read(state: Mapping[str, Any]) -> tuple[Contents, int]:
     finest, reach = index(state["finest"]), FARTHEST if first else index(state["reach"])
     if not 0 <= finest <= FINEST or not -1 <= reach <= FARTHEST:
         raise ValueError(f"it is as fine as m={finest} and reaches over {reach} octaves")
-    parts = [earlier.segment(group) if first else _segment(group) for group in state["segments"]]
+    read = earlier.segment if first else _segment
+    buckets = Buckets.of_all([Buckets.empty(), *map(read, state["segments"])])
     contents = Contents(
         totals,
         np.array([float(state["minimum"]) if some else math.inf]),
         np.array([float(state["maximum"]) if some else -math.inf]),
         np.array([finest]),
         np.array([reach]),
-        Buckets.of_all([Buckets.empty(), *parts]),
+        buckets.ordered() if first else buckets,
     )
     checksum = earlier.checksum(state, totals) if first else _checksum(contents, max_buckets)
     if state["checksum"] != checksum:
         raise ValueError("its checksum is wrong")
-    nothing = replace(contents, totals=np.zeros_like(totals), buckets=Buckets.empty())
-    if first:
-        return contents.joined(nothing, max_buckets), max_buckets
     if not contents.sound().all():
         raise ValueError("its numbers contradict each other, or are none")
-    # What a share has no use for would come back at the next save, in a form that nobody reads.
+    nothing = replace(contents, totals=np.zeros_like(totals), buckets=Buckets.empty())
     settled = contents.joined(nothing, max_buckets)
-    if settled.reach[0] != reach or not settled.buckets.alike(contents.buckets):
+    # What a share has no use for would come back at the next save, in a form that nobody reads.
+    if not first and (settled.reach[0] != reach or not settled.buckets.alike(contents.buckets)):
         raise ValueError("its buckets are not those that its values come to")
-    return contents, max_buckets
+    return settled, max_buckets
 
 
 def _segment(group: Mapping[str, Any]) -> Buckets:
