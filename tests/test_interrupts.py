@@ -98,7 +98,9 @@ def begun() -> MetricsAggregator:
 def found(metrics: MetricsAggregator) -> tuple[Any, ...]:
     """Return what an aggregator has come to, but for how long that took."""
     snapshot = metrics.reduce()
-    uses = snapshot._report.state(("", "data_seconds"), "run").sums[-1]
+    report = snapshot._report
+    (plan, _), lanes = report._planned, report._lanes("run")
+    uses = plan.state(plan.places["", "data_seconds"], lanes).sums[-1]
     logged = snapshot.as_dict("t")
     return uses, {key: value for key, value in logged.items() if "/data_" not in key}
 

@@ -98,6 +98,9 @@ class RateAggHandler(SumAggHandler):
     def result(self, lanes: Mapping[str, float]) -> float:
         return lanes["sum"] / lanes["seconds"] if lanes["seconds"] else math.nan
 
+    def results(self, lanes: Mapping[str, Any]) -> FloatArray:
+        return np.where(lanes["seconds"] == 0, math.nan, lanes["sum"] / lanes["seconds"])
+
     def finalize_lanes(self, state: ReducedState) -> dict[str, float]:
         reported = super().finalize_lanes(state)
         if not state.seconds:

@@ -307,21 +307,21 @@ class ReducedStates:
     Args:
         sums: their SUM lanes, shape (k, n).
         maxs: their MAX lanes, shape (k, m).
-        seconds: as of one state.
+        seconds: as of one state, shape (k,).
         pools: as of one state, for each key.
         categories: of the last SUM lanes of each.
     """
 
     sums: FloatArray
     maxs: FloatArray
-    seconds: float
+    seconds: FloatArray
     pools: Sequence[Pool] = ()
     categories: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, state: ReducedState) -> ReducedStates:
-        lanes = np.array([state.sums]), np.array([state.maxs])
-        return cls(*lanes, state.seconds, (state.pool,), state.categories)
+        sums, maxs, seconds = map(np.array, ([state.sums], [state.maxs], [state.seconds]))
+        return cls(sums, maxs, seconds, (state.pool,), state.categories)
 
 
 Results: TypeAlias = tuple[FloatArray, npt.NDArray[np.bool_]]

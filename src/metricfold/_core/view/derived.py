@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
-from metricfold._core.view.tables import Group, Origin, Table, Warn
+from metricfold._core.view.tables import Origin, Table, Warn
 
 __all__ = ["Derived", "DerivedMetric", "add_derived", "check_derived_window"]
 
@@ -57,9 +57,10 @@ def add_derived(
         there: the names of all metrics, for messages.
         warn: says once what fails.
     """
+    groups = {id(table): table.groups() for table in tables.values()}
     for name, metric in metrics.items():
         source = tables[metric.window]
-        found, lacking = _apply(name, metric.function, source, warn)
+        found, lacking = _apply(name, metric.function, groups[id(source)], warn)
         unknown = [one for one in lacking if one not in metrics and not printable(one)]
         if unknown:
             warn(
@@ -68,23 +69,27 @@ def add_derived(
                 f"dataset has; there are: {there}",
             )
         for table in {id(table): table for table in tables.values()}.values():
-            results = found
+            results, of = found, source
             if metric.window is None and table is not source:
-                results, _ = _apply(name, metric.function, table, _be_silent)
-            for dataset, (value, origin) in results.items():
-                table.setdefault(dataset, Group()).put(name, value, origin, warn, dataset)
+                results, _ = _apply(name, metric.function, groups[id(table)], _be_silent)
+                of = table
+            totals = {key[0] for key, one in of.origins.items() if one is Origin.TOTAL}
+            for dataset, value in results.items():
+                origin = Origin.TOTAL if dataset in totals else Origin.RECORDED
+                table.put((dataset, name), value, origin, warn)
+                groups[id(table)].setdefault(dataset, {})[name] = table.values[dataset, name]
 
 
 def _apply(
-    name: str, function: Derived, table: Table, warn: Warn
-) -> tuple[dict[str, tuple[float, Origin]], list[str]]:
+    name: str, function: Derived, groups: Mapping[str, Mapping[str, float]], warn: Warn
+) -> tuple[dict[str, float], list[str]]:
     """Return the metric of each dataset, and if none has what it needs, the names that are missing."""
-    found: dict[str, tuple[float, Origin]] = {}
+    found: dict[str, float] = {}
     missing: set[str] = set()
     tried = False
-    for dataset, group in table.items():
+    for dataset, values in groups.items():
         try:
-            value = float(function(_Inputs(group.values)))
+            found[dataset] = float(function(_Inputs(values)))
         except _MissingError as error:
             missing.add(error.args[0])
             continue
@@ -93,8 +98,6 @@ def _apply(
                 raise
             where = f"dataset {dataset!r}" if dataset else "all datasets together"
             warn(name, f"the derived metric {name!r} failed for {where} and is left out: {error!r}")
-        else:
-            found[dataset] = (value, Origin.TOTAL if group.has_totals else Origin.RECORDED)
         tried = True
     return found, [] if tried else sorted(missing)
 

@@ -1,64 +1,46 @@
 """The results of all keys that have lanes: by kind, and not by key.
 
-A `Plan` is made once for each schema. It lists all that its keys may print, in that order, and puts
-those keys into one *block* that one handler finalises and that have the same lanes: fifty means are
-one block, and one division. What is not built in, or overrides what is, is asked key by key.
-
-    found = plan.finalize(window, lanes)        # lanes: what gives those of a view
-    found.table()                               # groups of values, by dataset
+A `Plan` is made once for each schema. It lists all that its keys may print, and puts those into one
+*block* that one handler finalises and that have the same lanes: fifty means are one block, and one
+division. What is not built in, or overrides what is, is asked key by key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from operator import is_
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from metricfold._core.fold.builtin import folds_as
 from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 from metricfold._core.fold.sample import FloatArray, Pool
 from metricfold._core.fold.state import COUNT, ReducedState, ReducedStates
-from metricfold._core.reduce.schema import Entry, IndexArray, Key, Schema
-from metricfold._core.view.tables import Group, Table
-from metricfold._core.view.windows import View, WindowLike, view_of
+from metricfold._core.reduce.schema import IndexArray, Key, Schema
+from metricfold._core.view.tables import Table
 
-__all__ = ["Found", "Lanes", "LanesOf", "Plan"]
+__all__ = ["Found", "Lanes", "Plan"]
 
 _NO_VALUES = Pool()
 
-Places: TypeAlias = slice | IndexArray
-
 
 class Lanes(NamedTuple):
-    """What one view holds of all keys.
+    """What all keys of a plan hold, each in the view that is shown of it.
 
     Args:
         sums: SUM lanes, shape (n,).
         maxs: MAX lanes, shape (m,).
-        seconds: wall time that it speaks about.
-        pool: the values of a DISTRIBUTION.
+        seconds: wall time that each of the k keys speaks about, shape (k,).
+        pool: the values of the DISTRIBUTION at a place of the plan.
     """
 
     sums: FloatArray
     maxs: FloatArray
-    seconds: float
-    pool: Callable[[Entry], Pool]
-
-    def state(self, entry: Entry, sums: Places, maxs: Places) -> ReducedState:
-        """Return the merged state of one key, whose lanes stand there."""
-        return ReducedState(
-            tuple(self.sums[sums].tolist()),
-            tuple(self.maxs[maxs].tolist()),
-            self.seconds,
-            self.pool(entry) if entry.distributed else _NO_VALUES,
-            entry.categories,
-        )
-
-
-LanesOf: TypeAlias = Callable[[View], Lanes]
+    seconds: FloatArray
+    pool: Callable[[int], Pool]
 
 
 class _Block(NamedTuple):
@@ -66,48 +48,17 @@ class _Block(NamedTuple):
 
     Args:
         handler: of all of them.
-        entries: the k keys.
-        places: of the keys in the plan, shape (k,).
+        places: of the k keys in the plan.
         sums: places of their SUM lanes, shape (k, n).
         maxs: places of their MAX lanes, shape (k, m).
         results: places of what they print, shape (k, s); None: they are asked one by one.
     """
 
     handler: LaneHandler
-    entries: list[Entry]
-    places: IndexArray
+    places: list[int]
     sums: IndexArray
     maxs: IndexArray
     results: IndexArray | None
-
-    def views(self, window: WindowLike) -> Iterator[tuple[View, _Block]]:
-        """Yield each view that is shown of some of the keys, and those."""
-        is_total = self.handler.is_total
-        if isinstance(window, str):
-            yield view_of(window, "", is_total=is_total), self
-            return
-        views = [view_of(window, one.key[1], is_total=is_total) for one in self.entries]
-        for view in dict.fromkeys(views):
-            some = [place for place, one in enumerate(views) if one == view]
-            yield view, self._part(some)
-
-    def _part(self, some: list[int]) -> _Block:
-        return self._replace(
-            entries=[self.entries[place] for place in some],
-            places=self.places[some],
-            sums=self.sums[some],
-            maxs=self.maxs[some],
-            results=None if self.results is None else self.results[some],
-        )
-
-
-class _Piece(NamedTuple):
-    """A stretch of what one dataset prints; or, without one, a key that is asked by itself."""
-
-    dataset: str
-    start: int
-    stop: int
-    place: int | None
 
 
 class Plan:
@@ -119,140 +70,125 @@ class Plan:
 
     Attributes:
         entries: the keys that have lanes.
-        handlers: of each of these.
-        lanes: where the SUM and MAX lanes of each stand.
-        names: what is printed at once, behind the dataset.
-        starts: where the names of each key begin, and where the last ones end.
-        datasets: that the schema has a key of.
-        pieces: what is printed, dataset by dataset.
-        blocks: what is computed at once.
+        places: of each of these among them.
+        handlers: of each.
+        lanes: where the SUM and the MAX lanes of each stand.
+        widths: how many these are, shape (2, k).
+        names: what is printed of all, in their order: the dataset, and what follows the slash.
+        starts: where those of each key begin, and where the last ones end.
     """
 
     def __init__(self, schema: Schema, handlers: Mapping[Key, AggregationHandler]) -> None:
         self.entries = [entry for entry in schema if not entry.custom]
-        self.handlers = [handlers[entry.key].laned() for entry in self.entries]
-        self.lanes = [(schema.sums[entry.key], schema.maxs[entry.key]) for entry in self.entries]
-        self.names: list[str] = []
-        self.starts: list[int] = []
-        self.pieces: list[_Piece] = []
-        self.datasets = {entry.key[0] for entry in schema}
-        blocks: dict[tuple[object, ...], list[int]] = {}
+        self.places = {entry.key: place for place, entry in enumerate(self.entries)}
+        self.handlers = [handlers[key].laned() for key in self.places]
+        self.lanes = [(schema.sums[key], schema.maxs[key]) for key in self.places]
+        self.widths = (
+            np.array([(entry.sum_width, entry.maxs) for entry in self.entries], dtype=np.intp)
+            .reshape(-1, 2)
+            .T
+        )
+        self.names: list[Key] = []
+        self.starts = [0]
+        alike: dict[tuple[object, ...], list[int]] = {}
         for place, (entry, handler) in enumerate(zip(self.entries, self.handlers, strict=True)):
-            at_once = folds_as(handler) is not None
             like = (id(handler), entry.sums, entry.maxs, entry.categories)
-            blocks.setdefault(like, []).append(place)
-            start = len(self.names)
-            self.starts.append(start)
-            dataset, name = entry.key
-            if at_once:
-                self.names += [name + suffix for suffix in handler.columns(entry.categories)]
-            last = self.pieces[-1] if self.pieces else None
-            if at_once and last is not None and last.place is None and last.dataset == dataset:
-                self.pieces[-1] = last._replace(stop=len(self.names))
-            else:
-                alone = None if at_once else place
-                self.pieces.append(_Piece(dataset, start, len(self.names), alone))
-        self.starts.append(len(self.names))
-        self.blocks = [self._block(places) for places in blocks.values()]
+            alike.setdefault(like, []).append(place)
+            if folds_as(handler) is not None:
+                dataset, name = entry.key
+                columns = handler.columns(entry.categories)
+                self.names += [(dataset, name + suffix) for suffix in columns]
+            self.starts.append(len(self.names))
+        self._blocks = [self._block(places) for places in alike.values()]
 
     def _block(self, places: list[int]) -> _Block:
-        entries = [self.entries[place] for place in places]
-        handler = self.handlers[places[0]]
         sums, maxs = zip(*[self.lanes[place] for place in places], strict=True)
-        results = None
-        if folds_as(handler) is not None:
-            width = len(handler.columns(entries[0].categories))
-            results = _ranges([self.starts[place] for place in places], width)
+        results = [slice(*self.starts[place : place + 2]) for place in places]
+        handler = self.handlers[places[0]]
+        at_once = folds_as(handler) is not None
         return _Block(
-            handler,
-            entries,
-            np.array(places, dtype=np.intp),
-            _ranges([one.start for one in sums], entries[0].sum_width),
-            _ranges([one.start for one in maxs], entries[0].maxs),
-            results,
+            handler, places, _ranges(sums), _ranges(maxs), _ranges(results) if at_once else None
         )
 
     def fits(self, handlers: Mapping[Key, AggregationHandler]) -> bool:
-        """Return whether these are still the handlers, and fold at once those that did."""
-        now = [handlers.get(entry.key) for entry in self.entries]
-        return all(map(is_, now, self.handlers)) and all(
-            (folds_as(block.handler) is None) == (block.results is None) for block in self.blocks
+        """Return whether these are still the handlers, and are asked at once if they were."""
+        return all(map(is_, map(handlers.get, self.places), self.handlers)) and all(
+            (folds_as(block.handler) is None) == (block.results is None) for block in self._blocks
         )
 
-    def finalize(self, window: WindowLike, lanes_of: LanesOf) -> Found:
-        """Return what the keys print."""
-        found = Found(self)
+    def state(self, place: int, lanes: Lanes) -> ReducedState:
+        """Return the merged state of one key."""
+        entry, (sums, maxs) = self.entries[place], self.lanes[place]
+        return ReducedState(
+            tuple(lanes.sums[sums].tolist()),
+            tuple(lanes.maxs[maxs].tolist()),
+            float(lanes.seconds[place]),
+            lanes.pool(place) if entry.distributed else _NO_VALUES,
+            entry.categories,
+        )
+
+    def finalize(self, lanes: Lanes) -> Found:
+        """Return what all keys print."""
         values, there = np.empty(len(self.names)), np.zeros(len(self.names), dtype=np.bool_)
-        for block in self.blocks:
-            for view, part in block.views(window):
-                lanes = lanes_of(view)
-                sums = lanes.sums[part.sums]
-                having = sums[:, COUNT] != 0
-                found.having[part.places] = having
-                if not having.any():
-                    continue
-                if part.results is None:
-                    for i in np.flatnonzero(having).tolist():
-                        state = lanes.state(part.entries[i], part.sums[i], part.maxs[i])
-                        found.apart[int(part.places[i])] = part.handler.finalize(state)
-                    continue
+        having = np.zeros(len(self.entries), dtype=np.bool_)
+        apart: dict[int, dict[str, float]] = {}
+        for handler, places, sums_at, maxs_at, results in self._blocks:
+            sums = lanes.sums[sums_at]
+            having[places] = has = sums[:, COUNT] != 0
+            if results is None:
+                for place in compress(places, has.tolist()):
+                    apart[place] = handler.finalize(self.state(place, lanes))
+            elif has.any():
                 pools: Sequence[Pool] = ()
-                if part.entries[0].distributed:
+                if handler.has_sample:
                     pools = [
-                        lanes.pool(entry) if one else _NO_VALUES
-                        for entry, one in zip(part.entries, having.tolist(), strict=True)
+                        lanes.pool(place) if one else _NO_VALUES
+                        for place, one in zip(places, has.tolist(), strict=True)
                     ]
-                maxs, categories = lanes.maxs[part.maxs], part.entries[0].categories
-                states = ReducedStates(sums, maxs, lanes.seconds, pools, categories)
-                numbers, known = part.handler.finalize_all(states)
-                values[part.results] = numbers
-                there[part.results] = known & having[:, np.newaxis]
-        found.values, found.there = values.tolist(), there.tolist()
-        return found
+                seconds, categories = lanes.seconds[places], self.entries[places[0]].categories
+                states = ReducedStates(sums, lanes.maxs[maxs_at], seconds, pools, categories)
+                values[results], known = handler.finalize_all(states)
+                there[results] = known & has[:, np.newaxis]
+        return Found(self, having, values.tolist(), there.tolist(), apart)
 
 
-class Found:
+class Found(NamedTuple):
     """What the keys of a plan print.
 
-    Attributes:
+    Args:
+        plan: the plan.
         having: of which keys there are values, shape (k,).
         values: all results, as the plan names them.
         there: which of them there are.
-        apart: the results of keys that are asked by themselves, by place.
+        apart: those of keys that are asked by themselves, by place and suffix.
     """
 
+    plan: Plan
+    having: npt.NDArray[np.bool_]
     values: list[float]
     there: list[bool]
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.having = np.zeros(len(plan.entries), dtype=np.bool_)
-        self.apart: dict[int, dict[str, float]] = {}
+    apart: Mapping[int, Mapping[str, float]]
 
     def table(self) -> Table:
-        """Return the values by dataset."""
-        table: Table = {}
-        for dataset, start, stop, place in self.plan.pieces:
-            found = self._between(start, stop) if place is None else self.results(place)
-            if dataset in table:
-                table[dataset].values.update(found)
-            elif found:
-                table[dataset] = Group(found)
-        return table
+        """Return all of them."""
+        values = dict(compress(zip(self.plan.names, self.values, strict=True), self.there))
+        for place in self.apart:
+            values.update(self.results(place))
+        return Table(values)
 
-    def results(self, place: int) -> dict[str, float]:
+    def results(self, place: int) -> dict[Key, float]:
         """Return what one key prints."""
         if place in self.apart:
-            name = self.plan.entries[place].key[1]
-            return {name + suffix: value for suffix, value in self.apart[place].items()}
-        return self._between(*self.plan.starts[place : place + 2])
-
-    def _between(self, start: int, stop: int) -> dict[str, float]:
-        named = zip(self.plan.names[start:stop], self.values[start:stop], strict=True)
-        return dict(compress(named, self.there[start:stop]))
+            dataset, name = self.plan.entries[place].key
+            return {(dataset, name + end): value for end, value in self.apart[place].items()}
+        own = slice(*self.plan.starts[place : place + 2])
+        named = zip(self.plan.names[own], self.values[own], strict=True)
+        return dict(compress(named, self.there[own]))
 
 
-def _ranges(starts: Sequence[int], width: int) -> IndexArray:
-    """Return places from each start on, shape (k, width)."""
-    found: IndexArray = np.add.outer(np.array(starts, dtype=np.intp), np.arange(width))
+def _ranges(slices: Sequence[slice]) -> IndexArray:
+    """Return the places in slices of one length n, shape (k, n)."""
+    width = slices[0].stop - slices[0].start
+    starts = np.array([one.start for one in slices], dtype=np.intp)
+    found: IndexArray = np.add.outer(starts, np.arange(width))
     return found

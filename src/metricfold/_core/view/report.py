@@ -7,19 +7,21 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
+
+import numpy as np
 
 from metricfold._core.fold.custom import Result
 from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import ANYTHING, Claims, printed, show
-from metricfold._core.fold.state import COUNT, ReducedState, quiet
+from metricfold._core.fold.state import COUNT, quiet
 from metricfold._core.reduce.reducer import Reduced
 from metricfold._core.reduce.schema import Key
 from metricfold._core.reduce.totals import Totals
 from metricfold._core.view.derived import DerivedMetric, add_derived
 from metricfold._core.view.plan import Lanes, Plan
 from metricfold._core.view.rollup import DatasetTotals, Plans
-from metricfold._core.view.tables import Group, Origin, Rollup, Table
+from metricfold._core.view.tables import Origin, Rollup, Table
 from metricfold._core.view.windows import View, WindowLike, view_of
 from metricfold.metric import check_key, check_name
 
@@ -53,35 +55,49 @@ class Report:
     def __init__(self, reduced: Reduced, handlers: Handlers) -> None:
         self._reduced = reduced
         self._handlers = handlers
-        self._lanes: dict[View, Lanes] = {}
 
     def totals_of(self, view: View) -> Totals:
         return self._reduced.run if view == "run" else self._reduced.interval
 
-    def lanes(self, view: View) -> Lanes:
-        """Return what a view holds; once for all who ask."""
-        lanes = self._lanes.get(view)
-        if lanes is None:
-            totals = self.totals_of(view)
-            pool = partial(self._reduced.pool, view=view)
-            lanes = self._lanes[view] = Lanes(
-                totals.exact_sums(), totals.maxs, totals.seconds, pool
+    @cached_property
+    def _planned(self) -> tuple[Plan, dict[bool, DatasetTotals]]:
+        return self._handlers.plans.of(self._reduced.schema, self._handlers.of_key)
+
+    def over_datasets(self, *, levels: bool) -> DatasetTotals:
+        """Return the totals over datasets, with `levels` also over some of them."""
+        plan, totals = self._planned
+        if levels not in totals:
+            datasets = {entry.key[0] for entry in self._reduced.schema}
+            totals[levels] = DatasetTotals(plan, datasets, levels=levels)
+        return totals[levels]
+
+    def _lanes(self, window: WindowLike) -> Lanes:
+        """Return what each key holds in the view that is shown of it."""
+        reduced, (plan, _) = self._reduced, self._planned
+        views = [
+            view_of(window, name, is_total=handler.is_total)
+            for (_, name), handler in zip(plan.places, plan.handlers, strict=True)
+        ]
+        of_run = np.array([view == "run" for view in views], dtype=np.bool_)
+        sums, maxs = (
+            np.where(np.repeat(of_run, widths), run, interval)
+            for widths, run, interval in (
+                (plan.widths[0], reduced.run.exact_sums(), reduced.interval.exact_sums()),
+                (plan.widths[1], reduced.run.maxs, reduced.interval.maxs),
             )
-        return lanes
+        )
+        seconds = np.where(of_run, reduced.run.seconds, reduced.interval.seconds)
+        return Lanes(
+            sums, maxs, seconds, lambda place: reduced.pool(plan.entries[place], views[place])
+        )
 
-    def state(self, key: Key, view: View) -> ReducedState:
-        """Return the merged state of one key that has lanes."""
-        schema = self._reduced.schema
-        return self.lanes(view).state(schema.entries[key], schema.sums[key], schema.maxs[key])
-
-    def printed(self, key: Key, view: View) -> dict[str, float]:
-        """Return what one key that has lanes prints, by suffix; nothing if the view has no values."""
-        state = self.state(key, view)
+    def printed(self, key: Key, window: WindowLike) -> dict[str, float]:
+        """Return what one key that has lanes prints, by suffix; nothing if there are no values."""
+        plan, _ = self._planned
+        place = plan.places[key]
+        state = plan.state(place, self._lanes(window))
         with quiet():
-            return self._handlers.of_key[key].laned().finalize(state) if state.sums[COUNT] else {}
-
-    def totals_over_datasets(self, *, levels: bool) -> DatasetTotals:
-        return self._handlers.plans.rollup(self._plan, levels=levels)
+            return plan.handlers[place].finalize(state) if state.sums[COUNT] else {}
 
     def table(self, window: WindowLike, *, rollup: Rollup, macro: bool) -> Table:
         """Return the values of all metrics."""
@@ -93,19 +109,15 @@ class Report:
     def _recorded(self, window: WindowLike, *, rollup: Rollup, macro: bool) -> Table:
         """Return the values of all metrics, but for derived ones."""
         with quiet():
-            found = self._plan.finalize(window, self.lanes)
-        table = found.table()
+            lanes = self._lanes(window)
+            found = self._planned[0].finalize(lanes)
+            table = found.table()
         self._add_custom(window, table)
         if rollup or macro:
-            totals = self.totals_over_datasets(levels=rollup == "levels")
-            shown = {"totals": bool(rollup), "macro": macro}
+            totals = self.over_datasets(levels=rollup == "levels")
             with quiet():
-                totals.add_to(table, found, window, self.lanes, self.warn_once, **shown)
+                totals.add_to(table, found, lanes, self.warn_once, totals=bool(rollup), macro=macro)
         return table
-
-    @cached_property
-    def _plan(self) -> Plan:
-        return self._handlers.plans.of(self._reduced.schema, self._handlers.of_key)
 
     def _add_custom(self, window: WindowLike, table: Table) -> None:
         """Add the results of handlers without lanes; one that fails is left out and named."""
@@ -128,10 +140,9 @@ class Report:
                     self.warn_once(f"{result.key}", f"{what} is left out: {error!r}")
                     continue
                 dataset, name = result.key
-                group = table.setdefault(dataset, Group())
                 for suffix, value in values.items():
                     printing[printed(result.key) + suffix] = result
-                    group.put(name + suffix, value, Origin.RESULT, self.warn_once, dataset)
+                    table.put((dataset, name + suffix), value, Origin.RESULT, self.warn_once)
 
     def _check_printing(self, result: Result, suffix: str, printing: Mapping[str, Result]) -> None:
         """Refuse what a result would print if it is no name, or if something else prints it."""

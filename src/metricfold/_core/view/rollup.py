@@ -7,16 +7,14 @@ their own, and are computed by kind, too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 
 import numpy as np
 
 from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.sample import Pool
 from metricfold._core.reduce.schema import Entry, IndexArray, Key, Schema
-from metricfold._core.view.plan import Found, Lanes, LanesOf, Plan
-from metricfold._core.view.tables import Group, Origin, Table, Warn, levels_of
-from metricfold._core.view.windows import WindowLike
+from metricfold._core.view.plan import Found, Lanes, Plan
+from metricfold._core.view.tables import Origin, Table, Warn, levels_of
 
 __all__ = ["DatasetTotals", "Plans"]
 
@@ -25,24 +23,16 @@ class Plans:
     """Keeps the plan of the newest schema, and of its totals, from one reduction to the next."""
 
     def __init__(self) -> None:
-        self._schema: Schema | None = None
-        self._plan: Plan | None = None
-        self._rollups: dict[bool, DatasetTotals] = {}
+        self._newest: tuple[Schema, Plan, dict[bool, DatasetTotals]] | None = None
 
-    def of(self, schema: Schema, handlers: Mapping[Key, AggregationHandler]) -> Plan:
-        """Return the plan of a schema whose keys have these handlers."""
-        plan = self._plan
-        if plan is None or self._schema is not schema or not plan.fits(handlers):
-            plan = Plan(schema, handlers)
-            self._schema, self._plan, self._rollups = schema, plan, {}
-        return plan
-
-    def rollup(self, plan: Plan, *, levels: bool) -> DatasetTotals:
-        """Return the totals over datasets, with `levels` also over some of them."""
-        rollups = self._rollups if plan is self._plan else {}
-        if levels not in rollups:
-            rollups[levels] = DatasetTotals(plan, levels=levels)
-        return rollups[levels]
+    def of(
+        self, schema: Schema, handlers: Mapping[Key, AggregationHandler]
+    ) -> tuple[Plan, dict[bool, DatasetTotals]]:
+        """Return the plan of a schema whose keys have these handlers, and what is kept beside it."""
+        newest = self._newest
+        if newest is None or newest[0] is not schema or not newest[1].fits(handlers):
+            newest = self._newest = (schema, Plan(schema, handlers), {})
+        return newest[1:]
 
 
 class DatasetTotals:
@@ -50,80 +40,68 @@ class DatasetTotals:
 
     Args:
         parts: the plan.
+        datasets: that there are, with or without lanes.
         levels: whether there are totals over some datasets, too.
 
     Attributes:
         members: the keys that each total is over, by its level, which is empty for all, and name.
     """
 
-    def __init__(self, parts: Plan, *, levels: bool) -> None:
-        self._parts = parts
+    def __init__(self, parts: Plan, datasets: set[str], *, levels: bool) -> None:
         self._taken: dict[str, str] = {}
-        places: dict[Key, list[int]] = {}
+        self._places: dict[Key, list[int]] = {}
         for place, entry in enumerate(parts.entries):
             dataset, name = entry.key
-            if not dataset:
-                continue
-            places.setdefault(("", name), []).append(place)
-            for level in levels_of(dataset) if levels else ():
-                if level in parts.datasets:
+            for level in ["", *(levels_of(dataset) if levels else ())] if dataset else ():
+                if level and level in datasets:
                     self._taken.setdefault(level, dataset)
                 else:
-                    places.setdefault((level, name), []).append(place)
-        self._places = places
-        self.members = {key: [parts.entries[one] for one in some] for key, some in places.items()}
-        schema = Schema(_total(key, of) for key, of in self.members.items() if _alike(of))
-        self._plan = Plan(schema, {key: parts.handlers[some[0]] for key, some in places.items()})
-        self._place = {entry.key: place for place, entry in enumerate(self._plan.entries)}
-        self._widths = schema.sum_width, schema.max_width
-        self._sums, self._maxs = self._moves()
+                    self._places.setdefault((level, name), []).append(place)
+        self.members = {
+            key: [parts.entries[one] for one in places] for key, places in self._places.items()
+        }
+        first = {key: parts.handlers[places[0]] for key, places in self._places.items()}
+        self._schema = Schema(_total(key, of) for key, of in self.members.items() if _alike(of))
+        self._plan = Plan(self._schema, first)
+        self._sums, self._maxs = self._moves(parts)
 
-    def _moves(self) -> tuple[IndexArray, IndexArray]:
+    def _moves(self, parts: Plan) -> tuple[IndexArray, IndexArray]:
         """Return from where to where SUM and MAX lanes go, shape (2, n); members in their order."""
         sums: list[tuple[int, int]] = []
         maxs: list[tuple[int, int]] = []
-        for entry, (lanes, tops) in zip(self._plan.entries, self._plan.lanes, strict=True):
-            own = range(lanes.start, lanes.start + entry.sums)
-            of_category = dict(zip(entry.categories, range(own.stop, lanes.stop), strict=True))
-            for member, place in zip(self.members[entry.key], self._places[entry.key], strict=True):
-                there, top = self._parts.lanes[place]
-                to = [*own, *map(of_category.__getitem__, member.categories)]
-                sums += zip(range(there.start, there.stop), to, strict=True)
+        for entry, (own, tops) in zip(self._plan.entries, self._plan.lanes, strict=True):
+            fixed = range(own.start, own.start + entry.sums)
+            of_category = dict(zip(entry.categories, range(fixed.stop, own.stop), strict=True))
+            for place in self._places[entry.key]:
+                lanes, top = parts.lanes[place]
+                to = [*fixed, *map(of_category.__getitem__, parts.entries[place].categories)]
+                sums += zip(range(lanes.start, lanes.stop), to, strict=True)
                 maxs += zip(range(top.start, top.stop), range(tops.start, tops.stop), strict=True)
-        return tuple(np.array(moves, dtype=np.intp).reshape(-1, 2).T for moves in (sums, maxs))  # type: ignore[return-value]
+        return _columns(sums), _columns(maxs)
 
     def _merged(self, lanes: Lanes) -> Lanes:
         """Return the lanes of the totals."""
-        width, max_width = self._widths
-        sums, maxs = np.zeros(width), np.full(max_width, -np.inf)
+        sums = np.zeros(self._schema.sum_width)
+        maxs = np.full(self._schema.max_width, -np.inf)
         # One after the other, and so to the same bits wherever it is done.
         np.add.at(sums, self._sums[1], lanes.sums[self._sums[0]])
         np.maximum.at(maxs, self._maxs[1], lanes.maxs[self._maxs[0]])
+        places = [self._places[key] for key in self._plan.places]
 
-        def pool(entry: Entry) -> Pool:
-            pools = [lanes.pool(member) for member in self.members[entry.key]]
-            return Pool.joined([one for one in pools if one.count])
+        def pool(place: int) -> Pool:
+            return Pool.joined([one for one in map(lanes.pool, places[place]) if one.count])
 
-        return Lanes(sums, maxs, lanes.seconds, pool)
+        return Lanes(sums, maxs, lanes.seconds[[some[0] for some in places]], pool)
 
     def add_to(
-        self,
-        table: Table,
-        parts: Found,
-        window: WindowLike,
-        lanes_of: LanesOf,
-        warn: Warn,
-        *,
-        totals: bool,
-        macro: bool,
+        self, table: Table, parts: Found, lanes: Lanes, warn: Warn, *, totals: bool, macro: bool
     ) -> None:
         """Add the metrics over several datasets, as far as one of these has a value.
 
         Args:
             table: what they are added to.
             parts: what the keys print.
-            window: as of these.
-            lanes_of: gives the lanes of these.
+            lanes: of these.
             warn: says once what is left out.
             totals: whether totals are printed.
             macro: whether means of the datasets' means are.
@@ -134,22 +112,26 @@ class DatasetTotals:
                 f"rollup='levels' leaves out the level {level!r}, for there is a dataset of that "
                 f"name next to {dataset!r}: call it '{level}/...' to have it in",
             )
-        if totals:
-            found = self._plan.finalize(window, cache(lambda view: self._merged(lanes_of(view))))
+        found = self._plan.finalize(self._merged(lanes)) if totals else None
         for key, places in self._places.items():
             having = [place for place in places if parts.having[place]]
-            if not having:
-                continue
-            if key not in self._place:
+            total = self._plan.places.get(key)
+            if having and total is None:
                 _warn_of_types(self.members[key], warn)
-                continue
-            (level, name), place = key, self._place[key]
-            group = table.setdefault(level, Group())
-            for text, value in found.results(place).items() if totals else ():
-                group.put(text, value, Origin.TOTAL, warn, level)
-            if macro and not level and self._plan.handlers[place].is_mean:
-                mean = float(np.mean([parts.results(one).get(name, np.nan) for one in having]))
-                group.put(f"{name}_macro", mean, Origin.TOTAL, warn, level)
+            elif having and total is not None:
+                for text, value in found.results(total).items() if found else ():
+                    table.put(text, value, Origin.TOTAL, warn)
+                if macro and not key[0] and self._plan.handlers[total].is_mean:
+                    means = [
+                        parts.results(one).get(parts.plan.entries[one].key, np.nan)
+                        for one in having
+                    ]
+                    text = ("", f"{key[1]}_macro")
+                    table.put(text, float(np.mean(means)), Origin.TOTAL, warn)
+
+
+def _columns(pairs: list[tuple[int, int]]) -> IndexArray:
+    return np.array(pairs, dtype=np.intp).reshape(-1, 2).T
 
 
 def _alike(members: list[Entry]) -> bool:
@@ -162,13 +144,13 @@ def _total(key: Key, members: list[Entry]) -> Entry:
     return members[0]._replace(key=key, categories=tuple(sorted(categories)))
 
 
-def _warn_of_types(entries: list[Entry], warn: Warn) -> None:
+def _warn_of_types(members: list[Entry], warn: Warn) -> None:
     """Say that a name is of another type in another dataset, so that nothing adds up."""
     datasets: dict[str, str] = {}
-    for entry in entries:
+    for entry in members:
         datasets.setdefault(entry.type, entry.key[0])
     said = " and ".join(f"{kind!r} in dataset {one!r}" for kind, one in datasets.items())
-    name = entries[0].key[1]
+    name = members[0].key[1]
     warn(
         f"types of {name}",
         f"metric {name!r} is {said}, which do not add up, so there is no total over datasets: "

@@ -24,7 +24,7 @@ from metricfold._core.reduce.sections import NOBODY
 from metricfold._core.runtime.uncompiled import uncompiled
 from metricfold._core.sketch import Histogram
 from metricfold._core.view.report import Handlers, Report, matches
-from metricfold._core.view.tables import Rollup, check_rollup, named
+from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.timing import TimerKeys, Timing
 from metricfold._core.view.windows import View, WindowLike, check_view, check_window, view_of
 
@@ -115,7 +115,7 @@ class Snapshot:
         if window != "run":
             self._warn_if_empty()
         shown = self._report.table(window, rollup=rollup, macro=macro)
-        return named(shown, prefix, self._report.warn_once)
+        return shown.printed(prefix, self._report.warn_once)
 
     def value(
         self,
@@ -366,18 +366,15 @@ class Snapshot:
         entry = self._reduced.schema.entries.get(key)
         if entry is not None and not entry.custom:
             handler = self._handlers.of_key[key].laned()
-            view = view_of(window, name, is_total=handler.is_total)
-            return handler.suffixes(), self._report.printed(key, view)
+            return handler.suffixes(), self._report.printed(key, window)
         table = self._report.table(window, rollup=not dataset, macro=False)
-        printing = table[dataset].values if dataset in table else {}
+        printing = table.groups().get(dataset, {})
         found = {
             text.removeprefix(name): value
             for text, value in printing.items()
             if text.startswith(name) and text[len(name) : len(name) + 1] in ("", "_")
         }
-        namesakes = (
-            [] if dataset else self._report.totals_over_datasets(levels=False).members.get(key, [])
-        )
+        namesakes = [] if dataset else self._report.over_datasets(levels=False).members.get(key, [])
         if namesakes:
             suffixes = {suffix: None for one in namesakes for suffix in one.suffixes}
             return tuple(suffixes), {

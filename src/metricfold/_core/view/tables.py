@@ -1,4 +1,4 @@
-"""What a log shows: a table with a group of values for each dataset, and for datasets together.
+"""What a log shows: a table of values, of each dataset and of datasets together.
 
 One rule says who prints a name that two would: what was recorded stays, then what a handler of the
 user's has called so, and last come totals over datasets, which nobody has asked for by that name. What
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from operator import itemgetter
 from typing import Literal, TypeAlias
 
-from metricfold._core.fold.names import printed
+from metricfold._core.fold.names import Key, printed
 
-__all__ = ["Group", "Origin", "Rollup", "Table", "Warn", "check_rollup", "levels_of", "named"]
+__all__ = ["Origin", "Rollup", "Table", "Warn", "check_rollup", "levels_of"]
 
 Rollup: TypeAlias = bool | Literal["levels"]
 """Whether totals over all datasets are shown, and with ``"levels"`` those over some of them."""
@@ -41,67 +42,56 @@ _SAID = {
 
 
 @dataclass(slots=True)
-class Group:
-    """The values of one dataset, or of several together.
+class Table:
+    """The values of all metrics, by dataset and what is printed after the slash.
+
+    What is of all datasets together stands where what was recorded without one does.
 
     Args:
-        values: by what is printed after the slash.
+        values: all of them.
         origins: of those that were not recorded.
     """
 
-    values: dict[str, float] = field(default_factory=dict)
-    origins: dict[str, Origin] = field(default_factory=dict)
+    values: dict[Key, float]
+    origins: dict[Key, Origin] = field(default_factory=dict)
 
-    def origin(self, name: str) -> Origin:
-        return self.origins.get(name, Origin.RECORDED)
-
-    @property
-    def has_totals(self) -> bool:
-        return Origin.TOTAL in self.origins.values()
-
-    def put(self, name: str, value: float, origin: Origin, warn: Warn, dataset: str) -> None:
-        """Add a value, unless what has that name already stays.
-
-        Args:
-            name: what is printed after the slash.
-            value: of it.
-            origin: where it comes from.
-            warn: says what is left out.
-            dataset: the group's.
-        """
-        known = self.origin(name) if name in self.values else None
+    def put(self, key: Key, value: float, origin: Origin, warn: Warn) -> None:
+        """Add a value, unless what has that name already stays; `warn` says what is left out."""
+        known = self.origins.get(key, Origin.RECORDED) if key in self.values else None
         if known is not None:
-            _say(warn, printed((dataset, name)), min(known, origin), max(known, origin))
+            _say(warn, printed(key), min(known, origin), max(known, origin))
         if known is None or origin < known:
-            self.values[name] = value
-            self.origins[name] = origin
+            self.values[key] = value
+            self.origins[key] = origin
 
+    def groups(self) -> dict[str, dict[str, float]]:
+        """Return the values of each dataset."""
+        found: dict[str, dict[str, float]] = {}
+        for (dataset, name), value in self.values.items():
+            found.setdefault(dataset, {})[name] = value
+        return found
 
-Table: TypeAlias = dict[str, Group]
-"""Groups by dataset. That of all datasets, and of what was recorded without one, is the empty text's."""
-
-
-def named(table: Table, prefix: str, warn: Warn) -> dict[str, float]:
-    """Return the values by what they print, dataset by dataset."""
-    heads = {dataset: printed((dataset, "")) for dataset in sorted(table)}
-    values = {
-        prefix + head + name: value
-        for dataset, head in heads.items()
-        for name, value in table[dataset].values.items()
-    }
-    if len(values) < sum(len(group.values) for group in table.values()):
-        # Such as dataset 'a' with 'b/c', and dataset 'a/b' with 'c'.
-        stays: dict[str, tuple[Origin, float]] = {}
-        for dataset, head in heads.items():
-            for name, value in table[dataset].values.items():
-                origin = table[dataset].origin(name)
-                known = stays.get(head + name)
-                if known is not None:
-                    _say(warn, head + name, min(known[0], origin), max(known[0], origin))
-                if known is None or origin < known[0]:
-                    stays[head + name] = (origin, value)
-        values.update((prefix + key, value) for key, (_, value) in stays.items())
-    return values
+    def printed(self, prefix: str, warn: Warn) -> dict[str, float]:
+        """Return the values by what they print, dataset by dataset."""
+        heads = {key[0]: prefix + printed((key[0], "")) for key in self.values}
+        if self.origins:
+            ordered = {key: self.values[key] for key in sorted(self.values, key=itemgetter(0))}
+        else:
+            ordered = self.values  # in the order of the keys
+        values = {heads[dataset] + name: value for (dataset, name), value in ordered.items()}
+        if len(values) < len(ordered):
+            # Such as dataset 'a' with 'b/c', and dataset 'a/b' with 'c'.
+            stays: dict[str, Key] = {}
+            for key in ordered:
+                text = printed(key)
+                origin = self.origins.get(key, Origin.RECORDED)
+                if text in stays:
+                    known = self.origins.get(stays[text], Origin.RECORDED)
+                    _say(warn, text, min(known, origin), max(known, origin))
+                if text not in stays or origin < known:
+                    stays[text] = key
+            values.update((prefix + text, ordered[key]) for text, key in stays.items())
+        return values
 
 
 def _say(warn: Warn, key: str, stays: Origin, left_out: Origin) -> None:
