@@ -25,7 +25,7 @@ from typing import Any
 
 from metricfold.communicator.threads import thread_world
 
-__all__ = ["RankError", "preload", "run_ranks", "run_threads"]
+__all__ = ["RankError", "collected", "preload", "run_ranks", "run_threads"]
 
 _context = multiprocessing.get_context("forkserver")
 _preloaded = ["torch", "torch.distributed", "metricfold"]
@@ -80,14 +80,24 @@ def run_ranks(
             sender.close()
             pipes.append(receiver)
             processes.append(process)
-        return _collect(pipes, time.monotonic() + timeout, dies)
+        return collected(pipes, time.monotonic() + timeout, dies)
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _collect(pipes: list[Connection], deadline: float, dies: tuple[int, ...]) -> list[Any]:
+def collected(pipes: list[Connection], deadline: float, dies: tuple[int, ...] = ()) -> list[Any]:
+    """Return what each rank sends by its pipe: a pair of "result" or "error" and what that is.
+
+    Args:
+        pipes: of each rank.
+        deadline: on the monotonic clock.
+        dies: ranks that are meant to end without a result.
+
+    Raises:
+        RankError: a rank has sent an error, has died, or sends nothing until the deadline.
+    """
     results: dict[int, Any] = {}
     errors: dict[int, str] = {}
     open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}

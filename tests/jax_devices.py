@@ -16,24 +16,17 @@ installed, the tests are skipped.
 
 from __future__ import annotations
 
-import atexit
 import functools
-import importlib
 import inspect
-import multiprocessing
 import os
-import traceback
-import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
-from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
+from jax_processes import World, run_in
 
 from metricfold.demo.virtual import virtual_devices
-
-_context = multiprocessing.get_context("spawn")
 
 QUICKLY = {
     "xla_backend_optimization_level": 0,
@@ -57,46 +50,13 @@ def compile_quickly() -> None:
     os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 
 
-class DevicesError(AssertionError):
-    """What ran on the devices raised, died or hung; the message holds its traceback."""
+def _of_devices(devices: int) -> World:
+    return World(1, _begin, devices)
 
 
-class _Process:
-    """A process with a number of devices, which runs one function after another."""
-
-    def __init__(self, devices: int) -> None:
-        self.pipe, theirs = _context.Pipe()
-        self.process = _context.Process(target=_serve, args=(devices, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def run(self, timeout: float, *request: Any) -> Any:
-        self.pipe.send(request)
-        if not self.pipe.poll(timeout):
-            raise DevicesError(f"{request[1]} hangs: it was killed after {timeout} s")
-        try:
-            kind, content = self.pipe.recv()
-        except EOFError:
-            raise DevicesError(f"{request[1]}: the process died") from None
-        if kind == "skip":
-            pytest.skip(content)
-        if kind == "error":
-            raise DevicesError(content)
-        return content
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
-
-
-_processes: dict[int, _Process] = {}
-
-
-@atexit.register
-def _kill_all() -> None:
-    while _processes:
-        _processes.popitem()[1].kill()
+def _begin(rank: int, devices: int) -> tuple[()]:
+    os.environ |= virtual_devices(devices)
+    return ()
 
 
 def run_devices(
@@ -112,17 +72,7 @@ def run_devices(
     """
     if not all(map(find_spec, ("jax", "flax"))):
         pytest.skip("needs JAX and Flax")
-    process = _processes.pop(devices, None) or _Process(devices)
-    try:
-        result = process.run(timeout, function.__module__, function.__qualname__, args, kwargs)
-    except pytest.skip.Exception:
-        _processes[devices] = process
-        raise
-    except BaseException:
-        process.kill()  # what went wrong there must not reach the next test
-        raise
-    _processes[devices] = process
-    return result
+    return run_in(_of_devices, devices, function, *args, timeout=timeout, **kwargs)[0]
 
 
 def on_devices(*counts: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -143,23 +93,3 @@ def on_devices(*counts: int) -> Callable[[Callable[..., None]], Callable[..., No
         return pytest.mark.parametrize("devices", counts)(outside)
 
     return decorate
-
-
-def _serve(devices: int, pipe: Connection) -> None:
-    os.environ |= virtual_devices(devices)
-    warnings.simplefilter("error")
-    while True:
-        try:
-            module, name, args, kwargs = pipe.recv()
-        except EOFError:
-            return
-        try:
-            function: Any = importlib.import_module(module)
-            for part in name.split("."):
-                function = getattr(function, part)
-            answer = "result", inspect.unwrap(function)(*args, **kwargs)
-        except pytest.skip.Exception as reason:
-            answer = "skip", str(reason)
-        except BaseException:
-            answer = "error", traceback.format_exc()
-        pipe.send(answer)

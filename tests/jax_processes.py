@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import importlib
+import inspect
 import multiprocessing
 import os
 import socket
@@ -23,60 +24,58 @@ import traceback
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
+from benchmarks.ranks import collected
 
 _context = multiprocessing.get_context("spawn")
 
 
-class ProcessError(AssertionError):
-    """A process raised, died or hung; the message holds its traceback."""
-
-
 class World:
-    """So many JAX processes, which run one function after another."""
+    """So many JAX processes, which run one function after another.
 
-    def __init__(self, size: int) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+    Args:
+        size: how many.
+        begin: called first in each, with its number and `args`; returns what functions are given first.
+        args: for `begin`.
+    """
+
+    def __init__(self, size: int, begin: Callable[..., tuple[Any, ...]], *args: Any) -> None:
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
             ours, theirs = _context.Pipe()
             # No daemon: data loaders in it have workers of their own.
-            process = _context.Process(target=_serve, args=(rank, size, port, theirs))
+            process = _context.Process(target=_serve, args=(theirs, begin, rank, *args))
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
 
+    @classmethod
+    def connected(cls, size: int) -> World:
+        """Return processes that a coordinator connects."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        return cls(size, _connected, size, port)
+
     def run(
-        self, function: Callable[..., Any], *args: Any, timeout: float, dies: tuple[int, ...] = ()
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: float,
+        dies: tuple[int, ...] = (),
+        **kwargs: Any,
     ) -> list[Any]:
         for pipe in self.pipes:
-            pipe.send((function.__module__, function.__qualname__, args))
-        deadline = time.monotonic() + timeout
-        results: dict[int, Any] = {}
-        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes)}
-        while waiting:
-            ready = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
-            if not ready:
-                raise ProcessError(f"processes {sorted(waiting.values())} hang")
-            for pipe in ready:
-                rank = waiting.pop(pipe)
-                try:
-                    kind, content = pipe.recv()
-                except EOFError:
-                    if rank in dies:
-                        results[rank] = None
-                        continue
-                    raise ProcessError(f"process {rank} died") from None
-                if kind == "error":
-                    raise ProcessError(f"process {rank}: {content}")
-                results[rank] = content
-        return [results[rank] for rank in range(len(self.pipes))]
+            pipe.send((function.__module__, function.__qualname__, args, kwargs))
+        results = collected(self.pipes, time.monotonic() + timeout, dies)
+        for result in results:
+            if isinstance(result, _Skipped):
+                pytest.skip(str(result))
+        return results
 
     def kill(self) -> None:
         # The coordinator last, for the others make a noise when they lose it.
@@ -85,7 +84,41 @@ class World:
             process.join()
 
 
-_worlds: dict[int, World] = {}
+class _Skipped(str):
+    """Why a test cannot be run there."""
+
+    __slots__ = ()
+
+
+_worlds: dict[Any, World] = {}
+
+
+def run_in(
+    make: Callable[[int], World],
+    size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    dies: tuple[int, ...] = (),
+    **options: Any,
+) -> list[Any]:
+    """Return what each process of the world that `make` makes for `size` returned.
+
+    The world is there for the next call, unless something went wrong in it.
+    """
+    world = _worlds.pop((make, size), None) or make(size)
+    try:
+        results = world.run(function, *args, dies=dies, **options)
+    except pytest.skip.Exception:
+        _worlds[make, size] = world
+        raise
+    except BaseException:
+        world.kill()  # what went wrong there must not reach the next test
+        raise
+    if dies:
+        world.kill()
+    else:
+        _worlds[make, size] = world
+    return results
 
 
 def run_processes(
@@ -106,17 +139,7 @@ def run_processes(
     """
     if not find_spec("jax"):
         pytest.skip("needs JAX")
-    world = _worlds.pop(size, None) or World(size)
-    try:
-        results = world.run(function, *args, timeout=timeout, dies=dies)
-    except BaseException:
-        world.kill()  # what went wrong there must not reach the next test
-        raise
-    if dies:
-        world.kill()
-    else:
-        _worlds[size] = world
-    return results
+    return run_in(World.connected, size, function, *args, timeout=timeout, dies=dies)
 
 
 @atexit.register
@@ -125,21 +148,30 @@ def end_processes() -> None:
         _worlds.popitem()[1].kill()
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+def _connected(rank: int, size: int, port: int) -> tuple[int]:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["OMP_NUM_THREADS"] = "1"
-    warnings.simplefilter("error")
     import jax
 
     jax.distributed.initialize(f"127.0.0.1:{port}", size, rank)
+    return (rank,)
+
+
+def _serve(pipe: Connection, begin: Callable[..., tuple[Any, ...]], rank: int, *args: Any) -> None:
+    warnings.simplefilter("error")
+    leading = begin(rank, *args)
     while True:
         try:
-            module, name, args = pipe.recv()
+            module, name, given, kwargs = pipe.recv()
         except EOFError:
             os._exit(0)  # a polite goodbye would wait for the others
         try:
-            function = getattr(importlib.import_module(module), name)
-            answer = "result", function(rank, *args)
+            function: Any = importlib.import_module(module)
+            for part in name.split("."):
+                function = getattr(function, part)
+            answer = "result", inspect.unwrap(function)(*leading, *given, **kwargs)
+        except pytest.skip.Exception as reason:
+            answer = "result", _Skipped(reason)
         except BaseException:
             answer = "error", traceback.format_exc()
         pipe.send(answer)

@@ -657,7 +657,7 @@ def before_and_after_the_job(rank: int, port: int) -> list[Any]:
 def test_an_aggregator_follows_the_job() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    world = World(2)
+    world = World.connected(2)
     try:
         results = world.run(before_and_after_the_job, port, timeout=60)
     finally:
