@@ -41,7 +41,7 @@ SUBJECTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "Lightning self.log": ("lightning",),
         "Accelerate": ("accelerate",),
     },
-    "scale": {"ring": (), "tree": ()},
+    "scale": {"gather": (), "tree": ()},
 }
 """What each subject compares with, and what must be installed for that."""
 

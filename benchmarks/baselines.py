@@ -38,10 +38,7 @@ class FrozenMetric:
 class State:
     """What one metric has accumulated."""
 
-    dataset_name: str
-    metric_name: str
     value: Any
-    agg_type: Aggregation
 
 
 class Sum:
@@ -81,7 +78,7 @@ class MetricStates:
             handler = handlers[metric.agg_type]
             state = states.get(key)
             if state is None:
-                state = states[key] = State(*key, handler.begin(), metric.agg_type)
+                state = states[key] = State(handler.begin())
             handler.update(state, metric)
 
 

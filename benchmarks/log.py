@@ -12,8 +12,10 @@ import torch.distributed as dist
 from benchmarks.contenders import BareAllReduce, Metricfold
 from benchmarks.meter import walls
 from benchmarks.ranks import run_ranks
-from benchmarks.table import Budget, Row, Section, amount, at_most, cost, seconds_of
+from benchmarks.table import Budget, Section, amount, at_most, cost, seconds_of
+from benchmarks.traffic import Traffic
 from benchmarks.workloads import Workload, large, small
+from metricfold.communicator.tree import rounds_of
 
 _WARM_UPS = 3
 """Logs until the schema, its capacities and windows are where they stay."""
@@ -34,13 +36,13 @@ _SIGNED: _Budgets = {(_DICT, 8): at_most(9)}
 
 @dataclass(slots=True)
 class _Seen:
-    """What one rank saw: when each log began and ended, by the machine's clock, and CPU seconds."""
+    """What one rank saw: when logs began and ended, CPU seconds, and what gloo started for one of ours."""
 
     ours: list[tuple[float, float]] = field(default_factory=list)
     bare: list[tuple[float, float]] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
     dicts: list[float] = field(default_factory=list)
-    collectives: float = 0
+    issued: list[str] = field(default_factory=list)
     floats: int = 0
 
 
@@ -49,9 +51,14 @@ def measure(*, quick: bool) -> list[Section]:
     datasets, window, means = (3, 50, 10) if quick else (50, 1000, 100)
     worlds = (1, 2) if quick else (1, 2, 4, 8)
     many, few, least = (6, 4, 2) if quick else (240, 48, 8)
-    tree = run_ranks(_log, 2, small(means), least, "tree", timeout=300)
     section = _section(small(means), worlds, many, _SMALL)
-    section.rows.append(_collectives("2 ranks, by tree", tree, 1))
+    for size in worlds[1:]:
+        seen = run_ranks(_log, size, small(means), least, "tree", timeout=300)
+        rounds = max(one.issued.count("send") for one in seen)
+        budget = at_most(len(rounds_of(size)))
+        section.rows.append(
+            amount(f"{size} ranks, tree: rounds per log", rounds, "", budget=budget)
+        )
     return [
         _section(large(datasets, window), worlds, few, _LARGE),
         _section(large(datasets, window, signed=True), worlds[-1:], least, _SIGNED),
@@ -77,15 +84,13 @@ def _section(workload: Workload, worlds: tuple[int, ...], logs: int, budgets: _B
                     ("both", _BOTH, both),
                 )
             ),
-            _collectives(ranks, seen, 1),
         ]
+        if size > 1:
+            issued = max(len(one.issued) for one in seen)
+            what = f"{ranks}: collectives per log"
+            section.rows.append(amount(what, issued, "", budget=at_most(1)))
         section.notes.append(f"{ranks}: {first.floats:,} float64 a rank")
     return section
-
-
-def _collectives(ranks: str, seen: list[_Seen], most: int) -> Row:
-    most_seen = max(one.collectives for one in seen)
-    return amount(f"{ranks}: collectives per log", most_seen, "", budget=at_most(most))
 
 
 def _log(rank: int, workload: Workload, rounds: int, route: str) -> _Seen:
@@ -95,7 +100,6 @@ def _log(rank: int, workload: Workload, rounds: int, route: str) -> _Seen:
         ours.feed()
         ours.log()
     ours.own.clear()
-    before = ours.aggregator.collectives
     seen = _Seen(floats=ours.floats)
     contenders = [(ours, seen.ours), (BareAllReduce(workload, rank, ours.floats), seen.bare)]
     for turn in range(rounds):
@@ -110,7 +114,13 @@ def _log(rank: int, workload: Workload, rounds: int, route: str) -> _Seen:
                 began = time.process_time()
                 ours.snapshot.as_dict("train")
                 seen.dicts.append(time.process_time() - began)
-    seen.own = ours.own
-    seen.collectives = (ours.aggregator.collectives - before) / rounds
+    seen.own = ours.own.copy()
+    ours.feed()
+    dist.barrier()
+    traffic = Traffic()
+    traffic.begin()
+    ours.log()
+    traffic.end()
+    seen.issued = traffic.kinds
     dist.barrier()
     return seen

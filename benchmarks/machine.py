@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 __all__ = ["load", "machine"]
@@ -18,7 +19,7 @@ def machine() -> str:
     return (
         f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} cores, "
         f"load {load()}; Python {platform.python_version()}, NumPy {np.__version__}, "
-        f"torch {torch.__version__} (gloo, 1 thread a rank){_jax()}"
+        f"torch {torch.__version__} (gloo, 1 thread a rank), jax {_version('jax')}"
     )
 
 
@@ -27,12 +28,9 @@ def load() -> str:
     return f"{os.getloadavg()[0]:.1f}"
 
 
-def _jax() -> str:
+def _version(package: str) -> str:
     # Not imported: a process that holds JAX must not fork, and ranks are about to be.
-    try:
-        return f", jax {version('jax')}"
-    except PackageNotFoundError:
-        return ""
+    return version(package) if find_spec(package) else "none"
 
 
 def _processor() -> str:

@@ -95,7 +95,11 @@ def _steps(number: int, rounds: int) -> dict[str, list[float]]:
     sharding = DataParallel().create_data_parallel_sharding(mesh)
     values = jax.device_put(jax.numpy.ones((_DEVICES, number)), sharding)
     steps = {way: _compiled(reduce, mesh, values) for way, reduce in _ways().items()}
-    return interleaved({way: partial(_wait, step, values) for way, step in steps.items()}, rounds)
+
+    def finished(step: Any) -> None:
+        jax.block_until_ready(step(values))
+
+    return interleaved({way: partial(finished, step) for way, step in steps.items()}, rounds)
 
 
 def _ways() -> dict[str, Callable[[Any], Any]]:
@@ -124,12 +128,6 @@ def _compiled(reduce: Callable[[Any], Any], mesh: Any, values: Any) -> Any:
 
     step = jax.shard_map(lambda mine: reduce(mine[0]), mesh=mesh, in_specs=P("data"), out_specs=P())
     return jax.jit(step).lower(values).compile()
-
-
-def _wait(step: Any, values: Any) -> None:
-    import jax
-
-    jax.block_until_ready(step(values))
 
 
 def _main(*, quick: bool) -> None:

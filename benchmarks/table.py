@@ -110,7 +110,7 @@ def cost(
 ) -> Row:
     """Return how many times `theirs` ours costs; seconds of the same rounds, paired."""
     ratio, spread = _ratio(ours, theirs)
-    return Row(what, _median(ours), _named(against, theirs), ratio, "x", spread, budget)
+    return Row(what, _median(ours), f"{against}: {_median(theirs)}", ratio, "x", spread, budget)
 
 
 def speedup(
@@ -118,7 +118,9 @@ def speedup(
 ) -> Row:
     """Return how many times faster ours is; seconds of the same rounds, paired."""
     ratio, spread = _ratio(theirs, ours)
-    return Row(what, _median(ours), _named(against, theirs), ratio, "x faster", spread, budget)
+    return Row(
+        what, _median(ours), f"{against}: {_median(theirs)}", ratio, "x faster", spread, budget
+    )
 
 
 def amount(
@@ -157,10 +159,6 @@ def _with_unit(number: float, units: Iterable[tuple[str, float]]) -> str:
 
 def _median(times: list[float]) -> str:
     return seconds(statistics.median(times))
-
-
-def _named(against: str, theirs: list[float]) -> str:
-    return f"{against}: {_median(theirs)}"
 
 
 def _ratio(one: list[float], other: list[float]) -> tuple[float, tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""Simulated worlds of ranks are what real ones are, and the model of the network is its formulae."""
+"""Simulated worlds of ranks are what real ones are, and the model of the network is its formula."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ import numpy as np
 import pytest
 from benchmarks.__main__ import SUBJECTS, complaints
 from benchmarks.ranks import run_threads
-from benchmarks.scale import in_steady_state, lasts, measure, simulated
-from benchmarks.scale.network import TCP, Algorithm, Collective, Network, seconds
-from benchmarks.scale.world import Log, SimulatedCommunicator
-from benchmarks.workloads import batches, large, mixed, small
+from benchmarks.scale import in_steady_state, measure
+from benchmarks.scale.world import (
+    BANDWIDTH,
+    LATENCY,
+    Exchange,
+    Log,
+    SimulatedCommunicator,
+    logs_of,
+)
+from benchmarks.workloads import batches, large, small
 
 from metricfold import Metric, MetricsAggregator
 from metricfold.communicator import Communicator
+from metricfold.communicator.tree import rounds_of
 
 REAL = 3
 MEANS, MIXTURE = small(100), large(datasets=2, window=8)
-NARROW, WIDE = "gather", "tree"
+GATHER, TREE = "gather", "tree"
 
 # -- Simulated worlds are what real ones are -----------------------------------------------------
 
@@ -48,7 +55,7 @@ def logged(communicator: Communicator, workload: Any, route: str, own: bool = Fa
 
 
 @pytest.mark.parametrize("ranks", [16, 64])
-@pytest.mark.parametrize("route", [NARROW, WIDE])
+@pytest.mark.parametrize("route", [GATHER, TREE])
 @pytest.mark.parametrize("workload", [MEANS, MIXTURE], ids=["means", "mixture"])
 def test_a_simulated_world_gives_what_threads_give(workload: Any, route: str, ranks: int) -> None:
     ours, values = simulate(ranks, logged, workload, route)[0]
@@ -65,21 +72,30 @@ def test_news_of_real_ranks_alone_reach_everyone() -> None:
     assert own == {f"t_own/kind_count_rank {rank}": 3 * (13.0 - (rank == 4)) for rank in range(5)}
 
 
-def test_a_gather_and_a_tree_speak_of_the_whole_world() -> None:
+@pytest.mark.parametrize("real", [1, 2, 3, 5])
+def test_a_gather_and_a_tree_speak_of_the_whole_world_in_the_order_of_its_ranks(real: int) -> None:
     def on_rank(communicator: Communicator) -> list[Any]:
-        vector = np.array([communicator.rank + 1.0, -communicator.rank])
+        vector = np.array([communicator.rank + 1.0, 1.0])
         return [
             communicator.all_gather(vector).tolist(),
-            communicator.tree(vector, np.add).tolist(),
-            communicator.tree(vector, np.maximum).tolist(),
-            communicator.all_gather_bytes(b"ab"[: communicator.rank + 1], [1, 2, 0, 0, 0]),
+            # The lowest rank's first number, and how many ranks there are.
+            communicator.tree(vector, lambda low, high: np.array([low[0], low[1] + high[1]])),
+            # Decimal digits, in order.
+            communicator.tree(
+                np.array([vector[0], 1.0]),
+                lambda low, high: np.array([low[0] * 10 ** high[1] + high[0], low[1] + high[1]]),
+            ),
+            communicator.all_gather_bytes(
+                b"ab"[: communicator.rank + 1], [1, *[2] * (real - 1), *[0] * (8 - real)]
+            ),
         ]
 
-    for rows, total, largest, texts in simulate(5, on_rank, real=2):
-        assert rows == [[1, 0], [2, -1], [1, 0], [2, -1], [1, 0]]
-        assert total == [7, -2]
-        assert largest == [2, 0]
-        assert texts == [b"a", b"ab", b"", b"", b""]
+    whose = [rank % real + 1 for rank in range(8)]
+    for rows, counted, digits, texts in simulate(8, on_rank, real=real):
+        assert rows == [[number, 1] for number in whose]
+        assert counted.tolist() == [1, 8]
+        assert digits.tolist() == [int("".join(map(str, whose))), 8]
+        assert texts == [b"a", *[b"ab"] * (real - 1), *[b""] * (8 - real)]
 
 
 def test_what_a_rank_raises_ends_the_world() -> None:
@@ -94,90 +110,58 @@ def test_what_a_rank_raises_ends_the_world() -> None:
 # -- What a rank sends ---------------------------------------------------------------------------
 
 
-def logs(workload: Any, route: str, ranks: int) -> list[Log]:
-    found = simulated(workload, route, ranks, 1)
-    assert isinstance(found, list)
-    return found
+def first_log(workload: Any, route: str, ranks: int) -> Log:
+    log: Log = run_threads(logs_of, 2, workload, route, ranks, 1, Lock())[0][0]
+    return log
 
 
-def test_what_a_rank_sends_depends_on_the_metrics_alone() -> None:
-    for route in (NARROW, WIDE):
-        few, many = (in_steady_state(logs(MIXTURE, route, ranks)) for ranks in (256, 512))
-        assert len(few.collectives) == 1
-        assert few.sent == pytest.approx(many.sent, rel=1e-2)  # bits of ranks are counts by then
-    narrow = in_steady_state(logs(MIXTURE, NARROW, 64))
-    assert narrow.received == 64 * narrow.sent
-    assert narrow.memory >= narrow.received
+def test_what_a_rank_gathers_grows_with_the_ranks_and_what_a_tree_brings_with_its_rounds() -> None:
+    few, many = (in_steady_state(MIXTURE, GATHER, ranks, 1).exchange for ranks in (16, 64))
+    assert many == Exchange(63, few.size, 64 * few.size)
+    # Points travel as points until a sketch takes fewer places: here it does.
+    distributions = large(datasets=2, window=1000)
+    few, many = (in_steady_state(distributions, TREE, ranks, 1).exchange for ranks in (16, 64))
+    assert many == Exchange(len(rounds_of(64)), many.size, 6 * many.size)
+    # But for the bits that say which ranks are there.
+    assert few.size <= many.size <= 1.01 * few.size
 
 
-def test_a_hundred_means_are_as_many_bytes_as_the_page_says() -> None:
-    log = in_steady_state(logs(MEANS, NARROW, 16))
-    # A header of 20 numbers, nine of them once more negated, and four lanes for each of the means.
-    assert log.sent == 8 * (29 + 4 * 100)
-    assert log.cpu > 0
-    assert log.dict > 0
-
-
-def test_what_would_be_too_much_to_gather_is_told_by_its_bytes() -> None:
-    sent = logs(MIXTURE, NARROW, 16)[-1].sent
-    assert simulated(MIXTURE, NARROW, 2**20, 1) == 2**20 * sent
+def test_a_log_in_the_steady_state_is_one_exchange_and_takes_time() -> None:
+    for route in (GATHER, TREE):
+        log = in_steady_state(MEANS, route, 16, 2)
+        assert len(log.exchanges) == 1
+        assert log.cpu > 0
+        assert log.dict > 0
+        assert log.seconds == pytest.approx(log.cpu + log.dict + log.exchange.seconds)
 
 
 def test_equal_news_travel_once() -> None:
-    header, news, *_ = logs(MIXTURE, WIDE, 16)[0].collectives
-    assert header == Collective(gathers=True, sent=8 * 29, received=16 * 8 * 29)
-    assert not news.gathers
-    assert logs(MIXTURE, WIDE, 64)[0].collectives[1] == news
-
-
-def test_unbounded_distributions_send_the_same_however_many_values_came_in() -> None:
-    few, many = (logs(mixed(4, 2, samples, None), WIDE, 16)[-1] for samples in (1100, 3000))
-    assert many.collectives == few.collectives
+    header, news, *_ = first_log(MIXTURE, TREE, 16).exchanges
+    assert header.rounds == 15
+    assert header.received == 16 * header.size
+    assert header.size < 300
+    assert news.rounds == 4
+    assert first_log(MIXTURE, TREE, 64).exchanges[1].size == news.size
 
 
 # -- The model -----------------------------------------------------------------------------------
 
-# A message takes a second, and a byte of it another; adding two bytes takes a second.
-SLOW = Network(latency=1.0, bandwidth=1.0, arithmetic=2.0)
+
+def test_rounds_last_one_after_the_other_as_the_formula_says() -> None:
+    one = Exchange(3, 1000, 4000)
+    assert one.seconds == pytest.approx(3 * (LATENCY + 1000 / BANDWIDTH))
+    log = Log([one, one], 2.0, 0.5, 1)
+    assert log.seconds == pytest.approx(2.5 + 2 * one.seconds)
+    with pytest.raises(ValueError, match="too many values"):
+        log.exchange  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    ("gathers", "algorithm", "ranks", "size", "expected"),
-    [
-        (True, Algorithm.RING, 4, 10, 3 * (1 + 10)),
-        (True, Algorithm.TREE, 4, 10, 2 * 1 + 3 * 10),
-        (True, Algorithm.TREE, 5, 10, 3 * 1 + 4 * 10),
-        (False, Algorithm.RING, 4, 8, 6 * 1 + 2 * 6 + 3),
-        # Long vectors: halving, then doubling.
-        (False, Algorithm.TREE, 4, 8, 4 * 1 + 2 * 6 + 3),
-        # Short ones: doubling alone, 2 (1 + 1 + 1/2) against 4 + 1.5 + 3/8.
-        (False, Algorithm.TREE, 4, 1, 5),
-        (True, Algorithm.RING, 1, 10, 0),
-        (False, Algorithm.TREE, 1, 10, 0),
-    ],
-)
-def test_collectives_last_as_long_as_the_formulae_say(
-    gathers: bool, algorithm: Algorithm, ranks: int, size: int, expected: float
-) -> None:
-    one = Collective(gathers, size, size)
-    assert seconds([one], ranks, algorithm, SLOW) == pytest.approx(expected)
-    assert seconds([one, one], ranks, algorithm, SLOW) == pytest.approx(2 * expected)
-
-
-def test_a_log_lasts_what_was_measured_of_a_rank_and_the_model_of_the_network() -> None:
-    gather = [Collective(True, 1000, 16_000)]
-    timed = [Log(gather, cpu, 2.0, 0, 1) for cpu in (9.0, 9.0, 1.0, 5.0, 3.0)]
-    steady = in_steady_state([*timed, Log(gather, 90.0, 90.0, 77, 1)])
-    assert (steady.cpu, steady.dict, steady.memory) == (3.0, 2.0, 77)
-    network = seconds(gather, 16, Algorithm.RING, TCP)
-    assert lasts(steady, 16, Algorithm.RING) == pytest.approx(5.0 + network)
-
-
-def test_a_quick_run_shows_both_routes_and_holds_the_largest_world_to_its_budget() -> None:
+def test_a_quick_run_shows_both_routes_and_holds_the_largest_world_to_its_budgets() -> None:
     sections = measure(quick=True)
     assert complaints(SUBJECTS["scale"], sections) == []
-    budget, later, first = sections
-    assert [row.budget is None for row in budget.rows] == [False, True, False, True]
-    for section in (later, first):
-        routes = {(line[0], line[1]) for line in section.lines if len(line) > 1}
-        assert routes == {(ranks, route) for ranks in ("16", "64") for route in (NARROW, WIDE)}
+    budget, table = sections
+    limits = [row.budget and row.budget.limit for row in budget.rows]
+    assert limits == [100, 6, 100, 6, None]
+    assert [row.figure for row in budget.rows if row.budget and row.budget.limit == 6] == [6, 6]
+    routes = {(line[0], line[1]) for line in table.lines if len(line) > 1}
+    assert routes == {(ranks, route) for ranks in ("16", "64") for route in (GATHER, TREE)}

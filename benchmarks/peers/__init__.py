@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from benchmarks.peers.differing import CASES, outcome
 from benchmarks.peers.libraries import BARE, LIBRARIES, OURS, Library
@@ -36,12 +37,12 @@ def measure(*, quick: bool) -> list[Section]:
         return [Section("Other libraries", lines=[["not run"]], notes=[note])]
     preload("benchmarks.peers.preload")
     axes = _axes(quick)
-    most = (0.1, 3) if quick else (1.0, 40)
+    span = (0.1, 3) if quick else (1.0, 40)
     found: dict[tuple[Library, Point], Measured | str] = {}
     for point in dict.fromkeys(point for points in axes.values() for point in points):
         floats = 0
         for library in LIBRARIES:
-            one = found[library, point] = tried(library, point, floats, *most)
+            one = found[library, point] = tried(library, point, floats, span)
             if library is OURS and isinstance(one, Measured):
                 floats = one.floats
     sections = [
@@ -68,12 +69,12 @@ def _axes(quick: bool) -> dict[str, list[Point]]:
     return {axis: [replace(around[axis], **{axis: one}) for one in values[axis]] for axis in values}
 
 
-def tried(library: Library, point: Point, floats: int, seconds: float, logs: int) -> Measured | str:
+def tried(library: Library, point: Point, floats: int, span: Any) -> Measured | str:
     """Return what was measured, or why nothing was."""
     if not library.installed:
         return "not installed"
     try:
-        return run(library, point, floats, seconds, logs)
+        return run(library, point, floats, span)
     except RankError as error:
         print(f"{library.name} failed at {point}: {error}", file=sys.stderr, flush=True)
         return "failed"

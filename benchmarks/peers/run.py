@@ -68,23 +68,19 @@ class Measured:
     floats: int = 0
 
 
-def run(library: Library, point: Point, floats: int, seconds: float, logs: int) -> Measured:
+def run(library: Library, point: Point, floats: int, span: tuple[float, int]) -> Measured:
     """Return what a log takes; raises RankError with the reason if the library fails.
 
     Args:
         library: whose contender logs.
         point: what it has to log.
         floats: size of our own vector at this point.
-        seconds: how long its logs take in all.
-        logs: how many are timed at most.
+        span: how many seconds its logs take in all, and how many are timed at most.
     """
     workload = mixed(point.metrics, point.distributions, point.samples, _WINDOW)
     tiny = mixed(4, min(point.distributions, 1), 10, _WINDOW)
     seen = run_ranks(
-        _logged,
-        *(point.ranks, library, workload, tiny, floats, seconds, logs),
-        timeout=240,
-        group_timeout=240,
+        _logged, point.ranks, library, workload, tiny, floats, span, timeout=240, group_timeout=240
     )
     meters = [meter for meter, _, _, _ in seen]
     first, _, number, ours = seen[0]
@@ -99,13 +95,7 @@ def run(library: Library, point: Point, floats: int, seconds: float, logs: int) 
 
 
 def _logged(
-    rank: int,
-    library: Library,
-    workload: Workload,
-    tiny: Workload,
-    floats: int,
-    seconds: float,
-    logs: int,
+    rank: int, library: Library, workload: Workload, tiny: Workload, floats: int, span: Any
 ) -> tuple[Meter, int, int, int]:
     """Run on each rank: return what was measured, memory, the last interval and our floats."""
     as_launched(rank)
@@ -118,7 +108,7 @@ def _logged(
     gc.collect()
     before = held()
     forget_peak()
-    meter = Meter(seconds, logs)
+    meter = Meter(*span)
     contender.run(meter)
     dist.barrier()
     number = (contender.fed - 1) % INTERVALS

@@ -1,29 +1,51 @@
 """Many ranks in one process: a few are threads, the others repeat what those send.
 
-Threads take turns: each runs alone until it enters a collective, and gets what it would get among
-`size` ranks. Rank r repeats real rank r % real, so an all-gather really returns `size` rows, and a
-tree really merges so many vectors, though not on this rank's clock.
+Threads take turns: each runs alone until it enters an exchange, and gets what it would get among `size`
+ranks. Rank r repeats real rank r % real, so an all-gather really returns `size` rows, and what partners
+in a tree hold is the same in whole blocks of ranks: each is merged once, and only a rank's own merges
+count as its work.
+
+How long an exchange takes on a network is modelled: rounds one after the other, each of which costs a
+message, of n bytes `LATENCY + n / BANDWIDTH`, whoever sends it and whatever else is under way. With p
+ranks, each of which hands in n bytes:
+
+    gather    p - 1 rounds of n bytes, around a ring as gloo's is: everybody's reach everybody
+    tree      about log2 p rounds of n bytes (`communicator.tree` says how many)
 """
 
 from __future__ import annotations
 
-import gc
 import time
-import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from threading import Lock
 
 import numpy as np
 
-from benchmarks.scale.network import Collective
-from benchmarks.workloads import Workload, batches
-from metricfold import MetricsAggregator
+from benchmarks.contenders import Metricfold, Watched
+from benchmarks.workloads import Workload
 from metricfold._core.fold.sample import FloatArray
 from metricfold.communicator import Communicator
-from metricfold.communicator.tree import Merge
+from metricfold.communicator.tree import Merge, rounds_of
 
-__all__ = ["Log", "SimulatedCommunicator", "logs_of"]
+__all__ = ["BANDWIDTH", "LATENCY", "Exchange", "Log", "SimulatedCommunicator", "logs_of"]
+
+LATENCY, BANDWIDTH = 30e-6, 25e9 / 8
+"""Seconds of a message however short, and bytes a second: TCP between nodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One exchange, as a rank sees it: rounds, bytes of each message, and bytes got back in all."""
+
+    rounds: int
+    size: int
+    received: int
+
+    @property
+    def seconds(self) -> float:
+        return self.rounds * (LATENCY + self.size / BANDWIDTH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,61 +53,50 @@ class Log:
     """What one log took of a rank.
 
     Args:
-        collectives: what it took part in.
-        cpu: CPU seconds of the reduction, without collectives.
+        exchanges: what it took part in.
+        cpu: CPU seconds of the reduction, without what the network does.
         dict: CPU seconds of the dict.
-        memory: bytes held at most beyond what was held before, with what collectives returned; 0 if
-            that was not traced.
         schema_rounds: how often the ranks had agreed on keys by then.
     """
 
-    collectives: list[Collective]
+    exchanges: list[Exchange]
     cpu: float
     dict: float
-    memory: int
     schema_rounds: int
 
     @property
-    def sent(self) -> int:
-        return sum(one.sent for one in self.collectives)
+    def exchange(self) -> Exchange:
+        """The one exchange of the steady state; ValueError if there were others."""
+        (one,) = self.exchanges
+        return one
 
     @property
-    def received(self) -> int:
-        return sum(one.received for one in self.collectives)
+    def seconds(self) -> float:
+        """Until there is something to write."""
+        return self.cpu + sum(one.seconds for one in self.exchanges) + self.dict
 
 
 def logs_of(
     inner: Communicator, workload: Workload, route: str, ranks: int, number: int, turn: Lock
 ) -> list[Log]:
-    """Return so many logs of one real rank, the last one with its memory; `inner` joins those."""
+    """Return so many logs of one real rank; `inner` joins those."""
     with turn:
         world = SimulatedCommunicator(inner, ranks, turn)
-        aggregator = MetricsAggregator(workload.window, communicator=world, route=route)
+        contender = Metricfold(workload, inner.rank, route=route, wire=world)
         logs = []
-        for log in range(number):
-            for batch in batches(workload, inner.rank, log):
-                aggregator.update(batch)
-            # Tracing slows everything down several times: time and memory have logs of their own.
-            traced = log == number - 1 and inner.rank == 0
-            if traced:
-                gc.collect()
-                tracemalloc.start()
-            world.begin()
-            snapshot = aggregator.reduce()
-            cpu = world.pause()
-            world.go_on()
+        for _ in range(number):
+            contender.feed()
+            contender.log()
+            began = time.process_time()
             if inner.rank == 0:
-                snapshot.as_dict("train", "auto")
-            both = world.pause()
-            if traced:
-                tracemalloc.stop()
-            collectives = list(world.taken)
-            logs.append(Log(collectives, cpu, both - cpu, world.peak, aggregator.schema_rounds))
+                contender.snapshot.as_dict("train", "auto")
+            took, rounds = time.process_time() - began, contender.aggregator.schema_rounds
+            logs.append(Log(world.taken, contender.own[-1], took, rounds))
         return logs
 
 
-class SimulatedCommunicator(Communicator):
-    """A real rank of a simulated world, and what it does outside of collectives.
+class SimulatedCommunicator(Watched):
+    """A real rank of a simulated world.
 
     Args:
         inner: connects the real ranks.
@@ -93,38 +104,19 @@ class SimulatedCommunicator(Communicator):
         turn: held by the rank that runs.
 
     Attributes:
-        taken: the collectives that it has taken part in since `begin`.
-        peak: bytes held at most since then, if `tracemalloc` traces.
+        taken: the exchanges that it has taken part in since `begin`.
     """
 
     def __init__(self, inner: Communicator, size: int, turn: Lock) -> None:
-        self.rank, self.world_size = inner.rank, size
-        self._inner, self._turn = inner, turn
+        super().__init__(inner)
+        self.world_size = size
+        self._turn = turn
         self._whose = np.arange(size) % inner.world_size
         self._among_real = False
-        self.begin()
 
     def begin(self) -> None:
-        """Begin to measure."""
-        self.taken: list[Collective] = []
-        self.peak = self._kept = 0
-        self._seconds = 0.0
-        self.go_on()
-
-    def go_on(self) -> None:
-        if tracemalloc.is_tracing():
-            tracemalloc.reset_peak()
-            self._base, _ = tracemalloc.get_traced_memory()
-        self._since = time.thread_time()
-
-    def pause(self) -> float:
-        """Return the CPU seconds since `begin`, less those between a pause and `go_on`."""
-        self._seconds += time.thread_time() - self._since
-        if tracemalloc.is_tracing():
-            held, highest = tracemalloc.get_traced_memory()
-            self.peak = max(self.peak, self._kept + highest - self._base)
-            self._kept += held - self._base
-        return self._seconds
+        super().begin()
+        self.taken: list[Exchange] = []
 
     def all_gather_bytes(self, data: bytes, sizes: Sequence[int]) -> list[bytes]:
         if any(sizes[self._inner.world_size :]):
@@ -136,36 +128,35 @@ class SimulatedCommunicator(Communicator):
             self._among_real = False
 
     def _all_gather(self, vector: FloatArray) -> FloatArray:
-        return self._take_part(vector, lambda rows: rows[self._whose], gathers=True)
+        rows = self._timed(vector, lambda: self._met(vector)[self._whose])
+        self.taken.append(Exchange(self.world_size - 1, vector.nbytes, rows.nbytes))
+        return rows
 
     def _tree(self, vector: FloatArray, merge: Merge) -> FloatArray:
-        def whole(rows: FloatArray) -> FloatArray:
-            blocks = list(rows if self._among_real else rows[self._whose])
-            extra = len(blocks) - (1 << (len(blocks).bit_length() - 1))
-            while len(blocks) > 1:
-                # Where there is no power of two, neighbours among the first make one.
-                joined = 2 * extra or len(blocks)
-                pairs = zip(blocks[0:joined:2], blocks[1:joined:2], strict=True)
-                blocks = [merge(*pair) for pair in pairs] + blocks[joined:]
-                extra = 0
-            return blocks[0]
+        rounds = rounds_of(self.world_size)
+        if 0 in rounds:
+            raise AssertionError("a simulated tree has a power of two of ranks")
+        self.taken.append(Exchange(len(rounds), vector.nbytes, len(rounds) * vector.nbytes))
+        rows = self._timed(vector, lambda: self._met(vector))
+        if self._among_real:  # of the others there is nothing
+            return reduce(merge, rows)
+        # By the real rank that the first of a block repeats, which says what the block holds.
+        blocks, mine = dict(enumerate(rows)), self.rank
+        for depth in rounds:
+            mine = (self.rank >> depth << depth) % len(rows)
+            merged = {}
+            for first in {(place << depth) % len(rows) for place in range(len(rows))}:
+                began = time.process_time()
+                merged[first] = merge(blocks[first], blocks[(first + (1 << depth - 1)) % len(rows)])
+                if first != mine:  # the work of others
+                    self.seconds += time.process_time() - began
+            blocks = merged
+        return blocks[mine]
 
-        return self._take_part(vector, whole, gathers=False)
-
-    def _take_part(
-        self, vector: FloatArray, whole: Callable[[FloatArray], FloatArray], *, gathers: bool
-    ) -> FloatArray:
-        self.pause()
+    def _met(self, vector: FloatArray) -> FloatArray:
+        """Return what the real ranks hand in."""
         self._turn.release()
         try:
-            rows = self._inner.all_gather(vector)
+            return self._inner.all_gather(vector)
         finally:
             self._turn.acquire()
-        self.go_on()
-        result = whole(rows)
-        # Laying out the rows, and merging them, is the network's work.
-        self._since = time.thread_time()
-        if tracemalloc.is_tracing():
-            tracemalloc.reset_peak()
-        self.taken.append(Collective(gathers, vector.nbytes, result.nbytes))
-        return result
