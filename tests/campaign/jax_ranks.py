@@ -48,7 +48,7 @@ def expected(world_size: int, steps: int) -> float:
 
 
 def live(
-    rank: int, world_size: int, port: int, what: str, faulty: int, at: int, delay: float
+    rank: int, world_size: int, port: int, route: str, what: str, faulty: int, at: int, delay: float
 ) -> None:
     """Live as one process; what it says goes to standard output, line by line."""
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -62,7 +62,7 @@ def live(
 
     jax.distributed.initialize(f"127.0.0.1:{port}", world_size, rank)
     handler = FailingRMS()
-    aggregator = MetricsAggregator(timeout=TIMEOUT)
+    aggregator = MetricsAggregator(timeout=TIMEOUT, route=route)
     aggregator.register_handler(MyTypes.RMS, handler)
     say(ready=True)
     for step in range(STEPS):
@@ -118,7 +118,8 @@ def life(name: str, trial: Trial) -> Iterator[Outcome]:
     faulty = chance.randrange(1, world_size) if "without" not in what else -1
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    fault = [what, faulty, chance.randrange(1, STEPS - 1), 0.02 * chance.random()]
+    route = chance.choice(["gather", "tree"])
+    fault = [route, what, faulty, chance.randrange(1, STEPS - 1), 0.02 * chance.random()]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, str(rank)) for rank in range(world_size)]
         processes = []
