@@ -92,12 +92,12 @@ def merged(communicator: Any) -> tuple[int, ...]:
     return ()
 
 
-def one_is_held_up_in_the_call_before(rank: int) -> Any:
-    aggregator = MetricsAggregator(timeout=4 if rank == 2 else 1)
+def one_is_held_up_in_a_tree(rank: int, goes_on: bool) -> Any:
+    aggregator = MetricsAggregator(timeout=4 if rank == 2 and goes_on else 1)
     aggregator.reduce()
     communicator: Any = aggregator._link.communicator
     if rank == 0:
-        # It stops once rank 1 has what it needs: ranks 1 and 3 have all, and go on; rank 2 waits.
+        # It stops once rank 1 has what it needs: ranks 1 and 3 have all; rank 2 waits.
         swap = communicator._swap
 
         def held_up(step: Any, *arrays: Any) -> None:
@@ -108,13 +108,20 @@ def one_is_held_up_in_the_call_before(rank: int) -> Any:
         communicator._swap = held_up
         return merged(communicator)
     first = merged(communicator)
-    return first if rank == 2 else merged(communicator)
+    if rank != 2 and not goes_on:
+        time.sleep(5)  # in a long step of its training
+    return first if rank == 2 or not goes_on else merged(communicator)
 
 
 def test_a_rank_that_still_waits_in_the_call_before_is_not_named() -> None:
     """Until now the rank that was through named it beside the one that both waited for."""
-    results = run_ranks(one_is_held_up_in_the_call_before, 4)
+    results = run_ranks(one_is_held_up_in_a_tree, 4, True)
     assert results[1:] == [(0,)] * 3
+
+
+def test_a_rank_that_is_through_with_a_tree_and_busy_is_not_named() -> None:
+    """It has left no sign either, and would have been named beside the one that is held up."""
+    assert run_ranks(one_is_held_up_in_a_tree, 4, False)[1:] == [(), (0,), ()]
 
 
 def one_is_stopped_while_it_waits(rank: int) -> Any:
