@@ -90,6 +90,7 @@ def test_a_kind_says_what_a_state_is_made_of_and_nothing_of_settings() -> None:
         "mean": "mean",
         "max": "max",
         "min": "min",
+        "last": "last",
         "rate": "rate",
         "distribution": "distribution/recent",
         "categorical_count": "counts",

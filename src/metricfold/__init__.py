@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from metricfold._core.fold.builtin import (
     CategoricalCountAggHandler,
     DistributionAggHandler,
+    LastAggHandler,
     MaxAggHandler,
     MeanAggHandler,
     MinAggHandler,
@@ -43,6 +44,7 @@ __all__ = [
     "DistributionAggHandler",
     "JSONLSink",
     "LaneHandler",
+    "LastAggHandler",
     "LogLinearHistogram",
     "MaxAggHandler",
     "MeanAggHandler",

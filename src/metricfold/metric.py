@@ -53,6 +53,8 @@ class AggregationType(Enum):
     """How often each category occurred; categories are compared as text."""
     RATE = "rate"
     """Total of the values per second of wall time, by the slowest rank's clock."""
+    LAST = "last"
+    """The value recorded last, by the lowest rank that recorded one."""
     CUSTOM = "custom"
     """Yours: has no handler until you register one."""
 

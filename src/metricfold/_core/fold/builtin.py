@@ -5,6 +5,7 @@
     MEAN            weighted_sum, weight
     MAX                                                max
     MIN                                                negative_min
+    LAST                                               last
     DISTRIBUTION    infinities, weighted_sum, weight                 the sample
     CATEGORICAL                                                      the counts
 
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CategoricalCountAggHandler",
     "DistributionAggHandler",
+    "LastAggHandler",
     "MaxAggHandler",
     "MeanAggHandler",
     "MinAggHandler",
@@ -179,6 +181,28 @@ class MinAggHandler(LaneHandler):
 
     def result(self, lanes: Mapping[str, float]) -> float:
         return -lanes["negative_min"]
+
+
+class LastAggHandler(LaneHandler):
+    """The value recorded last.
+
+    Over ranks it is that of the lowest rank that recorded one, over time that of the newest interval
+    in which one was recorded. It is a value of one rank, so there is none over datasets. NaN is a value
+    like any other, unless it is skipped.
+    """
+
+    max_lanes = ("last",)
+    initial = math.nan
+    is_last = True
+
+    def fold(self, values: FloatArray, weights: FloatArray | None) -> State:
+        numbers = values[~np.isnan(values)] if self.on_nan == "skip" else values
+        nans = float(values.size - numbers.size)
+        maxs = (float(numbers[-1]),) if numbers.size else self.empty().maxs
+        return State((float(values.size), nans), maxs, latest=True)
+
+    def result(self, lanes: Mapping[str, float]) -> float:
+        return lanes["last"]
 
 
 class DistributionAggHandler(LaneHandler):
@@ -378,6 +402,7 @@ def built_in_handlers(
         AggregationType.MEAN: MeanAggHandler(on_nan=on_nan),
         AggregationType.MAX: MaxAggHandler(on_nan=on_nan),
         AggregationType.MIN: MinAggHandler(on_nan=on_nan),
+        AggregationType.LAST: LastAggHandler(on_nan=on_nan),
         AggregationType.DISTRIBUTION: DistributionAggHandler(window_size, percentiles),
         AggregationType.CATEGORICAL_COUNT: CategoricalCountAggHandler(
             max_categories, on_bad_name=on_bad_name

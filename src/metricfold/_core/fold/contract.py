@@ -85,6 +85,8 @@ def combined(handler: LaneHandler, states: Sequence[MetricState]) -> MetricState
     result = MetricState(first.dataset_name, first.metric_name, handler.initial, first.agg_type)
     with quiet():
         merged, *others = [_held(handler, state) for state in states]
+        if handler.is_last:  # of several ranks it is the lowest one's
+            merged, *others = [*reversed(others), merged]
         value = None
         if any(map(_is_set, states)):
             value = handler.writing.combined([merged, *others], [one.value for one in states])

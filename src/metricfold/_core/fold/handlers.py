@@ -67,6 +67,8 @@ class AggregationHandler(ABC):
     """Whether its states, if it has lanes, keep values as they are."""
     has_counts: ClassVar[bool] = False
     """Whether its states, if it has lanes, count categories."""
+    is_last: ClassVar[bool] = False
+    """Whether its MAX lanes, if it has lanes, hold the newest value, and not the largest."""
 
     @abstractmethod
     def initialize_metric_state(
@@ -216,6 +218,8 @@ class LaneHandler(AggregationHandler):
             parts.append("recent" if self.is_bounded else "all")
         if self.has_counts:
             parts.append("counts")
+        if self.is_last:
+            parts.append("last")
         text = "/".join(parts)
         return _KINDS.get(text, text)
 
@@ -225,7 +229,7 @@ class LaneHandler(AggregationHandler):
 
     def empty(self) -> State:
         """Return the identity of the merge."""
-        return State((0.0,) * self.sum_width, (-math.inf,) * self.max_width)
+        return State((0.0,) * self.sum_width, (-math.inf,) * self.max_width, latest=self.is_last)
 
     def fold(self, values: FloatArray, weights: FloatArray | None) -> State:
         """Return the state of `values`, shape (n,), with `weights`, or None if all are 1.
@@ -358,6 +362,7 @@ _KINDS = {
     "distribution/5+0/recent": "distribution/recent",
     "distribution/5+0/all": "distribution",
     "categorical_count/2+0/counts": "counts",
+    "last/2+1/last": "last",
 }
 """What is made as the built-in type of that name is, by its parts."""
 

@@ -229,6 +229,7 @@ _SYNONYMS = {
     r"cat|category|categories|categorical|label": ["categorical_count"],
     r"count|counter": ["sum", "categorical_count"],
     r"throughput|per_second|speed": ["rate"],
+    r"latest|current|newest|gauge": ["last"],
 }
 
 

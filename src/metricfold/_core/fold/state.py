@@ -3,6 +3,7 @@
     part     identity      of two states                                  of whom
     sums     0             their sum                                      every handler with lanes
     maxs     -inf          the larger; NaN, where there is one            MAX, MIN, lanes of your own
+                           the newer, where it is `latest`                LAST
     sample   no values     the newer values follow the older              DISTRIBUTION
     counts   no category   their sums by category                         CATEGORICAL_COUNT
 
@@ -78,9 +79,10 @@ class State:
         sample: the values of a DISTRIBUTION; None: it keeps none.
         counts: the categories of a CATEGORICAL_COUNT; None: it counts none.
         replaced: one of the categories that count under another text, since they cannot be printed.
+        latest: whether the MAX lanes hold the newest value, and not the largest.
     """
 
-    __slots__ = ("counts", "maxs", "replaced", "sample", "sums")
+    __slots__ = ("counts", "latest", "maxs", "replaced", "sample", "sums")
 
     shape: ClassVar[tuple[int, ...]] = ()
     """Of the cells that each lane is of: so far there is one."""
@@ -92,28 +94,41 @@ class State:
         sample: Sample | None = None,
         counts: Counts | None = None,
         replaced: str | None = None,
+        *,
+        latest: bool = False,
     ) -> None:
         self.sums = sums
         self.maxs = maxs
         self.sample = sample
         self.counts = counts
         self.replaced = replaced
+        self.latest = latest
 
     @property
     def ordered(self) -> bool:
         """Whether it matters in which order values come."""
-        return self.sample is not None or self.counts is not None
+        return self.recent or self.counts is not None
+
+    @property
+    def recent(self) -> bool:
+        """Whether the most recent values do, so that later ones have to wait for those before."""
+        return self.sample is not None or self.latest
+
+    @property
+    def any_number(self) -> bool:
+        """Whether a value came in that is not NaN."""
+        return self.sums[COUNT] > self.sums[NANS]
 
     def merge(self, other: State) -> None:
         """Take in what `other` holds; its values are the newer ones.
 
-        Associative, with the empty state as its identity, and commutative but for the order in
-        which values and categories came. It has to be: the same values reach a result as states of
+        Associative, with the empty state as its identity, and commutative but for what depends on
+        the order in which values and categories came. It has to be: the same values reach a result as states of
         data workers, of pieces of an interval, of ranks, which no two routes join in the same
         order, and of the runs before a restart.
         """
         self.sums = _added(self.sums, other.sums)
-        if self.maxs:
+        if self.maxs and not self.latest:
             self.maxs = tuple(map(_larger, self.maxs, other.maxs))
         if self.ordered:
             self._take_parts((other,))
@@ -125,7 +140,7 @@ class State:
                 self.merge(other)
             return
         self.sums = tuple(map(sum, zip(self.sums, *[other.sums for other in others], strict=True)))
-        if self.maxs:
+        if self.maxs and not self.latest:
             lanes = zip(self.maxs, *[other.maxs for other in others], strict=True)
             self.maxs = tuple(reduce(_larger, lane) for lane in lanes)
         if self.ordered:
@@ -138,6 +153,8 @@ class State:
             self.sample.follow_with(samples)
         counts = self.counts
         for other in others:
+            if other.latest and other.any_number:
+                self.maxs = other.maxs
             if other.counts is not None:
                 assert counts is not None
                 for category, count in other.counts.items():
@@ -146,15 +163,20 @@ class State:
     def copy(self) -> State:
         sample = None if self.sample is None else self.sample.copy()
         counts = None if self.counts is None else dict(self.counts)
-        return State(self.sums, self.maxs, sample, counts)
+        return State(self.sums, self.maxs, sample, counts, latest=self.latest)
 
     def plain(self) -> tuple[Lanes, Lanes, Any]:
         """Return its SUM and MAX lanes, and what it holds besides, if anything, in plain types."""
-        return self.sums, self.maxs, self.counts if self.sample is None else self.sample.plain()
+        part: Any = self.counts if self.sample is None else self.sample.plain()
+        if self.latest:
+            part = list(self.maxs) if self.any_number else []
+        return self.sums, self.maxs, part
 
     def take_plain(self, parts: Sequence[Any]) -> None:
         """Take in what the third of several `plain` have been, in order; not their lanes."""
-        if self.sample is not None:
+        if self.latest:
+            self.maxs = tuple(next(filter(None, reversed(parts)), self.maxs))
+        elif self.sample is not None:
             self.sample.follow_with([Sample.of(parts)])
         elif self.counts is not None:
             self._take_parts([State((), counts=part) for part in parts])
@@ -162,6 +184,17 @@ class State:
     def window(self) -> Window | None:
         """Return the values that are kept as they are and those before them, if any are kept."""
         return None if self.sample is None else self.sample.window()
+
+    def kept(self, part: Any = None) -> tuple[FloatArray, FloatArray | None]:
+        """Return the values that are kept as they are, and their weights.
+
+        Args:
+            part: the third of `plain` of a state like this; None: what this one keeps.
+        """
+        part = self.plain()[2] if part is None else part
+        if self.latest:
+            return np.array(part, dtype=np.float64), None
+        return concatenated(list(Sample.of([part]).chunks))
 
     def trim(self, categories: AbstractSet[str]) -> None:
         """Count all but `categories`, of which `OTHER` is one, as `OTHER`, if they are many."""
@@ -251,15 +284,6 @@ class Sample:
         if self.limit is None or values.size <= self.limit:
             return window
         return window.limited(self.limit)
-
-    def apart(self, sums: Lanes) -> tuple[Lanes, FloatArray, FloatArray | None]:
-        """Return what `sums` of a state are without these values, and the values with their weights.
-
-        What remains has no order and merely counts: NaN and infinities.
-        """
-        values, weights, *_ = self.window()
-        count, nans, infinities, *_ = sums
-        return (count - self.size, nans, infinities, 0.0, 0.0), values, weights
 
     def plain(self) -> list[bytes | None]:
         """Return the values that are kept as they are, and their weights, as bytes of float64."""

@@ -41,7 +41,7 @@ from metricfold._core.fold.custom import CustomStates
 from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.sample import FloatArray
-from metricfold._core.fold.state import COUNT, Sample, State, quiet
+from metricfold._core.fold.state import COUNT, State, quiet
 from metricfold._core.fold.values import listed
 from metricfold._core.intake.keys import KeyTable
 from metricfold._core.intake.layers import Layer, Mark, Stage, arriving, joined, trim
@@ -765,7 +765,7 @@ class OrderedSlot(Slot):
         state = self.handler.empty()
         late: list[Pending] = []
         for kind, run in self._runs():
-            queue = late if state.sample is not None and (late or self._queued) else None
+            queue = late if state.recent and (late or self._queued) else None
             if kind is Pending:
                 late += run
             elif kind is float or kind is str:
@@ -778,9 +778,8 @@ class OrderedSlot(Slot):
                 state.merge_all(run)
             else:
                 for one in run:
-                    sums, values, weights = one.sample.apart(one.sums)
-                    state.merge(State(sums))
-                    self._follow(state, queue, values, weights)
+                    state.merge(State(one.sums))
+                    self._queue(state, queue, *one.kept())
         for lanes in self._lanes:
             state.merge(lanes)
         return state, late
@@ -791,10 +790,12 @@ class OrderedSlot(Slot):
             state.take_plain(parts)
             return
         for part in parts:
-            values, weights, *_ = Sample.of([part]).window()
-            # What queues is folded later, lanes and all.
-            state.sums = tuple(map(sub, state.sums, self._of_values(values, weights).sums))
-            self._follow(state, queue, values, weights)
+            self._queue(state, queue, *state.kept(part))
+
+    def _queue(self, state: State, queue: list[Pending], values: Any, weights: Any) -> None:
+        """Let values queue whose lanes have been merged: those are folded later, with the values."""
+        state.sums = tuple(map(sub, state.sums, self._of_values(values, weights).sums))
+        self._follow(state, queue, values, weights)
 
     def _follow(self, state: State, queue: list[Pending] | None, values: Any, weights: Any) -> None:
         """Let values follow those in `state`, or queue behind such as lie on a device."""

@@ -441,7 +441,8 @@ class KeyTable:
                     f"dist_window_size={size}: recent values cannot stand for all, "
                     "nor all for recent ones; make the aggregator as the one that saved"
                 )
-            if entry.distributed != usual.distributed or (entry.categories and not usual.most):
+            alike = entry.distributed == usual.distributed and entry.latest == usual.latest
+            if not alike or (entry.categories and not usual.most):
                 raise ValueError(
                     f"the state holds {show(entry.key)} as what {type(handler).__name__} does not keep: "
                     "register the handler that saved it"
@@ -511,4 +512,9 @@ def _usual_entry(handler: AggregationHandler, label: str) -> Entry:
     lanes = handler.laned()
     entry = Entry(("", ""), label, lanes.sum_width, lanes.max_width, suffixes)
     bounded = lanes.is_bounded or not lanes.has_sample
-    return entry._replace(distributed=lanes.has_sample, bounded=bounded, most=lanes.most_categories)
+    return entry._replace(
+        distributed=lanes.has_sample,
+        bounded=bounded,
+        most=lanes.most_categories,
+        latest=lanes.is_last,
+    )

@@ -195,7 +195,7 @@ def _entry(plain: object) -> Entry:
 def _contradiction(entry: Entry) -> str:
     """Return what about an entry cannot be, or nothing."""
     if entry.custom:
-        lanes = entry.maxs or entry.per_rank or entry.distributed
+        lanes = entry.maxs or entry.per_rank or entry.distributed or entry.latest
         return "has no SUM lanes, but others" if lanes or entry.categories or entry.full else ""
     if entry.sums < _FEWEST_LANES:
         return f"has {entry.sums} SUM lanes, fewer than any handler"
@@ -278,5 +278,6 @@ _READERS: dict[str, Callable[[object], Any]] = {
     "categories": _categories,
     "most": _whole(2**63),
     "full": _flag,
+    "latest": _flag,
 }
 _NEEDED = {name for name in Entry._fields if name not in Entry._field_defaults}

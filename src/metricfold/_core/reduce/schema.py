@@ -67,6 +67,7 @@ class Entry(NamedTuple):
         categories: each has a SUM lane of its own.
         most: how many categories there may be.
         full: whether there were more; they are counted as `OTHER`, which is then a category.
+        latest: whether its MAX lanes hold the newest value, and not the largest.
     """
 
     key: Key
@@ -84,6 +85,7 @@ class Entry(NamedTuple):
     categories: tuple[str, ...] = ()
     most: int = 0
     full: bool = False
+    latest: bool = False
 
     @property
     def sum_width(self) -> int:
@@ -148,7 +150,7 @@ class Entry(NamedTuple):
 
     @property
     def _nature(self) -> tuple[Any, ...]:
-        return self.type, self.sums, self.maxs, self.distributed, self.bounded
+        return self.type, self.sums, self.maxs, self.distributed, self.bounded, self.latest
 
     def holds(self, window: Window) -> bool:
         """Return whether there are places for what a rank holds of a DISTRIBUTION."""
@@ -288,6 +290,11 @@ class Schema:
         return np.repeat(self._sum_ends[:-1] + COUNT, np.diff(self._max_ends))
 
     @cached_property
+    def latest(self) -> BoolArray:
+        """Which MAX lanes hold the newest value, shape (max_width,)."""
+        return np.repeat([bool(entry.latest) for entry in self], np.diff(self._max_ends))
+
+    @cached_property
     def has_custom(self) -> bool:
         """Whether a key's handler has no lanes, so that its results travel as bytes."""
         return any(entry.custom for entry in self)
@@ -381,6 +388,7 @@ class Schema:
 
 
 IndexArray = npt.NDArray[np.intp]
+BoolArray = npt.NDArray[np.bool_]
 
 
 def places(

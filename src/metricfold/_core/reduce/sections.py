@@ -8,6 +8,7 @@ three, which differ in nothing but their identity and how two of them become one
     Larger      -inf          the larger; NaN beyond all          the same
     Owned       -inf, -1, 0   the larger, the lowest rank that    the larger with its owner and
                               has it, and how many have it        ties; of equal ones the older
+    Latest      the same      of the lowest rank that has one     the newer, with its owner
 
 All are associative (sums but for rounding) and have an identity. Over ranks both sides are always
 *neighbouring blocks of ranks, the lower ones first*: so the first that has a maximum is the lowest
@@ -22,7 +23,7 @@ import numpy.typing as npt
 
 from metricfold._core.fold.sample import FloatArray
 
-__all__ = ["NOBODY", "added", "added_later", "larger", "owned", "owned_later"]
+__all__ = ["NOBODY", "added", "added_later", "larger", "latest", "owned", "owned_later"]
 
 NOBODY = -1
 """Stands for the owner of a maximum that no rank has."""
@@ -82,7 +83,7 @@ def owned(lower: FloatArray, upper: FloatArray) -> FloatArray:
     return out
 
 
-def owned_later(old: Owned, new: Owned, begins: BoolArray) -> Owned:
+def owned_later(old: Owned, new: Owned, begins: BoolArray, newest: BoolArray) -> Owned:
     """Return maxima over time, with the owners and ties of the larger ones, of equal ones the older.
 
     Args:
@@ -90,12 +91,24 @@ def owned_later(old: Owned, new: Owned, begins: BoolArray) -> Owned:
         new: what came after.
         begins: where there is a number in `new`, and none in `old`. An old owner may be unknown,
             as out of a checkpoint, where there is one.
+        newest: where `new` holds a value that counts, be it larger or not.
     """
     a, b = old[0], new[0]
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     later = begins | ~(_first(a, b) | same)
+    later |= newest
     owners, tied = (np.where(later, *both) for both in zip(new[1:], old[1:], strict=True))
-    return larger(a, b), owners, tied
+    return np.where(newest, b, larger(a, b)), owners, tied
+
+
+def latest(lower: FloatArray, upper: FloatArray) -> FloatArray:
+    """Return the values of two blocks of ranks, and whose they are; those of `lower` where it has any.
+
+    Args:
+        lower: values, owners and numbers of ranks, shape (..., 3, n).
+        upper: those of the higher ranks.
+    """
+    return np.where(lower[..., 1:2, :] != NOBODY, lower, upper)
 
 
 def _first(a: FloatArray, b: FloatArray) -> BoolArray:

@@ -46,7 +46,9 @@ class Rows:
         return Rows(schema, sums, maxs)
 
     def plus(self, other: Rows) -> Rows:
-        return Rows(self.schema, self.sums + other.sums, larger(self.maxs, other.maxs))
+        newest = self.schema.latest & _having(self.schema, other.sums)
+        maxs = np.where(newest, other.maxs, larger(self.maxs, other.maxs))
+        return Rows(self.schema, self.sums + other.sums, maxs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +104,11 @@ class Totals:
         sums, lost = added_later(self.sums, self.lost + newer.lost, newer.sums)
         owned = (self.maxs, self.owners, self.tied)
         if self.maxs.size:
+            having = _having(self.schema, newer.sums)
             # -inf may be a value, and stands for none.
-            begins = _having(self.schema, newer.sums) & ~_having(self.schema, self.sums)
-            owned = owned_later(owned, (newer.maxs, newer.owners, newer.tied), begins)
+            begins = having & ~_having(self.schema, self.sums)
+            news = (newer.maxs, newer.owners, newer.tied)
+            owned = owned_later(owned, news, begins, having & self.schema.latest)
         return Totals(
             self.schema,
             sums,

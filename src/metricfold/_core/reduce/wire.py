@@ -31,7 +31,7 @@ from metricfold._core.fold.sample import FloatArray, Window
 from metricfold._core.fold.state import COUNT, NANS, State
 from metricfold._core.reduce.header import AGREED, HEADER_SIZE, Field, uncounted
 from metricfold._core.reduce.schema import Schema
-from metricfold._core.reduce.sections import NOBODY, added, larger, owned
+from metricfold._core.reduce.sections import NOBODY, added, larger, latest, owned
 from metricfold._core.reduce.totals import Rows, Totals
 from metricfold._core.reduce.values import Pools, Recent, Values, Windows
 
@@ -195,9 +195,11 @@ class Wire:
         out[:, self._added] = added(lower[:, self._added], upper[:, self._added])
         if self.schema.max_width:
             three = (len(lower), 3, self.schema.max_width)
-            out[:, self._owned] = owned(
-                lower[:, self._owned].reshape(three), upper[:, self._owned].reshape(three)
-            ).reshape(len(lower), -1)
+            one, other = lower[:, self._owned].reshape(three), upper[:, self._owned].reshape(three)
+            both, newest = owned(one, other), self.schema.latest
+            if newest.any():
+                both[..., newest] = latest(one[..., newest], other[..., newest])
+            out[:, self._owned] = both.reshape(len(lower), -1)
         if self._joining:
             self.values.join(lower[:, self._values], upper[:, self._values], out[:, self._values])
         return out

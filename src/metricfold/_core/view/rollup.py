@@ -52,7 +52,9 @@ class DatasetTotals:
         self._places: dict[Key, list[int]] = {}
         for place, entry in enumerate(parts.entries):
             dataset, name = entry.key
-            for level in ["", *(levels_of(dataset) if levels else ())] if dataset else ():
+            if not dataset or entry.latest:  # a value of one rank, of which there is no total
+                continue
+            for level in ["", *(levels_of(dataset) if levels else ())]:
                 if level and level in datasets:
                     self._taken.setdefault(level, dataset)
                 else:
