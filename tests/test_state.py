@@ -18,6 +18,7 @@ from metricfold import (
     CategoricalCountAggHandler,
     DistributionAggHandler,
     LaneHandler,
+    LastAggHandler,
     MaxAggHandler,
     MeanAggHandler,
     MinAggHandler,
@@ -34,6 +35,7 @@ HANDLERS: dict[str, LaneHandler] = {
     "mean": MeanAggHandler(),
     "max": MaxAggHandler(),
     "min": MinAggHandler(),
+    "last": LastAggHandler(),
     "distribution": DistributionAggHandler(3),
     "all": DistributionAggHandler(None),
     "categories": CategoricalCountAggHandler(),
@@ -125,6 +127,7 @@ def entry_of(name: str) -> Entry:
         condensed=handler.has_sample,
         categories=("a", "b", "c") if handler.has_counts else (),
         most=handler.most_categories,
+        latest=handler.is_last,
     )
 
 
@@ -143,7 +146,8 @@ def test_wire_vectors_come_to_what_the_states_on_the_host_come_to(case: Any, joi
         assert not lacking
         vectors.append(vector)
     totals = wire.totals(wire.merged(np.stack(vectors)[:, : None if joining else wire.lanes.stop]))
-    whole = reduce(merged, states)
+    # Of a LAST it is the lowest rank's over ranks, and the newest over time.
+    whole = reduce(merged, reversed(states) if handler.is_last else states)
     counts = [] if whole.counts is None else [whole.counts.get(one, 0) for one in "abc"]
     assert np.array_equal(totals.sums, [*whole.sums, *counts], equal_nan=True)
     assert np.array_equal(totals.maxs, whole.maxs, equal_nan=True)

@@ -197,7 +197,9 @@ class Writing:
             return None
         lanes = _numbers_in(metadata, names)
         width = handler.sum_width
-        return None if lanes is None else State(lanes[:width], lanes[width:])
+        if lanes is None:
+            return None
+        return State(lanes[:width], lanes[width:], latest=handler.is_last)
 
     def value_of(self, handler: LaneHandler, state: State, seconds: float) -> float:
         """Return what `MetricState.value` says of `state`."""

@@ -292,7 +292,8 @@ class Schema:
     @cached_property
     def latest(self) -> BoolArray:
         """Which MAX lanes hold the newest value, shape (max_width,)."""
-        return np.repeat([bool(entry.latest) for entry in self], np.diff(self._max_ends))
+        latest = np.array([entry.latest for entry in self], dtype=np.bool_)
+        return np.repeat(latest, np.diff(self._max_ends))
 
     @cached_property
     def has_custom(self) -> bool:

@@ -227,7 +227,7 @@ class Snapshot:
         return found
 
     def owner(self, dataset: str | None, name: str, window: View = "interval") -> int | None:
-        """Return the rank that the MAX or MIN came from.
+        """Return the rank that the MAX, MIN or LAST came from.
 
         Of several that had it in one reduction the lowest, over several reductions the first. If
         a NaN came in, the lowest rank that it came from. None if the view has no value, or if its
