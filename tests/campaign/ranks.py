@@ -485,7 +485,7 @@ def training(faults: int) -> Callable[[str, Trial], Iterator[Outcome]]:
             plan = Plan(
                 life,
                 list(before),
-                chance.choice(["narrow", "wide"]),
+                chance.choice(["gather", "tree"]),
                 own_store(),
                 f"{os.getpid()}/{trial.number}/{number}",
                 folder,

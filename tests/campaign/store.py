@@ -50,6 +50,7 @@ def fault(name: str, trial: Trial) -> Iterator[Outcome]:
     faulty = chance.randrange(world_size) if "a rank" in beside else None
     at = 0 if beside == "before the first call" else chance.randrange(1, STEPS - 1)
     back_after = chance.random() * 1.0
+    route = chance.choice(["gather", "tree"])
     port, host = store_host()
 
     def take_away() -> None:
@@ -60,7 +61,7 @@ def fault(name: str, trial: Trial) -> Iterator[Outcome]:
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
         )
-        aggregator = MetricsAggregator(timeout=TIMEOUT)
+        aggregator = MetricsAggregator(timeout=TIMEOUT, route=route)
         for step in range(STEPS):
             if step == at:
                 say(ready=True)

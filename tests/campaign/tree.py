@@ -277,7 +277,8 @@ def run(options: Options, table: Table) -> None:
         any_of,
         crews=options.pick(full=5, quick=5),
         patience=2 * PROMISED + 2 * ENDING,
-        least=len(chosen),
+        least=len(of_faults),
+        counts=lambda outcome: outcome.row.startswith("rank "),
     )
     times = sorted(outcome.figure for outcome in found if outcome.figure)
     if times:
