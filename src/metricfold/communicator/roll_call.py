@@ -46,7 +46,7 @@ _END = 4.5
 """A rank says so many seconds after the timeout at the latest that the store does not answer."""
 _FIRST_WAIT = 10.0
 """After so many seconds a warning names who is missing."""
-_IDLE = 20
+_IDLE = 2
 """The thread that notes ends after so many beats without an exchange; the next one starts another."""
 _SAID = {
     "closed": "had closed its aggregator",
