@@ -161,6 +161,22 @@ class Windows(Values):
             sketches.unpack(place[-sketches.slot_width() :]) if entry.condensed else None,
         )
 
+    def plain(self, rows: FloatArray, key: Key, which: int) -> FloatArray | None:
+        """Return all ranks' values of a DISTRIBUTION, the newest as many as `which` says of each.
+
+        None if there is more to it than values.
+        """
+        entry = self._entries[key]
+        if not entry.capacity or entry.weighted or entry.condensed:
+            return None
+        places = rows[:, self._places[key]]
+        if (places[:, which] == entry.capacity).all():
+            return places[:, _COUNTS:].ravel()
+        ends = _COUNTS + places[:, _SIZE].astype(np.intp)
+        starts = ends - places[:, which].astype(np.intp)
+        slices = map(slice, starts.tolist(), ends.tolist())
+        return np.concatenate([row[one] for row, one in zip(places, slices, strict=True)])
+
 
 def _window_width(entry: Entry) -> int:
     if not entry.capacity:
@@ -194,6 +210,9 @@ class SideBySide(Recent):
         return found
 
     def pooled(self, key: Key, *, of_interval: bool) -> Pool:
+        plain = self._windows.plain(self._rows, key, _FRESH if of_interval else _SIZE)
+        if plain is not None:
+            return Pool(plain)
         windows = self.windows(key)
         return Pool.joined([w.interval() if of_interval else w.recent() for w in windows])
 

@@ -73,7 +73,7 @@ class Table:
 
     def printed(self, prefix: str, warn: Warn) -> dict[str, float]:
         """Return the values by what they print, dataset by dataset."""
-        heads = {key[0]: prefix + printed((key[0], "")) for key in self.values}
+        heads = {one: prefix + printed((one, "")) for one in {key[0] for key in self.values}}
         if self.origins:
             ordered = {key: self.values[key] for key in sorted(self.values, key=itemgetter(0))}
         else:
