@@ -13,6 +13,7 @@ from campaign import checkpoints as forging
 from campaign.table import Row, Trial
 
 from metricfold import MetricsAggregator, merge_state_dicts
+from metricfold._core.fold.kinds import parts_of
 
 _BOUNDED = next(f for f in forging.GOLDEN if "narrow-2-bounded-open" in f.stem)
 NOW = forging.Golden(_BOUNDED)
@@ -21,7 +22,10 @@ ALL = forging.Golden(next(f for f in forging.GOLDEN if "narrow-2-unbounded-open"
 
 
 def of_type(tree: Any, label: str) -> Any:
-    return next(entry for entry in tree["entries"] if entry["type"] == label)
+    def type_of(entry: Any) -> str:
+        return parts_of(entry["kind"]).label if "kind" in entry else entry["type"]
+
+    return next(entry for entry in tree["entries"] if type_of(entry) == label)
 
 
 def numbers(text: str, place: int, number: float) -> str:
@@ -64,6 +68,11 @@ FORGERIES = {
     "no category for the others": in_entry("categorical_count", categories=["a", "b", "c", "d"]),
     "another number of lanes": in_entry("mean", sums=5),
     "lanes by the billion": in_entry("mean", sums=10**9),
+    "a kind of more lanes": in_entry("mean", kind="mean/5+0"),
+    "a kind of lanes by the billion": in_entry("mean", kind="mean/1000000000+0"),
+    "a kind that is a mean's, written out": in_entry("mean", kind="mean/4+0"),
+    "a kind of values that are kept": in_entry("mean", kind="mean/4+0/recent"),
+    "no kind": in_entry("mean", kind=None),
     "lanes of a handler that has none": in_entry("handlers_of_users.MyTypes.RMS", maxs=3),
     "a mean that is a distribution": in_entry("mean", distributed=True),
     "flags that are numbers": in_entry("rate", per_rank=1),

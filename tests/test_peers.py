@@ -23,7 +23,7 @@ from metricfold._core.reduce.schema import Entry, Schema
 from metricfold._core.sketch import LogLinearHistogram
 from metricfold.communicator import Communicator
 
-GOOD = {"key": ["", "x"], "type": "mean", "sums": 4, "maxs": 0}
+GOOD = {"key": ["", "x"], "kind": "mean"}
 
 
 def attacked(attack: Any, *args: Any) -> Row:
@@ -39,10 +39,15 @@ def attacked(attack: Any, *args: Any) -> Row:
         [{**GOOD, "key": ["a\u202eb", "x"]}],
         [{**GOOD, "key": ["", 7]}],
         [{**GOOD, "key": ["", "\ud800"]}],
-        [{**GOOD, "sums": 10**9}],
-        [{**GOOD, "sums": -1}],
-        [{**GOOD, "sums": True}],
-        [{**GOOD, "maxs": 2**17}],
+        [{**GOOD, "kind": "mine/1000000000+0"}],
+        [{**GOOD, "kind": "mine/-1+0"}],
+        [{**GOOD, "kind": "mine"}],
+        [{**GOOD, "kind": "mine/3+131072"}],
+        [{**GOOD, "kind": "mean/4+0"}],
+        [{**GOOD, "kind": "mine/1+0"}],
+        [{**GOOD, "kind": "mine/0+1"}],
+        [{**GOOD, "kind": "mine/3+0/some"}],
+        [{**GOOD, "kind": 3}],
         [{**GOOD, "capacity": 16}],
         [{**GOOD, "categories": ["a", "a"]}],
         [{**GOOD, "full": 1}],
@@ -50,7 +55,7 @@ def attacked(attack: Any, *args: Any) -> Row:
         [{**GOOD, "colour": 1}],
         [{"key": ["", "x"]}],
         [GOOD, GOOD],
-        [{**GOOD, "key": ["", f"x{place}"], "maxs": 2**16} for place in range(100)],
+        [{**GOOD, "key": ["", f"x{place}"], "kind": "mine/3+65536"} for place in range(100)],
         {"a": 1},
     ],
     ids=str,
@@ -130,11 +135,11 @@ def test_results_of_custom_handlers_that_are_none_name_the_rank() -> None:
 
 def test_every_entry_that_ranks_send_is_read_back() -> None:
     entries = [
-        Entry(("", "lanes"), "mine", 3, 1, per_rank=True),
-        Entry(("d", "window"), "distribution", 5, 0, ("_stat_p50",), False, True, True, False, 16),
-        Entry(("d", "all"), "distribution", 5, 0, distributed=True, bounded=False, drained=True),
-        Entry(("größe", "kinds"), "categorical_count", 2, 0, ("_count_\0",), categories=("b", "a")),
-        Entry(("", "mine"), "mine", 0, 0),
+        Entry(("", "lanes"), "mine/3+1", per_rank=True),
+        Entry(("d", "window"), "distribution/recent", ("_stat_p50",), False, False, 16),
+        Entry(("d", "all"), "distribution", drained=True),
+        Entry(("größe", "kinds"), "counts", ("_count_\0",), categories=("b", "a")),
+        Entry(("", "mine"), "mine/0+0"),
     ]
     text = Schema.entries_to_json(entries)
     assert entries_from(json.loads(text), settled=True) == entries

@@ -142,10 +142,10 @@ def test_whatever_fails_all_ranks_raise_alike_and_go_on(
 
 # -- The pieces ----------------------------------------------------------------------------------
 
-lanes = Entry(("a", "lanes"), "x", 3, 1)
-window = Entry(("b", "window"), "distribution", 5, 0, distributed=True, capacity=4, weighted=True)
-kinds = Entry(("c", "kinds"), "categorical_count", 2, 0, categories=("x", "y"), most=2)
-custom = Entry(("d", "custom"), "mine", 0, 0)
+lanes = Entry(("a", "lanes"), "x/3+1")
+window = Entry(("b", "window"), "distribution/recent", capacity=4, weighted=True)
+kinds = Entry(("c", "kinds"), "counts", categories=("x", "y"), most=2)
+custom = Entry(("d", "custom"), "mine/0+0")
 
 
 def outgoing(states: dict[Any, Any], windows: dict[Any, Window]) -> Outgoing:
@@ -222,7 +222,7 @@ def test_what_has_no_place_in_the_vector_is_named() -> None:
 
 
 entries = st.builds(
-    lambda **found: Entry(("d", "x"), "distribution", 3, 0, **found),
+    lambda **found: Entry(("d", "x"), "distribution/3+0/recent", **found),
     per_rank=st.booleans(),
     capacity=st.sampled_from([0, 16, 32, 1000]),
     weighted=st.booleans(),

@@ -23,17 +23,13 @@ from metricfold.communicator.tree import rounds_of, steps
 SUFFIX = ("",)
 SCHEMA = Schema(
     [
-        Entry(("a", f"extreme {number}"), "max", 3, 1, SUFFIX, per_rank=number == 0)
+        Entry(("a", f"extreme {number}"), "max of mine/3+1", SUFFIX, per_rank=number == 0)
         for number in range(8)
     ]
     + [
-        Entry(("b", "points"), "distribution", 5, 0, SUFFIX, distributed=True, capacity=16),
-        Entry(("b", "many"), "distribution", 5, 0, SUFFIX, distributed=True, capacity=512)._replace(
-            weighted=True
-        ),
-        Entry(
-            ("b", "sketched"), "distribution", 5, 0, SUFFIX, distributed=True, capacity=16
-        )._replace(condensed=True, bounded=False),
+        Entry(("b", "points"), "distribution/recent", SUFFIX, capacity=16),
+        Entry(("b", "many"), "distribution/recent", SUFFIX, capacity=512, weighted=True),
+        Entry(("b", "sketched"), "distribution", SUFFIX, capacity=16, condensed=True),
     ]
 )
 EXTREMES = [key for key in SCHEMA.entries if key[0] == "a"]
@@ -188,7 +184,7 @@ def test_owners_and_ties_are_the_same_in_any_bracketing(top: list[Any], cuts: An
 @given(seed=st.integers(0, 2**32))
 def test_states_of_the_host_merge_as_vectors_do(seed: int) -> None:
     g = np.random.default_rng(seed)
-    entry = Entry(("", "x"), "max", 3, 1)
+    entry = Entry(("", "x"), "mine/3+1")
     one, other = state_of(g), state_of(g)
     wire = Wire(Schema([entry]), 2, joining=False)
     rows = [
@@ -204,7 +200,7 @@ def test_states_of_the_host_merge_as_vectors_do(seed: int) -> None:
 @examples(100)
 @given(tops=st.lists(st.one_of(st.none(), numbers), min_size=3, max_size=3))
 def test_over_time_the_owner_of_the_first_of_equal_maxima_stays(tops: list[Any]) -> None:
-    schema = Schema([Entry(("", "x"), "max", 2, 1)])
+    schema = Schema([Entry(("", "x"), "max")])
     found = []
     for when, top in enumerate(tops):
         one = Totals.empty(schema)
@@ -224,7 +220,7 @@ def test_over_time_the_owner_of_the_first_of_equal_maxima_stays(tops: list[Any])
 
 
 def test_a_rank_that_nobody_lacks_is_one_bit_and_many_ranks_are_counted() -> None:
-    entry = Entry(("", "x"), "sum", 3, 0)
+    entry = Entry(("", "x"), "sum")
     for world_size, told in ((40, True), (1000, False)):
         wire = Wire(Schema([entry]), world_size, joining=True)
         state = Outgoing({entry.key: State((1.0, 0.0, 2.0))}, {})

@@ -28,6 +28,7 @@ from campaign.forks import divided
 from campaign.table import Goal, Options, Row, Table, Trial, main
 from metricfold import MetricsAggregator, merge_state_dicts
 from metricfold._core.fold import plain
+from metricfold._core.fold.kinds import kind_of_parts, parts_of
 from metricfold._core.intake import checkpoint
 from metricfold._core.sketch import earlier as earlier_histogram
 from metricfold._core.sketch import plain as saved_histogram
@@ -320,12 +321,13 @@ def false_kinds(golden: Golden, chance: random.Random) -> Any:
     other = chance.choice(content["entries"])
     how = chance.randrange(7)
     if how == 0:
-        entry["type"] = other["type"]
+        said = "kind" if "kind" in entry else "type"
+        entry[said] = other[said]
     elif how == 1:
         entry |= {**other, "key": entry["key"]}
     elif how == 2:
         for field in ("sums", "maxs"):
-            entry[field] = other[field]
+            have_lanes(entry, field, lanes_of(other, field))
     elif how == 3:
         entry["suffixes"] = chance.choice(
             [other.get("suffixes"), ["_count_\0"], [""], ["\x1b"], [""] * 9, ["a"] * 100_000, []]
@@ -344,6 +346,18 @@ def false_kinds(golden: Golden, chance: random.Random) -> Any:
     return content
 
 
+def lanes_of(entry: Any, field: str) -> Any:
+    """Return how many lanes an entry of either version says there are."""
+    return getattr(parts_of(entry["kind"]), field) if "kind" in entry else entry[field]
+
+
+def have_lanes(entry: Any, field: str, number: Any) -> None:
+    if "kind" in entry:
+        entry["kind"] = kind_of_parts(parts_of(entry["kind"])._replace(**{field: number}))
+    else:
+        entry[field] = number
+
+
 def false_sizes(golden: Golden, chance: random.Random) -> Any:
     """Return a state with more, or fewer, lanes than the metric has; its totals fit, mostly."""
     content = golden.content()
@@ -353,10 +367,13 @@ def false_sizes(golden: Golden, chance: random.Random) -> Any:
     more = chance.choice([1, 1, 2, 5, -1, -1, 1000, 10**5])
     if chance.random() < 0.2:
         huge = [2**24, 2**40, 10**400, 1e30, -5, True]
-        entry[chance.choice(["sums", "maxs", "capacity", "most"])] = chance.choice(huge)
+        if chance.random() < 0.5:
+            have_lanes(entry, field, chance.choice(huge))
+        else:
+            entry[chance.choice(["capacity", "most"])] = chance.choice(huge)
         return content
-    end = sum(one[field] for one in content["entries"][: place + 1])
-    entry[field] = max(entry[field] + more, 0)
+    end = sum(lanes_of(one, field) for one in content["entries"][: place + 1])
+    have_lanes(entry, field, max(lanes_of(entry, field) + more, 0))
     for view in (content["run"], content["interval"]):
         for vector in vectors:
             array = _array(view[vector])

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from metricfold._core.fold import contract
+from metricfold._core.fold.kinds import Parts, kind_of_parts
 from metricfold._core.fold.state import (
     COMMON_LANES,
     COUNT,
@@ -117,7 +118,7 @@ class AggregationHandler(ABC):
         >>> DistributionAggHandler(100).kind_of("distribution")
         'distribution/recent'
         """
-        return f"{label}/0+0"
+        return kind_of_parts(Parts(label, 0, 0))
 
 
 class LaneHandler(AggregationHandler):
@@ -213,15 +214,9 @@ class LaneHandler(AggregationHandler):
     def kind_of(self, label: str) -> str:
         if not self.has_lanes:
             return super().kind_of(label)
-        parts = [label, f"{self.sum_width}+{self.max_width}"]
-        if self.has_sample:
-            parts.append("recent" if self.is_bounded else "all")
-        if self.has_counts:
-            parts.append("counts")
-        if self.is_last:
-            parts.append("last")
-        text = "/".join(parts)
-        return _KINDS.get(text, text)
+        sample = ("recent" if self.is_bounded else "all") if self.has_sample else ""
+        lanes = self.sum_width, self.max_width
+        return kind_of_parts(Parts(label, *lanes, sample, self.has_counts, self.is_last))
 
     def unbounded(self) -> LaneHandler:
         """Return a handler whose view of the run is about all values that it keeps."""
@@ -352,19 +347,6 @@ _CONTRACT = (
     "deserialize_metadata",
 )
 """The contract, and what reports its results."""
-
-_KINDS = {
-    "sum/3+0": "sum",
-    "rate/3+0": "rate",
-    "mean/4+0": "mean",
-    "max/2+1": "max",
-    "min/2+1": "min",
-    "distribution/5+0/recent": "distribution/recent",
-    "distribution/5+0/all": "distribution",
-    "categorical_count/2+0/counts": "counts",
-    "last/2+1/last": "last",
-}
-"""What is made as the built-in type of that name is, by its parts."""
 
 
 def reported(handler: AggregationHandler, result: MetricState, seconds: float) -> dict[str, float]:

@@ -46,7 +46,7 @@ from metricfold._core.fold.sample import (
     new_histogram,
 )
 from metricfold._core.intake.keys import Admission, KeyTable
-from metricfold._core.reduce.announced import entries_from
+from metricfold._core.reduce.announced import entries_from, entry_of_version_1
 from metricfold._core.reduce.reducer import Reduced
 from metricfold._core.reduce.schema import Key, Schema
 from metricfold._core.reduce.totals import NOBODY, Totals
@@ -267,7 +267,8 @@ _MOST_SAID = 1000
 def _as_version_2(content: Any) -> dict[str, Any]:
     """Return what version 1 holds as version 2 does."""
     # Of the first of that version reductions were not counted.
-    return {"kinds": [], "rules": {}, "reductions": 0, **content}
+    usual = {"kinds": [], "rules": {}, "reductions": 0}
+    return {**usual, **content, "entries": [entry_of_version_1(e) for e in content["entries"]]}
 
 
 _PARTS = {"entries", "run", "interval", "windows", "custom", "kinds", "rules", "reductions"}

@@ -339,7 +339,7 @@ class KeyTable:
                 self._take_over(entry)
             known = self.records.get(entry.key)
             if known is not None:
-                known.conflicting = known.conflicting or not entry.compatible(known.usual)
+                known.conflicting = known.conflicting or entry.kind != known.usual.kind
                 known.admitted = frozenset(entry.categories) if entry.full else None
         self._agreed = agreed.schema
         return self.trouble()
@@ -441,8 +441,7 @@ class KeyTable:
                     f"dist_window_size={size}: recent values cannot stand for all, "
                     "nor all for recent ones; make the aggregator as the one that saved"
                 )
-            alike = entry.distributed == usual.distributed and entry.latest == usual.latest
-            if not alike or (entry.categories and not usual.most):
+            if entry.kind != usual.kind:
                 raise ValueError(
                     f"the state holds {show(entry.key)} as what {type(handler).__name__} does not keep: "
                     "register the handler that saved it"
@@ -506,15 +505,5 @@ def _suffixes(handler: AggregationHandler) -> tuple[str, ...]:
 
 def _usual_entry(handler: AggregationHandler, label: str) -> Entry:
     """Return how keys of a handler travel: an entry without a key."""
-    suffixes = _suffixes(handler)
-    if not handler.has_lanes:
-        return Entry(("", ""), label, 0, 0, suffixes)
-    lanes = handler.laned()
-    entry = Entry(("", ""), label, lanes.sum_width, lanes.max_width, suffixes)
-    bounded = lanes.is_bounded or not lanes.has_sample
-    return entry._replace(
-        distributed=lanes.has_sample,
-        bounded=bounded,
-        most=lanes.most_categories,
-        latest=lanes.is_last,
-    )
+    most = handler.laned().most_categories if handler.has_lanes else 0
+    return Entry(("", ""), handler.kind_of(label), _suffixes(handler), most=most)

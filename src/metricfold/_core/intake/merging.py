@@ -128,12 +128,12 @@ def _united(schemas: Sequence[Schema]) -> Schema:
                 except ValueError as error:
                     raise ValueError(f"states[{place}]: {error}") from error
                 united[entry.key], first[entry.key] = entry, place
-            elif known.compatible(entry):
+            elif known.kind == entry.kind:
                 united[entry.key] = known.united(entry)
             else:
                 raise ValueError(
-                    f"{show(entry.key)} is of kind {known.kind} in states[{first[entry.key]}], but "
-                    f"of kind {entry.kind} in states[{place}]: they cannot be merged; give one of "
+                    f"{show(entry.key)} is of kind {known.described} in states[{first[entry.key]}], but "
+                    f"of kind {entry.described} in states[{place}]: they cannot be merged; give one of "
                     "them another name, or leave that state out"
                 )
     return Schema(united.values())

@@ -286,7 +286,7 @@ def _join(
     """
     known = changed.get(entry.key) or schema.entries.get(entry.key)
     if known is not None:
-        if known.compatible(entry):
+        if known.kind == entry.kind:
             changed[entry.key] = known.joined(entry)
             return ""
         if known.type == entry.type and known.lanes != entry.lanes:
@@ -294,7 +294,7 @@ def _join(
                 f"{show(entry.key)} with {entry.lanes}, but the other ranks hold it with "
                 f"{known.lanes}: register the same handler for type {entry.type} on every rank"
             )
-        if known.bounded != entry.bounded:
+        if known.type == entry.type:
             sizes = ("dist_window_size=None", "a window size")
             return (
                 f"{show(entry.key)} with {sizes[entry.bounded]}, but the other ranks hold it with "

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from metricfold._core.fold.kinds import Parts, kind_of_parts, parts_of
 from metricfold._core.fold.names import ANYTHING, show
 from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import OTHER
@@ -28,6 +29,7 @@ __all__ = [
     "compressed",
     "decompressed",
     "entries_from",
+    "entry_of_version_1",
     "malformed",
 ]
 
@@ -171,6 +173,24 @@ def entries_from(plain: object, *, settled: bool) -> list[Entry]:
     return entries
 
 
+def entry_of_version_1(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return how an entry of a checkpoint of version 1 travels now."""
+    new = {name: value for name, value in plain.items() if name not in _OF_VERSION_1}
+    label, sums, maxs, distributed, bounded = (
+        plain.get(name, usual) for name, usual in _OF_VERSION_1.items()
+    )
+    if "kind" in plain or not (type(sums) is type(maxs) is int and type(label) is str):
+        raise NotAnEntryError("a key lacks its type or lanes, or says more than that version knows")
+    if type(distributed) is not bool or type(bounded) is not bool or not (distributed or bounded):
+        raise NotAnEntryError("a key says in no such words what values it keeps")
+    sample = ("recent" if bounded else "all") if distributed else ""
+    new["kind"] = kind_of_parts(Parts(label, sums, maxs, sample, bool(plain.get("most"))))
+    return new
+
+
+_OF_VERSION_1 = {"type": "", "sums": None, "maxs": None, "distributed": False, "bounded": True}
+
+
 def _entry(plain: object) -> Entry:
     if type(plain) is not dict:
         raise NotAnEntryError(f"a key is {type(plain).__name__}, not an object of fields")
@@ -194,21 +214,22 @@ def _entry(plain: object) -> Entry:
 
 def _contradiction(entry: Entry) -> str:
     """Return what about an entry cannot be, or nothing."""
+    counts = parts_of(entry.kind).counts
     if entry.custom:
-        lanes = entry.maxs or entry.per_rank or entry.distributed or entry.latest
+        lanes = entry.maxs or entry.per_rank or entry.distributed or counts or entry.latest
         return "has no SUM lanes, but others" if lanes or entry.categories or entry.full else ""
     if entry.sums < _FEWEST_LANES:
         return f"has {entry.sums} SUM lanes, fewer than any handler"
+    if not counts and (entry.categories or entry.full or entry.most):
+        return "has categories, and does not count them"
     if entry.distributed:
-        if entry.categories or entry.full:
-            return "is a DISTRIBUTION, and has categories"
         return (
             "comes from devices, but is about recent values"
             if (entry.drained and entry.bounded)
             else ""
         )
     room = entry.capacity or entry.weighted or entry.condensed or entry.drained
-    return "has room for values, but is no DISTRIBUTION" if room or not entry.bounded else ""
+    return "has room for values, but is no DISTRIBUTION" if room else ""
 
 
 _FEWEST_LANES = 2  # the number of values, and of those that were NaN
@@ -226,6 +247,14 @@ def _name(value: object) -> str:
         raise ValueError("it is no name")
     assert isinstance(value, str)
     return value
+
+
+def _kind(value: object) -> str:
+    kind = _name(value)
+    parts = parts_of(kind)
+    if max(parts.sums, parts.maxs) > _MOST_LANES or not is_name(parts.label):
+        raise ValueError(f"it has more than {_MOST_LANES} lanes, or no name")
+    return kind
 
 
 def _flag(value: object) -> bool:
@@ -264,13 +293,9 @@ def _categories(value: object) -> tuple[str, ...]:
 
 _READERS: dict[str, Callable[[object], Any]] = {
     "key": _key,
-    "type": _name,
-    "sums": _whole(_MOST_LANES),
-    "maxs": _whole(_MOST_LANES),
+    "kind": _kind,
     "suffixes": _suffixes,
     "per_rank": _flag,
-    "distributed": _flag,
-    "bounded": _flag,
     "drained": _flag,
     "capacity": _whole(_MOST_CAPACITY),
     "weighted": _flag,
@@ -278,6 +303,5 @@ _READERS: dict[str, Callable[[object], Any]] = {
     "categories": _categories,
     "most": _whole(2**63),
     "full": _flag,
-    "latest": _flag,
 }
 _NEEDED = {name for name in Entry._fields if name not in Entry._field_defaults}

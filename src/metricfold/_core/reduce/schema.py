@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from metricfold._core.fold.kinds import parts_of
 from metricfold._core.fold.names import Key
 from metricfold._core.fold.sample import Window
 from metricfold._core.fold.state import COUNT, NANS, OTHER, State
@@ -28,7 +29,6 @@ __all__ = [
     "Key",
     "Schema",
     "digest",
-    "lanes_of",
     "places",
 ]
 
@@ -41,25 +41,16 @@ def digest(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 12
 
 
-def lanes_of(sums: int, maxs: int) -> str:
-    """Return how messages speak of so many lanes."""
-    return f"{sums} SUM and {maxs} MAX lanes" if sums else "no lanes"
-
-
 class Entry(NamedTuple):
-    """How one key travels.
+    """How one key travels: its kind, and the room that all ranks have agreed on.
 
     Args:
         key: (dataset name, metric name).
-        type: what `type_label` says of its aggregation type.
-        sums: SUM lanes, without those of categories; 0 for a handler without lanes.
-        maxs: MAX lanes.
+        kind: what its states are made of (`fold.kinds`).
         suffixes: what may be appended to the name when it is printed. They travel, because what
             a key claims must not depend on who is asked.
-        per_rank: whether each rank's lanes are wanted, whatever the route.
-        distributed: whether it is a DISTRIBUTION, whose values travel too.
-        bounded: whether the view of the run is about recent values only.
-        drained: whether devices send it, as histograms; then it is not bounded, whatever the
+        per_rank: whether each rank's lanes are wanted, however many ranks there are.
+        drained: whether devices send it, as sketches; then it is about all values, whatever the
             window size.
         capacity: places for values of one rank; grows by doubling.
         weighted: whether those carry weights.
@@ -67,17 +58,12 @@ class Entry(NamedTuple):
         categories: each has a SUM lane of its own.
         most: how many categories there may be.
         full: whether there were more; they are counted as `OTHER`, which is then a category.
-        latest: whether its MAX lanes hold the newest value, and not the largest.
     """
 
     key: Key
-    type: str
-    sums: int
-    maxs: int
+    kind: str
     suffixes: tuple[str, ...] = ("",)
     per_rank: bool = False
-    distributed: bool = False
-    bounded: bool = True
     drained: bool = False
     capacity: int = 0
     weighted: bool = False
@@ -85,7 +71,36 @@ class Entry(NamedTuple):
     categories: tuple[str, ...] = ()
     most: int = 0
     full: bool = False
-    latest: bool = False
+
+    @property
+    def type(self) -> str:
+        """What `type_label` says of its aggregation type."""
+        return parts_of(self.kind).label
+
+    @property
+    def sums(self) -> int:
+        """SUM lanes, without those of categories; 0 for a handler without lanes."""
+        return parts_of(self.kind).sums
+
+    @property
+    def maxs(self) -> int:
+        """MAX lanes."""
+        return parts_of(self.kind).maxs
+
+    @property
+    def distributed(self) -> bool:
+        """Whether it is a DISTRIBUTION, whose values travel too."""
+        return parts_of(self.kind).sample != ""
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the view of the run is about recent values only."""
+        return parts_of(self.kind).sample == "recent"
+
+    @property
+    def latest(self) -> bool:
+        """Whether its MAX lanes hold what came last."""
+        return parts_of(self.kind).last
 
     @property
     def sum_width(self) -> int:
@@ -98,7 +113,7 @@ class Entry(NamedTuple):
     @property
     def lanes(self) -> str:
         """How messages speak of its lanes."""
-        return lanes_of(self.sums, self.maxs)
+        return f"{self.sums} SUM and {self.maxs} MAX lanes" if self.sums else "no lanes"
 
     def joined(self, other: Entry) -> Entry:
         """Return this entry with room for what `other` brings, as far as there may be room.
@@ -138,19 +153,11 @@ class Entry(NamedTuple):
         return self._replace(categories=tuple(sorted(kept)), full=full)
 
     @property
-    def kind(self) -> str:
+    def described(self) -> str:
         """What the entry is, for messages that tell it from another."""
         if self.distributed:
             return f"{self.type!r} of {'recent' if self.bounded else 'all'} values"
-        lanes = f"{self.sums} SUM and {self.maxs} MAX lanes" if self.sums else "no lanes"
-        return f"{self.type!r} with {lanes}"
-
-    def compatible(self, other: Entry) -> bool:
-        return self._nature == other._nature
-
-    @property
-    def _nature(self) -> tuple[Any, ...]:
-        return self.type, self.sums, self.maxs, self.distributed, self.bounded, self.latest
+        return f"{self.type!r} with {self.lanes}"
 
     def holds(self, window: Window) -> bool:
         """Return whether there are places for what a rank holds of a DISTRIBUTION."""
@@ -324,7 +331,7 @@ class Schema:
         missing = []
         for entry in entries:
             agreed = self.entries.get(entry.key)
-            if agreed is None or not agreed.compatible(entry) or agreed.joined(entry) != agreed:
+            if agreed is None or agreed.kind != entry.kind or agreed.joined(entry) != agreed:
                 missing.append(entry)
         return missing
 
