@@ -7,7 +7,6 @@ from pathlib import Path
 __all__ = ["forget_peak", "held", "peak"]
 
 _STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
 
 
 def held() -> int:
@@ -22,7 +21,7 @@ def peak() -> int:
 
 def forget_peak() -> None:
     """Let the peak begin anew, at what is held now."""
-    _CLEAR.write_text("5")
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _read(field: str) -> int:
