@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import re
 from functools import reduce
 from pathlib import Path
@@ -692,6 +694,16 @@ def test_a_state_survives_json_bit_for_bit(values, max_buckets, weighted):
     restored.update(values, weights)
     histogram.update(values, weights)
     assert restored.to_dict() == histogram.to_dict()
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_clone_holds_the_same_and_goes_its_own_way(clone):
+    histogram = histogram_of(WIDE["bimodal"][:20_000])
+    same = clone(histogram)
+    assert same.to_dict() == histogram.to_dict()
+    same.update([1.0])
+    assert (same.count, histogram.count) == (20_001, 20_000)
+    assert b"_core" not in pickle.dumps(histogram)
 
 
 def leaves(state: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -220,6 +220,17 @@ class Buckets:
 
     def at(self, m: IntArray) -> Buckets:
         """Return the same contents in the coarser buckets that hold them, not yet joined."""
+        coarser = (m < self.m).nonzero()[0]
+        if not coarser.size:
+            return self
+        # Mostly, few octaves are cut.
+        some = self.taken(coarser).coarser(m[coarser])
+        index, sums = self.index.copy(), self.sums.copy()
+        index[coarser], sums[:, coarser] = some.index, some.sums
+        return replace(self, index=index, m=m, sums=sums)
+
+    def coarser(self, m: IntArray) -> Buckets:
+        """Return the same in coarser buckets, each of them."""
         shift = FINEST - m
         below = (np.int64(1) << shift) - 1
         index = np.where(self.index < 0, self.index | below, self.index & ~below)
@@ -359,7 +370,7 @@ def _agreed(buckets: Buckets, finest: IntArray) -> Buckets:
     cut |= m < np.maximum.reduceat(buckets.m, first)
     buckets = replace(buckets, cut=np.repeat(cut, sizes))
     m = np.repeat(m, sizes)
-    return buckets.at(m) if (m < buckets.m).any() else buckets
+    return buckets.at(m)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

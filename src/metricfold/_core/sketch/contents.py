@@ -124,6 +124,20 @@ class Contents:
             buckets,
         )
 
+    def rows(self, begin: int, end: int) -> Contents:
+        """Return the sketches from `begin` to `end`."""
+        part, row = slice(begin, end), self.buckets.row
+        held = slice(*np.searchsorted(row, [begin, end]).tolist())
+        index, m, cut = self.buckets.index[held], self.buckets.m[held], self.buckets.cut[held]
+        return Contents(
+            self.totals[part],
+            self.low[part],
+            self.high[part],
+            self.finest[part],
+            self.reach[part],
+            Buckets(row[held] - begin, index, m, cut, self.buckets.sums[:, held]),
+        )
+
     def sound(self) -> BoolArray:
         """Return which of the sketches values may have come to, shape (p,).
 

@@ -515,6 +515,9 @@ class LogLinearHistogram:
         """
         return cls.of(*plain.from_dict(state))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LogLinearHistogram.from_dict, (self.to_dict(),)
+
     def __repr__(self) -> str:
         return f"LogLinearHistogram(count={self.count}, min={self.min}, max={self.max}, m={self.m})"
 

@@ -27,11 +27,13 @@ _TOTALS = slice(0, len(Total))
 _LOW, _HIGH, _COARSER, _NEARER, _CODES = range(len(Total), len(Total) + 5)
 _SUMS = _CODES + BUCKETS
 _WIDTH = _SUMS + MOMENTS * BUCKETS
+_COLUMNS = range(_CODES, _WIDTH, BUCKETS)
 
+_AT_ONCE = 8
+"""So many pairs at once: what is computed of them stays in the cache."""
 _BITS = 6
 _MOST_LIMITED = (FINEST, FARTHEST + 1)
 _LOWEST = 1 - COARSEST
-_LARGEST_CODE = 2.0**40
 
 
 def slot_width() -> int:
@@ -85,9 +87,14 @@ def joined(lower: FloatArray, upper: FloatArray) -> FloatArray:
     on every machine: what is added up is added one after the other. A pair of which one is not
     `fitting` comes to a slot of NaN, which is not fitting.
     """
-    (one, good), (other, well) = _read(lower), _read(upper)
-    out = _packed(one.joined(other, BUCKETS))
-    out[~(good & well)] = math.nan
+    out = np.empty_like(lower)
+    for begin in range(0, len(lower), _AT_ONCE):
+        part = slice(begin, begin + _AT_ONCE)
+        contents, good = _read(np.concatenate([lower[part], upper[part]]))
+        pairs = good.size // 2
+        one, other = contents.rows(0, pairs), contents.rows(pairs, good.size)
+        out[part] = _packed(one.joined(other, BUCKETS))
+        out[part][~(good[:pairs] & good[pairs:])] = math.nan
     return out
 
 
@@ -101,36 +108,36 @@ def _packed(contents: Contents) -> FloatArray:
     slots[:, _NEARER] = FARTHEST - contents.reach
     held = np.bincount(buckets.row, minlength=len(slots))
     place = np.arange(buckets.row.size) - np.repeat(held.cumsum() - held, held)
+    place += buckets.row * _WIDTH
     codes = (buckets.index << _BITS) + 2 * (buckets.m + _LOWEST) + buckets.cut
-    slots[buckets.row, _CODES + place] = codes
-    for moment, sums in enumerate(buckets.sums):
-        slots[buckets.row, _SUMS + moment * BUCKETS + place] = sums
+    for begin, numbers in zip(_COLUMNS, (codes, *buckets.sums), strict=True):
+        slots.ravel()[place + begin] = numbers
     slots += 0.0  # of two zeros the one without a sign
     return slots
 
 
 def _read(slots: FloatArray) -> tuple[Contents, BoolArray]:
     """Return what is in slots, and which of them hold a sketch or none; the others hold nothing."""
-    codes = slots[:, _CODES:_SUMS]
     good = np.isfinite(slots).all(axis=1)
     with np.errstate(invalid="ignore"):
-        good &= (np.abs(codes) < _LARGEST_CODE).all(axis=1) & (codes == np.floor(codes)).all(axis=1)
-    there = codes != 0.0
+        codes = slots[:, _CODES:_SUMS].astype(np.int64)
+        good &= (codes == slots[:, _CODES:_SUMS]).all(axis=1)
+    there = codes != 0
     good &= ~(there[:, 1:] & ~there[:, :-1]).any(axis=1)
-    # Beyond the last code nothing may stand.
-    sums = slots[:, _SUMS:].reshape(len(slots), MOMENTS, BUCKETS)
-    good &= ~((sums != 0.0) & ~there[:, np.newaxis]).any(axis=(1, 2))
-
-    row, place = np.nonzero(there & good[:, np.newaxis])
-    code = codes[row, place].astype(np.int64)
+    place = (there & good[:, np.newaxis]).ravel().nonzero()[0]
+    code = codes.ravel().take(place)
     kind = code & ((1 << _BITS) - 1)
+    sums = np.ascontiguousarray(slots[:, _SUMS:].reshape(-1, MOMENTS, BUCKETS).swapaxes(0, 1))
     buckets = Buckets(
-        row,
+        place // BUCKETS,
         code >> _BITS,
         (kind >> 1) - _LOWEST,
         (kind & 1).astype(np.bool_),
-        np.ascontiguousarray(sums[row, :, place].T),
+        sums.reshape(MOMENTS, -1).take(place, axis=1),
     )
+    # Beyond the last code nothing may stand.
+    held = np.bincount(buckets.row, np.count_nonzero(buckets.sums, axis=0), minlength=good.size)
+    good &= np.count_nonzero(slots[:, _SUMS:], axis=1) == held
     limits = slots[:, _COARSER : _NEARER + 1]
     good &= ((limits >= 0.0) & (limits <= _MOST_LIMITED) & (limits == np.floor(limits))).all(axis=1)
     coarser, nearer = np.where(good[:, np.newaxis], limits, 0.0).astype(np.int64).T
