@@ -667,9 +667,12 @@ def test_a_drain_that_clashes_changes_nothing() -> None:
     lengths = DeviceAccumulator({"len": "distribution"}).update("len", np.float32([1, 2]))
     aggregator = MetricsAggregator()
     aggregator.record("len", 9.0, "distribution")
-    with pytest.raises(ValueError, match=r"most recent values here.*dist_window_size=None"):
-        aggregator.drain(lengths)
-    assert aggregator.get_metrics_for_logging("t")["t/len_stat_count"] == 1
+    # It was refused; now it is part of the interval, as values of it are that are no longer recent.
+    aggregator.drain(lengths)
+    snapshot = aggregator.reduce()
+    assert snapshot.as_dict("t", "interval")["t/len_stat_count"] == 3
+    assert snapshot.as_dict("t", "interval")["t/len_stat_min"] == 1.0
+    assert snapshot.as_dict("t")["t/len_stat_count"] == 1
     unbounded = MetricsAggregator(None)
     unbounded.record("len", 9.0, "distribution")
     unbounded.drain(lengths)

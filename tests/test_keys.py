@@ -71,7 +71,9 @@ class World:
             blobs.append(encoded([table.entry(key) for key in sorted(unknown)]))
         agreed = agree(self.schema, self.claims, blobs)
         for rank, table in enumerate(self.tables):
-            table.adopt(agreed, [lost.key for lost in agreed.lost if rank in lost.ranks])
+            table.adopt(
+                agreed, {lost.key: lost.beside for lost in agreed.lost if rank in lost.ranks}
+            )
         self.schema = agreed.schema
         return agreed
 

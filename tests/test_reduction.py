@@ -330,6 +330,8 @@ def test_conflicting_types_are_an_error_once_and_do_not_wedge_the_run() -> None:
     assert "rank 2 held metric 'len_stat_p50' of dataset 'd'" in seen["first"]
     assert seen["second"] == "ok"
     assert seen["logged"]["t_d/x"] == 6.0
+    # What rank 1 held was dropped.
+    assert seen["logged"]["t_d/x[mean]"] == 3.0
     assert seen["logged"]["t_d/fine"] == 2.0
     assert seen["logged"]["t_d/len_stat_count"] == 2.0
     assert "is already registered with aggregation type sum" in seen["local"]
@@ -361,7 +363,8 @@ def test_ranks_with_different_handlers_come_to_the_same_schema() -> None:
     assert first.startswith("ValueError: rank 1 held metric 'len' as 'distribution', but")
     assert second == "ok"
     assert third.startswith("ValueError: rank 1 held metric 'act' as 'rms', but")
-    assert fourth == "ok"
+    # What rank 1 held was dropped; now it goes on, and needs its handler as any other metric does.
+    assert "'act[rms]' has the aggregation type 'rms', for which no handler is registered" in fourth
 
 
 def derived_on_one_rank(rank: int) -> list[Any]:
@@ -399,7 +402,8 @@ def test_a_conflict_that_arises_during_a_reduction_is_raised_by_the_next_on_all_
     assert results[0] == results[1]
     assert "rank 1 held metric 'x' as 'mean', but it is already registered" in results[0][0]
     assert results[0][1] == "ok"
-    assert results[0][2] == {"t/fine": 4.0, "t/x": 2.0}
+    # What rank 1 held was dropped.
+    assert results[0][2] == {"t/fine": 4.0, "t/x": 2.0, "t/x[mean]": 5.0}
 
 
 def bad_steps(rank: int) -> list[str]:

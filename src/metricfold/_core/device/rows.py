@@ -472,11 +472,11 @@ class Drained:
     def __init__(self, accumulator: Accumulator) -> None:
         self._layout = accumulator.layout
         self._read = accumulator.start_read()
-        self._dropped: set[Key] = set()
+        self._names: dict[Key, Key | None] = {}
 
-    def drop(self, key: Key) -> None:
-        """Leave `key` out."""
-        self._dropped.add(key)
+    def rename(self, key: Key, name: Key | None) -> None:
+        """Let what it holds of `key` go by another name; None: leave it out."""
+        self._names[key] = name
 
     def arrive(self) -> list[tuple[Key, State]]:
         """Wait, and return the state of each key; warns of values that were left out."""
@@ -485,6 +485,5 @@ class Drained:
             return []
         for complaint in self._layout.complaints(arrays.refused):
             _logger.warning("%s", complaint)
-        return [
-            (key, state) for key, state in self._layout.states(arrays) if key not in self._dropped
-        ]
+        named = ((self._names.get(key, key), state) for key, state in self._layout.states(arrays))
+        return [(key, state) for key, state in named if key is not None]

@@ -117,6 +117,10 @@ class Pending:
         self.value = value
         self.weight = weight
 
+    def renamed(self, key: Key) -> Pending:
+        """Return the same of another key."""
+        return Pending(key, self.agg_type, self.value, self.weight)
+
     def ready(self) -> bool:
         """Return whether it can be read without a wait."""
         return arrays.ready(self.value) and arrays.ready(self.weight)

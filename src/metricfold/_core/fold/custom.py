@@ -95,6 +95,13 @@ class _States:
         for metric in kept:
             self.take(handler, key, metric)
 
+    def rename(self, key: Key) -> None:
+        """Say everywhere that these are of `key`."""
+        self.since = [metric._replace(dataset_name=key[0], name=key[1]) for metric in self.since]
+        for state in (*self.of("run"), *self.of("interval"), *self.older):
+            if state is not None:
+                state.dataset_name, state.metric_name = key
+
     def closed(self) -> _States:
         """Return these states with nothing in the interval."""
         closed = _States(self.agg_type, run=self.run, inherited_run=self.inherited_run)
@@ -185,8 +192,17 @@ class CustomStates:
                 known = {*map(id, inherited)}
                 inherited[:0] = [state for state in older if id(state) not in known]
 
-    def drop(self, key: Key) -> None:
-        self._states.pop(key, None)
+    def rename(self, key: Key, name: Key | None) -> None:
+        """Let the states of `key` go by another name; None: drop them."""
+        states = self._states.pop(key, None)
+        if states is None or name is None:
+            return
+        states.rename(name)
+        if name not in self._states:
+            self._states[name] = states
+        else:
+            for view in _VIEWS:
+                self.inherit(view, {name: states.of(view)})
 
     def results(
         self,

@@ -105,10 +105,10 @@ class Held:
         self.newest_mark = AggregatorMark(name, self.keys, self.inbox.cuts)
         return self.newest_mark
 
-    def forget(self, key: Key) -> int:
-        """Drop what has accumulated of `key`; returns how many values that were."""
+    def rename(self, key: Key, name: Key | None) -> None:
+        """Let what has come of `key` go by another name, for the ranks hold it otherwise; None: drop it."""
         self.timers.drop(key)
-        return self.inbox.drop(key)
+        self.inbox.rename(key, name)
 
     def begin_anew(self, restored: Restored | None) -> None:
         """Replace everything by what a checkpoint held, or by nothing."""

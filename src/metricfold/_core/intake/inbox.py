@@ -467,7 +467,7 @@ class Inbox:
             self._clear()
         self._folding += 1
         try:
-            for key in queued:
+            for key in queued & self._slots.keys():
                 self._slots[key].wait()
             deque(map(list.append, targets, items), maxlen=0)  # a loop that Python does not run
             for shape in self._shapes.values():
@@ -562,19 +562,20 @@ class Inbox:
         self._log.clear()
         self.cuts += 1
 
-    def drop(self, key: Key) -> int:
-        """Forget `key`; returns how many values it had."""
+    def rename(self, key: Key, name: Key | None) -> None:
+        """Let what there is of `key` go by another name; None: forget it."""
         self._fold()
-        self.custom.drop(key)
         slot = self._slots.pop(key, None)
         if slot is not None:
             for spelled in slot.spellings():
                 self._spelled.pop(spelled, None)
                 self._numbers.pop(spelled, None)
             self._shapes.clear()
-        count = sum(layer.count(key) for layer in self._stage.layers)
-        self._restage(lambda stage: stage.without(key))
-        return count
+        self._restage(lambda stage: stage.renamed(key, name, self._keys.records))
+        self.custom.rename(key, name)
+        if key in self._behind:
+            self._behind.remove(key)
+            self._behind |= set() if name is None else {name}
 
 
 def _never_read(late: Sequence[Pending], accumulators: int) -> str:

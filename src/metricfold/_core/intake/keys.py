@@ -245,16 +245,11 @@ class KeyTable:
                     f"{show(key)} was folded on a device, which knows the built-in handlers only, "
                     f"but this aggregator has another handler for {type_label(agg_type)!r}: {INSTEAD}"
                 )
-            if handler.laned().is_bounded:
-                if key not in admission.new:
-                    raise ValueError(
-                        f"{show(key)} holds its most recent values here, and a device sends a "
-                        "histogram of all: give one of them another name, or make the aggregator "
-                        "with dist_window_size=None"
-                    )
-                handler = handler.laned().unbounded()
+            # What a device has folded holds no single values. Where recent ones are known already, it
+            # is part of the interval, as those of it are that are no longer recent.
             if key in admission.new:
-                new[key] = (agg_type, handler)
+                bounded = handler.laned().is_bounded
+                new[key] = (agg_type, handler.laned().unbounded() if bounded else handler)
         return Admission((), (), new, admission.claims)
 
     def commit_drained(self, admission: Admission) -> None:
@@ -320,16 +315,19 @@ class KeyTable:
         """Return the keys that have a trait; in a loop that Python does not run."""
         return {*compress(self.records, map(trait, self.records.values()))}
 
-    def adopt(self, agreed: Agreed, losers: Iterable[Key]) -> str:
+    def adopt(self, agreed: Agreed, losers: Mapping[Key, Key | None]) -> str:
         """Take over what the ranks have agreed on; returns what this rank cannot do with it.
 
         Args:
             agreed: the keys, and which of them are new.
-            losers: keys that this rank brought, and that the others hold otherwise.
+            losers: keys that this rank brought, and that the others hold otherwise, with the key
+                under which what it holds goes on, if there is one.
         """
-        losers = list(losers)
-        for key in losers:
-            del self.records[key]
+        for key, name in losers.items():
+            own = self.records.pop(key)
+            if name is not None:
+                own.conflicting = False
+                self.records.setdefault(name, own)
         changed = agreed.changed
         if losers or not self._claim_new(agreed):
             changed = list(agreed.schema)
@@ -462,18 +460,18 @@ class KeyRegistry:
     Args:
         keys: the aggregator's table.
         lock: guards it.
-        forget: drops what the aggregator holds of a key; returns how many values that were.
+        rename: lets what the aggregator holds of a key go by another name; None: drops it.
     """
 
     def __init__(
         self,
         keys: KeyTable,
         lock: AbstractContextManager[Any],
-        forget: Callable[[Key], int],
+        rename: Callable[[Key, Key | None], None],
     ) -> None:
         self._keys = keys
         self._lock = lock
-        self._forget = forget
+        self._rename = rename
         self.entry = keys.entry
 
     def handler(self, key: Key) -> AggregationHandler:
@@ -485,17 +483,18 @@ class KeyRegistry:
     def odd(self) -> set[Key]:
         return self._keys.conflicting()
 
-    def adopt(self, agreed: Agreed, losers: Mapping[Key, int]) -> str:
+    def adopt(self, agreed: Agreed, losers: Mapping[Key, Key | None]) -> str:
         with self._lock:
-            for key, count in losers.items():
-                values = count + self._forget(key)
-                _logger.warning(
-                    "dropped %s of %s: the other ranks hold that name otherwise",
-                    # A handler without lanes keeps no count.
-                    f"{values} values" if values else "what came in",
-                    show(key),
-                )
-            return self._keys.adopt(agreed, losers)
+            trouble = self._keys.adopt(agreed, losers)
+            for key, name in losers.items():
+                self._rename(key, name)
+                if name is None:
+                    _logger.warning(
+                        "dropped what came in of %s: the other ranks hold that name otherwise, and "
+                        "the one that it would go on under, too",
+                        show(key),
+                    )
+            return trouble
 
 
 def _suffixes(handler: AggregationHandler) -> tuple[str, ...]:

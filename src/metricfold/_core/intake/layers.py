@@ -131,21 +131,24 @@ class Layer:
             drained=self.drained[accumulators:],
         )
 
-    def without(self, key: Key) -> Layer:
-        """Return the same without `key`."""
+    def renamed(self, key: Key, name: Key | None, records: Records) -> Layer:
+        """Return the same with what there is of `key` under another name; None: without it."""
         for drained in self.drained:
-            drained.drop(key)
-        return replace(
+            drained.rename(key, name)
+        rest = replace(
             self,
             states={known: state for known, state in self.states.items() if known != key},
             pending=[one for one in self.pending if one.key != key],
             custom=[one for one in self.custom if one.key != key],
         )
-
-    def count(self, key: Key) -> int:
-        """Return how many values of `key` are here, in states or pending."""
-        pending = sum(one.count for one in self.pending if one.key == key)
-        return pending + (int(self.states[key].sums[0]) if key in self.states else 0)
+        if name is None:
+            return rest
+        own = Layer(
+            {name: self.states[key]} if key in self.states else {},
+            [one.renamed(name) for one in self.pending if one.key == key],
+            [one.renamed(name) for one in self.custom if one.key == key],
+        )
+        return rest.followed_by(own, records)
 
 
 def joined(layers: Sequence[Layer], records: Records) -> Layer:
@@ -203,9 +206,15 @@ class Stage:
             mark = replace(mark, layers=mark.layers + 1)
         return Stage((layer, *self.layers), mark)
 
-    def without(self, key: Key) -> Stage:
-        """Return the stage without `key`."""
-        return Stage([layer.without(key) for layer in self.layers], self.mark)
+    def renamed(self, key: Key, name: Key | None, records: Records) -> Stage:
+        """Return the stage with what there is of `key` under another name; None: without it."""
+        mark = self.mark
+        if mark is not None and key in mark.values:
+            values = {known: n for known, n in mark.values.items() if known != key}
+            if name is not None:
+                values[name] = mark.values[key]
+            mark = replace(mark, values=values)
+        return Stage([layer.renamed(key, name, records) for layer in self.layers], mark)
 
 
 # -- From devices to the host ----------------------------------------------------------------------

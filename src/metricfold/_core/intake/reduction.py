@@ -100,7 +100,7 @@ class Reduction:
             errors = dict.fromkeys([mine.error, *self._settled()])
             mine.error = "; ".join(filter(None, errors))
             mine.states = dict(self.layer.states) if self.layer is not None else {}
-            registry = KeyRegistry(held.keys, held.lock, self._forget)
+            registry = KeyRegistry(held.keys, held.lock, self._rename)
             with communicator.interrupts_deferred():
                 assert held.run.exchange is not None
                 reduced = held.run.reducer.reduce(held.run.exchange, mine, registry)
@@ -143,12 +143,18 @@ class Reduction:
         self.layer = replace(layer, errors=())
         return layer.errors
 
-    def _forget(self, key: Key) -> int:
-        """Drop what has been cut off of `key`, and what has come since; returns how much that is."""
+    def _rename(self, key: Key, name: Key | None) -> None:
+        """Let what has been cut off of `key`, and what has come since, go by another name."""
+        records = self._held.keys.records
         if self.layer is not None:
-            self.layer = self.layer.without(key)
-        self.closed = {known: states for known, states in self.closed.items() if known != key}
-        return self._held.forget(key)
+            self.layer = self.layer.renamed(key, name, records)
+        self._held.rename(key, name)
+        closed = {known: states for known, states in self.closed.items() if known != key}
+        if name is not None and key in self.closed:
+            closed[name] = self.closed[key]
+            for state in closed[name]:
+                state.dataset_name, state.metric_name = name
+        self.closed = closed
 
 
 def _checked_step(step: object) -> tuple[int | None, str]:

@@ -64,12 +64,13 @@ class Registry(Protocol):
         """Return the keys that this rank holds otherwise than the ranks have agreed."""
         ...
 
-    def adopt(self, agreed: Agreed, losers: Mapping[Key, int]) -> str:
+    def adopt(self, agreed: Agreed, losers: Mapping[Key, Key | None]) -> str:
         """Take over what the ranks have agreed on; returns what this rank cannot do with it.
 
         Args:
             agreed: the keys, and which of them are new.
-            losers: keys that this rank must forget, and how many values of each have gone.
+            losers: keys that the others hold otherwise than this rank, with the key under which
+                what it holds goes on; None: it is dropped.
         """
         ...
 
@@ -177,14 +178,22 @@ class Lost:
         key: which it is.
         ranks: who brought it.
         reason: how they hold it, and the others.
+        beside: the key under which what they hold goes on, beside the one that was agreed on first;
+            None: that one, too, is held otherwise.
     """
 
     key: Key
     ranks: list[int]
     reason: str
+    beside: Key | None
 
     def __str__(self) -> str:
-        return f"{name_ranks(self.ranks)} held {self.reason}; what they held of it is dropped"
+        if self.beside is None:
+            return f"{name_ranks(self.ranks)} held {self.reason}; what they held of it is dropped"
+        return (
+            f"{name_ranks(self.ranks)} held {self.reason}; what they held goes on as "
+            f"{self.beside[1]!r}, and the next value of that type is refused there"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,11 +261,29 @@ def agree(
         for entry in entries:
             reason = _join(schema, changed, claims, entry, free)
             if reason:
-                one = lost.setdefault((entry.key, entry.type), Lost(entry.key, [], reason))
+                one = lost.get((entry.key, entry.type))
+                if one is None:
+                    beside = _join_beside(schema, changed, claims, entry)
+                    one = lost[entry.key, entry.type] = Lost(entry.key, [], reason, beside)
+                elif one.beside is not None:
+                    _join(schema, changed, claims, entry._replace(key=one.beside), set())
                 one.ranks.extend(ranks)
     return Agreed(
         schema, schema.grown(changed.values()), list(changed.values()), list(lost.values())
     )
+
+
+def _join_beside(
+    schema: Schema, changed: dict[Key, Entry], claims: Claims, entry: Entry
+) -> Key | None:
+    """Add `entry` under the name of its kind; returns what key that is, or None if it cannot be.
+
+    The first kind that was agreed on has the name itself. So the schema has their order, too, and
+    with it a checkpoint.
+    """
+    dataset, name = entry.key
+    beside = (dataset, f"{name}[{entry.type}]")
+    return None if _join(schema, changed, claims, entry._replace(key=beside), set()) else beside
 
 
 def _claim(claims: Claims, entries: Iterable[Entry]) -> bool:

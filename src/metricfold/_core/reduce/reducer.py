@@ -417,12 +417,10 @@ class Reducer:
             for entry in agreed.overflowed(self.run.schema):
                 _warn_of_categories(entry)
         self.schema = agreed.schema
-        losers = {}
+        losers: dict[Key, Key | None] = {}
         for lost in agreed.lost:
             if exchange.rank in lost.ranks:
-                state = mine.states.pop(lost.key, None)
-                losers[lost.key] = 0 if state is None else int(state.sums[COUNT])
-                mine.windows.pop(lost.key, None)
+                losers[lost.key] = lost.beside
         try:
             mine.error = registry.adopt(agreed, losers)
         except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
