@@ -118,16 +118,11 @@ def entry_of(name: str) -> Entry:
     handler = HANDLERS[name]
     return Entry(
         KEY,
-        name,
-        handler.sum_width,
-        handler.max_width,
-        distributed=handler.has_sample,
-        bounded=handler.is_bounded,
+        handler.kind_of(name),
         capacity=64 * handler.has_sample,
         condensed=handler.has_sample,
         categories=("a", "b", "c") if handler.has_counts else (),
         most=handler.most_categories,
-        latest=handler.is_last,
     )
 
 
