@@ -70,9 +70,6 @@ class ConsoleSink(SelectiveSink):
     def __repr__(self) -> str:
         return "ConsoleSink()"
 
-    def flush(self) -> None:
-        """Do nothing: `write` holds nothing back."""
-
     def close(self) -> None:
         """Leave the last tables where they are and give the terminal back."""
         if self._live is not None:

@@ -11,12 +11,15 @@ import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
+from metricfold.sinks.loud import mention
+from metricfold.sinks.selection import SelectiveSink
+
 try:
     import fcntl
 except ImportError:  # not POSIX
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["AppendFile"]
+__all__ = ["AppendFile", "FileSink"]
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 """What file systems without locks answer, such as some of networks."""
@@ -33,6 +36,7 @@ class AppendFile:
         path: the file; it and the folders above it are made when missing.
 
     Attributes:
+        path: where it was opened.
         identity: the device and inode of the open file.
         guard: to be held by one who does several things that belong together, for a file that is
             shared.
@@ -40,7 +44,7 @@ class AppendFile:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
+        self.path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self.identity = _identity(os.fstat(self._descriptor))
         self._locked = False
@@ -102,7 +106,7 @@ class AppendFile:
         """
         try:
             # Both are asked: the server may have forgotten the open one.
-            return _identity(self._path.stat()) == _identity(os.fstat(self._descriptor))
+            return _identity(self.path.stat()) == _identity(os.fstat(self._descriptor))
         except OSError:
             return False
 
@@ -114,7 +118,7 @@ class AppendFile:
                 errno.EWOULDBLOCK,
                 "another process writes to this file, and two would cut each other's lines: give "
                 "each one its own, or end the other",
-                str(self._path),
+                str(self.path),
             ) from None
 
     def write(self, piece: bytes) -> int:
@@ -146,7 +150,7 @@ class AppendFile:
 
         A symbolic link stays one.
         """
-        target = Path(os.path.realpath(self._path))
+        target = Path(os.path.realpath(self.path))
         beside = target.with_name(f"{target.name}.rewinding")
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
         new = os.open(beside, flags, 0o600)
@@ -186,6 +190,28 @@ class AppendFile:
                 with contextlib.suppress(OSError):
                     fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
+
+
+class FileSink(SelectiveSink):
+    """A sink that writes to one file at a time, and holds nothing back."""
+
+    _file: AppendFile | None = None
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _current(self) -> AppendFile | None:
+        """Return the file that is open, unless its path names another one by now."""
+        if self._file is not None and not self._file.current():
+            mention(
+                f"{self._file.path} has been moved or removed while {self!r} was writing to it, or its server "
+                "was away: a new one is begun"
+            )
+            self.close()
+        return self._file
 
 
 _shared: weakref.WeakSet[AppendFile] = weakref.WeakSet()

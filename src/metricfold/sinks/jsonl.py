@@ -27,15 +27,14 @@ import numpy.typing as npt
 
 from metricfold._core.sketch import Histogram
 from metricfold.metric import check_name
-from metricfold.sinks.files import AppendFile
+from metricfold.sinks.files import AppendFile, FileSink
 from metricfold.sinks.loud import mention
 from metricfold.sinks.record import Record
-from metricfold.sinks.selection import SelectiveSink
 
 __all__ = ["JSONLSink", "read_jsonl"]
 
 
-class JSONLSink(SelectiveSink):
+class JSONLSink(FileSink):
     """Appends each record to a file as one line of JSON.
 
     A line is in the file, whole, as soon as it is written: a process that is killed loses none.
@@ -60,20 +59,10 @@ class JSONLSink(SelectiveSink):
     ) -> None:
         super().__init__(select=select, key_format=key_format)
         self.path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
-        self._file: AppendFile | None = None
         self._end = 0  # where the file ended when this sink last saw it
 
     def __repr__(self) -> str:
         return f"JSONLSink({str(self.path)!r})"
-
-    def flush(self) -> None:
-        """Do nothing: `write` holds nothing back."""
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def rewind(self, step: int) -> None:
         """Cut the lines of the steps after `step` out of the file."""
@@ -104,13 +93,8 @@ class JSONLSink(SelectiveSink):
             self._end = file.size
 
     def _opened(self) -> AppendFile:
-        if self._file is not None and not self._file.current():
-            mention(
-                f"{self.path} has been moved or removed while {self!r} was writing to it, or its "
-                "server was away: it is opened anew"
-            )
-            self.close()
-        if self._file is None:
+        file = self._current()
+        if file is None:
             file = AppendFile.shared(self.path)
             try:
                 self._check_ours(file)
@@ -118,7 +102,6 @@ class JSONLSink(SelectiveSink):
                 file.close()
                 raise
             self._file, self._end = file, -1
-        file = self._file
         with file.guard:
             if file.size != self._end and file.regular:  # somebody has cut it, or written to it
                 _mend_last_line(file)

@@ -83,9 +83,8 @@ class SelectiveSink(ABC):
     def _write(self, record: Record) -> None:
         """Write `record`, which holds selected keys under their names in this backend."""
 
-    @abstractmethod
-    def flush(self) -> None:
-        """Bring what was written to where it survives the process."""
+    def flush(self) -> None:  # noqa: B027 - most need no more than that
+        """Bring what was written to where it survives the process; nothing if `_write` has done so."""
 
     @abstractmethod
     def close(self) -> None:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metricfold.sinks.buckets import coarsened
-from metricfold.sinks.files import AppendFile
-from metricfold.sinks.loud import mention
+from metricfold.sinks.files import AppendFile, FileSink
 from metricfold.sinks.record import Record
-from metricfold.sinks.selection import SelectiveSink, require
+from metricfold.sinks.selection import require
 
 if TYPE_CHECKING:
     from metricfold._core.sketch import Histogram
@@ -27,7 +26,7 @@ __all__ = ["TensorBoardSink"]
 _MAX_BUCKETS = 512
 
 
-class TensorBoardSink(SelectiveSink):
+class TensorBoardSink(FileSink):
     """Writes scalars and histograms to an event file that ``tensorboard --logdir`` shows.
 
     Args:
@@ -56,19 +55,9 @@ class TensorBoardSink(SelectiveSink):
             )
         require("tensorboard", sink="TensorBoardSink", extra="tensorboard")
         self.logdir = Path(os.path.abspath(logdir))  # noqa: PTH100 - resolve() would follow links
-        self._file: AppendFile | None = None
 
     def __repr__(self) -> str:
         return f"TensorBoardSink({str(self.logdir)!r})"
-
-    def flush(self) -> None:
-        """Do nothing: `write` holds nothing back."""
-
-    def close(self) -> None:
-        """Close the event file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def rewind(self, step: int) -> None:
         """Start a new event file that tells TensorBoard to drop all steps after `step`."""
@@ -100,15 +89,8 @@ class TensorBoardSink(SelectiveSink):
     def _append(self, event: Any) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: PLC0415
 
-        if self._file is not None and not self._file.current():
-            mention(
-                f"an event file in {self.logdir} has been moved or removed while {self!r} was "
-                "writing to it: a new one is begun"
-            )
-            self.close()
-        if self._file is None:
-            self._file = self._new_file()
-        RecordWriter(self._file).write(event.SerializeToString())
+        file = self._file = self._current() or self._new_file()
+        RecordWriter(file).write(event.SerializeToString())
 
     def _new_file(self) -> AppendFile:
         from tensorboard.compat.proto import event_pb2  # noqa: PLC0415

@@ -96,9 +96,6 @@ class WandbSink(SelectiveSink):
     def __repr__(self) -> str:
         return f"WandbSink(run={self.run.id!r})" if self.run is not None else "WandbSink()"
 
-    def flush(self) -> None:
-        """Do nothing: W&B's own process has every row as soon as it is written."""
-
     def close(self) -> None:
         """Finish the run if this sink started it."""
         if self._owned:
