@@ -34,6 +34,8 @@ _CHUNK = 8192
 _LEAST_WITHIN_REACH = 4
 _MANY_STRAYS = 8192
 """Values without a bucket that are worth new buckets before somebody asks."""
+_AT_ONCE = 4096
+"""So many of them at once: what is computed of them stays in memory that is not given back each time."""
 
 
 @internal("contents", "fingerprint", "of", "settle")
@@ -180,13 +182,15 @@ class LogLinearHistogram:
                 order = np.argsort(values, kind="stable")
                 values, weights = values[order], weights[order]
             finest = int(self._held.finest[0])
-            self._join(Buckets.of_values(values.view(np.int64), weights, finest))
+            for begin in range(0, values.size, _AT_ONCE):
+                part = slice(begin, begin + _AT_ONCE)
+                weighing = None if weights is None else weights[part]
+                some = Buckets.of_values(values[part].view(np.int64), weighing, finest)
+                self._join(some.joined())
 
     def _join(self, other: Buckets) -> None:
         held = self._held
-        buckets, reach = united(
-            held.buckets, other.ordered(), held.finest, held.reach, self._max_buckets
-        )
+        buckets, reach = united(held.buckets, other, held.finest, held.reach, self._max_buckets)
         self._hold(replace(held, buckets=buckets, reach=reach))
 
     def _hold(self, contents: Contents) -> None:
@@ -271,7 +275,7 @@ class LogLinearHistogram:
         totals[Total.NAN] = nan_count
         totals[Total.POSITIVE_INFINITY] = posinf_count
         totals[Total.NEGATIVE_INFINITY] = neginf_count
-        histogram._join(Buckets.signed(index, sums, m))
+        histogram._join(Buckets.signed(index, sums, m).ordered())
         return histogram
 
     @classmethod
