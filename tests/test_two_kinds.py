@@ -65,11 +65,11 @@ def test_of_two_types_the_first_rank_has_the_name_and_the_other_prints_beside_it
 
 VALUES: dict[str, tuple[str, Any, dict[str, float]]] = {
     "mean": ("mean", 4.0, {"t/x[mean]": 4.0}),
-    "distribution": ("distribution", 4.0, {"t/x[distribution]_stat_max": 4.0}),
-    "categorical_count": ("categorical_count", "a", {"t/x[categorical_count]_count_a": 1.0}),
-    "without lanes": ("state", 4.0, {"t/x[state]": 4.0}),
+    "distribution": ("distribution", 4.0, {"t/x[distribution/recent]_stat_max": 4.0}),
+    "categorical_count": ("categorical_count", "a", {"t/x[counts]_count_a": 1.0}),
+    "without lanes": ("state", 4.0, {"t/x[state/0+0]": 4.0}),
     "on a device": ("mean", torch.tensor(4.0), {"t/x[mean]": 4.0}),
-    "on a device, without lanes": ("state", torch.tensor(4.0), {"t/x[state]": 4.0}),
+    "on a device, without lanes": ("state", torch.tensor(4.0), {"t/x[state/0+0]": 4.0}),
 }
 
 
@@ -128,7 +128,12 @@ def test_what_a_mark_lies_above_can_still_be_rolled_back_under_the_other_name() 
         aggregator.rollback(mark)
         return aggregator.get_metrics_for_logging("t")
 
-    assert run_threads(marked, 2)[0] == {"t/x": 1.0, "t/x[max]": 1.0, "t/y": 1.0, "t/y[state]": 1.0}
+    assert run_threads(marked, 2)[0] == {
+        "t/x": 1.0,
+        "t/x[max]": 1.0,
+        "t/y": 1.0,
+        "t/y[state/0+0]": 1.0,
+    }
 
 
 def test_three_types_of_one_key_are_three_entries() -> None:
@@ -185,3 +190,36 @@ def test_names_that_clash_between_ranks_are_both_kept() -> None:
         3.0,
         1.0,
     )
+
+
+@pytest.mark.parametrize("host_first", [True, False])
+@pytest.mark.parametrize("together", [True, False])
+def test_a_distribution_of_a_device_joins_that_of_the_host(
+    host_first: bool, together: bool
+) -> None:
+    """Whichever came first; it was refused on one rank, and dropped between two."""
+
+    def both(communicator: Communicator) -> list[Any]:
+        aggregator = new(communicator)
+        on_host = (communicator.rank == 0) == host_first
+        for rank in (0,) if together else (0, 1):  # whose turn it is
+            if (together or communicator.rank == rank) and on_host:
+                aggregator.record("len", 3.0, "distribution")
+            elif together or communicator.rank == rank:
+                accumulator = DeviceAccumulator({"len": "distribution"})
+                for value in (1.0, 2.0):
+                    accumulator.update("len", torch.tensor(value))
+                aggregator.drain(accumulator)
+            aggregator.state_dict()
+        snapshot = aggregator.reduce()
+        logged = snapshot.as_dict("t", "interval")
+        # And each goes on as it began.
+        aggregator.record("len", 4.0, "distribution")
+        run = aggregator.reduce().as_dict("t", "run")
+        return [logged["t/len_stat_count"], logged["t/len_stat_min"], run["t/len_stat_count"]]
+
+    first, second = run_threads(both, 2)
+    assert first == second
+    assert first[:2] == [3.0, 1.0]
+    # Recent values alone, or all.
+    assert first[2] == (1.0 + 2.0 if host_first else 3.0 + 2.0)

@@ -336,6 +336,13 @@ class KeyTable:
             if entry.key not in self.records:
                 self._take_over(entry)
             known = self.records.get(entry.key)
+            if known is not None and self.entry(entry.key).joins_on_devices(entry):
+                handler = self.handlers[known.agg_type].laned()
+                self._learn(
+                    entry.key, known.agg_type, handler if entry.bounded else handler.unbounded()
+                )
+                known, before = self.records[entry.key], known
+                known.per_rank, known.drained = before.per_rank, not entry.bounded
             if known is not None:
                 known.conflicting = known.conflicting or entry.kind != known.usual.kind
                 known.admitted = frozenset(entry.categories) if entry.full else None
@@ -485,7 +492,13 @@ class KeyRegistry:
 
     def adopt(self, agreed: Agreed, losers: Mapping[Key, Key | None]) -> str:
         with self._lock:
+            before = self._keys.by_key()
             trouble = self._keys.adopt(agreed, losers)
+            after = self._keys.records
+            for entry in agreed.changed:
+                key = entry.key
+                if key in before and key not in losers and after[key].handler is not before[key]:
+                    self._rename(key, key)  # what comes is to be folded by the other handler
             for key, name in losers.items():
                 self._rename(key, name)
                 if name is None:

@@ -261,10 +261,10 @@ def agree(
         for entry in entries:
             reason = _join(schema, changed, claims, entry, free)
             if reason:
-                one = lost.get((entry.key, entry.type))
+                one = lost.get((entry.key, entry.kind))
                 if one is None:
                     beside = _join_beside(schema, changed, claims, entry)
-                    one = lost[entry.key, entry.type] = Lost(entry.key, [], reason, beside)
+                    one = lost[entry.key, entry.kind] = Lost(entry.key, [], reason, beside)
                 elif one.beside is not None:
                     _join(schema, changed, claims, entry._replace(key=one.beside), set())
                 one.ranks.extend(ranks)
@@ -282,7 +282,7 @@ def _join_beside(
     with it a checkpoint.
     """
     dataset, name = entry.key
-    beside = (dataset, f"{name}[{entry.type}]")
+    beside = (dataset, f"{name}[{entry.kind}]")
     return None if _join(schema, changed, claims, entry._replace(key=beside), set()) else beside
 
 
@@ -313,6 +313,9 @@ def _join(
     """
     known = changed.get(entry.key) or schema.entries.get(entry.key)
     if known is not None:
+        if known.joins_on_devices(entry):
+            # Whichever was first says what the view of the run is about.
+            entry = entry._replace(kind=known.kind, drained=known.drained or not known.bounded)
         if known.kind == entry.kind:
             changed[entry.key] = known.joined(entry)
             return ""

@@ -133,6 +133,14 @@ class Entry(NamedTuple):
         )
         return joined.with_categories(other.categories)
 
+    def joins_on_devices(self, other: Entry) -> bool:
+        """Return whether both are one DISTRIBUTION, of recent values here and of devices there."""
+        return (
+            (self.drained or other.drained)
+            and self.bounded != other.bounded
+            and parts_of(self.kind)._replace(sample="") == parts_of(other.kind)._replace(sample="")
+        )
+
     def united(self, other: Entry) -> Entry:
         """Return this entry with room for all that `other` holds, however many categories.
 
