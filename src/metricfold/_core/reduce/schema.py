@@ -10,16 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 from json.encoder import encode_basestring_ascii
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from metricfold._core.fold.kinds import parts_of
+from metricfold._core.fold.kinds import Parts, parts_of
 from metricfold._core.fold.names import Key
 from metricfold._core.fold.sample import Window
 from metricfold._core.fold.state import COUNT, NANS, OTHER, State
@@ -29,7 +29,6 @@ __all__ = [
     "Key",
     "Schema",
     "digest",
-    "places",
 ]
 
 
@@ -256,12 +255,12 @@ class Schema:
     @cached_property
     def sums(self) -> dict[Key, slice]:
         """Places of each key's SUM lanes."""
-        return places(self, lambda entry: entry.sum_width)[0]
+        return _slices(self.entries, self._sum_ends)
 
     @cached_property
     def maxs(self) -> dict[Key, slice]:
         """Places of each key's MAX lanes."""
-        return places(self, lambda entry: entry.maxs)[0]
+        return _slices(self.entries, self._max_ends)
 
     @cached_property
     def sum_width(self) -> int:
@@ -274,16 +273,35 @@ class Schema:
     @cached_property
     def _sum_ends(self) -> IndexArray:
         """Where the SUM lanes of each key begin, and where the last ones end."""
-        return _ends(entry.sum_width for entry in self)
+        return _ends(
+            parts.sums + len(entry.categories)
+            for entry, parts in zip(self, self._parts, strict=True)
+        )
 
     @cached_property
     def _max_ends(self) -> IndexArray:
-        return _ends(entry.maxs for entry in self)
+        return _ends(parts.maxs for parts in self._parts)
 
     @cached_property
     def starts(self) -> tuple[list[int], list[int]]:
         """Where the SUM and the MAX lanes of each key begin, in the order of the keys."""
         return self._sum_ends[:-1].tolist(), self._max_ends[:-1].tolist()
+
+    @cached_property
+    def _parts(self) -> list[Parts]:
+        return [parts_of(entry.kind) for entry in self]
+
+    @cached_property
+    def laned(self) -> list[Key]:
+        """The keys whose handlers have lanes."""
+        pairs = zip(self.entries, self._parts, strict=True)
+        return [key for key, parts in pairs if parts.sums]
+
+    @cached_property
+    def counts(self) -> IndexArray:
+        """Where the count of values stands of each key with lanes."""
+        places: IndexArray = self._sum_ends[:-1][np.diff(self._sum_ends) > 0] + COUNT
+        return places
 
     @cached_property
     def _positions(self) -> dict[Key, int]:
@@ -292,12 +310,13 @@ class Schema:
     @cached_property
     def counting(self) -> IndexArray:
         """Places of the SUM lanes that hold whole numbers: of values, of NaN, of each category."""
-        found: list[int] = []
-        for start, entry in zip(self.starts[0], self, strict=True):
-            if not entry.custom:
-                categories = range(start + entry.sums, start + entry.sum_width)
-                found += (start + COUNT, start + NANS, *categories)
-        return np.array(found, dtype=np.intp)
+        categories = [
+            range(start + parts.sums, start + parts.sums + len(entry.categories))
+            for start, entry, parts in zip(self.starts[0], self, self._parts, strict=True)
+            if entry.categories
+        ]
+        named = np.fromiter(chain.from_iterable(categories), dtype=np.intp)
+        return np.concatenate((self.counts, self.counts + (NANS - COUNT), named))
 
     @cached_property
     def max_counts(self) -> IndexArray:
@@ -307,17 +326,17 @@ class Schema:
     @cached_property
     def latest(self) -> BoolArray:
         """Which MAX lanes hold the newest value, shape (max_width,)."""
-        latest = np.array([entry.latest for entry in self], dtype=np.bool_)
+        latest = np.array([parts.last for parts in self._parts], dtype=np.bool_)
         return np.repeat(latest, np.diff(self._max_ends))
 
     @cached_property
     def has_custom(self) -> bool:
         """Whether a key's handler has no lanes, so that its results travel as bytes."""
-        return any(entry.custom for entry in self)
+        return len(self.laned) < len(self.entries)
 
     @cached_property
     def distributions(self) -> list[Entry]:
-        return [entry for entry in self if entry.distributed]
+        return [e for e, parts in zip(self, self._parts, strict=True) if parts.sample]
 
     @cached_property
     def per_rank(self) -> Schema:
@@ -407,15 +426,8 @@ IndexArray = npt.NDArray[np.intp]
 BoolArray = npt.NDArray[np.bool_]
 
 
-def places(
-    entries: Iterable[Entry], width: Callable[[Entry], int], start: int = 0
-) -> tuple[dict[Key, slice], int]:
-    """Return where each entry's part of a vector is, one after the other, and where they end."""
-    found: dict[Key, slice] = {}
-    for entry in entries:
-        found[entry.key] = slice(start, start + width(entry))
-        start = found[entry.key].stop
-    return found, start
+def _slices(keys: Iterable[Key], ends: IndexArray) -> dict[Key, slice]:
+    return {key: slice(*both) for key, both in zip(keys, pairwise(ends.tolist()), strict=True)}
 
 
 def _ends(widths: Iterable[int]) -> IndexArray:

@@ -25,7 +25,7 @@ from metricfold._core import sketch as sketches  # what is in it loads when it i
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.sample import MOST_SAVED, FloatArray, Pool, Window
 from metricfold._core.reduce.header import uncounted
-from metricfold._core.reduce.schema import Entry, Schema, places
+from metricfold._core.reduce.schema import Entry, Schema
 from metricfold._core.sketch.weights import weighable
 
 __all__ = ["Pools", "Recent", "Values", "Windows"]
@@ -100,7 +100,11 @@ class Windows(Values):
 
     def __init__(self, schema: Schema) -> None:
         self._entries = schema.entries
-        self._places, self.width = places(schema.distributions, _window_width)
+        self._places: dict[Key, slice] = {}
+        self.width = 0
+        for entry in schema.distributions:
+            end = self.width + _window_width(entry)
+            self._places[entry.key], self.width = slice(self.width, end), end
 
     def pack(self, vector: FloatArray, windows: Mapping[Key, Window]) -> None:
         for key, window in windows.items():

@@ -94,10 +94,8 @@ class Wire:
 
     def __init__(self, schema: Schema, world_size: int, *, joining: bool) -> None:
         self.schema, self.world_size = schema, world_size
-        self._keys = [entry.key for entry in schema if not entry.custom]
-        self._counts = np.array([schema.sums[key].start + COUNT for key in self._keys], np.intp)
-        self._owning = [entry.key for entry in schema if entry.maxs]
-        self._nans = np.array([schema.sums[key].start + NANS for key in self._owning], np.intp)
+        self._keys = schema.laned if joining else []
+        self._owning = [entry.key for entry in schema if entry.maxs] if joining else []
         self._own = schema.per_rank if joining else Schema()
         self._own_lanes = schema.lanes_from(self._own)
         each = self._own.sum_width + self._own.max_width
@@ -111,9 +109,9 @@ class Wire:
         present = len(self._keys) * self._words
         widths = (
             head,
-            len(self._owning) * joining,
+            len(self._owning),
             schema.sum_width,
-            present * joining,
+            present,
             world_size * each,
             3 * schema.max_width,
             self.values.width,
@@ -164,8 +162,9 @@ class Wire:
     def _pack_own(
         self, vector: FloatArray, sums: FloatArray, maxs: FloatArray, outgoing: Outgoing, rank: int
     ) -> None:
-        present = (sums[self._counts] > 0) | _among(self._keys, outgoing.present)
-        with_nan = (sums[self._nans] > 0) | _among(self._owning, outgoing.with_nan)
+        present = (sums[self.schema.counts] > 0) | _among(self._keys, outgoing.present)
+        nans = np.unique(self.schema.max_counts) + (NANS - COUNT)
+        with_nan = (sums[nans] > 0) | _among(self._owning, outgoing.with_nan)
         vector[self._with_nan][with_nan] = -rank
         word, bit = divmod(rank, _BITS) if self._bits else (0, 0)
         vector[self._present].reshape(-1, self._words)[:, word] = present * 2.0**bit
