@@ -26,6 +26,7 @@ from metricfold import (
     SumAggHandler,
 )
 from metricfold._core.fold.builtin import built_in_handlers
+from metricfold._core.fold.state import ReducedStates
 from metricfold._core.fold.statistics import percentile_name
 from metricfold.communicator import Communicator
 from metricfold.metric import type_label
@@ -282,3 +283,31 @@ def test_percentiles_may_be_any_numbers(percentiles: Any) -> None:
 def test_a_percentile_outside_0_to_100_is_refused(percentiles: list[float]) -> None:
     with pytest.raises(ValueError, match=r"percentiles=.*: each must lie in 0\.\.100"):
         MetricsAggregator(percentiles=percentiles)
+
+
+class GeometricMean(LaneHandler):
+    """As whoever adds an aggregation writes it: of one key at a time."""
+
+    sum_lanes = ("logs",)
+
+    def sums_of(self, values: Any, weights: Any) -> tuple[float, ...]:
+        return (float(np.log(values).sum()),)
+
+    def result(self, lanes: Any) -> float:
+        return math.exp(lanes["logs"] / (lanes["count"] - lanes["nans"])) if lanes["logs"] else 1.0
+
+
+def test_a_handler_that_knows_one_key_at_a_time_finalises_many() -> None:
+    """It was given the lanes of all keys at once, of which `if` cannot be asked."""
+    handler = GeometricMean(on_nan="skip")
+    folded = [
+        handler.fold(np.array(values), None)
+        for values in ([2.0, 8.0], [], [math.nan], [3.0, math.nan])
+    ]
+    seconds = np.ones(len(folded))
+    many = ReducedStates(
+        np.array([state.sums for state in folded]), np.empty((len(folded), 0)), seconds
+    )
+    values, there = handler.finalize_all(many)
+    assert there.tolist() == [[True, False], [False, False], [False, True], [True, True]]
+    assert values[there].tolist() == pytest.approx([4.0, 1.0, 3.0, 1.0])

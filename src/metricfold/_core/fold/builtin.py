@@ -86,6 +86,9 @@ class SumAggHandler(LaneHandler):
     def result(self, lanes: Mapping[str, float]) -> float:
         return lanes["sum"]
 
+    def results(self, lanes: Mapping[str, Any]) -> FloatArray:
+        return np.asarray(lanes["sum"])
+
 
 class RateAggHandler(SumAggHandler):
     """Total of the values per second of wall time, by the slowest rank's clock.
@@ -163,6 +166,9 @@ class MaxAggHandler(LaneHandler):
     def result(self, lanes: Mapping[str, float]) -> float:
         return lanes["max"]
 
+    def results(self, lanes: Mapping[str, Any]) -> FloatArray:
+        return np.asarray(lanes["max"])
+
 
 class MinAggHandler(LaneHandler):
     """Smallest value, kept as the MAX of the negative."""
@@ -181,6 +187,9 @@ class MinAggHandler(LaneHandler):
 
     def result(self, lanes: Mapping[str, float]) -> float:
         return -lanes["negative_min"]
+
+    def results(self, lanes: Mapping[str, Any]) -> FloatArray:
+        return np.asarray(-lanes["negative_min"])
 
 
 class LastAggHandler(LaneHandler):
@@ -203,6 +212,9 @@ class LastAggHandler(LaneHandler):
 
     def result(self, lanes: Mapping[str, float]) -> float:
         return lanes["last"]
+
+    def results(self, lanes: Mapping[str, Any]) -> FloatArray:
+        return np.asarray(lanes["last"])
 
 
 class DistributionAggHandler(LaneHandler):

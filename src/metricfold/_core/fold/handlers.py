@@ -296,8 +296,14 @@ class LaneHandler(AggregationHandler):
         return np.stack([values, nans], axis=1), np.stack([there, (nans > 0) & ~spoilt], axis=1)
 
     def results(self, lanes: Mapping[str, Any]) -> FloatArray:
-        """Return what `result` does of several keys, each lane in an array of shape (k,)."""
-        return np.asarray(self.result(lanes))
+        """Return what `result` does of several keys, each lane in an array of shape (k,).
+
+        It is computed key by key unless a subclass does better; NaN stands where there is no value.
+        """
+        found = np.full(len(lanes["count"]), math.nan)
+        for place in np.flatnonzero(lanes["count"] > lanes["nans"]).tolist():
+            found[place] = self.result({name: float(lane[place]) for name, lane in lanes.items()})
+        return found
 
     def _finalized(self, state: ReducedState) -> dict[str, float]:
         """Return what `finalize_all` says of one."""
