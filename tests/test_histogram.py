@@ -678,6 +678,49 @@ def test_the_part_at_or_below_a_few_values_is_exact():
         histogram.cdf(math.nan)
 
 
+# -- What other sketches were reported for ---------------------------------------------------------
+
+TDIGEST_4 = [3.249696, 8.566236, 10.157393, 12.757881, 12.882931, 38.585662, 48.822837]
+TDIGEST_4 += [55.881150, 60.400374, 69.476553, 77.267742, 83.499431, 86.896817, 91.439196]
+REPORTED = {
+    "DataDog/sketches-js#22: negative values were lost by merge": ([-1.0] * 1000, [-3.0] * 1000),
+    "DataDog/sketches-js#18: zeros were lost by merge": ([0.0] * 9, [0.0, 1.0]),
+    "mheffner/rust-sketches-ddsketch#16: extremes of negatives": ([-5.0, -1.0], [-10.0, -2.0]),
+    "tdunning/t-digest#114: merged into an empty one": (
+        [],
+        [1.0, *[2.0] * 6, *[3.0] * 4, 4, 5, 6, 7],
+    ),
+    "tvondra/tdigest#4: p93 was above p97": (TDIGEST_4[::2], TDIGEST_4[1::2]),
+    "DataDog/saluki#2654: counts lost far from the others": ([1.0] * 50, [1e300, 1e-300, 5e-324]),
+    "tdunning/t-digest#94: the median depended on the order": (
+        RNG.normal(size=50),
+        RNG.pareto(1, 50),
+    ),
+}
+
+
+@pytest.mark.parametrize("report", REPORTED)
+def test_merges_that_other_sketches_were_reported_for_are_those_of_the_values(report):
+    parts = [np.array(part, dtype=np.float64) for part in REPORTED[report]]
+    values = np.concatenate(parts)
+    for order in (parts, parts[::-1]):
+        whole = merged([histogram_of(part, max_buckets=512) for part in order])
+        assert_same(whole, histogram_of(values, max_buckets=512))
+        assert (whole.count, whole.min, whole.max) == (values.size, values.min(), values.max())
+        found = whole.quantile(PERCENTILES)
+        assert (np.diff(found) >= 0).all()
+        assert rank_error(values, PERCENTILES, found) <= 1 / values.size
+
+
+def test_counts_beyond_2_to_the_31_are_counts():
+    """tdunning/t-digest#93: frequencies of billions overflowed."""
+    histogram = histogram_of([1.0, 2.0, 3.0], [3e9, 1e9, 5e9])
+    for _ in range(5):
+        histogram.merge(histogram)
+    assert histogram.quantile([0.1, 0.4, 0.9]).tolist() == [1.0, 2.0, 3.0]
+    assert histogram.cdf(1.5) == 3 / 9
+
+
 # -- The checkpoint ------------------------------------------------------------------------------
 
 
