@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -123,42 +122,28 @@ class State:
         """Take in what `other` holds; its values are the newer ones.
 
         Associative, with the empty state as its identity, and commutative but for what depends on
-        the order in which values and categories came. It has to be: the same values reach a result as states of
-        data workers, of pieces of an interval, of ranks, which no two routes join in the same
-        order, and of the runs before a restart.
+        the order in which values and categories came. It has to be: the same values reach a result
+        as states of data workers, of pieces of an interval, of ranks, which no two routes join in
+        the same order, and of the runs before a restart.
         """
-        self.sums = _added(self.sums, other.sums)
-        if self.maxs and not self.latest:
-            self.maxs = tuple(map(_larger, self.maxs, other.maxs))
-        if self.ordered:
-            self._take_parts((other,))
+        self.merge_all((other,))
 
     def merge_all(self, others: Sequence[State]) -> None:
         """Merge several, in order."""
-        if len(others) < 3:
-            for other in others:
-                self.merge(other)
-            return
-        self.sums = tuple(map(sum, zip(self.sums, *[other.sums for other in others], strict=True)))
-        if self.maxs and not self.latest:
-            lanes = zip(self.maxs, *[other.maxs for other in others], strict=True)
-            self.maxs = tuple(reduce(_larger, lane) for lane in lanes)
-        if self.ordered:
-            self._take_parts(others)
-
-    def _take_parts(self, others: Sequence[State]) -> None:
-        samples = [other.sample for other in others if other.sample is not None]
-        if samples:
-            assert self.sample is not None
-            self.sample.follow_with(samples)
-        counts = self.counts
         for other in others:
-            if other.latest and other.any_number:
-                self.maxs = other.maxs
-            if other.counts is not None:
-                assert counts is not None
-                for category, count in other.counts.items():
-                    counts[category] = counts.get(category, 0) + count
+            self.sums = tuple(map(add, self.sums, other.sums))
+            if self.latest:
+                self.maxs = other.maxs if other.latest and other.any_number else self.maxs
+            elif self.maxs:
+                self.maxs = tuple(map(_larger, self.maxs, other.maxs))
+            self._count(other.counts or {})
+        if self.sample is not None:
+            self.sample.follow_with([one.sample for one in others if one.sample is not None])
+
+    def _count(self, more: Counts) -> None:
+        for category, count in more.items():
+            assert self.counts is not None
+            self.counts[category] = self.counts.get(category, 0) + count
 
     def copy(self) -> State:
         sample = None if self.sample is None else self.sample.copy()
@@ -178,8 +163,9 @@ class State:
             self.maxs = tuple(next(filter(None, reversed(parts)), self.maxs))
         elif self.sample is not None:
             self.sample.follow_with([Sample.of(parts)])
-        elif self.counts is not None:
-            self._take_parts([State((), counts=part) for part in parts])
+        else:
+            for part in parts:
+                self._count(part)
 
     def window(self) -> Window | None:
         """Return the values that are kept as they are and those before them, if any are kept."""
@@ -204,19 +190,6 @@ class State:
         rest = sum(self.counts.values()) - sum(counts.values())
         counts[OTHER] = counts.get(OTHER, 0) + rest
         self.counts = counts
-
-
-def _added(one: Lanes, other: Lanes) -> Lanes:
-    # What most states have is written out: it takes a third of the time.
-    if len(one) == 3:
-        a, b, c = one
-        d, e, f = other
-        return a + d, b + e, c + f
-    if len(one) == 5:
-        a, b, c, g, h = one
-        d, e, f, i, j = other
-        return a + d, b + e, c + f, g + i, h + j
-    return tuple(map(add, one, other))
 
 
 def _larger(one: float, other: float) -> float:
