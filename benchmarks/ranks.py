@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
+import socket
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -25,7 +28,7 @@ from typing import Any
 
 from metricfold.communicator.threads import thread_world
 
-__all__ = ["RankError", "collected", "preload", "run_ranks", "run_threads"]
+__all__ = ["RankError", "collected", "free_port", "preload", "run_ranks", "run_threads"]
 
 _context = multiprocessing.get_context("forkserver")
 _preloaded = ["torch", "torch.distributed", "metricfold"]
@@ -36,6 +39,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 class RankError(AssertionError):
     """A rank raised, died or hung; the message holds its traceback."""
+
+
+def free_port() -> int:
+    """Return a port on which nobody listens.
+
+    It is not one of those that the system chooses: until a program listens there, another could get it.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def preload(*modules: str) -> None:
@@ -50,8 +65,8 @@ def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 60.0,
-    group_timeout: float = 30.0,
+    timeout: float = 150.0,
+    group_timeout: float = 60.0,
     dies: tuple[int, ...] = (),
 ) -> list[Any]:
     """Return what ``function(rank, *args)`` returned on each rank.
@@ -155,7 +170,7 @@ def _run_rank(
 
 
 def run_threads(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 150.0
 ) -> list[Any]:
     """Return what ``function(communicator, *args)`` returned on each of `world_size` threads.
 

@@ -60,7 +60,7 @@ def _begin(rank: int, devices: int) -> tuple[()]:
 
 
 def run_devices(
-    function: Callable[..., Any], devices: int, /, *args: Any, timeout: float = 90.0, **kwargs: Any
+    function: Callable[..., Any], devices: int, /, *args: Any, timeout: float = 150.0, **kwargs: Any
 ) -> Any:
     """Return what ``function(*args, **kwargs)`` returned where JAX has so many devices.
 

@@ -18,7 +18,6 @@ import importlib
 import inspect
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 import warnings
@@ -28,7 +27,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
-from benchmarks.ranks import collected
+from benchmarks.ranks import collected, free_port
 
 _context = multiprocessing.get_context("spawn")
 
@@ -57,8 +56,7 @@ class World:
     @classmethod
     def connected(cls, size: int) -> World:
         """Return processes that a coordinator connects."""
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        port = free_port()
         return cls(size, _connected, size, port)
 
     def run(
@@ -125,7 +123,7 @@ def run_processes(
     function: Callable[..., Any],
     size: int,
     *args: Any,
-    timeout: float = 60.0,
+    timeout: float = 150.0,
     dies: tuple[int, ...] = (),
 ) -> list[Any]:
     """Return what ``function(rank, *args)`` returned on each process.

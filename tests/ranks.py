@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from benchmarks import ranks
-from benchmarks.ranks import RankError, preload, run_threads
+from benchmarks.ranks import RankError, free_port, preload, run_threads
 
-__all__ = ["RankError", "preload", "run_ranks", "run_threads"]
+__all__ = ["RankError", "free_port", "preload", "run_ranks", "run_threads"]
 
 
 def run_ranks(

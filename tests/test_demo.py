@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import socket
 import sys
 from contextlib import redirect_stdout
 from functools import partial
@@ -17,7 +16,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from ranks import preload
+from ranks import free_port, preload
 
 import metricfold.demo.run
 from metricfold import read_jsonl
@@ -36,8 +35,7 @@ SMALL = {"width": 16, "depth": 1, "heads": 2}
 
 def start_forked(module, arguments, *, ranks, logs, environment):
     """Run ranks as the demo does, but forked from a server that has loaded what they import."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
+    port = str(free_port())
     variables = {
         **environment,
         "WORLD_SIZE": str(ranks),

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import free_port, run_ranks
 
 from metricfold import MetricsAggregator, MissingRanksError
 from metricfold.communicator.store import StoreClient, StoreGoneError
@@ -195,8 +195,7 @@ def host_stops(rank: int, port: int, *, first: bool) -> Any:
 
 @pytest.mark.parametrize("first", [False, True])
 def test_where_the_host_of_the_store_is_stopped_nobody_is_named_but_the_store(first: bool) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     text, missing = run_ranks(_host_stops_first if first else _host_stops_later, 2, port)[1]
     # It waited for the store's own timeout, here 60 s, or for ever.
     assert f"the store at 127.0.0.1:{port}" in text

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from benchmarks.ranks import free_port
 
 from campaign.forks import Outcome, after, side_by_side
 from campaign.table import Options, Table, Trial, main
@@ -116,8 +117,7 @@ def life(name: str, trial: Trial) -> Iterator[Outcome]:
     world_size = chance.choice([2, 2, 3])
     what = name.removeprefix("process ")
     faulty = chance.randrange(1, world_size) if "without" not in what else -1
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     route = chance.choice(["gather", "tree"])
     fault = [route, what, faulty, chance.randrange(1, STEPS - 1), 0.02 * chance.random()]
     with tempfile.TemporaryDirectory() as folder:
