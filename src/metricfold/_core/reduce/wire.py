@@ -107,6 +107,9 @@ class Wire:
         self._bits = words == 1 or 10 * len(self._keys) * words <= rest
         self._words = words if self._bits else 1
         present = len(self._keys) * self._words
+        last = world_size - _BITS * np.arange(self._words)
+        most = 2.0 ** np.minimum(last, _BITS) - 1 if self._bits else np.array([float(world_size)])
+        self._most_present = np.tile(most, len(self._keys))
         widths = (
             head,
             len(self._owning),
@@ -248,9 +251,7 @@ class Wire:
             bad |= ~(nobody | somebody).all(axis=1)
         if self._joining:
             present = rows[:, self._present]
-            bad |= uncounted(present).any(axis=1) | (present >= 2.0**_BITS).any(axis=1)
-            if not self._bits:
-                bad |= (present > end - first).any(axis=1)
+            bad |= (uncounted(present) | (present > self._most_present)).any(axis=1)
             with_nan = -rows[:, self._with_nan]
             nobody = with_nan == np.inf
             bad |= uncounted(np.where(nobody, 0.0, with_nan)).any(axis=1)
