@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
+from metricfold._core.fold.names import printed
 from metricfold._core.view.tables import Origin, Table, Warn
 
 __all__ = ["Derived", "DerivedMetric", "add_derived", "check_derived_window"]
@@ -73,11 +74,12 @@ def add_derived(
             if metric.window is None and table is not source:
                 results, _ = _apply(name, metric.function, groups[id(table)], _be_silent)
                 of = table
-            totals = {key[0] for key, one in of.origins.items() if one is Origin.TOTAL}
+            totals = {of.keys[text][0] for text, one in of.origins.items() if one is Origin.TOTAL}
             for dataset, value in results.items():
                 origin = Origin.TOTAL if dataset in totals else Origin.RECORDED
                 table.put((dataset, name), value, origin, warn)
-                groups[id(table)].setdefault(dataset, {})[name] = table.values[dataset, name]
+                shown = table.values[printed((dataset, name))]
+                groups[id(table)].setdefault(dataset, {})[name] = shown
 
 
 def _apply(

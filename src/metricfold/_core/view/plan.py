@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from metricfold._core.fold.builtin import folds_as
 from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
+from metricfold._core.fold.names import printed
 from metricfold._core.fold.sample import FloatArray, Pool
 from metricfold._core.fold.state import COUNT, ReducedState, ReducedStates
 from metricfold._core.reduce.schema import IndexArray, Key, Schema
@@ -75,6 +76,7 @@ class Plan:
         lanes: where the SUM and the MAX lanes of each stand.
         widths: how many these are, shape (2, k).
         names: what is printed of all, in their order: the dataset, and what follows the slash.
+        texts: the same as it is printed after the prefix.
         starts: where those of each key begin, and where the last ones end.
     """
 
@@ -99,6 +101,7 @@ class Plan:
                 columns = handler.columns(entry.categories)
                 self.names += [(dataset, name + suffix) for suffix in columns]
             self.starts.append(len(self.names))
+        self.texts = [printed(key) for key in self.names]
         self._blocks = [self._block(places) for places in alike.values()]
 
     def _block(self, places: list[int]) -> _Block:
@@ -171,10 +174,13 @@ class Found(NamedTuple):
 
     def table(self) -> Table:
         """Return all of them."""
-        values = dict(compress(zip(self.plan.names, self.values, strict=True), self.there))
+        texts, names = self.plan.texts, self.plan.names
+        values = dict(compress(zip(texts, self.values, strict=True), self.there))
+        table = Table(values, dict(zip(texts, names, strict=True)))
         for place in self.apart:
-            values.update(self.results(place))
-        return Table(values)
+            for key, value in self.results(place).items():
+                table.keys[printed(key)], table.values[printed(key)] = key, value
+        return table
 
     def results(self, place: int) -> dict[Key, float]:
         """Return what one key prints."""

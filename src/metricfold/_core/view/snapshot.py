@@ -115,7 +115,7 @@ class Snapshot:
         if window != "run":
             self._warn_if_empty()
         shown = self._report.table(window, rollup=rollup, macro=macro)
-        return shown.printed(prefix, self._report.warn_once)
+        return {prefix + text: value for text, value in shown.values.items()}
 
     def value(
         self,

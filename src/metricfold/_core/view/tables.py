@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
-from operator import itemgetter
 from typing import Literal, TypeAlias
 
 from metricfold._core.fold.names import Key, printed
@@ -43,63 +42,43 @@ _SAID = {
 
 @dataclass(slots=True)
 class Table:
-    """The values of all metrics, by dataset and what is printed after the slash.
+    """The values of all metrics, by what is printed after the prefix.
 
     What is of all datasets together stands where what was recorded without one does.
 
     Args:
-        values: all of them.
+        values: all of them, such as of ``_alpaca/loss``.
+        keys: the dataset and the name of each.
         origins: of those that were not recorded.
     """
 
-    values: dict[Key, float]
-    origins: dict[Key, Origin] = field(default_factory=dict)
+    values: dict[str, float]
+    keys: dict[str, Key]
+    origins: dict[str, Origin] = field(default_factory=dict)
 
     def put(self, key: Key, value: float, origin: Origin, warn: Warn) -> None:
-        """Add a value, unless what has that name already stays; `warn` says what is left out."""
-        known = self.origins.get(key, Origin.RECORDED) if key in self.values else None
+        """Add a value, unless what prints that text already stays; `warn` says what is left out."""
+        text = printed(key)
+        known = self.origins.get(text, Origin.RECORDED) if text in self.values else None
         if known is not None:
-            _say(warn, printed(key), min(known, origin), max(known, origin))
+            stays, left_out = min(known, origin), max(known, origin)
+            warn(
+                f"printed {text}",
+                f"{_SAID[stays]} and {_SAID[left_out]} would both print '{{prefix}}{text}': the first "
+                "is shown and the other left out; give one of them another name",
+            )
         if known is None or origin < known:
-            self.values[key] = value
-            self.origins[key] = origin
+            self.values[text] = value
+            self.keys[text] = key
+            self.origins[text] = origin
 
     def groups(self) -> dict[str, dict[str, float]]:
         """Return the values of each dataset."""
         found: dict[str, dict[str, float]] = {}
-        for (dataset, name), value in self.values.items():
+        for text, value in self.values.items():
+            dataset, name = self.keys[text]
             found.setdefault(dataset, {})[name] = value
         return found
-
-    def printed(self, prefix: str, warn: Warn) -> dict[str, float]:
-        """Return the values by what they print, dataset by dataset."""
-        heads = {one: prefix + printed((one, "")) for one in {key[0] for key in self.values}}
-        if self.origins:
-            ordered = {key: self.values[key] for key in sorted(self.values, key=itemgetter(0))}
-        else:
-            ordered = self.values  # in the order of the keys
-        values = {heads[dataset] + name: value for (dataset, name), value in ordered.items()}
-        if len(values) < len(ordered):
-            # Such as dataset 'a' with 'b/c', and dataset 'a/b' with 'c'.
-            stays: dict[str, Key] = {}
-            for key in ordered:
-                text = printed(key)
-                origin = self.origins.get(key, Origin.RECORDED)
-                if text in stays:
-                    known = self.origins.get(stays[text], Origin.RECORDED)
-                    _say(warn, text, min(known, origin), max(known, origin))
-                if text not in stays or origin < known:
-                    stays[text] = key
-            values.update((prefix + text, ordered[key]) for text, key in stays.items())
-        return values
-
-
-def _say(warn: Warn, key: str, stays: Origin, left_out: Origin) -> None:
-    warn(
-        f"printed {key}",
-        f"{_SAID[stays]} and {_SAID[left_out]} would both print '{{prefix}}{key}': the first is "
-        "shown and the other left out; give one of them another name",
-    )
 
 
 def levels_of(dataset: str) -> Iterator[str]:
