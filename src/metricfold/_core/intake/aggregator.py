@@ -390,7 +390,7 @@ class MetricsAggregator:
             self._link.check()
             admission = held.keys.admit_drained(accumulator.layout.keys())
             drained, empty = Drained(accumulator), accumulator.empty()
-            held.keys.commit_drained(admission)
+            held.keys.commit(admission)
             held.clock.begin()
             if self._link.dead is None:
                 held.inbox.take_accumulator(drained)

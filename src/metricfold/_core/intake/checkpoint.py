@@ -133,7 +133,7 @@ class Restored:
         ]
         admission = keys.check_saved(saved.run.schema.entries.values(), labels)
         handlers = keys.by_key()
-        handlers.update((key, handler) for key, (_, handler) in admission.new.items())
+        handlers.update((key, known.handler) for key, known in admission.new.items())
         custom = {
             view: [_revived(state, handlers, keys) for state in states]
             for view, states in saved.custom.items()

@@ -40,11 +40,8 @@ class Admission(NamedTuple):
 
     lanes: Sequence[Column]
     custom: Sequence[tuple[Column, AggregationHandler]]
-    new: Mapping[Key, tuple[TypeLike, AggregationHandler]]
+    new: dict[Key, KeyRecord]
     claims: Claimed | None
-
-
-_NOTHING_NEW: Mapping[Key, tuple[TypeLike, AggregationHandler]] = {}
 
 
 @dataclass(slots=True)
@@ -134,7 +131,7 @@ class KeyTable:
         if isinstance(agg_type, str):  # which a member of a StrEnum is, too
             self._of_label.setdefault(str.__str__(agg_type), agg_type)
         for key in self._unhandled.pop(label, ()):
-            self._learn(key, agg_type, handler)
+            self.records[key] = self._record(agg_type, handler)
 
     def by_label(self) -> dict[str, AggregationHandler]:
         """Return the handler of each type, by the type's label."""
@@ -143,10 +140,6 @@ class KeyTable:
     def type_of_label(self, label: str) -> TypeLike:
         """Return the registered type of that label; raises KeyError if there is none."""
         return self._of_label[label]
-
-    def type_of(self, key: Key) -> TypeLike:
-        """Return the type of a known key, as it was registered."""
-        return self.records[key].agg_type
 
     def by_key(self) -> dict[Key, AggregationHandler]:
         """Return the handler of each key."""
@@ -194,14 +187,12 @@ class KeyTable:
         custom = []
         for column in columns:
             if column.state is None and not column.weightless:
-                known = records.get(column.key)
-                agg_type, handler = (
-                    new[column.key] if known is None else (known.agg_type, known.handler)
-                )
+                known = records.get(column.key) or new[column.key]
+                agg_type = known.agg_type
                 if column.agg_type is not agg_type:  # and equal
                     column.agg_type = agg_type
                     column.metrics = [one._replace(agg_type=agg_type) for one in column.metrics]
-                custom.append((column, handler))
+                custom.append((column, known.handler))
         lanes = [column for column in columns if column.state is not None]
         return Admission(lanes, custom, new, claims)
 
@@ -217,51 +208,36 @@ class KeyTable:
 
     def _learnable(
         self, unknown: Sequence[tuple[Key, TypeLike]]
-    ) -> tuple[Mapping[Key, tuple[TypeLike, AggregationHandler]], Claimed | None]:
+    ) -> tuple[dict[Key, KeyRecord], Claimed | None]:
         """Return what there is to learn about unknown keys; raises ValueError on a clash."""
         if not unknown:
-            return _NOTHING_NEW, None
-        new: dict[Key, tuple[TypeLike, AggregationHandler]] = {}
+            return {}, None
+        new: dict[Key, KeyRecord] = {}
         for key, agg_type in unknown:
             if key in new:
-                check_same_type(key, new[key][0], agg_type)
+                check_same_type(key, new[key].agg_type, agg_type)
             else:
                 handler = self._handler_for(key, agg_type)
-                new[key] = (self._registered[agg_type], handler)
-        claimed = self._claims.check(
-            [(key, _suffixes(handler)) for key, (_, handler) in new.items()]
-        )
-        return new, claimed
+                new[key] = self._record(self._registered[agg_type], handler)
+        claims = [(key, known.usual.suffixes) for key, known in new.items()]
+        return new, self._claims.check(claims)
 
     def admit_drained(self, keys: Iterable[tuple[Key, TypeLike]]) -> Admission:
         """Check keys that a device has folded; changes nothing. Raises ValueError on a clash."""
         keys = list(keys)
         admission = self.admit_keys(keys)
-        new: dict[Key, tuple[TypeLike, AggregationHandler]] = {}
         for key, agg_type in keys:
-            handler = self._handler(key, admission)
-            if folds_as(handler) is not _BUILT_IN[agg_type]:
+            known = self.records.get(key) or admission.new[key]
+            if folds_as(known.handler) is not _BUILT_IN[agg_type]:
                 raise ValueError(
                     f"{show(key)} was folded on a device, which knows the built-in handlers only, "
                     f"but this aggregator has another handler for {type_label(agg_type)!r}: {INSTEAD}"
                 )
-            # What a device has folded holds no single values. Where recent ones are known already, it
-            # is part of the interval, as those of it are that are no longer recent.
+            # Where recent values are known already, what a device has folded is part of the interval, as
+            # those of it are that are no longer recent.
             if key in admission.new:
-                bounded = handler.laned().is_bounded
-                new[key] = (agg_type, handler.laned().unbounded() if bounded else handler)
-        return Admission((), (), new, admission.claims)
-
-    def commit_drained(self, admission: Admission) -> None:
-        """Take over what `admit_drained` found new."""
-        self.commit(admission)
-        for key, (_, handler) in admission.new.items():
-            self.records[key].drained = handler.has_sample
-
-    def _handler(self, key: Key, admission: Admission) -> AggregationHandler:
-        """Return the handler of a key that is known, or new with `admission`."""
-        known = self.records.get(key)
-        return admission.new[key][1] if known is None else known.handler
+                admission.new[key] = self._drained(known)
+        return admission
 
     def _handler_for(self, key: Key, agg_type: TypeLike) -> AggregationHandler:
         handler = self.handlers.get(agg_type)
@@ -280,15 +256,25 @@ class KeyTable:
             return
         # Names that are claimed may be claimed again, if an interrupt comes before their keys are known.
         self._claims.commit(admission.claims)
-        for key, (agg_type, handler) in admission.new.items():
-            self._learn(key, agg_type, handler)
+        self.records.update(admission.new)
 
-    def _learn(self, key: Key, agg_type: TypeLike, handler: AggregationHandler) -> None:
+    def _record(self, agg_type: TypeLike, handler: AggregationHandler) -> KeyRecord:
         known = self._usual.get((id(handler), agg_type))
         if known is None or known[0] is not handler:
             known = handler, _usual_entry(handler, type_label(agg_type))
             self._usual[id(handler), agg_type] = known
-        self.records[key] = KeyRecord(agg_type, handler, known[1])
+        return KeyRecord(agg_type, handler, known[1])
+
+    def _drained(self, known: KeyRecord) -> KeyRecord:
+        """Return the record of a key that devices send: a DISTRIBUTION is then about all values."""
+        if not known.handler.has_sample:
+            return known
+        handler = known.handler.laned()
+        drained = self._record(
+            known.agg_type, handler.unbounded() if handler.is_bounded else handler
+        )
+        drained.drained = True
+        return drained
 
     def derive(self, name: str, metric: DerivedMetric) -> None:
         """Add the derived metric `name`; raises ValueError if that is taken."""
@@ -337,12 +323,11 @@ class KeyTable:
                 self._take_over(entry)
             known = self.records.get(entry.key)
             if known is not None and self.entry(entry.key).joins_on_devices(entry):
-                handler = self.handlers[known.agg_type].laned()
-                self._learn(
-                    entry.key, known.agg_type, handler if entry.bounded else handler.unbounded()
+                per_rank, anew = known.per_rank, self.handlers[known.agg_type]
+                known = (
+                    self._record(known.agg_type, anew) if entry.bounded else self._drained(known)
                 )
-                known, before = self.records[entry.key], known
-                known.per_rank, known.drained = before.per_rank, not entry.bounded
+                known.per_rank, self.records[entry.key] = per_rank, known
             if known is not None:
                 known.conflicting = known.conflicting or entry.kind != known.usual.kind
                 known.admitted = frozenset(entry.categories) if entry.full else None
@@ -377,7 +362,7 @@ class KeyTable:
             known.conflicting, known.admitted = False, None
             if key not in schema:
                 try:
-                    self._claims.add([(key, _suffixes(known.handler))])
+                    self._claims.add([(key, known.usual.suffixes)])
                 except ValueError:
                     known.conflicting = True
         for name in list(self.derived):
@@ -393,13 +378,8 @@ class KeyTable:
         except KeyError:
             self._unhandled.setdefault(entry.type, []).append(entry.key)
             return
-        self._learn(entry.key, agg_type, self._as_agreed(entry, self.handlers[agg_type]))
-        self.records[entry.key].drained = entry.drained
-
-    @staticmethod
-    def _as_agreed(entry: Entry, handler: AggregationHandler) -> AggregationHandler:
-        """Return what handles the values of `entry`: without a bound, if devices send it."""
-        return handler.laned().unbounded() if entry.drained and handler.has_sample else handler
+        known = self._record(agg_type, self.handlers[agg_type])
+        self.records[entry.key] = self._drained(known) if entry.drained else known
 
     def trouble(self) -> str:
         """Return why this rank cannot take part in a reduction, or nothing."""
@@ -426,13 +406,11 @@ class KeyTable:
                 ) from None
             keys.append((key, agg_type))
         admission = self.admit_keys(keys)
-        new = dict(admission.new)
         for entry in entries:
-            if entry.key in new:
-                agg_type, handler = new[entry.key]
-                new[entry.key] = (agg_type, self._as_agreed(entry, handler))
-            handler = self._handler(entry.key, admission._replace(new=new))
-            usual = _usual_entry(handler, entry.type)
+            if entry.drained and entry.key in admission.new:
+                admission.new[entry.key] = self._drained(admission.new[entry.key])
+            known = self.records.get(entry.key) or admission.new[entry.key]
+            handler, usual = known.handler, _usual_entry(known.handler, entry.type)
             if entry.lanes != usual.lanes:
                 raise ValueError(
                     f"the state holds {show(entry.key)} with {entry.lanes}, but {type(handler).__name__} "
@@ -451,7 +429,7 @@ class KeyTable:
                     f"the state holds {show(entry.key)} as what {type(handler).__name__} does not keep: "
                     "register the handler that saved it"
                 )
-        return admission._replace(new=new)
+        return admission
 
     def commit_saved(self, entries: Iterable[Entry], admission: Admission) -> None:
         """Take over what `check_saved` found new."""
@@ -461,6 +439,7 @@ class KeyTable:
                 self.records[entry.key].drained = True
 
 
+@dataclass(frozen=True, slots=True)
 class KeyRegistry:
     """What a reduction, on whatever thread it runs, asks about keys (agreement.Registry).
 
@@ -470,37 +449,33 @@ class KeyRegistry:
         rename: lets what the aggregator holds of a key go by another name; None: drops it.
     """
 
-    def __init__(
-        self,
-        keys: KeyTable,
-        lock: AbstractContextManager[Any],
-        rename: Callable[[Key, Key | None], None],
-    ) -> None:
-        self._keys = keys
-        self._lock = lock
-        self._rename = rename
-        self.entry = keys.entry
+    keys: KeyTable
+    lock: AbstractContextManager[Any]
+    rename: Callable[[Key, Key | None], None]
+
+    def entry(self, key: Key) -> Entry:
+        return self.keys.entry(key)
 
     def handler(self, key: Key) -> AggregationHandler:
-        return self._keys.records[key].handler
+        return self.keys.records[key].handler
 
     def per_rank(self) -> set[Key]:
-        return self._keys.those(_per_rank)
+        return self.keys.those(_per_rank)
 
     def odd(self) -> set[Key]:
-        return self._keys.conflicting()
+        return self.keys.conflicting()
 
     def adopt(self, agreed: Agreed, losers: Mapping[Key, Key | None]) -> str:
-        with self._lock:
-            before = self._keys.by_key()
-            trouble = self._keys.adopt(agreed, losers)
-            after = self._keys.records
+        with self.lock:
+            before = self.keys.by_key()
+            trouble = self.keys.adopt(agreed, losers)
+            after = self.keys.records
             for entry in agreed.changed:
                 key = entry.key
                 if key in before and key not in losers and after[key].handler is not before[key]:
-                    self._rename(key, key)  # what comes is to be folded by the other handler
+                    self.rename(key, key)  # what comes is to be folded by the other handler
             for key, name in losers.items():
-                self._rename(key, name)
+                self.rename(key, name)
                 if name is None:
                     _logger.warning(
                         "dropped what came in of %s: the other ranks hold that name otherwise, and "
@@ -510,12 +485,10 @@ class KeyRegistry:
             return trouble
 
 
-def _suffixes(handler: AggregationHandler) -> tuple[str, ...]:
-    # What a handler without lanes will call its results is known only when it finalises.
-    return handler.laned().suffixes() if handler.has_lanes else ("",)
-
-
 def _usual_entry(handler: AggregationHandler, label: str) -> Entry:
     """Return how keys of a handler travel: an entry without a key."""
-    most = handler.laned().most_categories if handler.has_lanes else 0
-    return Entry(("", ""), handler.kind_of(label), _suffixes(handler), most=most)
+    if not handler.has_lanes:
+        # What it will call its results is known only when it finalises.
+        return Entry(("", ""), handler.kind_of(label))
+    lanes = handler.laned()
+    return Entry(("", ""), lanes.kind_of(label), lanes.suffixes(), most=lanes.most_categories)
