@@ -95,6 +95,7 @@ def run_in(
     make: Callable[[int], World],
     size: int,
     function: Callable[..., Any],
+    /,
     *args: Any,
     dies: tuple[int, ...] = (),
     **options: Any,

@@ -557,9 +557,10 @@ class Inbox:
         self._behind.update(one.key for one in layer.custom)
 
     def clear(self) -> None:
-        """Forget all that has come in."""
+        """Forget all that has come in. What comes first of each key then starts the clock anew."""
         self._stage, self.custom, self._behind = Stage(), CustomStates(), set()
-        self._log.clear()
+        for known in (self._log, self._slots, self._spelled, self._numbers, self._shapes):
+            known.clear()
         self.cuts += 1
 
     def rename(self, key: Key, name: Key | None) -> None:
