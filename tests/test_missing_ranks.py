@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from textwrap import dedent
 from typing import Any
 
@@ -218,6 +219,35 @@ def test_a_rank_that_has_ended_is_said_to_have() -> None:
     text, code = ranks.stdout.splitlines()
     assert "rank 1 has ended" in text
     assert code == "0"
+
+
+def one_stops_as_it_comes(rank: int, at: int) -> Any:
+    from metricfold.communicator import connect
+    from metricfold.communicator.store import StoreClient
+
+    communicator: Any = connect("stops", None, timedelta(seconds=2), 0)
+    if rank == 1:
+        said: list[str] = []
+
+        def stopping(ask: Any) -> Any:
+            def asked(client: Any, key: str, *args: Any, **options: Any) -> Any:
+                if key.startswith(("met", "all")):
+                    if len(said) == at:
+                        time.sleep(6)
+                    said.append(key)
+                return ask(client, key, *args, **options)
+
+            return asked
+
+        StoreClient.set = stopping(StoreClient.set)  # type: ignore[method-assign]
+        StoreClient.add = stopping(StoreClient.add)  # type: ignore[method-assign]
+    return merged(communicator)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_rank_that_stops_as_it_comes_to_the_first_call_is_named(at: int) -> None:
+    """The others waited for ever: it had said that it had come, but was not counted."""
+    assert run_ranks(one_stops_as_it_comes, 2, at)[0] == (1,)
 
 
 def one_does_not_connect(rank: int, why: str) -> Any:

@@ -230,11 +230,12 @@ class TorchCommunicator(Communicator):
         def left() -> float:
             return max(until - time.monotonic(), 0.0) + ANSWER
 
-        self._store.set(f"met/{self.rank}", socket.gethostname(), seconds=left())
         self._roll.raise_if_poisoned(left())
         # One key to look at, whatever the number of ranks: the last one to come sets it.
         if self._store.add("met", 1, seconds=left()) >= self.world_size:
             self._store.set("all met", "here", seconds=left())
+        # Last, so that whoever stops in between is seen not to have come.
+        self._store.set(f"met/{self.rank}", socket.gethostname(), seconds=left())
         warn_at = until - self._seconds + self._roll.patience
         pause, warned = 0.001, False
         while self._store.get("all met", seconds=left()) is None:
