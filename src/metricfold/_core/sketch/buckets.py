@@ -44,7 +44,7 @@ from metricfold._core.sketch.indexing import (
     from_bits,
 )
 
-__all__ = ["COARSEST", "FARTHEST", "MOMENTS", "BoolArray", "Buckets", "united"]
+__all__ = ["COARSEST", "FARTHEST", "MOMENTS", "ROW_BITS", "BoolArray", "Buckets", "united"]
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -59,8 +59,13 @@ _LEAST_SHARE = 16
 
 _SHIFT = FRACTION_BITS - FINEST
 _HALVINGS = np.ldexp(1.0, -np.arange(FINEST + 1))
-_ROW = 40
-"""Bits of a number that tells the buckets of one row apart, and more than `index` needs."""
+
+# The key of a bucket, from the top: the row, the octave and the place in it, m, and whether it is cut.
+_CUT_BITS, _KIND_BITS, ROW_BITS = 1, 6, 40
+_ABOVE = 1 << 27
+"""What makes the places of negative buckets positive."""
+_PLACES = (1 << (ROW_BITS - _KIND_BITS)) - 1
+_LOWEST = 1 - COARSEST
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,33 +73,32 @@ class Buckets:
     """Occupied buckets of any number of sketches, row by row, in ascending order of their values.
 
     Args:
-        row: the sketch that each belongs to, shape (n,).
-        index: of a positive bucket its lower edge, counted in the finest buckets from 0; of a negative
-            one the complement of that. So both ascend with the values, and `index >> 16` is the octave.
-        m: its resolution, the same in all of an octave.
-        cut: whether its octave is coarser than its values came.
+        key: one number for each, which grows with the row and then with the values; shape (n,).
         sums: of 1, u and u²; shape (3, n).
     """
 
-    row: IntArray
-    index: IntArray
-    m: IntArray
-    cut: BoolArray
+    key: IntArray
     sums: FloatArray
 
     @classmethod
     def of(
-        cls, index: IntArray, m: IntArray, sums: FloatArray, cut: BoolArray | None = None
+        cls, index: IntArray, m: IntArray | int, sums: FloatArray, cut: BoolArray | bool = False
     ) -> Buckets:
-        """Return the buckets of one sketch; none of them cut, if nothing is said."""
-        if cut is None:
-            cut = np.zeros(index.size, dtype=np.bool_)
-        return cls(np.zeros(index.size, dtype=np.int64), index, m, cut, sums)
+        """Return the buckets of one sketch.
+
+        Args:
+            index: of a positive bucket its lower edge, counted in the finest buckets from 0; of a
+                negative one the complement of that. So both ascend with the values.
+            m: its resolution, the same in all of an octave.
+            sums: of 1, u and u²; shape (3, n).
+            cut: whether its octave is coarser than its values came.
+        """
+        kind = (m + _LOWEST << _CUT_BITS) + cut
+        return cls((index + _ABOVE << _KIND_BITS) + kind, sums)
 
     @classmethod
     def empty(cls) -> Buckets:
-        none = np.empty(0, dtype=np.int64)
-        return cls.of(none, none, np.empty((MOMENTS, 0)))
+        return cls(np.empty(0, dtype=np.int64), np.empty((MOMENTS, 0)))
 
     @classmethod
     def of_values(cls, bits: IntArray, weights: FloatArray | None, m: int) -> Buckets:
@@ -106,7 +110,7 @@ class Buckets:
         weight = np.ones(u.size) if weights is None else weights
         first = weight * u
         sums = np.stack([weight, first, first * u])
-        return cls.of(edge ^ (bits >> 63), np.full(edge.size, m), sums)
+        return cls.of(edge ^ (bits >> 63), m, sums)
 
     @classmethod
     def signed(
@@ -128,45 +132,54 @@ class Buckets:
         if ((bucket < 0) | (bucket > ((FIELDS << FINEST) - 1) >> (FINEST - m))).any():
             raise ValueError(f"at m={m}, an index is 0 or beyond those of finite floats")
         edge = bucket << (FINEST - m)
-        every = np.full(given.size, m)
-        return cls.of(np.where(given < 0, ~edge, edge), every, array, np.full(given.size, cut))
+        return cls.of(np.where(given < 0, ~edge, edge), m, array, cut)
 
     @classmethod
     def of_all(cls, parts: Sequence[Buckets]) -> Buckets:
         """Return what is in all `parts`, one after the other."""
         if len(parts) == 1:
             return parts[0]
-        return cls(
-            np.concatenate([part.row for part in parts]),
-            np.concatenate([part.index for part in parts]),
-            np.concatenate([part.m for part in parts]),
-            np.concatenate([part.cut for part in parts]),
-            np.concatenate([part.sums for part in parts], axis=1),
-        )
+        keys, sums = [part.key for part in parts], [part.sums for part in parts]
+        return cls(np.concatenate(keys), np.concatenate(sums, axis=1))
 
     def taken(self, places: IntArray) -> Buckets:
-        row, index, m, cut = self.row, self.index, self.m, self.cut
-        return Buckets(
-            row.take(places),
-            index.take(places),
-            m.take(places),
-            cut.take(places),
-            self.sums.take(places, axis=1),
-        )
-
-    def alike(self, other: Buckets) -> bool:
-        """Return whether the same buckets are occupied."""
-        return np.array_equal(self.index, other.index) and np.array_equal(self.m, other.m)
+        return Buckets(self.key.take(places), self.sums.take(places, axis=1))
 
     def ordered(self) -> Buckets:
-        return self.taken(np.argsort((self.row << _ROW) + self.index, kind="stable"))
+        return self.taken(np.argsort(self.key, kind="stable"))
+
+    def moved(self, rows: int | IntArray) -> Buckets:
+        """Return the same in other rows: so many further."""
+        return replace(self, key=self.key + (rows << ROW_BITS))
 
     # -- Where they are
 
     @property
+    def row(self) -> IntArray:
+        """The sketch that each belongs to."""
+        return self.key >> ROW_BITS
+
+    @property
+    def index(self) -> IntArray:
+        """Its place: `index >> 16` is the octave."""
+        return (self.key >> _KIND_BITS & _PLACES) - _ABOVE
+
+    @property
+    def m(self) -> IntArray:
+        """Its resolution."""
+        return (self.key >> _CUT_BITS & (1 << _KIND_BITS - _CUT_BITS) - 1) - _LOWEST
+
+    @property
+    def cut(self) -> BoolArray:
+        """Whether its octave is coarser than its values came."""
+        found: BoolArray = (self.key & 1).astype(np.bool_)
+        return found
+
+    @property
     def edge(self) -> IntArray:
         """The lower edge of the magnitudes, counted in the finest buckets."""
-        return self.index ^ (self.index >> 63)
+        index = self.index
+        return index ^ (index >> 63)
 
     @property
     def origins(self) -> FloatArray:
@@ -176,10 +189,10 @@ class Buckets:
     @property
     def units(self) -> IntArray:
         """The magnitude at u = 1 is 2^unit more."""
-        field = self.edge >> FINEST
+        field, m = self.edge >> FINEST, self.m
         # Subnormal numbers share the lowest exponent. A group of octaves is measured from 0.
-        inside = np.maximum(field, 1) - self.m
-        return np.where(self.m < 0, field + (1 << -np.minimum(self.m, 0)), inside) - BIAS
+        inside = np.maximum(field, 1) - m
+        return np.where(m < 0, field + (1 << -np.minimum(m, 0)), inside) - BIAS
 
     @property
     def bounds(self) -> tuple[FloatArray, FloatArray]:
@@ -191,11 +204,12 @@ class Buckets:
     @property
     def distance(self) -> IntArray:
         """How many octaves each is away from 1: 0 from 1/2 to 2."""
-        return _distance(self.index)
+        exponent = (self.edge >> FINEST) - BIAS
+        return exponent ^ (exponent >> 63)
 
     def octaves(self) -> IntArray:
         """Return the place of the first bucket of each octave."""
-        return _starts((self.row << _ROW) + (self.index >> FINEST))
+        return _starts(self.key >> _KIND_BITS + FINEST)
 
     def faulty(self, finest: IntArray) -> BoolArray:
         """Return which are no bucket of a sketch, or stand where they cannot.
@@ -206,14 +220,11 @@ class Buckets:
         m, edge = self.m, self.edge
         wrong = (m < COARSEST) | (m > finest[self.row]) | (edge >= FIELDS << FINEST)
         wrong |= (edge & ((1 << (FINEST - np.clip(m, COARSEST, FINEST))) - 1)) != 0
-        if m.size < 2:
-            return wrong
-        same = self.row[1:] == self.row[:-1]
-        octave = self.index >> FINEST
-        wrong[1:] |= same & (self.index[1:] <= self.index[:-1])
-        alike = (m[1:] == m[:-1]) & (self.cut[1:] == self.cut[:-1])
-        together = (octave[1:] == octave[:-1]) | (m[1:] < 0) | (m[:-1] < 0)
-        wrong[1:] |= same & together & ~alike
+        place, kind = self.key >> _KIND_BITS, self.key & (1 << _KIND_BITS) - 1
+        octave, row = place >> FINEST, self.key >> ROW_BITS
+        grouped = (m[1:] < 0) | (m[:-1] < 0)
+        together = (octave[1:] == octave[:-1]) | (grouped & (row[1:] == row[:-1]))
+        wrong[1:] |= (place[1:] <= place[:-1]) | (together & (kind[1:] != kind[:-1]))
         return wrong
 
     # -- How they become fewer
@@ -223,26 +234,29 @@ class Buckets:
         coarser = (m < self.m).nonzero()[0]
         if not coarser.size:
             return self
+        if coarser.size == m.size:
+            return self.coarser(m)
         # Mostly, few octaves are cut.
         some = self.taken(coarser).coarser(m[coarser])
-        index, sums = self.index.copy(), self.sums.copy()
-        index[coarser], sums[:, coarser] = some.index, some.sums
-        return replace(self, index=index, m=m, sums=sums)
+        key, sums = self.key.copy(), self.sums.copy()
+        key[coarser], sums[:, coarser] = some.key, some.sums
+        return Buckets(key, sums)
 
     def coarser(self, m: IntArray) -> Buckets:
         """Return the same in coarser buckets, each of them."""
+        index, now = self.index, self.m
         shift = FINEST - m
         below = (np.int64(1) << shift) - 1
-        index = np.where(self.index < 0, self.index | below, self.index & ~below)
-        to = replace(self, index=index, m=m)
+        place = np.where(index < 0, index | below, index & ~below)
+        to = Buckets(self.key + (place - index << _KIND_BITS) + (m - now << _CUT_BITS), self.sums)
         # u in the coarser bucket is start + scale * u.
-        if m.size and m.min() < 0:
+        if m.min() < 0:
             old, new = self.units, to.units
             start = np.ldexp(self.origins - to.origins, -new.astype(np.int32))
             scale = np.ldexp(1.0, (old - new).astype(np.int32))
         else:
-            start = (self.edge & below) * _HALVINGS.take(shift)
-            scale = _HALVINGS.take(self.m - m)
+            start = ((index ^ (index >> 63)) & below) * _HALVINGS.take(shift)
+            scale = _HALVINGS.take(now - m)
         count, first, second = self.sums
         started, scaled = start * count, scale * first
         sums = np.empty_like(self.sums)
@@ -258,10 +272,10 @@ class Buckets:
             upper: which belong to the second of two rows of sketches. Each side is added up by itself,
                 so that it does not matter which is the first.
         """
-        starts = _starts((self.row << _ROW) + self.index)
-        if starts.size == self.index.size:
+        starts = _starts(self.key >> _KIND_BITS)
+        if starts.size == self.key.size:
             return self
-        begins = np.zeros(self.index.size, dtype=np.int64)
+        begins = np.zeros(self.key.size, dtype=np.int64)
         begins[starts] = 1
         group, sides = np.cumsum(begins) - 1, 1 if upper is None else 2
         if upper is not None:
@@ -280,12 +294,13 @@ class Buckets:
             most: how many buckets each may have.
         """
         held = np.bincount(self.row, minlength=reach.size)
-        if not self.index.size or (held.max() <= most and not self.cut.any()):
+        if held.max() <= most and not (self.key & 1).any():
             return self, reach
         first = self.octaves()
-        sizes = _sizes(first, self.index.size)
-        row, distance = self.row[first], _distance(self.index[first])
-        charges = Charges(row, sizes, self.cut[first], reach.size, most)
+        sizes = _sizes(first, self.key.size)
+        one = self.taken(first)
+        row, distance = one.row, one.distance
+        charges = Charges(row, sizes, one.cut, reach.size, most)
         share = charges.shares()
         short = np.flatnonzero((share < _LEAST_SHARE) | (reach < FARTHEST))
         if short.size:
@@ -296,24 +311,25 @@ class Buckets:
         limit = np.where(distance > reach[row], 1, share[row])
         # What is grouped once has had more octaves than buckets, and stays so.
         grouped = np.bincount(row, minlength=reach.size) > most
-        grouped[row[self.m[first] < 0]] = True
+        grouped[row[one.m < 0]] = True
         over = (sizes > limit) | grouped[row]
         if not over.any():
             return self, reach
-        m, coarse = self.m.copy(), np.repeat(over, sizes)
         inside = self._finest_within(np.where(over, limit, most), first, sizes)
-        m[coarse] = np.minimum(m, np.repeat(inside, sizes))[coarse]
+        m = np.repeat(np.where(over, np.minimum(one.m, inside), one.m), sizes)
+        coarse = np.repeat(over, sizes)
         for each in np.flatnonzero(grouped).tolist():
             here = self.row == each
             m[here] = self._group_size(here, most)
-        return replace(self.at(m), cut=self.cut | coarse).joined(), reach
+        return Buckets(self.key | coarse, self.sums).at(m).joined(), reach
 
     def _finest_within(self, limit: IntArray, first: IntArray, sizes: IntArray) -> IntArray:
         """Return the largest m at which each octave has no more than `limit` occupied buckets."""
         # Neighbours that differ first in bit b of their edges are two buckets where 16 - m <= b.
         octave = np.repeat(np.arange(first.size), sizes)
         same = octave[1:] == octave[:-1]
-        differ = (self.index[1:] ^ self.index[:-1])[same].astype(np.float64)
+        place = self.key >> _KIND_BITS
+        differ = (place[1:] ^ place[:-1])[same].astype(np.float64)
         bit = np.frexp(differ)[1] - 1
         split = np.bincount(octave[1:][same] * FINEST + bit, minlength=first.size * FINEST)
         # Column j: how many are occupied at m = j + 1.
@@ -343,34 +359,31 @@ def united(
         reach: how far both reach, shape (rows,).
         most: how many buckets each may have.
     """
-    if not (one.index.size and other.index.size):
-        both, upper = one if one.index.size else other, None
+    if not (one.key.size and other.key.size):
+        both, upper = one if one.key.size else other, None
     else:
         both = Buckets.of_all([one, other])
-        order = np.argsort((both.row << _ROW) + both.index, kind="stable")
-        both, upper = both.taken(order), order >= one.index.size
-    if not both.index.size:
+        # By their places alone: of two that are in one, ours are first.
+        order = np.argsort(both.key >> _KIND_BITS, kind="stable")
+        both, upper = both.taken(order), order >= one.key.size
+    if not both.key.size:
         return both, reach
     return _agreed(both, finest).joined(upper).fitted(reach, most)
 
 
 def _agreed(buckets: Buckets, finest: IntArray) -> Buckets:
     """Bring what shares an octave to the coarsest resolution in it, but not yet together."""
-    first = buckets.octaves()
-    sizes = _sizes(first, buckets.index.size)
-    row = buckets.row[first]
-    coarsest = np.minimum.reduceat(buckets.m, first)
-    m = np.minimum(coarsest, finest[row])
-    cut = np.logical_or.reduceat(buckets.cut, first)
+    first, known = buckets.octaves(), buckets.m
+    sizes = _sizes(first, known.size)
+    row = buckets.key[first] >> ROW_BITS
+    m = np.minimum(np.minimum.reduceat(known, first), finest[row])
     if m.min() < 0:
         # One that is grouped is so in all of its octaves.
         grouped = np.zeros(finest.size, dtype=np.int64)
         np.minimum.at(grouped, row, m)
         m = np.where(grouped[row] < 0, grouped[row], m)
-    cut |= m < np.maximum.reduceat(buckets.m, first)
-    buckets = replace(buckets, cut=np.repeat(cut, sizes))
-    m = np.repeat(m, sizes)
-    return buckets.at(m)
+    cut = np.bitwise_or.reduceat(buckets.key & 1, first) | (m < np.maximum.reduceat(known, first))
+    return Buckets(buckets.key | np.repeat(cut, sizes), buckets.sums).at(np.repeat(m, sizes))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -414,12 +427,6 @@ class Charges:
         more = self.of(np.full(self.rows, _LEAST_SHARE))[here] - 1
         through = np.bincount(distance[here], more, minlength=FARTHEST + 1).cumsum()
         return int(through.searchsorted(self.most - more.size, side="right")) - 1
-
-
-def _distance(index: IntArray) -> IntArray:
-    """Return how many octaves each bucket is away from 1: 0 from 1/2 to 2."""
-    exponent = (index ^ (index >> 63)) // (1 << FINEST) - BIAS
-    return exponent ^ (exponent >> 63)
 
 
 def _starts(key: IntArray) -> IntArray:

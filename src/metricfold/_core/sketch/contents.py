@@ -126,16 +126,15 @@ class Contents:
 
     def rows(self, begin: int, end: int) -> Contents:
         """Return the sketches from `begin` to `end`."""
-        part, row = slice(begin, end), self.buckets.row
-        held = slice(*np.searchsorted(row, [begin, end]).tolist())
-        index, m, cut = self.buckets.index[held], self.buckets.m[held], self.buckets.cut[held]
+        part = slice(begin, end)
+        held = slice(*np.searchsorted(self.buckets.row, [begin, end]).tolist())
         return Contents(
             self.totals[part],
             self.low[part],
             self.high[part],
             self.finest[part],
             self.reach[part],
-            Buckets(row[held] - begin, index, m, cut, self.buckets.sums[:, held]),
+            Buckets(self.buckets.key[held], self.buckets.sums[:, held]).moved(-begin),
         )
 
     def sound(self) -> BoolArray:
@@ -150,13 +149,14 @@ class Contents:
             # Written so that NaN is wrong.
             wrong |= ~((smaller >= 0.0) & (smaller <= larger * (1.0 + _SLACK) + _TINY))
         wrong |= ~((weight > 0.0) & (weight <= _MOST))
-        good = np.bincount(buckets.row, wrong, minlength=rows) == 0.0
+        row = buckets.row
+        good = np.bincount(row, wrong, minlength=rows) == 0.0
         good &= ((self.totals >= 0.0) & (self.totals <= _MOST)).all(axis=1)
         good &= counts(self.totals[:, _NUMBERS]).all(axis=1)
         good &= (self.finest >= 0) & (self.finest <= FINEST)
         good &= (self.reach >= -1) & (self.reach <= FARTHEST)
         some = self.totals[:, Total.COUNT] > 0.0
-        weighed = np.bincount(buckets.row, minlength=rows) > 0
+        weighed = np.bincount(row, minlength=rows) > 0
         good &= some == (weighed | (self.totals[:, Total.ZERO] > 0.0))
         ordered = (self.low <= self.high) & np.isfinite(self.low) & np.isfinite(self.high)
         sound: BoolArray = good & (ordered | ~some)

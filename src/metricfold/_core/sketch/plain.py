@@ -93,7 +93,9 @@ def _read(state: Mapping[str, Any]) -> tuple[Contents, int]:
     nothing = replace(contents, totals=np.zeros_like(totals), buckets=Buckets.empty())
     settled = contents.joined(nothing, max_buckets)
     # What a share has no use for would come back at the next save, in a form that nobody reads.
-    if not first and (settled.reach[0] != reach or not settled.buckets.alike(contents.buckets)):
+    if not first and (
+        settled.reach[0] != reach or not np.array_equal(settled.buckets.key, buckets.key)
+    ):
         raise ValueError("its buckets are not those that its values come to")
     return settled, max_buckets
 
@@ -109,5 +111,5 @@ def _checksum(contents: Contents, max_buckets: int) -> int:
     """Return 32 bits of all that a histogram holds, whatever type says it."""
     buckets = contents.buckets
     columns = [contents.totals[0], contents.low, contents.high, contents.finest]
-    columns += [contents.reach, [max_buckets], buckets.index, buckets.m, buckets.cut, *buckets.sums]
+    columns += [contents.reach, [max_buckets], buckets.key, *buckets.sums]
     return zlib.crc32(np.concatenate(columns).astype("<f8").tobytes())

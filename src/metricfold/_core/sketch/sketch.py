@@ -159,7 +159,7 @@ class LogLinearHistogram:
     def _place(self, values: FloatArray, weights: FloatArray | None) -> None:
         """Add values, neither 0 nor infinite, to the buckets that they are in."""
         buckets = self._held.buckets
-        if buckets.index.size:
+        if buckets.key.size:
             if self._table is None:
                 self._table = Table(buckets, int(self._held.finest[0]))
             left = self._table.fold(values.view(np.int64), weights, buckets.sums)
@@ -169,7 +169,7 @@ class LogLinearHistogram:
         self._strays.append((values, weights))
         self._straying += values.size
         # A table costs as much as some thousand values: let strays gather, but for the first ones.
-        if not buckets.index.size or self._straying >= _MANY_STRAYS:
+        if not buckets.key.size or self._straying >= _MANY_STRAYS:
             self._join_strays()
 
     def _join_strays(self) -> None:
@@ -302,7 +302,7 @@ class LogLinearHistogram:
     def fingerprint(self) -> bytes:
         """Return bytes that tell these contents from others."""
         held = self.contents()
-        parts = [held.low, held.high, held.totals, held.buckets.index, held.buckets.m]
+        parts = [held.low, held.high, held.totals, held.buckets.key]
         return b"".join([part.tobytes() for part in [*parts, held.buckets.sums]])
 
     # -- Statistics out

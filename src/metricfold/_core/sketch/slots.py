@@ -1,10 +1,7 @@
 """Sketches in vectors: a slot of one width each, and how two vectors of them merge.
 
 A slot is what one sketch holds: totals, extremes, by how much it is coarser than the finest and by how much
-nearer than the farthest, and of each bucket a code and three sums.
-
-    code = index * 64 + 2 * (m + 5) + cut           never 0, which says that no more buckets follow
-
+nearer than the farthest, and of each bucket its key (never 0, which says that no more follow) and three sums.
 A slot of zeros is that of no sketch, and the identity.
 """
 
@@ -16,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metricfold._core.sketch import BUCKETS
-from metricfold._core.sketch.buckets import COARSEST, FARTHEST, MOMENTS, BoolArray, Buckets
+from metricfold._core.sketch.buckets import FARTHEST, MOMENTS, ROW_BITS, BoolArray, Buckets
 from metricfold._core.sketch.contents import Contents, Total
 from metricfold._core.sketch.indexing import FINEST, FloatArray
 from metricfold._core.sketch.sketch import LogLinearHistogram
@@ -31,9 +28,7 @@ _COLUMNS = range(_CODES, _WIDTH, BUCKETS)
 
 _AT_ONCE = 8
 """So many pairs at once: what is computed of them stays in the cache."""
-_BITS = 6
 _MOST_LIMITED = (FINEST, FARTHEST + 1)
-_LOWEST = 1 - COARSEST
 
 
 def slot_width() -> int:
@@ -106,10 +101,10 @@ def _packed(contents: Contents) -> FloatArray:
     slots[some, _LOW], slots[some, _HIGH] = contents.low[some], contents.high[some]
     slots[:, _COARSER] = FINEST - contents.finest
     slots[:, _NEARER] = FARTHEST - contents.reach
-    held = np.bincount(buckets.row, minlength=len(slots))
-    place = np.arange(buckets.row.size) - np.repeat(held.cumsum() - held, held)
-    place += buckets.row * _WIDTH
-    codes = (buckets.index << _BITS) + 2 * (buckets.m + _LOWEST) + buckets.cut
+    row = buckets.row
+    held = np.bincount(row, minlength=len(slots))
+    place = np.arange(row.size) - np.repeat(held.cumsum() - held, held) + row * _WIDTH
+    codes = buckets.moved(-row).key
     for begin, numbers in zip(_COLUMNS, (codes, *buckets.sums), strict=True):
         slots.ravel()[place + begin] = numbers
     slots += 0.0  # of two zeros the one without a sign
@@ -121,23 +116,16 @@ def _read(slots: FloatArray) -> tuple[Contents, BoolArray]:
     good = np.isfinite(slots).all(axis=1)
     with np.errstate(invalid="ignore"):
         codes = slots[:, _CODES:_SUMS].astype(np.int64)
-        good &= (codes == slots[:, _CODES:_SUMS]).all(axis=1)
+        good &= ((codes == slots[:, _CODES:_SUMS]) & (codes >> ROW_BITS == 0)).all(axis=1)
     there = codes != 0
     good &= ~(there[:, 1:] & ~there[:, :-1]).any(axis=1)
     place = (there & good[:, np.newaxis]).ravel().nonzero()[0]
-    code = codes.ravel().take(place)
-    kind = code & ((1 << _BITS) - 1)
-    sums = np.ascontiguousarray(slots[:, _SUMS:].reshape(-1, MOMENTS, BUCKETS).swapaxes(0, 1))
-    buckets = Buckets(
-        place // BUCKETS,
-        code >> _BITS,
-        (kind >> 1) - _LOWEST,
-        (kind & 1).astype(np.bool_),
-        sums.reshape(MOMENTS, -1).take(place, axis=1),
-    )
+    row, sums = place // BUCKETS, slots[:, _SUMS:].reshape(-1, MOMENTS, BUCKETS).swapaxes(0, 1)
+    held = np.ascontiguousarray(sums).reshape(MOMENTS, -1).take(place, axis=1)
+    buckets = Buckets(codes.ravel().take(place), held).moved(row)
     # Beyond the last code nothing may stand.
-    held = np.bincount(buckets.row, np.count_nonzero(buckets.sums, axis=0), minlength=good.size)
-    good &= np.count_nonzero(slots[:, _SUMS:], axis=1) == held
+    moments = np.bincount(row, np.count_nonzero(held, axis=0), minlength=good.size)
+    good &= np.count_nonzero(slots[:, _SUMS:], axis=1) == moments
     limits = slots[:, _COARSER : _NEARER + 1]
     good &= ((limits >= 0.0) & (limits <= _MOST_LIMITED) & (limits == np.floor(limits))).all(axis=1)
     coarser, nearer = np.where(good[:, np.newaxis], limits, 0.0).astype(np.int64).T
