@@ -74,7 +74,7 @@ def add_derived(
             if metric.window is None and table is not source:
                 results, _ = _apply(name, metric.function, groups[id(table)], _be_silent)
                 of = table
-            totals = {of.keys[text][0] for text, one in of.origins.items() if one is Origin.TOTAL}
+            totals = {of.added[text][0] for text, one in of.origins.items() if one is Origin.TOTAL}
             for dataset, value in results.items():
                 origin = Origin.TOTAL if dataset in totals else Origin.RECORDED
                 table.put((dataset, name), value, origin, warn)

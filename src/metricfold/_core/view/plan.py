@@ -77,6 +77,7 @@ class Plan:
         widths: how many these are, shape (2, k).
         names: what is printed of all, in their order: the dataset, and what follows the slash.
         texts: the same as it is printed after the prefix.
+        keys: what each text stands for.
         starts: where those of each key begin, and where the last ones end.
     """
 
@@ -102,6 +103,7 @@ class Plan:
                 self.names += [(dataset, name + suffix) for suffix in columns]
             self.starts.append(len(self.names))
         self.texts = [printed(key) for key in self.names]
+        self.keys = dict(zip(self.texts, self.names, strict=True))
         self._blocks = [self._block(places) for places in alike.values()]
 
     def _block(self, places: list[int]) -> _Block:
@@ -174,12 +176,11 @@ class Found(NamedTuple):
 
     def table(self) -> Table:
         """Return all of them."""
-        texts, names = self.plan.texts, self.plan.names
-        values = dict(compress(zip(texts, self.values, strict=True), self.there))
-        table = Table(values, dict(zip(texts, names, strict=True)))
+        texts = zip(self.plan.texts, self.values, strict=True)
+        table = Table(dict(compress(texts, self.there)), self.plan.keys)
         for place in self.apart:
             for key, value in self.results(place).items():
-                table.keys[printed(key)], table.values[printed(key)] = key, value
+                table.added[printed(key)], table.values[printed(key)] = key, value
         return table
 
     def results(self, place: int) -> dict[Key, float]:

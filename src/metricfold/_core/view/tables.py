@@ -7,7 +7,7 @@ is left out is said once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal, TypeAlias
@@ -48,12 +48,14 @@ class Table:
 
     Args:
         values: all of them, such as of ``_alpaca/loss``.
-        keys: the dataset and the name of each.
+        keys: the dataset and the name of many.
+        added: the same of the others.
         origins: of those that were not recorded.
     """
 
     values: dict[str, float]
-    keys: dict[str, Key]
+    keys: Mapping[str, Key]
+    added: dict[str, Key] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
 
     def put(self, key: Key, value: float, origin: Origin, warn: Warn) -> None:
@@ -69,14 +71,14 @@ class Table:
             )
         if known is None or origin < known:
             self.values[text] = value
-            self.keys[text] = key
+            self.added[text] = key
             self.origins[text] = origin
 
     def groups(self) -> dict[str, dict[str, float]]:
         """Return the values of each dataset."""
         found: dict[str, dict[str, float]] = {}
         for text, value in self.values.items():
-            dataset, name = self.keys[text]
+            dataset, name = self.added.get(text) or self.keys[text]
             found.setdefault(dataset, {})[name] = value
         return found
 
