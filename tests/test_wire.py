@@ -60,7 +60,8 @@ def outgoing(rank: int, seed: int) -> Outgoing:
             values[g.random(size) < 0.1] = 0
             weights = g.integers(1, 4, size).astype(float) if name == "many" else None
             older = new_histogram((), g.lognormal(size=300)) if name == "sketched" else None
-            windows["b", name] = Window(values, weights, int(g.integers(0, size + 1)), older)
+            fresh = int(g.choice([size, g.integers(0, size + 1)]))
+            windows["b", name] = Window(values, weights, fresh, older)
     return Outgoing(states, windows)
 
 
@@ -251,3 +252,21 @@ def test_what_no_rank_sends_is_merged_and_judged_at_the_end() -> None:
     damaged = rows.copy()
     damaged[3, wire._owned] = 7.0
     assert wire.wrong(wire.merged(damaged)[np.newaxis], *ends).any()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5, 8])
+def test_points_that_fit_into_a_tree_are_those_that_a_gather_brings(world_size: int) -> None:
+    tree, gather = (Wire(SCHEMA, world_size, joining=joining) for joining in (True, False))
+    joined = tree.recent(tree.merged(vectors(tree, world_size, 3))[np.newaxis])
+    gathered = gather.recent(vectors(gather, world_size, 3))
+    for key in (("b", "points"), ("b", "many"), ("b", "sketched")):
+        views = [(joined.interval(key), gathered.interval(key))]
+        if SCHEMA.entries[key].bounded:
+            views.append((joined.recent(key), gathered.recent(key)))
+        for one, other in views:
+            assert one.count == other.count
+            if one.count and one.histogram is None and other.histogram is None:
+                assert one.values.tobytes() == other.values.tobytes()
+            elif one.count:
+                assert one.maximum == other.maximum
+    assert joined.interval(("b", "points")).histogram is None

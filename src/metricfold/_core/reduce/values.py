@@ -5,9 +5,12 @@ open interval, the values, their weights, and, if it was ever needed, a sketch. 
 until somebody asks.
 
 On the way (`Pools`), each key has a place for each view, of one size: points stay points while those
-of both sides fit into it, and are a sketch beyond.
+of both sides fit into it, and are a sketch beyond. Where nothing is older than the interval, and
+nothing of it beyond the window, the recent values are those of the interval, and are merged once.
 
-    [ how many points, or -1 | the points (and their weights), or the slot of a sketch ]
+    [ how many points | the points (and their weights) ]
+    [ -1 | the slot of a sketch ]
+    [ -2 | nothing: what is in the interval's place ]
 """
 
 from __future__ import annotations
@@ -225,16 +228,35 @@ class SideBySide(Recent):
 
 _SKETCH = -1.0
 """Stands for the number of points where there is a sketch."""
+_SAME = -2.0
+"""Stands for it in the place of recent values that are those of the interval."""
+_SAME_OR_NOTHING = {_SAME, 0.0}
 
 
 class _Place(NamedTuple):
-    """One key's place for one view: where it is, and how many points it has room for."""
+    """One key's place for one view.
+
+    Args:
+        at: where it is.
+        interval: where that of the interval is; the same for its own.
+        room: for so many points.
+        weighted: whether these have weights.
+    """
 
     key: Key
-    of_interval: bool
     at: slice
+    interval: slice
     room: int
     weighted: bool
+
+    @property
+    def of_interval(self) -> bool:
+        return self.at == self.interval
+
+    def of(self, row: FloatArray) -> FloatArray:
+        """Return what is in the place, or what it stands for."""
+        numbers = row[self.at]
+        return row[self.interval] if numbers[0] == _SAME else numbers
 
 
 class Pools(Values):
@@ -253,18 +275,29 @@ class Pools(Values):
     def pack(self, vector: FloatArray, windows: Mapping[Key, Window]) -> None:
         for place in self._places:
             window = windows.get(place.key)
-            if window is not None:
-                pool = window.interval() if place.of_interval else window.recent()
-                _write(vector[place.at], place, pool)
+            if window is None:
+                continue
+            if place.of_interval:
+                _write(vector[place.at], place, window.interval())
+            elif window.older is None and window.fresh == window.values.size:
+                vector[place.at.start] = _SAME
+            else:
+                _write(vector[place.at], place, window.recent())
 
     def join(self, lower: FloatArray, upper: FloatArray, out: FloatArray) -> None:
         # NaN where a row holds what no rank sends: whoever looks at the end sees that.
         condensed: list[tuple[FloatArray, FloatArray, FloatArray]] = []
         for place in self._places:
-            for one, other, both in zip(
-                lower[:, place.at], upper[:, place.at], out[:, place.at], strict=True
-            ):
-                if not _sound(one, place) or not _sound(other, place):
+            for row, other_row, out_row in zip(lower, upper, out, strict=True):
+                start, both = place.at.start, out_row[place.at]
+                if (
+                    _SAME in (row[start], other_row[start])
+                    and {row[start], other_row[start]} <= _SAME_OR_NOTHING
+                ):
+                    both[0], both[1:] = _SAME, 0.0
+                    continue
+                one, other = place.of(row), place.of(other_row)
+                if not _readable(one, place) or not _readable(other, place):
                     both[:] = np.nan
                 elif one[0] == 0.0 or other[0] == 0.0:
                     both[:] = other if one[0] == 0.0 else one
@@ -281,8 +314,14 @@ class Pools(Values):
                 both[0], both[1 : 1 + slot.size], both[1 + slot.size :] = _SKETCH, slot, 0.0
 
     def wrong(self, rows: FloatArray) -> BoolArray:
-        sound = [all(_sound(row[place.at], place) for place in self._places) for row in rows]
-        return ~np.array(sound, dtype=np.bool_)
+        return np.array([not self._sound(row) for row in rows], dtype=np.bool_)
+
+    def _sound(self, row: FloatArray) -> bool:
+        found = [(place.of(row), place) for place in self._places]
+        if not all(_readable(numbers, place) for numbers, place in found):
+            return False
+        slots = [_slot(numbers, place) for numbers, place in found if numbers[0] == _SKETCH]
+        return not slots or bool(sketches.fitting(np.stack(slots)).all())
 
     def recent(self, rows: FloatArray) -> Recent:
         (vector,) = rows
@@ -291,7 +330,7 @@ class Pools(Values):
     def pool_of(self, vector: FloatArray, key: Key, *, of_interval: bool) -> Pool:
         """Return the values of a view; raises ValueError if no ranks' come to them."""
         place = self._place_of[key, of_interval]
-        return _read(vector[place.at], place)
+        return _read(place.of(vector), place)
 
 
 def _laid_out(schema: Schema, world_size: int) -> Iterator[_Place]:
@@ -302,15 +341,11 @@ def _laid_out(schema: Schema, world_size: int) -> Iterator[_Place]:
         width = sketches.slot_width()
         if not entry.condensed:
             width = min(width, world_size * entry.capacity * each)
-        for of_interval in (True, False) if entry.bounded else (True,):
-            yield _Place(
-                entry.key,
-                of_interval,
-                slice(start, start + 1 + width),
-                width // each,
-                entry.weighted,
-            )
-            start += 1 + width
+        interval = slice(start, start + 1 + width)
+        for _ in range(2 if entry.bounded else 1):
+            at = slice(start, start + 1 + width)
+            yield _Place(entry.key, at, interval, width // each, entry.weighted)
+            start = at.stop
 
 
 def _write(numbers: FloatArray, place: _Place, pool: Pool) -> None:
@@ -342,12 +377,11 @@ def _slot(numbers: FloatArray, place: _Place) -> FloatArray:
     return sketches.pack(_read(numbers, place).condensed())
 
 
-def _sound(numbers: FloatArray, place: _Place) -> bool:
-    """Return whether a place holds what ranks send."""
+def _readable(numbers: FloatArray, place: _Place) -> bool:
+    """Return whether a place holds points as ranks send them, or may hold a sketch."""
     count = numbers[0]
     if count == _SKETCH:
-        slot = numbers[1 : 1 + sketches.slot_width()]
-        return slot.size == sketches.slot_width() and bool(sketches.fitting(slot[np.newaxis])[0])
+        return numbers.size > sketches.slot_width()
     if uncounted(count) or count > place.room:
         return False
     size, start = int(count), 1 + place.room
