@@ -23,7 +23,7 @@ def bounded() -> Iterator[None]:
     from metricfold._core.intake import inbox
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inbox, "MOST_LATE", _MANY)
+        patch.setattr(inbox, "MOST_PENDING", _MANY)
         yield
 
 

@@ -49,7 +49,7 @@ from metricfold._core.runtime.listing import shortened
 from metricfold._core.sketch.weights import LARGEST_WEIGHT
 from metricfold.metric import AggregationType, Metric, TypeLike, is_name
 
-__all__ = ["MOST_LATE", "Inbox"]
+__all__ = ["MOST_PENDING", "Inbox"]
 
 _log = logging.getLogger("metricfold")
 
@@ -61,7 +61,7 @@ _BATCH, _PER_ROOM = 16, 16
 _MOST_SHAPES = 256
 """Collated batches hold the same keys over and over; of so many sets of keys it is known where they go."""
 
-MOST_LATE, _MOST_ELEMENTS, _MOST_DRAINED = 2**15, 2**24, 64
+MOST_PENDING, _MOST_ELEMENTS, _MOST_DRAINED = 2**15, 2**24, 64
 """So many values, their elements, or accumulators may lie on devices; what is more is read ahead of the log."""
 _HANDED_OVER = 256
 """So many values that were read go to handlers without lanes at a time."""
@@ -385,7 +385,7 @@ class Inbox:
 
     def _bounded(self, layer: Layer) -> Layer:
         """Return what has come in with no more of it on devices than there may be."""
-        many = len(layer.pending) >= MOST_LATE or len(layer.drained) >= _MOST_DRAINED
+        many = len(layer.pending) >= MOST_PENDING or len(layer.drained) >= _MOST_DRAINED
         if not many and layer.elements < _MOST_ELEMENTS:
             return layer
         self._warn(layer.pending, len(layer.drained))
@@ -399,7 +399,7 @@ class Inbox:
             return
         layer = stage.layers[0]
         # Nothing may wait here.
-        if len(layer.custom) >= MOST_LATE and all(map(Pending.ready, layer.custom)):
+        if len(layer.custom) >= MOST_PENDING and all(map(Pending.ready, layer.custom)):
             self._warn(layer.custom)
 
             def keep(rest: Layer) -> None:
@@ -407,10 +407,10 @@ class Inbox:
 
             self.hand_over(layer, keep)
 
-    def _warn(self, late: Sequence[Pending], accumulators: int = 0) -> None:
+    def _warn(self, pending: Sequence[Pending], accumulators: int = 0) -> None:
         if not self._warned:
             self._warned = True
-            _log.warning("%s", _never_read(late, accumulators))
+            _log.warning("%s", _never_read(pending, accumulators))
 
     def hand_over(self, layer: Layer, keep: Callable[[Layer], None]) -> None:
         """Read what handlers without lanes wait for, and let them have it; waits for it.
@@ -474,10 +474,10 @@ class Inbox:
                 shape.spread()
             for slot in self._slots.values():
                 if slot.filled():
-                    state, late = slot.folded()
+                    state, behind = slot.folded()
                     trim(state, self._keys.records[slot.key])
                     states[slot.key] = state
-                    pending += late
+                    pending += behind
                     slot.clear()
             folded = Layer(states, pending, [*self._waiting], [*self._accumulators])
             self._waiting.clear()
@@ -579,10 +579,10 @@ class Inbox:
             self._behind |= set() if name is None else {name}
 
 
-def _never_read(late: Sequence[Pending], accumulators: int) -> str:
+def _never_read(pending: Sequence[Pending], accumulators: int) -> str:
     """Return what to tell who lets values pile up on a device."""
-    named = shortened(dict.fromkeys(show(one.key) for one in late))
-    what = [f"{len(late):,} values on a device ({named})"] if late else []
+    named = shortened(dict.fromkeys(show(one.key) for one in pending))
+    what = [f"{len(pending):,} values on a device ({named})"] if pending else []
     what += [f"{accumulators:,} drained accumulators"] if accumulators else []
     return (
         f"{' and '.join(what)} wait for a log. The older ones are read now, and again whenever so many "
@@ -704,9 +704,9 @@ class Slot:
 
     def folded(self) -> tuple[State, list[Pending]]:
         """Return the state of what is here, and what lies on a device."""
-        late: list[Pending] = []
+        pending: list[Pending] = []
         if not self._others:
-            return self._of_values(self.values, None), late
+            return self._of_values(self.values, None), pending
         state = self.handler.empty()
         if self.values:
             state.merge(self._of_values(self.values, None))
@@ -717,10 +717,10 @@ class Slot:
             if kind is tuple:
                 state.merge(self._of_values(*zip(*items, strict=True)))
             elif kind is Pending:
-                late = items
+                pending = items
             else:
                 state.merge_all(items)
-        return state, late
+        return state, pending
 
     def add_lanes(self, lanes: State) -> None:
         """Add the lanes of several states; what else these held has been put down apart."""
@@ -765,11 +765,11 @@ class OrderedSlot(Slot):
 
     def folded(self) -> tuple[State, list[Pending]]:
         state = self.handler.empty()
-        late: list[Pending] = []
+        pending: list[Pending] = []
         for kind, run in self._runs():
-            queue = late if state.recent and (late or self._queued) else None
+            queue = pending if state.recent and (pending or self._queued) else None
             if kind is Pending:
-                late += run
+                pending += run
             elif kind is float or kind is str:
                 self._follow(state, queue, run, None)
             elif kind is tuple:
@@ -784,7 +784,7 @@ class OrderedSlot(Slot):
                     self._queue(state, queue, *one.kept())
         for lanes in self._lanes:
             state.merge(lanes)
-        return state, late
+        return state, pending
 
     def _take_parts(self, state: State, queue: list[Pending] | None, parts: list[Any]) -> None:
         """Take in what collated batches hold besides lanes, which are merged apart."""

@@ -462,7 +462,7 @@ class KeyRegistry:
     def per_rank(self) -> set[Key]:
         return self.keys.those(_per_rank)
 
-    def odd(self) -> set[Key]:
+    def conflicting(self) -> set[Key]:
         return self.keys.conflicting()
 
     def adopt(self, agreed: Agreed, losers: Mapping[Key, Key | None]) -> str:

@@ -60,7 +60,7 @@ class Registry(Protocol):
         """Return the keys of which each rank's values are wanted, whatever the route."""
         ...
 
-    def odd(self) -> set[Key]:
+    def conflicting(self) -> set[Key]:
         """Return the keys that this rank holds otherwise than the ranks have agreed."""
         ...
 
@@ -108,7 +108,7 @@ def news(
         add(_with_room(schema, key, states.get(key), windows.get(key), registry))
     for key in sorted(registry.per_rank()):
         agreed = schema.entries.get(key)
-        if agreed is not None and not agreed.per_rank and key not in registry.odd():
+        if agreed is not None and not agreed.per_rank and key not in registry.conflicting():
             add(registry.entry(key))
     return list(found.values())
 

@@ -262,7 +262,7 @@ class Reducer:
                 lacking.update(
                     key
                     for key in mine.custom_keys
-                    if key not in self.schema or key in registry.odd()
+                    if key not in self.schema or key in registry.conflicting()
                 )
                 loaded: Iterable[Entry] = ()
                 if self.run.schema is not self.schema:
@@ -293,13 +293,13 @@ class Reducer:
     ) -> tuple[FloatArray, set[Key]]:
         """Return what this rank sends, and the keys that the schema has no place for."""
         states, windows = mine.states, mine.windows
-        odd = registry.odd() & states.keys()
-        if odd:
-            states = {key: state for key, state in states.items() if key not in odd}
-            windows = {key: window for key, window in windows.items() if key not in odd}
+        conflicting = registry.conflicting() & states.keys()
+        if conflicting:
+            states = {key: state for key, state in states.items() if key not in conflicting}
+            windows = {key: window for key, window in windows.items() if key not in conflicting}
         outgoing = Outgoing(states, windows, self._present, self._with_nan)
         vector, lacking = exchange.wire(self.schema).pack(outgoing, exchange.rank)
-        return vector, lacking | odd
+        return vector, lacking | conflicting
 
     def _header(self, mine: Contribution, wanted: RouteChoice, blob: bytes) -> FloatArray:
         header = np.zeros(HEADER_SIZE)
