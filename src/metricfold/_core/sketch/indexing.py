@@ -23,7 +23,6 @@ __all__ = [
     "IntArray",
     "bucket_index",
     "from_bits",
-    "magnitude_bits",
 ]
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
@@ -58,34 +57,12 @@ def bucket_index(values: npt.ArrayLike, m: int) -> IntArray:
     """
     if not 0 <= m <= FINEST:
         raise ValueError(f"m={m!r}: the resolution must lie in 0..{FINEST}")
-    array = np.asarray(values)
+    array = np.asarray(values, dtype=np.float64)
     if not np.isfinite(array).all():
         raise ValueError("NaN and ±inf are in no bucket: leave them out")
-    if array.dtype == np.float32:
-        return _index_of_float32(array, m)
-    array = np.asarray(array, dtype=np.float64)
-    k = (magnitude_bits(array) >> (FRACTION_BITS - m)) + 1
+    bits = np.atleast_1d(array).view(np.int64).reshape(array.shape)
+    k = ((bits & MAGNITUDE) >> (FRACTION_BITS - m)) + 1
     return np.where(array == 0, 0, np.where(array < 0, -k, k))
-
-
-def _index_of_float32(array: npt.NDArray[np.float32], m: int) -> IntArray:
-    """Shift 32 bits: the way of a device that has no float64."""
-    bits = np.atleast_1d(array).view(np.int32).reshape(array.shape)
-    magnitude = (bits & np.int32(0x7FFF_FFFF)).astype(np.int64)
-    # The exponent's bias is 127 in float32. Its subnormals are normal numbers in float64.
-    k = (magnitude >> (23 - m)) + ((BIAS - 127) << m) + 1
-    subnormal = magnitude < 1 << 23
-    if subnormal.any():
-        wide = magnitude_bits(np.where(subnormal, array, 0.0).astype(np.float64))
-        k = np.where(subnormal, (wide >> (FRACTION_BITS - m)) + 1, k)
-    return np.where(magnitude == 0, 0, np.where(bits < 0, -k, k))
-
-
-def magnitude_bits(values: FloatArray) -> IntArray:
-    """Return the bits of the absolute values, as integers that grow with them."""
-    bits = np.atleast_1d(values).view(np.int64).reshape(values.shape)
-    magnitude: IntArray = bits & MAGNITUDE
-    return magnitude
 
 
 def from_bits(bits: IntArray) -> FloatArray:
