@@ -7,12 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from handlers_of_users import RMSHandler
+from handlers_of_users import LaneRMS, RMSHandler
 from ranks import run_threads
 
 from metricfold import Metric, MetricBatch, MetricsAggregator
 from metricfold.communicator import Communicator
 from metricfold.torch import DeviceAccumulator
+
+
+class Wider(LaneRMS):
+    """A lane more than other ranks have."""
+
+    sum_lanes = (*LaneRMS.sum_lanes, "more")
+
+    def sums_of(self, values: Any, weights: Any) -> tuple[float, ...]:
+        return (*super().sums_of(values, weights), 0.0)
 
 
 def error_of(call: Callable[[], object]) -> str:
@@ -223,3 +232,28 @@ def test_a_distribution_of_a_device_joins_that_of_the_host(
     assert first[:2] == [3.0, 1.0]
     # Recent values alone, or all.
     assert first[2] == (1.0 + 2.0 if host_first else 3.0 + 2.0)
+
+
+def test_one_type_with_other_settings_is_a_mistake_that_is_said_and_drops_what_it_held() -> None:
+    def windows(communicator: Communicator) -> list[Any]:
+        window = 4 if communicator.rank == 0 else None
+        aggregator = MetricsAggregator(window, communicator=communicator)
+        aggregator.register_handler("mine", LaneRMS() if communicator.rank == 0 else Wider())
+        aggregator.record("x", 2.0 + communicator.rank, "distribution")
+        aggregator.record("y", 2.0, "mine")
+        error = error_of(aggregator.reduce)
+        return [error, aggregator.reduce().value(None, "x", "min"), aggregator.state_dict()]
+
+    (error, value, state), other = run_threads(windows, 2)
+    assert other == [error, value, state]
+    assert "rank 1 held metric 'x' with dist_window_size=None" in error
+    assert (
+        "register the same handler for type mine on every rank; what they held of it is dropped"
+        in error
+    )
+    assert value == 2.0
+    # No other than one of the ranks has to be able to load it.
+    resumed = MetricsAggregator(4)
+    resumed.register_handler("mine", LaneRMS())
+    resumed.load_state_dict(state)
+    assert resumed.get_metrics_for_logging("t")["t/y"] == 2.0

@@ -478,8 +478,7 @@ class KeyRegistry:
                 self.rename(key, name)
                 if name is None:
                     _logger.warning(
-                        "dropped what came in of %s: the other ranks hold that name otherwise, and "
-                        "the one that it would go on under, too",
+                        "dropped what came in of %s: the other ranks hold that name otherwise",
                         show(key),
                     )
             return trouble

@@ -179,7 +179,7 @@ class Lost:
         ranks: who brought it.
         reason: how they hold it, and the others.
         beside: the key under which what they hold goes on, beside the one that was agreed on first;
-            None: that one, too, is held otherwise.
+            None: it does not.
     """
 
     key: Key
@@ -279,9 +279,13 @@ def _join_beside(
     """Add `entry` under the name of its kind; returns what key that is, or None if it cannot be.
 
     The first kind that was agreed on has the name itself. So the schema has their order, too, and
-    with it a checkpoint.
+    with it a checkpoint. One type whose handlers or windows differ is no other kind but a mistake:
+    no rank could print both, nor load them.
     """
     dataset, name = entry.key
+    known = changed.get(entry.key) or schema.entries.get(entry.key)
+    if known is not None and known.type == entry.type:
+        return None
     beside = (dataset, f"{name}[{entry.kind}]")
     return None if _join(schema, changed, claims, entry._replace(key=beside), set()) else beside
 
