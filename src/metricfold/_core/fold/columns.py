@@ -16,6 +16,7 @@ import math
 import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from itertools import compress
 from operator import itemgetter
@@ -99,6 +100,7 @@ _METRIC = {Metric}
 _key_of = itemgetter(0, 1)
 
 
+@dataclass(slots=True, eq=False)
 class Pending:
     """A value (or weight) that still lies on a device, to be read at the reduction.
 
@@ -109,13 +111,10 @@ class Pending:
         weight: a number; or an array of one for each element.
     """
 
-    __slots__ = ("agg_type", "key", "value", "weight")
-
-    def __init__(self, key: Key, agg_type: TypeLike, value: Any, weight: Any) -> None:
-        self.key = key
-        self.agg_type = agg_type
-        self.value = value
-        self.weight = weight
+    key: Key
+    agg_type: TypeLike
+    value: Any
+    weight: Any
 
     def renamed(self, key: Key) -> Pending:
         """Return the same of another key."""
@@ -131,6 +130,7 @@ class Pending:
         return math.prod(getattr(self.value, "shape", ()))
 
 
+@dataclass(slots=True, eq=False)
 class Column:
     """What a batch holds of one key: a folded state, or metrics as they came in.
 
@@ -143,21 +143,11 @@ class Column:
         pending: values still on a device, in order.
     """
 
-    __slots__ = ("agg_type", "key", "metrics", "pending", "state")
-
-    def __init__(
-        self,
-        key: Key,
-        agg_type: TypeLike,
-        state: State | None,
-        metrics: Sequence[Metric] = (),
-        pending: Sequence[Pending] = (),
-    ) -> None:
-        self.key = key
-        self.agg_type = agg_type
-        self.state = state
-        self.metrics = metrics
-        self.pending = pending
+    key: Key
+    agg_type: TypeLike
+    state: State | None
+    metrics: Sequence[Metric] = ()
+    pending: Sequence[Pending] = ()
 
     @property
     def weightless(self) -> bool:

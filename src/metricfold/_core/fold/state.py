@@ -67,6 +67,7 @@ def quiet() -> np.errstate:
     return np.errstate(over="ignore", invalid="ignore")
 
 
+@dataclass(slots=True, eq=False)
 class State:
     """What one rank has accumulated of one key.
 
@@ -81,27 +82,15 @@ class State:
         latest: whether the MAX lanes hold the newest value, and not the largest.
     """
 
-    __slots__ = ("counts", "latest", "maxs", "replaced", "sample", "sums")
+    sums: Lanes
+    maxs: Lanes = ()
+    sample: Sample | None = None
+    counts: Counts | None = None
+    replaced: str | None = None
+    latest: bool = False
 
     shape: ClassVar[tuple[int, ...]] = ()
     """Of the cells that each lane is of: so far there is one."""
-
-    def __init__(
-        self,
-        sums: Lanes,
-        maxs: Lanes = (),
-        sample: Sample | None = None,
-        counts: Counts | None = None,
-        replaced: str | None = None,
-        *,
-        latest: bool = False,
-    ) -> None:
-        self.sums = sums
-        self.maxs = maxs
-        self.sample = sample
-        self.counts = counts
-        self.replaced = replaced
-        self.latest = latest
 
     @property
     def ordered(self) -> bool:
