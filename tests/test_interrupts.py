@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from handlers_of_users import RMSHandler
 from ranks import run_ranks
-from work import interrupted, lines_run
+from work import interrupted, lines_run, with_signal
 
 from metricfold import Metric, MetricsAggregator, MissingRanksError
 from metricfold._core.exchange import link
@@ -160,6 +161,42 @@ def test_of_a_call_that_is_interrupted_at_any_line_all_counts_or_nothing(take: A
         counted = metrics.get_metrics_for_logging("t")
         assert counted in (nothing, once), line
         assert again.get_metrics_for_logging("t") == (once if counted == nothing else twice), line
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        MetricsAggregator.mark,
+        MetricsAggregator.reduce,
+        lambda metrics: attempt(lambda: metrics.reduce(step=-1)),
+    ],
+    ids=["mark", "reduce", "reduce that fails"],
+)
+def test_what_a_signals_handler_takes_in_in_the_midst_of_a_call_counts(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[MetricsAggregator], object]
+) -> None:
+    """It was lost where the handler folded what had come, and the call went on from before that."""
+    monkeypatch.setattr(inbox, "_MOST", 5)
+    modules = (held, inbox, layers, reduction)
+
+    def new() -> MetricsAggregator:
+        metrics = MetricsAggregator()
+        metrics.mark()
+        for _ in range(8):
+            metrics.record("n", 1, "sum")
+        return metrics
+
+    for place in itertools.count():
+        metrics = new()
+
+        def handle(metrics: MetricsAggregator = metrics) -> None:
+            for _ in range(12):
+                metrics.record("n", 1, "sum")
+
+        if not with_signal(partial(call, metrics), place, handle, *modules):
+            break
+        assert metrics.reduce().value(None, "n", window="run") == 20.0, place
+    assert place > 10
 
 
 # -- In the middle of an exchange ----------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-__all__ = ["interrupted", "lines_run"]
+__all__ = ["interrupted", "lines_run", "with_signal"]
 
 
 def lines_run(function: Callable[[], object], *modules: ModuleType) -> int:
@@ -21,6 +21,34 @@ def lines_run(function: Callable[[], object], *modules: ModuleType) -> int:
 
     _trace(function, modules, count)
     return lines
+
+
+def with_signal(
+    function: Callable[[], object], after: int, handler: Callable[[], object], *modules: ModuleType
+) -> bool:
+    """Call `function`, and `handler` where Python answers signals in it, after so many such places.
+
+    These are where a function begins, and where one of C returns.
+
+    Returns:
+        whether there are as many.
+    """
+    files = {str(Path(str(module.__file__))) for module in modules}
+    left = after
+
+    def watch(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal left
+        if event in ("call", "c_return") and frame.f_code.co_filename in files:
+            left -= 1
+            if left == -1:
+                handler()
+
+    sys.setprofile(watch)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return left < 0
 
 
 def interrupted(function: Callable[[], object], after: int, *modules: ModuleType) -> bool:
