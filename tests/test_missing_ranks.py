@@ -125,6 +125,24 @@ def test_a_rank_that_is_through_with_a_tree_and_busy_is_not_named() -> None:
     assert run_ranks(one_is_held_up_in_a_tree, 4, False)[1:] == [(), (0,), ()]
 
 
+def one_comes_alone(rank: int) -> Any:
+    from metricfold.communicator import connect
+
+    communicator = connect("alone", None, timedelta(seconds=1), 0)
+    first = merged(communicator)
+    if rank:
+        time.sleep(3)
+        return first
+    return merged(communicator)
+
+
+@pytest.mark.parametrize("world_size", [3, 4])
+def test_all_that_do_not_come_to_a_tree_are_named(world_size: int) -> None:
+    """Not only the one that the other waits for: nobody can have been through before it."""
+    results = run_ranks(one_comes_alone, world_size)
+    assert results == [tuple(range(1, world_size)), *[()] * (world_size - 1)]
+
+
 def one_is_stopped_while_it_waits(rank: int) -> Any:
     job = dist.distributed_c10d._get_default_store()
     aggregator = MetricsAggregator(timeout=2)

@@ -114,7 +114,7 @@ class TorchCommunicator(Communicator):
             with suppress(RuntimeError):
                 self._roll.leave("ended")
         # It would also wait for an exchange that goes on, which the exit after an error must not.
-        if not self._works:
+        if self._roll.passed == self._roll.call:
             self._group = None
         self._store.close()
 
