@@ -56,7 +56,10 @@ class Recent(ABC):
     def _pool(self, key: Key, *, of_interval: bool) -> Pool:
         known = self._pools.get((key, of_interval))
         if known is None:
-            known = self._pools[key, of_interval] = self.pooled(key, of_interval=of_interval)
+            known = self.pooled(key, of_interval=of_interval)
+            # Exact values are soon put side by side again, and would be held as long as this is.
+            if known.histogram is not None:
+                self._pools[key, of_interval] = known
         return known
 
     @abstractmethod

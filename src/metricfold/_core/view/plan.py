@@ -26,6 +26,8 @@ from metricfold._core.view.tables import Table
 __all__ = ["Found", "Lanes", "Plan"]
 
 _NO_VALUES = Pool()
+_SAMPLES = 16
+"""Distributions of a block: the values of so many are put side by side at a time."""
 
 
 class Lanes(NamedTuple):
@@ -73,8 +75,7 @@ class Plan:
         entries: the keys that have lanes.
         places: of each of these among them.
         handlers: of each.
-        lanes: where the SUM and the MAX lanes of each stand.
-        widths: how many these are, shape (2, k).
+        widths: how many SUM and MAX lanes each has, shape (2, k).
         names: what is printed of all, in their order: the dataset, and what follows the slash.
         texts: the same as it is printed after the prefix.
         keys: what each text stands for.
@@ -85,35 +86,47 @@ class Plan:
         self.entries = [entry for entry in schema if not entry.custom]
         self.places = {entry.key: place for place, entry in enumerate(self.entries)}
         self.handlers = [handlers[key].laned() for key in self.places]
-        self.lanes = [(schema.sums[key], schema.maxs[key]) for key in self.places]
-        self.widths = (
-            np.array([(entry.sum_width, entry.maxs) for entry in self.entries], dtype=np.intp)
-            .reshape(-1, 2)
-            .T
-        )
+        widths = [(entry.sum_width, entry.maxs) for entry in self.entries]
+        self.widths = np.array(widths, dtype=np.intp).reshape(-1, 2).T
+        self._ends = self.widths.cumsum(axis=1)
         self.names: list[Key] = []
         self.starts = [0]
-        alike: dict[tuple[object, ...], list[int]] = {}
+        alike: dict[tuple[object, ...], tuple[list[int], tuple[str, ...]]] = {}
         for place, (entry, handler) in enumerate(zip(self.entries, self.handlers, strict=True)):
             like = (id(handler), entry.sums, entry.maxs, entry.categories)
-            alike.setdefault(like, []).append(place)
-            if folds_as(handler) is not None:
-                dataset, name = entry.key
-                columns = handler.columns(entry.categories)
-                self.names += [(dataset, name + suffix) for suffix in columns]
+            if like not in alike:
+                at_once = folds_as(handler) is not None
+                alike[like] = ([], handler.columns(entry.categories) if at_once else ())
+            places, columns = alike[like]
+            places.append(place)
+            dataset, name = entry.key
+            self.names += [(dataset, name + suffix) for suffix in columns]
             self.starts.append(len(self.names))
         self.texts = [printed(key) for key in self.names]
         self.keys = dict(zip(self.texts, self.names, strict=True))
-        self._blocks = [self._block(places) for places in alike.values()]
+        self._blocks: list[_Block] = []
+        for places, _ in alike.values():
+            most = _SAMPLES if self.handlers[places[0]].has_sample else len(places)
+            for first in range(0, len(places), most):
+                self._blocks.append(self._block(places[first : first + most]))
 
     def _block(self, places: list[int]) -> _Block:
-        sums, maxs = zip(*[self.lanes[place] for place in places], strict=True)
-        results = [slice(*self.starts[place : place + 2]) for place in places]
-        handler = self.handlers[places[0]]
-        at_once = folds_as(handler) is not None
-        return _Block(
-            handler, places, _ranges(sums), _ranges(maxs), _ranges(results) if at_once else None
+        handler, first = self.handlers[places[0]], places[0]
+        results = None
+        if folds_as(handler) is not None:
+            starts = np.array([self.starts[place] for place in places], dtype=np.intp)
+            results = _ranges(starts, self.starts[first + 1] - self.starts[first])
+        sums, maxs = (
+            _ranges((ends - widths)[places], int(widths[first]))
+            for ends, widths in zip(self._ends, self.widths, strict=True)
         )
+        return _Block(handler, places, sums, maxs, results)
+
+    def lanes(self, place: int) -> tuple[slice, slice]:
+        """Return where the SUM and the MAX lanes of a key stand."""
+        ends, widths = self._ends[:, place].tolist(), self.widths[:, place].tolist()
+        sums, maxs = (slice(end - width, end) for end, width in zip(ends, widths, strict=True))
+        return sums, maxs
 
     def fits(self, handlers: Mapping[Key, AggregationHandler]) -> bool:
         """Return whether these are still the handlers, and are asked at once if they were."""
@@ -123,7 +136,7 @@ class Plan:
 
     def state(self, place: int, lanes: Lanes) -> ReducedState:
         """Return the merged state of one key."""
-        entry, (sums, maxs) = self.entries[place], self.lanes[place]
+        entry, (sums, maxs) = self.entries[place], self.lanes(place)
         return ReducedState(
             tuple(lanes.sums[sums].tolist()),
             tuple(lanes.maxs[maxs].tolist()),
@@ -193,9 +206,7 @@ class Found(NamedTuple):
         return dict(compress(named, self.there[own]))
 
 
-def _ranges(slices: Sequence[slice]) -> IndexArray:
-    """Return the places in slices of one length n, shape (k, n)."""
-    width = slices[0].stop - slices[0].start
-    starts = np.array([one.start for one in slices], dtype=np.intp)
+def _ranges(starts: IndexArray, width: int) -> IndexArray:
+    """Return so many places from each start on, shape (k, width)."""
     found: IndexArray = np.add.outer(starts, np.arange(width))
     return found

@@ -71,11 +71,12 @@ class DatasetTotals:
         """Return from where to where SUM and MAX lanes go, shape (2, n); members in their order."""
         sums: list[tuple[int, int]] = []
         maxs: list[tuple[int, int]] = []
-        for entry, (own, tops) in zip(self._plan.entries, self._plan.lanes, strict=True):
+        for total, entry in enumerate(self._plan.entries):
+            own, tops = self._plan.lanes(total)
             fixed = range(own.start, own.start + entry.sums)
             of_category = dict(zip(entry.categories, range(fixed.stop, own.stop), strict=True))
             for place in self._places[entry.key]:
-                lanes, top = parts.lanes[place]
+                lanes, top = parts.lanes(place)
                 to = [*fixed, *map(of_category.__getitem__, parts.entries[place].categories)]
                 sums += zip(range(lanes.start, lanes.stop), to, strict=True)
                 maxs += zip(range(top.start, top.stop), range(tops.start, tops.stop), strict=True)
