@@ -498,3 +498,42 @@ def test_a_rank_that_fails_after_the_keys_are_agreed_on_says_so_to_all(route: st
     first, second = run_threads(fails_to_pack_again, 2, route)
     assert first == second
     assert "rank 1 could not take part: it could not pack what it holds: MemoryError" in first
+
+
+def alone_or_beside(communicator: Communicator, others: int) -> Any:
+    aggregator = MetricsAggregator(communicator=communicator)
+    g = np.random.default_rng(communicator.rank)
+    for number, value in enumerate((g.normal(size=20) * 10.0 ** g.integers(-9, 9, 20)).tolist()):
+        aggregator.record(f"s{number}", value, ("sum", "mean")[number % 2])
+    for number in range(others):
+        values = np.arange(1000.0) + communicator.rank
+        aggregator.record(f"d{number}", values, "distribution", each=True)
+    logged = aggregator.reduce().as_dict("t")
+    return {key: value for key, value in logged.items() if key.startswith("t/s")}
+
+
+def test_a_metric_has_the_same_bits_alone_and_beside_so_many_that_all_are_merged_on_the_way() -> (
+    None
+):
+    """An all-reduce chooses its order by the size of the message (rocm-systems #11661, nccl #157)."""
+    alone = run_threads(alone_or_beside, 5, 0)
+    assert {repr(one) for one in run_threads(alone_or_beside, 5, 130)} == {repr(alone[0])}
+
+
+def nan_on(communicator: Communicator, route: str, where: int, agg: str) -> Any:
+    aggregator = MetricsAggregator(communicator=communicator, route=route)
+    value = math.nan if communicator.rank == where else float(communicator.rank)
+    aggregator.record("x", value, agg)
+    snapshot = aggregator.reduce()
+    return math.isnan(snapshot.as_dict("t")["t/x"]), snapshot.owner(None, "x")
+
+
+@BOTH
+def test_a_nan_is_seen_whichever_rank_has_it(route: str) -> None:
+    """A maximum that compares drops it, or another rank's number with it (mlx #4072)."""
+    for world_size in (2, 3, 5):
+        for where in range(world_size):
+            for agg in ("max", "min"):
+                assert run_threads(nan_on, world_size, route, where, agg) == [(True, where)] * (
+                    world_size
+                )
