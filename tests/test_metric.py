@@ -85,8 +85,8 @@ def test_a_metric_state_is_what_the_contract_names() -> None:
     assert MetricState("d", "m", 1, SUM).metadata is not MetricState("d", "m", 1, SUM).metadata
 
 
-def test_the_aggregation_types_are_those_of_the_specification_and_rate() -> None:
-    names = "SUM MEAN MAX MIN DISTRIBUTION CATEGORICAL_COUNT CUSTOM RATE"
+def test_the_aggregation_types_are_those_of_the_specification_and_rate_and_last() -> None:
+    names = "SUM MEAN MAX MIN DISTRIBUTION CATEGORICAL_COUNT CUSTOM RATE LAST"
     assert {member.name for member in AggregationType} == set(names.split())
     assert all(pickle.loads(pickle.dumps(member)) is member for member in AggregationType)
 
