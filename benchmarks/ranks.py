@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import secrets
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -28,7 +25,7 @@ from typing import Any
 
 from metricfold.communicator.threads import thread_world
 
-__all__ = ["RankError", "collected", "free_port", "preload", "run_ranks", "run_threads"]
+__all__ = ["RankError", "collected", "preload", "run_ranks", "run_threads"]
 
 _context = multiprocessing.get_context("forkserver")
 _preloaded = ["torch", "torch.distributed", "metricfold"]
@@ -39,18 +36,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 class RankError(AssertionError):
     """A rank raised, died or hung; the message holds its traceback."""
-
-
-def free_port() -> int:
-    """Return a port on which nobody listens.
-
-    It is not one of those that the system chooses: until a program listens there, another could get it.
-    """
-    while True:
-        port = 10_000 + secrets.randbelow(20_000)
-        with suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def preload(*modules: str) -> None:

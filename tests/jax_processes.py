@@ -27,7 +27,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
-from benchmarks.ranks import collected, free_port
+from benchmarks.ranks import collected
+from ports import free_port
 
 _context = multiprocessing.get_context("spawn")
 

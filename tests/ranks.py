@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from benchmarks import ranks
-from benchmarks.ranks import RankError, free_port, preload, run_threads
+from benchmarks.ranks import RankError, preload, run_threads
+from ports import free_port
 
 __all__ = ["RankError", "free_port", "preload", "run_ranks", "run_threads"]
 

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ranks import free_port
+from ports import free_port
 
 from campaign.forks import Outcome, after, side_by_side
 from campaign.table import Options, Table, Trial, main
