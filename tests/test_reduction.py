@@ -363,7 +363,10 @@ def test_ranks_with_different_handlers_come_to_the_same_schema() -> None:
     assert second == "ok"
     assert third.startswith("ValueError: rank 1 held metric 'act' as 'rms', but")
     # What rank 1 held was dropped; now it goes on, and needs its handler as any other metric does.
-    assert "'act[rms]' has the aggregation type 'rms', for which no handler is registered" in fourth
+    assert (
+        "'act[rms/3+0]' has the aggregation type 'rms', for which no handler is registered"
+        in fourth
+    )
 
 
 def derived_on_one_rank(rank: int) -> list[Any]:

@@ -151,17 +151,13 @@ class KeyTable:
         """Return the columns of a batch that was folded elsewhere, as the handlers here need."""
         columns: list[Column] = []
         for column in batch.columns:
-            handler = self.handler_of(column.key, column.agg_type)
             if column.state is None and column.metrics:
                 with quiet():
                     columns += fold_metrics(column.metrics, self.handler_of, in_worker=False)
                 continue
-            if column.state is not None and folds_as(handler) is not _BUILT_IN[column.agg_type]:
-                raise ValueError(
-                    f"{show(column.key)} was folded by MetricsCollator, which knows the built-in "
-                    f"handlers only, but this aggregator has another handler for "
-                    f"{type_label(column.agg_type)!r}: {INSTEAD}"
-                )
+            if column.state is not None:
+                handler = self.handler_of(column.key, column.agg_type)
+                _check_built_in(column.key, column.agg_type, handler, "by MetricsCollator")
             columns.append(column)
         return columns
 
@@ -228,11 +224,7 @@ class KeyTable:
         admission = self.admit_keys(keys)
         for key, agg_type in keys:
             known = self.records.get(key) or admission.new[key]
-            if folds_as(known.handler) is not _BUILT_IN[agg_type]:
-                raise ValueError(
-                    f"{show(key)} was folded on a device, which knows the built-in handlers only, "
-                    f"but this aggregator has another handler for {type_label(agg_type)!r}: {INSTEAD}"
-                )
+            _check_built_in(key, agg_type, known.handler, "on a device")
             # Where recent values are known already, what a device has folded is part of the interval, as
             # those of it are that are no longer recent.
             if key in admission.new:
@@ -482,6 +474,17 @@ class KeyRegistry:
                         show(key),
                     )
             return trouble
+
+
+def _check_built_in(
+    key: Key, agg_type: TypeLike, handler: AggregationHandler | None, where: str
+) -> None:
+    """Raise ValueError if what was folded elsewhere is not folded alike here."""
+    if folds_as(handler) is not _BUILT_IN[agg_type]:
+        raise ValueError(
+            f"{show(key)} was folded {where}, which knows the built-in handlers only, but this "
+            f"aggregator has another handler for {type_label(agg_type)!r}: {INSTEAD}"
+        )
 
 
 def _usual_entry(handler: AggregationHandler, label: str) -> Entry:
