@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import pickle
 import pickletools
@@ -157,6 +158,8 @@ def test_representations_help_and_hints_of_public_objects_show_no_private_path()
             assert "_core" not in pydoc.plain(pydoc.render_doc(found)), name
         if isinstance(found, type):
             typing.get_type_hints(found)  # as frameworks do that fill classes from files
+        if dataclasses.is_dataclass(found):  # as pydantic does
+            assert not any(isinstance(one.type, str) for one in dataclasses.fields(found)), name
 
 
 def test_a_copied_class_of_a_private_module_is_still_the_public_one() -> None:

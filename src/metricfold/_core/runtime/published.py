@@ -47,7 +47,7 @@ def publish(module: Mapping[str, Any]) -> None:
 def _resolve(published: type | FunctionType) -> None:
     """Let the annotations of a class be what they mean where it lies.
 
-    Elsewhere, where `typing.get_type_hints` looks from now on, their names may mean nothing.
+    Elsewhere, where `typing.get_type_hints` and pydantic look from now on, their names may mean nothing.
     """
     known = vars(sys.modules[published.__module__])
     hints = vars(published).get("__annotations__", {})
@@ -56,3 +56,5 @@ def _resolve(published: type | FunctionType) -> None:
         if isinstance(text, str):
             with suppress(NameError):  # of what only type checkers import
                 hints[name] = eval(text, known)  # noqa: S307 - our own
+    for field in vars(published).get("__dataclass_fields__", {}).values():
+        field.type = hints.get(field.name, field.type)
