@@ -282,14 +282,16 @@ class MetricfoldMixin(_Trainer):
         none, ``{prefix}all/loss``, for ``loss`` is the Trainer's.
         """
         named: dict[str, float] = {}
-        for key, value in values.items():  # those of all datasets come first
+        for key, value in values.items():
             rest = key.removeprefix("train").removeprefix("eval")
-            name = prefix + (f"all{rest}" if rest.startswith("/") else rest[1:])
+            of_all = rest.startswith("/")
+            name = prefix + (f"all{rest}" if of_all else rest[1:])
             if name in named:
                 self._warn_of(
                     name, "of a dataset named 'all', and of all datasets together", "first"
                 )
-            named[name] = value
+            if name not in named or not of_all:
+                named[name] = value
         for name, value in named.items():
             if name in metrics:
                 self._warn_of(name, "the Trainer's own already, and one of ours", "Trainer's")
