@@ -35,6 +35,8 @@ LONGEST = (
     *("demo", "logger_ends", "jax_accumulator", "processes", "jax_processes", "store"),
     *("parallelism", "reduction", "integration_transformers", "messages", "benchmarks", "routes"),
     *("demo_jax", "scale", "integration_accelerate", "sinks_wandb", "torch_recomputation"),
+    *("meaning", "jax_accumulator_types", "docs", "histogram", "integration_lightning"),
+    *("jax_fingerprint", "torch_accumulator", "gpu_check"),
 )
 """Test modules that a worker begins before all others, so that no worker is left alone with one.
 
