@@ -504,6 +504,7 @@ def test_joining_is_commutative_to_the_last_bit_and_nothing_is_its_identity(one,
 
 
 @given(dirty_streams)
+@example(np.array([-1.0, -0.0]))
 @settings(deadline=None)
 def test_one_histogram_arrives_bit_for_bit(values):
     sent = histogram_of(values, max_buckets=BUCKETS)

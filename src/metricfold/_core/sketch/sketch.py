@@ -145,7 +145,8 @@ class LogLinearHistogram:
             low, high = values.min(), values.max()
         totals[Total.COUNT] += values.size
         totals[Total.SQUARES] += values.size if weights is None else weights @ weights
-        held.low[0], held.high[0] = min(held.low[0], low), max(held.high[0], high)
+        # Plus 0: of two zeros the one without a sign, which is the one that travels.
+        held.low[0], held.high[0] = min(held.low[0], low + 0.0), max(held.high[0], high + 0.0)
         if low <= 0.0 <= high:
             nonzero = np.count_nonzero(values)
             if nonzero < values.size:
@@ -270,7 +271,7 @@ class LogLinearHistogram:
         histogram = cls(max_buckets)
         held, totals = histogram._held, histogram._held.totals[0]
         if count:
-            held.low[0], held.high[0] = minimum, maximum
+            held.low[0], held.high[0] = minimum + 0.0, maximum + 0.0
         totals[Total.COUNT], totals[Total.SQUARES], totals[Total.ZERO] = count, squares, zeros
         totals[Total.NAN] = nan_count
         totals[Total.POSITIVE_INFINITY] = posinf_count
