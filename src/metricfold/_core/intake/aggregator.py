@@ -428,7 +428,8 @@ class MetricsAggregator:
 
         Raises:
             ValueError: the mark is of another aggregator, is not the newest, or what came after it
-                has been reduced, saved or replaced. Then nothing has changed.
+                has been reduced, saved or replaced, or put back when that failed. Then nothing has
+                changed.
             TypeError: it is no mark.
         """
         refuse_while_traced("rollback")
@@ -444,8 +445,9 @@ class MetricsAggregator:
                 )
             if mark.cuts != held.inbox.cuts:
                 raise ValueError(
-                    "what came in after this mark has been reduced, saved or replaced already: call "
-                    "mark() anew after a log, state_dict(), load_state_dict() or reset()"
+                    "what came in after this mark has been reduced, saved or replaced already, or put "
+                    "back when that failed: call mark() anew after a log, state_dict(), "
+                    "load_state_dict() or reset()"
                 )
             if mark is not held.newest_mark:
                 raise ValueError(
