@@ -50,7 +50,7 @@ from metricfold._core.reduce.announced import entries_from, entry_of_version_1
 from metricfold._core.reduce.reducer import Reduced
 from metricfold._core.reduce.schema import Key, Schema
 from metricfold._core.reduce.totals import NOBODY, Totals
-from metricfold._core.sketch.weights import weighable
+from metricfold._core.sketch.weights import LARGEST_COUNT, countable, weighable
 from metricfold.metric import MetricState, escaped
 
 __all__ = ["FORMAT", "VERSION", "Restored", "Saved", "checksum", "decode", "encode", "share"]
@@ -290,7 +290,7 @@ def _decoded(content: Any) -> Saved:
         custom={view: content["custom"][view] for view in ("run", "interval")},
         reductions=content["reductions"],
     )
-    if type(saved.reductions) is not int or not 0 <= saved.reductions < _LARGEST_COUNT:
+    if type(saved.reductions) is not int or not 0 <= saved.reductions < LARGEST_COUNT:
         raise ValueError("it counts reductions by what is no whole number")
     for states in saved.custom.values():
         check_saved_states(states)
@@ -391,14 +391,11 @@ def _decode_totals(schema: Schema, content: Mapping[str, Any]) -> Totals:
     if not 0.0 <= totals.seconds < math.inf:
         raise ValueError(f"its wall time is {totals.seconds!r} seconds")
     counts = totals.sums[schema.counting] + totals.lost[schema.counting]
-    if not ((counts >= 0) & (counts <= _LARGEST_COUNT) & (counts == np.floor(counts))).all():
+    if not countable(counts).all():
         raise ValueError("it counts values by what are no whole numbers")
     if not np.isfinite(totals.lost).all():
         raise ValueError("what rounding took from its sums is not finite")
     return totals
-
-
-_LARGEST_COUNT = 2.0**53
 
 
 def _by_key(pairs: Iterable[list[Any]]) -> dict[Key, Any]:

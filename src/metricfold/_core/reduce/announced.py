@@ -20,6 +20,7 @@ from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import OTHER
 from metricfold._core.reduce.header import HEADER_SIZE, Field, Kind
 from metricfold._core.reduce.schema import Entry
+from metricfold._core.sketch.weights import LARGEST_COUNT
 from metricfold.metric import check_key, is_name
 
 __all__ = [
@@ -52,7 +53,6 @@ _MOST_CAPACITY = 2**24
 """Values of a DISTRIBUTION that a rank holds."""
 _MOST_CAPACITY_IN_ALL = 2**27
 _MOST_SUFFIXES = 2**12
-_LARGEST = 2.0**53
 
 
 class NotAnEntryError(ValueError):
@@ -61,7 +61,7 @@ class NotAnEntryError(ValueError):
 
 # -- Headers -------------------------------------------------------------------------------------
 
-_LOWEST, _HIGHEST = np.zeros(HEADER_SIZE), np.full(HEADER_SIZE, _LARGEST)
+_LOWEST, _HIGHEST = np.zeros(HEADER_SIZE), np.full(HEADER_SIZE, LARGEST_COUNT)
 _LOWEST[Field.STEP] = -1.0
 _LOWEST[Field.KIND], _HIGHEST[Field.KIND] = min(Kind), max(Kind)
 _HIGHEST[Field.ROUTE] = 2.0  # the last RouteChoice

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-import numpy as np
-import numpy.typing as npt
-
-from metricfold._core.fold.sample import FloatArray
-
 __all__ = [
     "AGREED",
     "HEADER_SIZE",
@@ -17,7 +12,6 @@ __all__ = [
     "Kind",
     "RouteChoice",
     "check_route",
-    "uncounted",
 ]
 
 PROTOCOL = 3
@@ -93,12 +87,3 @@ def check_route(route: object) -> RouteChoice:
         if route == name:
             return choice
     raise ValueError(f"route={route!r}: use 'auto', 'gather' or 'tree'")
-
-
-_LARGEST = 2.0**53
-
-
-def uncounted(numbers: FloatArray) -> npt.NDArray[np.bool_]:
-    """Return where numbers are no counts."""
-    counts = (numbers >= 0.0) & (numbers <= _LARGEST) & (numbers == np.floor(numbers))
-    return ~counts  # type: ignore[no-any-return]

@@ -27,9 +27,8 @@ import numpy.typing as npt
 from metricfold._core import sketch as sketches  # what is in it loads when it is first needed
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.sample import MOST_SAVED, FloatArray, Pool, Window
-from metricfold._core.reduce.header import uncounted
 from metricfold._core.reduce.schema import Entry, Schema
-from metricfold._core.sketch.weights import weighable
+from metricfold._core.sketch.weights import countable, weighable
 
 __all__ = ["Pools", "Recent", "Values", "Windows"]
 
@@ -129,7 +128,7 @@ class Windows(Values):
         bad = np.asarray(~np.isfinite(rows).all(axis=1))
         heads = rows[:, self._heads]
         sizes, fresh = heads[:, 0], heads[:, 1]
-        bad |= (uncounted(sizes) | uncounted(fresh)).any(axis=1)
+        bad |= ~(countable(sizes) & countable(fresh)).all(axis=1)
         bad |= ((sizes > self._capacities) | (fresh > sizes)).any(axis=1)
         for key, place in self._places.items():
             entry = self._entries[key]
@@ -385,7 +384,7 @@ def _readable(numbers: FloatArray, place: _Place) -> bool:
     count = numbers[0]
     if count == _SKETCH:
         return numbers.size > sketches.slot_width()
-    if uncounted(count) or count > place.room:
+    if not countable(count) or count > place.room:
         return False
     size, start = int(count), 1 + place.room
     if not np.isfinite(numbers[1 : 1 + size]).all():

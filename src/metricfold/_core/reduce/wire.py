@@ -29,11 +29,12 @@ import numpy.typing as npt
 from metricfold._core.fold.names import Key
 from metricfold._core.fold.sample import FloatArray, Window
 from metricfold._core.fold.state import COUNT, NANS, State
-from metricfold._core.reduce.header import AGREED, HEADER_SIZE, Field, uncounted
+from metricfold._core.reduce.header import AGREED, HEADER_SIZE, Field
 from metricfold._core.reduce.schema import Schema
 from metricfold._core.reduce.sections import NOBODY, added, larger, latest, owned
 from metricfold._core.reduce.totals import Rows, Totals
 from metricfold._core.reduce.values import Pools, Recent, Values, Windows
+from metricfold._core.sketch.weights import countable
 
 __all__ = ["Attendance", "Outgoing", "Wire", "merged"]
 
@@ -241,23 +242,23 @@ class Wire:
         """
         bad = self.values.wrong(rows[:, self._values])
         first, end = first[:, np.newaxis], end[:, np.newaxis]
-        bad |= uncounted(rows[:, self._sums][:, self.schema.counting]).any(axis=1)
+        bad |= ~countable(rows[:, self._sums][:, self.schema.counting]).all(axis=1)
         if self.schema.max_width:
             owned = rows[:, self._owned].reshape(len(rows), 3, -1)
             owners, tied = owned[:, 1], owned[:, 2]
             nobody = (owners == NOBODY) & (tied == 0)
-            somebody = ~uncounted(owners) & (owners >= first) & (owners < end)
-            somebody &= ~uncounted(tied) & (tied > 0) & (tied <= end - first)
+            somebody = countable(owners) & (owners >= first) & (owners < end)
+            somebody &= countable(tied) & (tied > 0) & (tied <= end - first)
             bad |= ~(nobody | somebody).all(axis=1)
         if self._joining:
             present = rows[:, self._present]
-            bad |= (uncounted(present) | (present > self._most_present)).any(axis=1)
+            bad |= (~countable(present) | (present > self._most_present)).any(axis=1)
             with_nan = -rows[:, self._with_nan]
             nobody = with_nan == np.inf
-            bad |= uncounted(np.where(nobody, 0.0, with_nan)).any(axis=1)
+            bad |= ~countable(np.where(nobody, 0.0, with_nan)).all(axis=1)
             bad |= ~(nobody | ((with_nan >= first) & (with_nan < end))).all(axis=1)
             own = rows[:, self._rows].reshape(len(rows), self.world_size, -1)
-            bad |= uncounted(own[:, :, self._own.counting]).any(axis=(1, 2))
+            bad |= ~countable(own[:, :, self._own.counting]).all(axis=(1, 2))
         return bad
 
     def totals(self, vector: FloatArray) -> Totals:

@@ -10,8 +10,9 @@ import numpy as np
 
 from metricfold._core.sketch.buckets import FARTHEST, BoolArray, Buckets, united
 from metricfold._core.sketch.indexing import FINEST, FloatArray, IntArray
+from metricfold._core.sketch.weights import countable
 
-__all__ = ["FEWEST_BUCKETS", "Contents", "Total", "check_max_buckets", "counts"]
+__all__ = ["FEWEST_BUCKETS", "Contents", "Total", "check_max_buckets"]
 
 
 class Total(IntEnum):
@@ -152,7 +153,7 @@ class Contents:
         row = buckets.row
         good = np.bincount(row, wrong, minlength=rows) == 0.0
         good &= ((self.totals >= 0.0) & (self.totals <= _MOST)).all(axis=1)
-        good &= counts(self.totals[:, _NUMBERS]).all(axis=1)
+        good &= countable(self.totals[:, _NUMBERS]).all(axis=1)
         good &= (self.finest >= 0) & (self.finest <= FINEST)
         good &= (self.reach >= -1) & (self.reach <= FARTHEST)
         some = self.totals[:, Total.COUNT] > 0.0
@@ -161,9 +162,3 @@ class Contents:
         ordered = (self.low <= self.high) & np.isfinite(self.low) & np.isfinite(self.high)
         sound: BoolArray = good & (ordered | ~some)
         return sound
-
-
-def counts(numbers: FloatArray) -> BoolArray:
-    """Return which of the numbers count something."""
-    found: BoolArray = (numbers >= 0.0) & (numbers == np.floor(numbers)) & (numbers <= 2.0**53)
-    return found

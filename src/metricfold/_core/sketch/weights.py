@@ -1,4 +1,4 @@
-"""Values and their weights: how much one may weigh, and many together."""
+"""Values and their weights: what may count, how much one may weigh, and many together."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LARGEST_WEIGHT", "concatenated", "weighable"]
+__all__ = ["LARGEST_COUNT", "LARGEST_WEIGHT", "concatenated", "countable", "weighable"]
 
 LARGEST_WEIGHT = 1e150
 """The squares of weights must add up to a number."""
+LARGEST_COUNT = 2.0**53
+"""Whole numbers up to here a float64 holds exactly."""
+
+
+def countable(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Return which of `numbers` may count something."""
+    return (numbers >= 0.0) & (numbers <= LARGEST_COUNT) & (numbers == np.floor(numbers))  # type: ignore[no-any-return]
 
 
 def weighable(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
