@@ -31,7 +31,7 @@ ORDER = (
         "_core.fold",
     ),
     *("_core.device", "_core.reduce", "communicator", "_core.exchange", "_core.view"),
-    *("_core.intake", "data", "torch", "jax", "sinks", "integrations", "demo", "cli"),
+    *("_core.intake", "alerts", "data", "torch", "jax", "sinks", "integrations", "demo", "cli"),
 )
 """Folders and modules, the lowest first. Of a folder's module that stands here itself, that counts."""
 

@@ -17,6 +17,7 @@ from metricfold._core.intake.aggregator import MetricsAggregator
 from metricfold._core.intake.merging import merge_state_dicts
 from metricfold._core.runtime.published import publish
 from metricfold._core.view.snapshot import Snapshot
+from metricfold.alerts import Alert, Alerts, NonFinite, Spike, Straggler
 from metricfold.communicator import MissingRanksError
 from metricfold.data import MetricBatch, MetricsCollator
 from metricfold.data.transform import DefaultTrainingMetricTransform, MetricTransform
@@ -38,6 +39,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AggregationHandler",
     "AggregationType",
+    "Alert",
+    "Alerts",
     "CategoricalCountAggHandler",
     "ConsoleSink",
     "DefaultTrainingMetricTransform",
@@ -57,8 +60,11 @@ __all__ = [
     "MetricsLogger",
     "MinAggHandler",
     "MissingRanksError",
+    "NonFinite",
     "RateAggHandler",
     "Snapshot",
+    "Spike",
+    "Straggler",
     "SumAggHandler",
     "TensorBoardSink",
     "WandbSink",

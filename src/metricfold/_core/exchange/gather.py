@@ -40,6 +40,7 @@ class Gather:
             wire.rows(rows),
             wire.recent(rows),
             sink_failed=bool(vector[Field.SINK_FAILED]),
+            found=float(vector[Field.ALERTS]),
         )
         return Arrived(headers, merged)
 

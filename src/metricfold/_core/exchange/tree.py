@@ -52,6 +52,7 @@ class Tree:
             wire.recent(whole),
             wire.attendance(vector),
             sink_failed=bool(vector[Field.SINK_FAILED]),
+            found=float(vector[Field.ALERTS]),
         )
         return Arrived(headers, merged)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -42,6 +43,7 @@ from metricfold._core.runtime.recomputation import recomputed
 from metricfold._core.runtime.staging import refuse_while_traced
 from metricfold._core.runtime.uncompiled import leave_alone, uncompiled
 from metricfold._core.view.derived import Derived, DerivedMetric, check_derived_window
+from metricfold._core.view.rules import Rule
 from metricfold._core.view.snapshot import Snapshot
 from metricfold._core.view.windows import WindowLike, check_window
 from metricfold.communicator import Communicator
@@ -506,6 +508,26 @@ class MetricsAggregator:
         with self._held.lock:
             self._held.keys.derive(name, metric)
 
+    def alert_on(self, *rules: Rule, local: bool = False) -> None:
+        """Look for trouble in what each reduction has merged; call it alike on every rank.
+
+        A rule is given the `Snapshot` of the interval, without derived metrics, and a dict of what it
+        remembers, which checkpoints keep. Since it sees the same on every rank, so are its alerts:
+        `Snapshot.alerts`, and what `MetricsLogger.log` returns.
+
+        Args:
+            rules: such as ``NonFinite("*/loss")``, or functions of (snapshot, memory) that return an
+                `Alert`, a text, several of them, or None.
+            local: they look at what ranks may see differently, such as a disk. What one finds, its
+                rank logs at once; the others hear of it in the next reduction.
+
+        Raises:
+            TypeError: one is no rule.
+            ValueError: there is that rule already; then none has been added.
+        """
+        with self._held.lock:
+            self._held.rules.add(rules, local=local)
+
     # -- Results
 
     def reduce(self, step: int | None = None) -> Snapshot:
@@ -580,7 +602,9 @@ class MetricsAggregator:
     def _saved(self) -> dict[str, Any]:
         """Return the state as of the last reduction."""
         self._link.check_whole()
-        return encode(self._held.run.saved())
+        rules = self._held.rules
+        with rules.lock:
+            return encode(replace(self._held.run.saved(), rules=rules.saved()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state; call it on every rank with the same state.

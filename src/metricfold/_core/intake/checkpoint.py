@@ -7,7 +7,7 @@
     windows         recent values of each DISTRIBUTION, by rank that saved
     custom          states of handlers without lanes, of all ranks
     kinds           of keys that ranks hold in more than one way: in which order these were agreed on
-    rules           memories of rules over metrics; reserved
+    rules           what each rule over metrics remembers, by what it is
     reductions      how many the ranks have had in the run
 
 Version 1 lacks `kinds` and `rules`. The payload is JSON text, so the state passes through `torch.load(weights_only=True)`, `json`,
@@ -22,7 +22,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 from typing import Any
 
@@ -70,6 +70,7 @@ class Saved:
         custom: states of handlers without lanes, of all ranks, per view.
         reductions: how many the ranks have had in the run: ranks that go on from states of different
             reductions find out by it.
+        rules: what each rule that looks for alerts remembers.
     """
 
     run: Totals
@@ -77,6 +78,7 @@ class Saved:
     windows: Mapping[Key, Sequence[Window]]
     custom: Mapping[str, list[SavedState]]
     reductions: int = 0
+    rules: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, reduced: Reduced, *, interval_open: bool) -> Saved:
@@ -203,7 +205,7 @@ def encode(saved: Saved) -> dict[str, Any]:
         ],
         "custom": saved.custom,
         "kinds": [],
-        "rules": {},
+        "rules": saved.rules,
         "reductions": saved.reductions,
     }
     payload = _json({"checksum": checksum(content), "content": content})
@@ -277,8 +279,11 @@ _PARTS = {"entries", "run", "interval", "windows", "custom", "kinds", "rules", "
 def _decoded(content: Any) -> Saved:
     if content.keys() != _PARTS:
         raise ValueError("it lacks a part, or has another")
-    if content["rules"] != {} or content["kinds"] != []:
-        raise ValueError("it holds memories of rules, or kinds, which this version does not know")
+    if content["kinds"] != []:
+        raise ValueError("it holds kinds, which this version does not know")
+    rules = content["rules"]
+    if type(rules) is not dict or not all(type(memory) is dict for memory in rules.values()):
+        raise ValueError("what its rules remember is no object")
     schema = Schema(entries_from(content["entries"], settled=True))
     saved = Saved(
         run=_decode_totals(schema, content["run"]),
@@ -289,6 +294,7 @@ def _decoded(content: Any) -> Saved:
         ),
         custom={view: content["custom"][view] for view in ("run", "interval")},
         reductions=content["reductions"],
+        rules=rules,
     )
     if type(saved.reductions) is not int or not 0 <= saved.reductions < LARGEST_COUNT:
         raise ValueError("it counts reductions by what is no whole number")

@@ -20,6 +20,7 @@ from metricfold._core.intake.timers import Timers
 from metricfold._core.reduce.schema import Key
 from metricfold._core.runtime.listing import internal
 from metricfold._core.runtime.recomputation import not_given_before
+from metricfold._core.view.rules import Rules
 from metricfold.metric import Metric, TypeLike
 
 __all__ = ["AggregatorMark", "Held"]
@@ -38,6 +39,7 @@ class Held:
         lock: guards all of it, but for the totals of the run.
         newest_mark: what may be rolled back to.
         warned: what has been said once.
+        rules: what looks for alerts.
     """
 
     def __init__(self, keys: KeyTable, run: Run) -> None:
@@ -49,6 +51,7 @@ class Held:
         self.inbox = Inbox(keys)
         self.newest_mark: AggregatorMark | None = None
         self.warned: set[str] = set()
+        self.rules = Rules()
 
     # -- Taking in
 
@@ -118,6 +121,7 @@ class Held:
         self.clock.restart()
         self.timers.begin_anew()
         self.run.begin_anew(restored)
+        self.rules.restore({} if restored is None else restored.saved.rules)
 
     def leave_parent_behind(self) -> None:
         """In a forked child: new locks, and nothing that somebody was in the midst of changing."""
@@ -125,6 +129,7 @@ class Held:
         self.clock.leave_parent_behind()
         self.timers.leave_parent_behind()
         self.inbox = Inbox(self.keys)
+        self.rules.lock = threading.RLock()
 
 
 @internal("cuts", "keys")

@@ -13,8 +13,9 @@ from metricfold._core.intake.held import Held
 from metricfold._core.intake.keys import KeyRegistry
 from metricfold._core.intake.layers import Arriving, Layer, arriving
 from metricfold._core.reduce.header import Kind
-from metricfold._core.reduce.reducer import Contribution, Outcome
+from metricfold._core.reduce.reducer import Contribution, Outcome, Reduced
 from metricfold._core.reduce.schema import Key
+from metricfold._core.view.alert import Alerts
 from metricfold._core.view.report import Handlers
 from metricfold._core.view.snapshot import Snapshot
 from metricfold.communicator import Communicator
@@ -89,6 +90,8 @@ class Reduction:
                 number,
                 error,
                 self._sink_failed,
+                held.rules.hash(),
+                held.rules.local_found if self._kind is Kind.REDUCE else 0.0,
             )
 
     def finish(self) -> Snapshot:
@@ -104,7 +107,13 @@ class Reduction:
             with communicator.interrupts_deferred():
                 assert held.run.exchange is not None
                 reduced = held.run.reducer.reduce(held.run.exchange, mine, registry)
-                held.run.go_on(reduced, interval_open=self._kind is Kind.STATE_DICT)
+                with held.rules.lock:
+                    held.run.go_on(reduced, interval_open=self._kind is Kind.STATE_DICT)
+                    return self._shown(reduced, communicator.rank)
+
+    def _shown(self, reduced: Reduced, rank: int) -> Snapshot:
+        """Return the result, with what the rules find in it."""
+        held = self._held
         with held.lock:
             handlers = Handlers(
                 held.keys.by_key(),
@@ -113,7 +122,13 @@ class Reduction:
                 held.warned,
                 held.keys.plans,
             )
-        return Snapshot(reduced, handlers)
+        alerts = Alerts()
+        if held.rules and self._kind is Kind.REDUCE:
+            assert self._mine is not None
+            # What is derived is the user's to compute, and need not be the same on all ranks.
+            seen = Snapshot(reduced, replace(handlers, derived={}))
+            alerts = held.rules.look(seen, self._mine.step, rank, reduced.found)
+        return Snapshot(reduced, handlers, alerts)
 
     def put_back(self) -> None:
         """Put back what was cut off; it comes before what has come since."""

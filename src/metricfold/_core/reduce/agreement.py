@@ -441,6 +441,12 @@ _COMPLAINTS: tuple[tuple[Field, str, Callable[[float], str], str], ...] = (
         lambda number: f"with route={RouteChoice(int(number)).name.lower()!r}",
         ". Make the aggregator with the same route on every rank",
     ),
+    (
+        Field.RULES,
+        "the ranks look for different alerts: ",
+        lambda number: f"with rules {int(number):x}" if number else "without a rule",
+        ". Nothing was reduced and nothing is lost; call alert_on() alike on every rank",
+    ),
 )
 
 

@@ -46,7 +46,7 @@ class Field(IntEnum):
     ROUTE = 7
     """Which route the caller wants."""
     RULES = 8
-    """Hash of the rules that look for alerts; 0 for none. Reserved: 0 in this version."""
+    """Hash of the rules that look for alerts; 0 for none."""
     PENDING = 9
     """1 if the rank holds something that the schema has no place for."""
     BLOB_HASH = 10
@@ -61,7 +61,7 @@ class Field(IntEnum):
     SINK_FAILED = 15
     """1 if a logger's sink has failed there, and all ranks are to hear of it."""
     ALERTS = 16
-    """1 if the rank has found what the others cannot see. Reserved: 0 in this version."""
+    """What a local rule of the rank has found, as a number that says which rule and rank; else 0."""
 
 
 AGREED = Field.RULES + 1

@@ -55,6 +55,7 @@ class Merged:
         recent: values of DISTRIBUTIONs.
         attendance: which ranks had what; None if all keys are known per rank.
         sink_failed: whether a logger's sink had failed on any rank.
+        found: what a local rule has found on any of them (`Field.ALERTS`).
     """
 
     delta: Totals
@@ -62,6 +63,7 @@ class Merged:
     recent: Recent
     attendance: Attendance | None = None
     sink_failed: bool = False
+    found: float = 0.0
 
 
 class Arrived(NamedTuple):
@@ -120,6 +122,8 @@ class Contribution:
         step: the caller's step, or None.
         error: why this rank fails; it takes part all the same.
         sink_failed: whether a logger's sink has failed here, for all ranks to hear.
+        rules: a hash of the rules that look for alerts.
+        found: what a local rule has found here, for all ranks to hear.
         outcome: what has become of it.
         news: what it holds beyond the agreed keys.
         windows: what it holds of each DISTRIBUTION, the most recent values of earlier ones included.
@@ -133,6 +137,8 @@ class Contribution:
     step: int | None = None
     error: str = ""
     sink_failed: bool = False
+    rules: int = 0
+    found: float = 0.0
     outcome: Outcome = Outcome.PENDING
     news: Sequence[Entry] = ()
     windows: dict[Key, Window] = field(default_factory=dict)
@@ -153,6 +159,7 @@ class Reduced:
         world_size: the number of ranks.
         sink_failed: whether a logger's sink had failed on any of them.
         reductions: how many there have been in the run.
+        found: what a local rule had found on any of them.
     """
 
     schema: Schema
@@ -165,6 +172,7 @@ class Reduced:
     world_size: int
     sink_failed: bool = False
     reductions: int = 0
+    found: float = 0.0
 
     def pool(self, entry: Entry, view: Literal["run", "interval"]) -> Pool:
         """Return the values that a view of a DISTRIBUTION speaks about."""
@@ -319,6 +327,8 @@ class Reducer:
         header[Field.SECONDS] = mine.seconds
         header[Field.CUSTOM_SIZE] = len(mine.custom)
         header[Field.SINK_FAILED] = mine.sink_failed
+        header[Field.RULES] = mine.rules
+        header[Field.ALERTS] = mine.found
         return header
 
     # -- Exchange
@@ -505,6 +515,7 @@ class Reducer:
             exchange.world_size,
             merged.sink_failed,
             self._reductions,
+            merged.found,
         )
         mine.outcome = Outcome.MERGED
         return reduced

@@ -226,7 +226,9 @@ class Wire:
         head = vector[self._head]
         same = (head[:AGREED] == -head[HEADER_SIZE:]).all() and not head[_OBJECTIONS].any()
         seconds, failed = head[Field.SECONDS], head[Field.SINK_FAILED]
-        return bool(same and 0 <= seconds < np.inf and failed in (0.0, 1.0))
+        found = head[Field.ALERTS]
+        known = 0 <= seconds < np.inf and failed in (0.0, 1.0) and bool(countable(found))
+        return bool(same and known)
 
     def recent(self, vectors: FloatArray) -> Recent:
         """Return the values of DISTRIBUTIONs: of everyone's vectors, or of the merged one, as a row."""

@@ -11,7 +11,10 @@ Nothing is finalised before it is asked for: a rank that does not look does not 
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import logging
+import re
+import statistics
 from collections.abc import Mapping
 
 import numpy as np
@@ -23,6 +26,7 @@ from metricfold._core.reduce.schema import Key
 from metricfold._core.reduce.sections import NOBODY
 from metricfold._core.runtime.uncompiled import uncompiled
 from metricfold._core.sketch import Histogram
+from metricfold._core.view.alert import Alerts
 from metricfold._core.view.report import Handlers, Report, matches
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.timing import TimerKeys, Timing
@@ -34,6 +38,7 @@ _logger = logging.getLogger("metricfold")
 
 _FORMS = ("_stat_{}", "_count_{}", "_{}")
 """How a statistic is printed behind the name of its metric."""
+_NO_ALERTS = Alerts()
 _BESIDE = "_nan_count"
 """What may come beside a value, also where there is none."""
 _MOST_NAMED = 8
@@ -49,9 +54,11 @@ class Snapshot:
         seconds: wall time of the interval, by the slowest rank's clock: from the first value on,
             without what a `MetricsAggregator.pause` took.
         run_seconds: the same of the run, over restarts.
+        alerts: what the rules of `MetricsAggregator.alert_on` have found in it.
     """
 
-    def __init__(self, reduced: Reduced, handlers: Handlers) -> None:
+    def __init__(self, reduced: Reduced, handlers: Handlers, alerts: Alerts = _NO_ALERTS) -> None:
+        self.alerts = alerts
         self._reduced = reduced
         self._handlers = handlers
         self._report = Report(reduced, handlers)
@@ -171,6 +178,32 @@ class Snapshot:
             )
         return None
 
+    def names(self, pattern: str = "*") -> list[tuple[str | None, str]]:
+        """Return the dataset and the name of each metric that a pattern matches, sorted.
+
+        Args:
+            pattern: as a shell has it, of ``{dataset}/{name}``, or ``/{name}`` without a dataset, so
+                that ``"*/loss"`` means both. Metrics whose handlers have no lanes match none.
+        """
+        matched = re.compile(fnmatch.translate(pattern)).match
+        return [
+            (entry.key[0] or None, entry.key[1])
+            for entry in self._reduced.schema
+            if not entry.custom and matched("/".join(entry.key))
+        ]
+
+    def results(
+        self, dataset: str | None, name: str, window: WindowLike = "interval"
+    ) -> dict[str, float]:
+        """Return all that a metric prints, by what follows its name; empty without values.
+
+        Raises:
+            KeyError: there is no such metric.
+            ValueError: an unknown window.
+        """
+        check_window(window)
+        return dict(self._results((dataset or "", name), window)[1])
+
     def histograms(self, prefix: str = "data", window: WindowLike = "auto") -> dict[str, Histogram]:
         """Return the histogram of every DISTRIBUTION that has values, keyed as in `as_dict`."""
         check_prefix(prefix)
@@ -244,6 +277,23 @@ class Snapshot:
             return self._owner_of_nan(key)
         owner = int(totals.owners[self._reduced.schema.maxs[key]][0])
         return None if owner == NOBODY else owner
+
+    def nan_rank(self, dataset: str | None, name: str) -> int | None:
+        """Return the lowest rank that had a NaN of this metric in the interval.
+
+        None if none had, or if it is not known: where vectors are merged on the way
+        (``route="tree"``), of MAX and MIN alone, unless recorded with ``per_rank=True``.
+
+        Raises:
+            KeyError: there is no such metric.
+            ValueError: its handler has no lanes.
+        """
+        key = self._key_with_lanes(dataset, name)
+        attendance = self._reduced.attendance
+        if attendance is not None and key not in self._reduced.rows.schema:
+            owner = attendance.nan_owners.get(key, NOBODY)
+            return None if owner == NOBODY else owner
+        return self._owner_of_nan(key)
 
     def tied(self, dataset: str | None, name: str, window: View = "interval") -> int:
         """Return how many ranks had the MAX or MIN in the reduction that it came from.
@@ -328,6 +378,7 @@ class Snapshot:
             shares[slowest],
             fastest,
             shares[fastest],
+            statistics.median(shares),
         )
 
     def __repr__(self) -> str:

@@ -23,6 +23,7 @@ class Timing:
         slowest_share: its own share.
         fastest: the rank that spent the least; a rank that never used it spent none.
         fastest_share: its own share.
+        median_share: that of the median rank.
     """
 
     mean: float | None
@@ -33,6 +34,7 @@ class Timing:
     slowest_share: float
     fastest: int
     fastest_share: float
+    median_share: float
 
 
 @dataclass(frozen=True, slots=True)

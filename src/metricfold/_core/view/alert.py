@@ -1,0 +1,61 @@
+"""What rules find in a merged result, the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+__all__ = ["Alert", "Alerts", "Severity"]
+
+Severity: TypeAlias = Literal["warning", "severe"]
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """What a rule has found in one reduction.
+
+    Args:
+        message: what is wrong, in a sentence.
+        severity: ``"warning"``, or ``"severe"`` for what training should not go on with.
+        dataset: of the metric; None: of one without a dataset, or of none.
+        name: of the metric, if it is about one.
+        value: what was found.
+        rank: the rank that it came from, if that is known.
+        rule: which rule found it; filled in by who runs the rule, as is `step`.
+        step: of the log that it was found in.
+    """
+
+    message: str
+    severity: Severity = "warning"
+    dataset: str | None = None
+    name: str | None = None
+    value: float | None = None
+    rank: int | None = None
+    rule: str = ""
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.severity not in ("warning", "severe"):
+            raise ValueError(f"severity={self.severity!r}: use 'warning' or 'severe'")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a JSON object has it; what is None is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class Alerts(tuple[Alert, ...]):
+    """What all rules have found in one reduction, the same on every rank; empty if nothing.
+
+    >>> alerts = Alerts([Alert("loss is nan", "severe", rank=3), Alert("slow")])
+    >>> [alert.rank for alert in alerts.severe]
+    [3]
+    >>> bool(Alerts().severe)
+    False
+    """
+
+    __slots__ = ()
+
+    @property
+    def severe(self) -> Alerts:
+        """Those that training should not go on with."""
+        return Alerts(alert for alert in self if alert.severity == "severe")

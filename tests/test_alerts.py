@@ -1,0 +1,360 @@
+"""Rules find the same in what was merged, on every rank, and after a resume on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_threads
+
+from metricfold import (
+    Alert,
+    Alerts,
+    MetricsAggregator,
+    NonFinite,
+    Snapshot,
+    Spike,
+    Straggler,
+)
+
+
+def aggregator_with(communicator: Any, *rules: Any, **settings: Any) -> MetricsAggregator:
+    aggregator = MetricsAggregator(communicator=communicator, **settings)
+    aggregator.alert_on(*rules)
+    return aggregator
+
+
+@pytest.mark.parametrize("route", ["gather", "tree"])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 5])
+def test_nan_on_one_rank_is_found_on_all_with_dataset_and_rank(world_size: int, route: str) -> None:
+    def rank(communicator: Any) -> list[Alerts]:
+        aggregator = aggregator_with(communicator, NonFinite("*/loss"), route=route)
+        found = []
+        for step in range(4):
+            for dataset in ("web", "code"):
+                bad = step == 2 and dataset == "code" and communicator.rank == world_size - 1
+                aggregator.record("loss", math.nan if bad else 1.0, dataset=dataset)
+            found.append(aggregator.reduce(step).alerts)
+        return found
+
+    everyone = run_threads(rank, world_size)
+    assert all(repr(one) == repr(everyone[0]) for one in everyone)
+    assert [len(alerts) for alerts in everyone[0]] == [0, 0, 1, 0]
+    (alert,) = everyone[0][2].severe
+    assert (alert.dataset, alert.name, alert.step) == ("code", "loss", 2)
+    assert math.isnan(alert.value or 0.0)
+    # On a tree no rank's own values are known.
+    assert alert.rank == (world_size - 1 if route == "gather" or world_size == 1 else None)
+
+
+def test_a_pattern_means_metrics_without_a_dataset_too() -> None:
+    aggregator = aggregator_with(None, NonFinite("*/loss"))
+    aggregator.record("loss", math.inf)
+    aggregator.record("val_loss", math.nan)
+    (alert,) = aggregator.reduce().alerts
+    assert (alert.dataset, alert.name, alert.value) == (None, "loss", math.inf)
+
+
+def test_nan_that_is_left_out_is_an_alert_too() -> None:
+    aggregator = aggregator_with(None, NonFinite(), on_nan="skip")
+    for value in (1.0, math.nan):
+        aggregator.record("loss", value)
+        aggregator.record("lengths", value, "distribution")
+    names = {alert.name: alert.message for alert in aggregator.reduce().alerts}
+    assert set(names) == {"loss", "lengths"}
+    assert names["loss"] == "loss had NaN, which was left out, on rank 0"
+
+
+def spiky(step: int) -> float:
+    """A loss that falls, with bursts: several spikes close together."""
+    noise = random.Random(step).gauss(0.0, 0.02)
+    return 2 + 8 * (step + 1000) ** -0.35 + noise + (0.8 if step in SPIKES else 0.0)
+
+
+SPIKES = {100, 105, 111, 240, 245, 251}
+
+
+def test_bursts_of_spikes_are_found_and_nothing_else() -> None:
+    aggregator = aggregator_with(None, Spike("*/loss"))
+    found = set()
+    for step in range(300):
+        aggregator.record("loss", spiky(step), dataset="web")
+        found |= {alert.step for alert in aggregator.reduce(step).alerts}
+    assert found == SPIKES
+
+
+def test_a_level_that_stays_is_soon_the_usual() -> None:
+    aggregator = aggregator_with(None, Spike("*/loss", window=32))
+    found = []
+    for step in range(200):
+        aggregator.record("loss", spiky(50 + step % 40) * (1.5 if step >= 100 else 1.0))
+        found += [alert.step for alert in aggregator.reduce(step).alerts]
+    assert 100 in found
+    assert max(step for step in found if step is not None) < 100 + 32
+
+
+def test_the_rank_that_has_the_spike_is_named() -> None:
+    def rank(communicator: Any) -> list[int | None]:
+        aggregator = aggregator_with(communicator, Spike("*/loss"))
+        found = []
+        for step in range(40):
+            spike = 30.0 if step == 30 and communicator.rank == 2 else 0.0
+            aggregator.record("loss", 1 + random.Random(step).random() + spike)
+            found += [(alert.step, alert.rank) for alert in aggregator.reduce(step).alerts]
+        return found
+
+    assert run_threads(rank, 4) == [[(30, 2)]] * 4
+
+
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_verdicts_after_a_resume_on_other_ranks_are_the_same(after: int) -> None:
+    def train(communicator: Any, steps: range, state: Any) -> tuple[list[Any], Any]:
+        aggregator = aggregator_with(communicator, Spike("*/loss"), NonFinite("*/loss"))
+        if state is not None:
+            aggregator.load_state_dict(json.loads(json.dumps(state)))
+        found = []
+        for step in steps:
+            aggregator.record("loss", spiky(step), dataset="web")
+            alerts = aggregator.reduce(step).alerts
+            found += [(alert.step, alert.rule, alert.message.split(", on")[0]) for alert in alerts]
+        return found, aggregator.state_dict()
+
+    (whole, _), *_ = run_threads(lambda c: train(c, range(300), None), 2)
+    (first, state), *_ = run_threads(lambda c: train(c, range(103), None), 2)
+    (second, _), *_ = run_threads(lambda c: train(c, range(103, 300), state), after)
+    assert first + second == whole
+    assert {step for step, *_ in whole} == SPIKES
+
+
+def test_a_save_in_the_middle_of_an_interval_runs_no_rule() -> None:
+    aggregator = aggregator_with(None, looks := Looks())
+    aggregator.record("loss", 1.0)
+    aggregator.state_dict()
+    assert looks.times == 0
+    aggregator.reduce()
+    assert looks.times == 1
+
+
+class Looks:
+    """A rule that counts how often it looks."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self, snapshot: Snapshot, memory: dict[str, Any]) -> None:
+        self.times += 1
+
+
+def test_a_straggler_is_named_after_some_intervals_in_a_row() -> None:
+    import time
+
+    def rank(communicator: Any) -> list[list[int | None]]:
+        aggregator = aggregator_with(communicator, Straggler("data", logs=2))
+        found = []
+        for step in range(3):
+            started = time.monotonic()
+            with aggregator.timer("data"):
+                time.sleep(0.05 if communicator.rank == 1 else 0.0)
+            while time.monotonic() - started < 0.06:
+                time.sleep(0.001)
+            found.append([alert.rank for alert in aggregator.reduce(step).alerts])
+        return found
+
+    assert run_threads(rank, 3) == [[[], [1], [1]]] * 3
+
+
+# -- Rules of one's own
+
+
+def test_a_function_is_a_rule_and_remembers_over_a_checkpoint() -> None:
+    def third(snapshot: Snapshot, memory: dict[str, Any]) -> Iterator[Alert | str]:
+        memory["times"] = memory.get("times", 0) + 1
+        if memory["times"] == 3:
+            yield f"loss is {snapshot.value(None, 'loss', None, 'interval')}"
+            yield Alert("stop", "severe")
+
+    first = aggregator_with(None, third)
+    for _ in range(2):
+        first.record("loss", 1.0)
+        assert first.reduce().alerts == ()
+    second = MetricsAggregator()
+    second.load_state_dict(first.state_dict())
+    second.alert_on(third)  # after the load: what it remembers has waited
+    second.record("loss", 4.0)
+    alerts = second.reduce(7).alerts
+    assert [alert.message for alert in alerts] == ["loss is 4.0", "stop"]
+    assert [alert.message for alert in alerts.severe] == ["stop"]
+    assert alerts[0].rule.endswith("third")
+
+
+def test_rules_never_see_what_is_derived() -> None:
+    def looking(snapshot: Snapshot, memory: dict[str, Any]) -> str:
+        with pytest.raises(KeyError):
+            snapshot.value(None, "twice", None, "interval")
+        return ",".join(sorted(snapshot.as_dict("train", "interval")))
+
+    aggregator = aggregator_with(None, looking)
+    aggregator.derive("twice", lambda m: 2 * m["loss"])
+    aggregator.record("loss", 1.0)
+    assert [alert.message for alert in aggregator.reduce().alerts] == ["train/loss"]
+
+
+def test_a_rule_that_fails_is_said_once_and_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(snapshot: Snapshot, memory: dict[str, Any]) -> str:
+        raise ZeroDivisionError
+
+    def wrong(snapshot: Snapshot, memory: dict[str, Any]) -> Any:
+        return [3]
+
+    aggregator = aggregator_with(None, broken, wrong, NonFinite("*/loss"))
+    for _ in range(2):
+        aggregator.record("loss", math.nan)
+        assert len(aggregator.reduce().alerts) == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.split(" failed")[0].rsplit(".", 1)[-1] for text in said] == ["broken", "wrong"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "error", "says"),
+    [
+        ((NonFinite,), TypeError, r"NonFinite\(\.\.\.\)"),
+        (("*/loss",), TypeError, "not '\\*/loss'"),
+        ((NonFinite(), NonFinite()), ValueError, "already"),
+    ],
+)
+def test_what_is_no_rule_is_refused_and_nothing_is_added(
+    rules: Any, error: type[Exception], says: str
+) -> None:
+    aggregator = MetricsAggregator()
+    with pytest.raises(error, match=says):
+        aggregator.alert_on(Spike(), *rules)
+    aggregator.alert_on(Spike(), NonFinite())
+
+
+def test_a_memory_that_cannot_be_saved_names_its_rule() -> None:
+    def forgetful(snapshot: Snapshot, memory: dict[str, Any]) -> None:
+        memory["last"] = object()
+
+    aggregator = aggregator_with(None, forgetful)
+    aggregator.record("loss", 1.0)
+    aggregator.reduce()
+    with pytest.raises(TypeError, match="forgetful remembers cannot be saved"):
+        aggregator.state_dict()
+
+
+@pytest.mark.parametrize("rules", [[], {"rule": 3}, {"rule": []}])
+def test_a_forged_memory_is_refused_at_load(rules: Any) -> None:
+    from metricfold._core.intake.checkpoint import checksum
+
+    state = MetricsAggregator().state_dict()
+    content = json.loads(state["payload"])["content"]
+    content["rules"] = rules
+    state["payload"] = json.dumps({"checksum": checksum(content), "content": content})
+    with pytest.raises(ValueError, match="rules"):
+        MetricsAggregator().load_state_dict(state)
+
+
+def test_a_memory_of_another_form_ends_no_training(caplog: pytest.LogCaptureFixture) -> None:
+    from metricfold._core.intake.checkpoint import checksum
+
+    first = aggregator_with(None, Spike("*/loss"))
+    first.record("loss", 1.0)
+    first.reduce()
+    state = first.state_dict()
+    content = json.loads(state["payload"])["content"]
+    content["rules"] = {repr(Spike("*/loss")): {"/loss": ["a"] * 20}}
+    state["payload"] = json.dumps({"checksum": checksum(content), "content": content})
+    second = aggregator_with(None, Spike("*/loss"))
+    second.load_state_dict(state)
+    second.record("loss", 1.0)
+    assert second.reduce().as_dict("train") == {"train/loss": 1.0}
+    assert "failed, and says nothing" in caplog.text
+
+
+# -- Among ranks
+
+
+def test_ranks_with_other_rules_are_one_error_and_nothing_is_lost() -> None:
+    def rank(communicator: Any) -> tuple[str, dict[str, float]]:
+        aggregator = MetricsAggregator(communicator=communicator)
+        if communicator.rank == 1:
+            aggregator.alert_on(NonFinite("*/loss"))
+        aggregator.record("loss", float(communicator.rank))
+        with pytest.raises(RuntimeError, match="look for different alerts") as raised:
+            aggregator.reduce()
+        if communicator.rank != 1:
+            aggregator.alert_on(NonFinite("*/loss"))
+        return str(raised.value), aggregator.reduce().as_dict("train")
+
+    everyone = run_threads(rank, 3)
+    assert everyone == [everyone[0]] * 3
+    assert "ranks 0, 2 without a rule, rank 1 with rules" in everyone[0][0]
+    assert everyone[0][1] == {"train/loss": 1.0}
+
+
+def test_what_one_rank_alone_sees_all_hear_of_in_the_next_reduction(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def rank(communicator: Any) -> list[list[tuple[Any, ...]]]:
+        def disk(snapshot: Snapshot, memory: dict[str, Any]) -> Alert | None:
+            memory["looks"] = memory.get("looks", 0) + 1
+            full = memory["looks"] == 3 and communicator.rank == 2
+            return Alert("the disk is full", "severe") if full else None
+
+        aggregator = MetricsAggregator(communicator=communicator)
+        aggregator.alert_on(disk, local=True)
+        found = []
+        for step in range(6):
+            aggregator.record("loss", 1.0)
+            if step == 3:
+                aggregator.state_dict()  # takes no message away
+            alerts = aggregator.reduce(step).alerts
+            found.append([(one.step, one.rank, one.severity, one.message) for one in alerts])
+        return found
+
+    everyone = run_threads(rank, 4)
+    assert everyone == [everyone[0]] * 4
+    ((step, who, severity, message),) = everyone[0][3]
+    assert (step, who, severity) == (2, 2, "severe")
+    assert "on rank 2" in message
+    assert [len(alerts) for alerts in everyone[0]] == [0, 0, 0, 1, 0, 0]
+    assert "the disk is full" in caplog.text
+
+
+def test_a_pattern_that_matches_nothing_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    aggregator = aggregator_with(None, NonFinite("*/los"), NonFinite("*/loss"))
+    for _ in range(8):
+        aggregator.record("loss", 1.0)
+        aggregator.reduce()
+    (record,) = caplog.records
+    assert "'*/los'" in record.getMessage()
+    assert "/loss" in record.getMessage()
+
+
+def test_a_fork_and_a_reset_leave_no_memory() -> None:
+    aggregator = aggregator_with(None, Spike("*/loss", least=2, window=4))
+    for value in (1.0, 1.1, 0.9, 1.0):
+        aggregator.record("loss", value)
+        aggregator.reduce()
+    aggregator.reset()
+    aggregator.record("loss", 100.0)
+    assert aggregator.reduce().alerts == ()
+
+
+def test_no_collective_is_added(tmp_path: Path) -> None:
+    def rank(communicator: Any) -> int:
+        aggregator = aggregator_with(communicator, NonFinite(), Spike("*/loss"))
+        for _ in range(3):
+            aggregator.record("loss", 1.0)
+            aggregator.reduce()
+        before = aggregator.collectives
+        aggregator.record("loss", math.nan)
+        assert aggregator.reduce().alerts
+        return aggregator.collectives - before
+
+    assert run_threads(rank, 2) == [1, 1]
