@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import compress
-from operator import itemgetter
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -49,21 +47,8 @@ from metricfold._core.fold.values import (
 )
 from metricfold.metric import Metric, TypeLike, check_name, is_name, quote, resolve_type, type_label
 
-__all__ = [
-    "Column",
-    "HandlerOf",
-    "HandlersKnown",
-    "Known",
-    "Pending",
-    "check_same_type",
-    "fold_each",
-    "fold_metrics",
-    "fold_read",
-    "fold_together",
-    "fold_value",
-]
-
 HandlerOf: TypeAlias = "Callable[[Key, TypeLike], AggregationHandler | None]"
+"""Returns what folds a key of that type; None: nothing does, it keeps its metrics."""
 
 
 class Known(Protocol):
@@ -73,31 +58,18 @@ class Known(Protocol):
     handler: AggregationHandler
 
 
+@dataclass(frozen=True, slots=True)
 class HandlersKnown:
-    """Says what folds values of a key: the handler that it began with, else its type's.
+    """Says what folds values of a key: the handler that it began with, else its type's."""
 
-    Args:
-        records: of keys that have begun.
-        of_type: what handles each type.
-    """
-
-    def __init__(
-        self, records: Mapping[Key, Known], of_type: Mapping[TypeLike, AggregationHandler]
-    ) -> None:
-        self._records = records
-        self._of_type = of_type
+    records: Mapping[Key, Known]
+    of_type: Mapping[TypeLike, AggregationHandler]
 
     def __call__(self, key: Key, agg_type: TypeLike) -> AggregationHandler | None:
-        known = self._records.get(key)
+        known = self.records.get(key)
         if known is not None and known.agg_type == agg_type:
             return known.handler
-        return self._of_type.get(agg_type)
-
-
-"""Returns what folds a key of that type; None: nothing does, it keeps its metrics."""
-
-_METRIC = {Metric}
-_key_of = itemgetter(0, 1)
+        return self.of_type.get(agg_type)
 
 
 @dataclass(slots=True, eq=False)
@@ -117,8 +89,7 @@ class Pending:
     weight: Any
 
     def renamed(self, key: Key) -> Pending:
-        """Return the same of another key."""
-        return Pending(key, self.agg_type, self.value, self.weight)
+        return replace(self, key=key)
 
     def ready(self) -> bool:
         """Return whether it can be read without a wait."""
@@ -166,10 +137,7 @@ def check_same_type(key: Key, registered: TypeLike, given: TypeLike) -> None:
 
 
 def fold_metrics(
-    metrics: Sequence[Metric],
-    handler_of: HandlerOf,
-    *,
-    in_worker: bool,
+    metrics: Sequence[Metric], handler_of: HandlerOf, *, in_worker: bool
 ) -> list[Column]:
     """Return one column per key of `metrics`, in order of first appearance.
 
@@ -182,22 +150,22 @@ def fold_metrics(
             would end the worker.
     """
     columns = []
-    for key, group in _by_key(metrics).items():
-        _, _, values, types, weights = zip(*group, strict=True)
-        _check_key(key)
+    for key, values, types, weights in _by_key(metrics):
         try:
-            known = _types_in(key, types)
+            resolved = _resolved_all(key, types)
         except TypeError as error:
-            raise TypeError(f"{error}{hints.for_metric(group[0])}") from None
-        first, *others = known
-        for other in () if in_worker else others:
-            check_same_type(key, first, other)
+            first = Metric(*key, values[0], types[0])
+            raise TypeError(f"{error}{hints.for_metric(first)}") from None
+        known = dict.fromkeys(resolved)
         for agg_type in known:
-            if others:
-                given = [one for one in group if _resolved(key, one.agg_type) == agg_type]
-                _, _, values, _, weights = zip(*given, strict=True)
+            if not in_worker:
+                check_same_type(key, resolved[0], agg_type)
+            given = values, weights
+            if len(known) > 1:
+                mine = [one == agg_type for one in resolved]
+                given = tuple(compress(values, mine)), tuple(compress(weights, mine))
             handler = handler_of(key, agg_type)
-            columns.append(_fold_group(key, agg_type, values, weights, handler, in_worker))
+            columns.append(_fold_group(key, agg_type, *given, handler, in_worker))
     return columns
 
 
@@ -205,8 +173,7 @@ def fold_value(
     key: Key, agg_type: TypeLike, value: Any, weight: Any, handler_of: HandlerOf
 ) -> Column:
     """Return the column of a single value; device arrays are held."""
-    handler = handler_of(key, agg_type)
-    return _fold_group(key, agg_type, (value,), (weight,), handler, in_worker=False)
+    return _fold_group(key, agg_type, (value,), (weight,), handler_of(key, agg_type))
 
 
 def fold_together(
@@ -220,10 +187,9 @@ def fold_together(
     for key, (agg, value) in values.items():
         agg_type = _resolved(key, agg)
         handler = handler_of(key, agg_type)
-        own = weight
-        if handler is not None and not handler.weighted and arrays.backend_of(weight) is None:
-            own = counts_or_not(key, weight)
-        columns.append(_fold_group(key, agg_type, (value,), (own,), handler, in_worker=False))
+        asks = handler is not None and not handler.weighted and arrays.backend_of(weight) is None
+        own = counts_or_not(key, weight) if asks else weight
+        columns.append(_fold_group(key, agg_type, (value,), (own,), handler))
     return columns
 
 
@@ -245,19 +211,21 @@ def fold_each(
     weighted = handler is None or handler.weighted
     weighing = weights_of_each(key, agg_type, values, weights, weighted=weighted)
     elements = elements_of(key, values)
+    nothing = Column(key, agg_type, None)
     if not arrays.counts_here(elements):
-        return Column(key, agg_type, None)
-    if arrays.backend_of(weighing) is None and not (elements.shape[0] and np.any(weighing)):
-        return Column(key, agg_type, None)
+        return nothing
+    known = arrays.backend_of(weighing) is None
+    if known and not (elements.shape[0] and np.any(weighing)):
+        return nothing
     if arrays.backend_of(elements) is None:
-        if arrays.backend_of(weighing) is None:
-            counted, own = counted_elements(elements, weighing)
-            if not counted.size:
-                return Column(key, agg_type, None)
-            return _fold_counted(key, agg_type, counted, own, handler, in_worker=False)
-        # The weights are not known yet. Fold the values all the same, to refuse here what cannot be.
-        _fold_counted(key, agg_type, *counted_elements(elements, 1.0), handler, in_worker=False)
-    column = _fold_counted(key, agg_type, [], [], handler, in_worker=False)
+        # Weights on a device are not known yet. Fold all the same, to refuse here what cannot be.
+        counted, own = counted_elements(elements, weighing if known else 1.0)
+        if known and not counted.size:
+            return nothing
+        column = _fold_counted(key, agg_type, counted, own, handler)
+        if known:
+            return column
+    column = _fold_counted(key, agg_type, [], [], handler)
     column.pending = [Pending(key, agg_type, elements, weighing)]
     return column
 
@@ -282,18 +250,34 @@ def fold_read(key: Key, handler: LaneHandler, values: Numbers, weights: Numbers)
 # -- The metrics of a list, by key ----------------------------------------------------------------
 
 
-def _by_key(metrics: Sequence[Metric]) -> dict[Key, list[Metric]]:
+def _by_key(metrics: Sequence[Metric]) -> Iterator[tuple[Key, Any, Any, Any]]:
+    """Yield the values, types and weights of each key, in order."""
     if not _METRIC.issuperset(map(type, metrics)):
         _check_items(metrics)
-    groups: defaultdict[Key, list[Metric]] = defaultdict(list)
+    if not metrics:
+        return
+    datasets, names, values, types, weights = zip(*metrics, strict=True)
     try:
-        for key, metric in zip(map(_key_of, metrics), metrics, strict=True):
-            groups[key].append(metric)
+        keys = [*dict.fromkeys(zip(datasets, names, strict=True))]
     except TypeError:  # a name that is no string and cannot be hashed
-        for metric in metrics:
-            _check_key((metric.dataset_name, metric.name))
-        raise
-    return groups
+        keys = [*zip(datasets, names, strict=True)]
+    for key in keys:
+        _check_key(key)
+    # Samples mostly bring the same metrics in the same order.
+    turns = [slice(place, None, len(keys)) for place in range(len(keys))]
+    if all(len({*one[turn]}) == 1 for one in (datasets, names) for turn in turns):
+        for key, turn in zip(keys, turns, strict=True):
+            yield key, values[turn], types[turn], weights[turn]
+        return
+    groups: dict[Key, list[Metric]] = {key: [] for key in keys}
+    for key, metric in zip(zip(datasets, names, strict=True), metrics, strict=True):
+        groups[key].append(metric)
+    for key, group in groups.items():
+        _, _, values, types, weights = zip(*group, strict=True)
+        yield key, values, types, weights
+
+
+_METRIC = {Metric}
 
 
 def _check_items(metrics: Sequence[object]) -> None:
@@ -323,12 +307,10 @@ def _check_key(key: Key) -> None:
     check_name(f"the dataset name of metric {name!r}", dataset_name)
 
 
-def _types_in(key: Key, types: Sequence[TypeLike]) -> list[TypeLike]:
-    """Return the aggregation types that `types` name, which should be one."""
-    # By class too: a text may equal a member of somebody's StrEnum, and be another type.
-    if types.count(types[0]) == len(types) and len(set(map(type, types))) == 1:
+def _resolved_all(key: Key, types: Sequence[TypeLike]) -> list[TypeLike]:
+    if len({*map(id, types)}) == 1:  # nearly always
         return [_resolved(key, types[0])]
-    return list(dict.fromkeys(_resolved(key, one) for one in types))
+    return [_resolved(key, one) for one in types]
 
 
 def _resolved(key: Key, agg_type: TypeLike) -> TypeLike:
@@ -347,63 +329,36 @@ def _fold_group(
     values: Sequence[Any],
     weights: Sequence[Any],
     handler: AggregationHandler | None,
-    in_worker: bool,
+    in_worker: bool = False,
 ) -> Column:
     """Return the column of values as they were given."""
-    if not NUMBERS.issuperset(map(type, values)):
-        values = [*map(arrays.unwrapped, values)]
-        values, weights = _counted_here(key, values, weights)
-        if not values:
-            return Column(key, agg_type, None)
     # By type, not by value: comparing a device array with a number would wait for the device.
-    plain = NUMBERS.issuperset(map(type, weights))
-    if not plain or weights.count(1.0) < len(weights):
-        weighted = handler is None or handler.weighted
-        if not plain:
-            weights = [
-                weight_of(key, weight, weighted=weighted, in_worker=in_worker) for weight in weights
-            ]
-        values, weights, conflicting = _counted(key, values, weights, weighted)
-        if not values:
-            return Column(key, agg_type, None)
-        if conflicting is not None:
-            if in_worker:
-                return _keep_metrics(key, agg_type, values, weights, in_worker)
-            refuse_weight(key, agg_type, conflicting)
-    return _fold_counted(key, agg_type, values, weights, handler, in_worker)
-
-
-def _counted_here(
-    key: Key, values: Sequence[Any], weights: Sequence[Any]
-) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Return the values that no other process counts, with their weights."""
-    here = [*map(arrays.counts_here, values)]
-    if all(here):
-        return values, weights
-    for value, counts in zip(values, here, strict=True):
-        if not counts:
-            held(key, value)  # refused on all processes, if on one
-    return [*compress(values, here)], [*compress(weights, here)]
-
-
-def _counted(
-    key: Key, values: Sequence[Any], weights: Sequence[Any], weighted: bool
-) -> tuple[Sequence[Any], Sequence[Any], float | None]:
-    """Return the values whose weight is not 0, with their weights, after a check of these.
-
-    The third is a weight other than 0 and 1, if there is one and it means nothing here. Weights on
-    a device are not looked at.
-    """
-    host = [weight for weight in weights if type(weight) in NUMBERS]
-    checked = checked_weights(key, host)
+    plain = NUMBERS.issuperset(map(type, values))
+    weighing = NUMBERS.issuperset(map(type, weights))
+    if not plain:
+        values = [*map(arrays.unwrapped, values)]
+        here = [*map(arrays.counts_here, values)]
+        for value, counts in zip(values, here, strict=True):
+            if not counts:
+                held(key, value)  # refused on all processes, if on one
+        values, weights = [*compress(values, here)], [*compress(weights, here)]
     conflicting = None
-    if checked is not None:
-        if not checked.all():
-            counts = [type(weight) not in NUMBERS or weight != 0 for weight in weights]
-            values, weights = list(compress(values, counts)), list(compress(weights, counts))
+    if not weighing or weights.count(1.0) < len(weights):
+        weighted = handler is None or handler.weighted
+        weights = [weight_of(key, one, weighted=weighted, in_worker=in_worker) for one in weights]
+        host = [weight for weight in weights if type(weight) in NUMBERS]
+        checked_weights(key, host)
+        # What lies on a device is not looked at.
+        some = [type(weight) not in NUMBERS or weight != 0 for weight in weights]
+        values, weights = [*compress(values, some)], [*compress(weights, some)]
         if not weighted:
             conflicting = next((weight for weight in host if weight not in (0, 1)), None)
-    return values, weights, conflicting
+    if not values:
+        return Column(key, agg_type, None)
+    if conflicting is not None and not in_worker:
+        refuse_weight(key, agg_type, conflicting)
+    folding = handler if conflicting is None else None
+    return _fold_counted(key, agg_type, values, weights, folding, in_worker)
 
 
 def _fold_counted(
@@ -412,47 +367,36 @@ def _fold_counted(
     values: Numbers,
     weights: Numbers,
     handler: AggregationHandler | None,
-    in_worker: bool,
+    in_worker: bool = False,
 ) -> Column:
     """Return the column of values that count, whose weights have been checked."""
-    if handler is None or not handler.has_lanes:
-        return _keep_metrics(key, agg_type, listed(values), listed(weights), in_worker)
-    folding = handler.laned()
-    texts = folding.takes is str
+    folding = handler.laned() if handler is not None and handler.has_lanes else None
+    texts = folding is not None and folding.takes is str
     pending: list[Pending] = []
-    if texts or not isinstance(values, np.ndarray):
+    if folding is None or texts or not isinstance(values, np.ndarray):
         values, weights = listed(values), listed(weights)
         plain = _TEXT if texts else NUMBERS
         if not (plain.issuperset(map(type, values)) and NUMBERS.issuperset(map(type, weights))):
-            read = category if texts else number
+            # What a value may be is the business of a handler without lanes.
+            read = host_scalar if folding is None else category if texts else number
             values, weights, pending = _apart(key, agg_type, values, weights, read, in_worker)
+    if folding is None:
+        pairs = zip(values, weights, strict=True)
+        metrics = [Metric(*key, value, agg_type, weight) for value, weight in pairs]
+        return Column(key, agg_type, None, metrics, pending)
     state = fold_read(key, folding, values, weights)
-    replaced = [state.replaced]
-    if texts and pending:  # folded later, but refused here
-        waiting = [one.value for one in pending if isinstance(one.value, str)]
-        replaced.append(fold_read(key, folding, waiting, ()).replaced)
-    for text in () if in_worker else replaced:
-        if text is not None:
-            folding.tell(key, text)
+    if not in_worker:
+        replaced = [state.replaced]
+        if texts and pending:  # folded later, but refused here
+            waiting = [one.value for one in pending if isinstance(one.value, str)]
+            replaced.append(fold_read(key, folding, waiting, ()).replaced)
+        for text in replaced:
+            if text is not None:
+                folding.tell(key, text)
     return Column(key, agg_type, state, pending=pending)
 
 
 _TEXT = {str}
-
-
-def _keep_metrics(
-    key: Key, agg_type: TypeLike, values: Sequence[Any], weights: Sequence[Any], in_worker: bool
-) -> Column:
-    """Keep the metrics of a handler without lanes; what a value may be is its business."""
-
-    def read(key: Key, _: str, value: Any) -> Any:
-        return host_scalar(key, value)
-
-    values, weights, pending = _apart(key, agg_type, values, weights, read, in_worker)
-    metrics = [
-        Metric(*key, value, agg_type, weight) for value, weight in zip(values, weights, strict=True)
-    ]
-    return Column(key, agg_type, None, metrics, pending)
 
 
 def _apart(
@@ -460,26 +404,17 @@ def _apart(
     agg_type: TypeLike,
     values: Sequence[Any],
     weights: Sequence[Any],
-    read: Callable[[Key, str, Any], Any],
+    read: Callable[[Key, Any], Any],
     in_worker: bool,
 ) -> tuple[list[Any], list[Any], list[Pending]]:
-    """Return values and weights that are known, and what has to wait for a device.
-
-    Args:
-        key: the metric's.
-        agg_type: its type.
-        values: of any kind.
-        weights: numbers, or on a device.
-        read: makes of a value on the host what its handler takes.
-        in_worker: as in `fold_metrics`.
-    """
+    """Return values and weights that are known, as `read` takes them, and what waits for a device."""
     here: list[Any] = []
     weighing: list[Any] = []
     pending: list[Pending] = []
     for value, weight in zip(values, weights, strict=True):
         on_device = held(key, value, in_worker=in_worker)
         weight_on_device = held(key, weight, in_worker=in_worker)
-        one = read(key, "value", value) if on_device is None else on_device
+        one = read(key, value) if on_device is None else on_device
         # Once one value is pending the later ones queue behind it: a window is in order of arrival,
         # and a handler without lanes may mind the order, too.
         if on_device is None and weight_on_device is None and not pending:

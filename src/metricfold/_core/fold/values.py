@@ -1,7 +1,7 @@
 """What a user may give as a value or a weight: one place for `record`, `update` and `record_all`.
 
-    number(key, "value", tensor)         a float, of whatever holds exactly one number
-    category(key, "value", Colour.RED)   a text
+    number(key, tensor)                  a float, of whatever holds exactly one number
+    category(key, Colour.RED)            a text
     held(key, tensor, in_worker=False)   what still lies on a device, to be read at the reduction
     checked_weights(key, weights)        finite numbers of 0 or more
 
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,30 +26,7 @@ from metricfold._core.fold.sample import FloatArray
 from metricfold._core.runtime.imported import is_of
 from metricfold.metric import AggregationType, TypeLike, quote, type_label
 
-__all__ = [
-    "NUMBERS",
-    "Numbers",
-    "bad_weight",
-    "category",
-    "category_of",
-    "checked_weights",
-    "counted_elements",
-    "counts_or_not",
-    "elements_of",
-    "floats",
-    "held",
-    "host_scalar",
-    "is_many",
-    "listed",
-    "number",
-    "number_of",
-    "refuse_weight",
-    "shape_of",
-    "weight_of",
-    "weights_beside",
-    "weights_of_each",
-]
-
+T = TypeVar("T")
 Numbers: TypeAlias = "Sequence[Any] | npt.NDArray[Any]"
 
 NUMBERS = {int, float, bool}
@@ -63,11 +40,7 @@ _LARGEST_INT = 2**53
 
 
 def number_of(value: Any) -> float:
-    """Return the number that `value` is, or that is all it holds.
-
-    Raises:
-        TypeError: it is no number.
-    """
+    """Return the number that `value` is, or that is all it holds; raises TypeError if it is none."""
     if type(value) is float:
         return value
     # A text may spell a number, and NumPy's masked value is NaN with a warning.
@@ -79,11 +52,7 @@ def number_of(value: Any) -> float:
 
 
 def category_of(value: Any) -> str:
-    """Return the text that `value` counts under.
-
-    Raises:
-        TypeError: it is no category.
-    """
+    """Return the text that `value` counts under; raises TypeError if it is no category."""
     if not isinstance(value, str | int | float | Enum):
         raise TypeError(
             f"the value {quote(value)} is no category: give a text, a number, an Enum member, or "
@@ -95,17 +64,17 @@ def category_of(value: Any) -> str:
 # -- Of a metric: single values -------------------------------------------------------------------
 
 
-def number(key: Key, what: str, value: Any) -> float:
+def number(key: Key, value: Any, what: str = "value") -> float:
     """Return `value` as a float if it is a real number or holds exactly one.
 
     Args:
         key: the metric's.
-        what: ``"value"`` or ``"weight"``.
         value: of any type.
+        what: ``"value"`` or ``"weight"``.
     """
     scalar = host_scalar(key, value)
-    if isinstance(scalar, np.ndarray) and scalar.size != 1 and what == "value":
-        raise ValueError(f"{show(key)}: {arrays.not_one_value('NumPy array', scalar.shape)}")
+    if what == "value":
+        _refuse_many(key, scalar)
     if not isinstance(scalar, int | float | np.floating):
         for_it = hints.for_value if what == "value" else hints.for_weight
         raise TypeError(
@@ -118,15 +87,11 @@ def number(key: Key, what: str, value: Any) -> float:
         raise _too_large(key, f"the {what}") from None
 
 
-def category(key: Key, what: str, value: Any) -> str:
+def category(key: Key, value: Any) -> str:
     """Return the text that `value` counts under."""
     scalar = host_scalar(key, value)
-    if isinstance(scalar, np.ndarray) and scalar.size != 1:
-        raise ValueError(f"{show(key)}: {arrays.not_one_value('NumPy array', scalar.shape)}")
-    try:
-        return category_of(scalar)
-    except TypeError as error:
-        raise TypeError(f"{show(key)}: {error}") from None
+    _refuse_many(key, scalar)
+    return _named(key, category_of, scalar)
 
 
 def host_scalar(key: Key, value: Any) -> Any:
@@ -140,11 +105,7 @@ def host_scalar(key: Key, value: Any) -> Any:
     backend = arrays.backend_of(value)
     if backend is None:
         return value
-    try:
-        on_device = backend.hold(value)
-    except Exception as error:  # noqa: BLE001 - a framework's own may be of any kind
-        _refuse(key, error)
-    (scalar,) = arrays.read([on_device])()
+    (scalar,) = arrays.read([_named(key, backend.hold, value)])()
     if isinstance(scalar, Exception):
         _refuse(key, scalar)
     return scalar
@@ -154,17 +115,26 @@ def held(key: Key, value: Any, *, in_worker: bool = False) -> Any:
     """Return what is to be kept of a value on a device; None for any other, and in a worker."""
     if in_worker or type(value) in NUMBERS or type(value) is str:
         return None
+    return _named(key, arrays.hold, value)
+
+
+def _named(key: Key, take: Callable[[Any], T], value: Any) -> T:
+    """Return what `take` makes of `value`; its errors get the metric's name."""
     try:
-        return arrays.hold(value)
+        return take(value)
     except Exception as error:  # noqa: BLE001 - a framework's own may be of any kind
         _refuse(key, error)
 
 
 def _refuse(key: Key, error: Exception) -> NoReturn:
-    """Raise `error` again, with the metric's name."""
     if isinstance(error, TypeError | ValueError):
         raise type(error)(f"{show(key)}: {error}") from None
     raise ValueError(f"{show(key)}: the array cannot be taken as a value: {error}") from error
+
+
+def _refuse_many(key: Key, scalar: Any) -> None:
+    if isinstance(scalar, np.ndarray) and scalar.size != 1:
+        raise ValueError(f"{show(key)}: {arrays.not_one_value('NumPy array', scalar.shape)}")
 
 
 def _too_large(key: Key, what: str) -> ValueError:
@@ -183,14 +153,14 @@ def weight_of(key: Key, weight: Any, *, weighted: bool, in_worker: bool) -> Any:
     if on_device and not in_worker:
         return weight
     # What lies on a device cannot be refused where it is given, so that only "0 or not" matters.
-    if on_device and not weighted:
-        return counts_or_not(key, weight)
-    return number(key, "weight", weight)
+    return (
+        counts_or_not(key, weight) if on_device and not weighted else number(key, weight, "weight")
+    )
 
 
 def counts_or_not(key: Key, weight: Any) -> float:
     """Return 1.0 for any weight but 0."""
-    given = number(key, "weight", weight)
+    given = number(key, weight, "weight")
     return 1.0 if 0 < given < np.inf else given
 
 
@@ -203,7 +173,7 @@ def checked_weights(key: Key, weights: Sequence[float]) -> FloatArray | None:
     if weights.count(1.0) == len(weights):
         return None
     array = floats(key, "a weight", weights)
-    if not (array.min() >= 0 and array.max() < np.inf):
+    if bad_weight(array) is not None:
         _refuse_bad(key, next(weight for weight in weights if not 0 <= weight < np.inf))
     return array
 
@@ -251,10 +221,8 @@ def shape_of(key: Key, array: Any) -> tuple[int, ...]:
             f"{show(key)}: {quote(array)} is no array whose elements could each count: give "
             "np.asarray(...) of it"
         )
-    try:
-        return tuple(array.shape)
-    except Exception as error:  # noqa: BLE001 - such as of a nested tensor, which has none
-        _refuse(key, error)
+    # Such as a nested tensor has none.
+    return _named(key, lambda given: tuple(given.shape), array)
 
 
 def weights_of_each(
@@ -269,16 +237,14 @@ def weights_of_each(
             f"{tuple(values.shape)}: give one weight for each value, or one for all"
         )
     if arrays.backend_of(weights) is not None:
-        return _held_each(key, weights) if many else held(key, weights)
+        return elements_of(key, weights) if many else held(key, weights)
     weighing: Any
     if many:
         given = elements_of(key, weights)
         weighing = _exact_floats(key, "a weight", np.asarray(given))
-        if _is_masked(given):
-            weighing[np.ma.getmaskarray(given)] = 0.0
-        weighing = weights_beside(values, weighing)
+        weighing = weights_beside(values, weights_beside(given, weighing))
     else:
-        weighing = number(key, "weight", weights)
+        weighing = number(key, weights, "weight")
     bad = bad_weight(weighing)
     if bad is not None:
         _refuse_bad(key, bad)
@@ -292,20 +258,11 @@ def weights_of_each(
 def elements_of(key: Key, values: Any) -> Any:
     """Return the elements of an array, as a copy of shape (n,), perhaps masked; or held."""
     if arrays.backend_of(values) is not None:
-        return _held_each(key, values)
-    elements = np.array(
-        np.ma.getdata(values) if _is_masked(values) else values, subok=False
-    ).ravel()
+        return _named(key, arrays.hold_each, values)
     if not _is_masked(values):
-        return elements
+        return np.array(values, subok=False).ravel()
+    elements = np.array(np.ma.getdata(values), subok=False).ravel()
     return np.ma.MaskedArray(elements, mask=np.ma.getmaskarray(values).ravel())
-
-
-def _held_each(key: Key, value: Any) -> Any:
-    try:
-        return arrays.hold_each(value)
-    except Exception as error:  # noqa: BLE001 - a framework's own may be of any kind
-        _refuse(key, error)
 
 
 def counted_elements(values: Any, weights: Any) -> tuple[Any, Any]:
@@ -316,9 +273,7 @@ def counted_elements(values: Any, weights: Any) -> tuple[Any, Any]:
         weights: of the same shape, or a number.
     """
     weighing = np.broadcast_to(np.asarray(weights, dtype=np.float64), values.shape)
-    counts = weighing != 0
-    if _is_masked(values):
-        counts &= ~np.ma.getmaskarray(values)
+    counts = weights_beside(values, weighing) != 0
     if counts.all():
         return np.asarray(values), weighing
     return np.asarray(values)[counts], weighing[counts]
@@ -347,7 +302,6 @@ def floats(key: Key, what: str, numbers: Numbers) -> FloatArray:
 
 
 def _exact_floats(key: Key, what: str, numbers: npt.NDArray[Any]) -> FloatArray:
-    """Return the elements of an array as float64, if none of them changes by that."""
     kind = numbers.dtype.kind
     # The float and int types of ml_dtypes are of the kind of raw bytes, which are numpy.void.
     if kind not in "biuf" and (kind != "V" or issubclass(numbers.dtype.type, np.void)):
