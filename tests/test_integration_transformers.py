@@ -217,7 +217,7 @@ def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     resumed.train(resume_from_checkpoint=str(folder / f"whole/checkpoint-{SAVED}"))
 
     plain = make(folder / "plain", max_steps=6, dataloader_num_workers=1)
-    plain._losses, plain.compute_loss_func = {}, None  # as without loss_per_dataset
+    plain._loss, plain.compute_loss_func = None, None  # as without loss_per_dataset
     plain.train()
 
     arrow = make(folder / "arrow", train_dataset=arrow_mixture(), max_steps=3)

@@ -4,13 +4,9 @@
     trainer = Trainer(callbacks=[metrics], logger=CSVLogger("runs"))
     trainer.fit(model, DataLoader(mixture, batch_size=8, collate_fn=MetricsCollator(pad)))
 
-The callback takes the batch's metrics out before `training_step` sees the batch, and lets them count
-when the step is over. Every ``log_every_n_steps`` optimizer steps, at the end of an epoch and of an
-evaluation they are reduced over all ranks, and rank 0 hands them to the Trainer's own loggers. A
-checkpoint of the Trainer holds them.
-
-Lightning can do the latter two since its hooks run on all ranks, also those about checkpoints: only
-the file is written by one.
+The callback takes a batch's metrics out before `training_step` sees it, and lets them count when the
+step is over. Lightning's hooks run on all ranks, also those about checkpoints: so metrics are reduced
+over all of them, and rank 0 hands the result to the Trainer's own loggers.
 """
 
 from __future__ import annotations
@@ -18,22 +14,22 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from metricfold._core.fold.batch import MetricBatch
-from metricfold._core.intake.aggregator import MetricsAggregator
 from metricfold._core.runtime.copies import OneInUse
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.windows import WindowLike, check_window
 from metricfold.data.sample import METRICS
+from metricfold.integrations.phases import Phases
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import Callback
 
+    from metricfold._core.intake.aggregator import MetricsAggregator
     from metricfold.torch import DeviceAccumulator
 else:
     # One library by two names, and each Trainer takes callbacks of its own.
@@ -57,7 +53,7 @@ _PATIENCE = 10.0
 """So many seconds a rank that saves after an exception waits for the others."""
 
 
-class MetricfoldCallback(OneInUse, Callback):
+class MetricfoldCallback(Phases, OneInUse, Callback):
     """Takes in, reduces, logs and saves the metrics that batches carry.
 
     Args:
@@ -81,6 +77,8 @@ class MetricfoldCallback(OneInUse, Callback):
         ValueError: there is another one in the Trainer, or ranks share batches.
     """
 
+    _framework = "lightning"
+
     def __init__(
         self,
         *,
@@ -96,33 +94,15 @@ class MetricfoldCallback(OneInUse, Callback):
         self.accumulators = [*accumulators]
         self.window = window
         self.rollup = rollup
-        self._aggregator = aggregator
-        self._eval_aggregator = eval_aggregator
+        if aggregator is not None:
+            self.aggregator = aggregator
+        if eval_aggregator is not None:
+            self.eval_aggregator = eval_aggregator
         self._trainer: Trainer | None = None  # the one that has called setup
         self._taken: list[MetricBatch] = []  # of the step under way
-        self._evaluating = False
-        self._pause = contextlib.ExitStack()  # while there is an evaluation
+        self._phase = contextlib.ExitStack()  # an evaluation, while there is one
         self._logged_step = 0
         self._monitored: dict[str, torch.Tensor] = {}  # what callback_metrics has from here
-        self._kept: set[str] = set()  # keys of the module's that would be ours too
-        self._warned = False
-
-    # An aggregator belongs to its process. Made when it is first asked for, it is made by the
-    # processes that `strategy="ddp_spawn"` and those of notebooks start.
-
-    @property
-    def aggregator(self) -> MetricsAggregator:
-        """What training has brought: add to it as you like, such as by `record` in a step."""
-        if self._aggregator is None:
-            self._aggregator = MetricsAggregator(name="lightning-train")
-        return self._aggregator
-
-    @property
-    def eval_aggregator(self) -> MetricsAggregator:
-        """What the evaluation under way has brought; each starts with none."""
-        if self._eval_aggregator is None:
-            self._eval_aggregator = MetricsAggregator(name="lightning-eval")
-        return self._eval_aggregator
 
     # -- The Trainer
 
@@ -143,23 +123,19 @@ class MetricfoldCallback(OneInUse, Callback):
         self._leave_hyperparameters(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._pause.close()
+        self._phase.close()
         self._trainer = None
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._pause.close()  # of an evaluation that has failed
+        with contextlib.suppress(RuntimeError):  # of a device that has failed, too
+            self._phase.close()
 
     # -- Batches
 
     def on_train_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any, **__: Any
     ) -> None:
         self._taken = self._take(batch)
 
@@ -173,8 +149,8 @@ class MetricfoldCallback(OneInUse, Callback):
         pl_module: LightningModule,
         outputs: Any,
         batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        *_: Any,
+        **__: Any,
     ) -> None:
         self._count(batch)
 
@@ -183,7 +159,6 @@ class MetricfoldCallback(OneInUse, Callback):
     # -- Training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluating = False
         self._logged_step = trainer.global_step
 
     def on_train_batch_end(
@@ -192,7 +167,8 @@ class MetricfoldCallback(OneInUse, Callback):
         pl_module: LightningModule,
         outputs: Any,
         batch: Any,
-        batch_idx: int,
+        *_: Any,
+        **__: Any,
     ) -> None:
         self._count(batch)
         # Several batches may make one step (accumulated gradients), or one several (optimizers).
@@ -210,11 +186,8 @@ class MetricfoldCallback(OneInUse, Callback):
     # -- Evaluation
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._drain()  # what accumulators hold by now is of training
-        self.eval_aggregator.reset()
-        self._pause.close()
-        self._pause.enter_context(self.aggregator.pause())
-        self._evaluating = True
+        self._phase.close()
+        self._phase.enter_context(self._evaluation())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # In the end of the epoch, for other callbacks look at its values when all of it has ended.
@@ -222,9 +195,7 @@ class MetricfoldCallback(OneInUse, Callback):
             self._log(trainer, "val", "interval")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._drain()  # of a sanity check
-        self._evaluating = False
-        self._pause.close()
+        self._phase.close()
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log(trainer, "test", "interval")
@@ -239,10 +210,9 @@ class MetricfoldCallback(OneInUse, Callback):
         After an exception other ranks may not come: there it waits for them for some seconds, and
         then returns the state as of the last reduction, with a warning that says so.
         """
-        self._drain()
         trainer = self._trainer
         if trainer is None or not trainer.interrupted or trainer.world_size == 1:
-            return self.aggregator.state_dict()
+            return self._state()
         return self._state_of_those_who_come(trainer)
 
     def _state_of_those_who_come(self, trainer: Trainer) -> dict[str, Any]:
@@ -250,7 +220,7 @@ class MetricfoldCallback(OneInUse, Callback):
 
         def ask() -> None:
             with contextlib.suppress(Exception):
-                states.append(self.aggregator.state_dict())
+                states.append(self._state())
 
         # A thread that may be left behind: it ends with the process, which will not last.
         asking = threading.Thread(target=ask, name="metricfold-lightning", daemon=True)
@@ -267,11 +237,8 @@ class MetricfoldCallback(OneInUse, Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict` in a fit; an evaluation of a checkpoint leaves the metrics alone."""
-        if not self._resumes(self._trainer):
-            return
-        for accumulator in self.accumulators:
-            accumulator.empty()
-        self.aggregator.load_state_dict(state_dict)
+        if self._resumes(self._trainer):
+            self._begin(state_dict)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -299,12 +266,11 @@ class MetricfoldCallback(OneInUse, Callback):
 
     def _in_use(self) -> bool:
         # A module keeps the callback, and weight averaging copies the module.
-        parts = (self._trainer, self._aggregator, self._eval_aggregator)
-        return any(part is not None for part in parts)
+        made = {"aggregator", "eval_aggregator"} & vars(self).keys()
+        return self._trainer is not None or bool(made)
 
-    @property
-    def _into(self) -> MetricsAggregator:
-        return self.eval_aggregator if self._evaluating else self.aggregator
+    def _is_first(self) -> bool:
+        return self._trainer is None or self._trainer.is_global_zero
 
     def _take(self, batch: Any) -> list[MetricBatch]:
         """Take the metrics out of a batch."""
@@ -314,9 +280,10 @@ class MetricfoldCallback(OneInUse, Callback):
             if isinstance(metrics, MetricBatch):
                 taken.append(carrier.pop(METRICS))
             elif isinstance(metrics, list) and carrier is batch:
-                self._warn_once(
+                self._warn(
                     f"the batch's 'metrics' are a list of {len(metrics)}, which nobody counts: set "
-                    "DataLoader(collate_fn=MetricsCollator(...))"
+                    "DataLoader(collate_fn=MetricsCollator(...))",
+                    "no metrics",
                 )
         return taken
 
@@ -326,27 +293,25 @@ class MetricfoldCallback(OneInUse, Callback):
             self._into.update(metrics)
         self._taken = []
 
-    def _drain(self) -> None:
-        for accumulator in self.accumulators:
-            self._into.drain(accumulator)
-
     def _log(self, trainer: Trainer, prefix: str, window: WindowLike) -> None:
         """Reduce, and hand out the values; on every rank."""
         step = trainer.global_step
-        self._drain()
-        snapshot = self._into.reduce(step)
+        snapshot = self._reduced(step)
         if not self._evaluating:
             self._logged_step = step
         if snapshot.empty:
             if not self._evaluating and not snapshot.as_dict(prefix, "run"):
-                self._warn_once(
+                self._warn(
                     "there are no metrics to log: let samples carry some and set "
-                    "DataLoader(collate_fn=MetricsCollator(...)), or record() them in training_step"
+                    "DataLoader(collate_fn=MetricsCollator(...)), or record() them in training_step",
+                    "no metrics",
                 )
             return
         monitored = trainer.callback_metrics
         values = snapshot.as_dict(prefix, window, rollup=self.rollup)
-        values = self._without_theirs(values, {*_logged_by(trainer), *self._of_others(monitored)})
+        others = {key for key, one in monitored.items() if one is not self._monitored.get(key)}
+        theirs = others.union(_logged_by(trainer))
+        values = self._without_theirs(values, theirs, "logged by the module too, as by self.log()")
         tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
         self._monitored.update(tensors)
         monitored.update(tensors)
@@ -355,35 +320,9 @@ class MetricfoldCallback(OneInUse, Callback):
                 logger.log_metrics({"epoch": trainer.current_epoch, **values}, step=step)
                 logger.save()
 
-    def _of_others(self, monitored: Mapping[str, torch.Tensor]) -> Iterator[str]:
-        """Yield the keys of what others have put among the metrics that are monitored."""
-        for key, value in monitored.items():
-            if value is not self._monitored.get(key):
-                yield key
-
-    def _without_theirs(self, values: dict[str, float], theirs: set[str]) -> dict[str, float]:
-        """Leave out what is logged otherwise under the same key, and say so once for each."""
-        kept = theirs & values.keys()
-        if new := sorted(kept - self._kept):
-            self._kept.update(new)
-            self._warn(
-                f"{', '.join(map(repr, new))} is logged by the module too, as by self.log(): its "
-                "values are kept and ours left out; to have both, log it under another name"
-            )
-        return {key: value for key, value in values.items() if key not in kept}
-
     @staticmethod
     def _resumes(trainer: Trainer | None) -> bool:
         return trainer is None or trainer.state.fn == "fit"
-
-    def _warn_once(self, message: str) -> None:
-        if not self._warned:
-            self._warned = True
-            self._warn(message)
-
-    def _warn(self, message: str) -> None:
-        if self._trainer is None or self._trainer.is_global_zero:
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _logged_by(trainer: Trainer) -> Iterator[str]:

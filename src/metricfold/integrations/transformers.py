@@ -17,13 +17,13 @@ it adds in ``on_log``, and its state is asked for on the saving rank only.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 _missing = [name for name in ("transformers", "accelerate", "torch") if find_spec(name) is None]
 if _missing:
@@ -36,10 +36,11 @@ import torch  # noqa: E402 (after the check above)
 
 from metricfold._core.fold.batch import MetricBatch  # noqa: E402
 from metricfold._core.intake.aggregator import MetricsAggregator  # noqa: E402
-from metricfold._core.view.snapshot import Snapshot  # noqa: E402
 from metricfold._core.view.tables import Rollup, check_rollup  # noqa: E402
+from metricfold._core.view.windows import WindowLike  # noqa: E402
 from metricfold.data.collator import MetricsCollator  # noqa: E402
 from metricfold.data.sample import METRICS, take_metrics  # noqa: E402
+from metricfold.integrations.phases import Phases  # noqa: E402
 from metricfold.metric import Metric  # noqa: E402
 from metricfold.torch import DeviceAccumulator  # noqa: E402
 
@@ -54,38 +55,10 @@ _IGNORED = -100
 _CAUSAL_BY_DEFAULT = {"GPT2LMHeadModel"}
 """Models that have no loss type, and take that of causal language models as the default."""
 
-if TYPE_CHECKING:
-
-    class _Trainer:
-        """What the mixin needs of a `transformers.Trainer`, from 4.50 on."""
-
-        args: Any
-        accelerator: Any
-        compute_loss_func: Any
-        data_collator: Any
-        eval_dataset: Any
-        model: Any
-        state: Any
-        train_dataset: Any
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-        def get_train_dataloader(self) -> Any: ...
-        def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any: ...
-        def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any: ...
-        def training_step(self, *args: Any, **kwargs: Any) -> Any: ...
-        def prediction_step(self, *args: Any, **kwargs: Any) -> Any: ...
-        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any: ...
-        def log(self, *args: Any, **kwargs: Any) -> None: ...
-        def save_model(self, *args: Any, **kwargs: Any) -> None: ...
-        def is_world_process_zero(self) -> bool: ...
-        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None: ...
-        def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any: ...
-
-else:
-    _Trainer = object
+_Trainer: Any = object  # in the end a `transformers.Trainer`, from 4.50 on
 
 
-class MetricfoldMixin(_Trainer):
+class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
     """Makes a Trainer take in, reduce, log and save the metrics that its samples carry.
 
     Name it before the Trainer: ``class Trainer(MetricfoldMixin, transformers.Trainer)``. It takes
@@ -111,9 +84,8 @@ class MetricfoldMixin(_Trainer):
             says what to set.
     """
 
-    aggregator: MetricsAggregator
-    eval_aggregator: MetricsAggregator
-    accumulators: list[DeviceAccumulator]
+    data_collator: Any
+    _framework = "transformers"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -138,12 +110,9 @@ class MetricfoldMixin(_Trainer):
             )
         check_rollup(rollup)
         self._rollup: Rollup = rollup
-        self._kept: set[str] = set()  # keys of the Trainer's that would be ours too
-        self.aggregator = MetricsAggregator(name="transformers-train")
-        self.eval_aggregator = MetricsAggregator(name="transformers-eval")
+        _ = self.aggregator, self.eval_aggregator  # now, in the same order on all ranks
         self.accumulators = []
-        self._evaluating = False
-        self._losses: dict[bool, _DatasetLoss] = {}  # by whether it is an evaluation's
+        self._loss: _DatasetLoss | None = None
         self._origin: _Origin | None = None
         self._state_to_save: dict[str, Any] | None = None
         self._has_trained = False
@@ -151,33 +120,30 @@ class MetricfoldMixin(_Trainer):
         self._check_setup()
         if loss_per_dataset:
             _check_loss(self)
-            device = self.args.device
-            self._losses = {False: _DatasetLoss(device), True: _DatasetLoss(device)}
+            self._loss = _DatasetLoss(self.args.device)
             self.compute_loss_func = self._loss_of_batch
 
     # -- Batches
 
     def get_train_dataloader(self) -> Any:
-        with self._collating(keep_samples=False):
-            return super().get_train_dataloader()
+        return self._collating(super().get_train_dataloader, keep_samples=False)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         self._check_dispatch((*args, *kwargs.values()))
-        with self._collating(keep_samples=True):
-            return super().get_eval_dataloader(*args, **kwargs)
+        return self._collating(super().get_eval_dataloader, *args, **kwargs)
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         self._check_dispatch((*args, *kwargs.values()))
-        with self._collating(keep_samples=True):
-            return super().get_test_dataloader(*args, **kwargs)
+        return self._collating(super().get_test_dataloader, *args, **kwargs)
 
-    @contextlib.contextmanager
-    def _collating(self, *, keep_samples: bool) -> Iterator[None]:
-        """Let loaders that are made here collate metrics too, with whatever collator there is."""
+    def _collating(
+        self, make: Callable[..., Any], *args: Any, keep_samples: bool = True, **kwargs: Any
+    ) -> Any:
+        """Make a loader that collates metrics too, with whatever collator there is."""
         own = self.data_collator
-        self.data_collator = _Collator(own, keep_samples, want_datasets=bool(self._losses))
+        self.data_collator = _Collator(own, keep_samples, want_datasets=self._loss is not None)
         try:
-            yield
+            return make(*args, **kwargs)
         finally:
             self.data_collator = own
 
@@ -203,9 +169,9 @@ class MetricfoldMixin(_Trainer):
             return [] if carried is None else carried
         real = self._not_padded(carried.size)
         self._origin = None if carried.datasets is None else _Origin(carried.datasets, real)
-        if carried.samples is None:
-            return carried.folded
-        return [metric for metrics in carried.samples[:real] for metric in metrics]
+        if isinstance(carried.metrics, MetricBatch):
+            return carried.metrics
+        return [metric for metrics in carried.metrics[:real] for metric in metrics]
 
     def _not_padded(self, size: int) -> int:
         """Return how many of the samples of this rank's batch are not there to fill it up.
@@ -222,18 +188,17 @@ class MetricfoldMixin(_Trainer):
 
     def _loss_of_batch(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         """Return the loss that the model would, and take in that of each dataset."""
-        if self._origin is None:
+        if self._loss is None or self._origin is None:
             raise ValueError(
                 "loss_per_dataset=True, but this batch does not say which datasets its samples are "
                 "from: let the Trainer make its own data loaders, and give it a data_collator"
             )
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        of_mode = self._losses[self._evaluating]
-        return of_mode.take(logits, labels, self._origin, num_items_in_batch, self._into)
+        return self._loss.take(logits, labels, self._origin, num_items_in_batch, self._into)
 
     @property
-    def _into(self) -> MetricsAggregator:
-        return self.eval_aggregator if self._evaluating else self.aggregator
+    def _all_accumulators(self) -> list[DeviceAccumulator]:
+        return self.accumulators + ([] if self._loss is None else self._loss.accumulators)
 
     # -- Logs
 
@@ -244,9 +209,9 @@ class MetricfoldMixin(_Trainer):
         ranks may make them. An evaluation's values are in its logs already.
         """
         if {"loss", "learning_rate"} <= logs.keys():
-            self._add(logs, "", self._reduced().as_dict("train", "auto", rollup=self._rollup))
+            self._add(logs, "", "auto")
         elif "train_runtime" in logs:
-            self._add(logs, "train_", self._reduced().as_dict("train", "run", rollup=self._rollup))
+            self._add(logs, "train_", "run")
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(
@@ -258,75 +223,50 @@ class MetricfoldMixin(_Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Evaluate, and add what the samples had to say to the result's metrics; on every rank."""
-        self._drain()  # what accumulators hold by now is of training
-        self.eval_aggregator.reset()
-        self._evaluating = True
-        try:
-            with self.aggregator.pause():
-                output = super().evaluation_loop(
-                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-                )
-            snapshot = self._reduced()
-        finally:
-            self._drain()  # of an evaluation that has failed
-            self._evaluating = False
-        if not snapshot.empty:
-            values = snapshot.as_dict("eval", "interval", rollup=self._rollup)
-            self._add(output.metrics, f"{metric_key_prefix}_", values)
+        with self._evaluation():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            self._add(output.metrics, f"{metric_key_prefix}_", "interval")
         return output
 
-    def _add(self, metrics: dict[str, float], prefix: str, values: Mapping[str, float]) -> None:
-        """Add `values` to the Trainer's metrics, whose own stay what they are.
+    def _add(self, metrics: dict[str, float], prefix: str, window: WindowLike) -> None:
+        """Reduce, and add the values to the Trainer's metrics, whose own stay what they are.
 
         ``train_docs/loss`` becomes ``{prefix}docs/loss``, and ``train/loss``, of all datasets or of
         none, ``{prefix}all/loss``, for ``loss`` is the Trainer's.
         """
+        snapshot = self._reduced(self.state.global_step)
+        if self._evaluating and snapshot.empty:
+            return
         named: dict[str, float] = {}
-        for key, value in values.items():
-            rest = key.removeprefix("train").removeprefix("eval")
+        phase = "eval" if self._evaluating else "train"
+        for key, value in snapshot.as_dict(phase, window, rollup=self._rollup).items():
+            rest = key.removeprefix(phase)
             of_all = rest.startswith("/")
             name = prefix + (f"all{rest}" if of_all else rest[1:])
             if name in named:
-                self._warn_of(
-                    name, "of a dataset named 'all', and of all datasets together", "first"
+                self._warn(
+                    f"{name!r} is of a dataset named 'all', and of all datasets together: the first "
+                    "is kept and the other left out; to have both, give one of them another name",
+                    name,
                 )
             if name not in named or not of_all:
                 named[name] = value
-        for name, value in named.items():
-            if name in metrics:
-                self._warn_of(name, "the Trainer's own already, and one of ours", "Trainer's")
-            else:
-                metrics[name] = value
+        metrics.update(
+            self._without_theirs(
+                named, metrics.keys(), "the Trainer's own already, and one of ours"
+            )
+        )
 
-    def _warn_of(self, name: str, whose: str, stays: str) -> None:
-        """Say, once, that two would have one name."""
-        if name not in self._kept:
-            self._kept.add(name)
-            if self.is_world_process_zero():
-                warnings.warn(
-                    f"{name!r} is {whose}: the {stays} is kept and the other left out; to have "
-                    "both, give one of them another name",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-
-    def _reduced(self) -> Snapshot:
-        self._drain()
-        return self._into.reduce(self.state.global_step)
-
-    def _drain(self) -> None:
-        for accumulator in self.accumulators:
-            self._into.drain(accumulator)
-        for loss in self._losses.values():
-            loss.drain(self._into)
+    def _is_first(self) -> bool:
+        return bool(self.is_world_process_zero())
 
     # -- Checkpoints
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.aggregator.pause():
-            self._drain()
-            # On all ranks: only some will save it.
-            self._state_to_save = self.aggregator.state_dict()
+            self._state_to_save = self._state()  # on all ranks: only some will save it
             try:
                 super()._save_checkpoint(*args, **kwargs)
             finally:
@@ -347,10 +287,7 @@ class MetricfoldMixin(_Trainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Train, from a checkpoint or from the start; called anew when a batch was too large."""
         checkpoint = kwargs.get("resume_from_checkpoint")
-        for accumulator in self.accumulators:
-            accumulator.empty()
-        for loss in self._losses.values():
-            loss.empty()
+        self._begin()
         if self._has_trained:
             self.aggregator.reset()
         if checkpoint is not None:
@@ -413,31 +350,21 @@ class MetricfoldMixin(_Trainer):
 # -- What a batch carries --------------------------------------------------------------------------
 
 
+@dataclass(slots=True)
 class _Carried:
     """A batch's entry ``"metrics"`` between the data worker and the step.
 
     Args:
         size: how many samples there are.
-        folded: the metrics of all of them.
-        samples: the metrics of each, where some may turn out to be repetitions; else None.
+        metrics: of all of them, or of each where some may turn out to be repetitions.
         datasets: the dataset of each, if that was asked for.
 
     Like a `MetricBatch` it stays what it is when batches are moved.
     """
 
-    __slots__ = ("datasets", "folded", "samples", "size")
-
-    def __init__(
-        self,
-        size: int,
-        folded: MetricBatch,
-        samples: list[list[Metric]] | None,
-        datasets: tuple[str, ...] | None,
-    ) -> None:
-        self.size = size
-        self.folded = folded
-        self.samples = samples
-        self.datasets = datasets
+    size: int
+    metrics: MetricBatch | list[list[Metric]]
+    datasets: tuple[str, ...] | None
 
     def to(self, *args: object, **kwargs: object) -> _Carried:
         return self
@@ -459,14 +386,11 @@ class _Collator:
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         batch = self.collator([*samples])
-        kept = datasets = None
-        if self.keep_samples or self.want_datasets:
-            kept = [take_metrics(sample)[1] for sample in samples]
-            datasets = tuple(map(_dataset_of, kept)) if self.want_datasets else None
-        folded = batch[METRICS]
-        batch[METRICS] = _Carried(
-            len(samples), folded, kept if self.keep_samples else None, datasets
-        )
+        wanted = self.keep_samples or self.want_datasets
+        each = [take_metrics(sample)[1] for sample in samples] if wanted else []
+        datasets = tuple(map(_dataset_of, each)) if self.want_datasets else None
+        metrics = each if self.keep_samples else batch[METRICS]
+        batch[METRICS] = _Carried(len(samples), metrics, datasets)
         return batch
 
 
@@ -485,14 +409,11 @@ def _dataset_of(metrics: list[Metric]) -> str:
 # -- Loss per dataset ------------------------------------------------------------------------------
 
 
-class _Origin:
+class _Origin(NamedTuple):
     """Where the rows of a batch are from: their datasets, and how many of them count."""
 
-    __slots__ = ("datasets", "real")
-
-    def __init__(self, datasets: tuple[str, ...], real: int) -> None:
-        self.datasets = datasets
-        self.real = real
+    datasets: tuple[str, ...]
+    real: int
 
 
 class _DatasetLoss:
@@ -501,7 +422,7 @@ class _DatasetLoss:
     def __init__(self, device: Any) -> None:
         self._device = device
         self._places: dict[str, int] = {}
-        self._accumulator: DeviceAccumulator | None = None
+        self.accumulators: list[DeviceAccumulator] = []  # one, once there is a dataset
 
     def take(
         self, logits: Any, labels: Any, origin: _Origin, num_items: Any, into: MetricsAggregator
@@ -534,24 +455,17 @@ class _DatasetLoss:
             accumulator.token_loss(logits[count], targets[count], ids[count])
         return loss
 
-    def drain(self, into: MetricsAggregator) -> None:
-        if self._accumulator is not None:
-            into.drain(self._accumulator)
-
-    def empty(self) -> None:
-        if self._accumulator is not None:
-            self._accumulator.empty()
-
     def _for(self, datasets: tuple[str, ...], into: MetricsAggregator) -> DeviceAccumulator:
         new = [name for name in dict.fromkeys(datasets) if name not in self._places]
-        if self._accumulator is None or new:
-            self.drain(into)
+        if new:
+            for accumulator in self.accumulators:
+                into.drain(accumulator)
             for name in new:
                 self._places[name] = len(self._places)
-            self._accumulator = DeviceAccumulator(
-                {"loss": "mean"}, tuple(self._places), device=self._device
-            )
-        return self._accumulator
+            self.accumulators = [
+                DeviceAccumulator({"loss": "mean"}, tuple(self._places), device=self._device)
+            ]
+        return self.accumulators[0]
 
 
 def _check_loss(trainer: _Trainer) -> None:

@@ -1,0 +1,119 @@
+"""What every trainer has: a training, evaluations in between, and metrics that either may fill."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from metricfold._core.intake.aggregator import MetricsAggregator
+from metricfold._core.view.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from metricfold.torch import DeviceAccumulator
+
+__all__ = ["Phases"]
+
+
+class Phases:
+    """Metrics of a training, and of the evaluation under way; part of what a trainer knows.
+
+    Attributes:
+        accumulators: accumulators on the device of your own, to be read when there is a log, a
+            checkpoint or the end of an evaluation.
+    """
+
+    accumulators: list[DeviceAccumulator]
+    _framework: str
+    _evaluating = False
+
+    # An aggregator belongs to its process. Made when it is first asked for, it is made by the
+    # processes that Lightning's `strategy="ddp_spawn"` and those of notebooks start.
+
+    @cached_property
+    def aggregator(self) -> MetricsAggregator:
+        """What training has brought: add to it as you like, such as by `record` in a step."""
+        return MetricsAggregator(name=f"{self._framework}-train")
+
+    @cached_property
+    def eval_aggregator(self) -> MetricsAggregator:
+        """What the evaluation under way has brought; each starts with none."""
+        return MetricsAggregator(name=f"{self._framework}-eval")
+
+    @property
+    def _into(self) -> MetricsAggregator:
+        return self.eval_aggregator if self._evaluating else self.aggregator
+
+    @property
+    def _all_accumulators(self) -> list[DeviceAccumulator]:
+        return self.accumulators
+
+    def _drain(self) -> None:
+        for accumulator in self._all_accumulators:
+            self._into.drain(accumulator)
+
+    def _reduced(self, step: int) -> Snapshot:
+        """Reduce what the phase under way has brought; on every rank."""
+        self._drain()
+        return self._into.reduce(step)
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Let all that comes in be an evaluation's, whose time is a pause in that of training."""
+        self._drain()  # what accumulators hold by now is of training
+        self.eval_aggregator.reset()
+        self._evaluating = True
+        try:
+            with self.aggregator.pause():
+                yield
+        finally:
+            try:
+                self._drain()  # of an evaluation that has failed, or that nobody logs
+            finally:
+                self._evaluating = False
+
+    def _state(self) -> dict[str, Any]:
+        """Return the state of the run's metrics; on every rank."""
+        self._drain()
+        return self.aggregator.state_dict()
+
+    def _begin(self, state: dict[str, Any] | None = None) -> None:
+        """Go on from `state`, if there is one, and from nothing that accumulators hold."""
+        for accumulator in self._all_accumulators:
+            accumulator.empty()
+        if state is not None:
+            self.aggregator.load_state_dict(state)
+
+    # -- What is said
+
+    def _without_theirs(
+        self, values: Mapping[str, float], theirs: AbstractSet[str], whose: str
+    ) -> dict[str, float]:
+        """Leave out what the trainer has under the same key, and say so once for each."""
+        kept = theirs & values.keys()
+        if new := sorted(kept - self._said):
+            self._warn(
+                f"{', '.join(map(repr, new))} is {whose}: its values are kept and ours left out; to "
+                "have both, log it under another name",
+                *new,
+            )
+        return {key: value for key, value in values.items() if key not in kept}
+
+    @cached_property
+    def _said(self) -> set[str]:
+        return set()
+
+    def _is_first(self) -> bool:
+        """Whether this rank warns for all."""
+        raise NotImplementedError
+
+    def _warn(self, message: str, *about: str) -> None:
+        """Warn on the first rank; once, if all that it is about has been said before."""
+        if about and self._said.issuperset(about):
+            return
+        self._said.update(about)
+        if self._is_first():
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
