@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import os
 import reprlib
@@ -12,7 +13,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from metricfold._core.fold import hints
 from metricfold._core.fold.names import check_prefix, repeated
@@ -26,7 +27,7 @@ from metricfold._core.view.windows import WindowLike, check_window
 from metricfold.sinks.ends import SECONDS, look_after, unwatch, watch
 from metricfold.sinks.pipeline import Entry, Extra, Pipeline
 from metricfold.sinks.record import Sink, checked_numbers
-from metricfold.sinks.worker import error_of
+from metricfold.sinks.worker import Patience, error_of
 
 if TYPE_CHECKING:
     from metricfold._core.intake.aggregator import MetricsAggregator
@@ -35,9 +36,7 @@ __all__ = ["MetricsLogger", "SinkError"]
 
 _log = logging.getLogger("metricfold")
 
-_METHODS = ("write", "flush", "close", "rewind")
-
-_PATIENCE = 30.0  # seconds in which a sink must get something done for close() to go on waiting
+_PATIENCE = Patience(30.0)  # in which a sink must get something done for close() to go on waiting
 _DYING_PATIENCE = 5.0
 _GRACE_AFTER_ERROR = 2.0  # seconds for a reduction that other ranks may never join
 _SAY_AFTER = 10.0  # seconds of waiting for other ranks, after which close() says so
@@ -110,9 +109,8 @@ class MetricsLogger(OneInUse):
         self._prefixes: set[str] = set()  # that a key has been said to repeat
         self._accepting = threading.RLock()  # so that close() loses nothing that log() accepts
         self._closing, self._closed = threading.Event(), threading.Event()
-        self._ending = (
-            threading.RLock()
-        )  # held by who closes; reentrant, for a signal's handler may
+        # Held by who closes; reentrant, for a signal's handler may.
+        self._ending = threading.RLock()
         self._dying = False
         watch(self)
         leave_alone()
@@ -180,28 +178,9 @@ class MetricsLogger(OneInUse):
             check_prefix(prefix)
         check_window(window)
         check_rollup(rollup)
-        values: Mapping[str, float] | Future[Snapshot]
-        if isinstance(source, Mapping):
-            if not self._writes():
-                return
-            values = self._prefixed(checked_numbers("source", source), prefix)
-        elif isinstance(source, Snapshot):
-            _check_prefix_given(prefix, source)
-            if not self._writes():
-                return
-            values = Future()
-            values.set_result(source)
-        elif hasattr(source, "reduce_async"):
-            _check_prefix_given(prefix, source)
-            self._raise_error_of(source)
-            values = self._reduced(source, step)
-            if not self._writes():
-                return
-        else:
-            raise TypeError(
-                f"cannot log {reprlib.repr(source)}: give an aggregator, a Snapshot, or a dict of "
-                f"numbers{hints.for_source(source)}"
-            )
+        values = self._values(source, step, prefix)
+        if values is None:
+            return
         # Only now that this rank has joined the reduction may what rank 0 alone was given be
         # refused: the other ranks would wait for it.
         if callable(extra):
@@ -209,8 +188,7 @@ class MetricsLogger(OneInUse):
                 raise TypeError("extra is a function of a Snapshot, but the source is a dict")
         else:
             extra = checked_numbers("extra", extra or {})
-        failure = None if self._reduces else self._sink_error()
-        if failure is not None:
+        if not self._reduces and (failure := self._sink_error()) is not None:
             raise failure
         with self._accepting:
             if not self._closing.is_set():
@@ -242,12 +220,12 @@ class MetricsLogger(OneInUse):
         waited for 5 s, and one that gets nothing done half a minute.
         """
         self._check_open()
-        wait(self._running())
-        return self._pipeline is None or self._pipeline.flush(patience=_PATIENCE)
+        wait(list(self._reductions))
+        return self._pipeline is None or self._pipeline.flush(_PATIENCE)
 
     def close(self) -> None:
         """Write everything logged, close the sinks, and raise the error of a failed reduction."""
-        if self._pipeline is not None and self._pipeline.is_here():
+        if self._pipeline is not None and self._pipeline.is_sink():
             raise RuntimeError(
                 "a sink cannot close its own logger, which would wait for that sink: close it where it "
                 "was made"
@@ -269,22 +247,20 @@ class MetricsLogger(OneInUse):
     def end_on_signal(self, *, dying: bool, deadline: float) -> None:
         """Write, within seconds, everything logged; close as well if the process is about to die."""
         self._dying = self._dying or dying
+        patience = Patience(_DYING_PATIENCE, deadline)
         if dying and not self._closing.is_set():
-            self._close(grace=_DYING_PATIENCE, patience=_DYING_PATIENCE, deadline=deadline)
+            self._close(grace=_DYING_PATIENCE, patience=patience)
             return
-        self._wait_to_die(self._running(), _DYING_PATIENCE)
+        self._wait_to_die(list(self._reductions), _DYING_PATIENCE)
         if self._pipeline is not None:
-            self._pipeline.flush(patience=_DYING_PATIENCE, deadline=deadline)
+            self._pipeline.flush(patience)
 
-    def _close(
-        self, *, grace: float | None, patience: float = _PATIENCE, deadline: float | None = None
-    ) -> list[BaseException]:
+    def _close(self, *, grace: float | None, patience: Patience = _PATIENCE) -> list[BaseException]:
         """Close, unless that is done, and return the errors of reductions that nobody has been told of.
 
         Args:
             grace: seconds to wait for reductions under way; None: as long as they take.
-            patience: as in `Pipeline.close`.
-            deadline: as in `Pipeline.close`.
+            patience: with each sink; one with a deadline is that of a process that dies.
         """
         if self._pid != os.getpid():
             return []
@@ -292,44 +268,44 @@ class MetricsLogger(OneInUse):
             self._closing.set()
         # Another thread may be at it: the process must not end before that one is done. And an
         # interrupt may have come in between: then this call goes on with it.
-        if not self._ending.acquire(timeout=patience if grace is None else grace + patience):
+        if not self._ending.acquire(timeout=patience.seconds + (grace or 0.0)):
             return []
         try:
             if self._closed.is_set():
                 return []
-            errors = self._end(grace=grace, patience=patience, deadline=deadline)
+            errors = self._end(grace, patience)
             self._closed.set()
         finally:
             self._ending.release()
         unwatch(self)
         return errors
 
-    def _end(
-        self, *, grace: float | None, patience: float, deadline: float | None
-    ) -> list[BaseException]:
-        reductions = self._running()
+    def _end(self, grace: float | None, patience: Patience) -> list[BaseException]:
+        reductions = list(self._reductions)
         # On ranks that write nothing too: a rank that leaves would fail the reduction of the rest.
-        if deadline is not None and grace is not None:
+        if grace is None:
+            unfinished = wait(reductions, timeout=_SAY_AFTER).not_done
+            if unfinished:
+                _log.warning(
+                    "close() waits for %s, not yet in the reduction of the last log, until the "
+                    "aggregator's timeout",
+                    self._awaited(unfinished),
+                )
+                unfinished = wait(reductions).not_done
+        elif patience.deadline < math.inf:
             unfinished = self._wait_to_die(reductions, grace)
         else:
-            unfinished = wait(reductions, timeout=_SAY_AFTER if grace is None else grace).not_done
-        if unfinished and grace is None:
-            _log.warning(
-                "close() waits for %s, not yet in the reduction of the last log, until the "
-                "aggregator's timeout",
-                self._awaited(unfinished),
-            )
-            unfinished = wait(reductions).not_done
+            unfinished = wait(reductions, timeout=grace).not_done
         if self._pipeline is not None:
-            self._pipeline.close(hurry=bool(unfinished), patience=patience, deadline=deadline)
+            self._pipeline.close(patience, hurry=bool(unfinished))
         else:
-            self._close_unused_sinks()
+            for sink in self._sinks:
+                if (error := error_of(sink.close)) is not None:
+                    _log.warning("%r could not be closed: %s", sink, _named(error))
         self._reductions.clear()
         finished = (future for future in reductions if future.done() and not future.cancelled())
-        errors = [error for future in finished if (error := self._error_of(future)) is not None]
-        if (failure := self._sink_error()) is not None:
-            errors.append(failure)
-        return errors
+        errors = [*map(self._error_of, finished), self._sink_error()]
+        return [error for error in errors if error is not None]
 
     def _wait_to_die(
         self, reductions: Sequence[Future[Snapshot]], seconds: float
@@ -351,32 +327,47 @@ class MetricsLogger(OneInUse):
         ranks = sorted({rank for waits_for in asked for rank in waits_for()})
         return f"rank(s) {', '.join(map(str, ranks))}" if ranks else "other ranks"
 
-    def _running(self) -> list[Future[Snapshot]]:
-        return list(self._reductions)
-
-    def _close_unused_sinks(self) -> None:
-        for sink in self._sinks:
-            if (error := error_of(sink.close)) is not None:
-                _log.warning("%r could not be closed: %s: %s", sink, type(error).__name__, error)
+    def _values(
+        self, source: object, step: int, prefix: str | None
+    ) -> Mapping[str, float] | Future[Snapshot] | None:
+        """Return what is to be written of `source`, perhaps still to come; None on ranks that do not."""
+        if isinstance(source, Mapping):
+            if not self._writes():
+                return None
+            return self._prefixed(checked_numbers("source", source), prefix)
+        if not isinstance(source, Snapshot) and not hasattr(source, "reduce_async"):
+            raise TypeError(
+                f"cannot log {reprlib.repr(source)}: give an aggregator, a Snapshot, or a dict of "
+                f"numbers{hints.for_source(source)}"
+            )
+        if prefix is None:
+            raise TypeError(
+                f"log() of a {type(source).__name__} needs a prefix for its keys, such as "
+                "prefix='train'"
+            )
+        if isinstance(source, Snapshot):
+            future: Future[Snapshot] = Future()
+            future.set_result(source)
+        else:
+            self._raise_error_of(source)
+            future = self._reduced(cast("MetricsAggregator", source), step)
+        return future if self._writes() else None
 
     def _prefixed(self, numbers: dict[str, float], prefix: str | None) -> dict[str, float]:
         if prefix is None:
             return numbers
-        if prefix not in self._prefixes:
-            text = repeated(prefix, numbers)
-            if text:
-                self._prefixes.add(prefix)
-                _log.warning(text)
+        if prefix not in self._prefixes and (text := repeated(prefix, numbers)):
+            self._prefixes.add(prefix)
+            _log.warning(text)
         return {f"{prefix}/{key}": value for key, value in numbers.items()}
 
     def _reduced(self, source: MetricsAggregator, step: int) -> Future[Snapshot]:
-        owner: weakref.ref[object] = weakref.ref(source)
         self._reduces = True
         if self._raises and self._new_failures():
             future = source.reduce_async(step=step, sink_failed=True)
         else:
             future = source.reduce_async(step=step)
-        self._reductions[future] = owner
+        self._reductions[future] = weakref.ref(source)
         future.add_done_callback(self._forget_if_well)
         return future
 
@@ -399,9 +390,7 @@ class MetricsLogger(OneInUse):
 
     def _sink_error(self) -> SinkError | None:
         """Return what rank 0 raises by itself."""
-        if not self._raises or not self._new_failures():
-            return None
-        return self._sink_error_of_all()
+        return self._sink_error_of_all() if self._raises and self._new_failures() else None
 
     def _sink_error_of_all(self) -> SinkError:
         if self._pipeline is None:
@@ -470,15 +459,19 @@ def _has_failed(owner: weakref.ref[object] | None) -> bool:
 
 def _report(errors: Sequence[BaseException]) -> None:
     for error in errors:
-        if isinstance(error, SinkError):
-            continue  # the table has said so
-        _log.warning("the reduction of the last log failed: %s: %s", type(error).__name__, error)
+        if not isinstance(error, SinkError):  # of which the table has said so
+            _log.warning("the reduction of the last log failed: %s", _named(error))
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _check_sink(sink: object) -> None:
     if isinstance(sink, type):
         raise TypeError(f"{sink!r} is a class, not a sink: write {sink.__name__}(...)")
-    lacking = [name for name in _METHODS if not callable(getattr(sink, name, None))]
+    methods = ("write", "flush", "close", "rewind")
+    lacking = [name for name in methods if not callable(getattr(sink, name, None))]
     if lacking:
         file = f"; for a file of JSON lines write JSONLSink({sink!r})"
         raise TypeError(
@@ -497,11 +490,3 @@ def _checked_step(step: SupportsIndex, least: int = 0) -> int:
     if number < least:
         raise ValueError(f"step is {number}, but must be at least {least}")
     return number
-
-
-def _check_prefix_given(prefix: str | None, source: object) -> None:
-    if prefix is None:
-        raise TypeError(
-            f"log() of a {type(source).__name__} needs a prefix for its keys, such as "
-            "prefix='train'"
-        )

@@ -9,12 +9,10 @@ Entries stay in order: each waits for its reduction, becomes a record, and is of
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
 
 from metricfold._core.runtime.processes import start_thread
@@ -26,7 +24,7 @@ from metricfold.sinks.early import Watch
 from metricfold.sinks.loud import say
 from metricfold.sinks.record import Record, Sink, checked_numbers
 from metricfold.sinks.selection import SelectiveSink
-from metricfold.sinks.worker import SinkWorker, wait_for
+from metricfold.sinks.worker import Consumer, Patience, Rewind, SinkWorker
 
 __all__ = ["Entry", "Extra", "Pipeline"]
 
@@ -59,7 +57,7 @@ class Entry(NamedTuple):
     extra: Extra
 
 
-class Pipeline:
+class Pipeline(Consumer):
     """The threads of one logger; made on the rank that writes.
 
     Args:
@@ -68,15 +66,13 @@ class Pipeline:
     """
 
     def __init__(self, sinks: Sequence[Sink], queue_size: int) -> None:
+        super().__init__()
         parts = [
             part
             for sink in sinks
             for part in (sink.parts() if isinstance(sink, SelectiveSink) else (sink,))
         ]
         self._workers = [SinkWorker(part, queue_size) for part in parts]
-        # A SimpleQueue may be used in a signal handler that interrupts a `put` to the same queue.
-        self._inbox: queue.SimpleQueue[_Accepted | _Rewind | _Barrier | None] = queue.SimpleQueue()
-        self._handled = 0
         self._watch = Watch()
         self._own: set[str] = set()  # keys that were logged as extra= or in a dict
         self._clashes: set[str] = set()
@@ -85,60 +81,47 @@ class Pipeline:
 
     def submit(self, entry: Entry) -> None:
         """Accept `entry` for every sink for which not too many wait already."""
-        accepted = _Accepted(entry, [])
+        accepting: list[SinkWorker] = []
         try:
             for worker in self._workers:
-                worker.reserve(entry.step, accepted.workers)
+                worker.reserve(entry.step, accepting)
         finally:
             # Also if an interrupt comes meanwhile: what a sink has accepted, it is given.
-            if accepted.workers:
-                self._inbox.put(accepted)
+            if accepting:
+                self._inbox.put((entry, accepting))
 
     def rewind(self, step: int) -> None:
         """Rewind all sinks to `step`, after everything accepted so far."""
-        self._inbox.put(_Rewind(step))
+        self._inbox.put(Rewind(step))
 
-    def flush(self, *, patience: float, deadline: float | None = None) -> bool:
-        """Wait until what was accepted is flushed, and return whether it is.
-
-        Args:
-            patience: seconds without progress after which a thread is waited for no longer.
-            deadline: on the monotonic clock, when to stop waiting in any case.
-        """
-        made = self._made(patience, deadline)
+    def flush(self, patience: Patience) -> bool:
+        """Wait until what was accepted is flushed, and return whether it is."""
+        made = self._made(patience)
         flushes = [(worker, worker.flush()) for worker in self._workers]
-        answers = [
-            worker.wait(flush.done, patience=patience, deadline=deadline) and flush.well
-            for worker, flush in flushes
-        ]
+        answers = [worker.wait(flush.done, patience) and flush.well for worker, flush in flushes]
         return made and all(answers)
 
-    def close(self, *, hurry: bool, patience: float, deadline: float | None = None) -> None:
+    def close(self, patience: Patience, *, hurry: bool) -> None:
         """Write and flush what was accepted, close the sinks, and end the threads.
 
         What could not be written is said in one table.
 
         Args:
+            patience: how long to wait for each thread.
             hurry: do not wait for reductions that are still under way.
-            patience: seconds without progress after which a thread is waited for no longer.
-            deadline: on the monotonic clock, when to stop waiting in any case.
         """
         if hurry and not self._hurry.done():
             self._hurry.set_result(None)
-        self._made(patience, deadline)
+        self._made(patience)
         self._inbox.put(None)
         closings = [(worker, worker.close(patience)) for worker in self._workers]
-        table: list[str] = []
-        for worker, done in closings:
-            closed = worker.wait(done, patience=patience, deadline=deadline)
-            table += worker.report(closed=closed)
-        _say(table)
+        self._say([worker.report(closed=worker.wait(done, patience)) for worker, done in closings])
 
     def give_up(self) -> None:
         """Say what has not been written, of which nothing more will be."""
-        _say([line for worker in self._workers for line in worker.report(closed=True)])
+        self._say([worker.report(closed=True) for worker in self._workers])
 
-    def is_here(self) -> bool:
+    def is_sink(self) -> bool:
         """Return whether it is one of the sinks that asks."""
         return any(worker.is_here() for worker in self._workers)
 
@@ -150,34 +133,43 @@ class Pipeline:
         """Return what has failed, in words."""
         return "; ".join(filter(None, (worker.failure() for worker in self._workers)))
 
-    def _made(self, patience: float, deadline: float | None) -> bool:
+    @staticmethod
+    def _say(reports: Sequence[Sequence[str]]) -> None:
+        if lines := [line for report in reports for line in report]:
+            say("not all that was logged has been written:\n  " + "\n  ".join(lines))
+
+    def _made(self, patience: Patience) -> bool:
         """Wait until the entries accepted so far are records, and return whether they are."""
-        barrier = _Barrier(threading.Event())
-        self._inbox.put(barrier)
-        return wait_for(barrier.passed, self._thread, lambda: self._handled, patience, deadline)
+        passed = threading.Event()
+        self._inbox.put(passed)
+        return self.wait(passed, patience)
 
     def _run(self) -> None:
         while (item := self._inbox.get()) is not None:
             match item:
-                case _Accepted(entry, workers):
-                    made = self._made_of(entry)
-                    if isinstance(made, Record):
-                        self._watch.step(made.step, made.prefix)
-                    for worker in workers:
-                        if isinstance(made, Record):
-                            worker.put(made)
-                        else:
-                            worker.release(unmade=made is _Unmade.SAID)
-                case _Rewind(step):
+                case Rewind(step):
                     self._watch.rewind(step)
                     for worker in self._workers:
-                        worker.rewind(step)
-                case _Barrier(passed):
-                    passed.set()
+                        worker.put(item)
+                case threading.Event():
+                    item.set()
+                case entry, workers:
+                    self._hand_over(entry, workers)
             self._handled += 1
 
-    def _made_of(self, entry: Entry) -> Record | _Unmade:
-        """Return the record of `entry`, once its reduction is done."""
+    def _hand_over(self, entry: Entry, workers: Sequence[SinkWorker]) -> None:
+        """Give the record of `entry`, once its reduction is done, to the workers that wait for it."""
+        record = self._record(entry)
+        if record is not None:
+            self._watch.step(record.step, record.prefix)
+        for worker in workers:
+            if record is not None:
+                worker.put(record)
+            else:
+                # What a failed reduction raises the logger raises, where the training can see it.
+                worker.release(unmade=not _has_failed(entry.source))
+
+    def _record(self, entry: Entry) -> Record | None:
         if isinstance(entry.source, Future):
             either: list[Future[Any]] = [entry.source, self._hurry]
             wait(either, return_when=FIRST_COMPLETED)
@@ -187,87 +179,67 @@ class Pipeline:
                     "ranks when this process ended",
                     entry.step,
                 )
-                return _Unmade.SAID
-            if entry.source.cancelled() or entry.source.exception() is not None:
-                return _Unmade.RAISED
+                return None
+            if _has_failed(entry.source):
+                return None
         try:
-            return self._record(entry)
+            extra = _extra(entry)
+            self._own |= extra.keys()
+            if isinstance(entry.source, Future):
+                metrics, histograms = self._aggregated(entry, entry.source.result())
+            else:
+                metrics, histograms = dict(entry.source), {}
+                self._own |= metrics.keys()
+            self._warn_of_clashes(
+                extra.keys() & metrics.keys(),
+                "extra= names %s, which are metrics of their own: the metrics are kept and the extra "
+                "values left out; give these another name",
+            )
+            together = metrics | extra | metrics
+            return Record(entry.step, entry.wall_time, together, histograms, entry.prefix)
         except BaseException:  # noqa: BLE001 - training must not die of it, least of all on one rank
             _log.exception("the metrics of step %d are left out", entry.step)
-            return _Unmade.SAID
+            return None
 
-    def _record(self, entry: Entry) -> Record:
-        histograms: dict[str, Histogram] = {}
-        given = self._extra(entry)
-        self._own |= given.keys()
-        if isinstance(entry.source, Future):
-            snapshot = entry.source.result()
-            metrics = snapshot.as_dict(entry.prefix, entry.window, rollup=entry.rollup)
-            histograms = snapshot.histograms(entry.prefix, entry.window)
-            self._watch.aggregated(entry.step, entry.prefix, metrics)
-            if entry.rollup and not self._own.isdisjoint(metrics):
-                recorded = snapshot.as_dict(entry.prefix, entry.window, rollup=False)
-                totals = (self._own & metrics.keys()) - recorded.keys()
-                metrics = {key: value for key, value in metrics.items() if key not in totals}
-                self._warn_of_clashes(
-                    totals,
-                    "%s would be totals over datasets, but are logged as extra= or in a dict: those "
-                    "are kept and the totals left out; to have both, give these another name",
-                )
-        else:
-            metrics = dict(entry.source)
-            self._own |= metrics.keys()
-        extra = {key: value for key, value in given.items() if key not in metrics}
-        self._warn_of_clashes(
-            given.keys() - extra.keys(),
-            "extra= names %s, which are metrics of their own: the metrics are kept and the extra "
-            "values left out; give these another name",
-        )
-        together = {**metrics, **extra}
-        return Record(entry.step, entry.wall_time, together, histograms, entry.prefix)
+    def _aggregated(
+        self, entry: Entry, snapshot: Snapshot
+    ) -> tuple[dict[str, float], dict[str, Histogram]]:
+        metrics = snapshot.as_dict(entry.prefix, entry.window, rollup=entry.rollup)
+        self._watch.aggregated(entry.step, entry.prefix, metrics)
+        if entry.rollup and not self._own.isdisjoint(metrics):
+            recorded = snapshot.as_dict(entry.prefix, entry.window, rollup=False)
+            totals = (self._own & metrics.keys()) - recorded.keys()
+            metrics = {key: value for key, value in metrics.items() if key not in totals}
+            self._warn_of_clashes(
+                totals,
+                "%s would be totals over datasets, but are logged as extra= or in a dict: those "
+                "are kept and the totals left out; to have both, give these another name",
+            )
+        return metrics, snapshot.histograms(entry.prefix, entry.window)
 
     def _warn_of_clashes(self, keys: AbstractSet[str], message: str) -> None:
         """Say, once for each key, what is left out."""
-        clashes = keys - self._clashes
-        if clashes:
+        if clashes := keys - self._clashes:
             self._clashes |= clashes
             _log.warning(message, ", ".join(repr(key) for key in sorted(clashes)))
 
-    @staticmethod
-    def _extra(entry: Entry) -> Mapping[str, float]:
-        function = entry.extra
-        if not callable(function):
-            return checked_numbers("extra", function)
-        assert isinstance(entry.source, Future)
-        try:
-            found = function(entry.source.result())
-            known = {key: value for key, value in found.items() if value is not None}
-            return checked_numbers("extra", known)
-        except BaseException:  # noqa: BLE001 - the user's; the metrics are written all the same
-            _log.exception("the extra numbers of step %d are left out", entry.step)
-            return {}
+
+def _extra(entry: Entry) -> dict[str, float]:
+    function = entry.extra
+    if not callable(function):
+        return checked_numbers("extra", function)
+    assert isinstance(entry.source, Future)
+    try:
+        found = function(entry.source.result())
+        known = {key: value for key, value in found.items() if value is not None}
+        return checked_numbers("extra", known)
+    except BaseException:  # noqa: BLE001 - the user's; the metrics are written all the same
+        _log.exception("the extra numbers of step %d are left out", entry.step)
+        return {}
 
 
-def _say(table: Sequence[str]) -> None:
-    if table:
-        say("not all that was logged has been written:\n  " + "\n  ".join(table))
-
-
-class _Unmade(Enum):
-    """Why there is no record."""
-
-    SAID = "something failed, which has been said"
-    RAISED = "its reduction failed, which the logger raises where the training can see it"
-
-
-class _Accepted(NamedTuple):
-    entry: Entry
-    workers: list[SinkWorker]
-
-
-class _Rewind(NamedTuple):
-    step: int
-
-
-class _Barrier(NamedTuple):
-    passed: threading.Event
+def _has_failed(source: Mapping[str, float] | Future[Snapshot]) -> bool:
+    """Return whether it is a reduction that is over and has no result."""
+    if not isinstance(source, Future) or not source.done():
+        return False
+    return source.cancelled() or source.exception() is not None
