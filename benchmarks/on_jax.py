@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.table import Section, at_most, cost, seconds_of, speedup
 from benchmarks.timing import interleaved
-from metricfold.demo.virtual import virtual_devices
+from metricfold.demo.framework import virtual_devices
 
 _DEVICES, _SAMPLES = 4, 32
 _BUDGETS = {100: at_most(1.1)}

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 from jax_processes import World, run_in
 
-from metricfold.demo.virtual import virtual_devices
+from metricfold.demo.framework import virtual_devices
 
 QUICKLY = {
     "xla_backend_optimization_level": 0,

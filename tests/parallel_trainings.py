@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from metricfold import JSONLSink, MetricsAggregator, MetricsCollator, MetricsLogger
-from metricfold.demo.samples import TextMetrics
+from metricfold.demo.batches import TextMetrics
 from metricfold.demo.texts import read_python_docs
 from metricfold.torch import DeviceAccumulator
 

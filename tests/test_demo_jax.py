@@ -16,8 +16,8 @@ import pytest
 from jax_devices import on_devices
 
 from metricfold import read_jsonl
+from metricfold.demo.batches import held_out, pad
 from metricfold.demo.folder import RunFolder
-from metricfold.demo.jax.batches import training_batches, validation_batches
 from metricfold.demo.mixture import SAMPLES_PER_STEP, Corpus, Mixture, cut_evenly
 from metricfold.demo.proof import prove
 from metricfold.demo.texts import Text
@@ -157,6 +157,8 @@ class TestBatches:
     def test_have_one_shape_and_every_device_its_share(
         self, mixture: Mixture, devices: int
     ) -> None:
+        from metricfold.demo.jax.train import training_batches
+
         for step, batch in enumerate(training_batches(mixture, range(1, 4), devices), 1):
             rows = -(-16 // devices)
             assert batch["tokens"].shape == batch["mask"].shape == (devices * rows, 60)
@@ -174,7 +176,7 @@ class TestBatches:
     def test_of_validation_hold_each_text_once(self, mixture: Mixture) -> None:
         read = sorted(
             (int(dataset), bytes(tokens[mask].tolist()).decode())
-            for batch in validation_batches(mixture, 3)
+            for batch in (pad(texts, (3, 6, 60)) for texts in held_out(mixture))
             for dataset, tokens, mask in zip(
                 batch["dataset"], batch["tokens"], batch["mask"], strict=True
             )

@@ -8,13 +8,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from metricfold import MetricsAggregator
-from metricfold.demo.batches import training_batches, validation_batches
+from metricfold.demo.batches import held_out
 from metricfold.demo.gradients import LocalGradientNorm
 from metricfold.demo.mixture import Corpus, Mixture
 from metricfold.demo.model import ByteTransformer
 from metricfold.demo.texts import MAX_BYTES_PER_TEXT, Text
-from metricfold.demo.train import next_tokens
-from metricfold.demo.truth import sums_by_dataset
+from metricfold.demo.train import next_tokens, padded, sums_by_dataset, training_batches
 from metricfold.torch import DeviceAccumulator
 
 
@@ -55,15 +54,14 @@ class TestBatches:
         read = sorted(
             (int(dataset), bytes(tokens[mask].tolist()).decode())
             for rank in range(3)
-            for batch in validation_batches(mixture, rank, 3)
+            for batch in map(padded, held_out(mixture, rank, 3))
             for dataset, tokens, mask in zip(
                 batch["dataset"], batch["tokens"], batch["mask"], strict=True
             )
         )
-        held_out = sorted(
+        assert read == sorted(
             (i, text.text) for i, corpus in enumerate(mixture.corpora) for text in corpus.validation
         )
-        assert read == held_out
 
 
 class TestModel:
@@ -87,7 +85,7 @@ class TestModel:
     @torch.no_grad()
     def test_padding_changes_no_loss(self, model):
         texts = [torch.arange(5), torch.arange(9)]
-        batch = padded(texts)
+        batch = side_by_side(texts)
         logits = model(batch["tokens"][:, :-1])
         losses, tokens = sums_by_dataset(logits, next_tokens(batch), batch["dataset"], 3)
         assert tokens.tolist() == [4, 8, 0]
@@ -125,7 +123,7 @@ def test_the_loss_of_each_dataset_is_that_of_its_samples_one_by_one(mixture):
         assert found[f"train_{name}/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
-def padded(texts):
+def side_by_side(texts):
     length = max(map(len, texts))
     mask = torch.tensor([[i < len(text) for i in range(length)] for text in texts])
     tokens = torch.zeros(len(texts), length, dtype=torch.long)

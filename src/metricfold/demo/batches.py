@@ -1,55 +1,75 @@
-"""Batches of one rank: samples tagged with their metrics, padded, and collated with them."""
+"""Samples tagged with their metrics, and the batches that are padded of them, as NumPy arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+import numpy as np
 
-from metricfold import MetricsCollator
-from metricfold.demo.mixture import Mixture
-from metricfold.demo.samples import TaggedSamples, held_out
+from metricfold import AggregationType, DefaultTrainingMetricTransform, Metric
+from metricfold.demo.mixture import Mixture, Sample
 
-__all__ = ["pad", "training_batches", "validation_batches"]
-
-_VALIDATION_BATCH = 16
+__all__ = ["TaggedSamples", "TextMetrics", "held_out", "pad"]
 
 
-def pad(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Collate samples into ``tokens`` and ``mask`` (batch, longest), and ``dataset`` (batch,)."""
-    tokens = [torch.from_numpy(sample["tokens"]) for sample in samples]
-    return {
-        "tokens": pad_sequence(tokens, batch_first=True),
-        "mask": pad_sequence([torch.ones_like(one, dtype=torch.bool) for one in tokens], True),
-        "dataset": torch.tensor([sample["dataset"] for sample in samples]),
-    }
+class TextMetrics(DefaultTrainingMetricTransform):
+    """Counts samples, tokens and lengths, and how many texts there were of each kind."""
+
+    def _generate_metrics(self, sample: Mapping[str, Any]) -> list[Metric]:
+        counts = super()._generate_metrics(sample)
+        dataset = counts[0].dataset_name
+        kind = Metric(dataset, "kind", sample["kind"], AggregationType.CATEGORICAL_COUNT)
+        return [*counts, kind]
 
 
-def training_batches(
-    mixture: Mixture, steps: range, rank: int, world_size: int
-) -> DataLoader[dict[str, Any]]:
-    """Load this rank's share of each of `steps`, in two worker processes."""
-    return DataLoader(
-        _Samples(mixture),
-        batch_sampler=[mixture.shares(step, world_size)[rank] for step in steps],
-        collate_fn=MetricsCollator(collate_fn=pad),
-        num_workers=2,
-        timeout=60,  # seconds; a worker that cannot send its batch would be waited for forever
-    )
+class TaggedSamples:
+    """The samples of the run by their numbers, each with the metrics of its dataset."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture = mixture
+        self.transforms = [TextMetrics() for _ in mixture.names]
+        for transform, name in zip(self.transforms, mixture.names, strict=True):
+            transform.set_dataset_name(name)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        sample = self.mixture.draw(number)
+        return self.transforms[sample.dataset](_encoded(sample))
 
 
-def validation_batches(
-    mixture: Mixture, rank: int, world_size: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield this rank's share of the texts that were held out, the longest first."""
-    mine = islice(held_out(mixture), rank, None, world_size)
-    while samples := list(islice(mine, _VALIDATION_BATCH)):
-        yield pad(samples)
+def held_out(
+    mixture: Mixture, rank: int = 0, world_size: int = 1
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield a rank's share of the texts that are not trained on, 16 at a time, without metrics."""
+    mine = [_encoded(sample) for sample in mixture.held_out()[rank::world_size]]
+    for start in range(0, len(mine), 16):
+        yield mine[start : start + 16]
 
 
-class _Samples(TaggedSamples, Dataset[dict[str, Any]]):
-    """The samples as a dataset of torch's."""
+def _encoded(sample: Sample) -> dict[str, Any]:
+    tokens = np.frombuffer(sample.text.text.encode(), np.uint8).astype(np.int64)
+    return {"tokens": tokens, "dataset": sample.dataset, "kind": sample.text.kind}
+
+
+def pad(samples: Sequence[dict[str, Any]], shape: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
+    """Collate samples into ``tokens`` and ``mask`` (rows, longest), and ``dataset`` (rows,).
+
+    Args:
+        samples: with their ``tokens``, of different lengths, and ``dataset``.
+        shape: of what a compiled step takes, which is compiled anew for each that comes in:
+            devices, rows of each and tokens. The samples are split over the devices evenly, and
+            what is added counts for nothing. By default what the samples need.
+    """
+    lengths = [len(sample["tokens"]) for sample in samples]
+    devices, rows, longest = shape or (1, len(samples), max(lengths))
+    tokens = np.zeros((devices * rows, longest), np.int64)
+    mask = np.zeros(tokens.shape, np.bool_)
+    dataset = np.zeros(devices * rows, np.int64)
+    # Each device's rows, but for those that it has no sample for.
+    shares = np.array_split(np.arange(len(samples)), devices)
+    places = [device * rows + i for device, share in enumerate(shares) for i in range(len(share))]
+    for place, sample, length in zip(places, samples, lengths, strict=True):
+        tokens[place, :length] = sample["tokens"]
+        mask[place, :length] = True
+        dataset[place] = sample["dataset"]
+    return {"tokens": tokens, "mask": mask, "dataset": dataset}

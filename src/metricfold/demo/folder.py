@@ -15,7 +15,8 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from metricfold.demo.framework import FRAMEWORKS, Framework
@@ -25,13 +26,12 @@ from metricfold.metric import check_name
 
 __all__ = ["RunFolder"]
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
+"""What reading a file raises that may hold anything."""
+
 
 class RunFolder:
-    """Paths and texts of one run.
-
-    Args:
-        path: the folder; made by `begin`.
-    """
+    """Paths and texts of one run; the folder at `path` is made by `begin`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,12 +47,10 @@ class RunFolder:
         """What the run is trained with."""
         try:
             name = json.loads(self.marker.read_text(encoding="utf-8"))["framework"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except _UNREADABLE:
             name = "torch"  # no run yet, or an early one
         if not isinstance(name, str) or name not in FRAMEWORKS:
-            raise DemoError(
-                f"{self.marker} names no framework of the demo: leave out --resume to begin again"
-            )
+            raise _no_resuming(f"{self.marker} names no framework of the demo")
         return FRAMEWORKS[name]
 
     @property
@@ -69,61 +67,44 @@ class RunFolder:
             raise DemoError(
                 f"--out {self.path} holds files that are not the demo's: give an empty or a new folder"
             )
-        existing = self.path
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-        _check_writable(self.path, existing)
+        self._check_writable()
 
     def check_resumable(self, framework: Framework) -> None:
         """Refuse a folder without a run that can go on with `framework`."""
         if not self.marker.is_file():
-            raise DemoError(
-                f"--out {self.path} holds no run to resume: leave out --resume to begin one"
-            )
+            raise _no_resuming(f"--out {self.path} holds no run to resume", "to begin one")
         if self.framework is not framework:
             raise DemoError(
                 f"the run in {self.path} was begun with {self.framework.title}: give --framework "
                 f"{self.framework.name} to go on with it"
             )
         if not self.checkpoint.exists():
-            raise DemoError(
-                f"the run in {self.path} stopped before its first checkpoint: leave out --resume "
-                "to begin again"
-            )
+            raise _no_resuming(f"the run in {self.path} stopped before its first checkpoint")
         if not zipfile.is_zipfile(self.checkpoint):
-            raise DemoError(
-                f"{self.checkpoint} is damaged or cut short: leave out --resume to begin again"
-            )
+            raise _no_resuming(f"{self.checkpoint} is damaged or cut short")
         try:
             self.read_mixture()
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DemoError(
-                f"the texts in {self.data} cannot be read ({error}): leave out --resume to begin again"
-            ) from error
-        _check_writable(self.path, self.path)
+        except _UNREADABLE as error:
+            raise _no_resuming(f"the texts in {self.data} cannot be read ({error})") from error
+        self._check_writable()
 
     def begin(
         self, texts: Mapping[str, list[Text]], framework: Framework = FRAMEWORKS["torch"]
     ) -> None:
         """Make the folder, or clear it of an earlier run, and keep the texts in it."""
-        try:
-            self._begin(texts, framework)
-        except OSError as error:
-            raise _unwritable(self.path, error.filename or self.path, error) from error
-
-    def _begin(self, texts: Mapping[str, list[Text]], framework: Framework) -> None:
-        self.data.mkdir(parents=True, exist_ok=True)
-        for folder in (self.data, self.tensorboard, self.ledger, self.logs):
-            shutil.rmtree(folder, ignore_errors=True)
-        checkpoints = [self.path / one.checkpoint for one in FRAMEWORKS.values()]
-        for file in (self.metrics, *checkpoints):
-            file.unlink(missing_ok=True)
-        marks = {"datasets": list(texts), "framework": framework.name}
-        self.marker.write_text(json.dumps(marks), encoding="utf-8")
-        self.data.mkdir()
-        for name, samples in texts.items():
-            with (self.data / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(text._asdict()) + "\n" for text in samples)
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            for folder in (self.data, self.tensorboard, self.ledger, self.logs):
+                shutil.rmtree(folder, ignore_errors=True)
+            checkpoints = [self.path / one.checkpoint for one in FRAMEWORKS.values()]
+            for file in (self.metrics, *checkpoints):
+                file.unlink(missing_ok=True)
+            marks = {"datasets": list(texts), "framework": framework.name}
+            self.marker.write_text(json.dumps(marks), encoding="utf-8")
+            self.data.mkdir()
+            for name, samples in texts.items():
+                lines = "".join(json.dumps(text._asdict()) + "\n" for text in samples)
+                (self.data / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
     def begin_launch(self) -> None:
         """Clear away what speaks about one launch of ranks only."""
@@ -150,18 +131,22 @@ class RunFolder:
                 raise TypeError(f"a text of {name!r} is none")
         return texts
 
-
-def _check_writable(path: Path, existing: Path) -> None:
-    """Try to write in `existing`, the nearest folder that there is on the way to `path`."""
-    try:
-        with tempfile.TemporaryFile(dir=existing):
+    def _check_writable(self) -> None:
+        """Try to write in the nearest folder that there is on the way to this one."""
+        existing = next(path for path in (self.path, *self.path.parents) if path.exists())
+        with self._writing(existing), tempfile.TemporaryFile(dir=existing):
             pass
-    except OSError as error:
-        raise _unwritable(path, existing, error) from error
+
+    @contextmanager
+    def _writing(self, where: Path | None = None) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DemoError(
+                f"--out {self.path} cannot be written ({where or error.filename or self.path}: "
+                f"{error.strerror}): give a folder that you may write to"
+            ) from error
 
 
-def _unwritable(path: Path, where: object, error: OSError) -> DemoError:
-    return DemoError(
-        f"--out {path} cannot be written ({where}: {error.strerror}): "
-        "give a folder that you may write to"
-    )
+def _no_resuming(why: str, instead: str = "to begin again") -> DemoError:
+    return DemoError(f"{why}: leave out --resume {instead}")

@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from metricfold.demo.mixture import Cut, cut_by_time, cut_evenly
 
-__all__ = ["FRAMEWORKS", "Framework"]
+__all__ = ["FRAMEWORKS", "Framework", "virtual_devices"]
 
 
 @dataclass(frozen=True, slots=True)
 class Framework:
-    """One framework.
+    """One framework."""
 
-    Args:
-        name: what ``--framework`` takes.
-        title: what people call it.
-        part: what the samples of a step are split over.
-        parts: how many of them there are by default.
-        steps: how many steps there are by default: a minute's, about.
-        module: the training loop.
-        checkpoint: the name of the file that it saves to.
-        cut: how a step is cut into shares.
-        packages: what it needs, and what to give to pip for it.
-    """
-
-    name: str
-    title: str
-    part: str
-    parts: int
-    steps: int
-    module: str
-    checkpoint: str
-    cut: Cut
-    packages: Mapping[str, str]
+    name: str  # what --framework takes
+    title: str  # what people call it
+    part: str  # what the samples of a step are split over
+    parts: int  # how many of them there are by default
+    steps: int  # how many there are by default: a minute's, about
+    module: str  # the training loop
+    checkpoint: str  # the name of the file that it saves to
+    cut: Cut  # how a step is cut into shares
+    packages: Mapping[str, str]  # what it needs, and in which of our extras it is, if in any
 
 
-_SINKS = {"rich": "metricfold[console]", "tensorboard": "metricfold[tensorboard]"}
+_SINKS = {"rich": "console", "tensorboard": "tensorboard"}
 
 FRAMEWORKS = MappingProxyType(
     {
@@ -51,7 +40,7 @@ FRAMEWORKS = MappingProxyType(
             module="metricfold.demo.train",
             checkpoint="checkpoint.pt",
             cut=cut_by_time,
-            packages={"torch": "metricfold[torch]", **_SINKS},
+            packages={"torch": "torch", **_SINKS},
         ),
         "jax": Framework(
             name="jax",
@@ -62,12 +51,20 @@ FRAMEWORKS = MappingProxyType(
             module="metricfold.demo.jax.train",
             checkpoint="checkpoint.npz",
             cut=cut_evenly,
-            packages={
-                "jax": "metricfold[jax]",
-                "flax": "metricfold[jax]",
-                "optax": "optax",
-                **_SINKS,
-            },
+            packages={"jax": "jax", "flax": "jax", "optax": "", **_SINKS},
         ),
     }
 )
+
+
+def virtual_devices(number: int) -> dict[str, str]:
+    """Return the environment in which JAX, once imported, takes this CPU for so many devices.
+
+    XLA runs the devices on a pool of as many threads as there are cores. A device that waits for
+    the others in a collective holds one, and so does each device's next program while too many are
+    under way. With fewer than two a device, the one that all wait for may never get a thread, and
+    XLA aborts the process after 40 seconds.
+    """
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={number}"
+    threads = max(2 * number, os.cpu_count() or 1)
+    return {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", "PJRT_NPROC": str(threads)}

@@ -6,6 +6,7 @@ others write to files.
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -13,13 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 from metricfold.demo.texts import DemoError
 
-__all__ = ["run_ranks"]
+__all__ = ["arguments_of_rank", "run_ranks"]
 
 _GRACE = 5.0  # seconds to end in after SIGTERM
 
@@ -30,36 +31,52 @@ def run_ranks(
     *,
     ranks: int,
     logs: Path,
-    environment: Mapping[str, str] = MappingProxyType({}),
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run ``python -m module arguments`` as `ranks` ranks, and return when all are done.
 
     When one rank fails, and on whatever ends this function early (Ctrl-C, SIGTERM), all others are
     ended too. Raises `DemoError` that says which rank failed, and why.
     """
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    # A machine whose own name does not resolve, as in many containers, still has a loopback.
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     variables = {
+        **loopback,
         **os.environ,
-        **environment,
+        **(environment or {}),
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         # The ranks import what this process imports, and not what lies in the current folder.
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "PYTHONSAFEPATH": "1",
     }
-    if sys.platform == "linux":
-        # A machine whose own name does not resolve, as in many containers, still has a loopback.
-        variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
     command = [sys.executable, "-m", module, *arguments]
     processes: list[subprocess.Popen[bytes]] = []
-    with _terminations_as_interrupts():
+    with _signals(signal.default_int_handler, signal.SIGTERM, signal.SIGHUP):
         try:
-            with _interrupts_ignored():
+            # The ranks ignore Ctrl-C, too: this process ends them in order.
+            with _signals(signal.SIG_IGN, signal.SIGINT):
                 processes.extend(_start(command, variables, rank, logs) for rank in range(ranks))
             _wait_for_all(processes, logs)
         finally:
             _end(processes)
+
+
+def arguments_of_rank(module: str) -> argparse.Namespace:
+    """Return what one rank's process was given: ``folder``, ``steps`` and ``resume``.
+
+    From here on SIGTERM is an exit in order: workers stop, files are closed, the cursor comes back.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    parser = argparse.ArgumentParser(prog=f"python -m {module}")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--resume", action="store_true")
+    return parser.parse_args()
 
 
 def _start(
@@ -68,17 +85,17 @@ def _start(
     mine = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     if rank == 0:
         return subprocess.Popen(command, env=mine)  # noqa: S603 - this Python, this package
-    with (logs / f"rank-{rank}.log").open("wb") as log:
+    with _log_of(rank, logs).open("wb") as log:
         return subprocess.Popen(command, env=mine, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603
 
 
+def _log_of(rank: int, logs: Path) -> Path:
+    return logs / f"rank-{rank}.log"
+
+
 def _wait_for_all(processes: list[subprocess.Popen[bytes]], logs: Path) -> None:
-    waiting = dict(enumerate(processes))
-    while waiting:
-        for rank, process in list(waiting.items()):
-            code = process.poll()
-            if code is not None:
-                del waiting[rank]
+    while None in (codes := [process.poll() for process in processes]) or any(codes):
+        for rank, code in enumerate(codes):
             if code:
                 raise DemoError(_reason(rank, code, logs))
         time.sleep(0.05)
@@ -90,55 +107,30 @@ def _reason(rank: int, code: int, logs: Path) -> str:
         return f"rank {rank} was killed by {signal.Signals(-code).name}{memory}"
     if rank == 0:
         return f"rank 0 failed with exit code {code}: see what it printed above"
-    log = logs / f"rank-{rank}.log"
+    log = _log_of(rank, logs)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
     return f"rank {rank} failed with exit code {code}: {lines[-1].strip()} (all of it: {log})"
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     """End what still runs: politely, so that logs are written, then by force."""
-    alive = [process for process in processes if process.poll() is None]
-    for process in alive:
+    for process in processes:
         process.terminate()
     deadline = time.monotonic() + _GRACE
-    for process in alive:
-        with suppress(subprocess.TimeoutExpired):
+    for process in processes:
+        try:
             process.wait(max(deadline - time.monotonic(), 0))
-    for process in alive:
-        if process.poll() is None:
+        except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Let processes that are started inside ignore Ctrl-C: this process ends them in order."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _signals(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
+    """Handle signals so inside; Python's handler of Ctrl-C raises KeyboardInterrupt on any."""
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _terminations_as_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM and on a closed terminal, so that ranks are ended."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        for number, one in before.items():
+            signal.signal(number, one)

@@ -1,8 +1,8 @@
 """What the proof at the end is counted from: raw sums of every step, without metricfold.
 
 Each rank keeps its own, or one process those of its devices, and writes them as JSON when training
-is over. A training job needs no such
-thing: it is here so that the demo can be checked against something other than itself.
+is over. A training job needs no such thing: it is here so that the demo can be checked against
+something other than itself.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -23,25 +22,15 @@ if TYPE_CHECKING:
 __all__ = ["Ledger", "Page", "read_ledger"]
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """What was written down of one rank or device.
+class Page(NamedTuple):
+    """What was written down of one rank or device."""
 
-    Args:
-        first_step: the first step of this launch.
-        losses: per step and dataset, the sum of the losses of all predicted tokens.
-        tokens: per step and dataset, how many tokens were predicted.
-        logging: how long each log of the training metrics held up its step.
-        collectives: how many collectives the training metrics took.
-        schema_rounds: how many of the reductions had to agree on new keys or categories first.
-    """
-
-    first_step: int
-    losses: list[list[float]]
-    tokens: list[list[float]]
-    logging: list[float]
-    collectives: int
-    schema_rounds: int
+    first_step: int  # of this launch
+    losses: list[list[float]]  # per step and dataset, summed over all predicted tokens
+    tokens: list[list[float]]  # per step and dataset, how many were predicted
+    logging: list[float]  # seconds that each log of the training metrics held up its step
+    collectives: int  # that the training metrics took
+    schema_rounds: int  # reductions that had to agree on new keys or categories first
 
 
 class Ledger:
@@ -70,28 +59,16 @@ class Ledger:
 
     def close(self, aggregator: MetricsAggregator) -> None:
         """Write everything down, and what `aggregator` has cost."""
-        shape = (2, len(self._steps), len(self._parts), -1)
-        sums = np.array(
-            [[np.asarray(one) for one in kind] for kind in zip(*self._steps, strict=True)]
-        )
-        losses, tokens = sums.reshape(shape)
-        for i, part in enumerate(self._parts):
-            page = Page(
-                first_step=self._first_step,
-                losses=losses[:, i].tolist(),
-                tokens=tokens[:, i].tolist(),
-                logging=self._logging,
-                collectives=aggregator.collectives,
-                schema_rounds=aggregator.schema_rounds,
-            )
+        sums = np.array([[np.asarray(one) for one in step] for step in self._steps])
+        by_part = sums.reshape(len(self._steps), 2, len(self._parts), -1).transpose(2, 1, 0, 3)
+        for part, (losses, tokens) in zip(self._parts, by_part.tolist(), strict=True):
+            costs = self._logging, aggregator.collectives, aggregator.schema_rounds
+            page = Page(self._first_step, losses, tokens, *costs)
             path = self._folder / f"part-{part}.json"
-            path.write_text(json.dumps(asdict(page)), encoding="utf-8")
+            path.write_text(json.dumps(page._asdict()), encoding="utf-8")
 
 
 def read_ledger(folder: Path) -> list[Page]:
     """Return the pages of the last launch, one for each rank or device."""
-    parts = len(list(folder.glob("part-*.json")))
-    return [
-        Page(**json.loads((folder / f"part-{part}.json").read_text(encoding="utf-8")))
-        for part in range(parts)
-    ]
+    paths = [folder / f"part-{part}.json" for part in range(len([*folder.glob("part-*.json")]))]
+    return [Page(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]

@@ -98,17 +98,12 @@ class Mixture:
     The square root, as multilingual training has it, keeps a small dataset from drowning.
     """
 
-    def __init__(self, corpora: Sequence[Corpus], seed: int = 0, *, cut: Cut = cut_by_time) -> None:
+    def __init__(self, corpora: Sequence[Corpus], *, cut: Cut = cut_by_time) -> None:
         self.corpora = list(corpora)
-        self.seed = seed
+        self.names = [corpus.name for corpus in corpora]
         self.cut = cut
-        roots = np.sqrt([len(corpus.training) for corpus in self.corpora])
+        roots = np.sqrt([len(corpus.training) for corpus in corpora])
         self.weights = roots / roots.sum()
-
-    @property
-    def names(self) -> list[str]:
-        """The datasets' names, in the order of their indices."""
-        return [corpus.name for corpus in self.corpora]
 
     @property
     def longest(self) -> int:
@@ -118,7 +113,7 @@ class Mixture:
 
     def draw(self, number: int) -> Sample:
         """Return sample `number` of the run."""
-        generator = np.random.default_rng((self.seed, number))
+        generator = np.random.default_rng((0, number))
         dataset = int(generator.choice(len(self.corpora), p=self.weights))
         texts = self.corpora[dataset].training
         return Sample(dataset, texts[generator.integers(len(texts))])
@@ -131,3 +126,10 @@ class Mixture:
         by_length = sorted(numbers, key=lambda number: lengths[number])
         cuts = [0, *self.cut([lengths[number] for number in by_length], parts), SAMPLES_PER_STEP]
         return [by_length[start:end] for start, end in pairwise(cuts)]
+
+    def held_out(self) -> list[Sample]:
+        """Return all texts that are not trained on, the longest first."""
+        samples = [
+            Sample(i, text) for i, corpus in enumerate(self.corpora) for text in corpus.validation
+        ]
+        return sorted(samples, key=lambda sample: sample.length, reverse=True)

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 from rich import box
@@ -18,7 +19,7 @@ from rich.text import Text
 from metricfold.demo.folder import RunFolder
 from metricfold.demo.proof import Proof, Row
 
-__all__ = ["print_opening", "print_proof", "print_resumed", "print_where_to_look"]
+__all__ = ["count", "print_opening", "print_proof", "print_resumed", "print_where_to_look"]
 
 
 def print_opening(console: Console, folder: RunFolder, parts: int, steps: int) -> None:
@@ -27,25 +28,23 @@ def print_opening(console: Console, folder: RunFolder, parts: int, steps: int) -
     console.print(
         Text.assemble(
             ("metricfold demo", "bold"),
-            f": {_count(parts, framework.part)} {'train' if parts > 1 else 'trains'} a small "
-            f"byte-level transformer for {_count(steps, 'step')} with {framework.title}",
+            f": {count(parts, framework.part)} {'train' if parts > 1 else 'trains'} a small "
+            f"byte-level transformer for {count(steps, 'step')} with {framework.title}",
         )
     )
     for corpus in folder.read_mixture().corpora:
         megabytes = sum(len(text.text.encode()) for text in corpus.training) / 1e6
-        console.print(
-            f"  {corpus.name}: {len(corpus.training):,} texts, {megabytes:.2f} MB",
-            markup=False,
-            highlight=False,
-        )
+        console.print(Text(f"  {corpus.name}: {len(corpus.training):,} texts, {megabytes:.2f} MB"))
 
 
 def print_proof(console: Console, proof: Proof) -> None:
     """Show the numbers side by side, and what it cost to get them."""
-    first, last = proof.interval[0], proof.interval[-1]
     parts = f"{proof.framework.part}s"
     table = Table(
-        title=f"The last log, counted again from the data (steps {first} to {last})",
+        title=(
+            "The last log, counted again from the data "
+            f"(steps {proof.interval[0]} to {proof.interval[-1]})"
+        ),
         title_style="bold",
         title_justify="left",
         box=box.SIMPLE_HEAD,
@@ -58,22 +57,14 @@ def print_proof(console: Console, proof: Proof) -> None:
     )
     table.add_column("")
     table.add_column("dataset")
-    table.add_column("ours", justify="right")
-    table.add_column(f"average over {parts}", justify="right")
-    table.add_column("truth", justify="right")
-    shown = ""
-    for row in proof.rows:
-        if shown and row.metric != shown:
-            table.add_section()
-        label = _LABELS.get(row.metric, row.metric) if row.metric != shown else ""
-        shown = row.metric
-        table.add_row(
-            label,
-            Text(row.dataset),
-            Text(_number(row.ours), "bold green" if row.holds else "bold white on red"),
-            _averaged(row),
-            _number(row.truth),
-        )
+    for title in ("ours", f"average over {parts}", "truth"):
+        table.add_column(title, justify="right")
+    for metric, rows in groupby(proof.rows, lambda row: row.metric):
+        table.add_section()
+        label = "tokens_seen, whole run" if metric == "tokens_seen" else metric
+        for row in rows:
+            table.add_row(label, Text(row.dataset), _ours(row), _averaged(row), _number(row.truth))
+            label = ""
     console.print(table)
     for sentence in _sentences(proof):
         console.print(Padding(f"{sentence}.", (0, 0, 0, 2), expand=False), highlight=False)
@@ -81,16 +72,15 @@ def print_proof(console: Console, proof: Proof) -> None:
 
 def print_resumed(console: Console, proof: Proof, parts: int) -> None:
     """Show that every token counts once, although the number of ranks or devices has changed."""
-    console.print()
-    now = _count(parts, proof.framework.part)
-    console.print(f"After step {proof.interval[-1]}, now on {now}:", style="bold")
+    now = count(parts, proof.framework.part)
+    console.print(f"\nAfter step {proof.interval[-1]}, now on {now}:", style="bold")
     for row in proof.rows:
         if row.metric == "tokens_seen":
             same = "=" if row.holds else "≠"
             console.print(
                 Text.assemble(
                     f"  tokens_seen of {row.dataset}: ",
-                    (_number(row.ours), "bold green" if row.holds else "bold white on red"),
+                    _ours(row),
                     f" {same} {_number(row.truth)} counted from the data",
                 )
             )
@@ -98,57 +88,47 @@ def print_resumed(console: Console, proof: Proof, parts: int) -> None:
 
 def print_where_to_look(console: Console, folder: RunFolder) -> None:
     """Print the command that opens TensorBoard, and the path of the JSONL file."""
+    name = folder.framework.name
+    chosen = "" if name == "torch" else f" --framework {name}"
+    events, run = shlex.quote(str(folder.tensorboard)), shlex.quote(str(folder.path))
     console.print()
-    framework = folder.framework
-    chosen = "" if framework.name == "torch" else f" --framework {framework.name}"
     for label, what in (
-        (
-            "TensorBoard",
-            f"{_command('tensorboard')} --logdir {shlex.quote(str(folder.tensorboard))}",
-        ),
+        ("TensorBoard", f"{_command('tensorboard')} --logdir {events}"),
         ("every record", str(folder.metrics)),
-        (
-            "train on",
-            f"{_command('metricfold')} demo{chosen} --resume --out {shlex.quote(str(folder.path))}",
-        ),
+        ("train on", f"{_command('metricfold')} demo{chosen} --resume --out {run}"),
     ):
         # Whole, so that it can be copied, however narrow the terminal.
         console.print(f"  {label + ':':14}{what}", soft_wrap=True, markup=False, highlight=False)
 
 
-_LABELS = {"tokens_seen": "tokens_seen, whole run"}
+def count(number: int, what: str) -> str:
+    """Return "1 step" or "2,000 steps"."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _sentences(proof: Proof) -> Iterator[str]:
-    logged = list(proof.losses)
+    logged = list(proof.losses.items())
     if len(logged) > 1:
-        first, last = logged[0], logged[-1]
-        yield (
-            f"The loss went from {proof.losses[first]:.2f} at step {first} "
-            f"to {proof.losses[last]:.2f} at step {last}"
-        )
-    yield from _cost(proof)
+        (first, before), (last, after) = logged[0], logged[-1]
+        yield f"The loss went from {before:.2f} at step {first} to {after:.2f} at step {last}"
+    did = f"{count(proof.logs, 'log')} and {count(proof.saves, 'checkpoint')} took"
+    held = f"logger.log() returned after {1e3 * proof.holding:.2g} ms (median"
+    if proof.framework.part == "device":
+        yield f"{did} no collective: each step brings its metrics over the devices together"
+        yield f"{held})"
+    else:
+        agreeing = proof.collectives - proof.logs - proof.saves
+        new = f", and {agreeing} for new keys and categories (in {proof.schema_rounds} of them)"
+        yield f"{did} {count(proof.collectives, 'collective')}: one each{new if agreeing else ''}"
+        yield f"{held} on the slowest rank)"
     yield (
         f"The largest gradient of these steps was {proof.framework.part} {proof.gradient_owner}'s, "
         f"of norm {proof.gradient_norm:.3g}"
     )
 
 
-def _cost(proof: Proof) -> Iterator[str]:
-    did = f"{_count(proof.logs, 'log')} and {_count(proof.saves, 'checkpoint')} took"
-    held = f"logger.log() returned after {1e3 * proof.holding:.2g} ms (median"
-    if proof.framework.part == "device":
-        yield f"{did} no collective: each step brings its metrics over the devices together"
-        yield f"{held})"
-        return
-    agreeing = proof.collectives - proof.logs - proof.saves
-    agreed = (
-        f", and {agreeing} for new keys and categories (in {proof.schema_rounds} of them)"
-        if agreeing
-        else ""
-    )
-    yield f"{did} {_count(proof.collectives, 'collective')}: one each{agreed}"
-    yield f"{held} on the slowest rank)"
+def _ours(row: Row) -> Text:
+    return Text(_number(row.ours), "bold green" if row.holds else "bold white on red")
 
 
 def _averaged(row: Row) -> Text:
@@ -162,10 +142,6 @@ def _number(value: float) -> str:
     if value == int(value):
         return f"{int(value):,}"
     return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4f}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _command(name: str) -> str:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metricfold.demo.folder import RunFolder
-from metricfold.demo.framework import Framework
+from metricfold.demo.framework import Framework, virtual_devices
 from metricfold.demo.launch import run_ranks
 from metricfold.demo.mixture import SAMPLES_PER_STEP
 from metricfold.demo.texts import BUILT_IN, DemoError, Text, read_texts
-from metricfold.demo.virtual import virtual_devices
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,8 +36,12 @@ def run_demo(
     later, if a rank fails or if a number that was logged is not what the data say.
     """
     parts, steps = parts or framework.parts, steps or framework.steps
-    _check_parts(framework, parts)
-    _check_packages(framework)
+    if parts > SAMPLES_PER_STEP:
+        raise DemoError(
+            f"--{framework.part}s {parts} is too many: a step has {SAMPLES_PER_STEP} samples, and "
+            f"each {framework.part} needs one; give 1 to {SAMPLES_PER_STEP}"
+        )
+    _check_packages(framework.packages)
     folder = RunFolder(out)
     if resume:
         if data:
@@ -79,7 +82,7 @@ def _train_and_prove(
     others = parts + 1 if parts < SAMPLES_PER_STEP else parts - 1
     console.print(
         "\nThe run stops here, and goes on from its checkpoint on "
-        f"{others} {folder.framework.part}{'s' if others > 1 else ''}.\n"
+        f"{report.count(others, folder.framework.part)}.\n"
     )
     _train(folder, others, min(steps, _RESUMED_STEPS), resume=True)
     proof = prove(folder)
@@ -90,40 +93,23 @@ def _train_and_prove(
 
 def _train(folder: RunFolder, parts: int, steps: int, *, resume: bool) -> None:
     folder.begin_launch()
-    arguments = [str(folder.path), "--steps", str(steps), *(["--resume"] if resume else [])]
-    framework = folder.framework
+    on_devices = folder.framework.part == "device"
     run_ranks(
-        framework.module,
-        arguments,
-        ranks=parts if framework.part == "rank" else 1,
+        folder.framework.module,
+        [str(folder.path), "--steps", str(steps), *(["--resume"] if resume else [])],
+        ranks=1 if on_devices else parts,
         logs=folder.logs,
-        environment=virtual_devices(parts) if framework.part == "device" else {},
+        environment=virtual_devices(parts) if on_devices else {},
     )
 
 
-def _check_parts(framework: Framework, parts: int) -> None:
-    if parts > SAMPLES_PER_STEP:
-        raise DemoError(
-            f"--{framework.part}s {parts} is too many: a step has {SAMPLES_PER_STEP} samples, and "
-            f"each {framework.part} needs one; give 1 to {SAMPLES_PER_STEP}"
-        )
-
-
-def _check_packages(framework: Framework) -> None:
-    missing = [package for package in framework.packages if find_spec(package) is None]
+def _check_packages(packages: Mapping[str, str]) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise DemoError(
-            f"the demo needs {' and '.join(missing)}: run pip install "
-            f"{_requirements([framework.packages[package] for package in missing])}"
-        )
-
-
-def _requirements(wanted: list[str]) -> str:
-    """Return what to give to pip, with our extras together: 'metricfold[jax,console]' optax."""
-    ours = "metricfold["
-    extras = [one[len(ours) : -1] for one in dict.fromkeys(wanted) if one.startswith(ours)]
-    others = [one for one in wanted if not one.startswith(ours)]
-    return " ".join([*([f"'{ours}{','.join(extras)}]'"] if extras else []), *others])
+        extras = ",".join(dict.fromkeys(packages[one] for one in missing if packages[one]))
+        ours = [f"'metricfold[{extras}]'"] if extras else []
+        install = " ".join([*ours, *(one for one in missing if not packages[one])])
+        raise DemoError(f"the demo needs {' and '.join(missing)}: run pip install {install}")
 
 
 def _read(data: Mapping[str, Path]) -> dict[str, list[Text]]:

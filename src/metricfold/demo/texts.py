@@ -15,6 +15,7 @@ import json
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from textwrap import dedent
 from typing import NamedTuple
@@ -54,15 +55,8 @@ def read_python_docs() -> list[Text]:
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        raise DemoError(
-            "this Python comes without pydoc_data, which the demo trains on: "
-            "train on texts of your own with --data NAME=PATH"
-        ) from None
-    return _samples(
-        Text(paragraph, _kind_of_section(paragraph))
-        for topic in topics.values()
-        for paragraph in _paragraphs(topic.split("\n"))
-    )
+        raise _unequipped("pydoc_data") from None
+    return _samples(one for topic in topics.values() for one in _paragraphs(topic.split("\n")))
 
 
 def read_python_code() -> list[Text]:
@@ -71,17 +65,18 @@ def read_python_code() -> list[Text]:
     A class is its head: what stands before its first method.
     """
     folder = Path(sysconfig.get_path("stdlib"))
-    texts = _samples(
-        block
-        for path in sorted(folder.glob("*.py"))
-        for block in _blocks(path.read_text(encoding="utf-8"))
-    )
+    sources = (path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py")))
+    texts = _samples(block for source in sources for block in _blocks(source))
     if not texts:
-        raise DemoError(
-            f"this Python comes without its library's sources in {folder}, which the demo trains "
-            "on: train on texts of your own with --data NAME=PATH"
-        )
+        raise _unequipped(f"its library's sources in {folder}")
     return texts
+
+
+def _unequipped(lacking: str) -> DemoError:
+    return DemoError(
+        f"this Python comes without {lacking}, which the demo trains on: "
+        "train on texts of your own with --data NAME=PATH"
+    )
 
 
 BUILT_IN: dict[str, Callable[[], list[Text]]] = {
@@ -98,7 +93,7 @@ def read_texts(path: Path) -> list[Text]:
     from the field ``kind``, if there is one). Raises `DemoError` when there is nothing to read.
     """
     try:
-        texts = _samples(text for file in _files(path) for text in _read_file(file))
+        texts = _samples(text for file in _files(path) for text in _READERS[file.suffix](file))
     except OSError as error:
         raise DemoError(
             f"{error.filename or path} cannot be read ({error.strerror}): check the path and its permissions"
@@ -111,25 +106,19 @@ def read_texts(path: Path) -> list[Text]:
 def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise DemoError(f"{path} does not exist: give a .txt file, a .jsonl file or a folder")
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    readable = [file for file in files if file.suffix in _READERS]
+    if readable:
+        return readable
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _READERS)
-        if not files:
-            raise DemoError(f"{path} holds no .txt and no .jsonl file: give a folder with some")
-        return files
-    if path.suffix not in _READERS:
-        raise DemoError(
-            f"{path} is neither a .txt file, a .jsonl file nor a folder: convert it to one of these"
-        )
-    return [path]
-
-
-def _read_file(path: Path) -> Iterator[Text]:
-    return _READERS[path.suffix](path)
+        raise DemoError(f"{path} holds no .txt and no .jsonl file: give a folder with some")
+    raise DemoError(
+        f"{path} is neither a .txt file, a .jsonl file nor a folder: convert it to one of these"
+    )
 
 
 def _read_txt(path: Path) -> Iterator[Text]:
-    for paragraph in _paragraphs(_lines(path)):
-        yield Text(paragraph, _kind_of_section(paragraph))
+    return _paragraphs(_lines(path))
 
 
 def _read_jsonl(path: Path) -> Iterator[Text]:
@@ -153,10 +142,7 @@ def _read_jsonl(path: Path) -> Iterator[Text]:
         # JSON can spell half a surrogate pair, which no encoding can write.
         text = text.encode("utf-8", "replace").decode("utf-8")
         kind = record.get("kind")
-        yield Text(
-            text,
-            kind if is_name(kind) else _kind_of_section(text),
-        )
+        yield Text(text, kind if is_name(kind) else _kind_of_section(text))
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Text]]] = {".txt": _read_txt, ".jsonl": _read_jsonl}
@@ -176,57 +162,45 @@ def _lines(path: Path) -> Iterator[str]:
             yield line.rstrip("\r\n")
 
 
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    paragraph: list[str] = []
-    for line in lines:
-        if line.strip():
-            paragraph.append(line)
-        elif paragraph:
-            yield "\n".join(paragraph)
-            paragraph = []
-    if paragraph:
-        yield "\n".join(paragraph)
+def _paragraphs(lines: Iterable[str]) -> Iterator[Text]:
+    for blank, block in groupby(lines, lambda line: not line.strip()):
+        if not blank:
+            paragraph = "\n".join(block)
+            yield Text(paragraph, _kind_of_section(paragraph))
 
 
-_KINDS_OF_SECTION = (
-    ("grammar", re.compile(r"::=")),
-    ("table", re.compile(r"\A\s*\+[-=]+\+")),
-    ("list", re.compile(r"\A\s*([*-]|\d+\.)\s")),
-    ("note", re.compile(r"\A\s*(Note|Warning|See also|Changed in|New in|Added in|Deprecated)\b")),
-    ("example", re.compile(r"\A(\s{3,}|>>> )")),
-)
+_KINDS_OF_SECTION = {
+    "grammar": r"::=",
+    "table": r"\A\s*\+[-=]+\+",
+    "list": r"\A\s*([*-]|\d+\.)\s",
+    "note": r"\A\s*(Note|Warning|See also|Changed in|New in|Added in|Deprecated)\b",
+    "example": r"\A(\s{3,}|>>> )",
+    "prose": "",
+}
 
 
 def _kind_of_section(paragraph: str) -> str:
-    for kind, pattern in _KINDS_OF_SECTION:
-        if pattern.search(paragraph):
-            return kind
-    return "prose"
+    return next(kind for kind, like in _KINDS_OF_SECTION.items() if re.search(like, paragraph))
 
 
 def _blocks(source: str) -> Iterator[Text]:
-    lines = source.split(
-        "\n"
-    )  # not splitlines(): it also splits at form feeds, the parser does not
+    lines = source.split("\n")  # not splitlines(): it also splits at form feeds, ast does not
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
 
-    def block(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, end: int | None) -> str:
-        return dedent("\n".join(lines[_first_line(node) - 1 : end]))
+    def first(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> int:
+        return min(one.lineno for one in (node, *node.decorator_list)) - 1
+
+    def block(start: int, end: int | None, kind: str) -> Text:
+        return Text(dedent("\n".join(lines[start:end])), kind)
 
     for node in ast.parse(source).body:
         if isinstance(node, functions):
-            yield Text(block(node, node.end_lineno), "function")
+            yield block(first(node), node.end_lineno, "function")
         elif isinstance(node, ast.ClassDef):
             methods = [member for member in node.body if isinstance(member, functions)]
-            yield Text(
-                block(node, _first_line(methods[0]) - 1 if methods else node.end_lineno), "class"
-            )
+            yield block(first(node), first(methods[0]) if methods else node.end_lineno, "class")
             for method in methods:
-                yield Text(block(method, method.end_lineno), "method")
-
-
-def _first_line(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> int:
-    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                yield block(first(method), method.end_lineno, "method")
 
 
 def _samples(texts: Iterable[Text]) -> list[Text]:

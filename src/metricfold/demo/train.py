@@ -5,7 +5,7 @@
 trains in a folder that ``metricfold demo`` has made; that command runs this file in the same way.
 metricfold asks six things of a loop, and offers `timer`, which tells what it waits for:
 
-1. samples carry metrics, and `MetricsCollator` keeps them with their batch (see `batches`);
+1. samples carry metrics (see `batches`), and `MetricsCollator` keeps them with their batch;
 2. `aggregator.update` takes the metrics of each batch that is trained on;
 3. `token_loss` of a `DeviceAccumulator` gives the loss to back-propagate, and folds that of each
    dataset on the device, until `aggregator.drain` takes it over before a log or checkpoint;
@@ -16,10 +16,7 @@ metricfold asks six things of a loop, and offers `timer`, which tells what it wa
 
 from __future__ import annotations
 
-import argparse
 import math
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +25,26 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import track
 from torch import nn
+from torch.nn import functional as F  # noqa: N812 - its name everywhere
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from metricfold import (
     ConsoleSink,
     JSONLSink,
     MetricsAggregator,
+    MetricsCollator,
     MetricsLogger,
     Snapshot,
     TensorBoardSink,
 )
-from metricfold.demo.batches import training_batches, validation_batches
+from metricfold.demo.batches import TaggedSamples, held_out, pad
 from metricfold.demo.folder import RunFolder
 from metricfold.demo.gradients import LocalGradientNorm
+from metricfold.demo.launch import arguments_of_rank
 from metricfold.demo.ledger import Ledger
 from metricfold.demo.mixture import Mixture
 from metricfold.demo.model import ByteTransformer
-from metricfold.demo.truth import sums_by_dataset
 from metricfold.torch import DeviceAccumulator
 
 LOG_EVERY = 10
@@ -132,6 +132,25 @@ def ranks_apart(snapshot: Snapshot) -> dict[str, float | None]:
     }
 
 
+def training_batches(
+    mixture: Mixture, steps: range, rank: int, world_size: int
+) -> DataLoader[dict[str, Any]]:
+    """Load this rank's share of each of `steps`, in two worker processes."""
+    samples: Any = TaggedSamples(mixture)
+    return DataLoader(
+        samples,
+        batch_sampler=[mixture.shares(step, world_size)[rank] for step in steps],
+        collate_fn=MetricsCollator(collate_fn=padded),
+        num_workers=2,
+        timeout=60,  # seconds; a worker that cannot send its batch would be waited for forever
+    )
+
+
+def padded(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Collate samples into tensors."""
+    return {name: torch.from_numpy(array) for name, array in pad(samples).items()}
+
+
 def next_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return what is to be predicted after each token but the last; IGNORED where nothing is."""
     return batch["tokens"].where(batch["mask"], IGNORED)[:, 1:]
@@ -143,10 +162,24 @@ def validate(
 ) -> None:
     """Take in the losses on this rank's share of the texts that are not trained on."""
     accumulator = DeviceAccumulator({"loss": "mean"}, mixture.names)
-    for batch in validation_batches(mixture, dist.get_rank(), dist.get_world_size()):
+    for batch in map(padded, held_out(mixture, dist.get_rank(), dist.get_world_size())):
         logits = model.module(batch["tokens"][:, :-1])
         accumulator.token_loss(logits, next_tokens(batch), batch["dataset"])
     aggregator.drain(accumulator)
+
+
+@torch.no_grad()
+def sums_by_dataset(
+    logits: torch.Tensor, labels: torch.Tensor, dataset: torch.Tensor, datasets: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each dataset's sum of losses and number of predicted tokens, for the demo's proof."""
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").double()
+    tokens = (labels != IGNORED).double()
+    zeros = losses.new_zeros(datasets)
+    return (
+        zeros.index_add(0, dataset, losses.sum(1)),
+        zeros.index_add(0, dataset, tokens.sum(1)),
+    )
 
 
 def save_checkpoint(path: Path, parts: dict[str, Any], step: int) -> None:
@@ -169,13 +202,7 @@ def load_checkpoint(path: Path, parts: dict[str, Any]) -> int:
 
 def main() -> None:
     """Run one rank."""
-    parser = argparse.ArgumentParser(prog="python -m metricfold.demo.train")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--resume", action="store_true")
-    arguments = parser.parse_args()
-    # Asked to end, leave in order: loader workers stop, files are closed, the cursor comes back.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    arguments = arguments_of_rank("metricfold.demo.train")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     train(RunFolder(arguments.folder), arguments.steps, resume=arguments.resume)

@@ -6,7 +6,7 @@ trains on all devices that JAX finds, in a folder that ``metricfold demo --frame
 that command runs this file in the same way, with virtual devices. metricfold asks five things of a
 loop:
 
-1. samples carry metrics, and `MetricsCollator` keeps them with their batch (see `batches`);
+1. samples carry metrics (see `batches`), and `MetricsCollator` keeps them with their batch;
 2. `aggregator.update` takes the metrics of each batch that is trained on;
 3. the compiled step brings what only its devices know together, by `DistributedMetrics`;
 4. `aggregator.record` takes the arrays that the step returns; they are read when a log needs them;
@@ -15,12 +15,10 @@ loop:
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -39,14 +37,17 @@ from metricfold import (
     ConsoleSink,
     JSONLSink,
     MetricsAggregator,
+    MetricsCollator,
     MetricsLogger,
     Snapshot,
     TensorBoardSink,
 )
+from metricfold.demo.batches import TaggedSamples, held_out, pad
 from metricfold.demo.folder import RunFolder
-from metricfold.demo.jax.batches import training_batches, validation_batches
 from metricfold.demo.jax.model import ByteTransformer
+from metricfold.demo.launch import arguments_of_rank
 from metricfold.demo.ledger import Ledger
+from metricfold.demo.mixture import SAMPLES_PER_STEP, Mixture
 from metricfold.jax import DataParallel, DeviceMeshManager, DistributedMetrics
 
 LOG_EVERY = 10
@@ -107,8 +108,7 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
             state, metrics, sums = train_step(state, dp.shard_batch(batch, sharding))
 
             # A dataset that is not in this batch has 0/0 as its loss, which counts with weight 0.
-            for name in mixture.names:
-                loss, tokens = metrics["loss"][name], metrics["tokens"][name]
+            for name, (loss, tokens) in metrics["losses"].items():
                 aggregator.record("loss", loss, weight=tokens, dataset=name)
             aggregator.record("grad_norm", metrics["grad_norm"], agg="max")
             for device, norm in enumerate(metrics["grad_norms"]):
@@ -120,14 +120,27 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
                     logger.log(step, aggregator, prefix="train", extra=owner_of_gradient)
             if step % SAVE_EVERY == 0 or step == stop:
                 with aggregator.pause():  # no part of the tokens per second
-                    for held_out in validation_batches(mixture, mesh.size):
-                        metrics = eval_step(state, dp.shard_batch(held_out, sharding))
-                        for name in mixture.names:
-                            loss, tokens = metrics["loss"][name], metrics["tokens"][name]
+                    for samples in held_out(mixture):
+                        unseen = pad(samples, shape_of_batches(mixture, mesh.size))
+                        losses = eval_step(state, dp.shard_batch(unseen, sharding))
+                        for name, (loss, tokens) in losses.items():
                             validation.record("loss", loss, weight=tokens, dataset=name)
                     logger.log(step, validation, prefix="val")
                     save_checkpoint(folder.checkpoint, step, state, aggregators)
     ledger.close(aggregator)
+
+
+def training_batches(mixture: Mixture, steps: range, devices: int) -> Iterator[dict[str, Any]]:
+    """Yield the batch of each of `steps`, with its metrics."""
+    samples = TaggedSamples(mixture)
+    collate = MetricsCollator(partial(pad, shape=shape_of_batches(mixture, devices)))
+    for step in steps:
+        yield collate([samples[n] for share in mixture.shares(step, devices) for n in share])
+
+
+def shape_of_batches(mixture: Mixture, devices: int) -> tuple[int, int, int]:
+    """Return devices, rows of each and tokens of all batches: what the fullest one needs."""
+    return devices, -(-SAMPLES_PER_STEP // devices), mixture.longest
 
 
 def compiled_steps(graph: Any, mesh: Mesh, names: list[str]) -> tuple[Step, Step]:
@@ -151,7 +164,7 @@ def compiled_steps(graph: Any, mesh: Mesh, names: list[str]) -> tuple[Step, Step
         norms = dm.all_gather({"norm": optax.tree.norm(gradients)}, "data")["norm"]
         optimizer.update(model, dp.all_reduce_gradients(gradients, "mean", "data"))
         metrics = {
-            **reduced(losses, tokens, names),
+            "losses": reduced(losses, tokens, names),
             "grad_norm": norms.max(),
             "grad_norms": list(norms),
         }
@@ -191,10 +204,8 @@ def losses_by_dataset(
 def reduced(losses: jax.Array, tokens: jax.Array, names: list[str]) -> dict[str, Any]:
     """Return each dataset's mean loss over all devices, and its number of tokens."""
     sums = dm.reduce_sum({"losses": losses, "tokens": tokens}, "data")
-    return {
-        "loss": dict(zip(names, sums["losses"] / sums["tokens"], strict=True)),
-        "tokens": dict(zip(names, sums["tokens"], strict=True)),
-    }
+    means = sums["losses"] / sums["tokens"]
+    return dict(zip(names, zip(means, sums["tokens"], strict=True), strict=True))
 
 
 def owner_of_gradient(snapshot: Snapshot) -> dict[str, float]:
@@ -209,11 +220,9 @@ def save_checkpoint(
 ) -> None:
     """Write the step, the parameters with the optimiser's state, and the metrics."""
     unfinished = path.with_suffix(".unfinished")
-    arrays: dict[str, Any] = {"step": step}
-    arrays |= {name: json.dumps(one.state_dict()) for name, one in aggregators.items()}
-    arrays |= {f"leaf_{i}": leaf for i, leaf in enumerate(jax.device_get(jax.tree.leaves(state)))}
+    metrics: Any = {name: json.dumps(one.state_dict()) for name, one in aggregators.items()}
     with unfinished.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, *jax.device_get(jax.tree.leaves(state)), step=step, **metrics)
     unfinished.replace(path)
 
 
@@ -225,21 +234,13 @@ def load_checkpoint(
         for name, aggregator in aggregators.items():
             aggregator.load_state_dict(json.loads(str(saved[name])))
         leaves, structure = jax.tree.flatten(state)
-        restored = [
-            jax.device_put(saved[f"leaf_{i}"], leaf.sharding) for i, leaf in enumerate(leaves)
-        ]
+        restored = [jax.device_put(saved[f"arr_{i}"], one.sharding) for i, one in enumerate(leaves)]
         return int(saved["step"]), jax.tree.unflatten(structure, restored)
 
 
 def main() -> None:
     """Train on all devices of this process."""
-    parser = argparse.ArgumentParser(prog="python -m metricfold.demo.jax.train")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--resume", action="store_true")
-    arguments = parser.parse_args()
-    # Asked to end, leave in order: files are closed, the cursor comes back.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    arguments = arguments_of_rank("metricfold.demo.jax.train")
     train(RunFolder(arguments.folder), arguments.steps, resume=arguments.resume)
 
 
