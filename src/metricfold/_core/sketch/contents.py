@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -12,7 +12,7 @@ from metricfold._core.sketch.buckets import FARTHEST, BoolArray, Buckets, united
 from metricfold._core.sketch.indexing import FINEST, FloatArray, IntArray
 from metricfold._core.sketch.weights import countable
 
-__all__ = ["FEWEST_BUCKETS", "Contents", "Total", "check_max_buckets"]
+__all__ = ["FEWEST_BUCKETS", "NOTHING", "Contents", "Limit", "Total", "check_max_buckets"]
 
 
 class Total(IntEnum):
@@ -29,6 +29,21 @@ class Total(IntEnum):
     """Weight of the values that are ±0."""
 
 
+class Limit(IntEnum):
+    """What only rises as values come in, and where each is kept."""
+
+    MINUS_LOW = 0
+    """Of the least value the negative; -inf if there is none."""
+    HIGH = 1
+    """The greatest value; -inf if there is none."""
+    COARSER = 2
+    """By how much the largest resolution that the sketch may have is below the finest."""
+    NEARER = 3
+    """By how much nearer than all floats the octaves are among which buckets are shared out."""
+
+
+NOTHING = np.array([-math.inf, -math.inf, 0.0, 0.0])
+"""The limits of a sketch that has seen nothing."""
 _NUMBERS = [Total.COUNT, Total.NAN, Total.POSITIVE_INFINITY, Total.NEGATIVE_INFINITY]
 _SLACK = 1e-3
 """By which moments may exceed their weights: sums on devices are rounded."""
@@ -58,107 +73,90 @@ class Contents:
 
     Args:
         totals: sums over all values, indexed by `Total`, shape (p, 6).
-        low: the least value of each; inf if there is none; shape (p,).
-        high: the greatest value of each; -inf if there is none.
-        finest: the largest resolution that each may have.
-        reach: within how many octaves of 1 buckets are shared out.
+        limits: indexed by `Limit`, shape (p, 4).
         buckets: what all values but zeros are in.
     """
 
     totals: FloatArray
-    low: FloatArray
-    high: FloatArray
-    finest: IntArray
-    reach: IntArray
+    limits: FloatArray
     buckets: Buckets
 
     @classmethod
     def empty(cls) -> Contents:
         """Return what one sketch holds that has seen nothing."""
-        return cls(
-            np.zeros((1, len(Total))),
-            np.array([math.inf]),
-            np.array([-math.inf]),
-            np.array([FINEST]),
-            np.array([FARTHEST]),
-            Buckets.empty(),
-        )
+        return cls(np.zeros((1, len(Total))), NOTHING[np.newaxis].copy(), Buckets.empty())
+
+    @property
+    def low(self) -> FloatArray:
+        """The least value of each; inf if there is none."""
+        return 0.0 - self.limits[:, Limit.MINUS_LOW]  # of two zeros the one without a sign
+
+    @property
+    def high(self) -> FloatArray:
+        """The greatest value of each; -inf if there is none."""
+        return self.limits[:, Limit.HIGH]
+
+    @property
+    def finest(self) -> IntArray:
+        """The largest resolution that each may have."""
+        return FINEST - self.limits[:, Limit.COARSER].astype(np.int64)
+
+    @property
+    def reach(self) -> IntArray:
+        """Within how many octaves of 1 buckets are shared out."""
+        return FARTHEST - self.limits[:, Limit.NEARER].astype(np.int64)
 
     def copy(self) -> Contents:
         """Return the same; what is added to it later changes it alone."""
-        return replace(
-            self,
-            totals=self.totals.copy(),
-            low=self.low.copy(),
-            high=self.high.copy(),
-            buckets=replace(self.buckets, sums=self.buckets.sums.copy()),
-        )
-
-    def only(self, which: BoolArray) -> Contents:
-        """Return the same sketches, all but `which` of them empty."""
-        if which.all():
-            return self
-        return Contents(
-            np.where(which[:, np.newaxis], self.totals, 0.0),
-            np.where(which, self.low, math.inf),
-            np.where(which, self.high, -math.inf),
-            np.where(which, self.finest, FINEST),
-            np.where(which, self.reach, FARTHEST),
-            self.buckets.taken(np.flatnonzero(which[self.buckets.row])),
-        )
+        buckets = Buckets(self.buckets.key, self.buckets.sums.copy())
+        return Contents(self.totals.copy(), self.limits.copy(), buckets)
 
     def joined(self, other: Contents, most: int) -> Contents:
         """Return what `self` and `other` hold together, sketch by sketch, in `most` buckets each.
 
-        Associative and commutative: sums are added, extremes compared, and the resolutions depend on
-        what values there are alone.
+        Associative and commutative: sums are added, the larger of limits holds, and the resolutions
+        depend on what values there are alone.
         """
-        finest = np.minimum(self.finest, other.finest)
-        reach = np.minimum(self.reach, other.reach)
-        buckets, reach = united(self.buckets, other.buckets, finest, reach, most)
-        return Contents(
-            self.totals + other.totals,
-            np.minimum(self.low, other.low),
-            np.maximum(self.high, other.high),
-            finest,
-            reach,
-            buckets,
+        limits = np.maximum(self.limits, other.limits)
+        both = Contents(self.totals + other.totals, limits, Buckets.empty())
+        buckets, reach = united(self.buckets, other.buckets, both.finest, both.reach, most)
+        limits[:, Limit.NEARER] = FARTHEST - reach
+        return Contents(both.totals, limits, buckets)
+
+    def with_buckets(self, other: Buckets, most: int) -> Contents:
+        """Return the same with more in buckets, of which totals and extremes are known already."""
+        return self.joined(
+            Contents(np.zeros_like(self.totals), np.full_like(self.limits, -math.inf), other), most
         )
 
     def rows(self, begin: int, end: int) -> Contents:
         """Return the sketches from `begin` to `end`."""
-        part = slice(begin, end)
         held = slice(*np.searchsorted(self.buckets.row, [begin, end]).tolist())
-        return Contents(
-            self.totals[part],
-            self.low[part],
-            self.high[part],
-            self.finest[part],
-            self.reach[part],
-            Buckets(self.buckets.key[held], self.buckets.sums[:, held]).moved(-begin),
-        )
+        buckets = Buckets(self.buckets.key[held], self.buckets.sums[:, held]).moved(-begin)
+        return Contents(self.totals[begin:end], self.limits[begin:end], buckets)
 
     def sound(self) -> BoolArray:
         """Return which of the sketches values may have come to, shape (p,).
 
         What is sound merges, and is read, without an error.
         """
-        rows, buckets = len(self.totals), self.buckets
-        wrong = buckets.faulty(self.finest)
+        coarser = self.limits[:, Limit.COARSER :]
+        good = ((self.totals >= 0.0) & (self.totals <= _MOST)).all(axis=1)
+        good &= countable(self.totals[:, _NUMBERS]).all(axis=1)
+        good &= (countable(coarser) & (coarser <= [FINEST, FARTHEST + 1])).all(axis=1)
+        some = self.totals[:, Total.COUNT] > 0.0
+        finite = np.isfinite(self.low) & np.isfinite(self.high)
+        good &= finite & (self.low <= self.high) | ~some
+
+        buckets, row = self.buckets, self.buckets.row
         weight, first, second = buckets.sums
+        with np.errstate(invalid="ignore"):
+            wrong = buckets.faulty(np.where(good, self.finest, FINEST))
         for larger, smaller in ((weight, first), (first, second)):
             # Written so that NaN is wrong.
             wrong |= ~((smaller >= 0.0) & (smaller <= larger * (1.0 + _SLACK) + _TINY))
         wrong |= ~((weight > 0.0) & (weight <= _MOST))
-        row = buckets.row
-        good = np.bincount(row, wrong, minlength=rows) == 0.0
-        good &= ((self.totals >= 0.0) & (self.totals <= _MOST)).all(axis=1)
-        good &= countable(self.totals[:, _NUMBERS]).all(axis=1)
-        good &= (self.finest >= 0) & (self.finest <= FINEST)
-        good &= (self.reach >= -1) & (self.reach <= FARTHEST)
-        some = self.totals[:, Total.COUNT] > 0.0
-        weighed = np.bincount(row, minlength=rows) > 0
-        good &= some == (weighed | (self.totals[:, Total.ZERO] > 0.0))
-        ordered = (self.low <= self.high) & np.isfinite(self.low) & np.isfinite(self.high)
-        sound: BoolArray = good & (ordered | ~some)
+        good &= np.bincount(row, wrong, minlength=good.size) == 0.0
+        weighed = np.bincount(row, minlength=good.size) > 0
+        sound: BoolArray = good & (some == (weighed | (self.totals[:, Total.ZERO] > 0.0)))
         return sound

@@ -14,25 +14,16 @@ from typing import Any
 import numpy as np
 
 from metricfold._core.sketch.buckets import MOMENTS, Buckets
-from metricfold._core.sketch.indexing import BIAS, FIELDS, FINEST, FloatArray, from_bits
+from metricfold._core.sketch.indexing import BIAS, FIELDS, FINEST, FloatArray, IntArray, from_bits
 
 __all__ = ["checksum", "segment"]
 
 _DROPPED = -1
 """Stands for `m` of a segment that was one bucket."""
-_STARTS = np.array(
-    [
-        0,
-        *range(BIAS - 256, BIAS - 128, 64),
-        *range(BIAS - 128, BIAS - 64, 16),
-        *range(BIAS - 64, BIAS - 32, 4),
-        *range(BIAS - 32, BIAS + 32),
-        *range(BIAS + 32, BIAS + 64, 4),
-        *range(BIAS + 64, BIAS + 128, 16),
-        *range(BIAS + 128, BIAS + 256, 64),
-        BIAS + 256,
-        FIELDS,
-    ]
+_WIDTHS = ((1, 32), (4, 64), (16, 128), (64, 256))
+"""How many octaves were in a segment, as far away from 1 as that."""
+_STARTS = np.unique(
+    [0, FIELDS, *(BIAS + at for width, far in _WIDTHS for at in range(-far, far + 1, width))]
 )
 """The exponent field with which each segment began, and the end of the last."""
 
@@ -50,7 +41,7 @@ def segment(group: Mapping[str, Any]) -> Buckets:
 
 def _spread(signed: int, sums: FloatArray) -> Buckets:
     """Return two values that have the mean and the deviation of a segment that was dropped."""
-    which = _number(abs(signed) - 1)
+    (which,) = _numbers(np.array([abs(signed) - 1], dtype=np.int64))
     begin, end = int(_STARTS[which]), int(_STARTS[which + 1])
     weight, first, second = sums
     if not (weight > 0.0 and np.isfinite(sums).all()):
@@ -69,17 +60,18 @@ def _spread(signed: int, sums: FloatArray) -> Buckets:
     return Buckets.of_values(bits, weights[weights > 0.0], FINEST).ordered().joined()
 
 
-def _number(field: int) -> int:
-    if not 0 <= field < FIELDS:
+def _numbers(fields: IntArray) -> IntArray:
+    """Return the number of the segment that each exponent field is in."""
+    if ((fields < 0) | (fields >= FIELDS)).any():
         raise ValueError("it has buckets beyond those of finite floats")
-    return int(np.searchsorted(_STARTS, field, side="right")) - 1
+    return np.searchsorted(_STARTS, fields, side="right") - 1
 
 
 def checksum(state: Mapping[str, Any], totals: FloatArray) -> int:
     """Return the checksum of a state."""
     if not 0 <= index(state["dropped"]) < len(_STARTS):
         raise ValueError("it has dropped more segments than there are")
-    some = totals[0, 0] > 0
+    some, groups = totals[0, 0] > 0, state["segments"]
     head = [
         state["max_buckets"],
         index(state["finest"]),
@@ -87,17 +79,10 @@ def checksum(state: Mapping[str, Any], totals: FloatArray) -> int:
         float(state["minimum"]) if some else math.inf,
         float(state["maximum"]) if some else -math.inf,
     ]
-    columns: list[list[float]] = [[] for _ in range(3 + MOMENTS)]
-    for group in state["segments"]:
-        m = index(group["m"])
-        for signed in group["index"]:
-            bucket = abs(index(signed)) - 1
-            number = _number(bucket >> max(m, 0)) + (len(_STARTS) - 1) * (signed < 0)
-            for column, one in zip(
-                columns, (number, 0 if m == _DROPPED else bucket, m), strict=False
-            ):
-                column.append(one)
-        for column, moment in zip(columns[3:], group["sums"], strict=True):
-            column.extend(moment)
-    everything = np.concatenate([head, totals[0], *columns]).astype("<f8")
-    return zlib.crc32(everything.tobytes())
+    signed = np.array([index(one) for group in groups for one in group["index"]], dtype=np.int64)
+    m = np.array([index(group["m"]) for group in groups for _ in group["index"]], dtype=np.int64)
+    bucket: IntArray = np.abs(signed) - 1
+    number = _numbers(np.right_shift(bucket, np.maximum(m, 0))) + (len(_STARTS) - 1) * (signed < 0)
+    sums = [[one for group in groups for one in group["sums"][each]] for each in range(MOMENTS)]
+    columns = [head, totals[0], number, np.where(m == _DROPPED, 0, bucket), m, *sums]
+    return zlib.crc32(np.concatenate(columns).astype("<f8").tobytes())

@@ -18,7 +18,7 @@ from metricfold._core.sketch.indexing import FloatArray, IntArray
 from metricfold._core.sketch.record import Histogram
 from metricfold._core.sketch.shape import Shapes
 
-__all__ = ["Profile", "as_histogram", "below", "mean_and_deviation", "quantiles"]
+__all__ = ["Profile", "as_histogram", "at_or_below", "mean_and_deviation", "quantiles"]
 
 _MANY = 8
 """Values in a cell from which on their distribution has a shape."""
@@ -47,15 +47,6 @@ class Profile:
     deviations: FloatArray
     lows: FloatArray
     highs: FloatArray
-
-    def bounds(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
-        """Return how many deviations below and above their means some cells end."""
-        means, deviations = self.means[cells], self.deviations[cells]
-        with np.errstate(over="ignore"):
-            return (
-                (self.lows[cells] - means) / deviations,
-                (self.highs[cells] - means) / deviations,
-            )
 
     @classmethod
     def of_values(cls, values: FloatArray, weights: FloatArray) -> Profile:
@@ -92,19 +83,23 @@ class Profile:
         return cls(weights.take(order), means, deviations.take(order), lows, highs)
 
 
-def mean_and_deviation(profile: Profile, effective: float) -> tuple[float, float]:
+def mean_and_deviation(profile: Profile, count: int, squares: float) -> tuple[float, float]:
     """Return the mean, and the sample standard deviation (NaN of one value).
 
     Args:
         profile: cells, at least one.
-        effective: effective sample size, sum(w)² / sum(w²).
+        count: how many values there are.
+        squares: the sum of the squares of their weights.
     """
+    weight = profile.weights.sum()
+    # The effective sample size. Squares of weights below 1e-154 vanish: take such weights for equal.
+    effective = max(weight * (weight / squares), 1.0) if squares else float(count)
     low, high = float(profile.lows[0]), float(profile.highs[-1])
     # Scaled by a power of two, so that nothing is rounded, and squares neither overflow nor vanish.
     exponent = int(np.frexp(max(-low, high))[1])
     means = np.ldexp(profile.means, -exponent)
     deviations = np.ldexp(profile.deviations, -exponent)
-    shares = profile.weights / profile.weights.sum()
+    shares = profile.weights / weight
     mean = float((shares * means).sum())
     variance = float((shares * ((means - mean) ** 2 + deviations**2)).sum())
     deviation = math.nan
@@ -188,7 +183,7 @@ def as_histogram(profile: Profile, bins: int | None) -> Histogram:
         # Halves first: the range of huge values of both signs is no number.
         edges = np.linspace(low / 2, high / 2, bins + 1) * 2
         edges[0], edges[-1] = low, high
-        reached = below(profile, edges)
+        reached = _below(profile, edges)
         reached[0], reached[-1] = 0.0, profile.weights.sum()
         counts = np.maximum(np.diff(reached), 0.0)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -220,7 +215,17 @@ def _outlines(profile: Profile) -> tuple[FloatArray, FloatArray]:
     return np.append(edges[:-1][wide], edges[-1]), counts[wide]
 
 
-def below(profile: Profile, values: FloatArray) -> FloatArray:
+def at_or_below(profile: Profile, values: FloatArray) -> FloatArray:
+    """Return the part of all weight that is at or below each of some `values`."""
+    # What is at or below a number is below the next one.
+    with np.errstate(over="ignore"):
+        beyond = np.nextafter(values, math.inf)
+    found: FloatArray = np.clip(_below(profile, beyond) / profile.weights.sum(), 0.0, 1.0)
+    found[values >= profile.highs[-1]] = 1.0
+    return found
+
+
+def _below(profile: Profile, values: FloatArray) -> FloatArray:
     """Return the weight below each of some `values`."""
     through = np.cumsum(profile.weights)
     cell = np.minimum(np.searchsorted(profile.highs, values), through.size - 1)
@@ -233,10 +238,9 @@ def below(profile: Profile, values: FloatArray) -> FloatArray:
         share = np.clip((values - first) / np.maximum(final - first, _TINY), 0.0, 1.0)
     many = (weights >= max(_MANY, _NOTABLE * through[-1])) & (deviations > 0.0)
     if many.any():
-        cells, shape = np.unique(cell[many], return_inverse=True)
-        shapes = Shapes(*profile.bounds(cells))
         with np.errstate(over="ignore"):
             z = (values[many] - means[many]) / deviations[many]
+        shapes, shape = _shapes(profile, cell[many])
         share[many] = np.where(shapes.known[shape], shapes.share(shape, z), share[many])
     share[values > profile.highs[-1]] = 1.0
     found: FloatArray = through[cell] - weights * (1.0 - share)
@@ -258,14 +262,23 @@ def _covered(profile: Profile, counts: FloatArray, cell: IntArray, start: FloatA
 
     many = (n >= np.maximum(_MANY, _NOTABLE * counts.sum())) & (profile.deviations[cell] > 0.0)
     if many.any():
-        cells, shape = np.unique(cell[many], return_inverse=True)
-        shapes = Shapes(*profile.bounds(cells))
+        shapes, shape = _shapes(profile, cell[many])
         found = shapes.quantile(shape, middle[many] / n[many])
         deviations[many] = np.where(shapes.known[shape], found, deviations[many])
     with np.errstate(over="ignore"):
         values = profile.means[cell] + profile.deviations[cell] * deviations
     covered: FloatArray = np.clip(values, profile.lows[cell], profile.highs[cell])
     return covered
+
+
+def _shapes(profile: Profile, cell: IntArray) -> tuple[Shapes, IntArray]:
+    """Return how values lie in some cells, each once, and the number among these of each in `cell`."""
+    cells, shape = np.unique(cell, return_inverse=True)
+    means, deviations = profile.means[cells], profile.deviations[cells]
+    with np.errstate(over="ignore"):
+        low = (profile.lows[cells] - means) / deviations
+        high = (profile.highs[cells] - means) / deviations
+    return Shapes(low, high), shape
 
 
 def _between(one: FloatArray, other: FloatArray | float, share: FloatArray) -> FloatArray:

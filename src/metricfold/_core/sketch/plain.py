@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import pairwise
 from operator import index
 from typing import Any
@@ -30,7 +29,7 @@ def to_dict(contents: Contents, max_buckets: int) -> dict[str, Any]:
     # As `bucket_index` says it.
     bucket = (buckets.edge >> (FINEST - buckets.m)) + 1
     signed = np.where(buckets.index < 0, -bucket, bucket)
-    state = {
+    return {
         "format": _FORMAT,
         "version": _VERSION,
         "max_buckets": max_buckets,
@@ -48,8 +47,8 @@ def to_dict(contents: Contents, max_buckets: int) -> dict[str, Any]:
             }
             for begin, end in pairwise([*buckets.octaves().tolist(), signed.size])
         ],
+        "checksum": _checksum(contents, max_buckets),
     }
-    return {**state, "checksum": _checksum(contents, max_buckets)}
 
 
 def from_dict(state: Mapping[str, Any]) -> tuple[Contents, int]:
@@ -70,28 +69,23 @@ def _read(state: Mapping[str, Any]) -> tuple[Contents, int]:
         raise ValueError(f"its version is {state['version']!r}, this is {_VERSION}")
     first = state["version"] == 1
     totals = np.array([[float(state["totals"][total.name.lower()]) for total in Total]])
-    some = totals[0, Total.COUNT] > 0
     max_buckets = check_max_buckets(state["max_buckets"])
     finest, reach = index(state["finest"]), FARTHEST if first else index(state["reach"])
     if not 0 <= finest <= FINEST or not -1 <= reach <= FARTHEST:
         raise ValueError(f"it is as fine as m={finest} and reaches over {reach} octaves")
+    low = high = -math.inf
+    if totals[0, Total.COUNT] > 0:
+        low, high = 0.0 - float(state["minimum"]), float(state["maximum"])
+    limits = np.array([[low, high, FINEST - finest, FARTHEST - reach]])
     read = earlier.segment if first else _segment
     buckets = Buckets.of_all([Buckets.empty(), *map(read, state["segments"])])
-    contents = Contents(
-        totals,
-        np.array([float(state["minimum"]) if some else math.inf]),
-        np.array([float(state["maximum"]) if some else -math.inf]),
-        np.array([finest]),
-        np.array([reach]),
-        buckets.ordered() if first else buckets,
-    )
+    contents = Contents(totals, limits, buckets.ordered() if first else buckets)
     checksum = earlier.checksum(state, totals) if first else _checksum(contents, max_buckets)
     if state["checksum"] != checksum:
         raise ValueError("its checksum is wrong")
     if not contents.sound().all():
         raise ValueError("its numbers contradict each other, or are none")
-    nothing = replace(contents, totals=np.zeros_like(totals), buckets=Buckets.empty())
-    settled = contents.joined(nothing, max_buckets)
+    settled = contents.with_buckets(Buckets.empty(), max_buckets)
     # What a share has no use for would come back at the next save, in a form that nobody reads.
     if not first and (
         settled.reach[0] != reach or not np.array_equal(settled.buckets.key, buckets.key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, overload
 
@@ -13,19 +13,19 @@ import numpy.typing as npt
 
 from metricfold._core.runtime.listing import internal
 from metricfold._core.sketch import plain, summed
-from metricfold._core.sketch.buckets import FARTHEST, Buckets, united
-from metricfold._core.sketch.contents import Contents, Total, check_max_buckets
+from metricfold._core.sketch.buckets import FARTHEST, Buckets
+from metricfold._core.sketch.contents import Contents, Limit, Total, check_max_buckets
 from metricfold._core.sketch.estimate import (
     Profile,
     as_histogram,
-    below,
+    at_or_below,
     mean_and_deviation,
     quantiles,
 )
 from metricfold._core.sketch.filling import Table
 from metricfold._core.sketch.indexing import FINEST, FloatArray
 from metricfold._core.sketch.record import Histogram
-from metricfold._core.sketch.weights import LARGEST_WEIGHT, concatenated
+from metricfold._core.sketch.weights import LARGEST_WEIGHT, Waiting
 
 __all__ = ["LogLinearHistogram"]
 
@@ -77,19 +77,14 @@ class LogLinearHistogram:
         "_max_buckets",
         "_pending",
         "_profile",
-        "_straying",
         "_strays",
         "_table",
-        "_waiting",
     )
 
     def __init__(self, max_buckets: int = 2048) -> None:
         self._max_buckets = check_max_buckets(max_buckets)
         self._held = Contents.empty()
-        # Values that wait until they are enough: for the table, and for new buckets.
-        self._pending: list[tuple[FloatArray, FloatArray | None]] = []
-        self._strays: list[tuple[FloatArray, FloatArray | None]] = []
-        self._waiting = self._straying = 0
+        self._pending, self._strays = Waiting(), Waiting()  # for the table, and for new buckets
         # What follows from what is held, once it is needed.
         self._table: Table | None = None
         self._profile: Profile | None = None
@@ -113,9 +108,8 @@ class LogLinearHistogram:
             array, weighing = array[weighing > 0], weighing[weighing > 0]
         array = array.reshape(-1)
         if array.size < _CHUNK:
-            self._pending.append((array.astype(np.float64), weighing))
-            self._waiting += array.size
-            if self._waiting >= _CHUNK:
+            self._pending.add(array.astype(np.float64), weighing)
+            if self._pending.size >= _CHUNK:
                 self._flush()
             return
         self._flush()
@@ -125,13 +119,12 @@ class LogLinearHistogram:
             self._fold(chunk, None if weighing is None else weighing[part])
 
     def _flush(self) -> None:
-        if self._waiting:
-            pending, self._pending, self._waiting = self._pending, [], 0
-            self._fold(*concatenated(pending))
+        if self._pending.size:
+            self._fold(*self._pending.taken())
 
     def _fold(self, values: FloatArray, weights: FloatArray | None) -> None:
         self._profile = None
-        held, totals = self._held, self._held.totals[0]
+        totals, limits = self._held.totals[0], self._held.limits[0]
         low, high = values.min(), values.max()
         if not (math.isfinite(low) and math.isfinite(high)):
             totals[Total.NAN] += np.count_nonzero(np.isnan(values))
@@ -145,8 +138,9 @@ class LogLinearHistogram:
             low, high = values.min(), values.max()
         totals[Total.COUNT] += values.size
         totals[Total.SQUARES] += values.size if weights is None else weights @ weights
-        # Plus 0: of two zeros the one without a sign, which is the one that travels.
-        held.low[0], held.high[0] = min(held.low[0], low + 0.0), max(held.high[0], high + 0.0)
+        # Of two zeros the one without a sign, which is the one that travels.
+        limits[Limit.MINUS_LOW] = max(limits[Limit.MINUS_LOW], 0.0 - low)
+        limits[Limit.HIGH] = max(limits[Limit.HIGH], high + 0.0)
         if low <= 0.0 <= high:
             nonzero = np.count_nonzero(values)
             if nonzero < values.size:
@@ -167,16 +161,14 @@ class LogLinearHistogram:
             if not left.size:
                 return
             values, weights = values.take(left), None if weights is None else weights.take(left)
-        self._strays.append((values, weights))
-        self._straying += values.size
+        self._strays.add(values, weights)
         # A table costs as much as some thousand values: let strays gather, but for the first ones.
-        if not buckets.key.size or self._straying >= _MANY_STRAYS:
+        if not buckets.key.size or self._strays.size >= _MANY_STRAYS:
             self._join_strays()
 
     def _join_strays(self) -> None:
-        if self._straying:
-            values, weights = concatenated(self._strays)
-            self._strays, self._straying = [], 0
+        if self._strays.size:
+            values, weights = self._strays.taken()
             if weights is None:
                 values = np.sort(values)  # much faster than to find their order
             else:
@@ -190,9 +182,7 @@ class LogLinearHistogram:
                 self._join(some.joined())
 
     def _join(self, other: Buckets) -> None:
-        held = self._held
-        buckets, reach = united(held.buckets, other, held.finest, held.reach, self._max_buckets)
-        self._hold(replace(held, buckets=buckets, reach=reach))
+        self._hold(self._held.with_buckets(other, self._max_buckets))
 
     def _hold(self, contents: Contents) -> None:
         self._held, self._table, self._profile = contents, None, None
@@ -225,8 +215,10 @@ class LogLinearHistogram:
         if self.m == 0:
             raise ValueError("the histogram has one bucket per octave: it cannot be any coarser")
         finest = self.m - 1
-        coarse = self._held.buckets.at(np.minimum(self._held.buckets.m, finest)).joined()
-        self._hold(replace(self._held, finest=np.array([finest]), buckets=coarse))
+        held = self._held.copy()
+        held.limits[0, Limit.COARSER] = FINEST - finest
+        buckets = held.buckets.at(np.minimum(held.buckets.m, finest)).joined()
+        self._hold(replace(held, buckets=buckets))
 
     @classmethod
     def from_buckets(
@@ -269,9 +261,9 @@ class LogLinearHistogram:
         if not 0 <= m <= FINEST:
             raise ValueError(f"m={m!r}: the resolution must lie in 0..{FINEST}")
         histogram = cls(max_buckets)
-        held, totals = histogram._held, histogram._held.totals[0]
+        totals, limits = histogram._held.totals[0], histogram._held.limits[0]
         if count:
-            held.low[0], held.high[0] = minimum + 0.0, maximum + 0.0
+            limits[[Limit.MINUS_LOW, Limit.HIGH]] = 0.0 - minimum, maximum + 0.0
         totals[Total.COUNT], totals[Total.SQUARES], totals[Total.ZERO] = count, squares, zeros
         totals[Total.NAN] = nan_count
         totals[Total.POSITIVE_INFINITY] = posinf_count
@@ -303,8 +295,8 @@ class LogLinearHistogram:
     def fingerprint(self) -> bytes:
         """Return bytes that tell these contents from others."""
         held = self.contents()
-        parts = [held.low, held.high, held.totals, held.buckets.key]
-        return b"".join([part.tobytes() for part in [*parts, held.buckets.sums]])
+        parts = [held.totals, held.limits, held.buckets.key, held.buckets.sums]
+        return b"".join([part.tobytes() for part in parts])
 
     # -- Statistics out
 
@@ -362,14 +354,18 @@ class LogLinearHistogram:
     @property
     def mean(self) -> float:
         """The weighted mean; NaN if there is no value."""
-        profile = self._estimate()
-        return math.nan if profile is None else mean_and_deviation(profile, self._effective())[0]
+        return self._mean_and_deviation()[0]
 
     @property
     def std(self) -> float:
         """The sample standard deviation; NaN if there are fewer than two values."""
-        profile = self._estimate()
-        return math.nan if profile is None else mean_and_deviation(profile, self._effective())[1]
+        return self._mean_and_deviation()[1]
+
+    def _mean_and_deviation(self) -> tuple[float, float]:
+        profile, totals = self._estimate(), self._held.totals[0]
+        if profile is None:
+            return math.nan, math.nan
+        return mean_and_deviation(profile, self.count, float(totals[Total.SQUARES]))
 
     @overload
     def quantile(self, q: float) -> float: ...
@@ -387,12 +383,7 @@ class LogLinearHistogram:
         asked = np.asarray(q, dtype=np.float64)
         if not ((asked >= 0.0) & (asked <= 1.0)).all():
             raise ValueError(f"q={q!r}: a quantile must lie in 0..1")
-        profile = self._estimate()
-        if profile is None:
-            found = np.full(asked.size, math.nan)
-        else:
-            found = quantiles(profile, self.count, asked.reshape(-1))
-        return found.reshape(asked.shape) if asked.ndim else float(found[0])
+        return self._each(asked, lambda profile, some: quantiles(profile, self.count, some))
 
     @overload
     def cdf(self, value: float) -> float: ...
@@ -412,16 +403,13 @@ class LogLinearHistogram:
         asked = np.asarray(value, dtype=np.float64)
         if np.isnan(asked).any():
             raise ValueError(f"value={value!r}: NaN is neither below nor above a number")
-        profile = self._estimate()
-        if profile is None:
-            found = np.full(asked.size, math.nan)
-        else:
-            # What is at or below a number is below the next one.
-            with np.errstate(over="ignore"):
-                beyond = np.nextafter(asked.reshape(-1), math.inf)
-            found = below(profile, beyond)
-            found = np.clip(found / profile.weights.sum(), 0.0, 1.0)
-            found[asked.reshape(-1) >= self.max] = 1.0
+        return self._each(asked, at_or_below)
+
+    def _each(
+        self, asked: FloatArray, estimate: Callable[[Profile, FloatArray], FloatArray]
+    ) -> float | FloatArray:
+        profile, each = self._estimate(), asked.reshape(-1)
+        found = np.full(each.size, math.nan) if profile is None else estimate(profile, each)
         return found.reshape(asked.shape) if asked.ndim else float(found[0])
 
     def histogram(self, bins: int | None = None) -> Histogram:
@@ -452,15 +440,6 @@ class LogLinearHistogram:
             zeros = float(held.totals[0, Total.ZERO])
             self._profile = Profile.of(held.buckets, zeros, float(held.low[0]), float(held.high[0]))
         return self._profile
-
-    def _effective(self) -> float:
-        """Return the effective sample size, sum(w)² / sum(w²)."""
-        assert self._profile is not None
-        weight, squares = self._profile.weights.sum(), float(self._held.totals[0, Total.SQUARES])
-        # Squares of weights below 1e-154 vanish: take such weights for equal.
-        if squares == 0.0:
-            return float(self.count)
-        return float(max(weight * (weight / squares), 1.0))
 
     # -- By MAX and SUM, for one more minor version
 

@@ -1,8 +1,7 @@
 """Sketches in vectors: a slot of one width each, and how two vectors of them merge.
 
-A slot is what one sketch holds: totals, extremes, by how much it is coarser than the finest and by how much
-nearer than the farthest, and of each bucket its key (never 0, which says that no more follow) and three sums.
-A slot of zeros is that of no sketch, and the identity.
+A slot is what one sketch holds: totals, limits (0 for extremes that nobody has), and of each bucket its key,
+which is never 0, and three sums. A slot of zeros is that of no sketch, and the identity.
 """
 
 from __future__ import annotations
@@ -13,22 +12,20 @@ import numpy as np
 import numpy.typing as npt
 
 from metricfold._core.sketch import BUCKETS
-from metricfold._core.sketch.buckets import FARTHEST, MOMENTS, ROW_BITS, BoolArray, Buckets
-from metricfold._core.sketch.contents import Contents, Total
-from metricfold._core.sketch.indexing import FINEST, FloatArray
+from metricfold._core.sketch.buckets import MOMENTS, ROW_BITS, BoolArray, Buckets
+from metricfold._core.sketch.contents import NOTHING, Contents, Limit, Total
+from metricfold._core.sketch.indexing import FloatArray
 from metricfold._core.sketch.sketch import LogLinearHistogram
 
 __all__ = ["fitting", "joined", "pack", "slot_width", "unpack"]
 
-_TOTALS = slice(0, len(Total))
-_LOW, _HIGH, _COARSER, _NEARER, _CODES = range(len(Total), len(Total) + 5)
-_SUMS = _CODES + BUCKETS
-_WIDTH = _SUMS + MOMENTS * BUCKETS
-_COLUMNS = range(_CODES, _WIDTH, BUCKETS)
+_TOTALS = len(Total)
+_HEAD = _TOTALS + len(Limit)
+_COLUMNS = 1 + MOMENTS
+_WIDTH = _HEAD + _COLUMNS * BUCKETS
 
 _AT_ONCE = 8
 """So many pairs at once: what is computed of them stays in the cache."""
-_MOST_LIMITED = (FINEST, FARTHEST + 1)
 
 
 def slot_width() -> int:
@@ -85,7 +82,10 @@ def joined(lower: FloatArray, upper: FloatArray) -> FloatArray:
     out = np.empty_like(lower)
     for begin in range(0, len(lower), _AT_ONCE):
         part = slice(begin, begin + _AT_ONCE)
-        contents, good = _read(np.concatenate([lower[part], upper[part]]))
+        slots = np.concatenate([lower[part], upper[part]])
+        contents, good = _read(slots)
+        if not good.all():
+            contents, _ = _read(np.where(good[:, np.newaxis], slots, 0.0))
         pairs = good.size // 2
         one, other = contents.rows(0, pairs), contents.rows(pairs, good.size)
         out[part] = _packed(one.joined(other, BUCKETS))
@@ -94,50 +94,36 @@ def joined(lower: FloatArray, upper: FloatArray) -> FloatArray:
 
 
 def _packed(contents: Contents) -> FloatArray:
-    buckets = contents.buckets
-    slots = np.zeros((len(contents.totals), _WIDTH))
-    slots[:, _TOTALS] = contents.totals
-    some = contents.totals[:, Total.COUNT] > 0.0
-    slots[some, _LOW], slots[some, _HIGH] = contents.low[some], contents.high[some]
-    slots[:, _COARSER] = FINEST - contents.finest
-    slots[:, _NEARER] = FARTHEST - contents.reach
-    row = buckets.row
+    buckets, row = contents.buckets, contents.buckets.row
+    some = contents.totals[:, Total.COUNT, np.newaxis] > 0.0
+    slots = np.zeros((len(some), _WIDTH))
+    slots[:, :_TOTALS] = contents.totals
+    slots[:, _TOTALS:_HEAD] = np.where(some | (NOTHING == 0.0), contents.limits, 0.0)
     held = np.bincount(row, minlength=len(slots))
-    place = np.arange(row.size) - np.repeat(held.cumsum() - held, held) + row * _WIDTH
-    codes = buckets.moved(-row).key
-    for begin, numbers in zip(_COLUMNS, (codes, *buckets.sums), strict=True):
-        slots.ravel()[place + begin] = numbers
+    place = np.arange(row.size) - np.repeat(held.cumsum() - held, held)
+    columns = slots[:, _HEAD:].reshape(-1, _COLUMNS, BUCKETS)
+    columns[row, 0, place] = buckets.moved(-row).key
+    for column, sums in enumerate(buckets.sums, 1):
+        columns[row, column, place] = sums
     slots += 0.0  # of two zeros the one without a sign
     return slots
 
 
 def _read(slots: FloatArray) -> tuple[Contents, BoolArray]:
-    """Return what is in slots, and which of them hold a sketch or none; the others hold nothing."""
+    """Return what is in slots, and which of them hold a sketch or none."""
     good = np.isfinite(slots).all(axis=1)
+    columns = slots[:, _HEAD:].reshape(-1, _COLUMNS, BUCKETS).swapaxes(0, 1)
     with np.errstate(invalid="ignore"):
-        codes = slots[:, _CODES:_SUMS].astype(np.int64)
-        good &= ((codes == slots[:, _CODES:_SUMS]) & (codes >> ROW_BITS == 0)).all(axis=1)
-    there = codes != 0
-    good &= ~(there[:, 1:] & ~there[:, :-1]).any(axis=1)
-    place = (there & good[:, np.newaxis]).ravel().nonzero()[0]
-    row, sums = place // BUCKETS, slots[:, _SUMS:].reshape(-1, MOMENTS, BUCKETS).swapaxes(0, 1)
-    held = np.ascontiguousarray(sums).reshape(MOMENTS, -1).take(place, axis=1)
-    buckets = Buckets(codes.ravel().take(place), held).moved(row)
-    # Beyond the last code nothing may stand.
-    moments = np.bincount(row, np.count_nonzero(held, axis=0), minlength=good.size)
-    good &= np.count_nonzero(slots[:, _SUMS:], axis=1) == moments
-    limits = slots[:, _COARSER : _NEARER + 1]
-    good &= ((limits >= 0.0) & (limits <= _MOST_LIMITED) & (limits == np.floor(limits))).all(axis=1)
-    coarser, nearer = np.where(good[:, np.newaxis], limits, 0.0).astype(np.int64).T
-    totals = slots[:, _TOTALS]
-    some = totals[:, Total.COUNT] > 0.0
-    contents = Contents(
-        totals,
-        np.where(some, slots[:, _LOW], math.inf),
-        np.where(some, slots[:, _HIGH], -math.inf),
-        FINEST - coarser,
-        FARTHEST - nearer,
-        buckets,
-    )
+        codes = columns[0].astype(np.int64)
+    good &= ((codes == columns[0]) & (codes >> ROW_BITS == 0)).all(axis=1)
+    # Beyond as many buckets as there are nothing may stand.
+    beyond = np.arange(BUCKETS) >= np.count_nonzero(codes, axis=1)[:, np.newaxis]
+    good &= ~((columns != 0.0) & beyond).any(axis=(0, 2))
+    row, place = (~beyond & good[:, np.newaxis]).nonzero()
+    held = np.ascontiguousarray(columns[1:, row, place])
+    totals, limits = slots[:, :_TOTALS], slots[:, _TOTALS:_HEAD]
+    some = totals[:, Total.COUNT, np.newaxis] > 0.0
+    limits = np.where(some | (NOTHING == 0.0), limits, NOTHING)
+    contents = Contents(totals, limits, Buckets(codes[row, place], held).moved(row))
     good &= contents.sound()
-    return contents.only(good), good
+    return contents, good

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LARGEST_COUNT", "LARGEST_WEIGHT", "concatenated", "countable", "weighable"]
+__all__ = ["LARGEST_COUNT", "LARGEST_WEIGHT", "Waiting", "concatenated", "countable", "weighable"]
 
 LARGEST_WEIGHT = 1e150
 """The squares of weights must add up to a number."""
@@ -36,3 +36,22 @@ def concatenated(
         return values, None
     weighing = [np.ones(v.size) if w is None else w for v, w in parts]
     return values, np.concatenate(weighing)
+
+
+class Waiting:
+    """Values, each with its weight or all without, that wait until they are many enough for a step."""
+
+    __slots__ = ("_parts", "size")
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64] | None]] = []
+        self.size = 0
+
+    def add(self, values: npt.NDArray[np.float64], weights: npt.NDArray[np.float64] | None) -> None:
+        self._parts.append((values, weights))
+        self.size += values.size
+
+    def taken(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64] | None]:
+        """Return all of them, of which none waits any more."""
+        parts, self._parts, self.size = self._parts, [], 0
+        return concatenated(parts)
