@@ -18,10 +18,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from metricfold.integrations.phases import Phases
 from metricfold.sinks.loud import mention
 from metricfold.sinks.record import Record
 from metricfold.sinks.selection import SelectiveSink
@@ -83,24 +83,16 @@ def register(
     accelerator.register_for_checkpointing(_Checkpointed(aggregator, accumulators))
 
 
-@dataclass(frozen=True, slots=True)
-class _Checkpointed:
+class _Checkpointed(Phases):
     """What Accelerate saves and loads, on every rank."""
 
-    aggregator: MetricsAggregator
-    accumulators: tuple[DeviceAccumulator, ...]
+    def __init__(
+        self, aggregator: MetricsAggregator, accumulators: Sequence[DeviceAccumulator]
+    ) -> None:
+        self.aggregator = aggregator
+        self.accumulators = [*accumulators]
 
-    def state_dict(self) -> dict[str, Any]:
-        self._drain()
-        return self.aggregator.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._drain()  # which is then replaced, like all that has come in since the last log
-        self.aggregator.load_state_dict(state)
-
-    def _drain(self) -> None:
-        for accumulator in self.accumulators:
-            self.aggregator.drain(accumulator)
+    state_dict, load_state_dict = Phases._state, Phases._load  # noqa: SLF001 - of its own base
 
 
 def sample_weights(accelerator: accelerate.Accelerator, samples: int) -> torch.Tensor:
@@ -176,24 +168,26 @@ class TrackerSink(SelectiveSink):
                 "project_dir='runs') or another tracker, or leave out the TrackerSink"
             )
         self._accelerator = accelerator
-        self._parts = partial(_Tracker, select=select, key_format=key_format)
+        self._part = partial(_Tracker, accelerator, select=select, key_format=key_format)
 
     def __repr__(self) -> str:
         return f"TrackerSink({self._accelerator.log_with!r})"
 
     def parts(self) -> Sequence[SelectiveSink]:
         """Return a sink for each tracker, if they are there already."""
-        return [self._parts(tracker) for tracker in self._accelerator.trackers] or [self]
-
-    def flush(self) -> None:
-        """Do nothing: when a tracker flushes is its own business."""
+        return [self._part(tracker) for tracker in self._accelerator.trackers] or [self]
 
     def close(self) -> None:
         """Do nothing: `accelerator.end_training` ends the trackers."""
 
     def rewind(self, step: int) -> None:
         """Say in the log that trackers cannot take back what they were given."""
-        _say_what_stays(step)
+        _log.warning(
+            "Accelerate's trackers cannot take back steps: what they hold after step %d is shown next "
+            "to what comes now. JSONLSink, TensorBoardSink and WandbSink can, as far as their backends "
+            "do",
+            step,
+        )
 
     def _write(self, record: Record) -> None:
         raise RuntimeError(
@@ -202,13 +196,11 @@ class TrackerSink(SelectiveSink):
         )
 
 
-class _Tracker(SelectiveSink):
+class _Tracker(TrackerSink):
     """One of the accelerator's trackers."""
 
-    def __init__(
-        self, tracker: Any, *, select: str | Sequence[str], key_format: str | Callable[[str], str]
-    ) -> None:
-        super().__init__(select=select, key_format=key_format)
+    def __init__(self, accelerator: accelerate.Accelerator, tracker: Any, **chosen: Any) -> None:
+        super().__init__(accelerator, **chosen)
         self._tracker = tracker
         # MLflow's active run belongs to the thread that has started it: on any other one,
         # mlflow.log_metrics starts another run.
@@ -219,15 +211,6 @@ class _Tracker(SelectiveSink):
 
     def __repr__(self) -> str:
         return f"TrackerSink({self._tracker.name!r})"
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def rewind(self, step: int) -> None:
-        _say_what_stays(step)
 
     def _write(self, record: Record) -> None:
         if self._at_hand != (record.step, record.wall_time):
@@ -270,11 +253,3 @@ class _Tracker(SelectiveSink):
             return False
         self._taken.add(key)
         return True
-
-
-def _say_what_stays(step: int) -> None:
-    _log.warning(
-        "Accelerate's trackers cannot take back steps: what they hold after step %d is shown next to "
-        "what comes now. JSONLSink, TensorBoardSink and WandbSink can, as far as their backends do",
-        step,
-    )

@@ -11,18 +11,16 @@
 Metrics are made when a sample is read, not when the dataset is made: nothing is written to Arrow,
 which knows no `Metric`.
 
-A map-style dataset cannot keep one transform per row: its format is one for all rows, and datasets
-of different formats lose theirs when they are concatenated. So the rows carry a number under
-``"metrics"``, the same format for all turns that number into metrics, and selecting, shuffling and
-interleaving rows need know nothing of it. An iterable dataset maps its samples when they are read,
-and hands on what Python objects it is given.
+The format of a map-style dataset is one for all rows, and datasets of different formats lose theirs
+when they are concatenated. So the rows carry a number under ``"metrics"``, which the same format for
+all turns into metrics; selecting, shuffling and interleaving rows need know nothing of it. An iterable
+dataset maps its samples when they are read, and hands on what Python objects it is given.
 """
 
 from __future__ import annotations
 
 import copy
 import secrets
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from metricfold.data.sample import METRICS
@@ -126,23 +124,21 @@ _METRICS_IN_PYTHON = datasets.Value("null")
 # -- Map-style datasets
 
 
-class _Transforms(dict[int, MetricTransform]):
+class _Transforms:
     """The transforms of this process by the number that their rows carry.
 
     Each process has one. It travels with every dataset to the processes that unpickle it, where it
     joins theirs, so that any two formats are equal and concatenated datasets keep them.
     """
 
-    __hash__ = object.__hash__  # type: ignore[assignment]
+    def __init__(self) -> None:
+        self._by_number: dict[int, MetricTransform] = {}
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __ne__(self, other: object) -> bool:
-        return self is not other
+    def __getitem__(self, number: int) -> MetricTransform:
+        return self._by_number[number]
 
     def __reduce__(self) -> Any:
-        return _joined, (dict(self),)
+        return _joined, (self._by_number,)
 
     def __deepcopy__(self, memo: Any) -> _Transforms:
         return self
@@ -153,7 +149,7 @@ class _Transforms(dict[int, MetricTransform]):
             number = int(Hasher.hash(transform), 16) & (2**63 - 1)
         except Exception:  # noqa: BLE001 - what pickling raises depends on what it meets
             number = secrets.randbits(63)
-        self.setdefault(number, transform)
+        self._by_number.setdefault(number, transform)
         return number
 
 
@@ -161,19 +157,8 @@ _transforms = _Transforms()
 
 
 def _joined(transforms: dict[int, MetricTransform]) -> _Transforms:
-    for number, transform in transforms.items():
-        _transforms.setdefault(number, transform)
+    _transforms._by_number = {**transforms, **_transforms._by_number}  # noqa: SLF001 - it is ours
     return _transforms
-
-
-@dataclass(frozen=True, slots=True)
-class _SampleFormat:
-    """The format that the dataset had, which the transform's samples have."""
-
-    type: str | None
-    kwargs: dict[str, Any]
-    columns: list[str] | None
-    output_all_columns: bool
 
 
 def _tagged(dataset: datasets.Dataset, transform: MetricTransform, name: str) -> datasets.Dataset:
@@ -189,12 +174,7 @@ def _tagged(dataset: datasets.Dataset, transform: MetricTransform, name: str) ->
     if isinstance(get_formatter(had["type"], **had["format_kwargs"]), TableFormatter):
         _refuse_tables(name, had["type"])
     everything = set(had["columns"]) == set(dataset.column_names)
-    samples = _SampleFormat(
-        had["type"],
-        had["format_kwargs"],
-        None if everything else had["columns"],
-        had["output_all_columns"],
-    )
+    samples = {**had, "columns": None if everything else had["columns"]}
     number = _transforms.number(transform)
     info = dataset.info.copy()
     info.features = datasets.Features({**dataset.features, METRICS: datasets.Value("int64")})
@@ -225,8 +205,8 @@ class MetricsFormatter(Formatter):  # type: ignore[misc]
 
     def __init__(
         self,
-        samples: _SampleFormat,
-        transforms: dict[int, MetricTransform] = _transforms,
+        samples: dict[str, Any],
+        transforms: _Transforms = _transforms,
         features: datasets.Features | None = None,
         **tokens: Any,
     ) -> None:
@@ -235,7 +215,8 @@ class MetricsFormatter(Formatter):  # type: ignore[misc]
             features = datasets.Features({k: v for k, v in features.items() if k != METRICS})
         self._samples = samples
         self._transforms = transforms
-        self._formatter = get_formatter(samples.type, features=features, **tokens, **samples.kwargs)
+        kwargs = {**tokens, **samples["format_kwargs"]}
+        self._formatter = get_formatter(samples["type"], features=features, **kwargs)
 
     def format_row(self, pa_table: pa.Table) -> Any:
         sample = self._formatted(pa_table, 0)
@@ -272,12 +253,11 @@ class MetricsFormatter(Formatter):  # type: ignore[misc]
             )
         if METRICS in pa_table.column_names:
             pa_table = pa_table.drop_columns([METRICS])
-        columns = self._samples.columns
+        columns = self._samples["columns"]
         if columns is not None:
             columns = [column for column in columns if column in pa_table.column_names]
-        return format_table(
-            pa_table, key, self._formatter, columns, self._samples.output_all_columns
-        )
+        hand_on = self._samples["output_all_columns"]
+        return format_table(pa_table, key, self._formatter, columns, hand_on)
 
     def _measured(self, number: int | None, sample: Any) -> Any:
         return sample if number is None else self._transforms[number](sample)

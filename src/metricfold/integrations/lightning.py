@@ -238,7 +238,7 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict` in a fit; an evaluation of a checkpoint leaves the metrics alone."""
         if self._resumes(self._trainer):
-            self._begin(state_dict)
+            self._load(state_dict)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

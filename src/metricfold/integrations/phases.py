@@ -80,12 +80,9 @@ class Phases:
         self._drain()
         return self.aggregator.state_dict()
 
-    def _begin(self, state: dict[str, Any] | None = None) -> None:
-        """Go on from `state`, if there is one, and from nothing that accumulators hold."""
-        for accumulator in self._all_accumulators:
-            accumulator.empty()
-        if state is not None:
-            self.aggregator.load_state_dict(state)
+    def _load(self, state: dict[str, Any]) -> None:
+        self._drain()  # which is then replaced, like all that has come in
+        self.aggregator.load_state_dict(state)
 
     # -- What is said
 

@@ -287,7 +287,8 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Train, from a checkpoint or from the start; called anew when a batch was too large."""
         checkpoint = kwargs.get("resume_from_checkpoint")
-        self._begin()
+        for accumulator in self._all_accumulators:
+            accumulator.empty()
         if self._has_trained:
             self.aggregator.reset()
         if checkpoint is not None:
@@ -311,7 +312,7 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
                 f"{str(file)!r} is damaged ({error}): resume from another checkpoint, or delete "
                 "this file to let metrics start from nothing"
             ) from error
-        self.aggregator.load_state_dict(state)
+        self._load(state)
 
     # -- What cannot work
 
