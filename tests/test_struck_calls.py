@@ -15,8 +15,8 @@ SOME = 8
 TENDER = {
     "cut": "until now it lost what had come in since the last reduction",
     "_close": "until now a second close() waited half a minute, and wrote nothing",
-    "_running": "until now a second close() wrote nothing",
-    "wait_for": "until now a second close() wrote nothing",
+    "_end": "until now a second close() wrote nothing",
+    "wait": "until now a second close() wrote nothing",
     "_start_from": "until now two states were mixed",
     "_learn": "until now the key could not be reduced any more",
 }

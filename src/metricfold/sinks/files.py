@@ -8,6 +8,7 @@ import os
 import stat
 import threading
 import weakref
+from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class AppendFile:
     Attributes:
         path: where it was opened.
         identity: the device and inode of the open file.
+        locked: whether no other process can write to the file.
         guard: to be held by one who does several things that belong together, for a file that is
             shared.
     """
@@ -47,7 +49,7 @@ class AppendFile:
         self.path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self.identity = _identity(os.fstat(self._descriptor))
-        self._locked = False
+        self.locked = False
         self._process = os.getpid()
         self._users = 1
         self.guard = threading.RLock()
@@ -60,19 +62,16 @@ class AppendFile:
             BlockingIOError: another process writes to it.
         """
         file = cls(path)
-        with _sharing:
+        with _sharing, contextlib.ExitStack() as undo:
+            undo.callback(file.close)
             for other in _shared:
                 if other.joined(file):
-                    file.close()
                     return other
-            try:
-                if file.regular:
-                    file._lock()
-            except BaseException:
-                file.close()
-                raise
+            if file.regular:
+                file.locked = _lock(file._descriptor, path)
             _shared.add(file)
-            return file
+            undo.pop_all()
+        return file
 
     def joined(self, other: AppendFile) -> bool:
         """Take one more user if `other` is this file, and say whether it is."""
@@ -94,11 +93,6 @@ class AppendFile:
     def size(self) -> int:
         return os.fstat(self._descriptor).st_size
 
-    @property
-    def locked(self) -> bool:
-        """Whether no other process can write to the file."""
-        return self._locked
-
     def current(self) -> bool:
         """Return whether the path still names the open file.
 
@@ -110,17 +104,6 @@ class AppendFile:
         except OSError:
             return False
 
-    def _lock(self) -> None:
-        try:
-            self._locked = _lock(self._descriptor)
-        except BlockingIOError:
-            raise BlockingIOError(
-                errno.EWOULDBLOCK,
-                "another process writes to this file, and two would cut each other's lines: give "
-                "each one its own, or end the other",
-                str(self.path),
-            ) from None
-
     def write(self, piece: bytes) -> int:
         """Append `piece` and return its length in bytes."""
         with self.guard:
@@ -131,7 +114,7 @@ class AppendFile:
                     rest = rest[os.write(self._descriptor, rest) :]
             except OSError:
                 # What another process may have written behind it is not cut off with it.
-                alone = self._locked or self.size == start + len(piece) - len(rest)
+                alone = self.locked or self.size == start + len(piece) - len(rest)
                 if alone and self.regular:
                     os.ftruncate(self._descriptor, start)
                 raise
@@ -140,6 +123,15 @@ class AppendFile:
     def read(self, size: int, offset: int) -> bytes:
         """Return up to `size` bytes from `offset` on."""
         return os.pread(self._descriptor, size, offset)
+
+    def last_line(self) -> bytes:
+        """Return what follows the last line break."""
+        whole, count = self.size, 1 << 16
+        while True:
+            text = self.read(min(count, whole), max(0, whole - count))
+            if b"\n" in text or count >= whole:
+                return text.rpartition(b"\n")[2]
+            count *= 2
 
     def truncate(self, size: int) -> None:
         """Cut everything after the first `size` bytes."""
@@ -160,8 +152,8 @@ class AppendFile:
                 file.writelines(pieces)
                 file.flush()
                 os.fsync(new)
-            if self._locked:
-                _lock(new)
+            if self.locked:
+                _lock(new, beside)
             beside.replace(target)
         except BaseException:
             os.close(new)
@@ -185,7 +177,7 @@ class AppendFile:
             if self._users or self._descriptor < 0:
                 return
             descriptor, self._descriptor = self._descriptor, -1
-            if self._locked:
+            if self.locked:
                 # A fork, such as a data worker, shares the lock and would keep it.
                 with contextlib.suppress(OSError):
                     fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -197,21 +189,27 @@ class FileSink(SelectiveSink):
 
     _file: AppendFile | None = None
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    @abstractmethod
+    def _new_file(self) -> AppendFile:
+        """Open the file."""
 
-    def _current(self) -> AppendFile | None:
-        """Return the file that is open, unless its path names another one by now."""
+    def _opened(self) -> AppendFile:
+        """Return the file, a new one if its path does not name the open one any more."""
         if self._file is not None and not self._file.current():
             mention(
                 f"{self._file.path} has been moved or removed while {self!r} was writing to it, or its server "
                 "was away: a new one is begun"
             )
             self.close()
+        if self._file is None:
+            self._file = self._new_file()
         return self._file
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 _shared: weakref.WeakSet[AppendFile] = weakref.WeakSet()
@@ -222,16 +220,21 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int, path: Path) -> bool:
     """Lock the file against other processes; return whether that is possible here."""
     if fcntl is None:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise
+        raise BlockingIOError(
+            errno.EWOULDBLOCK,
+            "another process writes to this file, and two would cut each other's lines: give "
+            "each one its own, or end the other",
+            str(path),
+        ) from None
     except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return False
-        raise
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
     return True

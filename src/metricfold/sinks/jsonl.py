@@ -19,6 +19,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -68,10 +69,9 @@ class JSONLSink(FileSink):
         """Cut the lines of the steps after `step` out of the file."""
         if not self.path.exists():
             return
-        file = self._opened()
-        if not file.regular:
-            raise ValueError(f"{self.path} is a terminal or a pipe, which cannot be rewound")
-        with file.guard:
+        with self._held() as file:
+            if not file.regular:
+                raise ValueError(f"{self.path} is a terminal or a pipe, which cannot be rewound")
             cut, scattered = None, False  # where the first line to take away starts
             for line in _lines(self.path):
                 if line.is_later(step):
@@ -84,43 +84,37 @@ class JSONLSink(FileSink):
             elif cut is not None:
                 # At once, and without room on the disk.
                 file.truncate(cut)
-            self._end = file.size
 
     def _write(self, record: Record) -> None:
-        file = self._opened()
-        with file.guard:
+        with self._held() as file:
             file.write(_encoded(record))
-            self._end = file.size
 
-    def _opened(self) -> AppendFile:
-        file = self._current()
-        if file is None:
-            file = AppendFile.shared(self.path)
-            try:
-                self._check_ours(file)
-            except BaseException:
-                file.close()
-                raise
-            self._file, self._end = file, -1
+    @contextmanager
+    def _held(self) -> Iterator[AppendFile]:
+        """Keep those away who share the file, whose last line is whole, until all is done."""
+        file = self._opened()
         with file.guard:
             if file.size != self._end and file.regular:  # somebody has cut it, or written to it
                 _mend_last_line(file)
-        return file
+            yield file
+            self._end = file.size
 
-    def _check_ours(self, file: AppendFile) -> None:
-        """Refuse a file that holds anything but records, or half of one."""
-        if not file.regular:
-            return
-        start = file.read(_HEAD, 0)
-        first = start.partition(b"\n")[0]
-        if not start or _is_ours(start):
-            return
-        raise FileExistsError(
-            errno.EEXIST,
-            f"holds something else than records of JSONLSink ({first[:40]!r}), and is left as it "
-            "is: give another path, or move the file away",
-            str(self.path),
-        )
+    def _new_file(self) -> AppendFile:
+        file = AppendFile.shared(self.path)
+        with ExitStack() as undo:
+            undo.callback(file.close)
+            start = file.read(_HEAD, 0) if file.regular else b""
+            if start and not _is_ours(start):
+                first = start.partition(b"\n")[0][:40]
+                raise FileExistsError(
+                    errno.EEXIST,
+                    f"holds something else than records of JSONLSink ({first!r}), and is left as it "
+                    "is: give another path, or move the file away",
+                    str(self.path),
+                )
+            undo.pop_all()
+        self._end = -1
+        return file
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
@@ -250,32 +244,18 @@ def _began(text: bytes) -> bool:
     """
     another = text.find(_BEGINNING, 1)
     text = text[:another] if another > 0 else text
-    match = re.match(rb'\{"step": -?\d*', text)
-    if match is None:
-        return text != b"" and _BEGINNING.startswith(text)
-    rest = text[match.end() :]
-    return rest.startswith(_AFTER_STEP) or _AFTER_STEP.startswith(rest)
+    text = re.sub(rb'^(\{"step": )-?\d*', rb"\g<1>0", text)
+    start = _BEGINNING + b"0" + _AFTER_STEP
+    return text != b"" and (start.startswith(text) or text.startswith(start))
 
 
 def _mend_last_line(file: AppendFile) -> None:
     """Give the file an end that a line can follow: a broken last line would swallow the next."""
-    blocks: list[bytes] = []
-    start = file.size
-    while start > 0:
-        begin = max(0, start - 65536)
-        block = file.read(start - begin, begin)
-        cut = block.rfind(b"\n") + 1
-        blocks.append(block[cut:])
-        start = begin + cut
-        if cut:
-            break
-    last = b"".join(reversed(blocks))
-    if not last:
-        return
+    last = file.last_line()
     # Without a lock it may be what another process is about to finish.
-    if file.locked and _began(last) and _parsed(last) is None:
-        file.truncate(start)
-    else:
+    if last and file.locked and _began(last) and _parsed(last) is None:
+        file.truncate(file.size - len(last))
+    elif last:
         file.write(b"\n")
 
 
@@ -283,6 +263,8 @@ def _mend_last_line(file: AppendFile) -> None:
 
 _OPTIONAL = ("arrays", "alerts", "run")
 """Fields of a record that are written where there is something in them."""
+_SCALARS = ("minimum", "maximum", "total", "total_squares")
+"""Fields of a histogram that are numbers."""
 
 
 def _encoded(record: Record) -> bytes:
@@ -309,10 +291,7 @@ def _histogram(histogram: Histogram) -> dict[str, object]:
     return {
         "edges": histogram.edges.tolist(),
         "counts": histogram.counts.tolist(),
-        "minimum": _number(histogram.minimum),
-        "maximum": _number(histogram.maximum),
-        "total": _number(histogram.total),
-        "total_squares": _number(histogram.total_squares),
+        **{name: _number(getattr(histogram, name)) for name in _SCALARS},
     }
 
 
@@ -344,25 +323,21 @@ def _decoded(record: dict[str, Any], line: _Line, path: Path) -> Record:
         read = Record(
             step=record["step"],
             wall_time=_to_finite(record["wall_time"]),
-            prefix=_to_text(record.get("prefix", "")),  # older lines have none
+            prefix=_to("text", str, record.get("prefix", "")),  # older lines have none
             metrics={key: _to_number(value) for key, value in record["metrics"].items()},
             histograms={key: _to_histogram(value) for key, value in record["histograms"].items()},
             arrays={key: _to_object(value) for key, value in record.get("arrays", {}).items()},
             alerts=[_to_object(alert) for alert in record.get("alerts", [])],
             run=_to_object(record["run"]) if "run" in record else None,
         )
-        _check_printable(read)
+        # Refuse what no log has: it may be shown on a terminal next.
+        if read.prefix:
+            check_name("its prefix", read.prefix)
+        for key in (*read.metrics, *read.histograms, *read.arrays):
+            check_name("a key", key)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise _no_record(line, path, f"{type(error).__name__}: {error}") from error
     return read
-
-
-def _check_printable(record: Record) -> None:
-    """Refuse what no log has: it may be shown on a terminal next."""
-    if record.prefix:
-        check_name("its prefix", record.prefix)
-    for key in (*record.metrics, *record.histograms, *record.arrays):
-        check_name("a key", key)
 
 
 def _no_record(line: _Line, path: Path, why: str) -> ValueError:
@@ -372,16 +347,39 @@ def _no_record(line: _Line, path: Path, why: str) -> ValueError:
     )
 
 
-def _to_number(value: object) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return _finite(float(value))
-    if isinstance(value, str) and value in _NOT_FINITE:
-        return _NOT_FINITE[value]
-    raise TypeError(f"{value!r:.60} is no number")
+def _to_histogram(value: dict[str, Any]) -> Histogram:
+    edges, counts = _to_array(value["edges"]), _to_array(value["counts"])
+    fits = edges.size == counts.size + 1 > 1
+    if not fits or (np.diff(edges) < 0).any() or (counts < 0).any():
+        raise ValueError(
+            "the histogram does not fit: edges ascend, and there is one count, at least 0, from each "
+            "to the next"
+        )
+    histogram = Histogram(edges, counts, *(_to_number(value[name]) for name in _SCALARS))
+    if _finite(histogram.minimum) > _finite(histogram.maximum):
+        raise ValueError("the histogram does not fit: its minimum is above its maximum")
+    return histogram
+
+
+def _to_array(values: object) -> npt.NDArray[np.float64]:
+    array = np.array([_to_number(value) for value in _to("list", list, values)], np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError("an edge or a count of the histogram is not finite")
+    return array
+
+
+def _to_object(value: object) -> Any:
+    return _to("JSON object", dict, value)
 
 
 def _to_finite(value: object) -> float:
     return _finite(_to_number(value))
+
+
+def _to_number(value: object) -> float:
+    if isinstance(value, str) and value in _NOT_FINITE:
+        return _NOT_FINITE[value]
+    return _finite(float(_to("number", (int, float), value)))
 
 
 def _finite(number: float) -> float:
@@ -390,47 +388,7 @@ def _finite(number: float) -> float:
     return number
 
 
-def _to_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.60} is no text")
+def _to(name: str, kind: Any, value: object) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r:.60} is no {name}")
     return value
-
-
-def _to_object(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{value!r:.60} is no JSON object")
-    return value
-
-
-def _to_histogram(value: dict[str, Any]) -> Histogram:
-    edges, counts = _to_array(value["edges"]), _to_array(value["counts"])
-    if (
-        edges.size != counts.size + 1
-        or not counts.size
-        or (np.diff(edges) < 0).any()
-        or (counts < 0).any()
-    ):
-        raise ValueError(
-            "the histogram does not fit: edges ascend, and there is one count, at least 0, from each "
-            "to the next"
-        )
-    least, greatest = _to_finite(value["minimum"]), _to_finite(value["maximum"])
-    if least > greatest:
-        raise ValueError("the histogram does not fit: its minimum is above its maximum")
-    return Histogram(
-        edges,
-        counts,
-        least,
-        greatest,
-        _to_number(value["total"]),
-        _to_number(value["total_squares"]),
-    )
-
-
-def _to_array(values: object) -> npt.NDArray[np.float64]:
-    if not isinstance(values, list):
-        raise TypeError(f"{values!r:.60} is no list")
-    array = np.array([_to_number(value) for value in values], dtype=np.float64)
-    if not np.isfinite(array).all():
-        raise ValueError("an edge or a count of the histogram is not finite")
-    return array

@@ -89,8 +89,7 @@ class TensorBoardSink(FileSink):
     def _append(self, event: Any) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: PLC0415
 
-        file = self._file = self._current() or self._new_file()
-        RecordWriter(file).write(event.SerializeToString())
+        RecordWriter(self._opened()).write(event.SerializeToString())
 
     def _new_file(self) -> AppendFile:
         from tensorboard.compat.proto import event_pb2  # noqa: PLC0415
