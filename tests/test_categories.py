@@ -119,7 +119,7 @@ def test_memory_does_not_grow_with_what_is_not_told_apart() -> None:
     aggregator.reduce()
     for number in range(5000):
         count(aggregator, [number])
-    (layer,) = aggregator._held.inbox._stage.layers
+    layer = aggregator._held.inbox._stage.below
     held: Any = layer.states["d", "id"]
     assert len(held.counts) <= 25
     assert held.sums[0] > 2000

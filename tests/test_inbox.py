@@ -706,7 +706,7 @@ def test_a_known_metric_is_taken_in_by_a_few_lines(agg: str) -> None:
     assert 0 < lines_run(lambda: aggregator.update(batch), calls, held, inbox) <= 25
     if agg != "categorical_count":
         assert 0 < lines_run(lambda: aggregator.update(metrics), calls, held, inbox) <= 40
-    assert not aggregator._held.inbox._stage.layers
+    assert not aggregator._held.inbox._stage.below.states
 
 
 def test_what_waits_to_be_folded_is_bounded() -> None:

@@ -171,7 +171,8 @@ def test_categories_that_are_not_told_apart_take_no_memory_between_marks() -> No
     for number in range(6000):
         aggregator.mark()
         aggregator.record("id", f"number {number}", "categorical_count", dataset="d")
-    for part in aggregator._held.inbox._stage.layers:
+    stage = aggregator._held.inbox._stage
+    for part in (stage.below, stage.above):
         state: Any = part.states.get(("d", "id"))
         assert state is None or len(state.counts) <= 25
     assert sum(aggregator.get_metrics_for_logging("t").values()) == 6020

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -14,7 +15,7 @@ from metricfold._core.fold.names import show
 from metricfold._core.intake.checkpoint import Restored
 from metricfold._core.intake.clock import Clock
 from metricfold._core.intake.inbox import Inbox
-from metricfold._core.intake.keys import KeyTable
+from metricfold._core.intake.keys import Admission, KeyTable
 from metricfold._core.intake.run import Run
 from metricfold._core.intake.timers import Timers
 from metricfold._core.reduce.schema import Key
@@ -58,13 +59,11 @@ class Held:
     def take_first(self, key: Key, agg_type: TypeLike, value: Any, weight: Any) -> bool:
         """Take in the first value of a key, if it is such that later ones go the fast way."""
         handler = self.keys.handler_of(key, agg_type)
-        take_in = self.inbox.first(key, agg_type, handler, value, weight)
-        if take_in is None:
-            return False
-        self.keys.commit(self.keys.admit_keys([(key, agg_type)]))
-        self.clock.begin()
-        take_in()
-        return True
+
+        def commit() -> None:
+            self._commit(self.keys.admit_keys([(key, agg_type)]), counts=True)
+
+        return self.inbox.first(key, agg_type, handler, value, weight, commit)
 
     def take(self, columns: Sequence[Column], *, counts: bool) -> None:
         """Take in columns, all or none; raises ValueError on a clash.
@@ -74,16 +73,18 @@ class Held:
             counts: whether anything can reduce what comes; else it does not pile up.
         """
         admission = self.keys.admit(columns)
-
-        def commit() -> None:
-            self.keys.commit(admission)
-            if admission.lanes or admission.custom:
-                self.clock.begin()
-
+        begins = bool(admission.lanes or admission.custom)
+        commit = partial(self._commit, admission, counts=begins)
         if counts:
             self.inbox.take(admission.lanes, admission.custom, commit)
         else:
             commit()
+
+    def _commit(self, admission: Admission, *, counts: bool) -> None:
+        """Take over what has been admitted; if anything of it counts, time does."""
+        self.keys.commit(admission)
+        if counts:
+            self.clock.begin()
 
     def pass_over(self, metrics: Iterable[Metric | Column]) -> None:
         """Leave out what a repeated forward gives; what its first has not given is lost, so say so."""

@@ -11,7 +11,7 @@ whole, and what came after a mark be dropped without a trace.
 
 The fast way in is for what needs no look but at its type: an int or a float, of a key that is known
 under a type spelled so and whose handler is a built-in one. Everything else is checked and folded by
-`data.batch` first and comes as columns; so does what comes first of each key.
+`data.batch` first and comes as columns.
 """
 
 from __future__ import annotations
@@ -26,16 +26,13 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain, groupby
 from operator import sub
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from metricfold._core.device.rows import Drained
 from metricfold._core.fold.batch import MetricBatch, folded_keys
-from metricfold._core.fold.builtin import (
-    built_in_handlers,
-    folds_as,
-)
+from metricfold._core.fold.builtin import built_in_handlers, folds_as
 from metricfold._core.fold.columns import Column, Pending
 from metricfold._core.fold.custom import CustomStates
 from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
@@ -44,7 +41,7 @@ from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import COUNT, State, quiet
 from metricfold._core.fold.values import listed
 from metricfold._core.intake.keys import KeyTable
-from metricfold._core.intake.layers import Layer, Mark, Stage, arriving, joined, trim
+from metricfold._core.intake.layers import NOTHING, Layer, Mark, Stage, arriving, trim
 from metricfold._core.runtime.listing import shortened
 from metricfold._core.sketch.weights import LARGEST_WEIGHT
 from metricfold.metric import AggregationType, Metric, TypeLike, is_name
@@ -75,6 +72,7 @@ _ONE = {1.0}
 _SPELLINGS = {str, AggregationType}
 _BUILT_IN = {agg_type: type(handler) for agg_type, handler in built_in_handlers().items()}
 
+Found = TypeVar("Found")
 Items: TypeAlias = list[Any]
 """Where a fold puts items of the log; emptied, and never replaced."""
 Calls: TypeAlias = Sequence[tuple[Sequence[Items], Sequence[Any]]]
@@ -101,16 +99,16 @@ class Inbox:
     def __init__(self, keys: KeyTable) -> None:
         self._keys = keys
         self._slots: dict[Key, Slot] = {}
-        self._spelled = _Spelled(self._slots)
-        self._numbers = _Numbers(self._spelled)
+        # By dataset, if there is one, name and type, as calls spell these: slots, and where those of
+        # them that take plain numbers have these.
+        self._spelled = _Remembered(partial(_spelled_so, self._slots))
+        self._numbers = _Remembered(partial(_for_numbers, self._spelled))
         self._shapes: dict[str, Shape] = {}
-        self._kinds: dict[type, type[Slot]] = {}
         self._accumulators: list[Drained] = []
         self._waiting: list[Pending] = []
         self._log: list[tuple[Sequence[Items], Sequence[Any]]] = []
         self._room = _MOST
         self._warned = False
-        self._folding = 0
         self._piece = sys.maxsize
         self._stage = Stage()
         self.custom = CustomStates()
@@ -127,12 +125,12 @@ class Inbox:
             if type(agg) not in _SPELLINGS:
                 return False
             if type(value) is float and type(weight) is float and weight == 1.0 and slot.number:
-                placed: tuple[tuple[Items], tuple[Any]] = slot.number, (value,)
+                self._log.append((slot.number, (value,)))
             else:
-                placed = slot.placed(value, weight)
+                target, item = slot.placed(value, weight)
+                self._log.append(((target,), (item,)))
         except (KeyError, TypeError, OverflowError):
             return False
-        self._log.append(placed)
         self._room -= 1
         if self._room < 0:
             self._fold()
@@ -144,21 +142,24 @@ class Inbox:
             return False
         if type(weight) not in _NUMBERS or not 0 < weight <= LARGEST_WEIGHT:
             return False
-        targets: list[Items] = []
-        items: list[Any] = []
         try:
-            for name, value in metrics.items():
-                own = agg[name] if type(agg) is dict else agg
-                if type(own) not in _SPELLINGS:
-                    return False
-                slot = self._spelled[(name, own) if dataset is None else (dataset, name, own)]
-                # Where no weight counts, any but 0 is 1.
-                (target,), (item,) = slot.placed(value, weight if slot.handler.weighted else 1.0)
-                targets.append(target)
-                items.append(item)
+            types = [agg[name] for name in metrics] if type(agg) is dict else [agg] * len(metrics)
+            if not _SPELLINGS.issuperset(map(type, types)):
+                return False
+            keys: Iterable[tuple[object, ...]] = zip(metrics, types, strict=True)
+            if dataset is not None:
+                keys = ((dataset, *key) for key in keys)
+            # Where no weight counts, any but 0 is 1.
+            placed = [
+                slot.placed(value, weight if slot.handler.weighted else 1.0)
+                for slot, value in zip(
+                    map(self._spelled.__getitem__, keys), metrics.values(), strict=True
+                )
+            ]
         except (KeyError, TypeError, OverflowError):
             return False
-        self._put(targets, items, len(items))
+        targets, items = zip(*placed, strict=True)
+        self._put(targets, items, len(placed))
         self.relieve()
         return True
 
@@ -203,15 +204,18 @@ class Inbox:
         if _NUMBERS.issuperset(map(type, values)) and set(weights) == _ONE:
             math.fsum(values)  # fails where an int is too large to be a float
             return [*map(self._numbers.__getitem__, keys)], values
-        placed = [
-            self._spelled[key].placed(value, weight)
-            for key, value, weight in zip(keys, values, weights, strict=True)
-        ]
-        return [target for (target,), _ in placed], [item for _, (item,) in placed]
+        slots = map(self._spelled.__getitem__, keys)
+        targets, items = zip(*map(Slot.placed, slots, values, weights), strict=True)
+        return targets, items
 
     def _shape(self, keys: str) -> Shape:
         """Return what collated batches of these keys go to; raises KeyError if they are not for it."""
-        slots = [self._collated(*one) for one in folded_keys(keys)]
+        slots = []
+        for dataset, name, agg_type in folded_keys(keys):
+            slot = self._slots[dataset, name]
+            if slot.agg_type is not agg_type or slot.built_in is not _BUILT_IN[agg_type]:
+                raise KeyError
+            slots.append(slot)
         if not slots:
             raise KeyError
         if len(self._shapes) >= _MOST_SHAPES:
@@ -220,13 +224,6 @@ class Inbox:
         shape = self._shapes[keys] = Shape(slots)
         return shape
 
-    def _collated(self, dataset: str, name: str, agg_type: TypeLike) -> Slot:
-        """Return where what workers have folded of a key goes; raises KeyError if not this way."""
-        slot = self._slots[dataset, name]
-        if slot.agg_type is not agg_type or slot.built_in is not _BUILT_IN[agg_type]:
-            raise KeyError
-        return slot
-
     def first(
         self,
         key: Key,
@@ -234,22 +231,21 @@ class Inbox:
         handler: AggregationHandler | None,
         value: Any,
         weight: Any,
-    ) -> Callable[[], None] | None:
-        """Return what takes in the first value of a key, once that is admitted; None: not this way."""
+        commit: Callable[[], object],
+    ) -> bool:
+        """Take in the first value of a key; `commit` takes that over before."""
         if handler is None or not handler.has_lanes or key in self._keys.records:
-            return None
-        slot = self._slot(key, agg_type, handler.laned())
+            return False
+        slot = Slot(key, agg_type, handler.laned())
         try:
-            targets, items = slot.placed(value, weight)
+            target, item = slot.placed(value, weight)
         except (KeyError, OverflowError):
-            return None
-
-        def take_in() -> None:
-            self._slots[key] = slot
-            self._put(targets, items, 1)
-            self.relieve()
-
-        return take_in
+            return False
+        commit()
+        self._slots[key] = slot
+        self._put((target,), (item,), 1)
+        self.relieve()
+        return True
 
     # -- What has been checked and folded elsewhere
 
@@ -266,7 +262,14 @@ class Inbox:
             custom: of handlers without, which may raise.
             commit: takes over the keys that are new.
         """
-        work, waiting = self._work(custom)
+        work, waiting = [], []
+        for column, handler in custom:
+            key, agg_type = column.key, column.agg_type
+            if key in self._behind:
+                waiting += [Pending(key, agg_type, one.value, one.weight) for one in column.metrics]
+            elif column.metrics:
+                work.append((key, handler, column.metrics))
+            waiting += column.pending
 
         def take_in() -> None:
             commit()
@@ -284,36 +287,22 @@ class Inbox:
             take_in()
         self.relieve()
 
-    def _work(
-        self, custom: Sequence[tuple[Column, AggregationHandler]]
-    ) -> tuple[list[tuple[Key, AggregationHandler, Sequence[Metric]]], list[Pending]]:
-        """Return what handlers without lanes get now, and what waits until it can be read."""
-        work, waiting = [], []
-        for column, handler in custom:
-            key, agg_type = column.key, column.agg_type
-            if key in self._behind:
-                waiting += [Pending(key, agg_type, one.value, one.weight) for one in column.metrics]
-            elif column.metrics:
-                work.append((key, handler, column.metrics))
-            waiting += column.pending
-        return work, waiting
-
     def _columns(self, columns: Iterable[Column]) -> tuple[list[Items], list[Any], int]:
         """Return how to take in columns of handlers with lanes, and how much that is."""
         targets: list[Items] = []
         items: list[Any] = []
         size = 0
         for column in columns:
-            slot = self._slots.get(column.key) or self._open(column.key, column.agg_type)
+            slot = self._slots.get(column.key)
+            if slot is None:
+                handler = self._keys.records[column.key].handler.laned()
+                slot = self._slots[column.key] = Slot(column.key, column.agg_type, handler)
             assert column.state is not None
-            targets.append(slot.others)
-            items.append(column.state)
-            size += int(column.state.sums[COUNT]) or 1
-            if column.pending:
-                targets += [slot.others] * len(column.pending)
-                items += column.pending
-                elements = sum(one.count for one in column.pending)
-                size += len(column.pending) + elements // _PER_ROOM_ON_DEVICE
+            targets += [slot.others] * (1 + len(column.pending))
+            items += [column.state, *column.pending]
+            elements = sum(one.count for one in column.pending)
+            size += 1 + int(column.state.sums[COUNT])
+            size += len(column.pending) + elements // _PER_ROOM_ON_DEVICE
         return targets, items, size
 
     def take_accumulator(self, drained: Drained) -> None:
@@ -332,17 +321,6 @@ class Inbox:
         if self._room < 0:
             self._fold()
             self._relieve_custom()
-
-    def _open(self, key: Key, agg_type: TypeLike) -> Slot:
-        slot = self._slots[key] = self._slot(key, agg_type, self._keys.records[key].handler.laned())
-        return slot
-
-    def _slot(self, key: Key, agg_type: TypeLike, handler: LaneHandler) -> Slot:
-        kind = self._kinds.get(type(handler))
-        if kind is None:
-            kind = OrderedSlot if handler.empty().ordered else Slot
-            self._kinds[type(handler)] = kind
-        return kind(key, agg_type, handler)
 
     # -- Folding
 
@@ -367,17 +345,16 @@ class Inbox:
     def _fold_first(self, count: int) -> None:
         """Fold the first calls of the log, and take them out of it."""
         log, stage, records = self._log, self._stage, self._keys.records
-        mark, beneath, above = stage.mark, stage.beneath(), stage.above()
+        mark, below, above = stage.mark, stage.below, stage.above
         count = min(count, len(log))
         before = count if mark is None else min(mark.calls, count)
-        queued = {key for layer in stage.layers for key in layer.queued}
-        layers = [self._folded(log[:before], queued)]
-        layers = [self._bounded(joined([*beneath, *layers], records))]
+        older = self._folded(log[:before], below.queued | above.queued)
+        below = self._bounded(below.followed_by(older, records))
         if mark is not None:
-            newer = self._folded(log[before:count], queued | layers[0].queued)
-            layers.append(joined([*above, newer], records))
-            mark = replace(mark, layers=1, calls=mark.calls - before)
-        folded = (Stage(layers, mark), ())
+            newer = self._folded(log[before:count], below.queued | above.queued)
+            above = above.followed_by(newer, records)
+            mark = replace(mark, calls=mark.calls - before)
+        folded = (Stage(below, above, mark), ())
         # Until here nothing has changed, and no signal comes in between these. If a signal's handler
         # has changed the stage meanwhile, it has folded the same, too.
         if self._stage is stage:
@@ -394,16 +371,17 @@ class Inbox:
 
     def _relieve_custom(self) -> None:
         """The same of handlers without lanes. With a mark, what came before and after stays apart."""
-        stage = self._stage
-        if stage.mark is not None or len(stage.layers) != 1:
-            return
-        layer = stage.layers[0]
+        stage, layer = self._stage, self._stage.below
         # Nothing may wait here.
-        if len(layer.custom) >= MOST_PENDING and all(map(Pending.ready, layer.custom)):
+        if (
+            stage.mark is None
+            and len(layer.custom) >= MOST_PENDING
+            and all(map(Pending.ready, layer.custom))
+        ):
             self._warn(layer.custom)
 
             def keep(rest: Layer) -> None:
-                self._stage = Stage([rest])
+                self._stage = Stage(rest)
 
             self.hand_over(layer, keep)
 
@@ -459,41 +437,34 @@ class Inbox:
             calls: that part of the log.
             queued: keys with values, from earlier on, that still lie on a device.
         """
+        if not calls:
+            return NOTHING
         targets = chain.from_iterable([targets for targets, _ in calls])
         items = chain.from_iterable([items for _, items in calls])
         states: dict[Key, State] = {}
         pending: list[Pending] = []
-        if self._folding:  # a signal's handler does this while a fold of the same is under way
-            self._clear()
-        self._folding += 1
-        try:
-            for key in queued & self._slots.keys():
-                self._slots[key].wait()
-            deque(map(list.append, targets, items), maxlen=0)  # a loop that Python does not run
-            for shape in self._shapes.values():
-                shape.spread()
-            for slot in self._slots.values():
-                if slot.filled():
-                    state, behind = slot.folded()
+        # Of a fold that an interrupt has ended, or that goes on around the handler of a signal.
+        self._clear()
+        deque(map(list.append, targets, items), maxlen=0)  # a loop that Python does not run
+        for shape in self._shapes.values():
+            shape.spread()
+        for slot in self._slots.values():
+            if slot.values or slot.others or slot.lanes:
+                state, behind = slot.folded(queued)
+                if state.counts is not None:
                     trim(state, self._keys.records[slot.key])
-                    states[slot.key] = state
-                    pending += behind
-                    slot.clear()
-            folded = Layer(states, pending, [*self._waiting], [*self._accumulators])
-            self._waiting.clear()
-            self._accumulators.clear()
-        except BaseException:
-            self._clear()
-            raise
-        finally:
-            self._folding -= 1
+                states[slot.key] = state
+                pending += behind
+        folded = Layer(states, pending, [*self._waiting], [*self._accumulators])
+        self._clear()
         return folded
 
     def _clear(self) -> None:
         for slot in self._slots.values():
-            slot.clear()
+            if slot.values or slot.others or slot.lanes:
+                slot.clear()
         for shape in self._shapes.values():
-            shape.clear()
+            shape.lanes.clear()
         self._accumulators.clear()
         self._waiting.clear()
 
@@ -513,10 +484,8 @@ class Inbox:
         self.custom.settle(self.custom.keys())
 
         def marked(stage: Stage) -> Stage:
-            layers = stage.layers
-            if len(layers) > 1:
-                layers = [joined(layers, self._keys.records)]
-            return Stage(layers, Mark(len(layers), len(self._log), self.custom.values()))
+            layer = stage.below.followed_by(stage.above, self._keys.records)
+            return Stage(layer, NOTHING, Mark(len(self._log), self.custom.values()))
 
         self._restage(marked)
 
@@ -525,7 +494,7 @@ class Inbox:
         while True:
             stage, mark = self._stage, self._stage.mark
             assert mark is not None
-            rolled = (Stage(stage.beneath(), mark), ())
+            rolled = (Stage(stage.below, NOTHING, mark), ())
             # No signal comes in between these.
             if self._stage is stage:
                 self._stage, self._log[mark.calls :] = rolled
@@ -539,12 +508,15 @@ class Inbox:
             columns: what comes along, of keys that have been admitted.
             begun: takes it over.
         """
-        states = {column.key: column.state for column in columns if column.state is not None}
-        pending = [one for column in columns for one in column.pending]
+        records = self._keys.records
+        along = Layer(
+            {column.key: column.state for column in columns if column.state is not None},
+            [one for column in columns for one in column.pending],
+        )
         while True:
             self._fold()
             stage = self._stage
-            layer = joined([*stage.layers, Layer(states, pending)], self._keys.records)
+            layer = stage.below.followed_by(stage.above, records).followed_by(along, records)
             taken = (layer, Stage(), self.cuts + 1)
             # No signal comes in between these, or what it holds would be lost, or counted twice.
             if self._stage is stage:
@@ -553,7 +525,9 @@ class Inbox:
 
     def put_back(self, layer: Layer) -> None:
         """Lay what a failed reduction took beneath what has come since."""
-        self._restage(lambda stage: stage.over(layer))
+        self._restage(
+            lambda stage: replace(stage, below=layer.followed_by(stage.below, self._keys.records))
+        )
         self._behind.update(one.key for one in layer.custom)
 
     def clear(self) -> None:
@@ -568,7 +542,7 @@ class Inbox:
         self._fold()
         slot = self._slots.pop(key, None)
         if slot is not None:
-            for spelled in slot.spellings():
+            for spelled in slot.spellings:
                 self._spelled.pop(spelled, None)
                 self._numbers.pop(spelled, None)
             self._shapes.clear()
@@ -591,64 +565,63 @@ def _never_read(pending: Sequence[Pending], accumulators: int) -> str:
     )
 
 
-class _Spelled(dict[tuple[object, ...], "Slot"]):
-    """Slots by dataset, if there is one, name and type, as calls spell these.
+class _Remembered(dict[tuple[Any, ...], Found]):
+    """Finds what it is asked for, and knows it from then on.
 
-    Each is put down when it is first asked for: of tens of thousands of keys most are spelled one way.
+    Of tens of thousands of keys most are spelled one way, so that this takes less than all ways would.
     """
 
-    def __init__(self, slots: Mapping[Key, Slot]) -> None:
+    def __init__(self, find: Callable[[tuple[Any, ...]], Found]) -> None:
         super().__init__()
-        self._slots = slots
+        self._find = find
 
-    def __missing__(self, spelled: tuple[Any, ...]) -> Slot:
-        key = spelled[:2] if len(spelled) > 2 else ("", spelled[0])
-        slot = self._slots[key]
-        if slot.takes is None or type(spelled[-1]) not in _SPELLINGS:
-            raise KeyError
-        for known in slot.spellings():
-            if known == spelled:
-                self[known] = slot
-                return slot
+    def __missing__(self, asked: tuple[Any, ...]) -> Found:
+        found = self[asked] = self._find(asked)
+        return found
+
+
+def _spelled_so(slots: Mapping[Key, Slot], spelled: tuple[Any, ...]) -> Slot:
+    """Return the slot that is spelled so; raises KeyError if none that takes the fast way is."""
+    slot = slots[spelled[:2] if len(spelled) > 2 else ("", spelled[0])]
+    if slot.takes is None or type(spelled[-1]) not in _SPELLINGS or spelled not in slot.spellings:
         raise KeyError
+    return slot
 
 
-class _Numbers(dict[tuple[object, ...], Items]):
-    """The same of plain numbers: where they go."""
-
-    def __init__(self, spelled: _Spelled) -> None:
-        super().__init__()
-        self._spelled = spelled
-
-    def __missing__(self, spelled: tuple[Any, ...]) -> Items:
-        slot = self._spelled[spelled]
-        if slot.takes is not float:
-            raise KeyError
-        self[spelled] = slot.values
-        return slot.values
+def _for_numbers(slots: Mapping[tuple[Any, ...], Slot], spelled: tuple[Any, ...]) -> Items:
+    """Return where plain numbers go."""
+    slot = slots[spelled]
+    if slot.number is None:
+        raise KeyError
+    return slot.values
 
 
 # -- Slots -----------------------------------------------------------------------------------------
 
 
 class Slot:
-    """What has come in of one key and waits to be folded, where order does not matter.
+    """What has come in of one key and waits to be folded.
 
     Attributes:
         built_in: what its handler folds just like, if it does like a built-in one.
         takes: the type of what may come the fast way: float, str (categories), or None.
+        fold: makes a state of a list of values, and of their weights or None.
         values: for what may come the fast way and has weight 1.
-        others: for anything else: values with their weights, states, and what is `Pending`.
+        others: for anything else: values with their weights, states, what is `Pending`, and what
+            collated batches hold besides lanes. The same as `values` where order matters.
+        lanes: those of collated batches, which may be merged last.
         number: where a plain number goes, if it may come the fast way.
     """
 
     __slots__ = (
-        "_others",
         "agg_type",
         "built_in",
+        "fold",
         "handler",
         "key",
+        "lanes",
         "number",
+        "others",
         "takes",
         "values",
     )
@@ -657,18 +630,16 @@ class Slot:
         self.key, self.agg_type, self.handler = key, agg_type, handler
         self.built_in = folds_as(handler)
         self.takes = None if self.built_in is None else handler.takes
+        self.fold: Callable[[Any, Any], State] = handler.fold_listed
+        if self.built_in is None:
+            self.fold = partial(LaneHandler.fold_listed, handler)
         self.values: Items = []
-        self._others: Items | None = None
+        ordered = handler.has_sample or handler.has_counts or handler.is_last
+        self.others: Items = self.values if ordered else []
+        self.lanes: tuple[State, ...] = ()
         self.number = (self.values,) if self.takes is float else None
 
-    @property
-    def others(self) -> Items:
-        found = self._others
-        if found is None:  # most keys never need it
-            found = self._others = []
-        return found
-
-    def placed(self, value: Any, weight: Any) -> tuple[tuple[Items], tuple[Any]]:
+    def placed(self, value: Any, weight: Any) -> tuple[Items, Any]:
         """Return how to take in one value; raises KeyError if it is not for the fast way."""
         kind = type(value)
         if kind is int and self.takes is float:
@@ -677,179 +648,112 @@ class Slot:
             raise KeyError
         if type(weight) in _NUMBERS:
             if weight == 1:
-                return (self.values,), (value,)
+                return self.values, value
             if self.handler.weighted and 0 < weight <= LARGEST_WEIGHT:
-                return (self.others,), ((value, float(weight)),)
+                return self.others, (value, float(weight))
         raise KeyError
 
-    def spellings(self) -> Iterator[tuple[object, ...]]:
-        """Yield how calls may spell the key and its type."""
+    @property
+    def spellings(self) -> list[tuple[object, ...]]:
+        """How calls may spell the key and its type."""
         dataset, name = self.key
         where = (dataset, name) if dataset else (name,)
-        yield (*where, self.agg_type)
+        types = [self.agg_type]
         if isinstance(self.agg_type, AggregationType):
-            yield (*where, self.agg_type.value)
-
-    def wait(self) -> None:
-        """Let what comes know that values which came before still lie on a device."""
-
-    def filled(self) -> bool:
-        """Return whether there is anything to fold."""
-        return bool(self.values or self._others)
+            types.append(self.agg_type.value)
+        return [(*where, one) for one in types]
 
     def clear(self) -> None:
         self.values.clear()
-        if self._others is not None:
-            self._others.clear()
+        self.others.clear()
+        self.lanes = ()
 
-    def folded(self) -> tuple[State, list[Pending]]:
-        """Return the state of what is here, and what lies on a device."""
+    def folded(self, queued: AbstractSet[Key]) -> tuple[State, list[Pending]]:
+        """Return the state of what is here, and what lies on a device.
+
+        Where the most recent values matter, they queue behind those that still lie on a device.
+
+        Args:
+            queued: keys of which earlier values do.
+        """
         pending: list[Pending] = []
-        if not self._others:
-            return self._of_values(self.values, None), pending
+        if not (self.others or self.lanes):
+            return self.fold(self.values, None), pending
         state = self.handler.empty()
-        if self.values:
-            state.merge(self._of_values(self.values, None))
-        by_kind: dict[type, list[Any]] = {}
-        for item in self._others:
-            by_kind.setdefault(type(item), []).append(item)
-        for kind, items in by_kind.items():
-            if kind is tuple:
-                state.merge(self._of_values(*zip(*items, strict=True)))
-            elif kind is Pending:
-                pending = items
-            else:
-                state.merge_all(items)
-        return state, pending
-
-    def add_lanes(self, lanes: State) -> None:
-        """Add the lanes of several states; what else these held has been put down apart."""
-        self.others.append(lanes)
-
-    def _of_values(self, values: Any, weights: Any) -> State:
-        if self.built_in is None:
-            return LaneHandler.fold_listed(self.handler, values, weights)
-        return self.handler.fold_listed(values, weights)
-
-
-class OrderedSlot(Slot):
-    """The same where order matters.
-
-    Where the most recent values do, they queue behind those that still lie on a device.
-    """
-
-    __slots__ = ("_lanes", "_queued")
-
-    def __init__(self, key: Key, agg_type: TypeLike, handler: LaneHandler) -> None:
-        super().__init__(key, agg_type, handler)
-        self._lanes: list[State] = []
-        self._queued = False
-
-    @property
-    def others(self) -> Items:
-        return self.values
-
-    def wait(self) -> None:
-        self._queued = True
-
-    def clear(self) -> None:
-        super().clear()
-        self._lanes.clear()
-        self._queued = False
-
-    def add_lanes(self, lanes: State) -> None:
-        self._lanes.append(lanes)
-
-    def filled(self) -> bool:
-        return bool(self.values or self._lanes or self._queued)
-
-    def folded(self) -> tuple[State, list[Pending]]:
-        state = self.handler.empty()
-        pending: list[Pending] = []
         for kind, run in self._runs():
-            queue = pending if state.recent and (pending or self._queued) else None
+            queue = pending if state.recent and (pending or self.key in queued) else None
             if kind is Pending:
                 pending += run
             elif kind is float or kind is str:
                 self._follow(state, queue, run, None)
             elif kind is tuple:
                 self._follow(state, queue, *zip(*run, strict=True))
-            elif kind is list or kind is dict:
-                self._take_parts(state, queue, run)
             elif queue is None:
-                state.merge_all(run)
+                (state.merge_all if kind is State else state.take_plain)(run)
             else:
                 for one in run:
-                    state.merge(State(one.sums))
-                    self._queue(state, queue, *one.kept())
-        for lanes in self._lanes:
-            state.merge(lanes)
+                    if kind is State:
+                        state.merge(State(one.sums))
+                    values, weights = one.kept() if kind is State else state.kept(one)
+                    # Their lanes have been merged, and will be again, with the values.
+                    state.sums = tuple(map(sub, state.sums, self.fold(values, weights).sums))
+                    self._follow(state, queue, values, weights)
+        state.merge_all(self.lanes)
         return state, pending
 
-    def _take_parts(self, state: State, queue: list[Pending] | None, parts: list[Any]) -> None:
-        """Take in what collated batches hold besides lanes, which are merged apart."""
-        if queue is None:
-            state.take_plain(parts)
-            return
-        for part in parts:
-            self._queue(state, queue, *state.kept(part))
-
-    def _queue(self, state: State, queue: list[Pending], values: Any, weights: Any) -> None:
-        """Let values queue whose lanes have been merged: those are folded later, with the values."""
-        state.sums = tuple(map(sub, state.sums, self._of_values(values, weights).sums))
-        self._follow(state, queue, values, weights)
-
-    def _follow(self, state: State, queue: list[Pending] | None, values: Any, weights: Any) -> None:
+    def _follow(self, state: State, queue: Items | None, values: Any, weights: Any) -> None:
         """Let values follow those in `state`, or queue behind such as lie on a device."""
         if queue is None:
-            state.merge(self._of_values(values, weights))
+            state.merge(self.fold(values, weights))
         else:
             weighing = 1.0 if weights is None else _array(weights)
             queue.append(Pending(self.key, self.agg_type, _array(values), weighing))
 
     def _runs(self) -> Iterator[tuple[type, list[Any]]]:
-        """Yield what came in a row and is of one kind; nearly always that is everything."""
-        kinds = set(map(type, self.values))
-        if kinds <= _NUMBERS:
+        """Yield what is of one kind; where order matters, what came in a row."""
+        ordered = self.values is self.others
+        if self.values and not ordered:
             yield float, self.values
+        kinds = dict.fromkeys(map(type, self.others))
+        if kinds and kinds.keys() <= _NUMBERS:
+            yield float, self.others
         elif len(kinds) == 1:
-            yield kinds.pop(), self.values
-        else:
-            for kind, run in groupby(self.values, _kind):
+            yield next(iter(kinds)), self.others
+        elif ordered:
+            for kind, run in groupby(self.others, _kind):
                 yield kind, [*run]
+        else:
+            for kind in kinds:
+                yield kind, [one for one in self.others if type(one) is kind]
 
 
 class Shape:
     """Where the columns of collated batches that hold the same keys go.
 
     Attributes:
-        targets: of their lanes, all together, and of what else each column may hold.
+        lanes: of batches, each a pair of bytes.
+        targets: of these, all together, and of what else each column may hold.
     """
 
-    __slots__ = ("_lanes", "_slots", "targets")
+    __slots__ = ("_slots", "lanes", "targets")
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self._slots = slots
-        self._lanes: list[tuple[bytes, bytes]] = []
-        ordered = [slot.others for slot in slots if type(slot) is OrderedSlot]
-        self.targets = (self._lanes, *ordered)
-
-    def clear(self) -> None:
-        self._lanes.clear()
+        self.lanes: Items = []
+        self.targets = (self.lanes, *(one.others for one in slots if one.others is one.values))
 
     def spread(self) -> None:
         """Give each slot its lanes of all batches, added up as arrays."""
-        if not self._lanes:
+        if not self.lanes:
             return
-        all_sums, all_maxs = zip(*self._lanes, strict=True)
+        all_sums, all_maxs = zip(*self.lanes, strict=True)
         with quiet():
             sums = _rows(all_sums).sum(axis=0).tolist()
         maxs = _rows(all_maxs).max(axis=0).tolist()
         for slot in self._slots:
             width, height = slot.handler.sum_width, slot.handler.max_width
-            slot.add_lanes(State(tuple(sums[:width]), tuple(maxs[:height])))
+            slot.lanes += (State(tuple(sums[:width]), tuple(maxs[:height])),)
             del sums[:width], maxs[:height]
-        self.clear()
 
 
 def _rows(lanes: Sequence[bytes]) -> FloatArray:

@@ -1,11 +1,12 @@
 """What has come in and been folded: layers that never change, the oldest at the bottom.
 
     calls as they came          the log of the inbox, on top
+    the layer above
     ----------------------      a mark: rollback drops what lies above it
-    layers                      a cut takes all, joined; if its reduction fails, it goes back beneath
+    the layer below             a cut takes all, joined; if its reduction fails, it goes back beneath
                                 what has come since
 
-So there is one way to undo: to leave layers out, or to lay one back. A layer holds what some calls
+So there is one way to undo: to leave a layer out, or to lay one back. A layer holds what some calls
 brought: a state of each key, and what still lies on devices, in order of arrival. That settles when it
 is read, which gives another layer. Joining two is associative, and changes neither.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import partial
 from itertools import groupby, takewhile
 from typing import Any, NoReturn, TypeAlias
 
@@ -30,9 +31,11 @@ from metricfold._core.fold.values import Numbers, bad_weight, counted_elements, 
 from metricfold._core.intake.keys import KeyRecord
 from metricfold._core.runtime.listing import shortened
 
-__all__ = ["Arriving", "Layer", "Mark", "Stage", "arriving", "joined", "trim"]
+__all__ = ["NOTHING", "Arriving", "Layer", "Mark", "Stage", "arriving", "trim"]
 
 Records: TypeAlias = Mapping[Key, KeyRecord]
+
+_MOST_NAMED = 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +58,8 @@ class Layer:
 
     def followed_by(self, newer: Layer, records: Records) -> Layer:
         """Return both as one, with no more categories than are told apart, where these are many."""
+        if self is NOTHING or newer is NOTHING:
+            return newer if self is NOTHING else self
         states = {**self.states, **newer.states}
         for key in self.states.keys() & newer.states.keys():
             states[key] = both = self.states[key].copy()
@@ -151,11 +156,7 @@ class Layer:
         return rest.followed_by(own, records)
 
 
-def joined(layers: Sequence[Layer], records: Records) -> Layer:
-    """Return several layers as one."""
-    if not layers:
-        return Layer()
-    return reduce(lambda older, newer: older.followed_by(newer, records), layers)
+NOTHING = Layer()
 
 
 def trim(state: State, known: KeyRecord) -> None:
@@ -169,52 +170,38 @@ class Mark:
     """A place to come back to.
 
     Args:
-        layers: so many lie beneath it.
         calls: so many of those in the log came before it.
         values: so many values had each handler without lanes.
     """
 
-    layers: int
     calls: int
     values: Mapping[Key, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stage:
-    """All layers, and the mark. It is replaced as one, so that an interrupt leaves nothing half done.
+    """What is folded, and the mark. It is replaced as one: an interrupt leaves nothing half done.
 
     Args:
-        layers: the oldest first.
+        below: what a rollback leaves.
+        above: what it drops; nothing, where there is no mark.
         mark: the newest, if it is still good.
     """
 
-    layers: Sequence[Layer] = ()
+    below: Layer = NOTHING
+    above: Layer = NOTHING
     mark: Mark | None = None
-
-    def beneath(self) -> Sequence[Layer]:
-        """Return the layers that a rollback leaves."""
-        return self.layers if self.mark is None else self.layers[: self.mark.layers]
-
-    def above(self) -> Sequence[Layer]:
-        """Return the layers that a rollback drops."""
-        return self.layers[len(self.beneath()) :]
-
-    def over(self, layer: Layer) -> Stage:
-        """Return the stage with a layer laid beneath all others."""
-        mark = self.mark
-        if mark is not None:
-            mark = replace(mark, layers=mark.layers + 1)
-        return Stage((layer, *self.layers), mark)
 
     def renamed(self, key: Key, name: Key | None, records: Records) -> Stage:
         """Return the stage with what there is of `key` under another name; None: without it."""
+        below, above = (one.renamed(key, name, records) for one in (self.below, self.above))
         mark = self.mark
         if mark is not None and key in mark.values:
             values = {known: n for known, n in mark.values.items() if known != key}
             if name is not None:
                 values[name] = mark.values[key]
             mark = replace(mark, values=values)
-        return Stage([layer.renamed(key, name, records) for layer in self.layers], mark)
+        return Stage(below, above, mark)
 
 
 # -- From devices to the host ----------------------------------------------------------------------
@@ -250,36 +237,26 @@ def _arrived(
             array if arrays.backend_of(array) is None else next(numbers)
             for array in (one.value, one.weight)
         )
-        broken = [item for item in (value, weight) if isinstance(item, Exception)]
-        if not broken:
+        why = [str(item) for item in (value, weight) if isinstance(item, Exception)]
+        if not why:
             weight = weights_beside(value, weight)
-        bad = None if broken else bad_weight(weight)
-        if broken:
-            failed.setdefault(str(broken[0]), Counter())[one.key] += 1
-        elif bad is not None:
-            why = f"the weight {bad!r} is not a finite number of 0 or more"
-            failed.setdefault(why, Counter())[one.key] += 1
+            bad = bad_weight(weight)
+            if bad is not None:
+                why = [f"the weight {bad!r} is not a finite number of 0 or more"]
+        if why:
+            failed.setdefault(why[0], Counter())[one.key] += 1
         elif isinstance(value, np.ndarray):
             values, weights = counted_elements(value, weight)
             if values.size:
                 yield one, values, weights
         elif weight:
             yield one, value, weight
-    errors += [f"{_counted(keys)}: {why}" for why, keys in failed.items()]
-
-
-def _counted(keys: Counter[Key]) -> str:
-    """Return which metrics these are, and how many values of each."""
-    return shortened(
-        (
+    for reason, keys in failed.items():
+        named = (
             f"{show(key)} ({number:,} times)" if number > 1 else show(key)
             for key, number in keys.items()
-        ),
-        _MOST_NAMED,
-    )
-
-
-_MOST_NAMED = 20
+        )
+        errors.append(f"{shortened(named, _MOST_NAMED)}: {reason}")
 
 
 def _raise(error: Exception) -> NoReturn:
