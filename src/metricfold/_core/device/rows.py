@@ -39,8 +39,8 @@ import numpy.typing as npt
 
 from metricfold._core.fold import hints
 from metricfold._core.fold.names import Key
-from metricfold._core.fold.sample import BUCKETS
 from metricfold._core.fold.state import Sample, State
+from metricfold._core.sketch import BUCKETS
 from metricfold.metric import AggregationType, check_name, resolve_type, type_label
 
 if TYPE_CHECKING:

@@ -21,8 +21,6 @@ from metricfold._core.fold.state import State, quiet
 from metricfold._core.runtime.listing import internal, shortened
 from metricfold.metric import AggregationType, Metric, TypeLike, resolve_type, type_label
 
-__all__ = ["MetricBatch", "folded_keys", "say_replaced"]
-
 
 @internal("columns", "folded", "keys", "others", "replaced", "size", "states")
 class MetricBatch:

@@ -22,12 +22,12 @@ from copy import copy
 from functools import cached_property
 from numbers import Real
 from operator import mul
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from metricfold._core.fold.contract import CountsWriting, MeanWriting, SampleWriting
-from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
+from metricfold._core.fold.handlers import AggregationHandler, LaneHandler, check_choice
 from metricfold._core.fold.names import ANYTHING, show
 from metricfold._core.fold.sample import EXACT_VALUES
 from metricfold._core.fold.state import (
@@ -45,24 +45,11 @@ from metricfold._core.sketch.weights import LARGEST_WEIGHT
 from metricfold.metric import AggregationType, TypeLike, escaped, is_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from metricfold._core.fold.names import Key
     from metricfold._core.fold.sample import FloatArray
 
-__all__ = [
-    "CategoricalCountAggHandler",
-    "DistributionAggHandler",
-    "LastAggHandler",
-    "MaxAggHandler",
-    "MeanAggHandler",
-    "MinAggHandler",
-    "RateAggHandler",
-    "SumAggHandler",
-    "built_in_handlers",
-    "check_on_bad_name",
-    "folds_as",
-]
 
 _logger = logging.getLogger("metricfold")
 
@@ -83,11 +70,10 @@ class SumAggHandler(LaneHandler):
             return super().fold_listed(values, weights)
         return State((float(len(values)), 0.0, total))
 
-    def result(self, lanes: Mapping[str, float]) -> float:
+    def result(self, lanes: Mapping[str, Any]) -> Any:
         return lanes["sum"]
 
-    def results(self, lanes: Mapping[str, Any]) -> FloatArray:
-        return np.asarray(lanes["sum"])
+    results = result
 
 
 class RateAggHandler(SumAggHandler):
@@ -100,7 +86,7 @@ class RateAggHandler(SumAggHandler):
     is_total = False
     seconds_by_hand = 1.0
 
-    def result(self, lanes: Mapping[str, float]) -> float:
+    def result(self, lanes: Mapping[str, Any]) -> Any:
         return lanes["sum"] / lanes["seconds"] if lanes["seconds"] else math.nan
 
     def results(self, lanes: Mapping[str, Any]) -> FloatArray:
@@ -139,57 +125,50 @@ class MeanAggHandler(LaneHandler):
             return super().fold_listed(values, weights)
         return State((count, 0.0, total, weight))
 
-    def result(self, lanes: Mapping[str, float]) -> float:
+    def result(self, lanes: Mapping[str, Any]) -> Any:
         # Nothing that came in weighs nothing, but another rank may send what it likes.
         return lanes["weighted_sum"] / lanes["weight"] if lanes["weight"] else math.nan
 
     def results(self, lanes: Mapping[str, Any]) -> FloatArray:
-        weight = lanes["weight"]
-        return np.where(weight == 0, math.nan, lanes["weighted_sum"] / weight)
+        return np.where(lanes["weight"] == 0, math.nan, lanes["weighted_sum"] / lanes["weight"])
 
 
-class MaxAggHandler(LaneHandler):
+class _ExtremeAggHandler(LaneHandler):
+    """The largest of the values, each times `sign`."""
+
+    sign: ClassVar[float]
+    value_is_all = True
+
+    def maxs_of(self, values: FloatArray) -> tuple[float, ...]:
+        return (float((self.sign * values).max()),)
+
+    def fold_listed(self, values: Sequence[float], weights: Sequence[float] | None) -> State:
+        # From a float on: ints that a float holds may come to one that none does.
+        if not math.isfinite(sum(values, 0.0)):
+            return super().fold_listed(values, weights)
+        extreme = max(values) if self.sign > 0 else min(values)
+        return State((float(len(values)), 0.0), (self.sign * extreme,))
+
+    def result(self, lanes: Mapping[str, Any]) -> Any:
+        return self.sign * lanes[self.max_lanes[0]]
+
+    results = result
+
+
+class MaxAggHandler(_ExtremeAggHandler):
     """Largest value."""
 
     max_lanes = ("max",)
     initial = -math.inf
-    value_is_all = True
-
-    def maxs_of(self, values: FloatArray) -> tuple[float, ...]:
-        return (float(values.max()),)
-
-    def fold_listed(self, values: Sequence[float], weights: Sequence[float] | None) -> State:
-        if not _all_finite(values):
-            return super().fold_listed(values, weights)
-        return State((float(len(values)), 0.0), (float(max(values)),))
-
-    def result(self, lanes: Mapping[str, float]) -> float:
-        return lanes["max"]
-
-    def results(self, lanes: Mapping[str, Any]) -> FloatArray:
-        return np.asarray(lanes["max"])
+    sign = 1.0
 
 
-class MinAggHandler(LaneHandler):
+class MinAggHandler(_ExtremeAggHandler):
     """Smallest value, kept as the MAX of the negative."""
 
     max_lanes = ("negative_min",)
     initial = math.inf
-    value_is_all = True
-
-    def maxs_of(self, values: FloatArray) -> tuple[float, ...]:
-        return (-float(values.min()),)
-
-    def fold_listed(self, values: Sequence[float], weights: Sequence[float] | None) -> State:
-        if not _all_finite(values):
-            return super().fold_listed(values, weights)
-        return State((float(len(values)), 0.0), (-float(min(values)),))
-
-    def result(self, lanes: Mapping[str, float]) -> float:
-        return -lanes["negative_min"]
-
-    def results(self, lanes: Mapping[str, Any]) -> FloatArray:
-        return np.asarray(-lanes["negative_min"])
+    sign = -1.0
 
 
 class LastAggHandler(LaneHandler):
@@ -210,11 +189,10 @@ class LastAggHandler(LaneHandler):
         maxs = (float(numbers[-1]),) if numbers.size else self.empty().maxs
         return State((float(values.size), nans), maxs, latest=True)
 
-    def result(self, lanes: Mapping[str, float]) -> float:
+    def result(self, lanes: Mapping[str, Any]) -> Any:
         return lanes["last"]
 
-    def results(self, lanes: Mapping[str, Any]) -> FloatArray:
-        return np.asarray(lanes["last"])
+    results = result
 
 
 class DistributionAggHandler(LaneHandler):
@@ -242,8 +220,17 @@ class DistributionAggHandler(LaneHandler):
         self, window_size: int | None = 1000, percentiles: Sequence[float] = (5, 50, 95)
     ) -> None:
         super().__init__()
-        self.window_size = check_window_size(window_size)
-        self.percentiles = check_percentiles(percentiles)
+        name = f"; if that is the aggregator's name, write name={window_size!r}"
+        self.window_size = (
+            None
+            if window_size is None
+            else _check_count(
+                window_size,
+                f"the window size is {window_size!r}: give the number of recent values that each rank "
+                f"keeps, 1 or more, or None for all{name * isinstance(window_size, str)}",
+            )
+        )
+        self.percentiles = _check_percentiles(percentiles)
         names = (*statistics(self.percentiles), "nan_count", "inf_count")
         self._suffixes = tuple(f"_stat_{name}" for name in names)
 
@@ -331,7 +318,10 @@ class CategoricalCountAggHandler(LaneHandler):
 
     def __init__(self, max_categories: int = 1000, *, on_bad_name: str = "replace") -> None:
         super().__init__()
-        self.max_categories = check_max_categories(max_categories)
+        self.max_categories = _check_count(
+            max_categories,
+            f"max_categories={max_categories!r}: give the number of categories to tell apart, 1 or more",
+        )
         self.on_bad_name = check_on_bad_name(on_bad_name)
         self._told: set[tuple[str, str]] = set()
 
@@ -342,27 +332,18 @@ class CategoricalCountAggHandler(LaneHandler):
     def empty(self) -> State:
         return State((0.0,) * self.sum_width, counts={})
 
-    def fold_categories(self, categories: Iterable[str]) -> State:
-        """Return the state of `categories`.
-
-        Raises:
-            ValueError: one is empty or cannot be printed, and is not to be replaced.
-        """
+    def fold_listed(self, values: Sequence[str], weights: Sequence[float] | None) -> State:
         counts: dict[str, int] = {}
-        for category in categories:
+        for category in values:
             counts[category] = counts.get(category, 0) + 1
         bad = [category for category in counts if not is_name(category)]
         for category in bad:
-            name, count = self.printable(category), counts.pop(category)
+            name, count = self._printable(category), counts.pop(category)
             counts[name] = counts.get(name, 0) + count
         replaced = bad[0] if bad else None
-        return State((float(sum(counts.values())), 0.0), counts=counts, replaced=replaced)
+        return State((float(len(values)), 0.0), counts=counts, replaced=replaced)
 
-    def fold_listed(self, values: Sequence[str], weights: Sequence[float] | None) -> State:
-        return self.fold_categories(values)
-
-    def printable(self, category: str) -> str:
-        """Return what an unprintable category counts as; raises ValueError if it is refused."""
+    def _printable(self, category: str) -> str:
         if self.on_bad_name == "replace":
             return escaped(category)
         if not category:
@@ -373,7 +354,6 @@ class CategoricalCountAggHandler(LaneHandler):
         )
 
     def tell(self, key: Key, replaced: str) -> None:
-        """Warn that a category of `key` counts under another text, once for each key."""
         if key not in self._told:
             self._told.add(key)
             _logger.warning(
@@ -435,11 +415,8 @@ def folds_as(handler: AggregationHandler | None) -> type[LaneHandler] | None:
     return kind
 
 
-# Sums are exact up to one rounding. The rare one that is none (NaN, infinities, an overflow) is
-# what arrays are for.
-
-
 def _total(numbers: Sequence[float]) -> float | None:
+    """Return the sum, exact up to one rounding; None for NaN, infinities and an overflow."""
     try:
         total = math.fsum(numbers)
     except (OverflowError, ValueError):
@@ -447,73 +424,49 @@ def _total(numbers: Sequence[float]) -> float | None:
     return total if math.isfinite(total) else None
 
 
-def _all_finite(values: Sequence[float]) -> bool:
-    # From a float on: ints that a float holds may come to one that none does.
-    return math.isfinite(sum(values, 0.0))
-
-
 # -- Checks --------------------------------------------------------------------------------------
 
 
-def check_window_size(size: object) -> int | None:
-    if size is None:
-        return None
-    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size <= 0:
-        name = f"; if that is the aggregator's name, write name={size!r}" * isinstance(size, str)
-        raise ValueError(
-            f"the window size is {size!r}: give the number of recent values that each rank keeps, "
-            f"1 or more, or None for all{name}"
-        )
-    return int(size)
+def _check_count(count: object, message: str) -> int:
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count <= 0:
+        raise ValueError(message)
+    return int(count)
 
 
-def check_max_categories(most: object) -> int:
-    if isinstance(most, bool) or not isinstance(most, int | np.integer) or most <= 0:
-        raise ValueError(
-            f"max_categories={most!r}: give the number of categories to tell apart, 1 or more"
-        )
-    return int(most)
-
-
-def check_percentiles(percentiles: Sequence[float]) -> tuple[float, ...]:
+def _check_percentiles(percentiles: Sequence[float]) -> tuple[float, ...]:
+    given_as = f"percentiles={percentiles!r}"
+    wanted = "give a list of numbers in 0..100, such as (5, 50, 95)"
     try:
         given = tuple(percentiles)
     except TypeError:
-        raise TypeError(
-            f"percentiles={percentiles!r}: give a list of numbers in 0..100, such as (5, 50, 95)"
-        ) from None
+        raise TypeError(f"{given_as}: {wanted}") from None
     for percentile in given:
         if not isinstance(percentile, Real) or isinstance(percentile, bool):
-            raise TypeError(
-                f"percentiles={percentiles!r}: {percentile!r} is no number: give a list of numbers "
-                "in 0..100, such as (5, 50, 95)"
-            )
+            raise TypeError(f"{given_as}: {percentile!r} is no number: {wanted}")
         if not 0 <= percentile <= 100:
-            raise ValueError(f"percentiles={percentiles!r}: each must lie in 0..100")
+            raise ValueError(f"{given_as}: each must lie in 0..100")
     if given and max(given) <= 1 and any(0 < percentile < 1 for percentile in given):
         hundred = [round(float(percentile) * 100, 6) for percentile in given]
         meant = tuple(int(one) if one.is_integer() else one for one in hundred)
         raise ValueError(
-            f"percentiles={percentiles!r} are fractions, but percentiles lie in 0..100: write "
-            f"percentiles={meant!r}. If you do mean those below the first, give one above it too"
+            f"{given_as} are fractions, but percentiles lie in 0..100: write percentiles={meant!r}. "
+            "If you do mean those below the first, give one above it too"
         )
     checked = tuple(map(float, given))
     if list(checked) != sorted(set(checked)):
-        raise ValueError(f"percentiles={percentiles!r}: give them ascending, each once")
+        raise ValueError(f"{given_as}: give them ascending, each once")
     return checked
 
 
 def check_on_bad_name(on_bad_name: str) -> str:
-    if on_bad_name not in ("replace", "refuse"):
-        raise ValueError(f"on_bad_name={on_bad_name!r}: use 'replace' or 'refuse'")
-    return on_bad_name
+    return check_choice("on_bad_name", on_bad_name, "replace", "refuse")
 
 
 _BUILT_IN = {type(handler) for handler in built_in_handlers().values()}
 _REPLACEABLE = {
     name
-    for kind in (LaneHandler, *_BUILT_IN)
-    for name, member in vars(kind).items()
-    if not isinstance(member, cached_property)
+    for kind in _BUILT_IN
+    for name in dir(kind)
+    if not isinstance(getattr(kind, name), cached_property)
 }
 """What an object may have of its own in the place of its class's."""

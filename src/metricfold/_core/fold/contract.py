@@ -22,93 +22,18 @@ import numpy as np
 from metricfold._core.device import arrays
 from metricfold._core.fold.names import show
 from metricfold._core.fold.sample import FloatArray, histogram_from
-from metricfold._core.fold.state import NANS, OTHER, Lanes, ReducedState, State, quiet
+from metricfold._core.fold.state import NANS, OTHER, Lanes, ReducedState, State
 from metricfold._core.fold.values import category_of, number_of
-from metricfold.metric import Metric, MetricState, TypeLike, escaped, is_name
+from metricfold.metric import Metric, MetricState, escaped, is_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 
-__all__ = [
-    "STORED",
-    "CountsWriting",
-    "MeanWriting",
-    "SampleWriting",
-    "Writing",
-    "begun",
-    "combined",
-    "finalized",
-    "report",
-    "travelling",
-    "update",
-]
 
 STORED = "__value__"
 """Marks metadata as those of a state of lanes, and says what value they came to."""
-
-
-def begun(
-    handler: LaneHandler, dataset_name: str, metric_name: str, agg_type: TypeLike
-) -> MetricState:
-    """Return the state of a metric that has seen no value yet."""
-    state = MetricState(dataset_name, metric_name, handler.initial, agg_type)
-    _write(handler, handler.empty(), state)
-    return state
-
-
-def update(handler: LaneHandler, target: MetricState, metric: Metric) -> None:
-    """Take one value into a state, in place."""
-    if metric.weight:
-        with quiet():
-            handler.writing.add(handler, metric, target)
-
-
-def finalized(handler: LaneHandler, target: MetricState) -> MetricState:
-    """Return a rank's state with no more than its handler keeps; in place."""
-    state = handler.writing.read(handler, target.metadata)
-    if state is not None:
-        given = target.value if _is_set(target) else None
-        if state.sample is not None and handler.is_bounded:
-            state.sample.limit = handler.sample_limit
-        with quiet():
-            _write(handler, state, target)
-        if given is not None:
-            target.value = given
-    return target
-
-
-def combined(handler: LaneHandler, states: Sequence[MetricState]) -> MetricState:
-    """Return what the states of several ranks come to."""
-    first = states[0]
-    result = MetricState(first.dataset_name, first.metric_name, handler.initial, first.agg_type)
-    with quiet():
-        merged, *others = [_held(handler, state) for state in states]
-        if handler.is_last:  # of several ranks it is the lowest one's
-            merged, *others = [*reversed(others), merged]
-        value = None
-        if any(map(_is_set, states)):
-            value = handler.writing.combined([merged, *others], [one.value for one in states])
-        merged.merge_all(others)
-        _write(handler, merged, result)
-    if value is not None:
-        result.value = value
-    return result
-
-
-def report(handler: LaneHandler, target: MetricState) -> dict[str, float]:
-    """Return what to report of a finalised state, by suffix."""
-    seconds = target.metadata.get("seconds", math.nan)
-    with quiet():
-        held = _held(handler, target)
-        found = handler.finalize(_reduced(handler, held, seconds))
-        if handler.value_is_all or not _is_set(target):
-            return found
-        value = number_of(target.value)
-        # What is left of a mean that is multiplied by its weight and divided by it.
-        known = math.isclose(value, handler.writing.value_of(handler, held, seconds), rel_tol=1e-9)
-    return found if known and "" not in found else {**found, "": value}
 
 
 def travelling(handler: AggregationHandler | None, result: MetricState) -> tuple[Any, Any]:
@@ -133,14 +58,14 @@ def travelling(handler: AggregationHandler | None, result: MetricState) -> tuple
     return value, metadata
 
 
-def _write(handler: LaneHandler, state: State, target: MetricState) -> None:
+def write(handler: LaneHandler, state: State, target: MetricState) -> None:
     writing, metadata = handler.writing, target.metadata
     metadata.update(writing.written(handler, state))
     seconds = metadata.get("seconds", handler.seconds_by_hand)
     target.value = metadata[STORED] = writing.value_of(handler, state, seconds)
 
 
-def _held(handler: LaneHandler, target: MetricState, *, finished: bool = True) -> State:
+def state_of(handler: LaneHandler, target: MetricState, *, finished: bool = True) -> State:
     """Return what anyone's state holds; its value, where its metadata do not say.
 
     Args:
@@ -150,12 +75,12 @@ def _held(handler: LaneHandler, target: MetricState, *, finished: bool = True) -
             least; until then it may be no more than what it began with.
     """
     state = handler.writing.read(handler, target.metadata)
-    if state is not None and not _is_set(target):
+    if state is not None and not is_set(target):
         return state
     return handler.writing.standing_for(handler, target.value, state, finished=finished)
 
 
-def _is_set(state: MetricState) -> bool:
+def is_set(state: MetricState) -> bool:
     """Return whether the value is another one than what the metadata came to."""
     stored = state.metadata.get(STORED, state.value)
     if state.value is stored:
@@ -167,7 +92,7 @@ def _is_set(state: MetricState) -> bool:
     return value != stored and not (math.isnan(value) and stored != stored)  # noqa: PLR0124
 
 
-def _reduced(handler: LaneHandler, state: State, seconds: float) -> ReducedState:
+def reduced(handler: LaneHandler, state: State, seconds: float) -> ReducedState:
     """Return a state as if it were everyone's."""
     reduced = ReducedState(state.sums, state.maxs, seconds)
     if state.counts is not None:
@@ -215,7 +140,7 @@ class Writing:
             handler: of its type.
             value: the state's.
             held: what its metadata say, which the value differs from; None: nothing.
-            finished: as in `_held`.
+            finished: as in `state_of`.
         """
         if not finished and (value is None or not handler.value_is_all):
             return handler.empty() if held is None else held
@@ -237,9 +162,9 @@ class Writing:
 
     def add(self, handler: LaneHandler, metric: Metric, target: MetricState) -> None:
         """Take one value into a state, in place."""
-        state = _held(handler, target, finished=False)
+        state = state_of(handler, target, finished=False)
         state.merge(_folded(handler, metric))
-        _write(handler, state, target)
+        write(handler, state, target)
 
 
 class MeanWriting(Writing):
@@ -275,7 +200,7 @@ class SampleWriting(Writing):
         window = state.sample.window()
         _, nans, infinities, *_ = state.sums
         older = None if handler.is_bounded else window.older
-        found = handler.finalize(_reduced(handler, state, math.nan))
+        found = handler.finalize(reduced(handler, state, math.nan))
         return {
             "values": window.values.tolist(),
             "weights": None if window.weights is None else window.weights.tolist(),
@@ -307,7 +232,7 @@ class SampleWriting(Writing):
         return state
 
     def value_of(self, handler: LaneHandler, state: State, seconds: float) -> float:
-        found = handler.finalize(_reduced(handler, state, seconds))
+        found = handler.finalize(reduced(handler, state, seconds))
         return found.get("_stat_mean", handler.initial)
 
     def standing_for(
@@ -328,7 +253,7 @@ class SampleWriting(Writing):
         one = _folded(handler, metric)
         # In place: a copy of the window for each value would cost as much as it is large.
         if not isinstance(metadata.get("values"), list | deque):
-            metadata.update(self.written(handler, _held(handler, target, finished=False)))
+            metadata.update(self.written(handler, state_of(handler, target, finished=False)))
         _, nans, infinities, *_ = one.sums
         metadata["nans"] = metadata.get("nans", 0.0) + nans
         metadata["infinities"] = metadata.get("infinities", 0.0) + infinities
@@ -413,7 +338,7 @@ class CountsWriting(Writing):
         except TypeError as error:
             raise TypeError(f"{show(key)}: {error}") from None
         if not isinstance(metadata.get("counts"), Counter):
-            metadata.update(self.written(handler, _held(handler, target, finished=False)))
+            metadata.update(self.written(handler, state_of(handler, target, finished=False)))
         counts = metadata["counts"]
         one = handler.fold_listed([category], None)
         _count(handler, counts, (one.counts or {}).items())

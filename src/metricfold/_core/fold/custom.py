@@ -24,25 +24,18 @@ from metricfold.metric import (
     MetricState,
     TypeLike,
     check_key,
+    check_name,
     escaped,
-    is_name,
     quote,
     resolve_type,
     type_label,
 )
 
-__all__ = [
-    "CustomResults",
-    "CustomStates",
-    "Result",
-    "SavedState",
-    "check_saved_states",
-    "restored",
-]
-
 SavedState = dict[str, Any]
 """A state as plain JSON types, with its key and type."""
 
+
+_VIEWS = ("run", "interval")
 
 _REPLAY = 256
 """After so many values the states are copied anew, so that a failure replays no more than that."""
@@ -59,52 +52,43 @@ class _States:
     """
 
     agg_type: TypeLike
-    run: MetricState | None = None
-    interval: MetricState | None = None
-    inherited_run: list[MetricState] = field(default_factory=list)
-    inherited_interval: list[MetricState] = field(default_factory=list)
-    older: tuple[MetricState | None, MetricState | None] = (None, None)
+    own: dict[str, MetricState] = field(default_factory=dict)
+    inherited: dict[str, list[MetricState]] = field(default_factory=lambda: {v: [] for v in _VIEWS})
+    older: dict[str, MetricState] = field(default_factory=dict)
     since: list[Metric] = field(default_factory=list)
 
     def of(self, view: str) -> list[MetricState]:
-        own, inherited = (
-            (self.run, self.inherited_run)
-            if view == "run"
-            else (self.interval, self.inherited_interval)
-        )
-        return [*inherited, *([] if own is None else [own])]
+        return [*self.inherited[view], *(state for of, state in self.own.items() if of == view)]
 
     def take(self, handler: AggregationHandler, key: Key, metric: Metric) -> None:
         """Hand one value to the handler, for both views."""
-        if self.run is None:
-            self.run = _begun(handler, key, self.agg_type)
-        if self.interval is None:
-            self.interval = _begun(handler, key, self.agg_type)
-        handler.update(self.run, metric)
-        handler.update(self.interval, metric)
+        for view in _VIEWS:
+            if view not in self.own:
+                self.own[view] = _begun(handler, key, self.agg_type)
+        for view in _VIEWS:
+            handler.update(self.own[view], metric)
         self.since.append(metric)
 
     def settle(self) -> None:
         """Make the present states those that a failure goes back to."""
-        self.older, self.since = copy.deepcopy((self.run, self.interval)), []
+        self.older, self.since = copy.deepcopy(self.own), []
 
     def go_back(self, handler: AggregationHandler, key: Key, values: int) -> None:
         """Undo everything but the first `values` values since the states were settled."""
-        kept, (self.run, self.interval) = self.since[:values], copy.deepcopy(self.older)
+        kept, self.own = self.since[:values], copy.deepcopy(self.older)
         self.since = []
         for metric in kept:
             self.take(handler, key, metric)
 
     def rename(self, key: Key) -> None:
-        """Say everywhere that these are of `key`."""
         self.since = [metric._replace(dataset_name=key[0], name=key[1]) for metric in self.since]
-        for state in (*self.of("run"), *self.of("interval"), *self.older):
-            if state is not None:
-                state.dataset_name, state.metric_name = key
+        for state in (*self.of("run"), *self.of("interval"), *self.older.values()):
+            state.dataset_name, state.metric_name = key
 
     def closed(self) -> _States:
         """Return these states with nothing in the interval."""
-        closed = _States(self.agg_type, run=self.run, inherited_run=self.inherited_run)
+        own = {view: state for view, state in self.own.items() if view == "run"}
+        closed = _States(self.agg_type, own, {**self.inherited, "interval": []})
         closed.settle()
         return closed
 
@@ -134,9 +118,7 @@ class CustomStates:
     ) -> None:
         """Hand each metric to its handler; if one raises, every state is as it was before.
 
-        Args:
-            work: keys, their handlers and the metrics of each.
-            commit: takes in what has come in the same call; the call counts once that is done.
+        The call counts once `commit` is done, which takes in what has come in the same call.
         """
         work = [one for one in work if one[2]]
         handlers = {key: handler for key, handler, _ in work}
@@ -188,7 +170,7 @@ class CustomStates:
         for key, older in states.items():
             if older:
                 own = self._states.setdefault(key, _States(older[0].agg_type))
-                inherited = own.inherited_run if view == "run" else own.inherited_interval
+                inherited = own.inherited[view]
                 known = {*map(id, inherited)}
                 inherited[:0] = [state for state in older if id(state) not in known]
 
@@ -198,9 +180,7 @@ class CustomStates:
         if states is None or name is None:
             return
         states.rename(name)
-        if name not in self._states:
-            self._states[name] = states
-        else:
+        if self._states.setdefault(name, states) is not states:
             for view in _VIEWS:
                 self.inherit(view, {name: states.of(view)})
 
@@ -213,7 +193,7 @@ class CustomStates:
 
         Args:
             handlers: of each key.
-            of_type: the handler of each type, by its label.
+            of_type: the handler that answers for a result of a type, by the type's label.
         """
         sent: dict[str, Any] = {"results": {}, "saved": {}, "unsent": "", "unsaved": ""}
         for view in _VIEWS:
@@ -233,9 +213,6 @@ class CustomStates:
         return json.dumps(sent, separators=(",", ":")).encode()
 
 
-_VIEWS = ("run", "interval")
-
-
 @dataclass(frozen=True, slots=True)
 class Result:
     """What the ranks' results of one name come to.
@@ -253,11 +230,7 @@ class Result:
     parts: list[tuple[Any, Any]]
 
     def finalised(self, handler: AggregationHandler | None, seconds: float) -> dict[str, float]:
-        """Return what to report, by the suffix that the name takes.
-
-        Args:
-            handler: of the type.
-            seconds: wall time that the view speaks about.
+        """Return what to report, by suffix, of a view of so many seconds of wall time.
 
         Raises:
             ValueError, TypeError: the type has no handler, or what the handler gives is no number;
@@ -268,14 +241,9 @@ class Result:
                 f"{show(self.key)} was finalised to type {self.label!r}, for which no handler is "
                 "registered: call register_handler() on every rank"
             )
+        agg_type = resolve_type(self.label)
         states = [
-            MetricState(
-                *self.key,
-                unpack(value),
-                resolve_type(self.label),
-                handler.deserialize_metadata(unpack(metadata)),
-            )
-            for value, metadata in self.parts
+            _state(handler, self.key, agg_type, value, metadata) for value, metadata in self.parts
         ]
         result = states[0] if len(states) == 1 else handler.finalize_dist_agg(states)
         if not isinstance(result, MetricState):
@@ -340,10 +308,11 @@ def _received(blob: bytes, rank: int) -> dict[str, Any]:
             for _, _, label, origin, _, _ in sent["results"][view]:
                 # A name may be anything here: it is checked where it would be printed.
                 check_key(*origin)
-                _check_texts(label)
+                check_name("a type", label)
             check_saved_states(sent["saved"][view])
         # On one line: it is about to be raised.
-        said = {name: escaped(sent[name]) if sent[name] else "" for name in _TROUBLES}
+        troubles = ("unsent", "unsaved")
+        said = {name: escaped(sent[name]) if sent[name] else "" for name in troubles}
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise RuntimeError(
             f"rank {rank} sent what are no results of handlers without lanes "
@@ -351,9 +320,6 @@ def _received(blob: bytes, rank: int) -> dict[str, Any]:
             "everywhere, and look after that rank's machine"
         ) from None
     return {**sent, **said}
-
-
-_TROUBLES = ("unsent", "unsaved")
 
 
 def check_saved_states(states: object) -> None:
@@ -368,15 +334,10 @@ def check_saved_states(states: object) -> None:
         if not isinstance(state, dict) or state.keys() != _FIELDS:
             raise ValueError("a state of a custom handler lacks a field, or has another")
         check_key(state["dataset"], state["name"])
-        _check_texts(state["type"])
+        check_name("a type", state["type"])
 
 
 _FIELDS = {"dataset", "name", "type", "value", "metadata"}
-
-
-def _check_texts(*texts: object) -> None:
-    if not all(map(is_name, texts)):
-        raise ValueError("a name is none")
 
 
 def _is_number(value: Any) -> bool:
@@ -453,8 +414,15 @@ def _packed(**fields: Any) -> dict[str, Any]:
 
 def restored(saved: SavedState, handler: AggregationHandler, agg_type: TypeLike) -> MetricState:
     """Return the state that was saved."""
-    metadata = handler.deserialize_metadata(unpack(saved["metadata"]))
-    return MetricState(saved["dataset"], saved["name"], unpack(saved["value"]), agg_type, metadata)
+    key = saved["dataset"], saved["name"]
+    return _state(handler, key, agg_type, saved["value"], saved["metadata"])
+
+
+def _state(
+    handler: AggregationHandler, key: Key, agg_type: TypeLike, value: Any, metadata: Any
+) -> MetricState:
+    unpacked = unpack(value), handler.deserialize_metadata(unpack(metadata))
+    return MetricState(*key, unpacked[0], agg_type, unpacked[1])
 
 
 def _save(

@@ -1,20 +1,11 @@
 """How values combine: the contract of a handler, and of one whose state are lanes.
 
 A handler is four words. *Identity*: zero in every SUM lane, minus infinity in every MAX lane.
-*Merge*: SUM lanes add, MAX lanes take the maximum; both are associative and commutative, so values
-may be split over workers, ranks and restarts in any way. *Fold*: many values at once become lanes.
+*Merge*: SUM lanes add, MAX lanes take the maximum. *Fold*: many values at once become lanes.
 *Result*: the lanes of everyone become a number, and only then is anything divided, rooted or ranked.
 
-    class MeanAggHandler(LaneHandler):
-        sum_lanes = ("weighted_sum", "weight")
-
-        def sums_of(self, values, weights): ...            # fold
-        def result(self, lanes):                           # result
-            return lanes["weighted_sum"] / lanes["weight"]
-
-A handler of your own either declares lanes like that, and then rides in the one packed collective,
-or implements the four methods of `AggregationHandler`, which may keep any state it likes.
-`builtin.py` has those that are there from the start.
+A handler of your own either declares lanes (`LaneHandler`), and then rides in the one packed
+collective, or implements the four methods of `AggregationHandler`, which may keep any state it likes.
 """
 
 from __future__ import annotations
@@ -47,8 +38,6 @@ if TYPE_CHECKING:
 
     from metricfold._core.fold.names import Key
     from metricfold._core.fold.sample import FloatArray
-
-__all__ = ["AggregationHandler", "LaneHandler", "check_on_nan", "reported"]
 
 
 class AggregationHandler(ABC):
@@ -107,10 +96,7 @@ class AggregationHandler(ABC):
         raise TypeError(f"{type(self).__name__} has no lanes")
 
     def kind_of(self, label: str) -> str:
-        """Return what says how states of this handler are made, and so which of them merge.
-
-        Args:
-            label: of the aggregation type that it handles.
+        """Return what says how states of a type of this `label` are made, and so which merge.
 
         >>> from metricfold import DistributionAggHandler, SumAggHandler
         >>> SumAggHandler().kind_of("sum"), SumAggHandler().kind_of("tokens")
@@ -155,7 +141,7 @@ class LaneHandler(AggregationHandler):
     """What its values are: numbers, or texts (str)."""
 
     def __init__(self, *, on_nan: str = "propagate") -> None:
-        self.on_nan = check_on_nan(on_nan)
+        self.on_nan = check_choice("on_nan", on_nan, "propagate", "skip")
 
     # What a subclass says.
 
@@ -324,23 +310,59 @@ class LaneHandler(AggregationHandler):
     def initialize_metric_state(
         self, dataset_name: str, metric_name: str, agg_type: TypeLike
     ) -> MetricState:
-        return contract.begun(self, dataset_name, metric_name, agg_type)
+        state = MetricState(dataset_name, metric_name, self.initial, agg_type)
+        contract.write(self, self.empty(), state)
+        return state
 
     def update(self, local_agg_metric: MetricState, metric: Metric) -> None:
-        contract.update(self, local_agg_metric, metric)
+        if metric.weight:
+            with quiet():
+                self.writing.add(self, metric, local_agg_metric)
 
     def finalize_local_agg(self, local_agg_metric: MetricState) -> list[MetricState]:
-        return [contract.finalized(self, local_agg_metric)]
+        """Return the state, with no more than the handler keeps."""
+        state = self.writing.read(self, local_agg_metric.metadata)
+        if state is not None:
+            given = local_agg_metric.value if contract.is_set(local_agg_metric) else None
+            if state.sample is not None and self.is_bounded:
+                state.sample.limit = self.sample_limit
+            with quiet():
+                contract.write(self, state, local_agg_metric)
+            if given is not None:
+                local_agg_metric.value = given
+        return [local_agg_metric]
 
     def finalize_dist_agg(self, local_agg_metrics: list[MetricState]) -> MetricState:
-        return contract.combined(self, local_agg_metrics)
+        first, values = local_agg_metrics[0], [state.value for state in local_agg_metrics]
+        result = MetricState(first.dataset_name, first.metric_name, self.initial, first.agg_type)
+        with quiet():
+            held = [contract.state_of(self, state) for state in local_agg_metrics]
+            is_set = any(map(contract.is_set, local_agg_metrics))
+            value = self.writing.combined(held, values) if is_set else None
+            # Of several ranks the last value is the lowest one's.
+            merged, *others = [*held[1:][::-1], held[0]] if self.is_last else held
+            merged.merge_all(others)
+            contract.write(self, merged, result)
+        if value is not None:
+            result.value = value
+        return result
 
     def report(self, local_agg_metric: MetricState) -> dict[str, float]:
         """Return what to report of a finalised state, by the suffix that the metric's name takes.
 
         Its metadata may say under ``"seconds"`` what wall time it speaks about.
         """
-        return contract.report(self, local_agg_metric)
+        seconds = local_agg_metric.metadata.get("seconds", math.nan)
+        with quiet():
+            held = contract.state_of(self, local_agg_metric)
+            found = self.finalize(contract.reduced(self, held, seconds))
+            if self.value_is_all or not contract.is_set(local_agg_metric):
+                return found
+            value = number_of(local_agg_metric.value)
+            # What is left of a mean that is multiplied by its weight and divided by it.
+            stored = self.writing.value_of(self, held, seconds)
+            known = math.isclose(value, stored, rel_tol=1e-9)
+        return found if known and "" not in found else {**found, "": value}
 
 
 _CONTRACT = (
@@ -381,7 +403,8 @@ def _array(numbers: Sequence[float]) -> FloatArray:
     return np.fromiter(copied, dtype=np.float64, count=len(copied))
 
 
-def check_on_nan(on_nan: str) -> str:
-    if on_nan not in ("propagate", "skip"):
-        raise ValueError(f"on_nan={on_nan!r}: use 'propagate' or 'skip'")
-    return on_nan
+def check_choice(name: str, given: str, *choices: str) -> str:
+    """Return an argument that has to be one of `choices`."""
+    if given not in choices:
+        raise ValueError(f"{name}={given!r}: use {' or '.join(map(repr, choices))}")
+    return given

@@ -25,19 +25,6 @@ from metricfold._core.device import arrays
 from metricfold._core.runtime.staging import NO_NUMBER, is_traced
 from metricfold.metric import METRICS, AggregationType, Metric
 
-__all__ = [
-    "for_agg",
-    "for_label",
-    "for_metric",
-    "for_metrics",
-    "for_number",
-    "for_source",
-    "for_stacked",
-    "for_step",
-    "for_value",
-    "for_weight",
-]
-
 _COLLATE = "give the DataLoader collate_fn=MetricsCollator(your_collate_fn)"
 _DRAIN = "drain an accumulator first, accumulator = aggregator.drain(accumulator)"
 _UNPACK = "unpack packed metrics first, metrics = packed.unpack()"

@@ -15,8 +15,6 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["Parts", "kind_of_parts", "parts_of"]
-
 
 class Parts(NamedTuple):
     """What a state is made of.
@@ -62,13 +60,8 @@ def kind_of_parts(parts: Parts) -> str:
     >>> kind_of_parts(Parts("sum", 3, 0)), kind_of_parts(Parts("tokens", 3, 0))
     ('sum', 'tokens/3+0')
     """
-    text = f"{parts.label}/{parts.sums}+{parts.maxs}"
-    for part, there in (
-        (parts.sample, parts.sample),
-        ("counts", parts.counts),
-        ("last", parts.last),
-    ):
-        text += f"/{part}" * bool(there)
+    more = (parts.sample, "counts" * parts.counts, "last" * parts.last)
+    text = "/".join([parts.label, f"{parts.sums}+{parts.maxs}", *filter(None, more)])
     return _SHORT.get(text, text)
 
 

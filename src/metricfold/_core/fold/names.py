@@ -8,8 +8,6 @@ from typing import TypeAlias
 
 from metricfold.metric import check_name
 
-__all__ = ["ANYTHING", "Claimed", "Claims", "Key", "check_prefix", "printed", "repeated", "show"]
-
 ANYTHING = "\x00"
 """Stands for any text in what a key claims; no name can hold it, since names are printable."""
 

@@ -19,8 +19,6 @@ import numpy as np
 
 from metricfold.metric import quote
 
-__all__ = ["NotPlainError", "pack", "unpack"]
-
 _KIND = "__kind__"
 """Marks a JSON object that stands for something else."""
 

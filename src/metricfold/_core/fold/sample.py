@@ -21,18 +21,6 @@ from metricfold._core.sketch.weights import concatenated
 if TYPE_CHECKING:
     from metricfold._core.sketch import LogLinearHistogram
 
-__all__ = [
-    "BUCKETS",
-    "EXACT_VALUES",
-    "MOST_SAVED",
-    "FloatArray",
-    "Pool",
-    "Window",
-    "concatenated",
-    "histogram_from",
-    "new_histogram",
-    "quantiles",
-]
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 Weights: TypeAlias = FloatArray | None
@@ -50,10 +38,9 @@ def new_histogram(
     values: FloatArray = _NOTHING,
     weights: Weights = None,
 ) -> LogLinearHistogram:
-    """Return a histogram of its own of what `parts` hold and of `values`."""
+    """Return a new histogram of what `parts` hold and of `values`."""
     histogram = histograms.LogLinearHistogram(BUCKETS)
-    parts = list(parts)
-    if parts:
+    if parts := list(parts):
         histogram.merge(*parts)
     if values.size:
         histogram.update(values, weights)
@@ -159,9 +146,8 @@ class Window(NamedTuple):
         """Return the newest `limit` of these values and the `newer` ones, which are all fresh."""
         if newer.values.size == limit and not self.fresh and self.older is None:
             return newer
-        older = newer.older if self.older is None else self.older
-        if self.older is not None and newer.older is not None:
-            older = new_histogram([self.older, newer.older])
+        parts = [one.older for one in (self, newer) if one.older is not None]
+        older = new_histogram(parts) if len(parts) > 1 else next(iter(parts), None)
         values, weights = concatenated([(self.values, self.weights), (newer.values, newer.weights)])
         return Window(values, weights, self.fresh + newer.values.size, older).limited(limit)
 
@@ -170,20 +156,14 @@ class Window(NamedTuple):
         beyond = self.values.size - limit
         if beyond <= 0:
             return self
-        weights = self.weights
         older = self.older
         if self.fresh > limit:
-            lost = slice(-self.fresh, -limit)
             parts = [] if older is None else [older]
-            older = new_histogram(
-                parts, self.values[lost], None if weights is None else weights[lost]
-            )
-        return Window(
-            self.values[beyond:],
-            None if weights is None else weights[beyond:],
-            min(self.fresh, limit),
-            older,
-        )
+            older = new_histogram(parts, *self._cut(slice(-self.fresh, -limit)))
+        return Window(*self._cut(slice(beyond, None)), min(self.fresh, limit), older)
+
+    def _cut(self, places: Any) -> tuple[FloatArray, Weights]:
+        return self.values[places], None if self.weights is None else self.weights[places]
 
     def closed(self) -> Window:
         """Return the same values, none of which belongs to the interval that now begins."""
@@ -195,9 +175,8 @@ class Window(NamedTuple):
         if size <= most:
             return self
         kept = np.linspace(0, size - 1, most).round().astype(np.intp)
-        weights = None if self.weights is None else self.weights[kept]
         fresh = int((kept >= size - self.fresh).sum())
-        return Window(self.values[kept], weights, fresh, self.older)
+        return Window(*self._cut(kept), fresh, self.older)
 
     def recent(self) -> Pool:
         """Return the most recent values."""
@@ -205,8 +184,7 @@ class Window(NamedTuple):
 
     def interval(self) -> Pool:
         """Return what came in during the open interval."""
-        fresh = slice(self.values.size - self.fresh, None)
-        exact = Pool(self.values[fresh], None if self.weights is None else self.weights[fresh])
+        exact = Pool(*self._cut(slice(self.values.size - self.fresh, None)))
         return exact if self.older is None else Pool.joined([exact, Pool(histogram=self.older)])
 
 
@@ -216,8 +194,7 @@ class Window(NamedTuple):
 def quantiles(values: FloatArray, weights: FloatArray | None, q: FloatArray) -> FloatArray:
     """Return the quantiles `q`, each in 0..1, of `values`, shape (n,), n > 0.
 
-    NumPy's ``linear`` rule; with weights the rule of `sketch.estimate.quantiles`, each value a cell of
-    no width.
+    NumPy's ``linear`` rule; with weights that of `sketch.estimate`, each value a cell of no width.
     """
     if weights is None or (weights[0] <= 1.0 and (weights == weights[0]).all()):
         return np.quantile(values, q)

@@ -1,13 +1,7 @@
 """What a key has accumulated: a `State`, whose parts merge each in its own way.
 
-    part     identity      of two states                                  of whom
-    sums     0             their sum                                      every handler with lanes
-    maxs     -inf          the larger; NaN, where there is one            MAX, MIN, lanes of your own
-                           the newer, where it is `latest`                LAST
-    sample   no values     the newer values follow the older              DISTRIBUTION
-    counts   no category   their sums by category                         CATEGORICAL_COUNT
-
-`README.md` in this folder says for each part why it does not matter how the values were split.
+`README.md` in this folder has the table of the parts, and says for each why it does not matter how the
+values were split.
 """
 
 from __future__ import annotations
@@ -21,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from metricfold._core.fold.sample import FloatArray, Pool, Window, concatenated, new_histogram
+from metricfold._core.fold.sample import FloatArray, Pool, Window, new_histogram
+from metricfold._core.sketch.weights import concatenated
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,20 +24,6 @@ if TYPE_CHECKING:
 
     from metricfold._core.sketch import LogLinearHistogram
 
-__all__ = [
-    "COMMON_LANES",
-    "COUNT",
-    "NANS",
-    "OTHER",
-    "Counts",
-    "Lanes",
-    "ReducedState",
-    "ReducedStates",
-    "Results",
-    "Sample",
-    "State",
-    "quiet",
-]
 
 Lanes: TypeAlias = tuple[float, ...]
 Counts: TypeAlias = dict[str, int]
@@ -60,10 +41,7 @@ intervals bring fewer, and are folded when they are reduced, where no training s
 
 
 def quiet() -> np.errstate:
-    """Return a context in which sums may overflow to inf, or inf - inf be NaN, without a warning.
-
-    Such results are reported as what they are; a warning for each would drown them.
-    """
+    """Return a context in which sums overflow to inf or NaN without a warning: they are reported."""
     return np.errstate(over="ignore", invalid="ignore")
 
 
@@ -104,16 +82,13 @@ class State:
 
     @property
     def any_number(self) -> bool:
-        """Whether a value came in that is not NaN."""
         return self.sums[COUNT] > self.sums[NANS]
 
     def merge(self, other: State) -> None:
         """Take in what `other` holds; its values are the newer ones.
 
         Associative, with the empty state as its identity, and commutative but for what depends on
-        the order in which values and categories came. It has to be: the same values reach a result
-        as states of data workers, of pieces of an interval, of ranks, which no two routes join in
-        the same order, and of the runs before a restart.
+        the order in which values and categories came: no two routes join the same values alike.
         """
         self.merge_all((other,))
 
@@ -161,11 +136,7 @@ class State:
         return None if self.sample is None else self.sample.window()
 
     def kept(self, part: Any = None) -> tuple[FloatArray, FloatArray | None]:
-        """Return the values that are kept as they are, and their weights.
-
-        Args:
-            part: the third of `plain` of a state like this; None: what this one keeps.
-        """
+        """Return the values, with weights, that are kept here, or in the third of a `plain`."""
         part = self.plain()[2] if part is None else part
         if self.latest:
             return np.array(part, dtype=np.float64), None
@@ -211,31 +182,22 @@ class Sample:
 
     def follow_with(self, others: Sequence[Sample]) -> None:
         """Let the values of `others` follow, in order."""
-        older = [] if self.older is None else [self.older]
         for other in others:
             self.chunks += other.chunks
             self.size += other.size
-            if other.older is not None:
-                older.append(other.older)
-        if len(older) > (self.older is not None):
-            self.older = new_histogram(older)
-        if self.limit is not None and self.size >= self.limit + _UNFOLDED:
-            self._condense(self.limit)
-
-    def _condense(self, limit: int) -> None:
-        """Move the oldest chunks to the histogram, but for the newest `limit` values."""
-        beyond = []
-        while self.size - self.chunks[0][0].size >= limit:
-            beyond.append(self.chunks.popleft())
-            self.size -= beyond[-1][0].size
         known = [] if self.older is None else [self.older]
-        # A new one: copies share the old, which never changes.
-        self.older = new_histogram(known, *concatenated(beyond))
+        older = [other.older for other in others if other.older is not None]
+        beyond = []
+        if self.limit is not None and self.size >= self.limit + _UNFOLDED:
+            while self.size - self.chunks[0][0].size >= self.limit:
+                beyond.append(self.chunks.popleft())
+                self.size -= beyond[-1][0].size
+        if older or beyond:
+            # A new one: copies share the old, which never changes.
+            self.older = new_histogram([*known, *older], *concatenated(beyond))
 
     def copy(self) -> Sample:
-        copied = Sample((), self.limit, self.older)
-        copied.chunks, copied.size = self.chunks.copy(), self.size
-        return copied
+        return Sample(self.chunks, self.limit, self.older)
 
     def window(self) -> Window:
         """Return the newest `limit` values, and all before them as a histogram."""
@@ -243,9 +205,7 @@ class Sample:
         if self.older is not None:
             self.older.settle()
         window = Window(values, weights, values.size, self.older)
-        if self.limit is None or values.size <= self.limit:
-            return window
-        return window.limited(self.limit)
+        return window if self.limit is None else window.limited(self.limit)
 
     def plain(self) -> list[bytes | None]:
         """Return the values that are kept as they are, and their weights, as bytes of float64."""

@@ -19,8 +19,6 @@ import numpy.typing as npt
 
 from metricfold._core.fold.sample import FloatArray, Pool
 
-__all__ = ["Pools", "Statistic", "percentile_name", "statistics"]
-
 _AT_ONCE = 1 << 16
 """So many values of pools of equal size at once: they stay in the cache, and take little memory."""
 _MANY = 1_500

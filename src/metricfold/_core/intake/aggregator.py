@@ -24,7 +24,7 @@ from metricfold._core.fold import hints
 from metricfold._core.fold.batch import MetricBatch, say_replaced
 from metricfold._core.fold.builtin import built_in_handlers
 from metricfold._core.fold.columns import Column, fold_each, fold_metrics, fold_together, fold_value
-from metricfold._core.fold.handlers import AggregationHandler, check_on_nan
+from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import Key, check_prefix, show
 from metricfold._core.fold.state import quiet
 from metricfold._core.fold.values import is_many
@@ -109,9 +109,7 @@ class MetricsAggregator:
     ) -> None:
         guard_default_collate()
         keys = KeyTable(
-            built_in_handlers(
-                dist_window_size, percentiles, check_on_nan(on_nan), max_categories, on_bad_name
-            )
+            built_in_handlers(dist_window_size, percentiles, on_nan, max_categories, on_bad_name)
         )
         if name is not None:
             check_name("the aggregator's name", name)

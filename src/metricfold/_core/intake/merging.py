@@ -15,11 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from metricfold._core.fold.names import Claims, Key, show
-from metricfold._core.fold.sample import MOST_SAVED, Window, concatenated
+from metricfold._core.fold.sample import MOST_SAVED, Window
 from metricfold._core.fold.state import quiet
 from metricfold._core.intake.checkpoint import Saved, decode, encode, share
 from metricfold._core.reduce.schema import Entry, Schema
 from metricfold._core.reduce.totals import Totals
+from metricfold._core.sketch.weights import concatenated
 
 __all__ = ["merge_state_dicts"]
 
