@@ -21,7 +21,8 @@ from metricfold._core.fold.names import Claims
 from metricfold._core.intake import keys
 from metricfold._core.intake.keys import KeyTable
 from metricfold._core.reduce import agreement
-from metricfold._core.reduce.agreement import Agreed, agree, encoded
+from metricfold._core.reduce.agreement import Agreed, agree, read
+from metricfold._core.reduce.announced import encoded
 from metricfold._core.reduce.schema import Entry, Key, Schema
 from metricfold.communicator import Communicator
 from metricfold.metric import resolve_type
@@ -69,7 +70,7 @@ class World:
                 if key not in self.schema or known.conflicting
             ]
             blobs.append(encoded([table.entry(key) for key in sorted(unknown)]))
-        agreed = agree(self.schema, self.claims, blobs)
+        agreed = agree(self.schema, self.claims, read(blobs))
         for rank, table in enumerate(self.tables):
             table.adopt(
                 agreed, {lost.key: lost.beside for lost in agreed.lost if rank in lost.ranks}

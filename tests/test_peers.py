@@ -17,8 +17,8 @@ from ranks import run_threads
 
 from metricfold import MetricsAggregator
 from metricfold._core import sketch as sketches
-from metricfold._core.reduce.announced import MOST_CUSTOM, MOST_ERROR, entries_from
-from metricfold._core.reduce.header import Field
+from metricfold._core.reduce.announced import entries_from
+from metricfold._core.reduce.header import MOST_CUSTOM, MOST_ERROR, Field
 from metricfold._core.reduce.schema import Entry, Schema
 from metricfold._core.sketch import LogLinearHistogram
 from metricfold.communicator import Communicator

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from ranks import run_threads
 
 from metricfold import AggregationType, Metric, MetricsAggregator
-from metricfold._core.exchange import Gather, Tree
+from metricfold._core.exchange.route import Exchange
 from metricfold._core.fold.sample import Window, new_histogram
 from metricfold._core.fold.state import Sample, State
 from metricfold._core.reduce.announced import entries_from
-from metricfold._core.reduce.header import AGREED, HEADER_SIZE
+from metricfold._core.reduce.header import AGREED, HEADER_SIZE, RouteChoice
 from metricfold._core.reduce.schema import Entry, Schema, digest
-from metricfold._core.reduce.wire import Outgoing
+from metricfold._core.reduce.wire import Outgoing, Wire
 from metricfold.communicator import Communicator, LocalCommunicator
 
 torch: Any = importlib.import_module("torch") if find_spec("torch") else None
@@ -154,11 +154,11 @@ def outgoing(states: dict[Any, Any], windows: dict[Any, Window]) -> Outgoing:
 
 def exchanged(schema: Schema, states: dict[Any, Any], windows: dict[Any, Window]) -> Any:
     """Return what comes out of a world of one rank."""
-    gather = Gather(schema, 1)
-    vector, lacking = gather.wire.pack(outgoing(states, windows), 0)
+    exchange = Exchange(LocalCommunicator(), RouteChoice.GATHER)
+    vector, lacking = exchange.wire(schema).pack(outgoing(states, windows), 0)
     assert not lacking
-    assert vector.size == gather.wire.size
-    merged = gather.exchange(LocalCommunicator(), np.zeros(HEADER_SIZE), vector).merged
+    assert vector.size == exchange.wire(schema).size
+    merged = exchange.vectors(schema, np.zeros(HEADER_SIZE), vector).merged
     assert merged is not None
     return merged
 
@@ -166,7 +166,7 @@ def exchanged(schema: Schema, states: dict[Any, Any], windows: dict[Any, Window]
 def test_a_vector_holds_identities_where_a_rank_has_nothing() -> None:
     schema = Schema([kinds, window, lanes, custom])
     size = HEADER_SIZE + AGREED + 3 * 1 + (3 + 5 + 4) + (2 + 8)
-    assert Gather(schema, 1).wire.size == size
+    assert Wire(schema, 1, joining=False).size == size
     merged = exchanged(schema, {}, {})
     assert not merged.delta.sums.any()
     assert (merged.delta.maxs == -np.inf).all()
@@ -203,8 +203,10 @@ def test_what_is_packed_comes_out_again() -> None:
 
 def test_what_has_no_place_in_the_vector_is_named() -> None:
     def lacking(schema: Schema, states: dict[Any, Any], windows: dict[Any, Window]) -> set[Any]:
-        gathered = Gather(schema, 2).wire.pack(outgoing(states, windows), 1)[1]
-        merged = Tree(schema, 2).wire.pack(outgoing(states, windows), 1)[1]
+        gathered, merged = (
+            Wire(schema, 2, joining=joining).pack(outgoing(states, windows), 1)[1]
+            for joining in (False, True)
+        )
         assert gathered == merged
         return gathered
 

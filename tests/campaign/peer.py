@@ -221,7 +221,7 @@ _thread = threading.local()
 
 def attack_by_news(row: Row, trial: Trial, blob: bytes) -> None:
     """Send `blob` in the place of a rank's own news."""
-    from metricfold._core.reduce import reducer
+    from metricfold._core.exchange import reducer
 
     real = reducer.encoded
 

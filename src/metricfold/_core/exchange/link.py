@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
-from metricfold._core.reduce.reducer import Outcome
+from metricfold._core.exchange.reducer import Outcome
 from metricfold._core.runtime.processes import Worker
 from metricfold.communicator import (
     Communicator,

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from metricfold._core.exchange.reducer import Reduced
 from metricfold._core.fold.custom import (
     CustomResults,
     CustomStates,
@@ -47,7 +48,6 @@ from metricfold._core.fold.sample import (
 )
 from metricfold._core.intake.keys import Admission, KeyTable
 from metricfold._core.reduce.announced import entries_from, entry_of_version_1
-from metricfold._core.reduce.reducer import Reduced
 from metricfold._core.reduce.schema import Key, Schema
 from metricfold._core.reduce.totals import NOBODY, Totals
 from metricfold._core.sketch.weights import LARGEST_COUNT, countable, weighable

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import SupportsIndex
 
+from metricfold._core.exchange.reducer import Contribution, Outcome, Reduced
 from metricfold._core.fold.state import quiet
 from metricfold._core.intake.held import Held
 from metricfold._core.intake.keys import KeyRegistry
 from metricfold._core.intake.layers import Arriving, Layer, arriving
 from metricfold._core.reduce.header import Kind
-from metricfold._core.reduce.reducer import Contribution, Outcome, Reduced
 from metricfold._core.reduce.schema import Key
 from metricfold._core.view.alert import Alerts
 from metricfold._core.view.report import Handlers

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from metricfold._core.exchange import Exchange
+from metricfold._core.exchange.reducer import Reduced, Reducer
+from metricfold._core.exchange.route import Exchange
 from metricfold._core.fold.custom import CustomStates
 from metricfold._core.intake.checkpoint import Restored, Saved, share
 from metricfold._core.intake.keys import KeyTable
 from metricfold._core.reduce.header import RouteChoice
-from metricfold._core.reduce.reducer import Reduced, Reducer
 from metricfold._core.reduce.schema import Key, Schema
 from metricfold._core.reduce.totals import Totals
 from metricfold.communicator import Communicator

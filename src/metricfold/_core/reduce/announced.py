@@ -1,50 +1,30 @@
-"""What a peer or a file announces, checked before it is believed.
+"""The entries of new keys as they travel, checked before they are believed.
 
-A rank's header and the entries of new keys say how much memory the others are about to take, and what
-they will print; a checkpoint may come from anywhere. So sizes are bounded and every field is held to
-what this version writes. What is refused is refused on all ranks alike, for all have received the same.
+They say how much memory the others are about to take, and what they will print; a checkpoint may come
+from anywhere. So their number is bounded, and every field is held to what this version writes.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from metricfold._core.fold.kinds import Parts, kind_of_parts, parts_of
 from metricfold._core.fold.names import ANYTHING, show
-from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import OTHER
-from metricfold._core.reduce.header import HEADER_SIZE, Field, Kind
-from metricfold._core.reduce.schema import Entry
-from metricfold._core.sketch.weights import LARGEST_COUNT
+from metricfold._core.reduce.header import MOST_NEWS
+from metricfold._core.reduce.schema import Entry, Schema
 from metricfold.metric import check_key, is_name
 
-__all__ = [
-    "MOST_CUSTOM",
-    "MOST_ERROR",
-    "NotAnEntryError",
-    "compressed",
-    "decompressed",
-    "entries_from",
-    "entry_of_version_1",
-    "malformed",
-]
+__all__ = ["NotAnEntryError", "decoded", "encoded", "entries_from", "entry_of_version_1"]
 
 _MOST_TEXT = 2**26
 """Bytes of one rank's news as JSON: those of half a million keys."""
-_MOST_NEWS = 2**24
-"""Bytes of them as they travel."""
 _MOST_PARTS = 2**22
 """Commas in them: what is parsed takes memory for each part, however short."""
 _BLOCK = 2**20
-MOST_ERROR = 2**14
-"""Bytes of what a rank says of its failure."""
-MOST_CUSTOM = 2**26
-"""Bytes of one rank's results of handlers without lanes."""
 
 _MOST_LANES = 2**16
 """SUM or MAX lanes of a key, without those of categories."""
@@ -53,59 +33,22 @@ _MOST_CAPACITY = 2**24
 """Values of a DISTRIBUTION that a rank holds."""
 _MOST_CAPACITY_IN_ALL = 2**27
 _MOST_SUFFIXES = 2**12
+_FEWEST_LANES = 2  # the number of values, and of those that were NaN
 
 
 class NotAnEntryError(ValueError):
     """Something is not how a key travels."""
 
 
-# -- Headers -------------------------------------------------------------------------------------
-
-_LOWEST, _HIGHEST = np.zeros(HEADER_SIZE), np.full(HEADER_SIZE, LARGEST_COUNT)
-_LOWEST[Field.STEP] = -1.0
-_LOWEST[Field.KIND], _HIGHEST[Field.KIND] = min(Kind), max(Kind)
-_HIGHEST[Field.ROUTE] = 2.0  # the last RouteChoice
-_HIGHEST[[Field.PENDING, Field.ERROR, Field.SINK_FAILED]] = 1.0
-_HIGHEST[Field.BLOB_SIZE], _HIGHEST[Field.CUSTOM_SIZE] = _MOST_NEWS, MOST_CUSTOM
-_WHOLE = np.ones(HEADER_SIZE, dtype=np.bool_)
-_WHOLE[Field.SECONDS] = False
-
-
-def malformed(headers: FloatArray) -> dict[int, str]:
-    """Return which ranks sent what is no header of this version, each with what is wrong.
-
-    Args:
-        headers: everyone's, shape (world_size, HEADER_SIZE).
-    """
-    # What stands behind the fields is for later versions.
-    given, used = headers[:, : len(Field)], slice(len(Field))
-    fitting = (given >= _LOWEST[used]) & (given <= _HIGHEST[used])
-    fitting &= ~_WHOLE[used] | (given == np.floor(given))
-    found: dict[int, str] = {}
-    if not fitting.all():
-        for rank, place in np.argwhere(~fitting).tolist():
-            name = Field(place).name.lower()
-            found.setdefault(rank, f"its header has {given[rank, place]:g} as {name}")
-    sizes, failed = headers[:, Field.BLOB_SIZE], headers[:, Field.ERROR] == 1.0
-    odd = (sizes > 0) != (failed | (headers[:, Field.PENDING] == 1.0))
-    odd |= failed & ((sizes > MOST_ERROR) | (headers[:, Field.PENDING] == 1.0))
-    for rank in np.flatnonzero(odd).tolist():
-        found.setdefault(rank, f"its header announces {sizes[rank]:g} bytes of neither kind")
-    return found
-
-
-# -- News ----------------------------------------------------------------------------------------
-
-
-def compressed(text: str) -> bytes:
-    """Return news as they travel.
+def encoded(entries: Sequence[Entry]) -> bytes:
+    """Return entries as they travel; nothing if there are none.
 
     Raises:
         ValueError: they are more than other ranks take.
     """
-    data = text.encode()
-    blob = zlib.compress(data, level=1)
-    if len(data) > _MOST_TEXT or len(blob) > _MOST_NEWS or data.count(b",") > _MOST_PARTS:
+    data = Schema.entries_to_json(entries).encode()
+    blob = zlib.compress(data, level=1) if entries else b""
+    if len(data) > _MOST_TEXT or len(blob) > MOST_NEWS or data.count(b",") > _MOST_PARTS:
         raise ValueError(
             f"{len(data)} bytes about new keys and categories are too many for one reduction: reduce "
             "more often, or record fewer names"
@@ -113,11 +56,11 @@ def compressed(text: str) -> bytes:
     return blob
 
 
-def decompressed(blob: bytes) -> object:
-    """Return the JSON that `compressed` made `blob` of.
+def decoded(blob: bytes) -> list[Entry]:
+    """Return the entries of which `encoded` made `blob`.
 
     Raises:
-        ValueError: it is none, or there is too much of it.
+        ValueError: they are none, or too many.
     """
     stream = zlib.decompressobj()
     blocks: list[bytes] = []
@@ -133,21 +76,17 @@ def decompressed(blob: bytes) -> object:
                 raise ValueError(f"they are more than {_MOST_TEXT} bytes, or {_MOST_PARTS} parts")
     except zlib.error as error:
         raise ValueError(f"they cannot be decompressed: {error}") from None
-    data = b"".join(blocks)
     if not stream.eof or stream.unused_data:
         raise ValueError("they break off, or something follows them")
     try:
-        parsed: object = json.loads(data)
+        plain = json.loads(b"".join(blocks))
     except RecursionError:
         raise ValueError("they are nested too deeply") from None
-    return parsed
-
-
-# -- Entries -------------------------------------------------------------------------------------
+    return entries_from(plain, settled=False)
 
 
 def entries_from(plain: object, *, settled: bool) -> list[Entry]:
-    """Return the entries of which `Entry.plain` gave `plain`.
+    """Return the entries of which `Schema.entries_to_json` gave `plain`.
 
     Args:
         plain: a list, as JSON has it.
@@ -198,11 +137,10 @@ def _entry(plain: object) -> Entry:
         raise NotAnEntryError(f"a key lacks {', '.join(sorted(_NEEDED - plain.keys()))}")
     read: dict[str, Any] = {}
     for name, value in plain.items():
-        reader = _READERS.get(name)
-        if reader is None:
+        if name not in _TYPES:
             raise NotAnEntryError(f"a key has a field {name!r:.40}, which is unknown here")
         try:
-            read[name] = reader(value)
+            read[name] = _read(name, value)
         except (TypeError, ValueError) as error:
             raise NotAnEntryError(f"a key has a bad {name}: {error}") from None
     entry = Entry(**read)
@@ -223,85 +161,47 @@ def _contradiction(entry: Entry) -> str:
     if not counts and (entry.categories or entry.full or entry.most):
         return "has categories, and does not count them"
     if entry.distributed:
-        return (
-            "comes from devices, but is about recent values"
-            if (entry.drained and entry.bounded)
-            else ""
-        )
+        clash = entry.drained and entry.bounded
+        return "comes from devices, but is about recent values" if clash else ""
     room = entry.capacity or entry.weighted or entry.condensed or entry.drained
     return "has room for values, but is no DISTRIBUTION" if room else ""
 
 
-_FEWEST_LANES = 2  # the number of values, and of those that were NaN
-
-
-def _key(value: object) -> tuple[str, str]:
-    if type(value) is not list or len(value) != 2:
-        raise ValueError("it is no pair of a dataset's and a metric's name")
-    check_key(*value)
-    return value[0], value[1]
-
-
-def _name(value: object) -> str:
-    if not is_name(value):
-        raise ValueError("it is no name")
-    assert isinstance(value, str)
-    return value
-
-
-def _kind(value: object) -> str:
-    kind = _name(value)
-    parts = parts_of(kind)
-    if max(parts.sums, parts.maxs) > _MOST_LANES or not is_name(parts.label):
-        raise ValueError(f"it has more than {_MOST_LANES} lanes, or no name")
-    return kind
-
-
-def _flag(value: object) -> bool:
-    if type(value) is not bool:
-        raise ValueError("it is neither true nor false")
-    return value
-
-
-def _whole(most: int) -> Callable[[object], int]:
-    def number(value: object) -> int:
-        if type(value) is not int or not 0 <= value <= most:
-            raise ValueError(f"it is no whole number in 0..{most}")
-        return value
-
-    return number
-
-
-def _suffixes(value: object) -> tuple[str, ...]:
-    if type(value) is not list or not 0 < len(value) <= _MOST_SUFFIXES:
-        raise ValueError(f"they are no list of 1 to {_MOST_SUFFIXES}")
-    for suffix in value:
-        if suffix not in ("", ANYTHING) and not (
-            isinstance(suffix, str) and is_name(suffix.removesuffix(ANYTHING))
-        ):
-            raise ValueError("one of them cannot be printed")
-    return tuple(value)
-
-
-def _categories(value: object) -> tuple[str, ...]:
-    if type(value) is not list or not all(map(is_name, value)):
-        raise ValueError("they are no list of names")
-    if len(set(value)) < len(value):
-        raise ValueError("one of them is there twice")
-    return tuple(value)
-
-
-_READERS: dict[str, Callable[[object], Any]] = {
-    "key": _key,
-    "kind": _kind,
-    "suffixes": _suffixes,
-    "per_rank": _flag,
-    "drained": _flag,
-    "capacity": _whole(_MOST_CAPACITY),
-    "weighted": _flag,
-    "condensed": _flag,
-    "categories": _categories,
-    "most": _whole(2**63),
-    "full": _flag,
+_NEEDED = {"key", "kind"}
+_TYPES: dict[str, type] = {"key": list, "kind": str} | {
+    name: list if type(usual) is tuple else type(usual)
+    for name, usual in Entry._field_defaults.items()
 }
-_NEEDED = {name for name in Entry._fields if name not in Entry._field_defaults}
+_HIGHEST = {"capacity": _MOST_CAPACITY, "most": 2**63}
+
+
+def _read(name: str, value: Any) -> Any:
+    """Return what a field of an entry says; raises ValueError if nothing that it may say."""
+    given, wanted = type(value), _TYPES[name]
+    if given is not wanted:
+        raise ValueError(f"it is {given.__name__}, not {wanted.__name__}")
+    match name:
+        case "key":
+            if len(value) != 2:
+                raise ValueError("it is no pair of a dataset's and a metric's name")
+            check_key(*value)
+        case "kind":
+            parts = parts_of(value)
+            if max(parts.sums, parts.maxs) > _MOST_LANES or not is_name(parts.label):
+                raise ValueError(f"it has more than {_MOST_LANES} lanes, or no name")
+        case "suffixes":
+            if not (0 < len(value) <= _MOST_SUFFIXES and all(map(_is_suffix, value))):
+                raise ValueError(f"they are no list of 1 to {_MOST_SUFFIXES} that can be printed")
+        case "categories":
+            if not all(map(is_name, value)) or len(set(value)) < len(value):
+                raise ValueError("they are no list of names, each of them once")
+        case "capacity" | "most":
+            if not 0 <= value <= _HIGHEST[name]:
+                raise ValueError(f"it is no number in 0..{_HIGHEST[name]}")
+    return tuple(value) if wanted is list else value
+
+
+def _is_suffix(value: object) -> bool:
+    if value in ("", ANYTHING):
+        return True
+    return isinstance(value, str) and is_name(value.removesuffix(ANYTHING))

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise, repeat
 from json.encoder import encode_basestring_ascii
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,16 +21,13 @@ import numpy.typing as npt
 
 from metricfold._core.fold.kinds import Parts, parts_of
 from metricfold._core.fold.names import Key
-from metricfold._core.fold.sample import Window
+from metricfold._core.fold.sample import FloatArray, Window
 from metricfold._core.fold.state import COUNT, NANS, OTHER, State
 
-__all__ = [
-    "Entry",
-    "Key",
-    "Schema",
-    "digest",
-]
+__all__ = ["Entry", "IndexArray", "Key", "Schema", "digest", "places"]
 
+IndexArray = npt.NDArray[np.intp]
+BoolArray = npt.NDArray[np.bool_]
 
 _HASH_BITS = 2**52 - 1
 
@@ -83,7 +80,6 @@ class Entry(NamedTuple):
 
     @property
     def maxs(self) -> int:
-        """MAX lanes."""
         return parts_of(self.kind).maxs
 
     @property
@@ -178,36 +174,21 @@ class Entry(NamedTuple):
 
     def to_json(self) -> str:
         """Return the entry as it travels: its fields by name, without those that are as usual."""
-        return f'{{"key":{self._key}{_fields(self[1:])}'
+        dataset, name = map(encode_basestring_ascii, self.key)
+        return f'{{"key":[{dataset},{name}]{_fields(self[1:])}'
 
     def digest(self) -> int:
         """Return a hash that tells it from others, and is that of the same entry after a journey."""
-        return digest(f"[{self._key}{_values(self[1:])}".encode())
-
-    @property
-    def _key(self) -> str:
-        dataset, name = map(encode_basestring_ascii, self.key)
-        return f"[{dataset},{name}]"
-
-
-_json = json.JSONEncoder(separators=(",", ":")).encode
-
-
-# Thousands of keys are alike but for their names.
+        return digest(self.to_json().encode())
 
 
 @lru_cache(maxsize=256)
 def _fields(values: tuple[Any, ...]) -> str:
-    """Return how an entry goes on behind its key."""
+    """Return how an entry goes on behind its key: thousands of keys are alike but for their names."""
     usual = Entry._field_defaults
     named = zip(Entry._fields[1:], values, strict=True)
-    return "," + _json({name: one for name, one in named if one != usual.get(name)})[1:]
-
-
-@lru_cache(maxsize=256)
-def _values(values: tuple[Any, ...]) -> str:
-    """Return how what is hashed of an entry goes on behind its key."""
-    return "," + _json(values)[1:]
+    found = {name: one for name, one in named if one != usual.get(name)}
+    return "," + json.dumps(found, separators=(",", ":"))[1:]
 
 
 class Schema:
@@ -220,28 +201,20 @@ class Schema:
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self.entries: dict[Key, Entry] = {
-            entry.key: entry for entry in sorted(entries, key=lambda entry: entry.key)
+            entry.key: entry for entry in sorted(entries, key=attrgetter("key"))
         }
         self.hash = sum(entry.digest() for entry in self) & _HASH_BITS
 
     def grown(self, changed: Iterable[Entry]) -> Schema:
-        """Return the schema with these entries, of new keys or in the place of those it has.
-
-        Most of what a new schema takes is for the entries that are new in it.
-        """
-        entries = dict(self.entries)
-        number = self.hash
+        """Return the schema with these entries, of new keys or in the place of those it has."""
+        entries, number = dict(self.entries), self.hash
         for entry in changed:
             known = entries.get(entry.key)
             number += entry.digest() - (0 if known is None else known.digest())
             entries[entry.key] = entry
         grown = Schema()
+        grown.entries = {key: entries[key] for key in sorted(entries)}
         grown.hash = number & _HASH_BITS
-        grown.entries = (
-            entries
-            if len(entries) == len(self.entries)
-            else {key: entries[key] for key in sorted(entries)}
-        )
         return grown
 
     def __contains__(self, key: Key) -> bool:
@@ -255,79 +228,52 @@ class Schema:
     @cached_property
     def sums(self) -> dict[Key, slice]:
         """Places of each key's SUM lanes."""
-        return _slices(self.entries, self._sum_ends)
+        return _slices(self.entries, self._ends[0])
 
     @cached_property
     def maxs(self) -> dict[Key, slice]:
         """Places of each key's MAX lanes."""
-        return _slices(self.entries, self._max_ends)
+        return _slices(self.entries, self._ends[1])
 
     @cached_property
     def sum_width(self) -> int:
-        return int(self._sum_ends[-1])
+        return int(self._ends[0, -1])
 
     @cached_property
     def max_width(self) -> int:
-        return int(self._max_ends[-1])
-
-    @cached_property
-    def _sum_ends(self) -> IndexArray:
-        """Where the SUM lanes of each key begin, and where the last ones end."""
-        return _ends(
-            parts.sums + len(entry.categories)
-            for entry, parts in zip(self, self._parts, strict=True)
-        )
-
-    @cached_property
-    def _max_ends(self) -> IndexArray:
-        return _ends(parts.maxs for parts in self._parts)
-
-    @cached_property
-    def starts(self) -> tuple[list[int], list[int]]:
-        """Where the SUM and the MAX lanes of each key begin, in the order of the keys."""
-        return self._sum_ends[:-1].tolist(), self._max_ends[:-1].tolist()
+        return int(self._ends[1, -1])
 
     @cached_property
     def _parts(self) -> list[Parts]:
         return [parts_of(entry.kind) for entry in self]
 
     @cached_property
+    def _fixed(self) -> IndexArray:
+        """SUM lanes, without those of categories, and MAX lanes of each key, shape (2, k)."""
+        widths = [(parts.sums, parts.maxs) for parts in self._parts]
+        return np.array(widths, dtype=np.intp).reshape(-1, 2).T
+
+    @cached_property
+    def _categories(self) -> IndexArray:
+        """How many each key has."""
+        return np.array([len(entry.categories) for entry in self], dtype=np.intp)
+
+    @cached_property
+    def _ends(self) -> IndexArray:
+        """Where SUM and MAX lanes of each key begin, and where the last ones end, shape (2, k + 1)."""
+        ends = np.zeros((2, len(self.entries) + 1), dtype=np.intp)
+        np.cumsum(self._fixed, axis=1, out=ends[:, 1:])
+        ends[0, 1:] += np.cumsum(self._categories)
+        return ends
+
+    @cached_property
+    def _place_of(self) -> dict[Key, int]:
+        return {key: place for place, key in enumerate(self.entries)}
+
+    @cached_property
     def laned(self) -> list[Key]:
         """The keys whose handlers have lanes."""
-        pairs = zip(self.entries, self._parts, strict=True)
-        return [key for key, parts in pairs if parts.sums]
-
-    @cached_property
-    def counts(self) -> IndexArray:
-        """Where the count of values stands of each key with lanes."""
-        places: IndexArray = self._sum_ends[:-1][np.diff(self._sum_ends) > 0] + COUNT
-        return places
-
-    @cached_property
-    def _positions(self) -> dict[Key, int]:
-        return {key: position for position, key in enumerate(self.entries)}
-
-    @cached_property
-    def counting(self) -> IndexArray:
-        """Places of the SUM lanes that hold whole numbers: of values, of NaN, of each category."""
-        categories = [
-            range(start + parts.sums, start + parts.sums + len(entry.categories))
-            for start, entry, parts in zip(self.starts[0], self, self._parts, strict=True)
-            if entry.categories
-        ]
-        named = np.fromiter(chain.from_iterable(categories), dtype=np.intp)
-        return np.concatenate((self.counts, self.counts + (NANS - COUNT), named))
-
-    @cached_property
-    def max_counts(self) -> IndexArray:
-        """Where the count of values stands of the key that each MAX lane belongs to."""
-        return np.repeat(self._sum_ends[:-1] + COUNT, np.diff(self._max_ends))
-
-    @cached_property
-    def latest(self) -> BoolArray:
-        """Which MAX lanes hold the newest value, shape (max_width,)."""
-        latest = np.array([parts.last for parts in self._parts], dtype=np.bool_)
-        return np.repeat(latest, np.diff(self._max_ends))
+        return [entry.key for entry in self if not entry.custom]
 
     @cached_property
     def has_custom(self) -> bool:
@@ -335,8 +281,34 @@ class Schema:
         return len(self.laned) < len(self.entries)
 
     @cached_property
+    def counts(self) -> IndexArray:
+        """Where the count of values stands of each key with lanes."""
+        found: IndexArray = self._ends[0, :-1][self._fixed[0] > 0] + COUNT
+        return found
+
+    @cached_property
+    def counting(self) -> IndexArray:
+        """Places of the SUM lanes that hold whole numbers: of values, of NaN, of each category."""
+        named = places(self._ends[0, :-1] + self._fixed[0], self._categories)
+        return np.concatenate((self.counts, self.counts + (NANS - COUNT), named))
+
+    @cached_property
+    def max_counts(self) -> IndexArray:
+        """Where the count of values stands of the key that each MAX lane belongs to."""
+        return np.repeat(self._ends[0, :-1] + COUNT, self._fixed[1])
+
+    @cached_property
+    def latest(self) -> BoolArray:
+        """Which MAX lanes hold the newest value, shape (max_width,)."""
+        return np.repeat(np.array([parts.last for parts in self._parts], np.bool_), self._fixed[1])
+
+    @cached_property
     def distributions(self) -> list[Entry]:
-        return [e for e, parts in zip(self, self._parts, strict=True) if parts.sample]
+        return [entry for entry in self if entry.distributed]
+
+    @cached_property
+    def _counted(self) -> list[Entry]:
+        return [e for e, parts in zip(self, self._parts, strict=True) if parts.counts]
 
     @cached_property
     def per_rank(self) -> Schema:
@@ -353,88 +325,83 @@ class Schema:
     def entries_to_json(entries: Iterable[Entry]) -> str:
         return f"[{','.join([entry.to_json() for entry in entries])}]"
 
-    def beyond(self, entries: Iterable[Entry]) -> list[Entry]:
-        """Return those of `entries` that this schema has no room for."""
-        missing = []
-        for entry in entries:
-            agreed = self.entries.get(entry.key)
-            if agreed is None or agreed.kind != entry.kind or agreed.joined(entry) != agreed:
-                missing.append(entry)
-        return missing
+    # What one rank holds.
 
-    def lanes(self, states: Mapping[Key, State]) -> tuple[list[float], list[float], set[Key]]:
-        """Return the SUM and MAX lanes of one rank, and the keys that lack a place.
+    def fill(self, sums: FloatArray, maxs: FloatArray, states: Mapping[Key, State]) -> set[Key]:
+        """Write the lanes of one rank, where there are identities; returns the keys that lack a place.
 
-        What `states` lacks is the identity. Lanes of which some lack a place are not to be sent.
+        Lanes of which some lack a place are not to be sent.
         """
-        lacking: set[Key] = set()
-        sums: list[float] = []
-        maxs: list[float] = []
-        found = 0
-        for key, entry in self.entries.items():
-            state = states.get(key)
-            if state is None:
-                sums += (0.0,) * entry.sum_width
-                maxs += (-math.inf,) * entry.maxs
+        lacking = {*(states.keys() - self.entries.keys())}
+        if lacking:
+            states = {key: state for key, state in states.items() if key not in lacking}
+        held = np.array([*map(self._place_of.__getitem__, states)], dtype=np.intp)
+        for lanes, which, ends, widths in (
+            (sums, _sums_of, self._ends[0], self._fixed[0]),
+            (maxs, _maxs_of, self._ends[1], self._fixed[1]),
+        ):
+            numbers = np.array([*chain.from_iterable(map(which, states.values()))])
+            lanes[places(ends[held], widths[held])] = numbers
+        for entry in self._counted:
+            state = states.get(entry.key)
+            if state is None or state.counts is None:
                 continue
-            found += 1
-            sums += state.sums
-            maxs += state.maxs
-            if state.counts is not None:
-                counts = [state.counts.get(category, 0) for category in entry.categories]
-                rest = state.sums[COUNT] - sum(counts)
-                if rest and entry.full:
-                    counts[entry.categories.index(OTHER)] += int(rest)
-                elif rest:
-                    lacking.add(key)
-                sums += counts
-        if found < len(states):
-            lacking.update(key for key in states if key not in self.entries)
-        return sums, maxs, lacking
+            counts = [*map(state.counts.get, entry.categories, repeat(0))]
+            rest = int(state.sums[COUNT]) - sum(counts)
+            if rest and entry.full:
+                counts[entry.categories.index(OTHER)] += rest
+            elif rest:
+                lacking.add(entry.key)
+            end = self.sums[entry.key].stop
+            sums[end - len(counts) : end] = counts
+        return lacking
 
     def lacking(self, windows: Mapping[Key, Window]) -> set[Key]:
         """Return the keys of `windows` that the schema has no room for."""
+        known = self.entries
         return {
-            key
-            for key, window in windows.items()
-            if (agreed := self.entries.get(key)) is None or not agreed.holds(window)
+            key for key, one in windows.items() if key not in known or not known[key].holds(one)
         }
 
-    # -- From one schema to the next
+    def beyond(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return those of `entries` that this schema has no room for."""
+
+        def has_room(entry: Entry) -> bool:
+            known = self.entries.get(entry.key)
+            return known is not None and known.kind == entry.kind and known.joined(entry) == known
+
+        return [entry for entry in entries if not has_room(entry)]
 
     def lanes_from(self, older: Schema) -> tuple[IndexArray, IndexArray]:
         """Return where the SUM and the MAX lanes of `older`, a part of this schema, stand here.
 
         Categories that there was no room for stand where the others are counted.
         """
-        here = np.array([self._positions[key] for key in older.entries], dtype=np.intp)
-        sums = _moved(older._sum_ends, self._sum_ends[here])
+        here = np.array([*map(self._place_of.__getitem__, older.entries)], dtype=np.intp)
+        sums, maxs = (
+            places(starts[here], np.diff(ends))
+            for starts, ends in zip(self._ends, older._ends, strict=True)
+        )
         for old in older:
             if old.categories:
                 new = self.entries[old.key]
-                start = self._sum_ends[self._positions[old.key]] + new.sums
+                start = self.sums[old.key].start + new.sums
                 lane_of = {category: start + i for i, category in enumerate(new.categories)}
-                rest = lane_of.get(OTHER, 0)
-                place = older._sum_ends[older._positions[old.key]] + old.sums
-                sums[place : place + len(old.categories)] = [
-                    lane_of.get(category, rest) for category in old.categories
-                ]
-        return sums, _moved(older._max_ends, self._max_ends[here])
+                end, rest = older.sums[old.key].stop, lane_of.get(OTHER, 0)
+                found = [lane_of.get(category, rest) for category in old.categories]
+                sums[end - len(found) : end] = found
+        return sums, maxs
 
 
-IndexArray = npt.NDArray[np.intp]
-BoolArray = npt.NDArray[np.bool_]
+_sums_of, _maxs_of = attrgetter("sums"), attrgetter("maxs")
 
 
 def _slices(keys: Iterable[Key], ends: IndexArray) -> dict[Key, slice]:
     return {key: slice(*both) for key, both in zip(keys, pairwise(ends.tolist()), strict=True)}
 
 
-def _ends(widths: Iterable[int]) -> IndexArray:
-    return np.fromiter(accumulate(widths, initial=0), dtype=np.intp)
-
-
-def _moved(ends: IndexArray, starts: IndexArray) -> IndexArray:
-    """Return where each lane stands, once the lanes between `ends` begin at `starts`."""
-    lanes: IndexArray = np.arange(ends[-1]) + np.repeat(starts - ends[:-1], np.diff(ends))
-    return lanes
+def places(starts: IndexArray, widths: IndexArray) -> IndexArray:
+    """Return the places of several stretches, one behind the other."""
+    ends = widths.cumsum()
+    found: IndexArray = np.arange(widths.sum()) + np.repeat(starts - ends + widths, widths)
+    return found

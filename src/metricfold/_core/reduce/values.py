@@ -27,22 +27,27 @@ import numpy.typing as npt
 from metricfold._core import sketch as sketches  # what is in it loads when it is first needed
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.sample import MOST_SAVED, FloatArray, Pool, Window
-from metricfold._core.reduce.schema import Entry, Schema
+from metricfold._core.reduce.schema import Entry, IndexArray, Schema
 from metricfold._core.sketch.weights import countable, weighable
 
 __all__ = ["Pools", "Recent", "Values", "Windows"]
 
-IndexArray = npt.NDArray[np.intp]
 BoolArray = npt.NDArray[np.bool_]
 
 _NOTHING = Window()
 
 
-class Recent(ABC):
-    """The values of DISTRIBUTIONs, as one reduction brought them; merged when asked for."""
+class Recent:
+    """The values of DISTRIBUTIONs, as one reduction brought them; merged when asked for.
 
-    def __init__(self) -> None:
-        self._pools: dict[tuple[Key, bool], Pool] = {}
+    Args:
+        values: know where each stands.
+        rows: everyone's, or what they came to, as a row; shape (k, values.width).
+    """
+
+    def __init__(self, values: Values, rows: FloatArray) -> None:
+        self._values, self._rows = values, rows
+        self._sketched: dict[tuple[Key, bool], Pool] = {}
 
     def interval(self, key: Key) -> Pool:
         """Return what came in during the open interval."""
@@ -52,22 +57,18 @@ class Recent(ABC):
         """Return each rank's most recent values."""
         return self._pool(key, of_interval=False)
 
-    def _pool(self, key: Key, *, of_interval: bool) -> Pool:
-        known = self._pools.get((key, of_interval))
-        if known is None:
-            known = self.pooled(key, of_interval=of_interval)
-            # Exact values are soon put side by side again, and would be held as long as this is.
-            if known.histogram is not None:
-                self._pools[key, of_interval] = known
-        return known
-
-    @abstractmethod
-    def pooled(self, key: Key, *, of_interval: bool) -> Pool:
-        """Return the values of all ranks."""
-
-    @abstractmethod
     def windows(self, key: Key) -> list[Window]:
         """Return what a checkpoint keeps: most recent values, and those of the open interval."""
+        return self._values.windows(self._rows, key)
+
+    def _pool(self, key: Key, *, of_interval: bool) -> Pool:
+        known = self._sketched.get((key, of_interval))
+        if known is None:
+            known = self._values.pool(self._rows, key, of_interval=of_interval)
+            # Exact values are soon put side by side again, and would be held as long as this is.
+            if known.histogram is not None:
+                self._sketched[key, of_interval] = known
+        return known
 
 
 class Values(ABC):
@@ -91,8 +92,12 @@ class Values(ABC):
         """Return which rows, shape (k, width), have what no ranks' values come to."""
 
     @abstractmethod
-    def recent(self, rows: FloatArray) -> Recent:
-        """Return what has arrived, which is not wrong."""
+    def pool(self, rows: FloatArray, key: Key, *, of_interval: bool) -> Pool:
+        """Return all ranks' values of a view, out of rows that are not wrong."""
+
+    @abstractmethod
+    def windows(self, rows: FloatArray, key: Key) -> list[Window]:
+        """Return what a checkpoint keeps of them."""
 
 
 # -- Side by side ----------------------------------------------------------------------------------
@@ -141,9 +146,6 @@ class Windows(Values):
                 bad |= ~sketches.fitting(rows[:, place.stop - sketches.slot_width() : place.stop])
         return bad
 
-    def recent(self, rows: FloatArray) -> Recent:
-        return SideBySide(self, rows)
-
     @cached_property
     def _heads(self) -> IndexArray:
         """Where sizes stand, and how many values are fresh; shape (2, n)."""
@@ -152,65 +154,27 @@ class Windows(Values):
 
     @cached_property
     def _capacities(self) -> IndexArray:
-        capacities = [self._entries[key].capacity for key in self._places]
-        return np.array([capacity for capacity in capacities if capacity], dtype=np.intp)
+        found = [self._entries[key].capacity for key in self._places]
+        return np.array([capacity for capacity in found if capacity], dtype=np.intp)
 
-    def window_of(self, row: FloatArray, key: Key) -> Window:
-        """Return what one rank holds of a DISTRIBUTION, out of its row."""
-        entry = self._entries[key]
-        if not entry.capacity:
-            return _NOTHING
-        place = row[self._places[key]]
-        size, fresh = int(place[_SIZE]), int(place[_FRESH])
-        start = _COUNTS + entry.capacity
-        return Window(
-            place[_COUNTS : _COUNTS + size],
-            place[start : start + size] if entry.weighted else None,
-            fresh,
-            sketches.unpack(place[-sketches.slot_width() :]) if entry.condensed else None,
-        )
-
-    def plain(self, rows: FloatArray, key: Key, which: int) -> FloatArray | None:
-        """Return all ranks' values of a DISTRIBUTION, the newest as many as `which` says of each.
-
-        None if there is more to it than values.
-        """
+    def pool(self, rows: FloatArray, key: Key, *, of_interval: bool) -> Pool:
         entry = self._entries[key]
         if not entry.capacity or entry.weighted or entry.condensed:
-            return None
-        places = rows[:, self._places[key]]
+            windows = self.windows(rows, key)
+            return Pool.joined([w.interval() if of_interval else w.recent() for w in windows])
+        places, which = rows[:, self._places[key]], _FRESH if of_interval else _SIZE
         if (places[:, which] == entry.capacity).all():
-            return places[:, _COUNTS:].ravel()
+            return Pool(places[:, _COUNTS:].ravel())
         ends = _COUNTS + places[:, _SIZE].astype(np.intp)
         starts = ends - places[:, which].astype(np.intp)
         slices = map(slice, starts.tolist(), ends.tolist())
-        return np.concatenate([row[one] for row, one in zip(places, slices, strict=True)])
+        return Pool(np.concatenate([row[one] for row, one in zip(places, slices, strict=True)]))
 
-
-def _window_width(entry: Entry) -> int:
-    if not entry.capacity:
-        return 0
-    exact = entry.capacity * (2 if entry.weighted else 1)
-    return _COUNTS + exact + (sketches.slot_width() if entry.condensed else 0)
-
-
-class SideBySide(Recent):
-    """What every rank sent of each DISTRIBUTION.
-
-    Args:
-        windows: know where each stands.
-        rows: everyone's, shape (world_size, windows.width).
-    """
-
-    def __init__(self, windows: Windows, rows: FloatArray) -> None:
-        super().__init__()
-        self._windows, self._rows = windows, rows
-
-    def windows(self, key: Key) -> list[Window]:
+    def windows(self, rows: FloatArray, key: Key) -> list[Window]:
         found = []
-        for rank, row in enumerate(self._rows):
+        for rank, row in enumerate(rows):
             try:
-                found.append(self._windows.window_of(row, key))
+                found.append(self._window(row, key))
             except ValueError as error:
                 raise RuntimeError(
                     f"rank {rank} sent values of {show(key)} that no rank sends: {error}. Look after "
@@ -218,12 +182,26 @@ class SideBySide(Recent):
                 ) from None
         return found
 
-    def pooled(self, key: Key, *, of_interval: bool) -> Pool:
-        plain = self._windows.plain(self._rows, key, _FRESH if of_interval else _SIZE)
-        if plain is not None:
-            return Pool(plain)
-        windows = self.windows(key)
-        return Pool.joined([w.interval() if of_interval else w.recent() for w in windows])
+    def _window(self, row: FloatArray, key: Key) -> Window:
+        """Return what one rank holds of a DISTRIBUTION, out of its row."""
+        entry = self._entries[key]
+        if not entry.capacity:
+            return _NOTHING
+        place = row[self._places[key]]
+        size, start = int(place[_SIZE]), _COUNTS + entry.capacity
+        return Window(
+            place[_COUNTS : _COUNTS + size],
+            place[start : start + size] if entry.weighted else None,
+            int(place[_FRESH]),
+            sketches.unpack(place[-sketches.slot_width() :]) if entry.condensed else None,
+        )
+
+
+def _window_width(entry: Entry) -> int:
+    if not entry.capacity:
+        return 0
+    exact = entry.capacity * (2 if entry.weighted else 1)
+    return _COUNTS + exact + (sketches.slot_width() if entry.condensed else 0)
 
 
 # -- Joined on the way -----------------------------------------------------------------------------
@@ -325,14 +303,30 @@ class Pools(Values):
         slots = [_slot(numbers, place) for numbers, place in found if numbers[0] == _SKETCH]
         return not slots or bool(sketches.fitting(np.stack(slots)).all())
 
-    def recent(self, rows: FloatArray) -> Recent:
-        (vector,) = rows
-        return JoinedOnTheWay(self, vector)
+    def pool(self, rows: FloatArray, key: Key, *, of_interval: bool) -> Pool:
+        place, (vector,) = self._place_of[key, of_interval], rows
+        try:
+            return _read(place.of(vector), place)
+        except ValueError as error:
+            raise RuntimeError(
+                f"a rank sent values of {show(key)} that no rank sends: {error}. route='gather' names it"
+            ) from None
 
-    def pool_of(self, vector: FloatArray, key: Key, *, of_interval: bool) -> Pool:
-        """Return the values of a view; raises ValueError if no ranks' come to them."""
-        place = self._place_of[key, of_interval]
-        return _read(place.of(vector), place)
+    def windows(self, rows: FloatArray, key: Key) -> list[Window]:
+        # Whoever loads them keeps some of the newest: whose they were is not known any more, so that
+        # each age has to hold a part of all.
+        recent, interval = (self.pool(rows, key, of_interval=which) for which in (False, True))
+        if recent.histogram is not None:
+            size = min(recent.count, MOST_SAVED)
+            drawn = recent.quantiles((np.arange(size) + 0.5) / size)
+            return [Window(_spread(drawn), None, 0, interval.condensed())]
+        # The values of the open interval must not get fewer: what is a sketch goes on as one.
+        points = interval.histogram is None
+        fresh = _pairs_of(interval) if points else np.empty((0, 2))
+        values = np.concatenate((_spread(_without(_pairs_of(recent), fresh)), _spread(fresh)))
+        weights = None if recent.weights is None else np.ascontiguousarray(values[:, 1])
+        older = None if points else interval.histogram
+        return [Window(np.ascontiguousarray(values[:, 0]), weights, len(fresh), older)]
 
 
 def _laid_out(schema: Schema, world_size: int) -> Iterator[_Place]:
@@ -394,43 +388,6 @@ def _readable(numbers: FloatArray, place: _Place) -> bool:
 
 _GOLDEN = 0.6180339887498949
 """Multiples of the golden ratio, modulo 1, are spread evenly wherever they are cut off."""
-
-
-class JoinedOnTheWay(Recent):
-    """What all ranks sent of each DISTRIBUTION, joined.
-
-    Args:
-        pools: know where each stands.
-        vector: what they came to, shape (pools.width,).
-    """
-
-    def __init__(self, pools: Pools, vector: FloatArray) -> None:
-        super().__init__()
-        self._places, self._vector = pools, vector
-
-    def pooled(self, key: Key, *, of_interval: bool) -> Pool:
-        try:
-            return self._places.pool_of(self._vector, key, of_interval=of_interval)
-        except ValueError as error:
-            raise RuntimeError(
-                f"a rank sent values of {show(key)} that no rank sends: {error}. route='gather' names it"
-            ) from None
-
-    def windows(self, key: Key) -> list[Window]:
-        # Whoever loads them keeps some of the newest: whose they were is not known any more, so that
-        # each age has to hold a part of all.
-        recent, interval = self.recent(key), self.interval(key)
-        if recent.histogram is not None:
-            size = min(recent.count, MOST_SAVED)
-            drawn = recent.quantiles((np.arange(size) + 0.5) / size)
-            return [Window(_spread(drawn), None, 0, interval.condensed())]
-        # The values of the open interval must not get fewer: what is a sketch goes on as one.
-        points = interval.histogram is None
-        fresh = _pairs_of(interval) if points else np.empty((0, 2))
-        values = np.concatenate((_spread(_without(_pairs_of(recent), fresh)), _spread(fresh)))
-        weights = None if recent.weights is None else np.ascontiguousarray(values[:, 1])
-        older = None if points else interval.histogram
-        return [Window(np.ascontiguousarray(values[:, 0]), weights, len(fresh), older)]
 
 
 def _pairs_of(pool: Pool) -> FloatArray:

@@ -19,7 +19,7 @@ same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -36,9 +36,8 @@ from metricfold._core.reduce.totals import Rows, Totals
 from metricfold._core.reduce.values import Pools, Recent, Values, Windows
 from metricfold._core.sketch.weights import countable
 
-__all__ = ["Attendance", "Outgoing", "Wire", "merged"]
+__all__ = ["Attendance", "Merged", "Outgoing", "Wire"]
 
-IndexArray = npt.NDArray[np.intp]
 BoolArray = npt.NDArray[np.bool_]
 
 _OBJECTIONS = slice(Field.PENDING, Field.ERROR + 1)
@@ -64,20 +63,25 @@ class Outgoing:
     with_nan: AbstractSet[Key] = frozenset()
 
 
-def merged(rows: FloatArray, pairs: Callable[[FloatArray, FloatArray], FloatArray]) -> FloatArray:
-    """Merge the vectors of all ranks, shape (k, n), in their order, as a tree of ranks does.
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What all ranks sent, merged.
 
-    Neighbours first, the lower ranks first: of the first 2 * extra ranks (0, 1), (2, 3), ..., where
-    extra is what k is beyond a power of two; then, of what is left, neighbours again and again.
+    Args:
+        delta: lanes.
+        rows: each rank's lanes; of the keys in `rows.schema` alone.
+        recent: values of DISTRIBUTIONs.
+        attendance: which ranks had what; None if all keys are known per rank.
+        sink_failed: whether a logger's sink had failed on any rank.
+        found: what a local rule has found on any of them (`Field.ALERTS`).
     """
-    extra = len(rows) - (1 << len(rows).bit_length() - 1)
-    if extra:
-        first = pairs(rows[0 : 2 * extra : 2], rows[1 : 2 * extra : 2])
-        rows = np.concatenate((first, rows[2 * extra :]))
-    while len(rows) > 1:
-        rows = pairs(rows[0::2], rows[1::2])
-    whole: FloatArray = rows[0]
-    return whole
+
+    delta: Totals
+    rows: Rows
+    recent: Recent
+    attendance: Attendance | None
+    sink_failed: bool
+    found: float
 
 
 class Wire:
@@ -90,20 +94,20 @@ class Wire:
 
     Attributes:
         size: numbers that each rank sends.
-        values: how values of DISTRIBUTIONs travel.
+        lanes: all but the values.
     """
 
     def __init__(self, schema: Schema, world_size: int, *, joining: bool) -> None:
-        self.schema, self.world_size = schema, world_size
+        self.schema, self.world_size, self.joining = schema, world_size, joining
         self._keys = schema.laned if joining else []
         self._owning = [entry.key for entry in schema if entry.maxs] if joining else []
         self._own = schema.per_rank if joining else Schema()
         self._own_lanes = schema.lanes_from(self._own)
         each = self._own.sum_width + self._own.max_width
         head, lanes = HEADER_SIZE + AGREED, schema.sum_width + 3 * schema.max_width
-        self.values: Values = Pools(schema, world_size) if joining else Windows(schema)
+        self._samples: Values = Pools(schema, world_size) if joining else Windows(schema)
         words = -(-world_size // _BITS)
-        rest = head + lanes + world_size * each + self.values.width
+        rest = head + lanes + world_size * each + self._samples.width
         # A bit for each rank, as long as that costs next to nothing.
         self._bits = words == 1 or 10 * len(self._keys) * words <= rest
         self._words = words if self._bits else 1
@@ -118,7 +122,7 @@ class Wire:
             present,
             world_size * each,
             3 * schema.max_width,
-            self.values.width,
+            self._samples.width,
         )
         ends = np.cumsum(widths).tolist()
         at = [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
@@ -128,7 +132,6 @@ class Wire:
         self.lanes = slice(0, self._owned.stop)
         self._values = slice(self._owned.stop, ends[-1])
         self.size: int = ends[-1]
-        self._joining = joining
 
     # -- A rank's vector
 
@@ -145,21 +148,16 @@ class Wire:
 
         What lacks places is not to be sent.
         """
-        schema = self.schema
-        lanes, maxs, lacking = schema.lanes(outgoing.states)
-        lacking |= schema.lacking(outgoing.windows)
-        vector = self.identity()
+        schema, vector = self.schema, self.identity()
+        sums, owned = vector[self._sums], vector[self._owned].reshape(3, -1)
+        lacking = schema.fill(sums, owned[0], outgoing.states) | schema.lacking(outgoing.windows)
         if lacking:
             return vector, lacking
-        sums = vector[self._sums]
-        sums[:] = lanes
-        owned = vector[self._owned].reshape(3, -1)
-        if maxs:
-            owned[0] = maxs
+        if schema.max_width:
             having = sums[schema.max_counts] > sums[schema.max_counts + (NANS - COUNT)]
             owned[1, having], owned[2, having] = rank, 1.0
-        self.values.pack(vector[self._values], outgoing.windows)
-        if self._joining:
+        self._samples.pack(vector[self._values], outgoing.windows)
+        if self.joining:
             self._pack_own(vector, sums, owned[0], outgoing, rank)
         return vector, lacking
 
@@ -203,13 +201,30 @@ class Wire:
             if newest.any():
                 both[..., newest] = latest(one[..., newest], other[..., newest])
             out[:, self._owned] = both.reshape(len(lower), -1)
-        if self._joining:
-            self.values.join(lower[:, self._values], upper[:, self._values], out[:, self._values])
+        if self.joining:
+            self._samples.join(lower[:, self._values], upper[:, self._values], out[:, self._values])
         return out
 
+    def pair(self, lower: FloatArray, upper: FloatArray) -> FloatArray:
+        """Merge two vectors as `pairs` does."""
+        merged: FloatArray = self.pairs(lower[np.newaxis], upper[np.newaxis])[0]
+        return merged
+
     def merged(self, rows: FloatArray) -> FloatArray:
-        """Merge everyone's vectors, shape (k, n), in rank order; n as in `pairs`."""
-        return merged(rows, self.pairs)
+        """Merge the vectors of all ranks, shape (k, n), in their order, as a tree of ranks does.
+
+        Neighbours first, the lower ranks first: of the first 2 * extra ranks (0, 1), (2, 3), ...,
+        where extra is what k is beyond a power of two; then, of what is left, neighbours again and
+        again. n is as in `pairs`.
+        """
+        extra = len(rows) - (1 << len(rows).bit_length() - 1)
+        if extra:
+            first = self.pairs(rows[0 : 2 * extra : 2], rows[1 : 2 * extra : 2])
+            rows = np.concatenate((first, rows[2 * extra :]))
+        while len(rows) > 1:
+            rows = self.pairs(rows[0::2], rows[1::2])
+        whole: FloatArray = rows[0]
+        return whole
 
     def sign(self, rows: FloatArray) -> None:
         """Let each gathered vector own its maxima as the rank whose row it is, whatever it says."""
@@ -230,20 +245,15 @@ class Wire:
         known = 0 <= seconds < np.inf and failed in (0.0, 1.0) and bool(countable(found))
         return bool(same and known)
 
-    def recent(self, vectors: FloatArray) -> Recent:
-        """Return the values of DISTRIBUTIONs: of everyone's vectors, or of the merged one, as a row."""
-        return self.values.recent(vectors[:, self._values])
-
-    def wrong(self, rows: FloatArray, first: IndexArray, end: IndexArray) -> BoolArray:
+    def wrong(self, rows: FloatArray) -> BoolArray:
         """Return which vectors, shape (k, size), hold what no ranks' come to.
 
         Args:
-            rows: of blocks of ranks.
-            first: the first rank of each block, shape (k,).
-            end: the one after its last.
+            rows: everyone's, or the merged one.
         """
-        bad = self.values.wrong(rows[:, self._values])
-        first, end = first[:, np.newaxis], end[:, np.newaxis]
+        first = np.zeros((1, 1)) if self.joining else np.arange(len(rows))[:, np.newaxis]
+        end = np.full((1, 1), self.world_size) if self.joining else first + 1
+        bad = self._samples.wrong(rows[:, self._values])
         bad |= ~countable(rows[:, self._sums][:, self.schema.counting]).all(axis=1)
         if self.schema.max_width:
             owned = rows[:, self._owned].reshape(len(rows), 3, -1)
@@ -252,7 +262,7 @@ class Wire:
             somebody = countable(owners) & (owners >= first) & (owners < end)
             somebody &= countable(tied) & (tied > 0) & (tied <= end - first)
             bad |= ~(nobody | somebody).all(axis=1)
-        if self._joining:
+        if self.joining:
             present = rows[:, self._present]
             bad |= (~countable(present) | (present > self._most_present)).any(axis=1)
             with_nan = -rows[:, self._with_nan]
@@ -263,30 +273,47 @@ class Wire:
             bad |= ~countable(own[:, :, self._own.counting]).all(axis=(1, 2))
         return bad
 
+    def read(self, rows: FloatArray, whole: FloatArray) -> Merged:
+        """Return what has arrived, which is not wrong.
+
+        Args:
+            rows: everyone's vectors, or the merged one.
+            whole: the merged one, which need not have the values.
+        """
+        return Merged(
+            self.totals(whole),
+            self.per_rank(rows),
+            self.recent(rows),
+            self.attendance(whole) if self.joining else None,
+            bool(whole[Field.SINK_FAILED]),
+            float(whole[Field.ALERTS]),
+        )
+
     def totals(self, vector: FloatArray) -> Totals:
         """Return what the lanes of all ranks come to."""
-        # A sum of nothing but -0 is 0, as that over time is; and a copy lets the vectors go.
+        # A sum of nothing but -0 is 0, as that over time is; and copies let the vectors go.
         sums, owned = vector[self._sums] + 0.0, vector[self._owned].reshape(3, -1)
         return Totals(
             self.schema,
             sums,
             np.zeros(sums.size),
-            owned[0],
+            owned[0].copy(),
             owned[1].astype(np.int64),
             owned[2].astype(np.int64),
             float(vector[Field.SECONDS]),
         )
 
-    def rows(self, vectors: FloatArray) -> Rows:
-        """Return the lanes of everyone's vectors, shape (world_size, n)."""
-        owned = vectors[:, self._owned].reshape(len(vectors), 3, -1)
-        return Rows(self.schema, vectors[:, self._sums], owned[:, 0])
+    def per_rank(self, rows: FloatArray) -> Rows:
+        """Return the lanes of each rank; of a merged vector those recorded with per_rank."""
+        if self.joining:
+            own, width = rows[0, self._rows].reshape(self.world_size, -1), self._own.sum_width
+            return Rows(self._own, own[:, :width], own[:, width:])
+        owned = rows[:, self._owned].reshape(len(rows), 3, -1)
+        return Rows(self.schema, rows[:, self._sums], owned[:, 0])
 
-    def own(self, vector: FloatArray) -> Rows:
-        """Return each rank's lanes of the keys recorded with per_rank, out of a merged vector."""
-        rows = vector[self._rows].reshape(self.world_size, -1)
-        width = self._own.sum_width
-        return Rows(self._own, rows[:, :width], rows[:, width:])
+    def recent(self, rows: FloatArray) -> Recent:
+        """Return the values of DISTRIBUTIONs."""
+        return Recent(self._samples, rows[:, self._values])
 
     def attendance(self, vector: FloatArray) -> Attendance:
         """Return which ranks had what, out of a merged vector."""

@@ -11,11 +11,11 @@ from functools import cached_property
 
 import numpy as np
 
+from metricfold._core.exchange.reducer import Reduced
 from metricfold._core.fold.custom import Result
 from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import ANYTHING, Claims, printed, show
 from metricfold._core.fold.state import COUNT, quiet
-from metricfold._core.reduce.reducer import Reduced
 from metricfold._core.reduce.schema import Key
 from metricfold._core.reduce.totals import Totals
 from metricfold._core.view.derived import DerivedMetric, add_derived

@@ -19,9 +19,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from metricfold._core.exchange.reducer import Reduced
 from metricfold._core.fold.names import ANYTHING, check_prefix, printed, repeated, show
 from metricfold._core.fold.state import COUNT, NANS, ReducedState
-from metricfold._core.reduce.reducer import Reduced
 from metricfold._core.reduce.schema import Key
 from metricfold._core.reduce.sections import NOBODY
 from metricfold._core.runtime.uncompiled import uncompiled

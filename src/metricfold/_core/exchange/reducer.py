@@ -2,7 +2,7 @@
 
 An exchange carries everyone's vectors. The header at the front of each lets all ranks see, in that same
 exchange, whether anybody disagrees, has failed, or holds something that the agreed schema has no
-place for; then all take the same further steps. `README.md` beside this file tells the protocol in
+place for; then all take the same further steps. `README.md` in the folder `reduce` tells the protocol in
 full.
 """
 
@@ -13,91 +13,38 @@ import enum
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal
 
 import numpy as np
 
+from metricfold._core.exchange.route import Arrived, Exchange
 from metricfold._core.fold.custom import CustomResults
 from metricfold._core.fold.names import Claims, show
 from metricfold._core.fold.sample import FloatArray, Pool, Window
 from metricfold._core.fold.state import COUNT, NANS, OTHER, State
-from metricfold._core.reduce.agreement import (
-    Registry,
-    agree,
+from metricfold._core.reduce.agreement import Registry, agree, news, read
+from metricfold._core.reduce.announced import encoded
+from metricfold._core.reduce.header import (
+    HEADER_SIZE,
+    MOST_CUSTOM,
+    MOST_ERROR,
+    PROTOCOL,
+    Field,
+    Kind,
     check,
     check_whole,
-    encoded,
     name_ranks,
-    news,
-    reason,
-    reasons,
 )
-from metricfold._core.reduce.announced import MOST_CUSTOM
-from metricfold._core.reduce.header import HEADER_SIZE, PROTOCOL, Field, Kind, RouteChoice
 from metricfold._core.reduce.schema import Entry, Key, Schema, digest
 from metricfold._core.reduce.totals import Rows, Totals
 from metricfold._core.reduce.values import Recent
-from metricfold._core.reduce.wire import Attendance, Outgoing, Wire
+from metricfold._core.reduce.wire import Attendance, Merged, Outgoing
+from metricfold.metric import escaped
 
-__all__ = ["Arrived", "Contribution", "Exchange", "Merged", "Outcome", "Reduced", "Reducer"]
+__all__ = ["Contribution", "Outcome", "Reduced", "Reducer"]
 
 _logger = logging.getLogger("metricfold")
 _NO_WINDOW = Window()
-
-
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """What all ranks sent, merged.
-
-    Args:
-        delta: lanes.
-        rows: each rank's lanes; of the keys in `rows.schema` alone.
-        recent: values of DISTRIBUTIONs.
-        attendance: which ranks had what; None if all keys are known per rank.
-        sink_failed: whether a logger's sink had failed on any rank.
-        found: what a local rule has found on any of them (`Field.ALERTS`).
-    """
-
-    delta: Totals
-    rows: Rows
-    recent: Recent
-    attendance: Attendance | None = None
-    sink_failed: bool = False
-    found: float = 0.0
-
-
-class Arrived(NamedTuple):
-    """What an exchange came to.
-
-    Args:
-        headers: everyone's, shape (world_size, HEADER_SIZE), if they have been gathered.
-        merged: what has been merged; None if some rank objects or has news.
-        wrong: what no rank sends among what has arrived, which all ranks see alike.
-    """
-
-    headers: FloatArray | None
-    merged: Merged | None
-    wrong: str = ""
-
-
-class Exchange(Protocol):
-    """What carries vectors and bytes between ranks, each call in the same order on all of them."""
-
-    rank: int
-    world_size: int
-    wanted: RouteChoice
-
-    def wire(self, schema: Schema) -> Wire:
-        """Return how a rank's vector is laid out, the same on all ranks."""
-        ...
-
-    def vectors(self, schema: Schema, header: FloatArray, vector: FloatArray) -> Arrived:
-        """Send this rank's vector, laid out so, with that header."""
-        ...
-
-    def gathered(self, data: bytes, sizes: Sequence[int]) -> list[bytes]:
-        """Return everyone's bytes, of which all know how many there are."""
-        ...
 
 
 class Outcome(enum.Enum):
@@ -248,7 +195,12 @@ class Reducer:
         vector, blob = self._prepared(exchange, mine, registry)
         arrived = self._exchanged(exchange, mine, vector, blob)
         if arrived.merged is None:
-            arrived = self._agreed(exchange, mine, arrived, blob, registry)
+            assert arrived.headers is not None
+            self._agree(
+                exchange, mine, registry, self._blobs(exchange, mine, arrived.headers, blob)
+            )
+            vector, blob = self._packed_again(exchange, mine, registry)
+            arrived = self._exchanged(exchange, mine, vector, blob)
         merged, custom = self._whole(exchange, mine, arrived)
         return self._accumulated(exchange, mine, merged, custom)
 
@@ -264,7 +216,7 @@ class Reducer:
                 f"bytes, more than the {MOST_CUSTOM} that travel: keep less in them"
             )
         if not mine.error:
-            try:
+            with _said(mine, "prepare what it holds"):
                 mine.windows = self._windows_with(mine.states, registry)
                 vector, lacking = self._packed(exchange, mine, registry)
                 lacking.update(
@@ -275,17 +227,17 @@ class Reducer:
                 loaded: Iterable[Entry] = ()
                 if self.run.schema is not self.schema:
                     loaded = (*self.run.schema, *self.interval.schema)
-                mine.news = news(self.schema, lacking, mine.states, mine.windows, loaded, registry)
-                blob = encoded(mine.news)
-            except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
-                mine.error = f"it could not prepare what it holds: {error!r}"
-            else:
+                found = news(self.schema, lacking, mine.states, mine.windows, loaded, registry)
+                mine.news, blob = found, encoded(found)
                 return (exchange.wire(self.schema).identity() if blob else vector), blob
-        mine.custom = b""
         return self._failed(exchange, mine)
 
     def _failed(self, exchange: Exchange, mine: Contribution) -> tuple[FloatArray, bytes]:
-        return exchange.wire(self.schema).identity(), reason(mine.error)
+        """Return what a rank sends that takes part though it has failed, and what it says of that."""
+        mine.custom, said = b"", mine.error.encode("utf-8", "backslashreplace")
+        if len(said) > MOST_ERROR:
+            said = said[: MOST_ERROR - 3] + b"..."
+        return exchange.wire(self.schema).identity(), said
 
     def _windows_with(self, states: dict[Key, State], registry: Registry) -> dict[Key, Window]:
         windows = dict(self.windows)
@@ -309,7 +261,7 @@ class Reducer:
         vector, lacking = exchange.wire(self.schema).pack(outgoing, exchange.rank)
         return vector, lacking | conflicting
 
-    def _header(self, mine: Contribution, wanted: RouteChoice, blob: bytes) -> FloatArray:
+    def _header(self, exchange: Exchange, mine: Contribution, blob: bytes) -> FloatArray:
         header = np.zeros(HEADER_SIZE)
         header[Field.PROTOCOL] = PROTOCOL
         header[Field.KIND] = mine.kind
@@ -319,7 +271,7 @@ class Reducer:
         header[Field.GENERATION] = self.generation
         # Two states may hold the same totals, and differ in the interval or in recent values.
         header[Field.RUN] = digest(f"{self.run.hash()} {self._loaded_after}".encode())
-        header[Field.ROUTE] = wanted
+        header[Field.ROUTE] = exchange.wanted
         header[Field.PENDING] = bool(blob) and not mine.error
         header[Field.BLOB_HASH] = digest(blob) if blob else 0
         header[Field.BLOB_SIZE] = len(blob)
@@ -337,7 +289,7 @@ class Reducer:
         self, exchange: Exchange, mine: Contribution, vector: FloatArray, blob: bytes
     ) -> Arrived:
         """Send what this rank holds; raises on all ranks if one has failed or disagrees."""
-        header = self._header(mine, exchange.wanted, blob)
+        header = self._header(exchange, mine, blob)
         mine.outcome = Outcome.OPEN
         arrived = exchange.vectors(self.schema, header, vector)
         self._sequence += 1
@@ -346,12 +298,13 @@ class Reducer:
             with _by_all(mine):
                 check_whole(headers)
             if headers[:, Field.ERROR].any():
-                texts = self._exchange_blobs(exchange, headers, mine, blob)
+                texts = self._blobs(exchange, mine, headers, blob)
                 failed = np.flatnonzero(headers[:, Field.ERROR]).tolist()
+                said = dict.fromkeys(texts[rank].decode("utf-8", "replace") for rank in failed)
                 with _by_all(mine):
                     raise RuntimeError(
                         f"the reduction was given up, and nothing else is lost: {name_ranks(failed)} "
-                        f"could not take part: {reasons(texts[rank] for rank in failed)}"
+                        f"could not take part: {'; '.join(map(escaped, said))}"
                     )
             with _by_all(mine):
                 check(headers)
@@ -361,21 +314,20 @@ class Reducer:
         return arrived
 
     @staticmethod
-    def _exchange_blobs(
-        exchange: Exchange, headers: FloatArray, mine: Contribution, blob: bytes
+    def _blobs(
+        exchange: Exchange, mine: Contribution, headers: FloatArray, blob: bytes
     ) -> list[bytes]:
         """Return everyone's blob; of equal ones, which the hash tells, only the first travels."""
-        hashes = headers[:, Field.BLOB_HASH].astype(np.int64)
-        sizes = headers[:, Field.BLOB_SIZE].astype(np.int64)
-        first = {int(hashes[rank]): rank for rank in reversed(range(len(hashes)))}
-        sender = [first[int(number)] for number in hashes]
-        sent = [int(size) if sender[rank] == rank else 0 for rank, size in enumerate(sizes)]
-        own = blob if sent[exchange.rank] else b""
-        received = exchange.gathered(own, sent)
+        announced = headers[:, [Field.BLOB_HASH, Field.BLOB_SIZE]].astype(np.int64)
+        hashes, sizes = announced.T.tolist()
+        first: dict[int, int] = {}
+        sender = [first.setdefault(number, rank) for rank, number in enumerate(hashes)]
+        sent = [size if sender[rank] == rank else 0 for rank, size in enumerate(sizes)]
+        received = exchange.gathered(blob, sent)
         damaged = [
             rank
             for rank, size in enumerate(sent)
-            if (size and digest(received[rank]) != int(hashes[rank]))
+            if (size and digest(received[rank]) != hashes[rank])
             or sizes[rank] != sizes[sender[rank]]
         ]
         if damaged:
@@ -384,57 +336,30 @@ class Reducer:
                     f"what {name_ranks(damaged)} sent of new keys, or of a failure, did not arrive as "
                     "its header announces it. Nothing was reduced; look after that rank's machine"
                 )
-        return [received[sender[rank]] for rank in range(len(hashes))]
+        return [received[rank] for rank in sender]
 
     # -- Agree
 
-    def _agreed(
-        self,
-        exchange: Exchange,
-        mine: Contribution,
-        arrived: Arrived,
-        blob: bytes,
-        registry: Registry,
-    ) -> Arrived:
-        """Exchange the news, give the schema room for all of them, and send again.
+    def _agree(
+        self, exchange: Exchange, mine: Contribution, registry: Registry, blobs: Sequence[bytes]
+    ) -> None:
+        """Give the schema room for the news of all ranks.
 
         Raises:
             ValueError: ranks hold a key or name otherwise than others; on all ranks alike.
         """
-        assert arrived.headers is not None
-        self._take_in(exchange, mine, arrived.headers, blob, registry)
-        again = self._exchanged(exchange, mine, *self._packed_again(exchange, mine, registry))
-        if again.merged is None:
-            with _by_all(mine):
-                raise RuntimeError(_contradicting(again.headers))
-        return again
-
-    def _take_in(
-        self,
-        exchange: Exchange,
-        mine: Contribution,
-        headers: FloatArray,
-        blob: bytes,
-        registry: Registry,
-    ) -> None:
-        blobs = self._exchange_blobs(exchange, headers, mine, blob)
         self.schema_rounds += 1
-        # Where there are others, all read the same bytes, each its own too: so all come to the same.
-        own = {blob: mine.news} if exchange.world_size == 1 else {}
         with _by_all(mine):
-            agreed = agree(self.schema, self._claims, blobs, own)
+            # Where there are others, all read the same bytes, each its own too: so all come to the same.
+            told = [(mine.news, [0])] if exchange.world_size == 1 else read(blobs)
+            agreed = agree(self.schema, self._claims, told)
         if exchange.rank == 0:
             for entry in agreed.overflowed(self.run.schema):
                 _warn_of_categories(entry)
         self.schema = agreed.schema
-        losers: dict[Key, Key | None] = {}
-        for lost in agreed.lost:
-            if exchange.rank in lost.ranks:
-                losers[lost.key] = lost.beside
-        try:
+        losers = {one.key: one.beside for one in agreed.lost if exchange.rank in one.ranks}
+        with _said(mine, "take over the agreed keys"):
             mine.error = registry.adopt(agreed, losers)
-        except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
-            mine.error = f"it could not take over the agreed keys: {error!r}"
         if agreed.lost:
             with _by_all(mine):
                 raise ValueError("; ".join(map(str, agreed.lost)))
@@ -443,11 +368,8 @@ class Reducer:
         self, exchange: Exchange, mine: Contribution, registry: Registry
     ) -> tuple[FloatArray, bytes]:
         """Return what this rank sends once the keys are agreed on, or identities and its error."""
-        try:
+        with _said(mine, "pack what it holds"):
             vector, lacking = self._packed(exchange, mine, registry)
-        except Exception as error:  # noqa: BLE001 - the others go on: join them, and say so
-            mine.error = mine.error or f"it could not pack what it holds: {error!r}"
-        else:
             if lacking and not mine.error:
                 mine.error = f"the agreed keys lack places for {', '.join(map(show, lacking))}"
         return self._failed(exchange, mine) if mine.error else (vector, b"")
@@ -459,7 +381,9 @@ class Reducer:
     ) -> tuple[Merged, CustomResults]:
         """Return what has been merged, with the values that accumulate, and results without lanes."""
         merged, custom = arrived.merged, CustomResults()
-        assert merged is not None
+        if merged is None:
+            with _by_all(mine):
+                raise RuntimeError(_contradicting(arrived.headers))
         if self.schema.has_custom:
             assert arrived.headers is not None
             sizes = arrived.headers[:, Field.CUSTOM_SIZE].astype(np.int64).tolist()
@@ -544,6 +468,15 @@ def _by_all(mine: Contribution) -> Iterator[None]:
     except Exception:
         mine.outcome = Outcome.REFUSED
         raise
+
+
+@contextlib.contextmanager
+def _said(mine: Contribution, doing: str) -> Iterator[None]:
+    """Let the others hear what is raised here: they go on, so join them."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - the user's handler, or a device
+        mine.error = mine.error or f"it could not {doing}: {error!r}"
 
 
 def _contradicting(headers: FloatArray | None) -> str:
