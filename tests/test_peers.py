@@ -151,7 +151,7 @@ def test_every_entry_that_ranks_send_is_read_back() -> None:
         {0: 1e300},
         {0: 0.5},
         {0: -3.0},
-        {6: 5.0},
+        {6: -5.0},  # the least value, its sign turned: it lies above the greatest
         {8: 17.0},
         {9: -1.0},
         {10: 2.0**60},

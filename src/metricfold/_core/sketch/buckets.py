@@ -66,6 +66,7 @@ _ABOVE = 1 << 27
 """What makes the places of negative buckets positive."""
 _PLACES = (1 << (ROW_BITS - _KIND_BITS)) - 1
 _LOWEST = 1 - COARSEST
+_KINDS = (1 << _KIND_BITS) - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,13 +104,13 @@ class Buckets:
     @classmethod
     def of_values(cls, bits: IntArray, weights: FloatArray | None, m: int) -> Buckets:
         """Return a bucket for each value, neither 0 nor infinite, given by its bits; in their order."""
-        magnitude = bits & MAGNITUDE
         rest = (1 << (FRACTION_BITS - m)) - 1
-        u = (magnitude & rest) * 2.0 ** (m - FRACTION_BITS)
-        edge = (magnitude & ~rest) >> _SHIFT
-        weight = np.ones(u.size) if weights is None else weights
-        first = weight * u
-        sums = np.stack([weight, first, first * u])
+        edge = (bits & MAGNITUDE & ~rest) >> _SHIFT
+        sums = np.empty((MOMENTS, bits.size))
+        sums[0] = 1.0 if weights is None else weights
+        u = np.multiply(bits & rest, 2.0 ** (m - FRACTION_BITS), out=sums[2])
+        np.multiply(sums[0], u, out=sums[1])
+        u *= sums[1]
         return cls.of(edge ^ (bits >> 63), m, sums)
 
     @classmethod
@@ -209,7 +210,7 @@ class Buckets:
 
     def octaves(self) -> IntArray:
         """Return the place of the first bucket of each octave."""
-        return _starts(self.key >> _KIND_BITS + FINEST)
+        return _new(self.key >> _KIND_BITS + FINEST).nonzero()[0]
 
     def faulty(self, finest: IntArray) -> BoolArray:
         """Return which are no bucket of a sketch, or stand where they cannot.
@@ -220,7 +221,7 @@ class Buckets:
         m, edge = self.m, self.edge
         wrong = (m < COARSEST) | (m > finest[self.row]) | (edge >= FIELDS << FINEST)
         wrong |= (edge & ((1 << (FINEST - np.clip(m, COARSEST, FINEST))) - 1)) != 0
-        place, kind = self.key >> _KIND_BITS, self.key & (1 << _KIND_BITS) - 1
+        place, kind = self.key >> _KIND_BITS, self.key & _KINDS
         octave, row = place >> FINEST, self.key >> ROW_BITS
         grouped = (m[1:] < 0) | (m[:-1] < 0)
         together = (octave[1:] == octave[:-1]) | (grouped & (row[1:] == row[:-1]))
@@ -272,77 +273,18 @@ class Buckets:
             upper: which belong to the second of two rows of sketches. Each side is added up by itself,
                 so that it does not matter which is the first.
         """
-        starts = _starts(self.key >> _KIND_BITS)
-        if starts.size == self.key.size:
+        new = _new(self.key >> _KIND_BITS)
+        starts = new.nonzero()[0]
+        if starts.size == new.size:
             return self
-        begins = np.zeros(self.key.size, dtype=np.int64)
-        begins[starts] = 1
-        group, sides = np.cumsum(begins) - 1, 1 if upper is None else 2
+        group, sides = new.cumsum() - 1, 1
         if upper is not None:
-            group = 2 * group + upper
-        once = self.taken(starts)
-        for total, moment in zip(once.sums, self.sums, strict=True):
+            group, sides = 2 * group + upper, 2
+        sums = np.empty((MOMENTS, starts.size))
+        for total, moment in zip(sums, self.sums, strict=True):
             added = np.bincount(group, moment, minlength=sides * starts.size)
             total[:] = added if upper is None else added[::2] + added[1::2]
-        return once
-
-    def fitted(self, reach: IntArray, most: int) -> tuple[Buckets, IntArray]:
-        """Return the same contents in no more than `most` buckets for each row, and how far they reach.
-
-        Args:
-            reach: of each sketch until now, shape (rows,).
-            most: how many buckets each may have.
-        """
-        held = np.bincount(self.row, minlength=reach.size)
-        if held.max() <= most and not (self.key & 1).any():
-            return self, reach
-        first = self.octaves()
-        sizes = _sizes(first, self.key.size)
-        one = self.taken(first)
-        row, distance = one.row, one.distance
-        charges = Charges(row, sizes, one.cut, reach.size, most)
-        share = charges.shares()
-        short = np.flatnonzero((share < _LEAST_SHARE) | (reach < FARTHEST))
-        if short.size:
-            share[short] = _LEAST_SHARE
-            reach = reach.copy()
-            for each in short.tolist():
-                reach[each] = min(int(reach[each]), charges.reach(each, distance))
-        limit = np.where(distance > reach[row], 1, share[row])
-        # What is grouped once has had more octaves than buckets, and stays so.
-        grouped = np.bincount(row, minlength=reach.size) > most
-        grouped[row[one.m < 0]] = True
-        over = (sizes > limit) | grouped[row]
-        if not over.any():
-            return self, reach
-        inside = self._finest_within(np.where(over, limit, most), first, sizes)
-        m = np.repeat(np.where(over, np.minimum(one.m, inside), one.m), sizes)
-        coarse = np.repeat(over, sizes)
-        for each in np.flatnonzero(grouped).tolist():
-            here = self.row == each
-            m[here] = self._group_size(here, most)
-        return Buckets(self.key | coarse, self.sums).at(m).joined(), reach
-
-    def _finest_within(self, limit: IntArray, first: IntArray, sizes: IntArray) -> IntArray:
-        """Return the largest m at which each octave has no more than `limit` occupied buckets."""
-        # Neighbours that differ first in bit b of their edges are two buckets where 16 - m <= b.
-        octave = np.repeat(np.arange(first.size), sizes)
-        same = octave[1:] == octave[:-1]
-        place = self.key >> _KIND_BITS
-        differ = (place[1:] ^ place[:-1])[same].astype(np.float64)
-        bit = np.frexp(differ)[1] - 1
-        split = np.bincount(octave[1:][same] * FINEST + bit, minlength=first.size * FINEST)
-        # Column j: how many are occupied at m = j + 1.
-        occupied = 1 + split.reshape(-1, FINEST)[:, ::-1].cumsum(axis=1)
-        finest: IntArray = (occupied <= limit[:, np.newaxis]).sum(axis=1)
-        return finest
-
-    def _group_size(self, here: BoolArray, most: int) -> int:
-        """Return the m at which the octaves of one row are grouped to `most` buckets or fewer."""
-        m = min(int(self.m[here].min()), -1)
-        while _starts(self.index[here] >> (FINEST - m)).size > most:
-            m -= 1
-        return m
+        return Buckets(self.key[starts], sums)
 
 
 def united(
@@ -368,77 +310,110 @@ def united(
         both, upper = both.taken(order), order >= one.key.size
     if not both.key.size:
         return both, reach
-    return _agreed(both, finest).joined(upper).fitted(reach, most)
+    first = both.octaves()
+    sizes = np.diff(first, append=both.key.size)
+    m, cut, reach = _resolutions(both, first, sizes, finest, reach, most)
+    settled = Buckets(both.key | np.repeat(cut, sizes), both.sums)
+    return settled.at(np.repeat(m, sizes)).joined(upper), reach
 
 
-def _agreed(buckets: Buckets, finest: IntArray) -> Buckets:
-    """Bring what shares an octave to the coarsest resolution in it, but not yet together."""
-    first, known = buckets.octaves(), buckets.m
-    sizes = _sizes(first, known.size)
-    row = buckets.key[first] >> ROW_BITS
-    m = np.minimum(np.minimum.reduceat(known, first), finest[row])
-    if m.min() < 0:
-        # One that is grouped is so in all of its octaves.
-        grouped = np.zeros(finest.size, dtype=np.int64)
-        np.minimum.at(grouped, row, m)
-        m = np.where(grouped[row] < 0, grouped[row], m)
-    cut = np.bitwise_or.reduceat(buckets.key & 1, first) | (m < np.maximum.reduceat(known, first))
-    return Buckets(buckets.key | np.repeat(cut, sizes), buckets.sums).at(np.repeat(m, sizes))
+def _resolutions(
+    buckets: Buckets,
+    first: IntArray,
+    sizes: IntArray,
+    finest: IntArray,
+    reach: IntArray,
+    most: int,
+) -> tuple[IntArray, BoolArray, IntArray]:
+    """Return how fine each octave is to be, whether it is cut then, and how far sketches reach."""
+    octaves = buckets.taken(first)
+    row, distance = octaves.row, octaves.distance
+    kinds = buckets.key & _KINDS
+    largest = np.maximum.reduceat(kinds, first)
+    # What shares an octave comes to the coarsest resolution in it.
+    m = (np.minimum.reduceat(kinds, first) >> _CUT_BITS) - _LOWEST
+    m = np.minimum(m, finest[row])
+    cut = (m < (largest >> _CUT_BITS) - _LOWEST) | (largest & 1 == 1)
+
+    occupied = _occupied(buckets.key >> _KIND_BITS, sizes)
+    now = occupied[np.arange(first.size), np.maximum(m, 0)]
+    charged = np.where(cut, most, now)  # one that is cut takes its share, whatever is occupied now
+    share = _shares(row, charged, reach.size, most)
+    short = ((share < _LEAST_SHARE) | (reach < FARTHEST)).nonzero()[0]
+    if short.size:
+        share[short] = _LEAST_SHARE
+        reach = reach.copy()
+        for each in short.tolist():
+            here = row == each
+            within = _reach(np.minimum(charged[here], _LEAST_SHARE), distance[here], most)
+            reach[each] = min(int(reach[each]), within)
+    limit = np.where(distance > reach[row], 1, share[row])
+    # What is grouped once has had more octaves than buckets, and stays so.
+    grouped = np.bincount(row, minlength=reach.size) > most
+    grouped[row[m < 0]] = True
+    over = (now > limit) | grouped[row]
+    inside = (occupied[:, 1:] <= limit[:, np.newaxis]).sum(axis=1)
+    m = np.where(over, np.minimum(m, inside), m)
+    for each in grouped.nonzero()[0].tolist():
+        here = row == each
+        m[here] = _group_size(octaves.index[here] >> FINEST, int(m[here].min()), most)
+    return m, cut | over, reach
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Charges:
-    """What octaves take of the buckets that a sketch may have.
+def _occupied(place: IntArray, sizes: IntArray) -> IntArray:
+    """Return how many buckets of each octave are occupied at m = 0..16, given all that are, in order."""
+    # Neighbours that differ first in bit b of their places are two buckets where 16 - m <= b.
+    bit = ((place[1:] ^ place[:-1]).astype(np.float64).view(np.int64) >> FRACTION_BITS) - BIAS
+    octave = np.repeat(np.arange(sizes.size), sizes)[1:]
+    inside = ((bit >= 0) & (bit < FINEST)).nonzero()[0]  # others: the same place, another octave
+    split = np.bincount(
+        octave[inside] * FINEST + (FINEST - bit[inside] - 1), minlength=sizes.size * FINEST
+    )
+    found = np.ones((sizes.size, FINEST + 1), dtype=np.int64)
+    found[:, 1:] += split.reshape(-1, FINEST).cumsum(axis=1)
+    return found
+
+
+def _shares(row: IntArray, charged: IntArray, rows: int, most: int) -> IntArray:
+    """Return the largest share that each sketch has the buckets for; 0 if it has none.
 
     Args:
-        row: the sketch of each octave, shape (n,).
-        sizes: how many of its buckets are occupied.
-        cut: whether it takes its share, whatever is occupied now.
+        row: the sketch of each octave, ascending.
+        charged: what the octave takes of a share that is as large.
         rows: how many sketches there are.
         most: how many buckets each may have.
     """
-
-    row: IntArray
-    sizes: IntArray
-    cut: BoolArray
-    rows: int
-    most: int
-
-    def of(self, share: IntArray) -> IntArray:
-        """Return what each takes if its sketch has this share."""
-        each = share[self.row]
-        return np.where(self.cut, each, np.minimum(self.sizes, each))
-
-    def shares(self) -> IntArray:
-        """Return the largest share that each sketch has the buckets for; 0 if it has none."""
-        # With an equal part for each octave they have room, and those that are cut need theirs.
-        octaves = np.bincount(self.row, minlength=self.rows)
-        needy = np.bincount(self.row[self.cut], minlength=self.rows)
-        share, beyond = self.most // np.maximum(octaves, 1), self.most // np.maximum(needy, 1) + 1
-        while (share + 1 < beyond).any():
-            middle = (share + beyond) // 2
-            fits = np.bincount(self.row, self.of(middle), minlength=self.rows) <= self.most
-            share, beyond = np.where(fits, middle, share), np.where(fits, beyond, middle)
-        return share
-
-    def reach(self, row: int, distance: IntArray) -> int:
-        """Return how far octaves of one sketch may be for the least share; those beyond take 1."""
-        here = self.row == row
-        more = self.of(np.full(self.rows, _LEAST_SHARE))[here] - 1
-        through = np.bincount(distance[here], more, minlength=FARTHEST + 1).cumsum()
-        return int(through.searchsorted(self.most - more.size, side="right")) - 1
+    # If all but the k largest of an octave take what they can, a k-th of the rest is left for each. No
+    # choice of k gives too much, and the right one gives the share.
+    taken = charged[np.lexsort((charged, row))]
+    held = np.bincount(row, minlength=rows)
+    begin = held.cumsum() - held
+    before = taken.cumsum() - taken
+    before -= before[begin[row]]
+    left = (begin + held)[row] - np.arange(row.size)
+    share, some = np.full(rows, most), begin[held > 0]
+    needed = np.add.reduceat(taken, some)
+    largest = np.maximum.reduceat((most - before) // left, some)
+    share[held > 0] = np.where(needed <= most, most, largest)
+    return share
 
 
-def _starts(key: IntArray) -> IntArray:
+def _reach(charged: IntArray, distance: IntArray, most: int) -> int:
+    """Return how far octaves of a sketch may be for the least share; those beyond take 1."""
+    through = np.bincount(distance, charged - 1, minlength=FARTHEST + 1).cumsum()
+    return int(through.searchsorted(most - charged.size, side="right")) - 1
+
+
+def _group_size(octave: IntArray, m: int, most: int) -> int:
+    """Return the m, no larger than given, at which neighbouring octaves make `most` groups or fewer."""
+    m = min(m, -1)
+    while np.count_nonzero(_new(octave >> -m)) > most:
+        m -= 1
+    return m
+
+
+def _new(numbers: IntArray) -> BoolArray:
     """Return where another number begins."""
-    new = np.ones(key.size, dtype=np.bool_)
-    np.not_equal(key[1:], key[:-1], out=new[1:])
-    return new.nonzero()[0]
-
-
-def _sizes(first: IntArray, end: int) -> IntArray:
-    """Return how far it is from each place to the next, and from the last one to the end."""
-    sizes = np.empty_like(first)
-    np.subtract(first[1:], first[:-1], out=sizes[:-1])
-    sizes[-1:] = end - first[-1:]
-    return sizes
+    new = np.ones(numbers.size, dtype=np.bool_)
+    np.not_equal(numbers[1:], numbers[:-1], out=new[1:])
+    return new

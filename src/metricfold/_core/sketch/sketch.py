@@ -34,8 +34,6 @@ _CHUNK = 8192
 _LEAST_WITHIN_REACH = 4
 _MANY_STRAYS = 8192
 """Values without a bucket that are worth new buckets before somebody asks."""
-_AT_ONCE = 4096
-"""So many of them at once: what is computed of them stays in memory that is not given back each time."""
 
 
 @internal("contents", "fingerprint", "of", "settle")
@@ -174,12 +172,8 @@ class LogLinearHistogram:
             else:
                 order = np.argsort(values, kind="stable")
                 values, weights = values[order], weights[order]
-            finest = int(self._held.finest[0])
-            for begin in range(0, values.size, _AT_ONCE):
-                part = slice(begin, begin + _AT_ONCE)
-                weighing = None if weights is None else weights[part]
-                some = Buckets.of_values(values[part].view(np.int64), weighing, finest)
-                self._join(some.joined())
+            some = Buckets.of_values(values.view(np.int64), weights, int(self._held.finest[0]))
+            self._join(some.joined())
 
     def _join(self, other: Buckets) -> None:
         self._hold(self._held.with_buckets(other, self._max_buckets))
