@@ -39,6 +39,13 @@ def _demo(chosen: argparse.Namespace) -> int:
         return _say(
             f"--{other} does not go with --framework {chosen.framework}: give --{instead}", 2
         )
+    names = [name for name, _ in chosen.data]
+    if twice := [name for name in names if names.count(name) > 1]:
+        return _say(
+            f"--data names {twice[0]!r} twice: give each dataset its own name (see metricfold demo "
+            "--help)",
+            2,
+        )
     try:
         run_demo(
             framework=FRAMEWORKS[chosen.framework],
@@ -117,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--data",
         type=_dataset,
-        action=_Dataset,
+        action="append",
         default=[],
         metavar="NAME=PATH",
         help=(
@@ -136,23 +143,6 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on from the last checkpoint in --out"
     )
     return parser
-
-
-class _Dataset(argparse.Action):
-    """Collect datasets, whose names must differ."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option_string: str | None = None,
-    ) -> None:
-        assert isinstance(values, tuple)
-        collected = getattr(namespace, self.dest)
-        if values[0] in dict(collected):
-            parser.error(f"--data names {values[0]!r} twice: give each dataset its own name")
-        setattr(namespace, self.dest, [*collected, values])
 
 
 def _positive(text: str) -> int:

@@ -6,8 +6,7 @@
      tokens_seen        120,000        80,000        40,000
 
 Keys are read as ``{prefix}_{dataset}/{name}`` and ``{prefix}/{name}``: one table per prefix, one
-column per dataset (``all`` for what has none), one row per name. While there is one dataset, a column
-of its totals would say the same again: both are one. What has no ``/`` joins the table
+column per dataset (``all`` for what has none), one row per name. What has no ``/`` joins the table
 of the keys it came with. Where a key does not start with the prefix that it was logged with, what
 comes before the first ``_`` is taken for one.
 """
@@ -18,7 +17,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from metricfold.sinks.record import Record
@@ -89,12 +88,14 @@ class ConsoleSink(SelectiveSink):
 
     def _write(self, record: Record) -> None:
         console = self._opened()
-        live = self._is_live(console)
+        live = console.is_interactive if self._wants_live is None else self._wants_live
         for board in _boards_of(record):
-            shown = self._boards.get(board.prefix)
-            laid_out = self._boards[board.prefix] = board.over(shown) if shown else board
+            prefix, shown = board.prefix, self._boards.get(board.prefix)
+            laid_out = self._boards[prefix] = board.over(shown) if shown else board
             if not live:
-                self._print(console, replace(board, columns=laid_out.columns).folded())
+                printed = replace(board, columns=laid_out.columns).folded()
+                for line in _lines(printed, self._widths.setdefault(prefix, {})):
+                    console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
         if not live:
             return
         if self._live is None:
@@ -111,59 +112,49 @@ class ConsoleSink(SelectiveSink):
             self._console = Console()
         return self._console
 
-    def _is_live(self, console: Console) -> bool:
-        return console.is_interactive if self._wants_live is None else self._wants_live
-
     def _tables(self, height: int | None = None) -> RenderableType:
         """Return all tables, cut to `height` lines in all if given."""
         from rich.console import Group  # noqa: PLC0415
 
-        width = self._opened().width
         boards = list(self._boards.values())
         limits = _shares([len(board.rows) for board in boards], height)
-        tables = (
-            _table(board.folded(), limit, width)
-            for board, limit in zip(boards, limits, strict=True)
+        width = self._opened().width
+        return Group(
+            *(_table(one.folded(), rows, width) for one, rows in zip(boards, limits, strict=True))
         )
-        return Group(*tables)
 
     def _draw(self, live: Live) -> None:
         # A live display taller than the terminal could not be updated in place; some lines are
         # left for a progress bar.
         live.update(self._tables(self._opened().height - 3), refresh=True)
 
-    def _print(self, console: Console, board: _Board) -> None:
-        widths = self._widths.setdefault(board.prefix, {})
-        for line in _lines(board, widths):
-            console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+_ALL = "all"
+_MISSING = "-"
 
 
 @dataclass(slots=True)
 class _Board:
-    """What the table of one prefix shows: a cell per (row, column), in order of appearance."""
+    """What the table of one prefix shows: cells by (row, column)."""
 
     prefix: str
     step: int
     wall_time: float
-    columns: list[str] = field(default_factory=list)
-    rows: list[str] = field(default_factory=list)
-    cells: dict[tuple[str, str], str] = field(default_factory=dict)
+    columns: list[str]
+    rows: list[str]
+    cells: dict[tuple[str, str], str]
 
-    def put(self, row: str, column: str, cell: str) -> None:
-        if row not in self.rows:
-            self.rows.append(row)
-        if column not in self.columns:
-            self.columns.append(column)
-        self.cells[row, column] = cell
+    def row(self, name: str) -> list[str]:
+        return [self.cells.get((name, column), _MISSING) for column in self.columns]
 
     def folded(self) -> _Board:
         """Return a board of one column if the totals of all datasets say what the only one says."""
         if len(self.columns) != 2 or _ALL not in self.columns:
             return self
         (only,) = (column for column in self.columns if column != _ALL)
-        pairs = [(self.cells.get((row, _ALL)), self.cells.get((row, only))) for row in self.rows]
-        both = [total == own for total, own in pairs if total is not None and own is not None]
-        if not both or not all(both):
+        pairs = map(self.row, self.rows)
+        both = {total == own for total, own in pairs if _MISSING not in (total, own)}
+        if both != {True}:
             return self
         cells = {(row, only): cell for (row, _), cell in self.cells.items()}
         return replace(self, columns=[only], cells=cells)
@@ -188,8 +179,6 @@ def _inserted(shown: list[str], wanted: list[str]) -> list[str]:
     return result
 
 
-_ALL = "all"
-_MISSING = "-"
 _LOUD = re.compile(r"!(NaN|-?INF)")
 _STATISTIC = re.compile(r"(?P<name>.+)_stat_(?P<statistic>mean|std|min|max|count|p\d+)")
 
@@ -215,12 +204,14 @@ def _boards_of(record: Record) -> list[_Board]:
 
     boards = []
     for prefix, metrics in groups.items():
-        board = _Board(prefix, record.step, record.wall_time)
-        for (name, column), values in metrics.items():
-            for row, cell in _rows(name, values):
-                board.put(row, column, cell)
-        board.columns = _ordered(board.columns)
-        boards.append(board)
+        cells = {
+            (row, column): cell
+            for (name, column), values in metrics.items()
+            for row, cell in _rows(name, values)
+        }
+        rows = list(dict.fromkeys(row for row, _ in cells))
+        columns = _ordered(dict.fromkeys(column for _, column in cells))
+        boards.append(_Board(prefix, record.step, record.wall_time, columns, rows, cells))
     return [board for board in boards if board.rows]
 
 
@@ -254,7 +245,7 @@ def _rows(name: str, values: dict[str, float]) -> Iterable[tuple[str, str]]:
         yield f"{name} count", _number(values["count"])
 
 
-def _ordered(columns: list[str]) -> list[str]:
+def _ordered(columns: Iterable[str]) -> list[str]:
     return sorted(columns, key=lambda column: column != _ALL)
 
 
@@ -294,28 +285,21 @@ def _table(board: _Board, max_rows: int, width: int) -> Table:
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    def is_loud(row: str) -> bool:
-        return any(_LOUD.search(board.cells.get((row, column), "")) for column in board.columns)
+    def is_calm(row: str) -> bool:
+        return not any(map(_LOUD.search, board.row(row)))
 
     # What is not finite is shown whatever else has to make room.
-    kept = set(sorted(board.rows, key=lambda row: not is_loud(row))[:max_rows])
-    rows = [row for row in board.rows if row in kept]
-    columns: list[str] = []
-    room = width - 2 - max(len(row) for row in rows)
-    for column in sorted(board.columns, key=lambda column: column != _ALL):
-        cells = [board.cells.get((row, column), _MISSING) for row in rows]
-        room -= 3 + max(len(column), *(len(cell) for cell in cells))
-        if room < 0 and columns:
+    shown = set(sorted(board.rows, key=is_calm)[:max_rows])
+    rows = {row: board.row(row) for row in board.rows if row in shown}
+    room = width - 2 - max(map(len, rows))
+    fitting = 0
+    for cells in zip(board.columns, *rows.values(), strict=True):
+        room -= 3 + max(map(len, cells))
+        if room < 0 and fitting:
             break
-        columns.append(column)
-    hidden = [
-        f"{count} more {what}{'s' * (count > 1)}"
-        for count, what in (
-            (len(board.rows) - len(rows), "row"),
-            (len(board.columns) - len(columns), "column"),
-        )
-        if count
-    ]
+        fitting += 1
+    left_out = {"row": len(board.rows) - len(rows), "column": len(board.columns) - fitting}
+    hidden = [f"{n} more {what}{'s' * (n > 1)}" for what, n in left_out.items() if n]
     clock = time.strftime("%H:%M:%S", time.localtime(board.wall_time))
     table = Table(
         title=Text.assemble(
@@ -330,12 +314,10 @@ def _table(board: _Board, max_rows: int, width: int) -> Table:
         pad_edge=False,
     )
     table.add_column("", no_wrap=True)
-    for column in columns:
+    for column in board.columns[:fitting]:
         table.add_column(Text(column, "bold"), justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            Text(row), *(_cell(board.cells.get((row, column), _MISSING)) for column in columns)
-        )
+    for row, values in rows.items():
+        table.add_row(Text(row), *map(_cell, values[:fitting]))
     return table
 
 
@@ -349,18 +331,18 @@ def _cell(cell: str) -> RenderableType:
 
 def _lines(board: _Board, widths: dict[str, int]) -> list[str]:
     """Return a line per row; `widths` is kept from record to record, so that columns stay put."""
-    columns = board.columns
-    names = ["step", "row", *columns]
-    grid = [[f"step {board.step}", board.prefix, *columns]]
-    for row in board.rows:
-        values = [board.cells.get((row, column), _MISSING) for column in columns]
-        grid.append([f"step {board.step}", row, *values])
-    for name, cells in zip(names, zip(*grid, strict=True), strict=True):
-        widths[name] = max(widths.get(name, 0), *(len(cell) for cell in cells))
-    return [
-        "  ".join(
-            [cell.ljust(widths[name]) for name, cell in zip(names[:2], cells[:2], strict=True)]
-            + [cell.rjust(widths[name]) for name, cell in zip(names[2:], cells[2:], strict=True)]
-        )
-        for cells in grid
+    step = f"step {board.step}"
+    names = ["step", "row", *board.columns]
+    grid = [
+        [step, board.prefix, *board.columns],
+        *([step, row, *board.row(row)] for row in board.rows),
     ]
+    for name, cells in zip(names, zip(*grid, strict=True), strict=True):
+        widths[name] = max(widths.get(name, 0), *map(len, cells))
+    across = [widths[name] for name in names]
+    return ["  ".join(_aligned(cells, across)) for cells in grid]
+
+
+def _aligned(cells: list[str], widths: list[int]) -> Iterable[str]:
+    for place, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+        yield cell.ljust(width) if place < 2 else cell.rjust(width)

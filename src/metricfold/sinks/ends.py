@@ -38,14 +38,10 @@ _INIT = 1  # the process whose signals the kernel drops where their action is th
 
 
 class Endable(Protocol):
-    """Something that must be told when the process ends."""
+    """Something that must be told when the process ends; deadlines are on the monotonic clock."""
 
     def end_on_exit(self, *, deadline: float) -> None:
-        """Finish: the interpreter is about to go.
-
-        Args:
-            deadline: on the monotonic clock, until when other ranks may be waited for.
-        """
+        """Finish: the interpreter is about to go. Other ranks may be waited for until `deadline`."""
 
     def end_on_signal(self, *, dying: bool, deadline: float) -> None:
         """Finish by `deadline` if `dying`; otherwise make sure, by then, of what there is."""
@@ -83,7 +79,7 @@ class _Watch:
             self.pipe = os.pipe()
             os.set_blocking(self.pipe[1], False)
             start_thread(self._listen, name="metricfold signals")
-        self.take_wakeup()
+        self.set_wakeup(ours=True)
 
     def forget_lost(self) -> None:
         """Forget handlers of ours that went when one that was set after them was taken away."""
@@ -108,23 +104,19 @@ class _Watch:
             return
         self.before[signum], self._installed[signum] = present, address
 
-    def take_wakeup(self) -> None:
-        """Take the wakeup descriptor if it is free; asyncio takes it, and leaves -1 behind."""
+    def set_wakeup(self, *, ours: bool) -> None:
+        """Take or give back the wakeup descriptor, unless it is another's, such as asyncio's."""
         if self.pipe is None:
             return
-        other = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
-        if other not in (-1, self.pipe[1]):
-            signal.set_wakeup_fd(other, warn_on_full_buffer=False)
-
-    def release_wakeup(self) -> None:
-        if self.pipe is None:
-            return
-        other = signal.set_wakeup_fd(-1)
-        if other != self.pipe[1]:
-            signal.set_wakeup_fd(other, warn_on_full_buffer=False)
+        new = self.pipe[1] if ours else -1
+        before = signal.set_wakeup_fd(new, warn_on_full_buffer=False)
+        if before not in (-1, self.pipe[1]):
+            signal.set_wakeup_fd(before, warn_on_full_buffer=False)
 
     def uninstall(self) -> None:
-        """Put back what was there before, where our handler is still in place."""
+        """Put back what was there before, where our handler is still in place and answers nothing."""
+        if self._turns or self._answering:
+            return
         for signum, before in list(self.before.items()):
             ours = signal.getsignal(signum) is _on_signal
             # Where another handler holds ours and may put it back later, ours goes on to work.
@@ -132,12 +124,7 @@ class _Watch:
                 signal.signal(signum, before)
                 del self.before[signum]
         if not self.before:
-            self.release_wakeup()
-
-    @property
-    def busy(self) -> bool:
-        """Whether a signal is being answered."""
-        return bool(self._turns or self._answering)
+            self.set_wakeup(ours=False)
 
     # -- Answering a signal
 
@@ -179,11 +166,9 @@ class _Watch:
         """Write everything, and die of the signal if nobody else wants it."""
         dying, deadline = self._mortal(signum), time.monotonic() + SECONDS
         # Side by side, so that one that hangs takes no time from the others.
-        here, others = self.watched[:1], self.watched[1:]
-        ending = [start_thread(_end, one, dying, deadline, name="metricfold end") for one in others]
-        for one in here:
-            _end(one, dying, deadline)
-        for thread in ending:
+        watched = self.watched.copy()
+        name = "metricfold end"
+        for thread in [start_thread(_end, one, dying, deadline, name=name) for one in watched]:
             thread.join(max(deadline - time.monotonic(), 0.1))
         if dying and self._mortal(signum):
             _die(signum)
@@ -229,14 +214,14 @@ def look_after() -> None:
     if not _watch.before:
         _watch.install()
     else:
-        _watch.take_wakeup()
+        _watch.set_wakeup(ours=True)
 
 
 def unwatch(one: Endable) -> None:
     """Forget `one`; with the last one go the handlers."""
     if one in _watch.watched:
         _watch.watched.remove(one)
-    if not _watch.watched and _may_handle() and not _watch.busy:
+    if not _watch.watched and _may_handle():
         _watch.uninstall()
 
 
@@ -306,7 +291,7 @@ def _after_in_child() -> None:
         if signal.getsignal(signum) is _on_signal:
             signal.signal(signum, before)
     if parents.pipe is not None:
-        parents.release_wakeup()
+        parents.set_wakeup(ours=False)
         for end in parents.pipe:
             os.close(end)
     _after_in_parent()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import operator
 import os
@@ -25,16 +24,15 @@ from metricfold._core.view.snapshot import Snapshot
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.windows import WindowLike, check_window
 from metricfold.sinks.ends import SECONDS, look_after, unwatch, watch
+from metricfold.sinks.loud import mention
 from metricfold.sinks.pipeline import Entry, Extra, Pipeline
 from metricfold.sinks.record import Sink, checked_numbers
-from metricfold.sinks.worker import Patience, error_of
+from metricfold.sinks.worker import Patience, error_of, name_of
 
 if TYPE_CHECKING:
     from metricfold._core.intake.aggregator import MetricsAggregator
 
 __all__ = ["MetricsLogger", "SinkError"]
-
-_log = logging.getLogger("metricfold")
 
 _PATIENCE = Patience(30.0)  # in which a sink must get something done for close() to go on waiting
 _DYING_PATIENCE = 5.0
@@ -286,10 +284,9 @@ class MetricsLogger(OneInUse):
         if grace is None:
             unfinished = wait(reductions, timeout=_SAY_AFTER).not_done
             if unfinished:
-                _log.warning(
-                    "close() waits for %s, not yet in the reduction of the last log, until the "
-                    "aggregator's timeout",
-                    self._awaited(unfinished),
+                mention(
+                    f"close() waits for {self._awaited(unfinished)}, not yet in the reduction of the "
+                    "last log, until the aggregator's timeout"
                 )
                 unfinished = wait(reductions).not_done
         elif patience.deadline < math.inf:
@@ -301,7 +298,7 @@ class MetricsLogger(OneInUse):
         else:
             for sink in self._sinks:
                 if (error := error_of(sink.close)) is not None:
-                    _log.warning("%r could not be closed: %s", sink, _named(error))
+                    mention(f"{name_of(sink)} could not be closed: {_named(error)}")
         self._reductions.clear()
         finished = (future for future in reductions if future.done() and not future.cancelled())
         errors = [*map(self._error_of, finished), self._sink_error()]
@@ -358,7 +355,7 @@ class MetricsLogger(OneInUse):
             return numbers
         if prefix not in self._prefixes and (text := repeated(prefix, numbers)):
             self._prefixes.add(prefix)
-            _log.warning(text)
+            mention(text)
         return {f"{prefix}/{key}": value for key, value in numbers.items()}
 
     def _reduced(self, source: MetricsAggregator, step: int) -> Future[Snapshot]:
@@ -460,7 +457,7 @@ def _has_failed(owner: weakref.ref[object] | None) -> bool:
 def _report(errors: Sequence[BaseException]) -> None:
     for error in errors:
         if not isinstance(error, SinkError):  # of which the table has said so
-            _log.warning("the reduction of the last log failed: %s", _named(error))
+            mention(f"the reduction of the last log failed: {_named(error)}")
 
 
 def _named(error: BaseException) -> str:

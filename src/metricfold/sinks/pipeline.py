@@ -21,7 +21,7 @@ from metricfold._core.view.snapshot import Snapshot
 from metricfold._core.view.tables import Rollup
 from metricfold._core.view.windows import WindowLike
 from metricfold.sinks.early import Watch
-from metricfold.sinks.loud import say
+from metricfold.sinks.loud import mention, say
 from metricfold.sinks.record import Record, Sink, checked_numbers
 from metricfold.sinks.selection import SelectiveSink
 from metricfold.sinks.worker import Consumer, Patience, Rewind, SinkWorker
@@ -174,10 +174,9 @@ class Pipeline(Consumer):
             either: list[Future[Any]] = [entry.source, self._hurry]
             wait(either, return_when=FIRST_COMPLETED)
             if not entry.source.done():
-                _log.warning(
-                    "the metrics of step %d are lost: their reduction was still waiting for other "
-                    "ranks when this process ended",
-                    entry.step,
+                mention(
+                    f"the metrics of step {entry.step} are lost: their reduction was still waiting "
+                    "for other ranks when this process ended"
                 )
                 return None
             if _has_failed(entry.source):
@@ -192,7 +191,7 @@ class Pipeline(Consumer):
                 self._own |= metrics.keys()
             self._warn_of_clashes(
                 extra.keys() & metrics.keys(),
-                "extra= names %s, which are metrics of their own: the metrics are kept and the extra "
+                "extra= names {}, which are metrics of their own: the metrics are kept and the extra "
                 "values left out; give these another name",
             )
             together = metrics | extra | metrics
@@ -212,7 +211,7 @@ class Pipeline(Consumer):
             metrics = {key: value for key, value in metrics.items() if key not in totals}
             self._warn_of_clashes(
                 totals,
-                "%s would be totals over datasets, but are logged as extra= or in a dict: those "
+                "{} would be totals over datasets, but are logged as extra= or in a dict: those "
                 "are kept and the totals left out; to have both, give these another name",
             )
         return metrics, snapshot.histograms(entry.prefix, entry.window)
@@ -221,7 +220,7 @@ class Pipeline(Consumer):
         """Say, once for each key, what is left out."""
         if clashes := keys - self._clashes:
             self._clashes |= clashes
-            _log.warning(message, ", ".join(repr(key) for key in sorted(clashes)))
+            mention(message.format(", ".join(map(repr, sorted(clashes)))))
 
 
 def _extra(entry: Entry) -> dict[str, float]:

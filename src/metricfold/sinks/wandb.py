@@ -21,6 +21,7 @@ from typing import Any
 
 from metricfold.metric import check_name, is_name
 from metricfold.sinks.buckets import coarsened
+from metricfold.sinks.loud import mention
 from metricfold.sinks.record import Record, RecordRefused
 from metricfold.sinks.selection import SelectiveSink, require
 
@@ -118,13 +119,9 @@ class WandbSink(SelectiveSink):
             _log.info("W&B holds no step after %d: nothing to rewind", step)
         elif self._owned:
             group = self._init.get("group") or run.group or run.id
-            _log.warning(
-                "W&B cannot remove steps: run %s is finished with what it holds, up to step %d, and "
-                "a new run in the group %r goes on after step %d",
-                run.id,
-                held,
-                group,
-                step,
+            mention(
+                f"W&B cannot remove steps: run {run.id} is finished with what it holds, up to step "
+                f"{held}, and a new run in the group {group!r} goes on after step {step}"
             )
             self.close()
             self._init = {name: value for name, value in self._init.items() if name != "id"}
@@ -132,14 +129,10 @@ class WandbSink(SelectiveSink):
         else:
             self._shown = {axis: at for axis, at in self._newest.items() if at > step}
             self._shown_before = before
-            _log.warning(
-                "W&B cannot remove steps: your run %s keeps what it holds, up to step %d, and new "
-                "values for the steps until there are left out. To rewind the run itself, start "
-                "it with wandb.init(resume_from='%s?_step=%d')",
-                run.id,
-                held,
-                run.id,
-                step,
+            mention(
+                f"W&B cannot remove steps: your run {run.id} keeps what it holds, up to step {held}, "
+                "and new values for the steps until there are left out. To rewind the run itself, "
+                f"start it with wandb.init(resume_from='{run.id}?_step={step}')"
             )
 
     def _write(self, record: Record) -> None:
@@ -158,7 +151,10 @@ class WandbSink(SelectiveSink):
                 row[key] = wandb.Histogram(np_histogram=coarsened(histogram, _MAX_BUCKETS))
         row.setdefault(axis, record.step)
         if self._step_metric is not None:
-            self._define_all(run, self._step_metric)
+            if not self._defined:
+                self._defined.add(self._step_metric)
+                run.define_metric(self._step_metric)
+                run.define_metric("*", step_metric=self._step_metric, step_sync=True)
             run.log({**row, self._step_metric: record.step})
         else:
             place = self._place_of(run, row, axis, record.step)
@@ -212,18 +208,10 @@ class WandbSink(SelectiveSink):
                 self._defined.add(key)
                 run.define_metric(key, step_metric=None if key == axis else axis)
 
-    def _define_all(self, run: Any, axis: str) -> None:
-        if axis not in self._defined:
-            self._defined.add(axis)
-            run.define_metric(axis)
-            run.define_metric("*", step_metric=axis, step_sync=True)
-
     def _found(self) -> Any:
-        if self.run is not None:
-            return self.run
         import wandb  # noqa: PLC0415
 
-        return wandb.run
+        return wandb.run if self.run is None else self.run
 
     def _started(self) -> Any:
         import wandb  # noqa: PLC0415

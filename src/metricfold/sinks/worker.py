@@ -30,7 +30,7 @@ from metricfold._core.runtime.processes import start_thread
 from metricfold.sinks.loud import mention, say
 from metricfold.sinks.record import Record, Sink
 
-__all__ = ["Consumer", "Patience", "Rewind", "SinkWorker", "error_of"]
+__all__ = ["Consumer", "Patience", "Rewind", "SinkWorker", "error_of", "name_of"]
 
 FLUSH_SECONDS = 1.0
 _PAUSES = (0.1, 0.4, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
@@ -108,7 +108,7 @@ class SinkWorker(Consumer):
     def __init__(self, sink: Sink, queue_size: int) -> None:
         super().__init__()
         self._sink = sink
-        self._name = _name_of(sink)
+        self._name = name_of(sink)
         self._queue_size = queue_size
         # Of `_reserved` and `_refused`; reentrant, since a signal handler may log.
         self._lock = threading.RLock()
@@ -458,7 +458,8 @@ def error_of(call: Callable[..., object], *args: object) -> BaseException | None
     return None
 
 
-def _name_of(sink: Sink) -> str:
+def name_of(sink: Sink) -> str:
+    """Return how a sink is named in messages."""
     try:
         return repr(sink)
     except Exception:  # noqa: BLE001 - the user's, which must not cost the sink its thread
