@@ -1,8 +1,8 @@
 """What binds an aggregator to its counterparts on the other ranks.
 
-One connection, one thread, one call at a time. A call is a `Task`: what is cut off when it begins is
-put back if it fails, unless other ranks may have merged it. Then the link is dead, since what this
-rank sent next would be of another size than what the others expect.
+One connection, one thread, one call at a time. What a call cuts off when it begins is put back if it
+fails, unless other ranks may have merged it. Then the link is dead, since what this rank sent next
+would be of another size than what the others expect.
 """
 
 from __future__ import annotations
@@ -42,21 +42,16 @@ class Task(Protocol[T_co]):
     """One call that all ranks make."""
 
     @property
-    def outcome(self) -> Outcome:
-        """What has become of what it has cut off."""
-        ...
+    def outcome(self) -> Outcome: ...
 
     def begin(self, communicator: Communicator) -> None:
         """Cut off what has accumulated, on the caller's thread."""
-        ...
 
     def finish(self) -> T_co:
         """Take part, on whatever thread."""
-        ...
 
     def put_back(self) -> None:
         """Put back what has been cut off."""
-        ...
 
 
 class Link:
@@ -69,7 +64,6 @@ class Link:
         communicator: in the place of a connection of its own.
 
     Attributes:
-        name: of the aggregators.
         dead: why no call can be made any more.
         communicator: of the last call.
     """
@@ -98,9 +92,8 @@ class Link:
 
     @property
     def collectives(self) -> int:
-        """How many collectives have been issued so far."""
-        current = 0 if self.communicator is None else self.communicator.collectives
-        return self._past_collectives + current
+        """How many have been issued so far."""
+        return self._past_collectives + getattr(self.communicator, "collectives", 0)
 
     # -- Whether anything can come
 

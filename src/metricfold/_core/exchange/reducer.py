@@ -38,7 +38,7 @@ from metricfold._core.reduce.header import (
 from metricfold._core.reduce.schema import Entry, Key, Schema, digest
 from metricfold._core.reduce.totals import Rows, Totals
 from metricfold._core.reduce.values import Recent
-from metricfold._core.reduce.wire import Attendance, Merged, Outgoing
+from metricfold._core.reduce.wire import Attendance, Merged, Outgoing, Wire
 from metricfold.metric import escaped
 
 __all__ = ["Contribution", "Outcome", "Reduced", "Reducer"]
@@ -64,9 +64,8 @@ class Contribution:
         kind: which call this is.
         states: what each key has accumulated.
         seconds: wall time since the last reduction.
-        custom: results of handlers without lanes, as bytes.
-        custom_keys: the keys that those belong to.
-        step: the caller's step, or None.
+        custom: results of handlers without lanes, as bytes, and the keys that they belong to.
+        step: the caller's step.
         error: why this rank fails; it takes part all the same.
         sink_failed: whether a logger's sink has failed here, for all ranks to hear.
         rules: a hash of the rules that look for alerts.
@@ -133,6 +132,7 @@ class Reducer:
     """Runs reductions, and keeps what goes on from one to the next.
 
     Attributes:
+        exchange: carries what it sends.
         schema: the agreed schema; changes only in an exchange that all ranks take part in.
         run: the run total; may have keys, out of a checkpoint, that the schema still lacks.
         interval: what reductions have folded into the interval that is still open.
@@ -141,7 +141,8 @@ class Reducer:
         schema_rounds: how often new keys were exchanged.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
         self.schema, self._claims = Schema(), Claims()
         self.run = self.interval = self._nothing = Totals.empty(self.schema)
         self.windows: dict[Key, Window] = {}
@@ -159,14 +160,19 @@ class Reducer:
         self._close_interval()
         self.generation += 1
 
-    def rebind(self) -> None:
+    def bind(self, exchange: Exchange) -> None:
         """Begin among other ranks: agree on everything anew."""
+        self.exchange = exchange
         self.schema, self._claims = Schema(), Claims()
-        if not self.run.sums.any():
+        if self._sequence and not self.run.sums.any():
             # Nothing but this process's own clock, which is no reason for ranks to disagree.
             self.run = self.interval = self._nothing = Totals.empty(self.schema)
         self._close_interval()
         self._sequence = 0
+
+    @property
+    def _wire(self) -> Wire:
+        return self.exchange.wire(self.schema)
 
     def _close_interval(self) -> None:
         """Forget who has had what in the interval."""
@@ -175,7 +181,7 @@ class Reducer:
         self._present: set[Key] = set()
         self._with_nan: set[Key] = set()
 
-    def reduce(self, exchange: Exchange, mine: Contribution, registry: Registry) -> Reduced:
+    def reduce(self, mine: Contribution, registry: Registry) -> Reduced:
         """Take part in one reduction.
 
         Raises on all ranks alike if one disagrees or has failed; then nothing is merged. What became
@@ -183,32 +189,28 @@ class Reducer:
         """
         before = vars(self).copy()
         try:
-            return self._reduced(exchange, mine, registry)
+            return self._reduced(mine, registry)
         except BaseException:
-            if exchange.world_size == 1 and mine.outcome is Outcome.OPEN:
+            if self.exchange.world_size == 1 and mine.outcome is Outcome.OPEN:
                 # Nobody else can have merged it: it is as if nothing had been begun.
                 vars(self).update(before)
                 mine.outcome = Outcome.PENDING
             raise
 
-    def _reduced(self, exchange: Exchange, mine: Contribution, registry: Registry) -> Reduced:
-        vector, blob = self._prepared(exchange, mine, registry)
-        arrived = self._exchanged(exchange, mine, vector, blob)
+    def _reduced(self, mine: Contribution, registry: Registry) -> Reduced:
+        vector, blob = self._prepared(mine, registry)
+        arrived = self._exchanged(mine, vector, blob)
         if arrived.merged is None:
             assert arrived.headers is not None
-            self._agree(
-                exchange, mine, registry, self._blobs(exchange, mine, arrived.headers, blob)
-            )
-            vector, blob = self._packed_again(exchange, mine, registry)
-            arrived = self._exchanged(exchange, mine, vector, blob)
-        merged, custom = self._whole(exchange, mine, arrived)
-        return self._accumulated(exchange, mine, merged, custom)
+            self._agree(mine, registry, self._blobs(mine, arrived.headers, blob))
+            vector, blob = self._packed_again(mine, registry)
+            arrived = self._exchanged(mine, vector, blob)
+        merged, custom = self._whole(mine, arrived)
+        return self._accumulated(mine, merged, custom)
 
     # -- Pack
 
-    def _prepared(
-        self, exchange: Exchange, mine: Contribution, registry: Registry
-    ) -> tuple[FloatArray, bytes]:
+    def _prepared(self, mine: Contribution, registry: Registry) -> tuple[FloatArray, bytes]:
         """Return what this rank sends, and its news or its error, with which it sends identities."""
         if len(mine.custom) > MOST_CUSTOM:
             mine.error = mine.error or (
@@ -218,7 +220,7 @@ class Reducer:
         if not mine.error:
             with _said(mine, "prepare what it holds"):
                 mine.windows = self._windows_with(mine.states, registry)
-                vector, lacking = self._packed(exchange, mine, registry)
+                vector, lacking = self._packed(mine, registry)
                 lacking.update(
                     key
                     for key in mine.custom_keys
@@ -229,15 +231,15 @@ class Reducer:
                     loaded = (*self.run.schema, *self.interval.schema)
                 found = news(self.schema, lacking, mine.states, mine.windows, loaded, registry)
                 mine.news, blob = found, encoded(found)
-                return (exchange.wire(self.schema).identity() if blob else vector), blob
-        return self._failed(exchange, mine)
+                return (self._wire.identity() if blob else vector), blob
+        return self._failed(mine)
 
-    def _failed(self, exchange: Exchange, mine: Contribution) -> tuple[FloatArray, bytes]:
+    def _failed(self, mine: Contribution) -> tuple[FloatArray, bytes]:
         """Return what a rank sends that takes part though it has failed, and what it says of that."""
         mine.custom, said = b"", mine.error.encode("utf-8", "backslashreplace")
         if len(said) > MOST_ERROR:
             said = said[: MOST_ERROR - 3] + b"..."
-        return exchange.wire(self.schema).identity(), said
+        return self._wire.identity(), said
 
     def _windows_with(self, states: dict[Key, State], registry: Registry) -> dict[Key, Window]:
         windows = dict(self.windows)
@@ -248,9 +250,7 @@ class Reducer:
                 windows[key] = windows.get(key, _NO_WINDOW).followed_by(newer, limit)
         return windows
 
-    def _packed(
-        self, exchange: Exchange, mine: Contribution, registry: Registry
-    ) -> tuple[FloatArray, set[Key]]:
+    def _packed(self, mine: Contribution, registry: Registry) -> tuple[FloatArray, set[Key]]:
         """Return what this rank sends, and the keys that the schema has no place for."""
         states, windows = mine.states, mine.windows
         conflicting = registry.conflicting() & states.keys()
@@ -258,10 +258,10 @@ class Reducer:
             states = {key: state for key, state in states.items() if key not in conflicting}
             windows = {key: window for key, window in windows.items() if key not in conflicting}
         outgoing = Outgoing(states, windows, self._present, self._with_nan)
-        vector, lacking = exchange.wire(self.schema).pack(outgoing, exchange.rank)
+        vector, lacking = self._wire.pack(outgoing, self.exchange.rank)
         return vector, lacking | conflicting
 
-    def _header(self, exchange: Exchange, mine: Contribution, blob: bytes) -> FloatArray:
+    def _header(self, mine: Contribution, blob: bytes) -> FloatArray:
         header = np.zeros(HEADER_SIZE)
         header[Field.PROTOCOL] = PROTOCOL
         header[Field.KIND] = mine.kind
@@ -271,7 +271,7 @@ class Reducer:
         header[Field.GENERATION] = self.generation
         # Two states may hold the same totals, and differ in the interval or in recent values.
         header[Field.RUN] = digest(f"{self.run.hash()} {self._loaded_after}".encode())
-        header[Field.ROUTE] = exchange.wanted
+        header[Field.ROUTE] = self.exchange.wanted
         header[Field.PENDING] = bool(blob) and not mine.error
         header[Field.BLOB_HASH] = digest(blob) if blob else 0
         header[Field.BLOB_SIZE] = len(blob)
@@ -285,45 +285,39 @@ class Reducer:
 
     # -- Exchange
 
-    def _exchanged(
-        self, exchange: Exchange, mine: Contribution, vector: FloatArray, blob: bytes
-    ) -> Arrived:
+    def _exchanged(self, mine: Contribution, vector: FloatArray, blob: bytes) -> Arrived:
         """Send what this rank holds; raises on all ranks if one has failed or disagrees."""
-        header = self._header(exchange, mine, blob)
+        header = self._header(mine, blob)
         mine.outcome = Outcome.OPEN
-        arrived = exchange.vectors(self.schema, header, vector)
+        arrived = self.exchange.vectors(self.schema, header, vector)
         self._sequence += 1
         headers = arrived.headers
         if headers is not None and (arrived.merged is None or self.schema.has_custom):
             with _by_all(mine):
                 check_whole(headers)
             if headers[:, Field.ERROR].any():
-                texts = self._blobs(exchange, mine, headers, blob)
+                texts = self._blobs(mine, headers, blob)
                 failed = np.flatnonzero(headers[:, Field.ERROR]).tolist()
                 said = dict.fromkeys(texts[rank].decode("utf-8", "replace") for rank in failed)
-                with _by_all(mine):
-                    raise RuntimeError(
-                        f"the reduction was given up, and nothing else is lost: {name_ranks(failed)} "
-                        f"could not take part: {'; '.join(map(escaped, said))}"
-                    )
+                raise _refused(
+                    mine,
+                    f"the reduction was given up, and nothing else is lost: {name_ranks(failed)} "
+                    f"could not take part: {'; '.join(map(escaped, said))}",
+                )
             with _by_all(mine):
                 check(headers)
         if arrived.wrong:
-            with _by_all(mine):
-                raise RuntimeError(arrived.wrong)
+            raise _refused(mine, arrived.wrong)
         return arrived
 
-    @staticmethod
-    def _blobs(
-        exchange: Exchange, mine: Contribution, headers: FloatArray, blob: bytes
-    ) -> list[bytes]:
+    def _blobs(self, mine: Contribution, headers: FloatArray, blob: bytes) -> list[bytes]:
         """Return everyone's blob; of equal ones, which the hash tells, only the first travels."""
         announced = headers[:, [Field.BLOB_HASH, Field.BLOB_SIZE]].astype(np.int64)
         hashes, sizes = announced.T.tolist()
         first: dict[int, int] = {}
         sender = [first.setdefault(number, rank) for rank, number in enumerate(hashes)]
         sent = [size if sender[rank] == rank else 0 for rank, size in enumerate(sizes)]
-        received = exchange.gathered(blob, sent)
+        received = self.exchange.gathered(blob, sent)
         damaged = [
             rank
             for rank, size in enumerate(sent)
@@ -331,18 +325,16 @@ class Reducer:
             or sizes[rank] != sizes[sender[rank]]
         ]
         if damaged:
-            with _by_all(mine):
-                raise RuntimeError(
-                    f"what {name_ranks(damaged)} sent of new keys, or of a failure, did not arrive as "
-                    "its header announces it. Nothing was reduced; look after that rank's machine"
-                )
+            raise _refused(
+                mine,
+                f"what {name_ranks(damaged)} sent of new keys, or of a failure, did not arrive as "
+                "its header announces it. Nothing was reduced; look after that rank's machine",
+            )
         return [received[rank] for rank in sender]
 
     # -- Agree
 
-    def _agree(
-        self, exchange: Exchange, mine: Contribution, registry: Registry, blobs: Sequence[bytes]
-    ) -> None:
+    def _agree(self, mine: Contribution, registry: Registry, blobs: Sequence[bytes]) -> None:
         """Give the schema room for the news of all ranks.
 
         Raises:
@@ -351,43 +343,38 @@ class Reducer:
         self.schema_rounds += 1
         with _by_all(mine):
             # Where there are others, all read the same bytes, each its own too: so all come to the same.
-            told = [(mine.news, [0])] if exchange.world_size == 1 else read(blobs)
+            told = [(mine.news, [0])] if self.exchange.world_size == 1 else read(blobs)
             agreed = agree(self.schema, self._claims, told)
-        if exchange.rank == 0:
+        if self.exchange.rank == 0:
             for entry in agreed.overflowed(self.run.schema):
                 _warn_of_categories(entry)
         self.schema = agreed.schema
-        losers = {one.key: one.beside for one in agreed.lost if exchange.rank in one.ranks}
+        losers = {one.key: one.beside for one in agreed.lost if self.exchange.rank in one.ranks}
         with _said(mine, "take over the agreed keys"):
             mine.error = registry.adopt(agreed, losers)
         if agreed.lost:
-            with _by_all(mine):
-                raise ValueError("; ".join(map(str, agreed.lost)))
+            mine.outcome = Outcome.REFUSED
+            raise ValueError("; ".join(map(str, agreed.lost)))
 
-    def _packed_again(
-        self, exchange: Exchange, mine: Contribution, registry: Registry
-    ) -> tuple[FloatArray, bytes]:
+    def _packed_again(self, mine: Contribution, registry: Registry) -> tuple[FloatArray, bytes]:
         """Return what this rank sends once the keys are agreed on, or identities and its error."""
         with _said(mine, "pack what it holds"):
-            vector, lacking = self._packed(exchange, mine, registry)
+            vector, lacking = self._packed(mine, registry)
             if lacking and not mine.error:
                 mine.error = f"the agreed keys lack places for {', '.join(map(show, lacking))}"
-        return self._failed(exchange, mine) if mine.error else (vector, b"")
+        return self._failed(mine) if mine.error else (vector, b"")
 
     # -- Merge
 
-    def _whole(
-        self, exchange: Exchange, mine: Contribution, arrived: Arrived
-    ) -> tuple[Merged, CustomResults]:
+    def _whole(self, mine: Contribution, arrived: Arrived) -> tuple[Merged, CustomResults]:
         """Return what has been merged, with the values that accumulate, and results without lanes."""
         merged, custom = arrived.merged, CustomResults()
         if merged is None:
-            with _by_all(mine):
-                raise RuntimeError(_contradicting(arrived.headers))
+            raise _refused(mine, _contradicting(arrived.headers))
         if self.schema.has_custom:
             assert arrived.headers is not None
             sizes = arrived.headers[:, Field.CUSTOM_SIZE].astype(np.int64).tolist()
-            gathered = exchange.gathered(mine.custom, sizes)
+            gathered = self.exchange.gathered(mine.custom, sizes)
             with _by_all(mine):
                 custom = CustomResults(gathered)
         with _by_all(mine):
@@ -403,9 +390,7 @@ class Reducer:
 
     # -- Result
 
-    def _accumulated(
-        self, exchange: Exchange, mine: Contribution, merged: Merged, custom: CustomResults
-    ) -> Reduced:
+    def _accumulated(self, mine: Contribution, merged: Merged, custom: CustomResults) -> Reduced:
         """Add what has been merged to the run and the interval.
 
         From here on nothing fails, and every rank does the same.
@@ -436,7 +421,7 @@ class Reducer:
             merged.recent,
             merged.attendance,
             custom,
-            exchange.world_size,
+            self.exchange.world_size,
             merged.sink_failed,
             self._reductions,
             merged.found,
@@ -468,6 +453,12 @@ def _by_all(mine: Contribution) -> Iterator[None]:
     except Exception:
         mine.outcome = Outcome.REFUSED
         raise
+
+
+def _refused(mine: Contribution, why: str) -> RuntimeError:
+    """Return what all ranks raise."""
+    mine.outcome = Outcome.REFUSED
+    return RuntimeError(why)
 
 
 @contextlib.contextmanager

@@ -105,8 +105,7 @@ class Reduction:
             mine.states = dict(self.layer.states) if self.layer is not None else {}
             registry = KeyRegistry(held.keys, held.lock, self._rename)
             with communicator.interrupts_deferred():
-                assert held.run.exchange is not None
-                reduced = held.run.reducer.reduce(held.run.exchange, mine, registry)
+                reduced = held.run.reducer.reduce(mine, registry)
                 with held.rules.lock:
                     held.run.go_on(reduced, interval_open=self._kind is Kind.STATE_DICT)
                     return self._shown(reduced, communicator.rank)

@@ -12,7 +12,7 @@ from metricfold._core.intake.keys import KeyTable
 from metricfold._core.reduce.header import RouteChoice
 from metricfold._core.reduce.schema import Key, Schema
 from metricfold._core.reduce.totals import Totals
-from metricfold.communicator import Communicator
+from metricfold.communicator import Communicator, LocalCommunicator
 from metricfold.metric import MetricState
 
 __all__ = ["Run"]
@@ -27,23 +27,19 @@ class Run:
     Attributes:
         reducer: holds the totals.
         saved: returns what a checkpoint holds as of the last reduction.
-        exchange: carries what reductions send, once it is known who the ranks are.
     """
 
     def __init__(self, route: RouteChoice) -> None:
-        self.reducer = Reducer()
+        self.reducer = Reducer(Exchange(LocalCommunicator(), route))
         self.saved: Callable[[], Saved] = _nothing
-        self.exchange: Exchange | None = None
-        self._route = route
         self._bound: Communicator | None = None
         self._unclaimed: Restored | None = None
 
     def bind(self, communicator: Communicator, custom: CustomStates, keys: KeyTable) -> None:
         """Go on over `communicator`, with this rank's share of what a checkpoint held."""
         if communicator is not self._bound:
-            if self._bound is not None:
-                self.reducer.rebind()
-            self.exchange, self._bound = Exchange(communicator, self._route), communicator
+            self.reducer.bind(Exchange(communicator, self.reducer.exchange.wanted))
+            self._bound = communicator
         restored = self._unclaimed
         if restored is None:
             return

@@ -32,15 +32,12 @@ class Registry(Protocol):
 
     def entry(self, key: Key) -> Entry:
         """Return how `key` travels, as far as its handler decides it."""
-        ...
 
     def per_rank(self) -> AbstractSet[Key]:
         """Return the keys of which each rank's values are wanted, whatever the route."""
-        ...
 
     def conflicting(self) -> set[Key]:
         """Return the keys that this rank holds otherwise than the ranks have agreed."""
-        ...
 
     def adopt(self, agreed: Agreed, losers: Mapping[Key, Key | None]) -> str:
         """Take over what the ranks have agreed on; returns what this rank cannot do with it.
@@ -50,7 +47,6 @@ class Registry(Protocol):
             losers: keys that the others hold otherwise than this rank, with the key under which
                 what it holds goes on; None: it is dropped.
         """
-        ...
 
 
 # -- What a rank has to tell -----------------------------------------------------------------------
