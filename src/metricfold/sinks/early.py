@@ -76,30 +76,22 @@ class Unmatched:
         """Take note of a record of which nothing is selected; return whether that has been said."""
         self._records += 1
         keys = sorted(keys)
-        near = next(
-            ((one, key) for one in self._patterns for key in keys if _is_near(one, key)), None
+        near = (
+            f". A glob is over whole keys, and upper and lower case differ: for {key!r} write "
+            f"{_widened(pattern, key)!r}"
+            for pattern in self._patterns
+            for key in keys
+            if fnmatchcase(key.lower(), f"*{pattern.lower()}*")
         )
-        if near is None and self._records < _RECORDS:
+        why = next(near, None)
+        if why is None and self._records < _RECORDS:
             return False
-        text = (
-            f"{sink!r} has nothing to write so far: select={list(self._patterns)!r} matches none "
+        why = why or f" of {self._records} records, such as {', '.join(map(repr, keys[:3]))}"
+        mention(
+            f"{sink!r} has nothing to write so far: select={list(self._patterns)!r} matches none of "
+            f"the keys{why}"
         )
-        if near is None:
-            text += (
-                f"of the keys of {self._records} records, such as {', '.join(map(repr, keys[:3]))}"
-            )
-        else:
-            pattern, key = near
-            text += (
-                f"of the keys. A glob is over whole keys, and upper and lower case differ: for {key!r} "
-                f"write {_widened(pattern, key)!r}"
-            )
-        mention(text)
         return True
-
-
-def _is_near(pattern: str, key: str) -> bool:
-    return fnmatchcase(key.lower(), f"*{pattern.lower()}*")
 
 
 def _widened(pattern: str, key: str) -> str:

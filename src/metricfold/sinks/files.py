@@ -163,12 +163,10 @@ class AppendFile:
         self.identity = _identity(os.fstat(new))
         os.close(old)
         # Not all file systems let a folder be opened and synced.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as after:
             folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            after.callback(os.close, folder)
+            os.fsync(folder)
 
     def close(self) -> None:
         """Close the file, if nobody shares it any more."""

@@ -11,7 +11,6 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from metricfold._core.fold import hints
@@ -76,14 +75,12 @@ class MetricsLogger(OneInUse):
     def __init__(
         self, sinks: Sequence[Sink], *, queue_size: int = 1000, on_sink_error: str = "report"
     ) -> None:
-        if isinstance(sinks, str | os.PathLike):
-            raise TypeError(
-                f"sinks must be a list of sinks, but is {sinks!r}: write [JSONLSink({sinks!r})]"
-            )
-        if not isinstance(sinks, Sequence):
-            raise TypeError(f"sinks must be a list of sinks, but is {sinks!r}: write [sink]")
-        for sink in sinks:
-            _check_sink(sink)
+        is_path = isinstance(sinks, str | os.PathLike)
+        if is_path or not isinstance(sinks, Sequence):
+            sink = f"JSONLSink({sinks!r})" if is_path else "sink"
+            raise TypeError(f"sinks must be a list of sinks, but is {sinks!r}: write [{sink}]")
+        for one in sinks:
+            _check_sink(one)
         if operator.index(queue_size) < 1:
             raise ValueError(f"queue_size is {queue_size}, but must be at least 1")
         self._sinks = tuple(sinks)
@@ -95,7 +92,7 @@ class MetricsLogger(OneInUse):
 
     def _start(self) -> None:
         """Begin, in this process and with nothing logged."""
-        self._used = False
+        self._used = self._closing = self._closed = self._dying = False
         self._pid = os.getpid()
         self._rank = 0
         self._pipeline: Pipeline | None = None  # made by the first call on the rank that writes
@@ -106,26 +103,18 @@ class MetricsLogger(OneInUse):
         self._failures = 0  # of sinks, that have been raised or are on their way to be
         self._prefixes: set[str] = set()  # that a key has been said to repeat
         self._accepting = threading.RLock()  # so that close() loses nothing that log() accepts
-        self._closing, self._closed = threading.Event(), threading.Event()
-        # Held by who closes; reentrant, for a signal's handler may.
-        self._ending = threading.RLock()
-        self._dying = False
+        self._ending = threading.RLock()  # of who closes; reentrant, for a signal's handler may
         watch(self)
         leave_alone()
 
     def __repr__(self) -> str:
         sinks = shortened(map(repr, self._sinks))
-        return f"MetricsLogger([{sinks}]{', closed' if self._closing.is_set() else ''})"
+        return f"MetricsLogger([{sinks}]{', closed' if self._closing else ''})"
 
     def __enter__(self) -> MetricsLogger:  # noqa: PYI034 - typing.Self needs Python 3.11
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None:
             self.close()
         else:
@@ -189,7 +178,7 @@ class MetricsLogger(OneInUse):
         if not self._reduces and (failure := self._sink_error()) is not None:
             raise failure
         with self._accepting:
-            if not self._closing.is_set():
+            if not self._closing:
                 self._opened().submit(
                     Entry(step, wall_time, values, prefix or "", window, rollup, extra)
                 )
@@ -246,7 +235,7 @@ class MetricsLogger(OneInUse):
         """Write, within seconds, everything logged; close as well if the process is about to die."""
         self._dying = self._dying or dying
         patience = Patience(_DYING_PATIENCE, deadline)
-        if dying and not self._closing.is_set():
+        if dying and not self._closing:
             self._close(grace=_DYING_PATIENCE, patience=patience)
             return
         self._wait_to_die(list(self._reductions), _DYING_PATIENCE)
@@ -263,16 +252,16 @@ class MetricsLogger(OneInUse):
         if self._pid != os.getpid():
             return []
         with self._accepting:
-            self._closing.set()
-        # Another thread may be at it: the process must not end before that one is done. And an
-        # interrupt may have come in between: then this call goes on with it.
+            self._closing = True
+        # Another thread may be at it: the process must not end before that one is done. Or an
+        # interrupt has come in between: then this call goes on with it.
         if not self._ending.acquire(timeout=patience.seconds + (grace or 0.0)):
             return []
         try:
-            if self._closed.is_set():
+            if self._closed:
                 return []
             errors = self._end(grace, patience)
-            self._closed.set()
+            self._closed = True
         finally:
             self._ending.release()
         unwatch(self)
@@ -418,18 +407,18 @@ class MetricsLogger(OneInUse):
         return self._pipeline
 
     def _in_use(self) -> bool:
-        return self._used or self._closing.is_set()
+        return self._used or self._closing
 
     def __getstate__(self) -> dict[str, Any]:
         if self._in_use():
             found = where_found(self)
+            where = f"This one is {found}. " if found else ""
             raise TypeError(
-                "a MetricsLogger that is in use cannot be pickled: it has threads. "
-                + (f"This one is {found}. " if found else "")
-                + "Make one in each process, or send it before the first log"
+                f"a MetricsLogger that is in use cannot be pickled: it has threads. {where}Make one "
+                "in each process, or send it before the first log"
             )
-        of_this = ("_accepting", "_closing", "_closed", "_ending", "_reductions")
-        return {name: value for name, value in vars(self).items() if name not in of_this}
+        locks = ("_accepting", "_ending")
+        return {name: value for name, value in vars(self).items() if name not in locks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -441,7 +430,7 @@ class MetricsLogger(OneInUse):
                 "this MetricsLogger belongs to the process that made it, and this is a fork of "
                 "that: log there, or make a logger here"
             )
-        if self._closing.is_set():
+        if self._closing:
             if self._dying:  # of a signal, at any moment: there is nobody left to tell
                 time.sleep(SECONDS)
             raise RuntimeError("this MetricsLogger is closed: make a new one, or close it later")
@@ -468,13 +457,10 @@ def _check_sink(sink: object) -> None:
     if isinstance(sink, type):
         raise TypeError(f"{sink!r} is a class, not a sink: write {sink.__name__}(...)")
     methods = ("write", "flush", "close", "rewind")
-    lacking = [name for name in methods if not callable(getattr(sink, name, None))]
-    if lacking:
-        file = f"; for a file of JSON lines write JSONLSink({sink!r})"
-        raise TypeError(
-            f"{sink!r} is not a sink: it lacks the methods {', '.join(lacking)}"
-            + file * isinstance(sink, str | os.PathLike)
-        )
+    if lacking := [name for name in methods if not callable(getattr(sink, name, None))]:
+        is_path = isinstance(sink, str | os.PathLike)
+        hint = f"; for a file of JSON lines write JSONLSink({sink!r})" if is_path else ""
+        raise TypeError(f"{sink!r} is not a sink: it lacks the methods {', '.join(lacking)}{hint}")
 
 
 def _checked_step(step: SupportsIndex, least: int = 0) -> int:

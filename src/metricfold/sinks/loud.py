@@ -52,11 +52,9 @@ def _heard() -> bool:
 def _prints(handler: logging.Handler) -> bool:
     if hasattr(handler, "console"):  # of rich
         return True
-    stream = getattr(handler, "stream", None)
-    if stream is None:
-        return False
+    stream: Any = getattr(handler, "stream", None)
     if stream in (sys.stderr, sys.stdout, sys.__stderr__, sys.__stdout__):
-        return True
+        return stream is not None
     try:
         return stream.fileno() in (1, 2)
     except Exception:  # noqa: BLE001 - somebody else's object, or one without a descriptor

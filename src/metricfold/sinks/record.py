@@ -101,11 +101,7 @@ def _same(one: Histogram, other: Histogram) -> bool:
 
 
 def checked_numbers(what: str, values: Mapping[str, float]) -> dict[str, float]:
-    """Return a copy of `values` as floats.
-
-    Raises:
-        TypeError, ValueError: something is not a number; the message says what.
-    """
+    """Return a copy of `values` as floats; an error says what is none."""
     if not isinstance(values, Mapping):
         raise TypeError(f"{what} must be a dict of numbers, but is {values!r}")
     numbers_by_key: dict[str, float] = {}

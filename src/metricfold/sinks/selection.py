@@ -8,7 +8,8 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from importlib.util import find_spec
-from typing import TypeVar
+from operator import itemgetter
+from typing import Any, TypeVar
 
 from metricfold.metric import check_name
 from metricfold.sinks.early import Unmatched
@@ -60,17 +61,15 @@ class SelectiveSink(ABC):
         """
         if record.prefix:
             check_name("the prefix of a record", record.prefix)
-        metrics = self._renamed(record.metrics)
-        histograms = self._renamed(record.histograms)
-        arrays = self._renamed(record.arrays)
-        found = bool(metrics or histograms or arrays)
-        if self._unmatched is not None and (record.metrics or record.histograms or record.arrays):
-            keys = record.metrics.keys() | record.histograms.keys() | record.arrays.keys()
+        given = {name: getattr(record, name) for name in ("metrics", "histograms", "arrays")}
+        chosen: dict[str, Any] = {name: self._renamed(values) for name, values in given.items()}
+        found = any(chosen.values())
+        if self._unmatched is not None and any(given.values()):
+            keys = {key for values in given.values() for key in values}
             if found or self._unmatched.saw(self, keys):
                 self._unmatched = None
         if found or record.alerts:
-            chosen = replace(record, metrics=metrics, histograms=histograms, arrays=arrays)
-            self._write(chosen)
+            self._write(replace(record, **chosen))
 
     def parts(self) -> Sequence[SelectiveSink]:
         """Return the sinks that this one stands for, each of which gets a thread of its own.
@@ -96,29 +95,20 @@ class SelectiveSink(ABC):
 
     def _renamed(self, values: Mapping[str, _Value]) -> dict[str, _Value]:
         """Return what is selected, in the order of the patterns that select it."""
-        renamed: dict[str, _Value] = {}
-        places: dict[str, int] = {}
-        for key, value in values.items():
+        for key in values:
             if key not in self._names:
                 self._names[key] = self._name(key)
-            named = self._names[key]
-            if named is None:
-                continue
-            name, place = named
-            if name in renamed:
-                clash = sorted(
-                    other
-                    for other in values
-                    if (known := self._names.get(other)) is not None and known[0] == name
-                )
-                raise ValueError(
-                    f"key_format makes {name!r} of each of {clash}: choose one that keeps keys apart"
-                )
-            renamed[name] = value
-            places[name] = place
-        if len(self._patterns) == 1:
-            return renamed
-        return {name: renamed[name] for name in sorted(renamed, key=places.__getitem__)}
+        found = [(key, *named) for key in values if (named := self._names[key]) is not None]
+        found.sort(key=itemgetter(2))
+        renamed = {name: values[key] for key, name, _ in found}
+        if len(renamed) < len(found):
+            names = [name for _, name, _ in found]
+            twice = next(name for name in names if names.count(name) > 1)
+            clash = sorted(key for key, name, _ in found if name == twice)
+            raise ValueError(
+                f"key_format makes {twice!r} of each of {clash}: choose one that keeps keys apart"
+            )
+        return renamed
 
     def _name(self, key: str) -> tuple[str, int] | None:
         place = next((i for i, p in enumerate(self._patterns) if fnmatchcase(key, p)), None)

@@ -64,41 +64,37 @@ class TensorBoardSink(FileSink):
         self.close()
         if not any(self.logdir.glob("events.out.tfevents.*")):
             return
-        from tensorboard.compat.proto import event_pb2  # noqa: PLC0415
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # noqa: PLC0415
 
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._append(event_pb2.Event(step=step + 1, wall_time=time.time(), session_log=start))
+        start = SessionLog(status=SessionLog.START)
+        _append(self._opened(), step=step + 1, wall_time=time.time(), session_log=start)
 
     def _write(self, record: Record) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: PLC0415
+        from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: PLC0415
 
         values = [
-            summary_pb2.Summary.Value(tag=key, simple_value=value)
-            for key, value in record.metrics.items()
-        ]
-        values += [
-            summary_pb2.Summary.Value(tag=key, histo=_proto(histogram))
-            for key, histogram in record.histograms.items()
-            if histogram.counts.any()
+            *(Summary.Value(tag=key, simple_value=one) for key, one in record.metrics.items()),
+            *(
+                Summary.Value(tag=key, histo=_proto(one))
+                for key, one in record.histograms.items()
+                if one.counts.any()
+            ),
         ]
         # One event for the whole record: it is written whole or not at all.
-        summary = summary_pb2.Summary(value=values)
-        event = event_pb2.Event(step=record.step, wall_time=record.wall_time, summary=summary)
-        self._append(event)
-
-    def _append(self, event: Any) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: PLC0415
-
-        RecordWriter(self._opened()).write(event.SerializeToString())
+        summary, seconds = Summary(value=values), record.wall_time
+        _append(self._opened(), step=record.step, wall_time=seconds, summary=summary)
 
     def _new_file(self) -> AppendFile:
-        from tensorboard.compat.proto import event_pb2  # noqa: PLC0415
-        from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: PLC0415
-
         file = AppendFile(_next_path(self.logdir))
-        version = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
-        RecordWriter(file).write(version.SerializeToString())
+        _append(file, wall_time=time.time(), file_version="brain.Event:2")
         return file
+
+
+def _append(file: AppendFile, **event: Any) -> None:
+    from tensorboard.compat.proto.event_pb2 import Event  # noqa: PLC0415
+    from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: PLC0415
+
+    RecordWriter(file).write(Event(**event).SerializeToString())
 
 
 def _next_path(logdir: Path) -> Path:
