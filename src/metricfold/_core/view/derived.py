@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from metricfold._core.fold.names import printed
 from metricfold._core.view.tables import Origin, Table, Warn
+from metricfold._core.view.windows import View, check_view
 
 __all__ = ["Derived", "DerivedMetric", "add_derived", "check_derived_window"]
 
@@ -15,26 +16,18 @@ Derived: TypeAlias = Callable[[Mapping[str, float]], float]
 
 
 class DerivedMetric(NamedTuple):
-    """A derived metric.
+    """A derived metric."""
 
-    Args:
-        function: takes the values of one dataset, by name.
-        window: what these speak about; None: what the log shows.
-    """
-
-    function: Derived
-    window: Literal["run", "interval"] | None
+    function: Derived  # takes the values of one dataset, by name
+    window: View | None  # what these speak about; None: what the log shows
 
 
-def check_derived_window(name: str, window: object) -> Literal["run", "interval"] | None:
+def check_derived_window(name: str, window: object) -> View | None:
     """Return the window of a derived metric, if it is one."""
     if window is None:
         return None
-    if isinstance(window, str):
-        if window == "run":
-            return "run"
-        if window == "interval":
-            return "interval"
+    if isinstance(window, str) and window in ("run", "interval"):
+        return check_view(window)
     raise ValueError(
         f"derive({name!r}, ..., window={window!r}): use 'interval' or 'run' for inputs that all "
         "speak about the same, or leave it out for those that the log shows"
@@ -58,7 +51,8 @@ def add_derived(
         there: the names of all metrics, for messages.
         warn: says once what fails.
     """
-    groups = {id(table): table.groups() for table in tables.values()}
+    different = {id(table): table for table in tables.values()}.values()
+    groups = {id(table): table.groups() for table in different}
     for name, metric in metrics.items():
         source = tables[metric.window]
         found, lacking = _apply(name, metric.function, groups[id(source)], warn)
@@ -69,10 +63,11 @@ def add_derived(
                 f"the derived metric {name!r} needs {', '.join(map(repr, unknown))}, which no "
                 f"dataset has; there are: {there}",
             )
-        for table in {id(table): table for table in tables.values()}.values():
+        for table in different:
             results, of = found, source
             if metric.window is None and table is not source:
-                results, _ = _apply(name, metric.function, groups[id(table)], _be_silent)
+                # In silence: the same is said of the table that is shown.
+                results, _ = _apply(name, metric.function, groups[id(table)], lambda *_: None)
                 of = table
             totals = {of.added[text][0] for text, one in of.origins.items() if one is Origin.TOTAL}
             for dataset, value in results.items():
@@ -107,10 +102,6 @@ def _apply(
 def _may_exit() -> bool:
     """Return whether `sys.exit` would end the program here, and not just a thread of the logger."""
     return threading.current_thread() is threading.main_thread()
-
-
-def _be_silent(about: str, message: str) -> None:
-    """Say nothing: the same is said of the table that is shown."""
 
 
 class _MissingError(KeyError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from operator import is_
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,11 @@ from metricfold._core.fold.sample import FloatArray, Pool
 from metricfold._core.fold.state import COUNT, ReducedState, ReducedStates
 from metricfold._core.reduce.schema import IndexArray, Key, Schema
 from metricfold._core.view.tables import Table
+from metricfold._core.view.windows import View, WindowLike, view_of
 
 __all__ = ["Found", "Lanes", "Plan"]
+
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 _NO_VALUES = Pool()
 _SAMPLES = 16
@@ -31,64 +34,59 @@ _SAMPLES = 16
 
 
 class Lanes(NamedTuple):
-    """What all keys of a plan hold, each in the view that is shown of it.
+    """What all keys of a plan hold, each in the view that is shown of it."""
 
-    Args:
-        sums: SUM lanes, shape (n,).
-        maxs: MAX lanes, shape (m,).
-        seconds: wall time that each of the k keys speaks about, shape (k,).
-        pool: the values of the DISTRIBUTION at a place of the plan.
-    """
+    sums: FloatArray  # SUM lanes, shape (n,)
+    maxs: FloatArray  # MAX lanes, shape (m,)
+    seconds: FloatArray  # wall time that each of the k keys speaks about, shape (k,)
+    pool: Callable[[int], Pool]  # the values of the DISTRIBUTION at a place of the plan
 
-    sums: FloatArray
-    maxs: FloatArray
-    seconds: FloatArray
-    pool: Callable[[int], Pool]
+
+class Views(NamedTuple):
+    """Which view a window shows of each of k keys, and of each of their lanes whether it is the run's."""
+
+    of_keys: list[View]
+    of_run: BoolArray  # shape (k,)
+    sums: BoolArray  # shape (n,)
+    maxs: BoolArray  # shape (m,)
 
 
 class _Block(NamedTuple):
-    """Keys that one handler finalises and that have the same lanes.
-
-    Args:
-        handler: of all of them.
-        places: of the k keys in the plan.
-        sums: places of their SUM lanes, shape (k, n).
-        maxs: places of their MAX lanes, shape (k, m).
-        results: places of what they print, shape (k, s); None: they are asked one by one.
-    """
+    """Keys that one handler finalises and that have the same lanes."""
 
     handler: LaneHandler
-    places: list[int]
-    sums: IndexArray
-    maxs: IndexArray
-    results: IndexArray | None
+    places: list[int]  # of the k keys in the plan
+    sums: IndexArray  # places of their SUM lanes, shape (k, n)
+    maxs: IndexArray  # places of their MAX lanes, shape (k, m)
+    results: (
+        IndexArray | None
+    )  # places of what they print, shape (k, s); None: they are asked one by one
 
 
 class Plan:
     """What the keys of a schema may print, and how it is computed.
 
-    Args:
-        schema: the keys.
-        handlers: of each of them.
-
     Attributes:
         entries: the keys that have lanes.
         places: of each of these among them.
         handlers: of each.
-        widths: how many SUM and MAX lanes each has, shape (2, k).
         names: what is printed of all, in their order: the dataset, and what follows the slash.
         texts: the same as it is printed after the prefix.
         keys: what each text stands for.
         starts: where those of each key begin, and where the last ones end.
+        checked: prefixes that have been compared with the names of the keys.
     """
 
     def __init__(self, schema: Schema, handlers: Mapping[Key, AggregationHandler]) -> None:
+        self.schema = schema
+        self.checked: set[str] = set()
+        self._views: dict[str, Views] = {}
         self.entries = [entry for entry in schema if not entry.custom]
         self.places = {entry.key: place for place, entry in enumerate(self.entries)}
         self.handlers = [handlers[key].laned() for key in self.places]
         widths = [(entry.sum_width, entry.maxs) for entry in self.entries]
-        self.widths = np.array(widths, dtype=np.intp).reshape(-1, 2).T
-        self._ends = self.widths.cumsum(axis=1)
+        self._widths = np.array(widths, dtype=np.intp).reshape(-1, 2).T
+        self._ends = self._widths.cumsum(axis=1)
         self.names: list[Key] = []
         self.starts = [0]
         alike: dict[tuple[object, ...], tuple[list[int], tuple[str, ...]]] = {}
@@ -118,15 +116,29 @@ class Plan:
             results = _ranges(starts, self.starts[first + 1] - self.starts[first])
         sums, maxs = (
             _ranges((ends - widths)[places], int(widths[first]))
-            for ends, widths in zip(self._ends, self.widths, strict=True)
+            for ends, widths in zip(self._ends, self._widths, strict=True)
         )
         return _Block(handler, places, sums, maxs, results)
 
     def lanes(self, place: int) -> tuple[slice, slice]:
         """Return where the SUM and the MAX lanes of a key stand."""
-        ends, widths = self._ends[:, place].tolist(), self.widths[:, place].tolist()
+        ends, widths = self._ends[:, place].tolist(), self._widths[:, place].tolist()
         sums, maxs = (slice(end - width, end) for end, width in zip(ends, widths, strict=True))
         return sums, maxs
+
+    def views(self, window: WindowLike) -> Views:
+        """Return the view that is shown of each key."""
+        if isinstance(window, str) and window in self._views:
+            return self._views[window]
+        of_keys = [
+            view_of(window, name, is_total=handler.is_total)
+            for (_, name), handler in zip(self.places, self.handlers, strict=True)
+        ]
+        of_run = np.array([view == "run" for view in of_keys], dtype=np.bool_)
+        views = Views(of_keys, of_run, *(np.repeat(of_run, widths) for widths in self._widths))
+        if isinstance(window, str):
+            self._views[window] = views
+        return views
 
     def fits(self, handlers: Mapping[Key, AggregationHandler]) -> bool:
         """Return whether these are still the handlers, and are asked at once if they were."""
@@ -171,21 +183,13 @@ class Plan:
 
 
 class Found(NamedTuple):
-    """What the keys of a plan print.
-
-    Args:
-        plan: the plan.
-        having: of which keys there are values, shape (k,).
-        values: all results, as the plan names them.
-        there: which of them there are.
-        apart: those of keys that are asked by themselves, by place and suffix.
-    """
+    """What the keys of a plan print."""
 
     plan: Plan
-    having: npt.NDArray[np.bool_]
-    values: list[float]
-    there: list[bool]
-    apart: Mapping[int, Mapping[str, float]]
+    having: BoolArray  # of which keys there are values, shape (k,)
+    values: list[float]  # all results, as the plan names them
+    there: list[bool]  # which of them there are
+    apart: Mapping[int, Mapping[str, float]]  # of keys that are asked by themselves, by suffix
 
     def table(self) -> Table:
         """Return all of them."""

@@ -32,21 +32,13 @@ _logger = logging.getLogger("metricfold")
 
 @dataclass(frozen=True, slots=True)
 class Handlers:
-    """What finalises each key of a snapshot.
-
-    Args:
-        of_key: the handler of each key.
-        of_type: the handler of each type, by its label, for results of custom handlers.
-        derived: metrics that are computed from others, by the name that they print.
-        warned: what has been said already.
-        plans: how it is done, from one reduction to the next.
-    """
+    """What finalises each key of a snapshot."""
 
     of_key: Mapping[Key, AggregationHandler]
-    of_type: Mapping[str, AggregationHandler]
-    derived: Mapping[str, DerivedMetric]
-    warned: set[str]
-    plans: Plans = field(default_factory=Plans)
+    of_type: Mapping[str, AggregationHandler]  # by its label, for results of custom handlers
+    derived: Mapping[str, DerivedMetric]  # by the name that they print
+    warned: set[str]  # what has been said already
+    plans: Plans = field(default_factory=Plans)  # how it is done, from one reduction to the next
 
 
 class Report:
@@ -63,41 +55,35 @@ class Report:
     def _planned(self) -> tuple[Plan, dict[bool, DatasetTotals]]:
         return self._handlers.plans.of(self._reduced.schema, self._handlers.of_key)
 
+    @property
+    def plan(self) -> Plan:
+        """How all keys that have lanes are finalised."""
+        return self._planned[0]
+
     def over_datasets(self, *, levels: bool) -> DatasetTotals:
         """Return the totals over datasets, with `levels` also over some of them."""
         plan, totals = self._planned
         if levels not in totals:
-            datasets = {entry.key[0] for entry in self._reduced.schema}
-            totals[levels] = DatasetTotals(plan, datasets, levels=levels)
+            totals[levels] = DatasetTotals(plan, levels=levels)
         return totals[levels]
 
     def _lanes(self, window: WindowLike) -> Lanes:
         """Return what each key holds in the view that is shown of it."""
-        reduced, (plan, _) = self._reduced, self._planned
-        views = [
-            view_of(window, name, is_total=handler.is_total)
-            for (_, name), handler in zip(plan.places, plan.handlers, strict=True)
-        ]
-        of_run = np.array([view == "run" for view in views], dtype=np.bool_)
-        sums, maxs = (
-            np.where(np.repeat(of_run, widths), run, interval)
-            for widths, run, interval in (
-                (plan.widths[0], reduced.run.exact_sums(), reduced.interval.exact_sums()),
-                (plan.widths[1], reduced.run.maxs, reduced.interval.maxs),
-            )
-        )
-        seconds = np.where(of_run, reduced.run.seconds, reduced.interval.seconds)
+        plan, pool = self.plan, self._reduced.pool
+        run, interval, views = self._reduced.run, self._reduced.interval, plan.views(window)
         return Lanes(
-            sums, maxs, seconds, lambda place: reduced.pool(plan.entries[place], views[place])
+            np.where(views.sums, run.exact_sums(), interval.exact_sums()),
+            np.where(views.maxs, run.maxs, interval.maxs),
+            np.where(views.of_run, run.seconds, interval.seconds),
+            lambda place: pool(plan.entries[place], views.of_keys[place]),
         )
 
     def printed(self, key: Key, window: WindowLike) -> dict[str, float]:
         """Return what one key that has lanes prints, by suffix; nothing if there are no values."""
-        plan, _ = self._planned
-        place = plan.places[key]
-        state = plan.state(place, self._lanes(window))
+        place = self.plan.places[key]
+        state = self.plan.state(place, self._lanes(window))
         with quiet():
-            return plan.handlers[place].finalize(state) if state.sums[COUNT] else {}
+            return self.plan.handlers[place].finalize(state) if state.sums[COUNT] else {}
 
     def table(self, window: WindowLike, *, rollup: Rollup, macro: bool) -> Table:
         """Return the values of all metrics."""
@@ -110,7 +96,7 @@ class Report:
         """Return the values of all metrics, but for derived ones."""
         with quiet():
             lanes = self._lanes(window)
-            found = self._planned[0].finalize(lanes)
+            found = self.plan.finalize(lanes)
             table = found.table()
         self._add_custom(window, table)
         if rollup or macro:

@@ -23,31 +23,27 @@ class Plans:
     """Keeps the plan of the newest schema, and of its totals, from one reduction to the next."""
 
     def __init__(self) -> None:
-        self._newest: tuple[Schema, Plan, dict[bool, DatasetTotals]] | None = None
+        self._newest: tuple[Plan, dict[bool, DatasetTotals]] | None = None
 
     def of(
         self, schema: Schema, handlers: Mapping[Key, AggregationHandler]
     ) -> tuple[Plan, dict[bool, DatasetTotals]]:
         """Return the plan of a schema whose keys have these handlers, and what is kept beside it."""
         newest = self._newest
-        if newest is None or newest[0] is not schema or not newest[1].fits(handlers):
-            newest = self._newest = (schema, Plan(schema, handlers), {})
-        return newest[1:]
+        if newest is None or newest[0].schema is not schema or not newest[0].fits(handlers):
+            newest = self._newest = (Plan(schema, handlers), {})
+        return newest
 
 
 class DatasetTotals:
-    """The totals over the keys of a plan.
-
-    Args:
-        parts: the plan.
-        datasets: that there are, with or without lanes.
-        levels: whether there are totals over some datasets, too.
+    """The totals over the keys of a plan; with `levels` over some datasets, too.
 
     Attributes:
         members: the keys that each total is over, by its level, which is empty for all, and name.
     """
 
-    def __init__(self, parts: Plan, datasets: set[str], *, levels: bool) -> None:
+    def __init__(self, parts: Plan, *, levels: bool) -> None:
+        datasets = {entry.key[0] for entry in parts.schema}
         self._taken: dict[str, str] = {}
         self._places: dict[Key, list[int]] = {}
         for place, entry in enumerate(parts.entries):
@@ -101,13 +97,8 @@ class DatasetTotals:
     ) -> None:
         """Add the metrics over several datasets, as far as one of these has a value.
 
-        Args:
-            table: what they are added to.
-            parts: what the keys print.
-            lanes: of these.
-            warn: says once what is left out.
-            totals: whether totals are printed.
-            macro: whether means of the datasets' means are.
+        These are totals, or with `macro` means of the datasets' means, or both. `parts` and `lanes`
+        are what the keys print and hold.
         """
         for level, dataset in self._taken.items():
             warn(

@@ -122,7 +122,7 @@ class Snapshot:
         if window != "run":
             self._warn_if_empty()
         shown = self._report.table(window, rollup=rollup, macro=macro)
-        return {prefix + text: value for text, value in shown.values.items()}
+        return dict(zip(map(prefix.__add__, shown.values), shown.values.values(), strict=True))
 
     def value(
         self,
@@ -481,8 +481,10 @@ class Snapshot:
 
     def _warn_of_repeated(self, prefix: str) -> None:
         about = f"prefix {prefix}"
-        if about in self._handlers.warned:
+        checked = self._report.plan.checked
+        if about in self._handlers.warned or prefix in checked:
             return
+        checked.add(prefix)
         text = repeated(prefix, (name for _, name in self._handlers.of_key))
         if text:
             self._handlers.warned.add(about)

@@ -27,10 +27,8 @@ class Origin(IntEnum):
     """Where a value comes from; of two that print one name the smaller stays."""
 
     RECORDED = 0
-    RESULT = 1
-    """A handler without lanes has given it that name."""
-    TOTAL = 2
-    """It is of several datasets together, or derived from what is."""
+    RESULT = 1  # a handler without lanes has given it that name
+    TOTAL = 2  # it is of several datasets together, or derived from what is
 
 
 _SAID = {
@@ -45,18 +43,12 @@ class Table:
     """The values of all metrics, by what is printed after the prefix.
 
     What is of all datasets together stands where what was recorded without one does.
-
-    Args:
-        values: all of them, such as of ``_alpaca/loss``.
-        keys: the dataset and the name of many.
-        added: the same of the others.
-        origins: of those that were not recorded.
     """
 
-    values: dict[str, float]
-    keys: Mapping[str, Key]
-    added: dict[str, Key] = field(default_factory=dict)
-    origins: dict[str, Origin] = field(default_factory=dict)
+    values: dict[str, float]  # all of them, such as of `_alpaca/loss`
+    keys: Mapping[str, Key]  # the dataset and the name of many
+    added: dict[str, Key] = field(default_factory=dict)  # the same of the others
+    origins: dict[str, Origin] = field(default_factory=dict)  # of those that were not recorded
 
     def put(self, key: Key, value: float, origin: Origin, warn: Warn) -> None:
         """Add a value, unless what prints that text already stays; `warn` says what is left out."""
