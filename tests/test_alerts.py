@@ -15,11 +15,14 @@ from ranks import run_threads
 from metricfold import (
     Alert,
     Alerts,
+    JSONLSink,
     MetricsAggregator,
+    MetricsLogger,
     NonFinite,
     Snapshot,
     Spike,
     Straggler,
+    read_jsonl,
 )
 
 
@@ -358,3 +361,92 @@ def test_no_collective_is_added(tmp_path: Path) -> None:
         return aggregator.collectives - before
 
     assert run_threads(rank, 2) == [1, 1]
+
+
+# -- In a logger
+
+
+class Kept:
+    """A sink that keeps its records."""
+
+    def __init__(self) -> None:
+        self.records: list[Any] = []
+
+    def write(self, record: Any) -> None:
+        self.records.append(record)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
+
+
+def test_log_returns_what_the_log_before_has_found_and_alerts_what_the_last_has() -> None:
+    train, val = aggregator_with(None, NonFinite("*/loss")), aggregator_with(None, NonFinite())
+    told: list[Alert] = []
+    with MetricsLogger([sink := Kept()], on_alert=told.append) as logger:
+        assert logger.alerts() == ()
+        returned = []
+        for step in range(4):
+            train.record("loss", math.nan if step == 1 else 1.0)
+            val.record("accuracy", math.inf if step == 2 else 1.0)
+            returned.append((logger.log(step, train, prefix="train"), logger.alerts()))
+            returned.append((logger.log(step, val, prefix="val"), logger.alerts()))
+            assert logger.log(step, {"lr": 1.0}) == ()
+        assert logger.log(4, val.reduce(), prefix="val") == ()
+    steps = [[[alert.step for alert in some] for some in one] for one in returned]
+    assert steps == [
+        [[], []],
+        [[], []],
+        [[], [1]],
+        [[], []],
+        [[1], []],
+        [[], [2]],
+        [[], []],
+        [[2], []],
+    ]
+    assert [(alert.name, alert.step) for alert in told] == [("loss", 1), ("accuracy", 2)]
+    with_alerts = [record for record in sink.records if record.alerts]
+    assert [(record.step, record.prefix) for record in with_alerts] == [(1, "train"), (2, "val")]
+    assert with_alerts[0].alerts[0]["severity"] == "severe"
+
+
+def test_a_file_keeps_alerts(tmp_path: Path) -> None:
+    aggregator = aggregator_with(None, NonFinite("*/loss"))
+    with MetricsLogger([JSONLSink(tmp_path / "run.jsonl")]) as logger:
+        aggregator.record("loss", math.nan, dataset="web")
+        logger.log(3, aggregator, prefix="train")
+    (record,) = read_jsonl(tmp_path / "run.jsonl")
+    (alert,) = record.alerts
+    assert (alert["dataset"], alert["name"], alert["rank"], alert["step"]) == ("web", "loss", 0, 3)
+    assert "nan" in alert["message"]
+
+
+def test_a_callback_that_fails_loses_no_record(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(alert: Alert) -> None:
+        raise ZeroDivisionError
+
+    aggregator = aggregator_with(None, NonFinite("*/loss"))
+    with MetricsLogger([sink := Kept()], on_alert=broken) as logger:
+        aggregator.record("loss", math.nan)
+        logger.log(0, aggregator, prefix="train")
+    assert len(sink.records) == 1
+    assert "on_alert failed" in caplog.text
+    with pytest.raises(TypeError, match="on_alert"):
+        MetricsLogger([], on_alert=3)  # type: ignore[arg-type]
+
+
+def test_all_ranks_stop_at_the_same_step() -> None:
+    def rank(communicator: Any) -> tuple[int, list[tuple[Any, ...]]]:
+        aggregator = aggregator_with(communicator, NonFinite("*/loss"))
+        with MetricsLogger([]) as logger:
+            for step in range(20):
+                bad = step == 5 and communicator.rank == 1
+                aggregator.record("loss", math.nan if bad else 1.0, dataset="code")
+                alerts = logger.log(step, aggregator, prefix="train")
+                if alerts.severe:
+                    return step, [(one.step, one.rank, one.dataset) for one in alerts]
+        return -1, []
+
+    assert run_threads(rank, 4) == [(6, [(5, 1, "code")])] * 4

@@ -9,7 +9,7 @@ import reprlib
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
@@ -19,6 +19,7 @@ from metricfold._core.runtime.copies import OneInUse, where_found
 from metricfold._core.runtime.listing import internal, shortened
 from metricfold._core.runtime.staging import refuse_while_traced
 from metricfold._core.runtime.uncompiled import leave_alone, uncompiled
+from metricfold._core.view.alert import Alert, Alerts
 from metricfold._core.view.snapshot import Snapshot
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.windows import WindowLike, check_window
@@ -66,6 +67,8 @@ class MetricsLogger(OneInUse):
             ``"raise"``: it is a `SinkError` too, as soon as a record is missing for good, or a sink
             has failed for so long that it is reported. All ranks raise it in the log after, of the
             same aggregator; where only dicts and snapshots are logged, rank 0 raises it.
+        on_alert: called with each `Alert` that the rules of an aggregator find, on rank 0, on a thread
+            of the logger; for what training itself is to do, look at what `log` returns.
 
     Raises:
         TypeError: something is not a sink.
@@ -73,7 +76,12 @@ class MetricsLogger(OneInUse):
     """
 
     def __init__(
-        self, sinks: Sequence[Sink], *, queue_size: int = 1000, on_sink_error: str = "report"
+        self,
+        sinks: Sequence[Sink],
+        *,
+        queue_size: int = 1000,
+        on_sink_error: str = "report",
+        on_alert: Callable[[Alert], object] | None = None,
     ) -> None:
         is_path = isinstance(sinks, str | os.PathLike)
         if is_path or not isinstance(sinks, Sequence):
@@ -88,6 +96,9 @@ class MetricsLogger(OneInUse):
         if on_sink_error not in ("report", "raise"):
             raise ValueError(f"on_sink_error={on_sink_error!r}: use 'report' or 'raise'")
         self._raises = on_sink_error == "raise"
+        if on_alert is not None and not callable(on_alert):
+            raise TypeError(f"on_alert={on_alert!r}: give a function of an Alert")
+        self._on_alert = on_alert
         self._start()
 
     def _start(self) -> None:
@@ -99,6 +110,9 @@ class MetricsLogger(OneInUse):
         # Reductions that are under way or have failed, and whose they are. Each call on this dict
         # is atomic: reductions end on threads of their own.
         self._reductions: dict[Future[Snapshot], weakref.ref[object]] = {}
+        # What the last log of each aggregator has found, perhaps still to come.
+        self._found: list[tuple[weakref.ref[object], Future[Alerts]]] = []
+        self._newest: Future[Alerts] | None = None
         self._reduces = False  # whether all ranks can be told in a reduction
         self._failures = 0  # of sinks, that have been raised or are on their way to be
         self._prefixes: set[str] = set()  # that a key has been said to repeat
@@ -129,7 +143,7 @@ class MetricsLogger(OneInUse):
         window: WindowLike = "auto",
         rollup: Rollup = True,
         extra: Extra | None = None,
-    ) -> None:
+    ) -> Alerts:
         """Log the metrics of `source` at `step`; every rank calls it, global rank 0 writes.
 
         An aggregator is reduced, which closes its interval. The call does not wait for other ranks,
@@ -150,6 +164,11 @@ class MetricsLogger(OneInUse):
                 ``lambda s: {"train/grad_rank": s.owner(None, "grad_norm")}``, called on a thread
                 of the logger; what it gives as None is left out. Only rank 0's are looked at.
 
+        Returns:
+            What the rules of `MetricsAggregator.alert_on` found in the log before of the same
+            aggregator, the same on every rank: so all may stop by it, at the same step. Empty at its
+            first log, and for a dict or a snapshot; of the last log see `alerts`.
+
         Raises:
             TypeError: an argument of the wrong kind, such as a value that is not a number.
             ValueError: a negative step, an empty prefix, an unknown window or rollup.
@@ -165,9 +184,12 @@ class MetricsLogger(OneInUse):
             check_prefix(prefix)
         check_window(window)
         check_rollup(rollup)
+        found = Alerts()
+        if not isinstance(source, Mapping | Snapshot):
+            found = self._alerts_before(source)
         values = self._values(source, step, prefix)
         if values is None:
-            return
+            return found
         # Only now that this rank has joined the reduction may what rank 0 alone was given be
         # refused: the other ranks would wait for it.
         if callable(extra):
@@ -184,6 +206,16 @@ class MetricsLogger(OneInUse):
                 )
         # Closed meanwhile: by another thread, or by a signal's handler in this one.
         self._check_open()
+        return found
+
+    def alerts(self) -> Alerts:
+        """Wait for the last log of an aggregator, and return what its rules have found, as `log` does.
+
+        Every rank that looks at them calls it, after the same log.
+        """
+        if self._newest is None:
+            return Alerts()
+        return self._newest.result()
 
     def rewind(self, step: SupportsIndex) -> None:
         """Take back what sinks hold of the steps after `step`: call it after loading a checkpoint.
@@ -355,7 +387,17 @@ class MetricsLogger(OneInUse):
             future = source.reduce_async(step=step)
         self._reductions[future] = weakref.ref(source)
         future.add_done_callback(self._forget_if_well)
+        self._newest = _alerts_of(future)
+        others = [
+            one for one in self._found if (known := one[0]()) is not None and known is not source
+        ]
+        self._found = [*others, (weakref.ref(source), self._newest)]
         return future
+
+    def _alerts_before(self, source: object) -> Alerts:
+        """Return what the log before has found, which the reduction of this one waits for anyway."""
+        found = next((found for owner, found in self._found if owner() is source), None)
+        return Alerts() if found is None else found.result()
 
     def _forget_if_well(self, future: Future[Snapshot]) -> None:
         if future.cancelled() or self._error_of(future) is None:
@@ -403,7 +445,7 @@ class MetricsLogger(OneInUse):
 
     def _opened(self) -> Pipeline:
         if self._pipeline is None:
-            self._pipeline = Pipeline(self._sinks, self._queue_size)
+            self._pipeline = Pipeline(self._sinks, self._queue_size, self._on_alert)
         return self._pipeline
 
     def _in_use(self) -> bool:
@@ -435,6 +477,19 @@ class MetricsLogger(OneInUse):
                 time.sleep(SECONDS)
             raise RuntimeError("this MetricsLogger is closed: make a new one, or close it later")
         self._used = True
+
+
+def _alerts_of(reduction: Future[Snapshot]) -> Future[Alerts]:
+    """Return what a reduction finds; nothing if it fails, which the next log raises."""
+    found: Future[Alerts] = Future()
+
+    def over(reduction: Future[Snapshot]) -> None:
+        well = not reduction.cancelled() and reduction.exception() is None
+        # Of an aggregator of the user's own making nothing is known.
+        found.set_result(getattr(reduction.result(), "alerts", Alerts()) if well else Alerts())
+
+    reduction.add_done_callback(over)
+    return found
 
 
 def _has_failed(owner: weakref.ref[object] | None) -> bool:

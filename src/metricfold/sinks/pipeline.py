@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from metricfold._core.runtime.processes import start_thread
 from metricfold._core.sketch import Histogram
+from metricfold._core.view.alert import Alert, Alerts
 from metricfold._core.view.snapshot import Snapshot
 from metricfold._core.view.tables import Rollup
 from metricfold._core.view.windows import WindowLike
@@ -63,10 +64,17 @@ class Pipeline(Consumer):
     Args:
         sinks: where records go.
         queue_size: how many records may wait for each sink.
+        on_alert: is told of each alert.
     """
 
-    def __init__(self, sinks: Sequence[Sink], queue_size: int) -> None:
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        queue_size: int,
+        on_alert: Callable[[Alert], object] | None = None,
+    ) -> None:
         super().__init__()
+        self._on_alert = on_alert
         parts = [
             part
             for sink in sinks
@@ -184,7 +192,10 @@ class Pipeline(Consumer):
         try:
             extra = _extra(entry)
             self._own |= extra.keys()
+            alerts = Alerts()
             if isinstance(entry.source, Future):
+                alerts = getattr(entry.source.result(), "alerts", alerts)
+                self._tell(alerts)
                 metrics, histograms = self._aggregated(entry, entry.source.result())
             else:
                 metrics, histograms = dict(entry.source), {}
@@ -195,10 +206,21 @@ class Pipeline(Consumer):
                 "values left out; give these another name",
             )
             together = metrics | extra | metrics
-            return Record(entry.step, entry.wall_time, together, histograms, entry.prefix)
+            said = [alert.to_json() for alert in alerts]
+            return Record(
+                entry.step, entry.wall_time, together, histograms, entry.prefix, alerts=said
+            )
         except BaseException:  # noqa: BLE001 - training must not die of it, least of all on one rank
             _log.exception("the metrics of step %d are left out", entry.step)
             return None
+
+    def _tell(self, alerts: Alerts) -> None:
+        for alert in alerts if self._on_alert is not None else ():
+            try:
+                assert self._on_alert is not None
+                self._on_alert(alert)
+            except BaseException:  # noqa: BLE001 - the user's; the metrics are written all the same
+                _log.exception("on_alert failed for the alert %r", alert.message)
 
     def _aggregated(
         self, entry: Entry, snapshot: Snapshot

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -39,8 +41,11 @@ class Alert:
             raise ValueError(f"severity={self.severity!r}: use 'warning' or 'severe'")
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as a JSON object has it; what is None is left out."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """Return it as a JSON object has it: without what is None, and NaN and infinity as text."""
+        parts = {name: part for name, part in asdict(self).items() if part is not None}
+        if self.value is not None and not math.isfinite(self.value):
+            parts["value"] = json.dumps(self.value)
+        return parts
 
 
 class Alerts(tuple[Alert, ...]):
