@@ -19,7 +19,7 @@ from metricfold import Metric, MetricsAggregator, MissingRanksError
 from metricfold._core.exchange import link
 from metricfold._core.fold import custom
 from metricfold._core.fold import names as naming
-from metricfold._core.intake import aggregator, clock, held, inbox, keys, layers, reduction, run
+from metricfold._core.intake import aggregator, clock, held, inbox, keys, layers, reduction
 from metricfold._core.intake import timers as timing
 from metricfold._core.reduce.totals import Totals
 
@@ -80,7 +80,7 @@ def test_a_reduction_of_one_rank_that_is_interrupted_is_as_if_it_had_not_begun(
 
 # Modules in which something is moved that an interrupt must not lose, or leave in two places.
 TAKING = (aggregator, custom, held, inbox, keys, layers, naming)
-CUTTING = (aggregator, clock, custom, held, inbox, layers, link, reduction, run, timing)
+CUTTING = (aggregator, clock, custom, held, inbox, layers, link, reduction, timing)
 
 
 def begun() -> MetricsAggregator:

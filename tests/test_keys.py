@@ -122,7 +122,7 @@ def test_ranks_know_after_each_log_what_all_keys_at_once_would_tell(
         assert agreed.schema.hash == Schema(agreed.schema).hash
         for table in world.tables:
             claims, otherwise = begun_anew(table, agreed.schema)
-            assert table.conflicting() == otherwise
+            assert table.those("conflicting") == otherwise
             for name in NAMES:
                 for agg in AGGREGATIONS:
                     suffixes = table.handlers[resolve_type(agg)].suffixes()  # type: ignore[attr-defined]

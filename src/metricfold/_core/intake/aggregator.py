@@ -30,10 +30,9 @@ from metricfold._core.fold.state import quiet
 from metricfold._core.fold.values import is_many
 from metricfold._core.intake.checkpoint import Restored, decode, encode
 from metricfold._core.intake.clock import Pause
-from metricfold._core.intake.held import AggregatorMark, Held
+from metricfold._core.intake.held import AggregatorMark, Held, Run
 from metricfold._core.intake.keys import KeyTable
 from metricfold._core.intake.reduction import Reduction
-from metricfold._core.intake.run import Run
 from metricfold._core.intake.timers import Timer
 from metricfold._core.reduce.header import Kind, check_route
 from metricfold._core.runtime.copies import where_found

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
 from typing import Any
 
+from metricfold._core.exchange.reducer import Reduced, Reducer
+from metricfold._core.exchange.route import Exchange
 from metricfold._core.fold.columns import Column
+from metricfold._core.fold.custom import CustomStates
 from metricfold._core.fold.names import show
-from metricfold._core.intake.checkpoint import Restored
+from metricfold._core.intake.checkpoint import Restored, Saved, share
 from metricfold._core.intake.clock import Clock
 from metricfold._core.intake.inbox import Inbox
 from metricfold._core.intake.keys import Admission, KeyTable
-from metricfold._core.intake.run import Run
 from metricfold._core.intake.timers import Timers
-from metricfold._core.reduce.schema import Key
+from metricfold._core.reduce.header import RouteChoice
+from metricfold._core.reduce.schema import Key, Schema
+from metricfold._core.reduce.totals import Totals
 from metricfold._core.runtime.listing import internal
 from metricfold._core.runtime.recomputation import not_given_before
 from metricfold._core.view.rules import Rules
-from metricfold.metric import Metric, TypeLike
+from metricfold.communicator import Communicator, LocalCommunicator
+from metricfold.metric import Metric, MetricState, TypeLike
 
-__all__ = ["AggregatorMark", "Held"]
+__all__ = ["AggregatorMark", "Held", "Run"]
 
 _log = logging.getLogger("metricfold")
 
@@ -148,3 +153,57 @@ class AggregatorMark:
     name: str
     keys: KeyTable = field(repr=False)
     cuts: int
+
+
+class Run:
+    """The run that the ranks add to together: its totals, and what of it a checkpoint has brought.
+
+    Args:
+        route: how vectors are to travel.
+
+    Attributes:
+        reducer: holds the totals.
+        saved: returns what a checkpoint holds as of the last reduction.
+    """
+
+    def __init__(self, route: RouteChoice) -> None:
+        self.reducer = Reducer(Exchange(LocalCommunicator(), route))
+        self.saved: Callable[[], Saved] = _nothing
+        self._bound: Communicator | None = None
+        self._unclaimed: Restored | None = None
+
+    def bind(self, communicator: Communicator, custom: CustomStates, keys: KeyTable) -> None:
+        """Go on over `communicator`, with this rank's share of what a checkpoint held."""
+        if communicator is not self._bound:
+            self.reducer.bind(Exchange(communicator, self.reducer.exchange.wanted))
+            self._bound = communicator
+        restored = self._unclaimed
+        if restored is None:
+            return
+        # Should an interrupt come in between, all of it is done again, to the same end.
+        rank, world_size = communicator.rank, communicator.world_size
+        for key, windows in restored.saved.windows.items():
+            limit = keys.records[key].handler.laned().sample_limit
+            self.reducer.windows[key] = share(windows, rank, world_size, limit)
+        for view, states in restored.custom.items():
+            mine: dict[Key, list[MetricState]] = {}
+            for state in states[rank::world_size]:
+                mine.setdefault((state.dataset_name, state.metric_name), []).append(state)
+            custom.inherit(view, mine)
+        self._unclaimed = None
+
+    def go_on(self, reduced: Reduced, *, interval_open: bool) -> None:
+        """Take note of what a reduction has come to."""
+        self.saved = lambda: Saved.of(reduced, interval_open=interval_open)
+
+    def begin_anew(self, restored: Restored | None) -> None:
+        """Go on from what a checkpoint held, or from nothing; what the ranks have agreed on stays."""
+        saved = _nothing() if restored is None else restored.saved
+        self.saved = lambda: saved
+        self._unclaimed = restored
+        self.reducer.replace_totals(saved.run, saved.interval, saved.reductions)
+
+
+def _nothing() -> Saved:
+    empty = Totals.empty(Schema())
+    return Saved(empty, empty, {}, {"run": [], "interval": []})

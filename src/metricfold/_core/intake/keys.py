@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import compress
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from metricfold._core.fold import hints
 from metricfold._core.fold.batch import MetricBatch
@@ -26,7 +25,7 @@ from metricfold.metric import TypeLike, resolve_type, type_label
 if TYPE_CHECKING:
     from metricfold._core.reduce.agreement import Agreed
 
-__all__ = ["INSTEAD", "Admission", "KeyRecord", "KeyRegistry", "KeyTable"]
+__all__ = ["INSTEAD", "Admission", "KeyRecord", "KeyTable"]
 
 INSTEAD = "register yours for a type of its own (AggregationType.CUSTOM, your own Enum member or a string)"
 """What to do where a built-in handler is needed and another one is registered."""
@@ -67,9 +66,6 @@ class KeyRecord:
     drained: bool = False
     conflicting: bool = False
     admitted: frozenset[str] | None = None
-
-
-_conflicting, _handler, _per_rank = map(attrgetter, ("conflicting", "handler", "per_rank"))
 
 
 class KeyTable:
@@ -118,12 +114,13 @@ class KeyTable:
         label = type_label(agg_type)
         in_use = [show(key) for key, one in self.records.items() if one.agg_type == agg_type]
         if in_use:
+            called = agg_type
+            if isinstance(agg_type, Enum):
+                called = f"{type(agg_type).__name__}.{agg_type.name}"
             _logger.warning(
                 "Replacing handler for %s: metrics that it already handles keep the old one (%s); "
                 "metrics seen from now on take the new one",
-                f"{type(agg_type).__name__}.{agg_type.name}"
-                if isinstance(agg_type, Enum)
-                else agg_type,
+                called,
                 ", ".join(in_use[:5]) + (", ..." if len(in_use) > 5 else ""),
             )
         self.handlers[agg_type], self._of_label[label] = handler, agg_type
@@ -142,8 +139,9 @@ class KeyTable:
         return self._of_label[label]
 
     def by_key(self) -> dict[Key, AggregationHandler]:
-        """Return the handler of each key."""
-        return dict(zip(self.records, map(_handler, self.records.values()), strict=True))
+        """Return the handler of each key; in a loop that Python does not run."""
+        handlers = map(attrgetter("handler"), self.records.values())
+        return dict(zip(self.records, handlers, strict=True))
 
     # -- Taking columns in
 
@@ -251,11 +249,11 @@ class KeyTable:
         self.records.update(admission.new)
 
     def _record(self, agg_type: TypeLike, handler: AggregationHandler) -> KeyRecord:
-        known = self._usual.get((id(handler), agg_type))
-        if known is None or known[0] is not handler:
-            known = handler, _usual_entry(handler, type_label(agg_type))
-            self._usual[id(handler), agg_type] = known
-        return KeyRecord(agg_type, handler, known[1])
+        known, usual = self._usual.get((id(handler), agg_type), (None, None))
+        if known is not handler or usual is None:
+            usual = _usual_entry(handler, type_label(agg_type))
+            self._usual[id(handler), agg_type] = handler, usual
+        return KeyRecord(agg_type, handler, usual)
 
     def _drained(self, known: KeyRecord) -> KeyRecord:
         """Return the record of a key that devices send: a DISTRIBUTION is then about all values."""
@@ -285,13 +283,9 @@ class KeyTable:
             drained=usual.distributed and known.drained,
         )
 
-    def conflicting(self) -> set[Key]:
-        """Return the keys that this rank holds otherwise than the ranks have agreed."""
-        return self.those(_conflicting)
-
-    def those(self, trait: Callable[[KeyRecord], bool]) -> set[Key]:
-        """Return the keys that have a trait; in a loop that Python does not run."""
-        return {*compress(self.records, map(trait, self.records.values()))}
+    def those(self, trait: str) -> set[Key]:
+        """Return the keys whose records have a trait; in such a loop, too."""
+        return {*compress(self.records, map(attrgetter(trait), self.records.values()))}
 
     def adopt(self, agreed: Agreed, losers: Mapping[Key, Key | None]) -> str:
         """Take over what the ranks have agreed on; returns what this rank cannot do with it.
@@ -429,51 +423,6 @@ class KeyTable:
         for entry in entries:
             if entry.drained:
                 self.records[entry.key].drained = True
-
-
-@dataclass(frozen=True, slots=True)
-class KeyRegistry:
-    """What a reduction, on whatever thread it runs, asks about keys (agreement.Registry).
-
-    Args:
-        keys: the aggregator's table.
-        lock: guards it.
-        rename: lets what the aggregator holds of a key go by another name; None: drops it.
-    """
-
-    keys: KeyTable
-    lock: AbstractContextManager[Any]
-    rename: Callable[[Key, Key | None], None]
-
-    def entry(self, key: Key) -> Entry:
-        return self.keys.entry(key)
-
-    def handler(self, key: Key) -> AggregationHandler:
-        return self.keys.records[key].handler
-
-    def per_rank(self) -> set[Key]:
-        return self.keys.those(_per_rank)
-
-    def conflicting(self) -> set[Key]:
-        return self.keys.conflicting()
-
-    def adopt(self, agreed: Agreed, losers: Mapping[Key, Key | None]) -> str:
-        with self.lock:
-            before = self.keys.by_key()
-            trouble = self.keys.adopt(agreed, losers)
-            after = self.keys.records
-            for entry in agreed.changed:
-                key = entry.key
-                if key in before and key not in losers and after[key].handler is not before[key]:
-                    self.rename(key, key)  # what comes is to be folded by the other handler
-            for key, name in losers.items():
-                self.rename(key, name)
-                if name is None:
-                    _logger.warning(
-                        "dropped what came in of %s: the other ranks hold that name otherwise",
-                        show(key),
-                    )
-            return trouble
 
 
 def _check_built_in(

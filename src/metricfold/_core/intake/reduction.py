@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import SupportsIndex
 
 from metricfold._core.exchange.reducer import Contribution, Outcome, Reduced
+from metricfold._core.fold.handlers import AggregationHandler
+from metricfold._core.fold.names import show
 from metricfold._core.fold.state import quiet
 from metricfold._core.intake.held import Held
-from metricfold._core.intake.keys import KeyRegistry
 from metricfold._core.intake.layers import Arriving, Layer, arriving
+from metricfold._core.reduce.agreement import Agreed
 from metricfold._core.reduce.header import Kind
-from metricfold._core.reduce.schema import Key
+from metricfold._core.reduce.schema import Entry, Key
 from metricfold._core.view.alert import Alerts
 from metricfold._core.view.report import Handlers
 from metricfold._core.view.snapshot import Snapshot
@@ -22,6 +25,8 @@ from metricfold.communicator import Communicator
 from metricfold.metric import MetricState
 
 __all__ = ["Reduction"]
+
+_logger = logging.getLogger("metricfold")
 
 _LARGEST_STEP = 2**53  # what a float64 holds exactly
 
@@ -103,9 +108,8 @@ class Reduction:
             errors = dict.fromkeys([mine.error, *self._settled()])
             mine.error = "; ".join(filter(None, errors))
             mine.states = dict(self.layer.states) if self.layer is not None else {}
-            registry = KeyRegistry(held.keys, held.lock, self._rename)
             with communicator.interrupts_deferred():
-                reduced = held.run.reducer.reduce(mine, registry)
+                reduced = held.run.reducer.reduce(mine, self)
                 with held.rules.lock:
                     held.run.go_on(reduced, interval_open=self._kind is Kind.STATE_DICT)
                     return self._shown(reduced, communicator.rank)
@@ -137,6 +141,40 @@ class Reduction:
                 held.inbox.put_back(self.layer)
                 held.clock.restore(self.seconds)
                 held.inbox.custom.inherit("interval", self.closed)
+
+    # -- What is asked about keys meanwhile, on whatever thread (`agreement.Registry`)
+
+    def entry(self, key: Key) -> Entry:
+        return self._held.keys.entry(key)
+
+    def handler(self, key: Key) -> AggregationHandler:
+        return self._held.keys.records[key].handler
+
+    def per_rank(self) -> set[Key]:
+        return self._held.keys.those("per_rank")
+
+    def conflicting(self) -> set[Key]:
+        return self._held.keys.those("conflicting")
+
+    def adopt(self, agreed: Agreed, losers: Mapping[Key, Key | None]) -> str:
+        with self._held.lock:
+            before = self._held.keys.by_key()
+            trouble = self._held.keys.adopt(agreed, losers)
+            after = self._held.keys.records
+            for entry in agreed.changed:
+                key = entry.key
+                if key in before and key not in losers and after[key].handler is not before[key]:
+                    self._rename(key, key)  # what comes is to be folded by the other handler
+            for key, name in losers.items():
+                self._rename(key, name)
+                if name is None:
+                    _logger.warning(
+                        "dropped what came in of %s: the other ranks hold that name otherwise",
+                        show(key),
+                    )
+            return trouble
+
+    # -- Parts of a reduction
 
     def _keep(self, layer: Layer) -> None:
         self.layer = layer
