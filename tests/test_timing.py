@@ -108,7 +108,7 @@ def test_nested_timers_threads_functions_and_errors_all_count() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert aggregator._held.timers._elapsed["thread"].uses == 800
+    assert aggregator._held.timers._elapsed["thread"].taken.uses == 800
     snapshot = aggregator.reduce()
     assert snapshot.timing("call").max >= 2 * SLOW
     assert snapshot.timing("call").mean >= 1.5 * SLOW
@@ -129,7 +129,7 @@ def test_the_wait_for_each_item_is_timed_and_not_what_is_done_with_it() -> None:
             time.sleep(3 * SLOW)
         items.append(item)
     assert items == [0, 1, 2]
-    assert aggregator._held.timers._elapsed["data"].uses == 3
+    assert aggregator._held.timers._elapsed["data"].taken.uses == 3
     snapshot = aggregator.reduce()
     assert SLOW <= snapshot.timing("data").mean < snapshot.timing("step").mean
     assert snapshot.timing("data").share < snapshot.timing("step").share
@@ -310,7 +310,7 @@ def test_a_block_that_goes_on_has_all_of_each_interval() -> None:
 
 def share_and_uses(aggregator: MetricsAggregator, name: str) -> tuple[float, int, float]:
     """Return the share of an interval that is all one timer, its uses, and the longest."""
-    uses = aggregator._held.timers._elapsed[name].uses
+    uses = aggregator._held.timers._elapsed[name].taken.uses
     timing = aggregator.reduce().timing(name)
     assert timing.max is not None
     return timing.share, uses, timing.max
@@ -360,10 +360,10 @@ def test_tasks_of_one_thread_have_uses_of_their_own() -> None:
         return await call()
 
     assert asyncio.run(main()) == "result"
-    assert aggregator._held.timers._elapsed["fetch"].uses == 2
-    assert aggregator._held.timers._elapsed["fetch"].total >= 3 * SLOW
+    assert aggregator._held.timers._elapsed["fetch"].taken.uses == 2
+    assert aggregator._held.timers._elapsed["fetch"].taken.total >= 3 * SLOW
     # Calling a coroutine function takes no time; awaiting it does.
-    assert aggregator._held.timers._elapsed["call"].total >= SLOW
+    assert aggregator._held.timers._elapsed["call"].taken.total >= SLOW
 
 
 def test_a_use_may_end_elsewhere_as_that_of_a_generator_does() -> None:
@@ -380,8 +380,8 @@ def test_a_use_may_end_elsewhere_as_that_of_a_generator_does() -> None:
         pass
     contextvars.copy_context().run(left.close)
     assert (
-        aggregator._held.timers._elapsed["items"].uses,
-        aggregator._held.timers._elapsed["step"].uses,
+        aggregator._held.timers._elapsed["items"].taken.uses,
+        aggregator._held.timers._elapsed["step"].taken.uses,
     ) == (
         1,
         1,
@@ -389,7 +389,7 @@ def test_a_use_may_end_elsewhere_as_that_of_a_generator_does() -> None:
     # Nothing of the generator's stays around what comes later.
     with aggregator.timer("items"):
         pass
-    assert aggregator._held.timers._elapsed["items"].uses == 2
+    assert aggregator._held.timers._elapsed["items"].taken.uses == 2
     with pytest.raises(TypeError, match=r"a timer cannot decorate .*items'.*over"):
         aggregator.timer("items")(items)
 
@@ -404,13 +404,13 @@ def test_items_that_are_not_taken_are_not_timed_and_a_loader_that_fails_is() -> 
 
     for _ in aggregator.timer("data").over(loader()):
         break
-    assert aggregator._held.timers._elapsed["data"].uses == 1
+    assert aggregator._held.timers._elapsed["data"].taken.uses == 1
     with pytest.raises(ZeroDivisionError):
         list(aggregator.timer("data").over(loader()))
-    assert aggregator._held.timers._elapsed["data"].uses == 4
+    assert aggregator._held.timers._elapsed["data"].taken.uses == 4
     for _ in aggregator.timer("data").over([]):
         pass
-    assert aggregator._held.timers._elapsed["data"].uses == 4
+    assert aggregator._held.timers._elapsed["data"].taken.uses == 4
     assert not aggregator._held.timers._elapsed["data"].running
 
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from typing import Protocol
 
 __all__ = ["Clock", "Pause"]
 
@@ -121,10 +118,5 @@ class Pause:
     def __enter__(self) -> None:
         self._clock.pause()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._clock.go_on()

@@ -28,7 +28,7 @@ from contextlib import ContextDecorator
 from contextvars import ContextVar
 from threading import get_ident
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from metricfold._core.fold.columns import Column, fold_value
 from metricfold._core.fold.names import Key
@@ -38,9 +38,6 @@ from metricfold._core.runtime.listing import internal
 from metricfold._core.runtime.staging import refuse_while_traced
 from metricfold._core.view.timing import TimerKeys
 from metricfold.metric import AggregationType
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = ["Timer", "Timers"]
 
@@ -58,27 +55,21 @@ class Taken(NamedTuple):
         counted: the seconds that fell into the interval, also of uses that still go on.
     """
 
-    uses: int
-    total: float
-    longest: float
-    counted: float
+    uses: int = 0
+    total: float = 0.0
+    longest: float = 0.0
+    counted: float = 0.0
+
+    def plus(self, uses: int, total: float, longest: float, counted: float) -> Taken:
+        """Return this and that together."""
+        longest = max(longest, self.longest)
+        return Taken(self.uses + uses, self.total + total, longest, self.counted + counted)
 
 
 class Elapsed:
     """The times of one timer on one rank since the last reduction."""
 
-    __slots__ = (
-        "_cut",
-        "_taken",
-        "clock",
-        "counted",
-        "inherited",
-        "lock",
-        "longest",
-        "running",
-        "total",
-        "uses",
-    )
+    __slots__ = ("_before", "_cut", "clock", "inherited", "lock", "running", "taken")
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -86,8 +77,7 @@ class Elapsed:
         self.lock = threading.RLock()
         self.inherited = False
         self.running: dict[Timer, None] = {}
-        self.uses, self.total, self.longest, self.counted = 0, 0.0, 0.0, 0.0
-        self._taken, self._cut = Taken(0, 0.0, 0.0, 0.0), -1
+        self.taken, self._before, self._cut = Taken(), Taken(), -1
 
     def take(self, shown: float, cut: int) -> Taken:
         """Return what has been taken so far, and begin anew.
@@ -100,14 +90,8 @@ class Elapsed:
         with self.lock:
             for timer in list(self.running):
                 timer.count(shown)
-            uses, total, longest, counted = self.uses, self.total, self.longest, self.counted
-            if cut == self._cut:
-                before = self._taken
-                uses, total = uses + before.uses, total + before.total
-                longest, counted = max(longest, before.longest), counted + before.counted
-            taken = Taken(uses, total, longest, counted)
-            anew = (taken, cut, 0, 0.0, 0.0, 0.0)
-            self._taken, self._cut, self.uses, self.total, self.longest, self.counted = anew
+            taken = self.taken.plus(*self._before) if cut == self._cut else self.taken
+            self._before, self._cut, self.taken = taken, cut, Taken()
             return taken
 
     def leave_parent_behind(self) -> None:
@@ -160,27 +144,30 @@ class Timers:
         columns: list[Column] = []
         errors = []
         for name, elapsed in self._elapsed.items():
-            taken = elapsed.take(shown, cut)
-            keys = TimerKeys.of(name)
-            uses = float(taken.uses)
-            numbers: list[tuple[str, AggregationType, float, float]] = []
-            if uses:
-                mean = self._keys.handler_of(("", keys.mean), AggregationType.MEAN)
-                weight = uses if mean is None or mean.weighted else 1.0
-                numbers.append((keys.mean, AggregationType.MEAN, taken.total / uses, weight))
-                numbers.append((keys.max, AggregationType.MAX, taken.longest, 1.0))
-            if uses or taken.counted:
-                # Added up over ranks and divided by the time: the mean of the ranks' shares.
-                share = taken.counted / world_size
-                numbers.append((keys.share, AggregationType.RATE, share, 1.0))
+            uses, total, longest, counted = elapsed.take(shown, cut)
+            # Added up over ranks and divided by the time, the last is the mean of the ranks' shares.
+            values = (total / (uses or 1), longest, counted / world_size)
+            table = zip(
+                TimerKeys.of(name).types(),
+                values,
+                (float(uses), 1.0, 1.0),  # the weights
+                (uses, uses, uses or counted),  # whether there is anything to say
+                strict=True,
+            )
             try:
                 columns += [
-                    fold_value(("", key), agg_type, value, weight, self._keys.handler_of)
-                    for key, agg_type, value, weight in numbers
+                    self._column(("", key), agg_type, value, weight)
+                    for (key, agg_type), value, weight, there in table
+                    if there
                 ]
             except Exception as failure:  # noqa: BLE001 - the user's; raised on all ranks
                 errors.append(f"timer {name!r}: the handler failed: {failure!r}")
         return columns, "; ".join(errors)
+
+    def _column(self, key: Key, agg_type: AggregationType, value: float, weight: float) -> Column:
+        handler = self._keys.handler_of(key, agg_type)
+        weight = weight if handler is None or handler.weighted else 1.0
+        return fold_value(key, agg_type, value, weight, self._keys.handler_of)
 
     def begin_anew(self) -> None:
         """Drop what has been taken."""
@@ -250,14 +237,9 @@ class Timer(ContextDecorator):
         _innermost.set(self)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         if self._again:
-            self._again.pop().__exit__(kind, error, traceback)
+            self._again.pop().__exit__(*raised)
         elif self.running:
             ended = perf_counter()
             elapsed = self._elapsed
@@ -266,11 +248,10 @@ class Timer(ContextDecorator):
                 elapsed.clock.start(ended)  # a checkpoint may have been loaded in the block
             seconds = ended - self._began
             with elapsed.lock:
-                self.count(ended - place if running else place)
-                longest = max(elapsed.longest, seconds)
+                counted = max((ended - place if running else place) - self._counted, 0.0)
                 # Before these or after them, but not in between, an interrupt may come.
-                ended_so = (elapsed.uses + 1, elapsed.total + seconds, longest, False)
-                elapsed.uses, elapsed.total, elapsed.longest, self.running = ended_so
+                after = (elapsed.taken.plus(1, seconds, seconds, counted), False)
+                elapsed.taken, self.running = after
                 self._stop()
 
     def _stop(self) -> None:
@@ -281,10 +262,9 @@ class Timer(ContextDecorator):
 
     def count(self, shown: float) -> None:
         """Let what has gone by until the clock showed `shown` count for the interval."""
-        elapsed = self._elapsed
         if shown > self._counted and self.running:
-            counted = elapsed.counted + shown - self._counted
-            elapsed.counted, self._counted = counted, shown
+            taken = self._elapsed.taken.plus(0, 0.0, 0.0, shown - self._counted)
+            self._elapsed.taken, self._counted = taken, shown
 
     def has(self, elapsed: Elapsed, thread: int) -> bool:
         """Return whether this use, or one that it is nested in, is of that timer and thread."""
@@ -312,15 +292,12 @@ class Timer(ContextDecorator):
             )
         return super().__call__(func)
 
-    def _recreate_cm(self) -> Timer:
+    def _recreate_cm(self, memo: object = None) -> Timer:
         # Calls of a decorated function may be nested, and on several threads.
         return Timer(self._elapsed)
 
-    def __copy__(self) -> Timer:
-        return self._recreate_cm()
-
-    def __deepcopy__(self, memo: object) -> Timer:
-        return self._recreate_cm()  # the same timer, for the same time goes by
+    # Of the same timer, for the same time goes by.
+    __copy__ = __deepcopy__ = _recreate_cm
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -340,9 +317,9 @@ class Timer(ContextDecorator):
                 use._stop()  # noqa: SLF001
                 return
             except BaseException:
-                use.__exit__(None, None, None)
+                use.__exit__()
                 raise
-            use.__exit__(None, None, None)
+            use.__exit__()
             yield item
 
 
