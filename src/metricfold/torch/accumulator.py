@@ -36,15 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 from metricfold._core.device.arrays import is_sharded, of_mesh, whole_tensor
-from metricfold._core.device.rows import (
-    COUNTS,
-    EXTREMA,
-    MOMENTS,
-    SUMS,
-    HostArrays,
-    Layout,
-    check_fits,
-)
+from metricfold._core.device.rows import HostArrays, Layout, check_fits
 from metricfold._core.runtime.copies import copied_plainly
 from metricfold._core.runtime.listing import internal
 from metricfold._core.runtime.processes import watch_forks
@@ -59,9 +51,7 @@ from metricfold.torch.folding import (
     Rows,
     Table,
     fold,
-    read_extrema,
-    read_grid,
-    read_rows,
+    read,
     shapes,
     take_over,
 )
@@ -73,17 +63,12 @@ __all__ = ["AccumulatorMark", "DeviceAccumulator"]
 _logger = logging.getLogger("metricfold")
 
 _NUMBERS = frozenset(
-    getattr(torch, name)
+    getattr(torch, name, None)  # not all are of old versions
     for name in (
         *("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
         *("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"),
-        *(
-            "float8_e4m3fnuz",
-            "float8_e5m2fnuz",
-            "float8_e8m0fnu",
-        ),  # the last two not of old versions
+        *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
     )
-    if hasattr(torch, name)
 )
 """The types of numbers that torch converts to float64."""
 
@@ -122,17 +107,11 @@ class AccumulatorMark:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a metric is: metrics of one aggregation stand side by side.
+    """Where a metric is: metrics of one aggregation stand side by side."""
 
-    Args:
-        row: of the sums and the extrema.
-        agg_type: of the metric.
-        grid: its row of the grid, if it is a DISTRIBUTION.
-    """
-
-    row: int
+    row: int  # of the sums and the extrema
     agg_type: AggregationType
-    grid: int
+    grid: int  # its row of the grid, if it is a DISTRIBUTION
 
 
 @internal("layout", "start_read", "tensors")
@@ -295,7 +274,7 @@ class DeviceAccumulator:
             fold(self._table, parts, w, ids, flag)
             return
         with _turn.lock:
-            if self._fuses():
+            if triton_for(self.device.type) if self._fused is None else self._fused:
                 FOLDS(self._table, parts, w, ids)
             else:
                 fold(self._table, parts, w, ids, None)
@@ -445,9 +424,6 @@ class DeviceAccumulator:
 
     # -- Inside
 
-    def _fuses(self) -> bool:
-        return triton_for(self.device.type) if self._fused is None else self._fused
-
     def _new_tensors(self, device: torch.device | str | int | None) -> tuple[Tensor, ...]:
         sizes = shapes(len(self.layout.names), len(self.layout.distributions), self._datasets)
         # A tensor made in inference mode could not be changed outside of it.
@@ -564,30 +540,22 @@ class DeviceAccumulator:
         return ids.long()
 
     def _host_arrays(self, flat: np.ndarray[Any, Any]) -> HostArrays:
-        parts, start = [], 0
-        for tensor in self.tensors:
-            parts.append(flat[start : start + tensor.numel()].reshape(tensor.shape))
-            start += tensor.numel()
-        plain, weighed, extrema, *grids = parts
-        histograms = len(self.layout.distributions)
-        found = read_rows(plain, weighed, histograms)
+        ends = np.cumsum([tensor.numel() for tensor in self.tensors])
+        parts = [
+            part.reshape(tensor.shape)
+            for part, tensor in zip(np.split(flat, ends[:-1]), self.tensors, strict=True)
+        ]
         order = [self._places[name].row for name in self.layout.names]
-        for name, row in zip(self.layout.names, order, strict=True):
-            if found.rounded[row]:
+        found, rounded = read(parts, order)
+        for name, number in zip(self.layout.names, rounded.tolist(), strict=True):
+            if number:
                 _logger.warning(
                     "%d values of metric %r are integers beyond 2^53, of which float64 holds not every "
                     "one: they count, rounded to the next that it does",
-                    found.rounded[row],
+                    number,
                     name,
                 )
-        rows = self.layout.rows
-        return HostArrays(
-            found.counts[order].reshape(rows, COUNTS).astype(np.int64),
-            found.sums[order].reshape(rows, SUMS, 1),
-            read_extrema(extrema, histograms)[order].reshape(rows, EXTREMA),
-            read_grid(grids[0]).reshape(-1, MOMENTS, 1) if grids else None,
-            np.stack([found.strangers, found.unweighable], axis=-1)[order].astype(np.int64),
-        )
+        return found
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ from metricfold._core.device.rows import (
     MOMENTS,
     SUMS,
     ZERO_CELL,
+    HostArrays,
     M,
     fits,
 )
@@ -46,10 +47,9 @@ __all__ = [
     "Rows",
     "Table",
     "fold",
-    "read_extrema",
-    "read_grid",
-    "read_rows",
+    "read",
     "shapes",
+    "take_over",
 ]
 
 PLAIN, WEIGHED = 2, 4
@@ -85,20 +85,15 @@ class Rows(NamedTuple):
     """The part of an accumulator that belongs to some metrics, side by side; None: not needed.
 
     Of one metric they lack the first dimension: each view that is not made saves the host some time.
-
-    Args:
-        plain: shape (metrics, cells, PLAIN).
-        weighed: shape (metrics, cells, WEIGHED).
-        extrema: shape (metrics, EXTREMA, columns): the largest and the smallest x.
-        grid: shape (metrics, raw cells, MOMENTS): sums of w, w·u and w·u². The raw cell of a float32
-            is its bits but for those of the fraction u, as a number with a sign, from the middle of
-            the part of its dataset on; the first part is of what is in none.
+    The grid holds sums of w, w·u and w·u². The raw cell of a float32 is its bits but for those of the
+    fraction u, as a number with a sign, from the middle of the part of its dataset on; the first part
+    is of what is in none.
     """
 
-    plain: Tensor
-    weighed: Tensor | None
-    extrema: Tensor | None
-    grid: Tensor | None
+    plain: Tensor  # shape (metrics, cells, PLAIN)
+    weighed: Tensor | None  # shape (metrics, cells, WEIGHED)
+    extrema: Tensor | None  # shape (metrics, EXTREMA, columns): the largest and the smallest x
+    grid: Tensor | None  # shape (metrics, raw cells, MOMENTS)
 
 
 def shapes(rows: int, distributions: int, datasets: int) -> list[tuple[int, ...]]:
@@ -117,17 +112,13 @@ class Table(NamedTuple):
     one for less than that of other tensors.
     """
 
-    ids: Tensor
-    """Bounds between columns, shape (datasets + 2,)."""
-    column: Tensor
-    """The column of values without ids, shape (1,)."""
-    bases: Tensor
-    """Where the raw cell 0 is in the grid, shape (columns,)."""
+    ids: Tensor  # bounds between columns, shape (datasets + 2,)
+    column: Tensor  # of values without ids, shape (1,)
+    bases: Tensor  # where the raw cell 0 is in the grid, shape (columns,)
     weights: Tensor
     integers: Tensor
     float32s: Tensor
-    one_beside: Tensor
-    """1j: a number plus this is the two lanes of PLAIN."""
+    one_beside: Tensor  # 1j: a number plus this is the two lanes of PLAIN
     one: Tensor
     largest: Tensor
     smallest: Tensor
@@ -158,17 +149,11 @@ class Table(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Metrics that stand side by side, and are folded together.
-
-    Args:
-        rows: of these metrics.
-        agg_type: of them all.
-        values: of each, of one shape and type.
-    """
+    """Metrics that stand side by side, and are folded together."""
 
     rows: Rows
     agg_type: AggregationType
-    values: list[Tensor]
+    values: list[Tensor]  # of each, of one shape and type
 
 
 def fold(
@@ -183,7 +168,7 @@ def fold(
     Args:
         table: of the accumulator.
         parts: the metrics.
-        weights: of the values, as `aligned` takes them; None if all weigh 1.
+        weights: of the values, of such shapes as `fits` takes; None if all weigh 1.
         ids: of the datasets, likewise; None if all belong to the one dataset.
         counts: a flag that says whether any of this counts; None if it does.
     """
@@ -202,9 +187,9 @@ def fold(
             table,
             agg_type,
             values,
-            None if weights is None else aligned(weights, shape),
-            None if block is None else aligned(block, shape),
-            aligned(columns, shape) if ids is not None or len(shape) > 1 else columns,
+            None if weights is None else _aligned(weights, shape),
+            None if block is None else _aligned(block, shape),
+            _aligned(columns, shape) if ids is not None or len(shape) > 1 else columns,
         )
         if rows.weighed is None:
             batch.add_plain(rows.plain, sums=agg_type not in (MAX, MIN))
@@ -216,7 +201,7 @@ def fold(
             batch.add_to_grid(rows.grid)
 
 
-def aligned(tensor: Tensor, values: torch.Size) -> Tensor:
+def _aligned(tensor: Tensor, values: torch.Size) -> Tensor:
     """Return `tensor` with all dimensions of the values."""
     if tensor.ndim == len(values):
         return tensor
@@ -253,11 +238,9 @@ class _Batch:
         self.x = x = x.float().resolve_neg() if agg_type is DISTRIBUTION else x
         self.columns = columns
         self.weights = None if block is None else weights
-        self.kept: Tensor | None = None
+        self.kept: Tensor | None = None if block is not None else weights
         self._inside: Tensor | None = None
-        if block is None and weights is not None:
-            self.kept = weights
-        elif block is not None and agg_type in WITH_EXTREMA:
+        if block is not None and agg_type in WITH_EXTREMA:
             self.kept = block == _RIGHT
 
         width = len(table.bases)
@@ -423,68 +406,49 @@ def take_over(old: Sequence[Tensor], new: Sequence[Tensor], distributions: int) 
 Array = np.ndarray[Any, Any]
 
 
-class HostRows(NamedTuple):
-    """What `Rows` say, for each metric and dataset.
-
-    Args:
-        counts: values, NaN, +inf, -inf; shape (metrics, datasets, 4).
-        sums: of w·x, of w, of w²; shape (metrics, datasets, 3).
-        strangers: values with an id that is no dataset's, shape (metrics,).
-        unweighable: values with a weight that cannot be, shape (metrics,).
-        rounded: integers that float64 may not hold, shape (metrics,).
-    """
-
-    counts: Array
-    sums: Array
-    strangers: Array
-    unweighable: Array
-    rounded: Array
-
-
-def read_rows(plain: Array, weighed: Array, distributions: int) -> HostRows:
-    """Return what the cells say; the last `distributions` of the metrics are DISTRIBUTIONs."""
+def read(parts: Sequence[Array], order: list[int]) -> tuple[HostArrays, Array]:
+    """Return what `Rows` of all metrics say, in another order, and how many integers were rounded."""
+    plain, weighed, extrema, *grids = parts
     number = len(plain)
-
-    def cells(array: Array) -> Array:
-        """Shape (metrics, blocks, regions, columns, lanes)."""
-        return array.reshape(number, _BLOCKS, _REGIONS, -1, array.shape[-1])
-
-    plain, weighed = cells(plain), cells(weighed)
+    # The last rows are those of DISTRIBUTIONs.
+    first = number - (len(grids[0]) if grids else 0)
+    # Shape (metrics, blocks, regions, columns, lanes).
+    cells = (number, _BLOCKS, _REGIONS, -1)
+    plain, weighed = plain.reshape(*cells, PLAIN), weighed.reshape(*cells, WEIGHED)
     taken = plain[..., 1] + weighed[..., 2]
     outside, inside = [1, -1], slice(2, -1)
     strangers = taken[:, [0, _RIGHT, 3]][..., outside].sum((1, 2, 3))
     unweighable = taken[:, [0, 3], :, inside].sum((1, 2, 3))
-    counts, plain = taken[:, _RIGHT, :, inside], plain[:, _RIGHT, :, inside]
+    right, plain = taken[:, _RIGHT, :, inside], plain[:, _RIGHT, :, inside]
     weighed = weighed[:, _RIGHT, :, inside]
 
-    sums = np.zeros((number, counts.shape[-1], SUMS))
-    of_kinds = np.zeros((number, counts.shape[-1], COUNTS))
-    of_kinds[..., 0] = counts.sum(1)
-    first = number - distributions
+    sums = np.zeros((number, right.shape[-1], SUMS))
+    counts = np.zeros((number, right.shape[-1], COUNTS), np.int64)
+    counts[..., 0] = right.sum(1)
     for rows, numbers, kinds in (
         (slice(0, first), [_TOO_SMALL, _NUMBERS, _TOO_LARGE], [_NAN]),
         (slice(first, None), [_NUMBERS], [_NAN_OF_DISTRIBUTION, _UP, _DOWN]),
     ):
-        for lane, region in enumerate(kinds, 1):
-            of_kinds[rows, :, lane] = counts[rows, region]
+        counts[rows, :, 1 : 1 + len(kinds)] = right[rows, kinds].swapaxes(1, 2)
         alone, with_weight = plain[rows, numbers].sum(1), weighed[rows, numbers].sum(1)
-        sums[rows, :, 0] = alone[..., 0] + with_weight[..., 0]
-        sums[rows, :, 1] = alone[..., 1] + with_weight[..., 1]
-        sums[rows, :, 2] = alone[..., 1] + with_weight[..., 3]
-    rounded = counts[:, [_TOO_SMALL, _TOO_LARGE]].sum((1, 2))
+        sums[rows] = alone[..., [0, 1, 1]] + with_weight[..., [0, 1, 3]]
+    rounded = right[:, [_TOO_SMALL, _TOO_LARGE]].sum((1, 2))
     rounded[first:] = 0
-    return HostRows(of_kinds, sums, strangers, unweighable, rounded)
+
+    # The largest x and the largest -x; subnormals of a histogram are zeros.
+    tops = extrema[..., inside].swapaxes(1, 2) * [1.0, -1.0]
+    tops[first:][np.abs(tops[first:]) < _SMALLEST32] = 0.0
+    found = HostArrays(
+        counts[order].reshape(-1, COUNTS),
+        sums[order].reshape(-1, SUMS, 1),
+        tops[order].reshape(-1, EXTREMA),
+        _read_grid(grids[0]).reshape(-1, MOMENTS, 1) if grids else None,
+        np.stack([strangers, unweighable], axis=-1)[order].astype(np.int64),
+    )
+    return found, rounded[order]
 
 
-def read_extrema(extrema: Array, distributions: int) -> Array:
-    """Return the largest x and the largest -x, shape (metrics, datasets, 2)."""
-    found = extrema[..., 2:-1].swapaxes(1, 2).copy()
-    histograms = found[len(found) - distributions :]
-    histograms[np.abs(histograms) < _SMALLEST32] = 0.0
-    return found * [1.0, -1.0]
-
-
-def read_grid(grid: Array) -> Array:
+def _read_grid(grid: Array) -> Array:
     """Return the cells of `HostArrays.grid` for each dataset; subnormals are zeros."""
     raw = grid.reshape(len(grid), -1, 2, _HALF, MOMENTS)[:, 1:]
     normal = slice(1 << M, (1 << M) + ZERO_CELL)
