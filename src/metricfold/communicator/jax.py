@@ -1,14 +1,9 @@
 """Processes of `jax.distributed`: JAX's own collectives between them, and JAX's own coordinator.
 
-What JAX does with its devices must be begun in the same order on all processes. So collectives are
-issued on the caller's thread, in the order of the program, like a training step; from a thread of
-our own they would meet another process's training step.
-
-A device collective that some process does not join hangs without a word. So before each exchange,
-all processes meet at the coordinator, which takes a millisecond; one that does not come is named, and
-JAX goes on working. After that there is no deadline: a process that is stopped in an exchange holds up
-the others. Numbers travel as the bits of float64, whatever ``jax_enable_x64`` says, and are merged on
-the host: the same bits everywhere.
+What JAX does with its devices must be begun in the same order on all processes, so collectives are
+issued on the caller's thread, like a training step. One that some process does not join hangs without a
+word: so before each exchange all processes meet at the coordinator, and one that does not come is named.
+Numbers travel as the bits of float64, whatever ``jax_enable_x64`` says, and are merged on the host.
 
 JAX itself is not imported: only a training script that has initialised it comes here.
 """
@@ -132,7 +127,7 @@ class JaxCommunicator(Communicator):
     def _gathered(self, vector: FloatArray) -> FloatArray:
         """Return everyone's vector, shape (n,), as rows of shape (world_size, n)."""
         gather = _gathering(self._mesh)
-        rows = self._read(gather(self._spread(_filled(vector, _room(vector.size)))))
+        rows = self._read(gather(self._spread(_filled(vector))))
         return rows.reshape(self.world_size, -1)[:, : vector.size].copy()
 
     def _merged(self, vector: FloatArray, merge: Merge) -> FloatArray:
@@ -145,7 +140,7 @@ class JaxCommunicator(Communicator):
         broke: Exception | None = None
         mine = {step.round: step for step in steps(self.rank, self.world_size)}
         for number, pairs in senders(self.world_size).items():
-            sent = _filled(np.append(vector, failed), _room(size + 1))
+            sent = _filled(np.append(vector, failed))
             step = mine.get(number)
             self._roll.at = None if step is None else (step.partner, number)
             try:
@@ -233,18 +228,16 @@ class JaxCommunicator(Communicator):
         """Find out which processes are missing after a collective has failed."""
         what = f"{type(error).__name__}: {first_line(error)}"
         how = f"the connection to them broke ({what})"
-        try:
+
+        def find() -> MissingRanksError:
             self._roll.raise_if_poisoned()
             if not _OF_THE_NETWORK.search(what):
                 reason = f"it left a reduction in the middle: {what}"
                 return self._roll.given_up({self.rank: ""}, reason)
             known = self._roll.verdict(how, timed_out=False)
             return known or self._roll.given_up({}, f"no process is missing, but {how}")
-        except MissingRanksError as known:
-            return known
-        except Exception as gone:  # noqa: BLE001 - the coordinator is gone too
-            where = f"JAX's coordinator does not answer ({first_line(gone)})"
-            return self._roll.nobody_named(f"{how}; {where}")
+
+        return self._roll.judged(how, find)
 
 
 class _Coordinator:
@@ -307,16 +300,11 @@ def _swap(mesh: Any, pairs: tuple[tuple[int, int], ...]) -> Callable[[Any], Any]
     return jax.jit(swap)  # type: ignore[no-any-return]
 
 
-def _room(size: int) -> int:
-    """Return `size`, rounded up by at most an eighth.
+def _filled(vector: FloatArray) -> FloatArray:
+    """Return `vector` with zeros behind it, so that its size grows by at most an eighth.
 
     JAX compiles a program for each size, in tenths of a second; so few sizes serve all.
     """
-    step = 1 << max((max(size, 1) - 1).bit_length() - 4, 0)
-    return max(-(-size // step) * step, _SMALLEST)
-
-
-def _filled(vector: FloatArray, size: int) -> FloatArray:
-    filled = np.zeros(size)
-    filled[: vector.size] = vector
-    return filled
+    step = 1 << max((max(vector.size, 1) - 1).bit_length() - 4, 0)
+    room = max(-(-vector.size // step) * step, _SMALLEST)
+    return np.pad(vector, (0, room - vector.size))

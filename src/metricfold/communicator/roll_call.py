@@ -1,19 +1,9 @@
 """Who keeps the others waiting in an exchange, and what all ranks are told of it.
 
-Exchanges that go well write nothing anywhere. A rank that waits longer than half a second notes in the
-job's store which rank it waits for, and goes on noting, so that others see that it is alive. Once an
-exchange has failed, a rank notes how it ended there; then one of them calls the roll for all:
-
-    no note of this exchange, or that the rank has closed or ended    missing
-    a note that is not renewed                                        stopped in the exchange: missing
-    it met closed connections at once, after a timeout of the others  too late: missing
-
-Nobody is named after one look, for a rank may have come just now, or note slowly. And of those missing
-from a tree only those are named for which a rank says twice that it waits: a rank that is through writes
-nothing either, and nobody waits for it. But where one has sent nothing to anyone, nobody can be through,
-and all are named. Whom a rank waits for in a gather, gloo does not tell; there all are named.
-
-The first verdict goes to the store, and is everybody's.
+A rank that waits writes *notes* into the job's store, and goes on writing, so that others see that it
+is alive. After a failure each writes how it has ended, and one calls the roll for all; its verdict goes
+to the store, and is everybody's. Nobody is named after one look, for a rank may have come just now, or
+note slowly. README.md says who is.
 """
 
 from __future__ import annotations
@@ -22,8 +12,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from metricfold._core.runtime.processes import start_thread
@@ -35,19 +26,19 @@ __all__ = ["ANSWER", "BEAT", "EVERYWHERE", "LATE", "Board", "RollCall", "Words",
 _logger = logging.getLogger("metricfold")
 
 BEAT = 0.5
-"""A rank that waits longer than so many seconds says so, and goes on saying it."""
+"""Seconds: who waits longer says so, and goes on saying it."""
 ANSWER = 3.0
-"""For so many seconds the store is waited for where nothing else gives a deadline."""
+"""Seconds for which the store is waited for where nothing else gives a deadline."""
 LATE = 0.25
-"""A rank that met broken connections within so many seconds came after the others had given up."""
+"""Seconds: who met broken connections that soon came after the others had given up."""
 EVERYWHERE = (-1, -1)
 """Where a rank waits in a gather: for all, in no round."""
 _END = 4.5
-"""A rank says so many seconds after the timeout at the latest that the store does not answer."""
+"""Seconds after the timeout at which a rank says at the latest that the store does not answer."""
 _FIRST_WAIT = 10.0
-"""After so many seconds a warning names who is missing."""
+"""Seconds until a warning names who is missing."""
 _IDLE = 2
-"""The thread that notes ends after so many beats without an exchange; the next one starts another."""
+"""Beats without an exchange after which the thread that notes ends; the next one starts another."""
 _SAID = {
     "closed": "had closed its aggregator",
     "ended": "has ended",
@@ -72,17 +63,14 @@ class Board(Protocol):
 
 
 class Words(NamedTuple):
-    """How messages speak of ranks.
-
-    Args:
-        rank: "rank" or "process".
-        alone: the condition that makes a call on one of them only.
-        recovery: what to do once they are out of step.
-    """
+    """How messages speak of ranks."""
 
     rank: str
+    """ "rank" or "process"."""
     alone: str
+    """The condition that makes a call on one of them only."""
     recovery: str
+    """What to do once they are out of step."""
 
     @property
     def ranks(self) -> str:
@@ -90,34 +78,25 @@ class Words(NamedTuple):
 
 
 class _Sign(NamedTuple):
-    """What a rank has let the others see of itself.
-
-    Args:
-        call: in which exchange.
-        state: ``"waits"``, ``"here"``, ``"broke"``, ``"gave up"``, ``"done"``, ``"closed"`` or
-            ``"ended"``.
-        beat: of one that waits: how often it has said so. Else the seconds it had waited.
-        partner: the rank that it waits for; -1 in a gather, of which gloo does not tell.
-        round: in which round.
-    """
+    """What a rank has let the others see of itself."""
 
     call: int
     state: str
+    """``"waits"``, ``"here"``, ``"broke"``, ``"gave up"``, ``"done"``, ``"closed"`` or ``"ended"``."""
     beat: float
+    """Of one that waits: how often it has said so. Else the seconds it had waited."""
     partner: int = -1
+    """The rank that it waits for; -1 in a gather, of which gloo does not tell."""
     round: int = -1
 
 
+@dataclass(eq=False)
 class RollCall:
     """One rank's part in it.
 
     Args:
-        board: where notes are left.
-        name: of the aggregator.
-        rank: this rank.
         ranks: what messages call each rank: its number in the whole job.
         seconds: the timeout of an exchange.
-        words: how messages speak of ranks.
 
     Attributes:
         call: how many exchanges this rank has begun.
@@ -125,28 +104,25 @@ class RollCall:
         at: which rank it waits for, and in which round of a tree; None where it does not wait.
     """
 
-    def __init__(
-        self,
-        board: Board,
-        name: str,
-        rank: int,
-        ranks: Sequence[int],
-        seconds: float,
-        words: Words,
-    ) -> None:
-        self._board, self._words = board, words
-        self._name, self._rank, self._ranks = name, rank, ranks
-        self._seconds = seconds
-        self.call = self.passed = 0
-        self.at: tuple[int, int] | None = None
-        self._began = 0.0
-        self._lock = threading.Lock()
-        self._noting = self._over = self._is_here = False
+    board: Board
+    name: str
+    rank: int
+    ranks: Sequence[int]
+    seconds: float
+    words: Words
+    call: int = 0
+    passed: int = 0
+    at: tuple[int, int] | None = None
+    _began: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _noting: bool = False
+    _over: bool = False
+    _is_here: bool = False
 
     @property
     def patience(self) -> float:
         """Seconds until a warning."""
-        return min(_FIRST_WAIT, self._seconds / 2)
+        return min(_FIRST_WAIT, self.seconds / 2)
 
     @property
     def waited(self) -> float:
@@ -156,14 +132,13 @@ class RollCall:
     # -- Notes
 
     def begin(self) -> None:
-        """Begin an exchange."""
         self.call += 1
         self.at = None
 
     def watch(self) -> None:
-        """Let it be noted from now on, on a thread of its own, that this rank waits.
+        """Let it be noted from now on that this rank waits.
 
-        That thread outlives the exchange, since starting one costs as much as a small exchange.
+        The thread that notes outlives the exchange: starting one costs as much as a small exchange.
         """
         self._began = time.monotonic()
         with self._lock:
@@ -176,7 +151,6 @@ class RollCall:
             self._noting = False
 
     def finish(self) -> None:
-        """Be through with the exchange."""
         self.passed, self.at = self.call, None
         if self._is_here:
             self._is_here = False
@@ -186,14 +160,13 @@ class RollCall:
     def leave(self, state: str) -> None:
         """Let the others see that this rank takes part in nothing any more."""
         self._over = True
-        if self.call and len(self._ranks) > 1:
+        if self.call and len(self.ranks) > 1:
             self._sign_off(_Sign(self.call, state, 0.0))
 
     def note_here(self) -> None:
-        """Let the others see that this rank has come to the exchange."""
         self._is_here = True
         note = json.dumps(_Sign(self.call, "here", 0.0))
-        self._board.set(f"at/{self._rank}", note, seconds=ANSWER)
+        self.board.set(f"at/{self.rank}", note, seconds=ANSWER)
 
     def _keep_noting(self) -> None:
         with suppress(RuntimeError):  # the store is gone: who waits will hear
@@ -210,16 +183,15 @@ class RollCall:
                     idle, beats = 0, beats + 1 if noted == call else 1
                     noted = call
                     # A rank that gave up its notes while the store is away for a moment would be named.
-                    left = max(self._seconds - waited, 0.0) + ANSWER
+                    left = max(self.seconds - waited, 0.0) + ANSWER
                     note = _Sign(call, "waits", beats, *at)
-                    self._board.set(f"at/{self._rank}", json.dumps(note), seconds=left)
+                    self.board.set(f"at/{self.rank}", json.dumps(note), seconds=left)
                     if warned < call and waited >= self.patience - BEAT:
                         warned = call
                         self._warn_of_absent(call, left)
         self._noting = False
 
     def _is_needless(self, idle: int) -> bool:
-        """Whether the thread that notes is to end."""
         with self._lock:
             if self._over or (idle > _IDLE and self.passed == self.call):
                 self._noting = False
@@ -238,8 +210,7 @@ class RollCall:
         return _Sign(self.call, state, waited, *(self.at or EVERYWHERE))
 
     def _sign_off(self, sign: _Sign, seconds: float = ANSWER) -> None:
-        """Let the others see how this rank's exchange has ended."""
-        self._board.set(f"end/{self._rank}", json.dumps(sign), seconds=seconds)
+        self.board.set(f"end/{self.rank}", json.dumps(sign), seconds=seconds)
 
     # -- Reading the notes
 
@@ -251,7 +222,7 @@ class RollCall:
         """
         done = -1
         for key in ("end", "at"):
-            if (text := self._board.get(f"{key}/{rank}", seconds=seconds)) is None:
+            if (text := self.board.get(f"{key}/{rank}", seconds=seconds)) is None:
                 continue
             sign = _Sign(*json.loads(text))
             if sign.call >= call or (sign.state != "done" and sign.call > done):
@@ -260,7 +231,7 @@ class RollCall:
         return None
 
     def _signs(self, call: int, seconds: float = ANSWER) -> dict[int, _Sign | None]:
-        others = [rank for rank in range(len(self._ranks)) if rank != self._rank]
+        others = [rank for rank in range(len(self.ranks)) if rank != self.rank]
         return {rank: self._sign(rank, call, seconds) for rank in others}
 
     def absent(self) -> list[int]:
@@ -290,7 +261,7 @@ class RollCall:
             nothing_sent = any(
                 sign.partner in waited
                 and sign.call == call
-                and sign.round == first_sent(sign.partner, len(self._ranks))
+                and sign.round == first_sent(sign.partner, len(self.ranks))
                 for sign in signs
             )
         return suspects if nothing_sent else {r: s for r, s in suspects.items() if r in waited}
@@ -306,12 +277,20 @@ class RollCall:
             how: it was noticed.
             timed_out: whether by a timeout; else by a connection that broke.
             broken: the ranks to which nothing can be sent any more; None if that is not known.
+
+        Raises:
+            MissingRanksError: the verdict of another rank.
         """
         self._over = True
-        left = min(max(self._seconds + _END - self.waited, 1.0), ANSWER)
+        left = min(max(self.seconds + _END - self.waited, 1.0), ANSWER)
         self._sign_off(self._ended("gave up" if timed_out else "broke", self.waited), left)
-        if (known := self._verdict_of_another()) is not None:
-            return known
+        self.raise_if_poisoned()
+        # One rank calls the roll for all.
+        caller = int(self.board.set_first("caller", str(self.rank), seconds=ANSWER))
+        until = time.monotonic() + 7 * BEAT
+        while caller != self.rank and time.monotonic() < until:
+            time.sleep(BEAT / 5)
+            self.raise_if_poisoned()
         missing = self._missing(timed_out=timed_out, broken=broken)
         return self.named(missing, how) if missing else None
 
@@ -341,72 +320,60 @@ class RollCall:
             named = found  # they broke what others were to receive
         return {rank: _SAID.get(sign.state, "") if sign else "" for rank, sign in named.items()}
 
-    def _verdict_of_another(self) -> MissingRanksError | None:
-        """Let one rank call the roll for all; returns its verdict, or None if this rank is the one."""
-        if (said := self._board.get("poison", seconds=ANSWER)) is not None:
-            return self._from_verdict(said)
-        caller = self._board.set_first("caller", str(self._rank), seconds=ANSWER)
-        if int(caller) == self._rank:
-            return None
-        until = time.monotonic() + 7 * BEAT
-        while time.monotonic() < until:
-            if (said := self._board.get("poison", seconds=ANSWER)) is not None:
-                return self._from_verdict(said)
-            time.sleep(BEAT / 5)
-        return None
-
     def named(self, missing: Mapping[int, str], how: str) -> MissingRanksError:
         """Give those up that are missing by all that the store says."""
-        if self._board.slow_at < time.monotonic() - 2 * ANSWER:
+        if self.board.slow_at < time.monotonic() - 2 * ANSWER:
             return self.given_up(missing, how)
         # They may have given the store up, and what they had to say with it.
-        return self.given_up({}, self._untold(f"{how}; {self._board.where} has answered late"))
+        return self.given_up({}, _untold(f"{how}; {self.board.where} has answered late"))
 
     def given_up(self, missing: Mapping[int, str], how: str) -> MissingRanksError:
         """Record the verdict, the first rank's for all, and return it as an error."""
         verdict = json.dumps({"missing": list(missing.items()), "how": how})
-        return self._from_verdict(self._board.set_first("poison", verdict, seconds=ANSWER))
+        return self._from_verdict(self.board.set_first("poison", verdict, seconds=ANSWER))
 
     def abandon(self, why: str) -> None:
         """Tell the others that this rank has left in the middle of a reduction."""
         self._over = True
-        self.given_up({self._rank: ""}, f"it left a reduction in the middle: {why}")
+        self.given_up({self.rank: ""}, f"it left a reduction in the middle: {why}")
 
     def raise_if_poisoned(self, seconds: float = ANSWER) -> None:
-        if (said := self._board.get("poison", seconds=seconds)) is not None:
+        if (said := self.board.get("poison", seconds=seconds)) is not None:
             raise self._from_verdict(said)
 
     def did_not_come(self) -> str:
-        return f"they did not come within {self._seconds:g} s"
+        return f"they did not come within {self.seconds:g} s"
 
     def _from_verdict(self, verdict: bytes | str) -> MissingRanksError:
         content = json.loads(verdict)
         missing, how = dict(content["missing"]), content["how"]
-        words = self._words
+        words = self.words
         if not missing:
-            return MissingRanksError(f"aggregator {self._name!r}: {how}. {words.recovery}")
-        who = ", ".join(str(self._ranks[rank]) for rank in missing)
+            return MissingRanksError(f"aggregator {self.name!r}: {how}. {words.recovery}")
+        who = ", ".join(str(self.ranks[rank]) for rank in missing)
         for rank, said in missing.items():
-            how += f"; {words.rank} {self._ranks[rank]} {said}" if said else ""
+            how += f"; {words.rank} {self.ranks[rank]} {said}" if said else ""
         cause = likely_cause(how, words.rank, words.alone)
         return MissingRanksError(
-            f"aggregator {self._name!r}: missing from a collective call: {words.ranks} {who} of "
-            f"{len(self._ranks)}; {how}. {cause}. {words.recovery}",
-            [self._ranks[rank] for rank in missing],
+            f"aggregator {self.name!r}: missing from a collective call: {words.ranks} {who} of "
+            f"{len(self.ranks)}; {how}. {cause}. {words.recovery}",
+            [self.ranks[rank] for rank in missing],
         )
+
+    def judged(self, how: str, find: Callable[[], MissingRanksError]) -> MissingRanksError:
+        """Return what `find` finds out of the store, or that nobody can be named where it is gone."""
+        try:
+            return find()
+        except MissingRanksError as known:
+            return known
+        except Exception as gone:  # noqa: BLE001 - a coordinator's may be any
+            text = first_line(gone)
+            where = self.board.where
+            told = text if where in text else f"{where} does not answer ({text})"
+            return self.nobody_named(f"{how}; {told}")
 
     def nobody_named(self, how: str) -> MissingRanksError:
-        """Return the error where the store cannot be asked."""
-        return MissingRanksError(
-            f"aggregator {self._name!r}: {self._untold(how)}. {self._words.recovery}"
-        )
-
-    @staticmethod
-    def _untold(how: str) -> str:
-        return (
-            f"a collective call failed, and who is missing cannot be told: {how}. Most likely the "
-            "process or host that serves the store has stopped or ended, or has too much to do"
-        )
+        return MissingRanksError(f"aggregator {self.name!r}: {_untold(how)}. {self.words.recovery}")
 
     def warn(self, missing: Mapping[int, object]) -> None:
         """Say that this rank has waited for some time, and for whom."""
@@ -414,16 +381,23 @@ class RollCall:
             _logger.warning(
                 "aggregator %r: %s %d has waited %.0f s in a collective call for %s %s; giving up "
                 "after %.0f s",
-                self._name,
-                self._words.rank,
-                self._ranks[self._rank],
+                self.name,
+                self.words.rank,
+                self.ranks[self.rank],
                 self.patience,
-                self._words.ranks,
-                ", ".join(str(self._ranks[rank]) for rank in missing),
-                self._seconds,
+                self.words.ranks,
+                ", ".join(str(self.ranks[rank]) for rank in missing),
+                self.seconds,
             )
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of what `error` says."""
     return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
+def _untold(how: str) -> str:
+    return (
+        f"a collective call failed, and who is missing cannot be told: {how}. Most likely the process "
+        "or host that serves the store has stopped or ended, or has too much to do"
+    )

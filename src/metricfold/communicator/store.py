@@ -7,14 +7,8 @@ of their own, of a clone of the store, whose connection no one else uses:
     client = StoreClient(job_store, "metricfold/0", seconds=30)
     client.set("key", "value", seconds=3)
 
-Whoever has waited in vain asks nothing more until that question has been answered after all. A thread
-that comes back from C++ while the interpreter is torn down aborts the process: at exit the socket of a
-clone with an open question is shut down, and the question returns with an error.
-
-Connecting is what a store is slow at: its host looks up the name of whoever comes, one after the
-other, and answers nobody meanwhile. Where a name server leaves a question without an answer, that
-takes 5 s or more. So a process connects once, whatever the number of its aggregators; and no question
-waits for another rank, since those behind it would wait too.
+README.md says why a process connects once, whatever the number of its aggregators, why no question
+waits for a key, and what an exit does with a question that is open.
 """
 
 from __future__ import annotations
@@ -38,11 +32,11 @@ from torch.distributed import distributed_c10d as c10d
 
 from metricfold._core.runtime.processes import TaskThread, release_at_exit, watch_forks
 
-__all__ = ["PolledStore", "StoreClient", "StoreGoneError"]
+__all__ = ["PolledStore", "StoreClient", "StoreGoneError", "polled"]
 
 
 _SLOW = 2.0
-"""Who waits so many seconds for an answer takes note of it."""
+"""Seconds after which an answer was long in coming."""
 _ENDING = 5.0
 """Seconds that a thread has to come back once it is cut off: under load it takes its time."""
 
@@ -76,12 +70,7 @@ class StoreClient:
             raise self._gives_up() from None
 
     def ask(self, question: Callable[..., Any], *args: Any, seconds: float) -> Any:
-        """Return ``question(store, *args)``, which is called on the thread that asks.
-
-        Args:
-            question: gets a store that puts the prefix before each key; it must not wait for a key.
-            args: for the question.
-            seconds: to wait for its answer.
+        """Return ``question(store, *args)``, which must not wait for a key.
 
         Raises:
             StoreGoneError: this question was not answered in time, or an earlier one still is not.
@@ -134,12 +123,27 @@ class StoreClient:
         return held or value.encode()
 
     def delete_all(self, keys: list[str], *, seconds: float) -> None:
-        """Delete `keys`, and what else is under the prefix where the store can tell."""
+        """Delete `keys`, or all that is under the prefix where the store can tell."""
         self.ask(_delete_all, keys, seconds=seconds)
 
     def close(self) -> None:
-        """Ask nothing more."""
         self._connection = None
+
+
+def polled(ask: Callable[[], bytes | None], until: float, look: Callable[[], object]) -> bytes:
+    """Return what `ask` does once it returns something; between two questions comes a `look`.
+
+    Raises:
+        TimeoutError: there was nothing until that moment of the monotonic clock.
+    """
+    pause = 0.001
+    while (found := ask()) is None:
+        look()
+        if time.monotonic() > until:
+            raise TimeoutError("nobody has set what is waited for")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+    return found
 
 
 class PolledStore(c10d.Store):
@@ -171,19 +175,13 @@ class PolledStore(c10d.Store):
         return self._found.pop(key)
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        until, pause = max(self._until, time.monotonic() + self._seconds), 0.001
+        until = max(self._until, time.monotonic() + self._seconds)
         for key in keys:
-            while key not in self._found:
-                if (
-                    value := self._client.get(key, seconds=until - time.monotonic() + self._seconds)
-                ) is not None:
-                    self._found[key] = value
-                elif time.monotonic() > until:
-                    raise TimeoutError(f"nobody has set {key}")
-                else:
-                    self._look()
-                    time.sleep(pause)
-                    pause = min(2 * pause, 0.1)
+            if key not in self._found:
+                self._found[key] = polled(partial(self._ask, key, until), until, self._look)
+
+    def _ask(self, key: str, until: float) -> bytes | None:
+        return self._client.get(key, seconds=until - time.monotonic() + self._seconds)
 
     def has_extended_api(self) -> bool:
         return False

@@ -1,10 +1,8 @@
 """Ranks of `torch.distributed`, over gloo sockets of our own.
 
-Each aggregator has a gloo group to itself, so collectives of two aggregators cannot be mixed up by
-ranks that call them in different orders, metrics never queue behind NCCL kernels, and a timeout,
-which ends a gloo group, ends none of the user's. The group is built on a clone of the job's store
-under our own prefix. `torch.distributed.new_group` is never
-called: made lazily, it would race with groups that the training script makes.
+Each aggregator has a gloo group to itself: collectives of two aggregators cannot be mixed up, metrics
+never queue behind NCCL kernels, and a timeout, which ends a gloo group, ends none of the user's.
+README.md says how it is built.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,7 +27,7 @@ from metricfold._core.fold.sample import FloatArray
 from metricfold._core.runtime.processes import TaskThread, release_at_exit
 from metricfold.communicator.base import Communicator, MissingRanksError
 from metricfold.communicator.roll_call import ANSWER, EVERYWHERE, LATE, RollCall, Words, first_line
-from metricfold.communicator.store import PolledStore, StoreClient, StoreGoneError
+from metricfold.communicator.store import PolledStore, StoreClient, StoreGoneError, polled
 from metricfold.communicator.tree import Merge, Step, steps
 
 __all__ = ["TorchCommunicator"]
@@ -74,9 +72,7 @@ class TorchCommunicator(Communicator):
                 f"metricfold/{name}/{members}/{generation}",
                 seconds=self._seconds + ANSWER,
             )
-        except StoreGoneError as gone:
-            raise self._roll_call(None).nobody_named(str(gone)) from None
-        except RuntimeError as error:
+        except RuntimeError as error:  # also a StoreGoneError
             raise self._roll_call(None).nobody_named(first_line(error)) from error
         self._roll = self._roll_call(self._store)
         self._group: Any = None
@@ -230,25 +226,25 @@ class TorchCommunicator(Communicator):
         def left() -> float:
             return max(until - time.monotonic(), 0.0) + ANSWER
 
+        def look() -> None:
+            nonlocal warn_at
+            if (now := time.monotonic()) < min(warn_at, until):
+                return
+            self._roll.raise_if_poisoned(left())
+            absent = self._without("met")
+            if absent and now >= until:
+                raise self._roll.named(absent, self._roll.did_not_come())
+            self._roll.warn(absent)
+            warn_at = until
+
+        warn_at = until - self._seconds + self._roll.patience
         self._roll.raise_if_poisoned(left())
         # One key to look at, whatever the number of ranks: the last one to come sets it.
         if self._store.add("met", 1, seconds=left()) >= self.world_size:
             self._store.set("all met", "here", seconds=left())
         # Last, so that whoever stops in between is seen not to have come.
         self._store.set(f"met/{self.rank}", socket.gethostname(), seconds=left())
-        warn_at = until - self._seconds + self._roll.patience
-        pause, warned = 0.001, False
-        while self._store.get("all met", seconds=left()) is None:
-            now = time.monotonic()
-            if now >= until or (now >= warn_at and not warned):
-                self._roll.raise_if_poisoned(left())
-                absent = self._without("met")
-                if absent and now >= until:
-                    raise self._roll.named(absent, self._roll.did_not_come())
-                self._roll.warn(absent)
-                warned = True
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
+        polled(lambda: self._store.get("all met", seconds=left()), until + ANSWER, look)
 
     def _without(self, key: str, said: str = "") -> dict[int, str]:
         """Return the other ranks that have not set a key of theirs yet."""
@@ -259,7 +255,8 @@ class TorchCommunicator(Communicator):
     def _unconnected(self, error: Exception) -> MissingRanksError:
         """Return what to raise if the ranks that came cannot reach each other."""
         text = first_line(error)
-        try:
+
+        def find() -> MissingRanksError:
             self._roll.raise_if_poisoned()
             if not isinstance(error, RuntimeError) and (
                 absent := self._without("0", "came, and has given no sign of life since")
@@ -268,27 +265,26 @@ class TorchCommunicator(Communicator):
             hint = self._interface_hint(text)
             failed = f"the connection between them failed on rank {self._ranks[self.rank]}"
             return self._roll.given_up({}, f"no rank is missing, but {failed}: {text}. {hint}")
-        except MissingRanksError as known:
-            return known
-        except RuntimeError as gone:
-            return self._roll.nobody_named(f"{text}; {first_line(gone)}")
+
+        return self._roll.judged(text, find)
 
     def _interface_hint(self, error: str) -> str:
         """Return which addresses the ranks listen on, and what to do if others cannot reach them."""
         everyone = range(self.world_size)
         hosts = {self._store.get(f"met/{rank}", seconds=ANSWER) for rank in everyone} - {None}
-        found = re.findall(r"\[([0-9a-fA-F.:]+)\]:\d+", error)
-        for rank in everyone:
-            address = _address(self._store.get(f"0/{rank}", seconds=ANSWER) or b"")
-            found += [address] * (address is not None)
-        local = next((address for address in found if _is_loopback(address)), None)
+        addresses = [_address(self._store.get(f"0/{r}", seconds=ANSWER) or b"") for r in everyone]
+        for text in re.findall(r"\[([0-9a-fA-F.:]+)\]:\d+", error):
+            with suppress(ValueError):
+                addresses.append(ipaddress.ip_address(text))
+        found = {getattr(one, "ipv4_mapped", None) or one for one in addresses if one is not None}
+        local = next((address for address in found if address.is_loopback), None)
         if local is not None and len(hosts) > 1:
             return (
                 f"The ranks are on {len(hosts)} hosts, and {local} is a loopback address, which no "
                 "other host can reach: set GLOO_SOCKET_IFNAME on every host to the network interface "
                 "that leads to the others, such as eth0"
             )
-        some = ", ".join(sorted(set(found))[:5]) or "addresses that are not known"
+        some = ", ".join(sorted(map(str, found))[:5]) or "addresses that are not known"
         return (
             f"They listen on {some}. Look at the network between their hosts, and whether "
             "GLOO_SOCKET_IFNAME names an interface that leads to the others"
@@ -304,15 +300,8 @@ class TorchCommunicator(Communicator):
         how = self._roll.did_not_come() if timed_out else f"the connection to them broke ({text})"
         broken = set() if timed_out else self._broken_pairs()
         self._close_pairs()
-        try:
-            known = self._roll.verdict(how, timed_out=timed_out, broken=broken)
-            return known or self._unconnected(error)
-        except StoreGoneError as gone:
-            return self._roll.nobody_named(f"{how}; {gone}")
-        except RuntimeError as gone:
-            # With the store went the rank that served it.
-            where = self._store.where
-            return self._roll.nobody_named(f"{how}; {where} is gone ({first_line(gone)})")
+        verdict = partial(self._roll.verdict, how, timed_out=timed_out, broken=broken)
+        return self._roll.judged(how, lambda: verdict() or self._unconnected(error))
 
     def _broken_pairs(self) -> set[int]:
         """Return the ranks to which nothing can be sent any more."""
@@ -339,27 +328,19 @@ class TorchCommunicator(Communicator):
         self._works.clear()  # they would keep the group
 
 
-def _address(published: bytes) -> str | None:
+_Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def _address(published: bytes) -> _Address | None:
     """Return the IP address in what gloo has published of a rank.
 
     That is a host's name after its length, and a sockaddr after its length.
     """
-    place = 16 + int.from_bytes(published[:8], "little")
-    family = int.from_bytes(published[place : place + 2], "little")
-    content = published[place:]
+    content = published[16 + int.from_bytes(published[:8], "little") :]
+    family = int.from_bytes(content[:2], "little")
     with suppress(ValueError):
-        if family == socket.AF_INET:
-            return str(ipaddress.IPv4Address(content[4:8]))
-        if family == socket.AF_INET6:
-            return str(ipaddress.IPv6Address(content[8:24]))
+        return ipaddress.ip_address(content[4:8] if family == socket.AF_INET else content[8:24])
     return None
-
-
-def _is_loopback(address: str) -> bool:
-    with suppress(ValueError):
-        found = ipaddress.ip_address(address)
-        return (getattr(found, "ipv4_mapped", None) or found).is_loopback
-    return False
 
 
 def _as_group(process_group: Any) -> Any:
