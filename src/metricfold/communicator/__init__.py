@@ -43,8 +43,7 @@ def connect(
         generation: how often this aggregator has been bound before.
 
     Raises:
-        RuntimeError: torch and JAX have both connected processes, so it is not clear which are
-            meant; or a process group was given and torch has none.
+        RuntimeError: it is not clear which processes are meant, or torch has no group to be given.
     """
     job = jax_job()
     if process_group is None and job is not None:

@@ -36,13 +36,7 @@ class MissingRanksError(RuntimeError):
 
 
 def likely_cause(how: str, who: str, alone: str) -> str:
-    """Return what most likely keeps a rank away.
-
-    Args:
-        how: how it was noticed, such as "the connection to them broke".
-        who: "rank" or "process".
-        alone: the condition that makes a call on one of them only.
-    """
+    """Return what most likely keeps a rank away; `alone` makes a call on one `who` only."""
     unequal = (
         "fewer batches than the others had: give all of them the same number of steps, such as by "
         "drop_last"
@@ -117,7 +111,11 @@ class Communicator(ABC):
         size, end = sizes[self.rank], int(ends[self.rank])
         mine = np.frombuffer(data[:size].ljust(size, b"\0"), np.uint8)
         vector.view(np.uint8)[end - size : end] = mine
-        gathered = self.tree(vector, _either).tobytes()
+
+        def either(lower: FloatArray, upper: FloatArray) -> FloatArray:
+            return (lower.view(np.uint64) | upper.view(np.uint64)).view(np.float64)
+
+        gathered = self.tree(vector, either).tobytes()
         return [gathered[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
     @abstractmethod
@@ -189,8 +187,3 @@ def jax_job() -> Any:
     # Absent, or still half imported, where nothing can be initialised.
     state = getattr(sys.modules.get("jax._src.distributed"), "global_state", None)
     return None if state is None or state.client is None or state.num_processes == 1 else state
-
-
-def _either(lower: FloatArray, upper: FloatArray) -> FloatArray:
-    """Join bits, whatever number they make."""
-    return (lower.view(np.uint64) | upper.view(np.uint64)).view(np.float64)

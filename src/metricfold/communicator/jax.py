@@ -32,7 +32,7 @@ __all__ = ["JaxCommunicator"]
 
 _TIMEOUT = timedelta(minutes=10)
 _GRACE = 0.25
-"""How long processes that came at about the same time get to record themselves."""
+"""Seconds that processes which came at about the same time get to record themselves."""
 _SMALLEST = 256
 """Vectors are filled up to at least so many numbers: shorter ones cost as much."""
 _OF_THE_NETWORK = re.compile(
@@ -125,7 +125,6 @@ class JaxCommunicator(Communicator):
         return result
 
     def _gathered(self, vector: FloatArray) -> FloatArray:
-        """Return everyone's vector, shape (n,), as rows of shape (world_size, n)."""
         gather = _gathering(self._mesh)
         rows = self._read(gather(self._spread(_filled(vector))))
         return rows.reshape(self.world_size, -1)[:, : vector.size].copy()
@@ -241,12 +240,7 @@ class JaxCommunicator(Communicator):
 
 
 class _Coordinator:
-    """JAX's coordinator, as a place to leave notes; it gives no deadlines.
-
-    Args:
-        client: JAX's own.
-        prefix: of all keys.
-    """
+    """JAX's coordinator, as a place to leave notes; it gives no deadlines."""
 
     where = "JAX's coordinator"
     slow_at = -math.inf

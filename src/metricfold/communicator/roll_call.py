@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from metricfold._core.runtime.processes import start_thread
 from metricfold.communicator.base import MissingRanksError, likely_cause
@@ -90,6 +90,9 @@ class _Sign(NamedTuple):
     round: int = -1
 
 
+_Signs: TypeAlias = Mapping[int, _Sign | None]
+
+
 @dataclass(eq=False)
 class RollCall:
     """One rank's part in it.
@@ -155,18 +158,17 @@ class RollCall:
         if self._is_here:
             self._is_here = False
             with suppress(RuntimeError):  # the store is gone, as the next exchange will notice
-                self._sign_off(_Sign(self.call, "done", 0.0))
+                self._note("end", _Sign(self.call, "done", 0.0))
 
     def leave(self, state: str) -> None:
         """Let the others see that this rank takes part in nothing any more."""
         self._over = True
         if self.call and len(self.ranks) > 1:
-            self._sign_off(_Sign(self.call, state, 0.0))
+            self._note("end", _Sign(self.call, state, 0.0))
 
     def note_here(self) -> None:
         self._is_here = True
-        note = json.dumps(_Sign(self.call, "here", 0.0))
-        self.board.set(f"at/{self.rank}", note, seconds=ANSWER)
+        self._note("at", _Sign(self.call, "here", 0.0))
 
     def _keep_noting(self) -> None:
         with suppress(RuntimeError):  # the store is gone: who waits will hear
@@ -175,7 +177,7 @@ class RollCall:
                 time.sleep(BEAT)
                 call, at, waited = self.call, self.at, self.waited
                 if noted and self.passed >= noted and not self._over:
-                    self._sign_off(_Sign(noted, "done", 0.0))
+                    self._note("end", _Sign(noted, "done", 0.0))
                     noted = 0
                 if at is None or self.passed >= call:
                     idle += 1
@@ -184,8 +186,7 @@ class RollCall:
                     noted = call
                     # A rank that gave up its notes while the store is away for a moment would be named.
                     left = max(self.seconds - waited, 0.0) + ANSWER
-                    note = _Sign(call, "waits", beats, *at)
-                    self.board.set(f"at/{self.rank}", json.dumps(note), seconds=left)
+                    self._note("at", _Sign(call, "waits", beats, *at), left)
                     if warned < call and waited >= self.patience - BEAT:
                         warned = call
                         self._warn_of_absent(call, left)
@@ -209,8 +210,8 @@ class RollCall:
     def _ended(self, state: str, waited: float) -> _Sign:
         return _Sign(self.call, state, waited, *(self.at or EVERYWHERE))
 
-    def _sign_off(self, sign: _Sign, seconds: float = ANSWER) -> None:
-        self.board.set(f"end/{self.rank}", json.dumps(sign), seconds=seconds)
+    def _note(self, place: str, sign: _Sign, seconds: float = ANSWER) -> None:
+        self.board.set(f"{place}/{self.rank}", json.dumps(sign), seconds=seconds)
 
     # -- Reading the notes
 
@@ -230,7 +231,7 @@ class RollCall:
             done = sign.call
         return None
 
-    def _signs(self, call: int, seconds: float = ANSWER) -> dict[int, _Sign | None]:
+    def _signs(self, call: int, seconds: float = ANSWER) -> _Signs:
         others = [rank for rank in range(len(self.ranks)) if rank != self.rank]
         return {rank: self._sign(rank, call, seconds) for rank in others}
 
@@ -240,12 +241,7 @@ class RollCall:
         absent = {rank: sign for rank, sign in signs.items() if sign is None}
         return list(self._waited_for(absent, self.call, signs))
 
-    def _waited_for(
-        self,
-        suspects: Mapping[int, _Sign | None],
-        call: int,
-        *looks: Mapping[int, _Sign | None],
-    ) -> Mapping[int, _Sign | None]:
+    def _waited_for(self, suspects: _Signs, call: int, *looks: _Signs) -> _Signs:
         """Return those of the suspects for which somebody waits, in every look.
 
         All of them in a gather, and where one has sent nothing to anyone: then nobody is through.
@@ -283,7 +279,7 @@ class RollCall:
         """
         self._over = True
         left = min(max(self.seconds + _END - self.waited, 1.0), ANSWER)
-        self._sign_off(self._ended("gave up" if timed_out else "broke", self.waited), left)
+        self._note("end", self._ended("gave up" if timed_out else "broke", self.waited), left)
         self.raise_if_poisoned()
         # One rank calls the roll for all.
         caller = int(self.board.set_first("caller", str(self.rank), seconds=ANSWER))

@@ -46,11 +46,11 @@ class StoreGoneError(RuntimeError):
 
 
 class StoreClient:
-    """Asks the store of a job, under a prefix.
+    """Asks the store of a job, under a prefix of all keys.
 
     Args:
         job_store: any store of `torch.distributed`.
-        prefix: of all keys.
+        prefix: what all keys begin with.
         seconds: until when the store must have let itself be connected to.
 
     Raises:
@@ -94,13 +94,13 @@ class StoreClient:
 
     @property
     def stuck(self) -> bool:
-        """Whether anybody in this process has waited in vain, and the store still has not answered."""
+        """Whether somebody in this process has waited in vain, and would still."""
         asked = None if self._connection is None else self._connection.unanswered
         return asked is not None and not asked.done()
 
     @property
     def slow_at(self) -> float:
-        """When, on the monotonic clock, anybody in this process last waited long for an answer."""
+        """When, on the monotonic clock, somebody in this process last waited long for an answer."""
         return -math.inf if self._connection is None else self._connection.slow_at
 
     def _gives_up(self) -> StoreGoneError:
@@ -191,12 +191,7 @@ class PolledStore(c10d.Store):
 
 
 class _Connection:
-    """A clone of the job's store, which one thread alone asks.
-
-    Attributes:
-        slow_at: when, on the monotonic clock, somebody last waited long for an answer.
-        unanswered: for what somebody last waited in vain.
-    """
+    """A clone of the job's store, which one thread alone asks."""
 
     def __init__(self, job_store: Any, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -205,7 +200,7 @@ class _Connection:
         before = _open_files()
         opened = partial(_new_sockets, before, port)
         self.slow_at = -math.inf
-        self.unanswered: Future[Any] | None = None
+        self.unanswered: Future[Any] | None = None  # for what somebody last waited in vain
         self._sockets: list[socket.socket] = []
         self._end = weakref.finalize(self, _cut_off, self._sockets)
         self._thread = TaskThread("metricfold-store")
@@ -224,7 +219,6 @@ class _Connection:
         self._sockets += opened()
 
     def ask(self, question: Callable[..., Any], prefix: str, *args: Any) -> Future[Any]:
-        """Return what will hold what `question` returns of the clone, under a prefix."""
         return self._submit(self._asked, question, c10d.PrefixStore(prefix, self._clone), *args)
 
     def _asked(self, question: Callable[..., Any], store: Any, *args: Any) -> Any:
@@ -272,11 +266,6 @@ class _Connections:
         self._to: weakref.WeakKeyDictionary[Any, _Connection] = weakref.WeakKeyDictionary()
 
     def to(self, job_store: Any, seconds: float) -> _Connection:
-        """Return the connection to a store.
-
-        Raises:
-            TimeoutError: the store has not let itself be connected to.
-        """
         until = time.monotonic() + seconds
         if not self._connecting.acquire(timeout=seconds):
             raise TimeoutError
@@ -309,7 +298,7 @@ def _seconds_to(until: float) -> float:
 
 
 def _is_hung_up(connected: socket.socket) -> bool:
-    """Return whether the other side has closed a connection on which it owes no answer."""
+    """Return whether the other side has closed; it owes no answer."""
     try:
         return not connected.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:

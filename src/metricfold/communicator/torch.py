@@ -12,8 +12,9 @@ import ipaddress
 import re
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeAlias
@@ -99,12 +100,7 @@ class TorchCommunicator(Communicator):
         self._store.close()
 
     def release(self) -> None:
-        """At exit: end the group while gloo's thread can still let go of what it holds.
-
-        That thread may hold the tensors of a gather for a moment after it is done. Letting go of
-        them takes the interpreter, and a C++ thread that asks for it while it is torn down aborts
-        the process. The group's destructor waits for the thread.
-        """
+        """At exit: end the group while gloo's thread can still let go of what it holds."""
         self._released = True
         if not self._store.stuck:  # each aggregator of this process would wait for it
             with suppress(RuntimeError):
@@ -135,14 +131,9 @@ class TorchCommunicator(Communicator):
         options = _Gather()
         options.timeout = self._timeout
         self._begin()
-        self._roll.at = EVERYWHERE
-        try:
+        with self._waiting(EVERYWHERE, 2.0):  # gloo itself gives up at the timeout
             flat = torch.from_numpy(rows.reshape(-1))
             self._works.append(self._group._allgather_base(flat, torch.from_numpy(vector), options))
-            # gloo itself gives up at the timeout.
-            self._wait(2.0)
-        except RuntimeError as error:
-            raise self._diagnosed(error) from error
         self._roll.finish()
         return rows
 
@@ -157,7 +148,6 @@ class TorchCommunicator(Communicator):
         return vector
 
     def _begin(self) -> None:
-        """Begin an exchange, whose deadline is one for all that it waits for."""
         if self._released:
             raise RuntimeError(
                 f"aggregator {self._name!r} has given its connection back, for the interpreter is "
@@ -174,27 +164,29 @@ class TorchCommunicator(Communicator):
         """Send and receive, as `step` says."""
         # With the number of the exchange, what was cut off in one can match nothing in another.
         tag = (self._roll.call * _ROUNDS + step.round) % 2**31
-        self._roll.at = (step.partner, step.round)
-        try:
+        with self._waiting((step.partner, step.round)):
             if step.receives:
                 self._works.append(self._group.recv([torch.from_numpy(got)], step.partner, tag))
             if step.sends:
                 self._works.append(self._group.send([torch.from_numpy(sent)], step.partner, tag))
-            self._wait()
-            self._roll.at = None  # who is long in merging must not seem to wait
-        except RuntimeError as error:
-            raise self._diagnosed(error) from error
 
-    def _wait(self, longer: float = 0.0) -> None:
-        """Wait for all that is under way, for each once, until the deadline or so much longer.
+    @contextmanager
+    def _waiting(self, at: tuple[int, int], longer: float = 0.0) -> Iterator[None]:
+        """Wait for all that the block begins, for each once, until the deadline or so much longer.
 
         A wait that expires closes the connections to all ranks: one that comes later can then not
         complete what the others have given up.
         """
-        while self._works:
-            left = max(self._until + longer - time.monotonic(), 0.001)
-            self._works[0].wait(timedelta(seconds=left))
-            del self._works[0]
+        self._roll.at = at
+        try:
+            yield
+            while self._works:
+                left = max(self._until + longer - time.monotonic(), 0.001)
+                self._works[0].wait(timedelta(seconds=left))
+                del self._works[0]
+        except RuntimeError as error:
+            raise self._diagnosed(error) from error
+        self._roll.at = None  # who is long in merging must not seem to wait
 
     @property
     def _seconds(self) -> float:
@@ -203,7 +195,7 @@ class TorchCommunicator(Communicator):
     # -- Connecting
 
     def _connect(self) -> Any:
-        """Build the group; all ranks meet here first, so that missing ones can be named."""
+        """Build the group, after a meeting of all ranks, so that missing ones can be named."""
         until = time.monotonic() + self._seconds
         try:
             self._meet(until)
@@ -223,6 +215,8 @@ class TorchCommunicator(Communicator):
             raise self._unconnected(error) from error
 
     def _meet(self, until: float) -> None:
+        warn_at = until - self._seconds + self._roll.patience
+
         def left() -> float:
             return max(until - time.monotonic(), 0.0) + ANSWER
 
@@ -237,7 +231,6 @@ class TorchCommunicator(Communicator):
             self._roll.warn(absent)
             warn_at = until
 
-        warn_at = until - self._seconds + self._roll.patience
         self._roll.raise_if_poisoned(left())
         # One key to look at, whatever the number of ranks: the last one to come sets it.
         if self._store.add("met", 1, seconds=left()) >= self.world_size:
@@ -247,7 +240,6 @@ class TorchCommunicator(Communicator):
         polled(lambda: self._store.get("all met", seconds=left()), until + ANSWER, look)
 
     def _without(self, key: str, said: str = "") -> dict[int, str]:
-        """Return the other ranks that have not set a key of theirs yet."""
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         absent = [r for r in others if self._store.get(f"{key}/{r}", seconds=ANSWER) is None]
         return dict.fromkeys(absent, said)

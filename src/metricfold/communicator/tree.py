@@ -27,23 +27,16 @@ Merge: TypeAlias = Callable[[FloatArray, FloatArray], FloatArray]
 
 
 class Step(NamedTuple):
-    """What one rank does in one round.
-
-    Args:
-        round: which.
-        partner: the rank with which.
-        lower: whether this rank holds the lower ranks of the two.
-        sends: whether this rank sends what it has.
-        receives: whether it gets what the partner has.
-        merges: whether it merges the two; else what it gets is the result.
-    """
+    """What one rank does in one round."""
 
     round: int
     partner: int
     lower: bool
+    """Whether this rank holds the lower ranks of the two."""
     sends: bool = True
     receives: bool = True
     merges: bool = True
+    """Whether it merges the two; else what it gets is the result."""
 
     def after(self, held: FloatArray, got: FloatArray, merge: Merge) -> FloatArray:
         """Return what this rank holds once it has received `got`."""

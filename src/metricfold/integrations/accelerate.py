@@ -24,17 +24,13 @@ from typing import TYPE_CHECKING, Any
 from metricfold.integrations.phases import Phases
 from metricfold.sinks.loud import mention
 from metricfold.sinks.record import Record
-from metricfold.sinks.selection import SelectiveSink
+from metricfold.sinks.selection import SelectiveSink, require
 
-try:
-    import accelerate
-    import torch
-    from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
-except ImportError:
-    raise ImportError(
-        "metricfold.integrations.accelerate needs Hugging Face Accelerate, which is not installed: "
-        "pip install 'metricfold[accelerate]'"
-    ) from None
+require("accelerate", sink=__name__, extra="accelerate")
+
+import accelerate
+import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
 
 if TYPE_CHECKING:
     from metricfold._core.intake.aggregator import MetricsAggregator

@@ -26,15 +26,11 @@ from typing import Any, TypeVar
 from metricfold.data.sample import METRICS
 from metricfold.data.transform import MetricTransform
 from metricfold.metric import Metric
+from metricfold.sinks.selection import require
 
-try:
-    import datasets
-except ImportError:
-    raise ImportError(
-        "metricfold.integrations.datasets needs Hugging Face Datasets, which is not installed: "
-        "pip install 'metricfold[datasets]'"
-    ) from None
+require("datasets", sink=__name__, extra="datasets")
 
+import datasets
 import numpy as np
 import pyarrow as pa
 from datasets.fingerprint import Hasher

@@ -24,6 +24,7 @@ from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.windows import WindowLike, check_window
 from metricfold.data.sample import METRICS
 from metricfold.integrations.phases import Phases
+from metricfold.sinks.selection import require
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -35,10 +36,7 @@ else:
     # One library by two names, and each Trainer takes callbacks of its own.
     _found = [name for name in ("lightning", "pytorch_lightning") if find_spec(name) is not None]
     if not _found:
-        raise ImportError(
-            "metricfold.integrations.lightning needs Lightning, which is not installed: "
-            "pip install 'metricfold[lightning]'"
-        )
+        require("lightning", sink=__name__, extra="lightning")
     if min(_found, key=lambda name: name not in sys.modules) == "lightning":
         from lightning.pytorch.callbacks import Callback
     else:
@@ -144,17 +142,11 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
     on_predict_batch_start = on_train_batch_start
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        *_: Any,
-        **__: Any,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         self._count(batch)
 
-    on_test_batch_end = on_validation_batch_end
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     # -- Training
 
@@ -162,13 +154,7 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
         self._logged_step = trainer.global_step
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        *_: Any,
-        **__: Any,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         self._count(batch)
         # Several batches may make one step (accumulated gradients), or one several (optimizers).

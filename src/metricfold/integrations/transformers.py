@@ -21,28 +21,26 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_missing = [name for name in ("transformers", "accelerate", "torch") if find_spec(name) is None]
-if _missing:
-    raise ImportError(
-        "metricfold.integrations.transformers needs transformers, accelerate and torch, and "
-        f"{' and '.join(_missing)} is not installed: pip install 'metricfold[transformers]'"
-    )
+from metricfold._core.fold.batch import MetricBatch
+from metricfold._core.intake.aggregator import MetricsAggregator
+from metricfold._core.view.tables import Rollup, check_rollup
+from metricfold._core.view.windows import WindowLike
+from metricfold.data.collator import MetricsCollator
+from metricfold.data.sample import METRICS, take_metrics
+from metricfold.integrations.phases import Phases
+from metricfold.metric import Metric
+from metricfold.sinks.selection import require
 
-import torch  # noqa: E402 (after the check above)
+for _package in ("transformers", "accelerate", "torch"):
+    require(_package, sink=__name__, extra="transformers")
 
-from metricfold._core.fold.batch import MetricBatch  # noqa: E402
-from metricfold._core.intake.aggregator import MetricsAggregator  # noqa: E402
-from metricfold._core.view.tables import Rollup, check_rollup  # noqa: E402
-from metricfold._core.view.windows import WindowLike  # noqa: E402
-from metricfold.data.collator import MetricsCollator  # noqa: E402
-from metricfold.data.sample import METRICS, take_metrics  # noqa: E402
-from metricfold.integrations.phases import Phases  # noqa: E402
-from metricfold.metric import Metric  # noqa: E402
-from metricfold.torch import DeviceAccumulator  # noqa: E402
+import torch
+
+from metricfold.torch import DeviceAccumulator
 
 __all__ = ["CHECKPOINT_FILE", "MetricfoldMixin"]
 
@@ -141,7 +139,8 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
     ) -> Any:
         """Make a loader that collates metrics too, with whatever collator there is."""
         own = self.data_collator
-        self.data_collator = _Collator(own, keep_samples, want_datasets=self._loss is not None)
+        folding = own if isinstance(own, MetricsCollator) else MetricsCollator(own)
+        self.data_collator = partial(_collated, folding, keep_samples, self._loss is not None)
         try:
             return make(*args, **kwargs)
         finally:
@@ -253,11 +252,8 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
                 )
             if name not in named or not of_all:
                 named[name] = value
-        metrics.update(
-            self._without_theirs(
-                named, metrics.keys(), "the Trainer's own already, and one of ours"
-            )
-        )
+        theirs = "the Trainer's own already, and one of ours"
+        metrics.update(self._without_theirs(named, metrics.keys(), theirs))
 
     def _is_first(self) -> bool:
         return bool(self.is_world_process_zero())
@@ -333,12 +329,8 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
     def _check_dispatch(self, given: Iterable[Any]) -> None:
         """Refuse loaders that read on one rank and send tensors to the others."""
         dispatch = self.args.accelerator_config.dispatch_batches
-        datasets = [
-            dataset
-            for one in given
-            for dataset in (one.values() if isinstance(one, dict) else (one,))
-        ]
-        iterable = any(isinstance(one, torch.utils.data.IterableDataset) for one in datasets)
+        each = [one for x in given for one in (x.values() if isinstance(x, dict) else (x,))]
+        iterable = any(isinstance(one, torch.utils.data.IterableDataset) for one in each)
         if dispatch or (dispatch is None and iterable):
             default = "" if dispatch else ", the default for iterable datasets,"
             raise ValueError(
@@ -374,25 +366,15 @@ class _Carried:
         return self
 
 
-class _Collator:
-    """Collates as `collator` does, and puts what the samples carry under ``"metrics"``."""
-
-    def __init__(
-        self, collator: Callable[[list[Any]], Any], keep_samples: bool, *, want_datasets: bool
-    ) -> None:
-        own = isinstance(collator, MetricsCollator)
-        self.collator = collator if own else MetricsCollator(collator)
-        self.keep_samples = keep_samples
-        self.want_datasets = want_datasets
-
-    def __call__(self, samples: Sequence[Any]) -> Any:
-        batch = self.collator([*samples])
-        wanted = self.keep_samples or self.want_datasets
-        each = [take_metrics(sample)[1] for sample in samples] if wanted else []
-        datasets = tuple(map(_dataset_of, each)) if self.want_datasets else None
-        metrics = each if self.keep_samples else batch[METRICS]
-        batch[METRICS] = _Carried(len(samples), metrics, datasets)
-        return batch
+def _collated(
+    collator: MetricsCollator, keep_samples: bool, want_datasets: bool, samples: Sequence[Any]
+) -> Any:
+    batch = collator([*samples])
+    wanted = keep_samples or want_datasets
+    each = [take_metrics(sample)[1] for sample in samples] if wanted else []
+    datasets = tuple(map(_dataset_of, each)) if want_datasets else None
+    batch[METRICS] = _Carried(len(samples), each if keep_samples else batch[METRICS], datasets)
+    return batch
 
 
 def _dataset_of(metrics: list[Metric]) -> str:

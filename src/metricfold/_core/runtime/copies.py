@@ -1,8 +1,7 @@
 """Copies: what is in use stays one, and what cannot be copied says where it was found.
 
-Frameworks copy whatever hangs on a module: weight averaging (EMA, SWA), quantisation, searches for
-settings. What is in use has threads, ranks or a Trainer, which are no second one's, so it copies to
-itself. Before that it copies as anything does.
+Frameworks copy whatever hangs on a module: weight averaging, quantisation, searches for settings. What
+has threads, ranks or a Trainer is no second one's; before that it copies as anything does.
 """
 
 from __future__ import annotations
@@ -90,6 +89,6 @@ def _place_in(owner: object, thing: object, levels: int) -> list[str]:
 
 
 def _attributes(one: object) -> dict[str, Any] | None:
-    """Return the very dict of the attributes of an object, if it has one; those of a class are none."""
+    """Return the very dict of an object's attributes; a class has none."""
     attributes = getattr(one, "__dict__", None)
     return attributes if isinstance(attributes, dict) else None

@@ -8,10 +8,6 @@ __all__ = ["is_of"]
 
 
 def is_of(value: object, module: str, name: str) -> bool:
-    """Return whether `value` is of a class of a module that may not be there.
-
-    While another thread imports it, a module is in `sys.modules` without its classes, of which
-    nothing can be yet.
-    """
+    """Return whether `value` is of a class of a module that may not be there, or not all of it yet."""
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(value, kind)

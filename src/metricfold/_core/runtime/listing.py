@@ -1,10 +1,7 @@
 """What a user is shown of an object: in a list of its attributes, and in one line.
 
-    @internal("columns", "replaced")
-    class MetricBatch: ...
-
-Some names are public between the modules of this package alone. A leading underscore would forbid
-those to use them, and without one a shell offers them to the user; so `dir()` leaves them out.
+@internal("columns", "replaced")      # public between modules of this package alone
+class MetricBatch: ...
 """
 
 from __future__ import annotations

@@ -18,8 +18,6 @@ from typing import Any, Protocol, TypeAlias
 
 __all__ = [
     "DeferredInterrupt",
-    "Forkable",
-    "Releasable",
     "TaskThread",
     "Worker",
     "at_exit",
@@ -84,7 +82,7 @@ class Releasable(Protocol):
     """Something whose C++ threads must be gone when the interpreter is torn down."""
 
     def release(self) -> None:
-        """Let go of those threads; nothing else of this process will use them."""
+        """Let go of those threads."""
 
 
 _releasable: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()  # in order
@@ -208,14 +206,6 @@ class TaskThread:
         return not self._thread.is_alive()
 
 
-class Worker(TaskThread):
-    """A thread for tasks; an exit waits for what it has."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        _finish_at_exit(self)
-
-
 def _run(tasks: queue.SimpleQueue[_Task | threading.Event | None]) -> None:
     while (item := tasks.get()) is not None:
         if isinstance(item, threading.Event):
@@ -233,17 +223,21 @@ def _run(tasks: queue.SimpleQueue[_Task | threading.Event | None]) -> None:
         del item, task, future
 
 
+class Worker(TaskThread):
+    """A thread for tasks; an exit waits for what it has."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        global _hooked_in  # noqa: PLW0603 - exit hooks are global by nature
+        if _hooked_in != os.getpid():
+            _hooked_in = os.getpid()
+            _workers.clear()
+            at_exit(_finish_all)
+        _workers.add(self)
+
+
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 _hooked_in = 0  # the process in which the exit hook is installed
-
-
-def _finish_at_exit(worker: Worker) -> None:
-    global _hooked_in  # noqa: PLW0603 - exit hooks are global by nature
-    if _hooked_in != os.getpid():
-        _hooked_in = os.getpid()
-        _workers.clear()
-        at_exit(_finish_all)
-    _workers.add(worker)
 
 
 def _finish_all(deadline: float) -> None:

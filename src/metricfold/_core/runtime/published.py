@@ -21,34 +21,24 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def publish(module: Mapping[str, Any]) -> None:
-    """Let classes and functions that a public module exports say that module as their own.
+    """Let what a public module exports, by its ``__all__``, say that module as its own.
 
     What the package itself exports says the package.
-
-    Args:
-        module: its namespace, with the names in ``__all__``.
     """
     package = getattr(sys.modules[_PACKAGE], "__all__", ())
     for name in module["__all__"]:
         found = module.get(name)
         home = _PACKAGE if name in package else module["__name__"]
-        things: list[type | FunctionType] = []
-        if isinstance(found, type):
-            # `help` shows private bases, too.
-            things = [one for one in found.__mro__ if one is found or "._" in one.__module__]
-        elif isinstance(found, FunctionType):
-            things = [found]
-        for one in things:
+        # `help` shows private bases, too.
+        bases = [one for one in getattr(found, "__mro__", ()) if "._" in one.__module__]
+        for one in {found, *bases} if isinstance(found, type | FunctionType) else ():
             if one.__module__.startswith(f"{_PACKAGE}."):
                 _resolve(one)
                 one.__module__ = home
 
 
 def _resolve(published: type | FunctionType) -> None:
-    """Let the annotations of a class be what they mean where it lies.
-
-    Elsewhere, where `typing.get_type_hints` and pydantic look from now on, their names may mean nothing.
-    """
+    """Let annotations be what they mean here: where they are looked for from now on, names may differ."""
     known = vars(sys.modules[published.__module__])
     hints = vars(published).get("__annotations__", {})
     for name, hint in hints.items():

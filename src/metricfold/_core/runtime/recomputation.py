@@ -1,9 +1,8 @@
 """Whether a call comes from a forward that has run, and counted, before.
 
-A layer under activation checkpointing runs a second time in the backward pass, and what it says of
-itself must not count again. Of all frameworks only PyTorch runs a forward twice, so it is asked, once
-it has been imported. Outside of a backward pass everything counts; to find out takes 0.1 µs. Inside of
-one, what the engine has called last decides, which is on the stack of this thread:
+A layer under activation checkpointing runs a second time in PyTorch's backward pass, and what it says
+of itself must not count again. Outside of a backward pass everything counts; to find out takes 0.1 µs.
+Inside of one, what the engine has called last decides, which is on the stack of this thread:
 
     a hook                                   counts: it runs once
     the backward of an autograd.Function     counts what it says itself; what it calls is a forward that
@@ -103,9 +102,7 @@ def _module(frame: FrameType | None) -> str:
 
 
 def _runs_a_backward(frame: FrameType) -> bool:
-    """Return whether this calls the backward of an `autograd.Function`; its forward's `apply` is a
-    class method.
-    """
+    """Return whether this calls the backward of an `autograd.Function`; a forward's `apply` has cls."""
     module, code = _module(frame), frame.f_code
     if module == _NODES:
         return code.co_name.startswith("apply") and code.co_varnames[0] == "self"

@@ -2,13 +2,10 @@
 
     refuse_while_traced("record", "loss")     raises a TypeError that says what to do instead
 
-`jit`, `scan`, `pmap`, `shard_map`, `eval_shape` and others turn a function into a program, and what
-Python does on the way happens when that is made, not when it runs: a number recorded there would count
-once, whatever the steps. They are told by what all of them share: a new array is a tracer. It is none
-under `grad`, `vmap` and `disable_jit` alone, nor in a callback: there Python runs each time, and counts.
-
-While JAX is not imported this takes as long as to find that out, 0.1 µs. Once it is, JAX's own word for
-"nothing is traced on this thread" is asked first, and a new array is made only where something is.
+What traces (`jit`, `scan`, `pmap`, `eval_shape`, ...) is told by what it all shares: a new array is a
+tracer. It is none under `grad`, `vmap` and `disable_jit` alone, nor in a callback: there Python runs
+each time, and counts. To find out takes 0.1 µs while JAX is not imported; after that JAX's own word for
+"nothing is traced on this thread" is asked first.
 """
 
 from __future__ import annotations

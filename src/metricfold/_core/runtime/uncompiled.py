@@ -5,10 +5,9 @@
         def record(self, name, value): ...
 
 What works with metrics on the host has nothing for a compiler, which would break it into pieces, and
-takes NumPy for torch. A marked call costs a compiled step one graph break and a plain call, as one
-under `torch.compiler.disable` does. That would be a wrapper, which takes as long as `record` itself,
-and an import of torch; this is neither. Dynamo asks a function by an attribute whether it is disabled;
-and it has a table of the code that is to run as it is, with all that it calls.
+takes NumPy for torch. A wrapper, as of `torch.compiler.disable`, would take as long as `record` itself,
+and an import of torch. But Dynamo asks a function by an attribute whether it is disabled; and it has a
+table of the code that is to run as it is, with all that it calls.
 """
 
 from __future__ import annotations
