@@ -126,7 +126,7 @@ def test_the_core_works_from_end_to_end_with_numpy_alone(bare: Path, tmp_path: P
         ("WandbSink", "WandbSink(project='p')", "metricfold[wandb]"),
         ("MetricsCollator", "MetricsCollator()([{'x': 1}])", "metricfold[torch]"),
         (
-            "Lightning",
+            "metricfold.integrations.lightning",
             "__import__('metricfold.integrations.lightning')",
             "metricfold[lightning]",
         ),

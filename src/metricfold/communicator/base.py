@@ -18,7 +18,6 @@ __all__ = [
     "LocalCommunicator",
     "MissingRanksError",
     "jax_job",
-    "likely_cause",
     "torch_is_initialized",
 ]
 
@@ -33,31 +32,6 @@ class MissingRanksError(RuntimeError):
     def __init__(self, message: str, missing: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.missing = tuple(missing)
-
-
-def likely_cause(how: str, who: str, alone: str) -> str:
-    """Return what most likely keeps a rank away; `alone` makes a call on one `who` only."""
-    unequal = (
-        "fewer batches than the others had: give all of them the same number of steps, such as by "
-        "drop_last"
-    )
-    if how.startswith("it left"):
-        return (
-            f"The {who}'s own output tells what it was. A {who} that is out of step would abort the "
-            "others, so nobody goes on"
-        )
-    if how.startswith("the connection"):
-        return (
-            f"Most likely that {who} has ended, or closed its aggregator, while others went on: by "
-            f"an exception or an exit, which its own output shows, or after {unequal}"
-        )
-    return (
-        f"The usual cause is a call on some {who}{'es' if who.endswith('s') else 's'} only, such as "
-        f"inside `{alone}`; every {who} must call reduce(), logger.log(), "
-        f"get_metrics_for_logging() and state_dict(). Another is a {who} that has left its loop after "
-        f"{unequal}. A third is an aggregator that only some have made: those without a name= pair "
-        "by the order in which they are made"
-    )
 
 
 class Communicator(ABC):

@@ -74,11 +74,10 @@ class JaxCommunicator(Communicator):
         self.rank = int(job.process_id)
         self.world_size = int(job.num_processes)
         self._client: Any = job.client
-        self._seconds = (_TIMEOUT if timeout is None else timeout).total_seconds()
+        seconds = (_TIMEOUT if timeout is None else timeout).total_seconds()
         self._prefix = f"metricfold/{name}/{generation}"
-        board = _Coordinator(self._client, self._prefix)
-        everyone = range(self.world_size)
-        self._roll = RollCall(board, name, self.rank, everyone, self._seconds, _WORDS)
+        self._roll = RollCall(name, self.rank, range(self.world_size), seconds, _WORDS)
+        self._roll.board = _Coordinator(self._client, self._prefix)
         self._mesh: Any = None
         self._interrupt = DeferredInterrupt()
 
@@ -207,7 +206,7 @@ class JaxCommunicator(Communicator):
         if time.monotonic() - started >= self._roll.patience / 2:
             time.sleep(_GRACE)
             self._roll.warn(dict.fromkeys(self._roll.absent()))
-        if not self._all_came("second", self._seconds - self._roll.patience):
+        if not self._all_came("second", self._roll.seconds - self._roll.patience):
             self._roll.raise_if_poisoned()
             absent = dict.fromkeys(self._roll.absent(), "")
             raise self._roll.given_up(absent, self._roll.did_not_come())

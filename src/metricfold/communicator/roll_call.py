@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
 from metricfold._core.runtime.processes import start_thread
-from metricfold.communicator.base import MissingRanksError, likely_cause
+from metricfold.communicator.base import MissingRanksError
 from metricfold.communicator.tree import first_sent
 
 __all__ = ["ANSWER", "BEAT", "EVERYWHERE", "LATE", "Board", "RollCall", "Words", "first_line"]
@@ -73,8 +73,36 @@ class Words(NamedTuple):
     """What to do once they are out of step."""
 
     @property
+    def _plural(self) -> str:
+        return "es" if self.rank.endswith("s") else "s"
+
+    @property
     def ranks(self) -> str:
-        return self.rank + ("(es)" if self.rank.endswith("s") else "(s)")
+        return f"{self.rank}({self._plural})"
+
+    def cause(self, how: str) -> str:
+        """Return what most likely keeps a rank away, by how it was noticed."""
+        unequal = (
+            "fewer batches than the others had: give all of them the same number of steps, such as by "
+            "drop_last"
+        )
+        if how.startswith("it left"):
+            return (
+                f"The {self.rank}'s own output tells what it was. A {self.rank} that is out of step "
+                "would abort the others, so nobody goes on"
+            )
+        if how.startswith("the connection"):
+            return (
+                f"Most likely that {self.rank} has ended, or closed its aggregator, while others went "
+                f"on: by an exception or an exit, which its own output shows, or after {unequal}"
+            )
+        return (
+            f"The usual cause is a call on some {self.rank}{self._plural} only, such as inside "
+            f"`{self.alone}`; every {self.rank} must call reduce(), logger.log(), "
+            f"get_metrics_for_logging() and state_dict(). Another is a {self.rank} that has left its "
+            f"loop after {unequal}. A third is an aggregator that only some have made: those without a "
+            "name= pair by the order in which they are made"
+        )
 
 
 class _Sign(NamedTuple):
@@ -95,27 +123,17 @@ _Signs: TypeAlias = Mapping[int, _Sign | None]
 
 @dataclass(eq=False)
 class RollCall:
-    """One rank's part in it.
+    """One rank's part in it."""
 
-    Args:
-        ranks: what messages call each rank: its number in the whole job.
-        seconds: the timeout of an exchange.
-
-    Attributes:
-        call: how many exchanges this rank has begun.
-        passed: how many of them it is through with.
-        at: which rank it waits for, and in which round of a tree; None where it does not wait.
-    """
-
-    board: Board
-    name: str
+    name: str  # of the aggregator
     rank: int
-    ranks: Sequence[int]
-    seconds: float
+    ranks: Sequence[int]  # by which messages call each: its number in the whole job
+    seconds: float  # the timeout of an exchange
     words: Words
-    call: int = 0
-    passed: int = 0
-    at: tuple[int, int] | None = None
+    board: Board = field(init=False)
+    call: int = 0  # how many exchanges this rank has begun
+    passed: int = 0  # how many of them it is through with
+    at: tuple[int, int] | None = None  # for which rank it waits, and in which round of a tree
     _began: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _noting: bool = False
@@ -273,9 +291,6 @@ class RollCall:
             how: it was noticed.
             timed_out: whether by a timeout; else by a connection that broke.
             broken: the ranks to which nothing can be sent any more; None if that is not known.
-
-        Raises:
-            MissingRanksError: the verdict of another rank.
         """
         self._over = True
         left = min(max(self.seconds + _END - self.waited, 1.0), ANSWER)
@@ -349,10 +364,9 @@ class RollCall:
         who = ", ".join(str(self.ranks[rank]) for rank in missing)
         for rank, said in missing.items():
             how += f"; {words.rank} {self.ranks[rank]} {said}" if said else ""
-        cause = likely_cause(how, words.rank, words.alone)
         return MissingRanksError(
             f"aggregator {self.name!r}: missing from a collective call: {words.ranks} {who} of "
-            f"{len(self.ranks)}; {how}. {cause}. {words.recovery}",
+            f"{len(self.ranks)}; {how}. {words.cause(how)}. {words.recovery}",
             [self.ranks[rank] for rank in missing],
         )
 

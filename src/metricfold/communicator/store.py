@@ -46,22 +46,14 @@ class StoreGoneError(RuntimeError):
 
 
 class StoreClient:
-    """Asks the store of a job, under a prefix of all keys.
-
-    Args:
-        job_store: any store of `torch.distributed`.
-        prefix: what all keys begin with.
-        seconds: until when the store must have let itself be connected to.
+    """Asks the store of a job, any of `torch.distributed`, under a prefix of all keys.
 
     Raises:
-        StoreGoneError: it has not.
-
-    Attributes:
-        where: what a message calls the store, with host and port where it has these.
+        StoreGoneError: it has not let itself be connected to within so many `seconds`.
     """
 
     def __init__(self, job_store: Any, prefix: str, seconds: float) -> None:
-        self.where = _name_of(job_store)
+        self.where = _name_of(job_store)  # in messages
         self._prefix = prefix
         self._unanswered: Future[Any] | None = None
         try:
@@ -149,12 +141,8 @@ def polled(ask: Callable[[], bytes | None], until: float, look: Callable[[], obj
 class PolledStore(c10d.Store):
     """What gloo takes for a store: one that waits for keys by asking for them again and again.
 
-    Args:
-        client: asks.
-        until: on the monotonic clock, how long to wait for a key that another rank sets.
-        seconds: to wait for an answer after that; where pairs are connected at first use, also for a
-            key.
-        look: raises what makes waiting vain.
+    It waits `until` then for a key that another rank sets, and `seconds` longer for an answer; where
+    pairs are connected at first use, also for a key. `look` raises what makes waiting vain.
     """
 
     def __init__(
@@ -210,27 +198,22 @@ class _Connection:
             if port is not None:
                 # A clone that is cut off tries again for as long as the job's store is told to,
                 # which is minutes; a client of our own ends. So this one sees that the host lives.
-                self._submit(_knock, bottom, until).result(seconds)
-            cloned = self._submit(job_store.clone)
-            self._clone = cloned.result(_seconds_to(until))
+                self._thread.submit(partial(_knock, bottom, until)).result(seconds)
+            self._clone = self._thread.submit(job_store.clone).result(_seconds_to(until))
         except concurrent.futures.TimeoutError:
             self._give_up(opened)
             raise TimeoutError from None
         self._sockets += opened()
 
     def ask(self, question: Callable[..., Any], prefix: str, *args: Any) -> Future[Any]:
-        return self._submit(self._asked, question, c10d.PrefixStore(prefix, self._clone), *args)
+        store = c10d.PrefixStore(prefix, self._clone)
+        return self._thread.submit(partial(self._asked, question, store, *args))
 
     def _asked(self, question: Callable[..., Any], store: Any, *args: Any) -> Any:
         # Where the host has ended, as it may before the other ranks do, torch would print a stack.
         if any(map(_is_hung_up, self._sockets)):
             raise RuntimeError("its host has closed the connection")
         return question(store, *args)
-
-    def _submit(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
-        answer: Future[Any] = Future()
-        self._thread.submit(partial(call, *args), answer)
-        return answer
 
     def release(self) -> None:
         """At exit: leave no thread in C++."""

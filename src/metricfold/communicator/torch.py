@@ -13,7 +13,6 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -63,27 +62,22 @@ class TorchCommunicator(Communicator):
         ranks = dist.get_process_group_ranks(given or self._default_group)
         self.rank = dist.get_rank(given)
         self.world_size = len(ranks)
-        self._ranks = ranks
-        self._name = name
-        self._timeout = _timeout_of(given or self._default_group) if timeout is None else timeout
+        waits = _timeout_of(given or self._default_group) if timeout is None else timeout
+        self._roll = RollCall(name, self.rank, ranks, waits.total_seconds(), _WORDS)
         members = "-".join(map(str, ranks)) if given is not None else "all"
         try:
-            self._store = StoreClient(
+            self._roll.board = self._store = StoreClient(
                 c10d._get_default_store(),
                 f"metricfold/{name}/{members}/{generation}",
-                seconds=self._seconds + ANSWER,
+                seconds=self._roll.seconds + ANSWER,
             )
         except RuntimeError as error:  # also a StoreGoneError
-            raise self._roll_call(None).nobody_named(first_line(error)) from error
-        self._roll = self._roll_call(self._store)
+            raise self._roll.nobody_named(first_line(error)) from error
         self._group: Any = None
         self._polled: Any = None  # the group asks it, and does not keep what is Python's of it
         self._works: list[Any] = []
         self._until = 0.0
         self._released = False
-
-    def _roll_call(self, board: Any) -> RollCall:
-        return RollCall(board, self._name, self.rank, self._ranks, self._seconds, _WORDS)
 
     def current(self) -> bool:
         return dist.is_initialized() and c10d._get_default_group() is self._default_group
@@ -115,7 +109,7 @@ class TorchCommunicator(Communicator):
             return ()
         with suppress(RuntimeError):
             absent = list(self._without("met")) if self._group is None else self._roll.absent()
-            return tuple(self._ranks[rank] for rank in absent)
+            return tuple(self._roll.ranks[rank] for rank in absent)
         return ()
 
     def abandon(self, why: str) -> None:
@@ -129,7 +123,7 @@ class TorchCommunicator(Communicator):
     def _all_gather(self, vector: FloatArray) -> FloatArray:
         rows = np.empty((self.world_size, vector.size))
         options = _Gather()
-        options.timeout = self._timeout
+        options.timeout = timedelta(seconds=self._roll.seconds)
         self._begin()
         with self._waiting(EVERYWHERE, 2.0):  # gloo itself gives up at the timeout
             flat = torch.from_numpy(rows.reshape(-1))
@@ -150,14 +144,14 @@ class TorchCommunicator(Communicator):
     def _begin(self) -> None:
         if self._released:
             raise RuntimeError(
-                f"aggregator {self._name!r} has given its connection back, for the interpreter is "
+                f"aggregator {self._roll.name!r} has given its connection back, for the interpreter is "
                 "exiting: reduce before that, or in an exit hook registered after metricfold is "
                 "imported"
             )
         self._roll.begin()
         if self._group is None:
             self._group = self._connect()
-        self._until = time.monotonic() + self._seconds
+        self._until = time.monotonic() + self._roll.seconds
         self._roll.watch()
 
     def _swap(self, step: Step, sent: FloatArray, got: FloatArray) -> None:
@@ -188,24 +182,21 @@ class TorchCommunicator(Communicator):
             raise self._diagnosed(error) from error
         self._roll.at = None  # who is long in merging must not seem to wait
 
-    @property
-    def _seconds(self) -> float:
-        return self._timeout.total_seconds()
-
     # -- Connecting
 
     def _connect(self) -> Any:
         """Build the group, after a meeting of all ranks, so that missing ones can be named."""
-        until = time.monotonic() + self._seconds
+        until = time.monotonic() + self._roll.seconds
         try:
             self._meet(until)
             release_at_exit(self)
             # gloo tries five times to connect to each.
             once = max((until - time.monotonic()) / 5, _CONNECT)
             self._polled = PolledStore(self._store, until, ANSWER, self._roll.raise_if_poisoned)
-            group: Future[Any] = Future()
             start = partial(c10d.ProcessGroupGloo, self._polled, self.rank, self.world_size)
-            TaskThread("metricfold-connects").submit(partial(start, timedelta(seconds=once)), group)
+            group = TaskThread("metricfold-connects").submit(
+                partial(start, timedelta(seconds=once))
+            )
             return group.result(5 * once + 2 * ANSWER)
         except StoreGoneError as gone:
             raise self._roll.nobody_named(str(gone)) from None
@@ -215,7 +206,7 @@ class TorchCommunicator(Communicator):
             raise self._unconnected(error) from error
 
     def _meet(self, until: float) -> None:
-        warn_at = until - self._seconds + self._roll.patience
+        warn_at = until - self._roll.seconds + self._roll.patience
 
         def left() -> float:
             return max(until - time.monotonic(), 0.0) + ANSWER
@@ -255,7 +246,7 @@ class TorchCommunicator(Communicator):
             ):
                 return self._roll.named(absent, self._roll.did_not_come())
             hint = self._interface_hint(text)
-            failed = f"the connection between them failed on rank {self._ranks[self.rank]}"
+            failed = f"the connection between them failed on rank {self._roll.ranks[self.rank]}"
             return self._roll.given_up({}, f"no rank is missing, but {failed}: {text}. {hint}")
 
         return self._roll.judged(text, find)

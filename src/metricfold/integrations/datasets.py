@@ -85,10 +85,10 @@ def with_metrics(dataset: AnyDataset, transform: MetricTransform, name: str) -> 
         return _tagged(dataset, named, name)
     if isinstance(dataset, datasets.IterableDataset):
         return _mapped(dataset, named, name)
-    splits = isinstance(dataset, dict)
+    pick = f": pick one of {list(dataset)}" if isinstance(dataset, dict) else ""
     raise TypeError(
         "with_metrics() takes a datasets.Dataset or IterableDataset, but got a "
-        f"{type(dataset).__name__}" + (f": pick one of {list(dataset)}" if splits else "")
+        f"{type(dataset).__name__}{pick}"
     )
 
 
@@ -121,10 +121,10 @@ _METRICS_IN_PYTHON = datasets.Value("null")
 
 
 class _Transforms:
-    """The transforms of this process by the number that their rows carry.
+    """The one table of a process: its transforms by the number that their rows carry.
 
-    Each process has one. It travels with every dataset to the processes that unpickle it, where it
-    joins theirs, so that any two formats are equal and concatenated datasets keep them.
+    It travels with every dataset to the processes that unpickle it, where it joins theirs, so that any
+    two formats are equal and concatenated datasets keep them.
     """
 
     def __init__(self) -> None:
@@ -194,10 +194,7 @@ def _column(number: int, rows: int) -> InMemoryTable:
 
 
 class MetricsFormatter(Formatter):  # type: ignore[misc]
-    """Formats rows as their dataset did before, and adds the metrics that their numbers stand for.
-
-    The base class is the one that Datasets' own formats have.
-    """
+    """Formats rows as their dataset did before, and adds the metrics that their numbers stand for."""
 
     def __init__(
         self,

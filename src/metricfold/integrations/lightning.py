@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from metricfold._core.fold.batch import MetricBatch
 from metricfold._core.runtime.copies import OneInUse
+from metricfold._core.runtime.processes import TaskThread
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.windows import WindowLike, check_window
 from metricfold.data.sample import METRICS
@@ -199,21 +199,10 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
         trainer = self._trainer
         if trainer is None or not trainer.interrupted or trainer.world_size == 1:
             return self._state()
-        return self._state_of_those_who_come(trainer)
-
-    def _state_of_those_who_come(self, trainer: Trainer) -> dict[str, Any]:
-        states: list[dict[str, Any]] = []
-
-        def ask() -> None:
-            with contextlib.suppress(Exception):
-                states.append(self._state())
-
-        # A thread that may be left behind: it ends with the process, which will not last.
-        asking = threading.Thread(target=ask, name="metricfold-lightning", daemon=True)
-        asking.start()
-        asking.join(_PATIENCE)
-        if states:
-            return states[0]
+        # That thread may be left behind: it ends with the process, which will not last.
+        asked = TaskThread("metricfold-lightning").submit(self._state)
+        with contextlib.suppress(Exception):
+            return asked.result(_PATIENCE)
         self._warn(
             f"a checkpoint is saved after an exception, at step {trainer.global_step}, but not all "
             "ranks have come to it: its metrics are those of the last log or checkpoint, since "

@@ -7,12 +7,9 @@
     trainer = Trainer(model, args, data_collator=pad, train_dataset=mixture, loss_per_dataset=True)
     trainer.train()        # the log, TensorBoard, ...: docs/loss, code/loss, docs/tokens_seen, ...
 
-The samples carry their metrics under ``"metrics"``, as a `MetricTransform` leaves them there. They
-count when a step has consumed them, are reduced over all ranks when the Trainer logs, and are
-written into its checkpoints.
-
-A `TrainerCallback` could not do this: it never sees a batch, trackers that ran before it miss what
-it adds in ``on_log``, and its state is asked for on the saving rank only.
+The samples carry their metrics under ``"metrics"``, as a `MetricTransform` leaves them there; they
+count when a step has consumed them. A `TrainerCallback` could not do this: it never sees a batch, trackers
+that ran before it miss what it adds in ``on_log``, and only the saving rank is asked for its state.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from metricfold._core.fold.batch import MetricBatch
 from metricfold._core.intake.aggregator import MetricsAggregator
@@ -111,7 +108,8 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
         _ = self.aggregator, self.eval_aggregator  # now, in the same order on all ranks
         self.accumulators = []
         self._loss: _DatasetLoss | None = None
-        self._origin: _Origin | None = None
+        self._datasets: tuple[str, ...] | None = None  # of the rows of the batch at hand
+        self._real = 0  # how many of them do not fill it up
         self._state_to_save: dict[str, Any] | None = None
         self._has_trained = False
         super().__init__(*args, **kwargs)
@@ -163,14 +161,13 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
     def _take(self, inputs: MutableMapping[str, Any]) -> Sequence[Metric] | MetricBatch:
         """Take the metrics out of a batch, and note where its rows are from."""
         carried = inputs.pop(METRICS, None)
+        self._datasets = None
         if not isinstance(carried, _Carried):  # of a loader that the user has made
-            self._origin = None
             return [] if carried is None else carried
-        real = self._not_padded(carried.size)
-        self._origin = None if carried.datasets is None else _Origin(carried.datasets, real)
+        self._datasets, self._real = carried.datasets, self._not_padded(carried.size)
         if isinstance(carried.metrics, MetricBatch):
             return carried.metrics
-        return [metric for metrics in carried.metrics[:real] for metric in metrics]
+        return [metric for metrics in carried.metrics[: self._real] for metric in metrics]
 
     def _not_padded(self, size: int) -> int:
         """Return how many of the samples of this rank's batch are not there to fill it up.
@@ -187,13 +184,23 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
 
     def _loss_of_batch(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         """Return the loss that the model would, and take in that of each dataset."""
-        if self._loss is None or self._origin is None:
+        if self._loss is None or self._datasets is None:
             raise ValueError(
                 "loss_per_dataset=True, but this batch does not say which datasets its samples are "
                 "from: let the Trainer make its own data loaders, and give it a data_collator"
             )
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        return self._loss.take(logits, labels, self._origin, num_items_in_batch, self._into)
+        accumulator = self._loss.prepared(self._datasets, len(labels), self._into)
+        ids = self._loss.ids(self._datasets).to(logits.device, non_blocking=True)
+        # The labels move, not the logits, which are far larger.
+        targets = torch.nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:].to(logits.device)
+        mark = accumulator.mark() if self._real < len(labels) else None
+        loss = accumulator.token_loss(logits, targets, ids, num_items=num_items_in_batch)
+        if mark is not None:
+            accumulator.rollback(mark)
+            count = slice(self._real)
+            accumulator.token_loss(logits[count], targets[count], ids[count])
+        return loss
 
     @property
     def _all_accumulators(self) -> list[DeviceAccumulator]:
@@ -347,17 +354,12 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
 class _Carried:
     """A batch's entry ``"metrics"`` between the data worker and the step.
 
-    Args:
-        size: how many samples there are.
-        metrics: of all of them, or of each where some may turn out to be repetitions.
-        datasets: the dataset of each, if that was asked for.
-
     Like a `MetricBatch` it stays what it is when batches are moved.
     """
 
-    size: int
-    metrics: MetricBatch | list[list[Metric]]
-    datasets: tuple[str, ...] | None
+    size: int  # how many samples there are
+    metrics: MetricBatch | list[list[Metric]]  # of all, or of each where some may be repetitions
+    datasets: tuple[str, ...] | None  # of each, if that was asked for
 
     def to(self, *args: object, **kwargs: object) -> _Carried:
         return self
@@ -392,13 +394,6 @@ def _dataset_of(metrics: list[Metric]) -> str:
 # -- Loss per dataset ------------------------------------------------------------------------------
 
 
-class _Origin(NamedTuple):
-    """Where the rows of a batch are from: their datasets, and how many of them count."""
-
-    datasets: tuple[str, ...]
-    real: int
-
-
 class _DatasetLoss:
     """The loss of each dataset on the device; a dataset is known from its first sample on."""
 
@@ -407,48 +402,27 @@ class _DatasetLoss:
         self._places: dict[str, int] = {}
         self.accumulators: list[DeviceAccumulator] = []  # one, once there is a dataset
 
-    def take(
-        self, logits: Any, labels: Any, origin: _Origin, num_items: Any, into: MetricsAggregator
-    ) -> Any:
-        """Return the loss to back-propagate, and take in that of each dataset.
-
-        Args:
-            logits: shape (samples, tokens, classes); those at a place predict the next label.
-            labels: shape (samples, tokens).
-            origin: of the samples; those that do not count are the last.
-            num_items: what the sum of the losses is divided by; None: the number of labels.
-            into: what is drained into when there is a new dataset.
-        """
-        if len(origin.datasets) != len(labels):
+    def prepared(
+        self, datasets: tuple[str, ...], rows: int, into: MetricsAggregator
+    ) -> DeviceAccumulator:
+        """Return an accumulator that knows `datasets`; what one without them held is drained."""
+        if len(datasets) != rows:
             raise ValueError(
-                f"loss_per_dataset=True, but a batch of {len(origin.datasets)} samples has labels "
-                f"of {len(labels)} rows: collate one row per sample, or write a compute_loss with "
-                "a DeviceAccumulator of your own, and dataset_ids per token"
+                f"loss_per_dataset=True, but a batch of {len(datasets)} samples has labels of {rows} "
+                "rows: collate one row per sample, or write a compute_loss with a DeviceAccumulator "
+                "of your own, and dataset_ids per token"
             )
-        accumulator = self._for(origin.datasets, into)
-        ids = torch.tensor([self._places[name] for name in origin.datasets])
-        ids = ids.to(logits.device, non_blocking=True)
-        # The labels move, not the logits, which are far larger.
-        targets = torch.nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
-        mark = accumulator.mark() if origin.real < len(labels) else None
-        loss = accumulator.token_loss(logits, targets.to(logits.device), ids, num_items=num_items)
-        if mark is not None:
-            accumulator.rollback(mark)
-            count = slice(origin.real)
-            accumulator.token_loss(logits[count], targets[count], ids[count])
-        return loss
-
-    def _for(self, datasets: tuple[str, ...], into: MetricsAggregator) -> DeviceAccumulator:
-        new = [name for name in dict.fromkeys(datasets) if name not in self._places]
-        if new:
+        if new := [name for name in dict.fromkeys(datasets) if name not in self._places]:
             for accumulator in self.accumulators:
                 into.drain(accumulator)
             for name in new:
                 self._places[name] = len(self._places)
-            self.accumulators = [
-                DeviceAccumulator({"loss": "mean"}, tuple(self._places), device=self._device)
-            ]
+            known = tuple(self._places)
+            self.accumulators = [DeviceAccumulator({"loss": "mean"}, known, device=self._device)]
         return self.accumulators[0]
+
+    def ids(self, datasets: tuple[str, ...]) -> torch.Tensor:
+        return torch.tensor([self._places[name] for name in datasets])
 
 
 def _check_loss(trainer: _Trainer) -> None:

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import FrameType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 __all__ = [
     "DeferredInterrupt",
@@ -31,6 +31,7 @@ _GRACE_AFTER_ERROR = 2.0
 """Seconds for which an exit waits for other ranks, which may never come: a launcher restarts a job
 only once its processes are gone."""
 
+T = TypeVar("T")
 _Task: TypeAlias = tuple[Callable[[], Any], "Future[Any]"]
 
 
@@ -188,10 +189,12 @@ class TaskThread:
         self._end = weakref.finalize(self, self._tasks.put, None)
         self._end.atexit = False
 
-    def submit(self, task: Callable[[], Any], future: Future[Any]) -> None:
-        """Run `task` for `future`, which cannot be cancelled: the other ranks count on it."""
+    def submit(self, task: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
+        """Return the future of `task`, which cannot be cancelled: the other ranks count on it."""
+        future = Future() if future is None else future
         future.set_running_or_notify_cancel()
         self._tasks.put((task, future))
+        return future
 
     def finish(self, timeout: float | None) -> bool:
         """Wait until all tasks, and what their futures call, are done; returns whether they are."""
