@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -50,13 +50,16 @@ from metricfold._core.intake.keys import Admission, KeyTable
 from metricfold._core.reduce.announced import entries_from, entry_of_version_1
 from metricfold._core.reduce.schema import Key, Schema
 from metricfold._core.reduce.totals import NOBODY, Totals
-from metricfold._core.sketch.weights import LARGEST_COUNT, countable, weighable
+from metricfold._core.sketch.weights import LARGEST_COUNT, concatenated, countable, weighable
 from metricfold.metric import MetricState, escaped
 
 __all__ = ["FORMAT", "VERSION", "Restored", "Saved", "checksum", "decode", "encode", "share"]
 
 FORMAT = "metricfold"
 VERSION = 2
+
+Part: TypeAlias = "tuple[FloatArray, FloatArray | None]"
+"""Values and weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,7 @@ class Restored:
             view: [_revived(state, handlers, keys) for state in states]
             for view, states in saved.custom.items()
         }
+        found = cls(saved, admission, custom)
         for totals in (saved.run, saved.interval):
             for key, state in totals.states():
                 try:
@@ -150,13 +154,34 @@ class Restored:
                         f"finalise: {failure!r}. Load an earlier checkpoint"
                     ) from failure
         try:
-            _finalise_once(saved, custom, handlers, keys)
+            found._finalise_once(handlers, keys.by_label())
         except Exception as failure:
             raise ValueError(
                 f"the states of custom handlers cannot go on from what was saved: {failure!r}. Load an "
                 "earlier checkpoint, or register the handlers that saved it"
             ) from failure
-        return cls(saved, admission, custom)
+        return found
+
+    def inherit(self, states: CustomStates, rank: int, world_size: int) -> None:
+        """Let `states` go on from one rank's share of those of all."""
+        for view, some in self.custom.items():
+            mine: dict[Key, list[MetricState]] = {}
+            for one in some[rank::world_size]:
+                mine.setdefault((one.dataset_name, one.metric_name), []).append(one)
+            states.inherit(view, mine)
+
+    def _finalise_once(
+        self, handlers: Mapping[Key, AggregationHandler], of_type: Mapping[str, AggregationHandler]
+    ) -> None:
+        """Finalise and save the states of handlers without lanes, as later calls will; or raise."""
+        states = CustomStates()
+        self.inherit(states, 0, 1)
+        results = CustomResults([states.results(handlers, of_type)])
+        if results.unsaved:
+            raise TypeError(results.unsaved)
+        for view, totals in (("run", self.saved.run), ("interval", self.saved.interval)):
+            for result in results.of(view):
+                result.finalised(of_type.get(result.label), totals.seconds)
 
 
 def _revived(
@@ -170,27 +195,6 @@ def _revived(
             f"the state of {show(key)} cannot be restored by "
             f"{type(handlers[key]).__name__}.deserialize_metadata: {failure!r}"
         ) from failure
-
-
-def _finalise_once(
-    saved: Saved,
-    custom: Mapping[str, Sequence[MetricState]],
-    handlers: Mapping[Key, AggregationHandler],
-    keys: KeyTable,
-) -> None:
-    """Finalise and save the states of handlers without lanes, as later calls will; or raise."""
-    if not any(custom.values()):
-        return
-    states = CustomStates()
-    for view, some in custom.items():
-        for state in reversed(some):
-            states.inherit(view, {(state.dataset_name, state.metric_name): [state]})
-    results = CustomResults([states.results(handlers, keys.by_label())])
-    if results.unsaved:
-        raise TypeError(results.unsaved)
-    for view, totals in (("run", saved.run), ("interval", saved.interval)):
-        for result in results.of(view):
-            result.finalised(keys.by_label().get(result.label), totals.seconds)
 
 
 def encode(saved: Saved) -> dict[str, Any]:
@@ -238,12 +242,7 @@ def decode(state: object) -> Saved:
             f"this state has version {state.get('version')!r}, and this metricfold reads versions 1 "
             f"to {VERSION}" + (": install a newer metricfold" if version > VERSION else "")
         )
-    payload = state["payload"]
-    if not isinstance(payload, str):
-        raise ValueError(
-            f"the state's payload is {type(payload).__name__}, not text: it is damaged"
-        )
-    content = _checked_content(payload)
+    content = _checked_content(state["payload"])
     try:
         with np.errstate(all="ignore"):
             return _decoded(content if version > 1 else _as_version_2(content))
@@ -255,14 +254,7 @@ def decode(state: object) -> Saved:
         ) from error
 
 
-_NOT_WRITTEN = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+_NOT_WRITTEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _MOST_SAID = 1000
 
 
@@ -324,35 +316,24 @@ def share(windows: Sequence[Window], rank: int, world_size: int, limit: int) -> 
     Values are dealt out one by one, by age, so that each rank gets its part of the recent ones;
     those of the open interval stay the newest. What a histogram holds goes to the first rank.
     """
-    weighted = any(window.weights is not None for window in windows)
-    older = [(w, slice(0, w.values.size - w.fresh)) for w in windows]
-    fresh = [(w, slice(w.values.size - w.fresh, None)) for w in windows]
-    dealt = [_deal(part, rank, world_size, weighted=weighted) for part in (older, fresh)]
-    values = np.concatenate([values for values, _ in dealt])
-    weights = np.concatenate([weights for _, weights in dealt]) if weighted else None
+    parts: tuple[list[Part], list[Part]] = [], []
+    for values, weights, fresh, _ in windows:
+        begin = values.size - fresh
+        for some, keep in zip(parts, (slice(begin), slice(begin, None)), strict=True):
+            some.append((values[keep], None if weights is None else weights[keep]))
+    older, newer = (_deal(some, rank, world_size) for some in parts)
     histograms = [window.older for window in windows if window.older is not None]
     histogram = new_histogram(histograms) if histograms and rank == 0 else None
-    return Window(values, weights, dealt[1][0].size, histogram).limited(limit)
+    return Window(*concatenated([older, newer]), newer[0].size, histogram).limited(limit)
 
 
-def _deal(
-    parts: Iterable[tuple[Window, slice]], rank: int, world_size: int, *, weighted: bool
-) -> tuple[FloatArray, FloatArray]:
-    values: list[FloatArray] = []
-    weights: list[FloatArray] = []
-    ages: list[FloatArray] = []
-    for window, keep in parts:
-        part = window.values[keep]
-        values.append(part)
-        ones = np.ones(window.values.size) if window.weights is None else window.weights
-        weights.append(ones[keep])
-        ages.append(np.arange(part.size, 0, -1, dtype=np.float64))
-    if not values:
-        return np.empty(0), np.empty(0)
+def _deal(parts: Sequence[Part], rank: int, world_size: int) -> Part:
+    values, weights = concatenated(parts)
     # Oldest first; those of one age in the order of the ranks that saved them.
-    order = np.argsort(-np.concatenate(ages), kind="stable")
+    ages = [np.arange(0), *(np.arange(-part.size, 0) for part, _ in parts)]
+    order = np.argsort(np.concatenate(ages), kind="stable")
     mine = order[::-1][rank::world_size][::-1]
-    return np.concatenate(values)[mine], np.concatenate(weights)[mine]
+    return values[mine], None if weights is None else weights[mine]
 
 
 def _thinned(windows: Sequence[Window]) -> Sequence[Window]:
@@ -472,7 +453,11 @@ def _to_array(text: str) -> FloatArray:
     return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f8").astype(np.float64)
 
 
-def _checked_content(payload: str) -> Any:
+def _checked_content(payload: object) -> Any:
+    if not isinstance(payload, str):
+        raise ValueError(
+            f"the state's payload is {type(payload).__name__}, not text: it is damaged"
+        )
     try:
         parsed = json.loads(payload)
         if parsed["checksum"] == checksum(parsed["content"]):

@@ -27,7 +27,7 @@ from metricfold._core.runtime.listing import internal
 from metricfold._core.runtime.recomputation import not_given_before
 from metricfold._core.view.rules import Rules
 from metricfold.communicator import Communicator, LocalCommunicator
-from metricfold.metric import Metric, MetricState, TypeLike
+from metricfold.metric import Metric, TypeLike
 
 __all__ = ["AggregatorMark", "Held", "Run"]
 
@@ -185,11 +185,7 @@ class Run:
         for key, windows in restored.saved.windows.items():
             limit = keys.records[key].handler.laned().sample_limit
             self.reducer.windows[key] = share(windows, rank, world_size, limit)
-        for view, states in restored.custom.items():
-            mine: dict[Key, list[MetricState]] = {}
-            for state in states[rank::world_size]:
-                mine.setdefault((state.dataset_name, state.metric_name), []).append(state)
-            custom.inherit(view, mine)
+        restored.inherit(custom, rank, world_size)
         self._unclaimed = None
 
     def go_on(self, reduced: Reduced, *, interval_open: bool) -> None:

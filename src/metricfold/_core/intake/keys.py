@@ -149,72 +149,55 @@ class KeyTable:
         """Return the columns of a batch that was folded elsewhere, as the handlers here need."""
         columns: list[Column] = []
         for column in batch.columns:
-            if column.state is None and column.metrics:
-                with quiet():
-                    columns += fold_metrics(column.metrics, self.handler_of, in_worker=False)
-                continue
             if column.state is not None:
                 handler = self.handler_of(column.key, column.agg_type)
                 _check_built_in(column.key, column.agg_type, handler, "by MetricsCollator")
-            columns.append(column)
+                columns.append(column)
+            elif column.metrics:
+                with quiet():
+                    columns += fold_metrics(column.metrics, self.handler_of, in_worker=False)
+            else:
+                columns.append(column)
         return columns
 
     def admit(self, columns: Sequence[Column]) -> Admission:
         """Check columns against what is known; changes nothing. Raises ValueError on a clash."""
-        records = self.records
-        unknown: list[tuple[Key, TypeLike]] = []
-        stateless = False
+        given = []
         for column in columns:
-            stateless = stateless or column.state is None
-            known = records.get(column.key)
-            if known is not None:
-                if known.agg_type is not column.agg_type:
-                    check_same_type(column.key, known.agg_type, column.agg_type)
-            elif column.weightless:
+            if column.weightless and column.key not in self.records:
                 self._handler_for(column.key, column.agg_type)
             else:
-                unknown.append((column.key, column.agg_type))
-        new, claims = self._learnable(unknown)
-        if not stateless:
-            return Admission(columns, (), new, claims)
+                given.append((column.key, column.agg_type))
+        admission = self.admit_keys(given)
+        lanes = [column for column in columns if column.state is not None]
+        if len(lanes) == len(columns):
+            return admission._replace(lanes=lanes)
         # What counts and has no state has a handler without lanes.
         custom = []
         for column in columns:
             if column.state is None and not column.weightless:
-                known = records.get(column.key) or new[column.key]
+                known = self.records.get(column.key) or admission.new[column.key]
                 agg_type = known.agg_type
                 if column.agg_type is not agg_type:  # and equal
                     column.agg_type = agg_type
                     column.metrics = [one._replace(agg_type=agg_type) for one in column.metrics]
                 custom.append((column, known.handler))
-        lanes = [column for column in columns if column.state is not None]
-        return Admission(lanes, custom, new, claims)
+        return admission._replace(lanes=lanes, custom=custom)
 
     def admit_keys(self, keys: Iterable[tuple[Key, TypeLike]]) -> Admission:
         """Check keys of which values may come; changes nothing. Raises ValueError on a clash."""
-        unknown = []
-        for key, agg_type in keys:
-            if key in self.records:
-                check_same_type(key, self.records[key].agg_type, agg_type)
-            else:
-                unknown.append((key, agg_type))
-        return Admission((), (), *self._learnable(unknown))
-
-    def _learnable(
-        self, unknown: Sequence[tuple[Key, TypeLike]]
-    ) -> tuple[dict[Key, KeyRecord], Claimed | None]:
-        """Return what there is to learn about unknown keys; raises ValueError on a clash."""
-        if not unknown:
-            return {}, None
         new: dict[Key, KeyRecord] = {}
-        for key, agg_type in unknown:
-            if key in new:
-                check_same_type(key, new[key].agg_type, agg_type)
-            else:
+        for key, agg_type in keys:
+            known = self.records.get(key) or new.get(key)
+            if known is None:
                 handler = self._handler_for(key, agg_type)
                 new[key] = self._record(self._registered[agg_type], handler)
-        claims = [(key, known.usual.suffixes) for key, known in new.items()]
-        return new, self._claims.check(claims)
+            elif known.agg_type is not agg_type:
+                check_same_type(key, known.agg_type, agg_type)
+        claims = None
+        if new:
+            claims = self._claims.check((key, one.usual.suffixes) for key, one in new.items())
+        return Admission((), (), new, claims)
 
     def admit_drained(self, keys: Iterable[tuple[Key, TypeLike]]) -> Admission:
         """Check keys that a device has folded; changes nothing. Raises ValueError on a clash."""
@@ -359,9 +342,8 @@ class KeyTable:
                 del self.derived[name]
 
     def _take_over(self, entry: Entry) -> None:
-        try:
-            agg_type = self.type_of_label(entry.type)
-        except KeyError:
+        agg_type = self._of_label.get(entry.type)
+        if agg_type is None:
             self._unhandled.setdefault(entry.type, []).append(entry.key)
             return
         known = self._record(agg_type, self.handlers[agg_type])
@@ -381,16 +363,13 @@ class KeyTable:
     ) -> Admission:
         """Check the keys of a checkpoint; changes nothing. Raises ValueError if one cannot be."""
         keys: list[tuple[Key, TypeLike]] = []
-        labels = [(entry.key, entry.type) for entry in entries]
-        for key, label in dict.fromkeys([*labels, *custom_types]):
-            try:
-                agg_type = self.type_of_label(label)
-            except KeyError:
+        for key, label in dict.fromkeys([*((one.key, one.type) for one in entries), *custom_types]):
+            if label not in self._of_label:
                 raise ValueError(
                     f"the state holds {show(key)} of type {label!r}, for which no handler is "
                     "registered: call register_handler() before load_state_dict()"
-                ) from None
-            keys.append((key, agg_type))
+                )
+            keys.append((key, self._of_label[label]))
         admission = self.admit_keys(keys)
         for entry in entries:
             if entry.drained and entry.key in admission.new:

@@ -77,9 +77,14 @@ def merge_state_dicts(states: Iterable[Mapping[str, Any]], *, parallel: bool) ->
     windows: dict[Key, list[Window]] = {}
     for one in saved:
         for key, recent in one.windows.items():
-            windows.setdefault(key, []).extend(_closed(recent, parallel=parallel))
+            closed = [window.closed() for window in recent]
+            # In a sequence of jobs only what is older and what is newer matters, not which rank had it.
+            closed = closed if parallel else [share(closed, 0, 1, MOST_SAVED)]
+            windows.setdefault(key, []).extend(closed)
     if not parallel:
-        windows = {key: [_one_after_the_other(parts)] for key, parts in windows.items()}
+        for key, parts in windows.items():
+            one_after_the_other = concatenated([(part.values, part.weights) for part in parts])
+            windows[key] = [Window(*one_after_the_other).limited(MOST_SAVED)]
     custom = {
         "run": [state for one in saved for state in one.custom["run"]],
         "interval": [],
@@ -138,15 +143,3 @@ def _united(schemas: Sequence[Schema]) -> Schema:
                     "them another name, or leave that state out"
                 )
     return Schema(united.values())
-
-
-def _closed(windows: Sequence[Window], *, parallel: bool) -> list[Window]:
-    """Return the recent values of one job, none of which belongs to an open interval."""
-    closed = [window.closed() for window in windows]
-    # In a sequence of jobs only what is older and what is newer matters, not which rank had it.
-    return closed if parallel else [share(closed, 0, 1, MOST_SAVED)]
-
-
-def _one_after_the_other(parts: Sequence[Window]) -> Window:
-    values, weights = concatenated([(part.values, part.weights) for part in parts])
-    return Window(values, weights).limited(MOST_SAVED)
