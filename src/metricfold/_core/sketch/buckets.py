@@ -245,26 +245,23 @@ class Buckets:
 
     def coarser(self, m: IntArray) -> Buckets:
         """Return the same in coarser buckets, each of them."""
-        index, now = self.index, self.m
-        shift = FINEST - m
-        below = (np.int64(1) << shift) - 1
-        place = np.where(index < 0, index | below, index & ~below)
-        to = Buckets(self.key + (place - index << _KIND_BITS) + (m - now << _CUT_BITS), self.sums)
+        index, now, shift = self.index, self.m, FINEST - m
+        sign = index >> 63
+        inside = (index ^ sign) & ((np.int64(1) << shift) - 1)
+        back = (inside ^ sign) - sign
+        to = Buckets(self.key - (back << _KIND_BITS) + (m - now << _CUT_BITS), self.sums)
         # u in the coarser bucket is start + scale * u.
         if m.min() < 0:
             old, new = self.units, to.units
             start = np.ldexp(self.origins - to.origins, -new.astype(np.int32))
             scale = np.ldexp(1.0, (old - new).astype(np.int32))
         else:
-            start = ((index ^ (index >> 63)) & below) * _HALVINGS.take(shift)
+            start = inside * _HALVINGS.take(shift)
             scale = _HALVINGS.take(now - m)
         count, first, second = self.sums
         started, scaled = start * count, scale * first
-        sums = np.empty_like(self.sums)
-        sums[0] = count
-        sums[1] = started + scaled
-        sums[2] = start * (started + 2.0 * scaled) + scale * (scale * second)
-        return replace(to, sums=sums)
+        square = start * (started + 2.0 * scaled) + scale * (scale * second)
+        return Buckets(to.key, np.stack([count, started + scaled, square]))
 
     def joined(self, upper: BoolArray | None = None) -> Buckets:
         """Return each bucket once; what is in it is added up one after the other, on every machine.

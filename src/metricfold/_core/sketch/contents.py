@@ -152,11 +152,11 @@ class Contents:
         weight, first, second = buckets.sums
         with np.errstate(invalid="ignore"):
             wrong = buckets.faulty(np.where(good, self.finest, FINEST))
+        # Written so that NaN is wrong.
         for larger, smaller in ((weight, first), (first, second)):
-            # Written so that NaN is wrong.
-            wrong |= ~((smaller >= 0.0) & (smaller <= larger * (1.0 + _SLACK) + _TINY))
-        wrong |= ~((weight > 0.0) & (weight <= _MOST))
-        good &= np.bincount(row, wrong, minlength=good.size) == 0.0
+            wrong |= ~(smaller <= larger * (1.0 + _SLACK) + _TINY)
+        wrong |= ~((weight > 0.0) & (weight <= _MOST) & (first >= 0.0) & (second >= 0.0))
+        good[row[wrong]] = False
         weighed = np.bincount(row, minlength=good.size) > 0
         sound: BoolArray = good & (some == (weighed | (self.totals[:, Total.ZERO] > 0.0)))
         return sound

@@ -99,12 +99,10 @@ def _packed(contents: Contents) -> FloatArray:
     slots = np.zeros((len(some), _WIDTH))
     slots[:, :_TOTALS] = contents.totals
     slots[:, _TOTALS:_HEAD] = np.where(some | (NOTHING == 0.0), contents.limits, 0.0)
-    held = np.bincount(row, minlength=len(slots))
-    place = np.arange(row.size) - np.repeat(held.cumsum() - held, held)
-    columns = slots[:, _HEAD:].reshape(-1, _COLUMNS, BUCKETS)
-    columns[row, 0, place] = buckets.moved(-row).key
-    for column, sums in enumerate(buckets.sums, 1):
-        columns[row, column, place] = sums
+    columns = slots[:, _HEAD:].reshape(-1, _COLUMNS, BUCKETS).swapaxes(0, 1)
+    inside = np.arange(BUCKETS) < np.bincount(row, minlength=len(slots))[:, np.newaxis]
+    for column, numbers in zip(columns, (buckets.moved(-row).key, *buckets.sums), strict=True):
+        column[inside] = numbers
     slots += 0.0  # of two zeros the one without a sign
     return slots
 
@@ -117,13 +115,14 @@ def _read(slots: FloatArray) -> tuple[Contents, BoolArray]:
         codes = columns[0].astype(np.int64)
     good &= ((codes == columns[0]) & (codes >> ROW_BITS == 0)).all(axis=1)
     # Beyond as many buckets as there are nothing may stand.
-    beyond = np.arange(BUCKETS) >= np.count_nonzero(codes, axis=1)[:, np.newaxis]
-    good &= ~((columns != 0.0) & beyond).any(axis=(0, 2))
-    row, place = (~beyond & good[:, np.newaxis]).nonzero()
-    held = np.ascontiguousarray(columns[1:, row, place])
+    inside = np.arange(BUCKETS) < np.count_nonzero(codes, axis=1)[:, np.newaxis]
+    good &= ~((columns != 0.0) & ~inside).any(axis=(0, 2))
+    inside &= good[:, np.newaxis]
+    row = np.repeat(np.arange(good.size), np.count_nonzero(inside, axis=1))
+    held = np.stack([column[inside] for column in columns[1:]])
     totals, limits = slots[:, :_TOTALS], slots[:, _TOTALS:_HEAD]
     some = totals[:, Total.COUNT, np.newaxis] > 0.0
     limits = np.where(some | (NOTHING == 0.0), limits, NOTHING)
-    contents = Contents(totals, limits, Buckets(codes[row, place], held).moved(row))
+    contents = Contents(totals, limits, Buckets(codes[inside], held).moved(row))
     good &= contents.sound()
     return contents, good
