@@ -1,17 +1,16 @@
-"""Device arrays as metric values: kept without a wait, read all at once.
+"""Device arrays as metric values: held without a wait, read all at once.
 
-A training loop must not wait for its device because of a metric, so an array is not read when it
-comes in. It is *held* (torch: a detached clone, because callers reuse buffers and a graph must not
-stay alive; JAX arrays are immutable: the array itself), and all that are held are *read* in one
-transfer per device when a reduction needs them. What is held is one number, or the elements of an
-array, each of which counts.
+A training loop must not wait for its device because of a metric: an array that comes in is *held* (torch: a
+detached clone, because callers reuse buffers and a graph must not stay alive; JAX: the array itself, which
+is immutable), and all that are held are *read* in one transfer per device when a reduction needs them.
 
-No framework is imported here: an array can only come from a framework that its owner has imported
-already, so `sys.modules` tells which ones to ask.
+No framework is imported here: an array can only come from one that its owner has imported already, so
+`sys.modules` tells which ones to ask.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from abc import ABC, abstractmethod
 from functools import cache
@@ -43,17 +42,29 @@ class ArrayBackend(ABC):
 
     framework: str
     """The module whose presence means that arrays of this kind may come in."""
+    noun: str
 
     @abstractmethod
     def owns(self, value: object) -> bool: ...
 
     @abstractmethod
-    def hold(self, value: Any) -> Any:
-        """Return a 0-d array that the caller cannot change any more, without waiting for it."""
+    def checked(self, value: Any) -> Any:
+        """Return the array of which this process has the numbers; raises what says why there are none."""
 
     @abstractmethod
+    def kept(self, value: Any) -> Any:
+        """Return what the caller cannot change any more, without waiting for it."""
+
+    def hold(self, value: Any) -> Any:
+        """Return an array of one element to be read later."""
+        value = self.checked(value)
+        if math.prod(value.shape) != 1:
+            raise ValueError(not_one_value(self.noun, value.shape))
+        return self.kept(value)
+
     def hold_each(self, value: Any) -> Any:
-        """Return as many elements as there are, likewise."""
+        """Return an array of any number of elements to be read later."""
+        return self.kept(self.checked(value))
 
     def lost(self, value: Any) -> str | None:
         """Return why a held value cannot be read any more, or None if it can."""
@@ -69,38 +80,27 @@ class ArrayBackend(ABC):
 
     @abstractmethod
     def start(self, values: Sequence[Any]) -> Callable[[], list[Any]]:
-        """Enqueue the transfer; what is returned waits for it.
-
-        It gives a Python number for each array of one element, and for others a NumPy array of their
-        elements, shape (n,), whose numbers are those on the device.
-        """
+        """Enqueue the transfer; what is returned waits for it, and gives what `read` says."""
 
 
 class TorchArrays(ArrayBackend):
     framework = "torch"
+    noun = "tensor"
 
     def owns(self, value: object) -> bool:
         return is_of(value, "torch", "Tensor")
 
-    def hold(self, value: Any) -> Any:
+    def checked(self, value: Any) -> Any:
         value = whole_tensor(value)
-        if value.numel() != 1:
-            raise ValueError(not_one_value("tensor", value.shape))
-        self._check(value)
-        return value.detach().clone().reshape(())
-
-    def hold_each(self, value: Any) -> Any:
-        value = whole_tensor(value)
-        self._check(value)
-        contiguous = sys.modules["torch"].contiguous_format
-        return value.detach().clone(memory_format=contiguous).reshape(-1)
-
-    @staticmethod
-    def _check(value: Any) -> None:
         if value.is_complex():
             raise ValueError("a complex tensor is no number: give its real part or its magnitude")
         if value.is_meta:
             raise ValueError("a tensor on the meta device has no number: give a real one")
+        return value
+
+    def kept(self, value: Any) -> Any:
+        contiguous = sys.modules["torch"].contiguous_format
+        return value.detach().clone(memory_format=contiguous).reshape(-1)
 
     def start(self, values: Sequence[Any]) -> Callable[[], list[Any]]:
         torch = sys.modules["torch"]
@@ -156,31 +156,29 @@ def _hand_out(part: Any, sizes: Sequence[tuple[int, int]], numbers: list[Any]) -
 
 class JaxArrays(ArrayBackend):
     framework = "jax"
+    noun = "JAX array"
 
     def owns(self, value: object) -> bool:
         return is_of(value, "jax", "Array")
 
-    def hold(self, value: Any) -> Any:
-        self._check(value)
-        if value.size != 1:
-            raise ValueError(not_one_value("JAX array", value.shape))
+    def checked(self, value: Any) -> Any:
+        if is_traced(value):
+            raise TypeError(NO_NUMBER)
+        if not _is_number_type(value.dtype):
+            raise TypeError(f"an array of type {value.dtype} is no number to aggregate")
+        return value
+
+    def kept(self, value: Any) -> Any:
         return value
 
     def hold_each(self, value: Any) -> Any:
-        self._check(value)
+        value = self.checked(value)
         if not (value.is_fully_addressable or value.is_fully_replicated):
             raise ValueError(
                 "the elements of this JAX array lie on several processes, and none has them all: "
                 "give each process's own part, or use a metricfold.jax.DeviceAccumulator"
             )
         return value
-
-    @staticmethod
-    def _check(value: Any) -> None:
-        if is_traced(value):
-            raise TypeError(NO_NUMBER)
-        if not _is_number_type(value.dtype):
-            raise TypeError(f"an array of type {value.dtype} is no number to aggregate")
 
     def lost(self, value: Any) -> str | None:
         if not value.is_deleted():
@@ -270,6 +268,26 @@ def unwrapped(value: Any) -> Any:
 _PLAIN = {float, int, bool, str}
 
 
+def backend_of(value: object) -> ArrayBackend | None:
+    """Return what handles `value` if it is a device array, else None."""
+    for backend in _BACKENDS:
+        if backend.framework in sys.modules and backend.owns(value):
+            return backend
+    return None
+
+
+def hold(value: object) -> object | None:
+    """Return the one element of a device array, to be read later; None if `value` is none."""
+    backend = backend_of(value)
+    return None if backend is None else backend.hold(value)
+
+
+def hold_each(value: object) -> object | None:
+    """Return the elements of a device array, to be read later; None if `value` is none."""
+    backend = backend_of(value)
+    return None if backend is None else backend.hold_each(value)
+
+
 def counts_here(value: object) -> bool:
     """Return whether this process is the one to count `value`.
 
@@ -286,51 +304,26 @@ def ready(value: object) -> bool:
     return backend is None or backend.ready(value)
 
 
-def backend_of(value: object) -> ArrayBackend | None:
-    """Return what handles `value` if it is a device array, else None."""
-    for backend in _BACKENDS:
-        if backend.framework in sys.modules and backend.owns(value):
-            return backend
-    return None
-
-
-def hold(value: object) -> object | None:
-    """Return a 0-d array to be read later if `value` is a device array, else None."""
-    backend = backend_of(value)
-    return None if backend is None else backend.hold(value)
-
-
-def hold_each(value: object) -> object | None:
-    """Return the elements of a device array, to be read later; None if `value` is none."""
-    backend = backend_of(value)
-    return None if backend is None else backend.hold_each(value)
-
-
 def read(values: Sequence[Any]) -> Callable[[], list[Any]]:
     """Enqueue the transfer of held arrays; call the result, on any thread, for the numbers.
 
-    Of an array of more than one element they are a NumPy array, shape (n,), of its own type. In the place of one that cannot be read stands the exception that says why.
+    Of an array of more than one element they are a NumPy array, shape (n,), whose numbers are those on
+    the device. In the place of one that cannot be read stands the exception that says why.
     """
-    by_backend: dict[ArrayBackend, list[int]] = {}
-    lost: dict[int, ValueError] = {}
-    for index, value in enumerate(values):
-        backend = backend_of(value)
-        assert backend is not None
-        reason = backend.lost(value)
-        if reason is None:
-            by_backend.setdefault(backend, []).append(index)
-        else:
-            lost[index] = ValueError(reason)
+    places: dict[ArrayBackend | None, list[int]] = {}
+    for place, value in enumerate(values):
+        places.setdefault(backend_of(value), []).append(place)
     finishers = [
-        (_start(backend, [values[i] for i in indices]), indices)
-        for backend, indices in by_backend.items()
+        (_start(backend, [values[place] for place in some]), some)
+        for backend, some in places.items()
+        if backend is not None
     ]
 
     def finish() -> list[Any]:
-        numbers: list[Any] = [lost.get(index) for index in range(len(values))]
-        for finisher, indices in finishers:
-            for index, number in zip(indices, finisher(), strict=True):
-                numbers[index] = number
+        numbers: list[Any] = [None] * len(values)
+        for finisher, some in finishers:
+            for place, number in zip(some, finisher(), strict=True):
+                numbers[place] = number
         return numbers
 
     return finish

@@ -12,14 +12,12 @@ handful of arrays however many metrics there are:
 A sum is what its parts come to: one float64, or two float32, of which the second holds what the first
 has rounded away.
 
-Where the arrays are open to a program that knows nothing of them, as in JAX, the names of metrics and
-datasets lie beside them, and a *fingerprint* ties the two together. It is a word that says which layout
-the arrays are of and, by a checksum, that they have come about by folding. Whatever adds up, averages,
-casts or zeroes the arrays as it would plain metrics leaves a word that is of no layout.
+Where the arrays are open to a program that knows nothing of them, as in JAX, a *fingerprint* ties them to the
+names of metrics and datasets: a word that says which layout they are of and, by a checksum, that they have
+come about by folding. Whatever else is done to them leaves a word that is of no layout.
 
-The buckets are those of `bucket_index` at m = 6, which a device finds by shifting a float32's bits;
-u is the position inside of the bucket. CELLS is one cell for each of them, negative ones first, and
-one for zero in the middle.
+The buckets are those of `bucket_index` at m = 6, which a device finds by shifting a float32's bits; u is the
+position inside. CELLS is one cell for each of them, negative ones first, and one for zero in the middle.
 """
 
 from __future__ import annotations
@@ -110,17 +108,12 @@ class HostArrays(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Which metrics and datasets an accumulator holds, and in which rows.
-
-    Args:
-        names: of the metrics.
-        types: the aggregation of each.
-        datasets: their names; one empty name stands for metrics without a dataset.
-    """
+    """Which metrics and datasets an accumulator holds, and in which rows."""
 
     names: tuple[str, ...]
     types: tuple[AggregationType, ...]
     datasets: tuple[str, ...]
+    """One empty name stands for metrics without a dataset."""
 
     @classmethod
     def of(cls, metrics: Mapping[str, object], datasets: Iterable[str]) -> Layout:
@@ -153,13 +146,11 @@ class Layout:
         return cls(tuple(metrics), types, given or ("",))
 
     def as_json(self) -> str:
-        """Return what `from_json` reads."""
         types = [agg_type.value for agg_type in self.types]
         return json.dumps({"names": self.names, "types": types, "datasets": self.datasets})
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
-        """Return the layout of which `as_json` has said this."""
         said = json.loads(text)
         types = tuple(map(AggregationType, said["types"]))
         return cls(tuple(said["names"]), types, tuple(said["datasets"]))
@@ -172,21 +163,15 @@ class Layout:
         holds it. Ten bits say that the others are a fingerprint, of whichever layout.
         """
         digest = hashlib.blake2s(self.as_json().encode()).digest()
-        identity = int.from_bytes(digest[:4], "little") & 0xFFFFF
-        return 1 << 31 | identity << 11 | _echo(identity) << 1 | 1
+        return _marked(int.from_bytes(digest[:4], "little") & 0xFFFFF)
 
     def check_fingerprint(self, found: int) -> None:
-        """Check the fingerprint of arrays, less the checksum that it carries.
-
-        Raises:
-            ValueError: it is not that of this layout.
-        """
+        """Raise ValueError if a fingerprint, less the checksum that it carries, is not of this layout."""
         if found == self.fingerprint:
             return
-        identity = found >> 11 & 0xFFFFF
         holds = ", ".join(f"{n}: {t.value}" for n, t in zip(self.names, self.types, strict=True))
         holds += f"; datasets {self.datasets!r:.300}" if self.datasets != ("",) else ""
-        if found == 1 << 31 | identity << 11 | _echo(identity) << 1 | 1:
+        if found == _marked(found >> 11 & 0xFFFFF):
             raise ValueError(
                 f"the arrays in this accumulator ({holds}) are of one with other metrics, aggregations "
                 "or datasets, or with the same in another order: such as from a checkpoint that was "
@@ -207,43 +192,24 @@ class Layout:
     @cached_property
     def distributions(self) -> tuple[str, ...]:
         """The names of the DISTRIBUTIONs, in the order of their cells."""
-        return tuple(
-            name
-            for name, agg_type in zip(self.names, self.types, strict=True)
-            if agg_type is AggregationType.DISTRIBUTION
-        )
+        types = zip(self.names, self.types, strict=True)
+        return tuple(name for name, one in types if one is AggregationType.DISTRIBUTION)
 
     @property
     def cells(self) -> int:
         return len(self.distributions) * len(self.datasets) * CELLS
 
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of `HostArrays`."""
-        return (
-            (self.rows, COUNTS),
-            (self.rows, SUMS, 2),
-            (self.rows, EXTREMA),
-            (self.cells, MOMENTS, 2),
-            (len(self.names), 2),
-        )
-
     def place(self, name: str) -> int:
         """Return which of the metrics `name` is; raises ValueError if it is none."""
-        try:
-            return self.names.index(name)
-        except ValueError:
+        if name not in self.names:
             known = ", ".join(map(repr, self.names))
             raise ValueError(
                 f"this accumulator has no metric {name!r}, but {known}: name them all when it is made"
-            ) from None
+            )
+        return self.names.index(name)
 
     def takes_ids(self, named: str, dataset_ids: object) -> bool:
-        """Return whether `dataset_ids` come with values; `named` is what the values are called.
-
-        Raises:
-            ValueError: they must come where there are several datasets, and must not where there is none.
-        """
+        """Return whether `dataset_ids` come with values, called `named`; ValueError if they must or must not."""
         if dataset_ids is None and len(self.datasets) > 1:
             raise ValueError(
                 f"{named} is of one of {len(self.datasets)} datasets: give dataset_ids, the place of "
@@ -271,41 +237,35 @@ class Layout:
         sums = arrays.sums.astype(np.float64).sum(axis=-1)
         # Where the first overflowed, the second is meaningless.
         sums = np.where(np.isfinite(arrays.sums[..., 0]), sums, arrays.sums[..., 0])
+        extrema = arrays.extrema.astype(np.float64)
+        grids = iter(() if arrays.grid is None else np.split(arrays.grid, self.cells // CELLS))
         for row, (key, agg_type) in enumerate(self.keys()):
+            cells = next(grids) if agg_type is AggregationType.DISTRIBUTION else None
             counts = arrays.counts[row].tolist()
             if not counts[0]:
                 continue
-            extrema = arrays.extrema[row].astype(np.float64)
-            if agg_type is AggregationType.DISTRIBUTION:
-                assert arrays.grid is not None
-                name, dataset = divmod(row, len(self.datasets))
-                place = self.distributions.index(self.names[name]) * len(self.datasets) + dataset
-                cells = arrays.grid[place * CELLS : (place + 1) * CELLS]
-                yield key, _window_state(counts, sums[row], extrema, cells)
+            if cells is None:
+                yield key, _lane_state(agg_type, counts, sums[row], extrema[row])
             else:
-                yield key, _lane_state(agg_type, counts, sums[row], extrema)
+                yield key, _window_state(counts, sums[row], extrema[row], cells)
 
     def complaints(self, refused: Array) -> Iterator[str]:
         """Yield what to tell the user about values that were left out."""
-        for name, (strangers, unweighable, *unheld) in zip(
-            self.names, refused.tolist(), strict=True
-        ):
-            if strangers:
-                yield (
-                    f"{strangers} values of metric {name!r} came with dataset_ids outside of "
-                    f"0..{len(self.datasets) - 1} and were left out: each must be the place of a "
-                    f"name in datasets={self.datasets!r:.300}"
-                )
-            if unweighable:
-                yield (
-                    f"{unweighable} values of metric {name!r} came with weights that are negative, "
-                    "infinite or NaN, or, of JAX, beyond 2^63 or integers that no float32 is, and were left out"
-                )
-            if sum(unheld):
-                yield (
-                    f"{sum(unheld)} values of metric {name!r} are integers of more than 48 bits, which is "
-                    "what an accumulator holds, and were left out"
-                )
+        last = len(self.datasets) - 1
+        outside = (
+            f"came with dataset_ids outside of 0..{last} and were left out: each must be the place of a "
+            f"name in datasets={self.datasets!r:.300}"
+        )
+        bad_weights = (
+            "came with weights that are negative, infinite or NaN, or, of JAX, beyond 2^63 or integers "
+            "that no float32 is, and were left out"
+        )
+        wide = "are integers of more than 48 bits, which is what an accumulator holds, and were left out"
+        reasons = (outside, bad_weights, wide)
+        for name, (unknown, unweighable, *unheld) in zip(self.names, refused.tolist(), strict=True):
+            for number, why in zip((unknown, unweighable, sum(unheld)), reasons, strict=True):
+                if number:
+                    yield f"{number} values of metric {name!r} {why}"
 
 
 Layout.__module__ = "metricfold.device_lanes"  # where pickles find it, wherever it lies
@@ -317,9 +277,9 @@ def fits(shape: tuple[int, ...], values: tuple[int, ...]) -> tuple[int, ...] | N
     Each dimension is that of the values or 1. The first one is theirs, as of one weight per sample; if
     that does not fit, the last one is, as NumPy broadcasts.
     """
-    missing = (1,) * (len(values) - len(shape))
     if len(shape) > len(values):
         return None
+    missing = (1,) * (len(values) - len(shape))
     for full in (shape + missing, missing + shape):
         # Not `in`, by which Dynamo does not find a number equal to a size that it leaves open.
         if all(one == 1 or one == whole for one, whole in zip(full, values, strict=True)):  # noqa: PLR1714
@@ -336,18 +296,16 @@ def check_fits(what: str, shape: tuple[int, ...], values: tuple[int, ...]) -> No
         )
 
 
-def _echo(identity: int) -> int:
-    return (identity ^ identity >> 10) & 0x3FF
+def _marked(identity: int) -> int:
+    """Return the fingerprint in which 20 bits say the layout, and ten that it is one."""
+    return 1 << 31 | identity << 11 | ((identity ^ identity >> 10) & 0x3FF) << 1 | 1
 
 
 def checksum(words: Any) -> Any:
     """Return a number that the sum, the mean or the maximum of two arrays of words does not have.
 
-    Args:
-        words: uint32, shape (rows, columns), of NumPy or JAX. Of zeros it is 0.
-
-    Returns:
-        uint32, even, below 2^31: the first and the last bit of a fingerprint are its own.
+    Words are uint32 of NumPy or JAX, shape (rows, columns). The number is even and below 2^31, as the
+    first and the last bit of a fingerprint are its own; that of zeros is 0.
     """
     place = np.arange(words.size, dtype=np.uint32).reshape(words.shape)
     mixed = words * (place * np.uint32(0x9E3779B2) + np.uint32(0x85EBCA6B))
@@ -405,13 +363,8 @@ def _moments(sums: Array) -> Array:
     if len(sums) == MOMENTS:
         return sums
     w, wk, whole, rest = sums
-    return np.stack(
-        [
-            w,
-            np.ldexp(wk, -FRACTION_BITS),
-            np.ldexp(whole, -FRACTION_BITS) + np.ldexp(rest, -2 * FRACTION_BITS),
-        ]
-    )
+    unit = 2.0**-FRACTION_BITS
+    return np.stack([w, wk * unit, whole * unit + rest * unit**2])
 
 
 def _window_state(counts: Sequence[int], sums: Array, extrema: Array, cells: Array) -> State:

@@ -8,10 +8,12 @@ in a page.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from metricfold._core.sketch.record import Histogram
+import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from metricfold._core.sketch.indexing import bucket_index
@@ -33,21 +35,34 @@ __all__ = [
 BUCKETS = 512
 """Of a sketch that travels or accumulates: 16 kB. docs/histograms.md says how right that is."""
 
-# Loaded when asked for: those who only log should not wait for it.
-_HOMES = {
-    "LogLinearHistogram": "sketch",
-    "bucket_index": "indexing",
-    "fitting": "slots",
-    "joined": "slots",
-    "pack": "slots",
-    "slot_width": "slots",
-    "unpack": "slots",
-}
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts of finite values between bucket edges, with the moments that loggers ask for.
+
+    Args:
+        edges: ascending bucket edges, shape (n + 1,).
+        counts: (weighted) number of values in each bucket, shape (n,); a value on an inner edge
+            belongs to the bucket above it, as in `numpy.histogram`.
+        minimum: smallest value.
+        maximum: largest value.
+        total: (weighted) sum of the values.
+        total_squares: (weighted) sum of the squares of the values.
+    """
+
+    edges: npt.NDArray[np.float64]
+    counts: npt.NDArray[np.float64]
+    minimum: float
+    maximum: float
+    total: float
+    total_squares: float
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    """Load the rest when it is asked for: those who only log should not wait for it."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    home = {"LogLinearHistogram": "sketch", "bucket_index": "indexing"}.get(name, "slots")
+    found = getattr(import_module(f"{__name__}.{home}"), name)
     globals()[name] = found  # so that this is not asked again
     return found

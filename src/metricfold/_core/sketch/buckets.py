@@ -5,22 +5,16 @@ number that grows with x. Of the values in it three sums are kept, over their we
 where u in [0, 1) is the position between its edges. When halves become one bucket, they carry over
 exactly: a value at u in half j lies at (j + u) / 2 of the whole.
 
-How fine, says the *share* of a sketch. An octave o (of one sign) is cut into 2^m_o buckets. With c_o for
-the number that are occupied at the resolution in which its values came, 16 on a host,
+An octave o (of one sign) is cut into 2^m_o buckets. With c_o for the number that are occupied at the
+resolution in which its values came, 16 on a host,
 
-    T     the largest whole number with  Σ_o min(T, c_o) <= most
+    T     the share: the largest whole number with  Σ_o min(T, c_o) <= most
     m_o   the largest m at which o has no more than T occupied buckets.
 
 Below 16, which is m = 4, T does not go: then the octaves far from 1 have one bucket each, and those within
-*reach* share the others, from 2^-(r + 1) to 2^(r + 1) with the largest r at which each may have 16.
-
-All of this follows from the values alone, and only falls as values come in. None of it needs what was lost:
-an octave that has been cut had c_o > T, and T falls, so that it counts as T from there on; so does one in
-which values of two resolutions have met, whose c_o nobody knows. All others are as fine as they came. So it
-does not matter in which order, in how many parts and along which tree values come together.
-
-Where more octaves than buckets are occupied, 2^d neighbours each become one bucket, m = -d, in all of the
-sketch, with the smallest d that is enough.
+*reach* share the others, from 2^-(r + 1) to 2^(r + 1) with the largest r at which each may have 16. Where
+more octaves than buckets are occupied, 2^d neighbours each become one bucket, m = -d, in all of the sketch,
+with the smallest d that is enough. README.md says why none of this depends on the order of values.
 
 All functions work on many sketches at once: each bucket says in which `row` it is.
 """
@@ -90,7 +84,7 @@ class Buckets:
         Args:
             index: of a positive bucket its lower edge, counted in the finest buckets from 0; of a
                 negative one the complement of that. So both ascend with the values.
-            m: its resolution, the same in all of an octave.
+            m: its resolution.
             sums: of 1, u and u²; shape (3, n).
             cut: whether its octave is coarser than its values came.
         """
@@ -138,9 +132,7 @@ class Buckets:
     @classmethod
     def of_all(cls, parts: Sequence[Buckets]) -> Buckets:
         """Return what is in all `parts`, one after the other."""
-        if len(parts) == 1:
-            return parts[0]
-        keys, sums = [part.key for part in parts], [part.sums for part in parts]
+        keys, sums = zip(*((part.key, part.sums) for part in parts), strict=True)
         return cls(np.concatenate(keys), np.concatenate(sums, axis=1))
 
     def taken(self, places: IntArray) -> Buckets:
@@ -235,8 +227,6 @@ class Buckets:
         coarser = (m < self.m).nonzero()[0]
         if not coarser.size:
             return self
-        if coarser.size == m.size:
-            return self.coarser(m)
         # Mostly, few octaves are cut.
         some = self.taken(coarser).coarser(m[coarser])
         key, sums = self.key.copy(), self.sums.copy()
@@ -376,12 +366,12 @@ def _shares(row: IntArray, charged: IntArray, rows: int, most: int) -> IntArray:
 
     Args:
         row: the sketch of each octave, ascending.
-        charged: what the octave takes of a share that is as large.
+        charged: what it takes of a share that is as large.
         rows: how many sketches there are.
         most: how many buckets each may have.
     """
-    # If all but the k largest of an octave take what they can, a k-th of the rest is left for each. No
-    # choice of k gives too much, and the right one gives the share.
+    # If all octaves but the k largest have what they can take, a k-th of the rest is left for each of
+    # these. No k gives more than the share, and one gives the share.
     taken = charged[np.lexsort((charged, row))]
     held = np.bincount(row, minlength=rows)
     begin = held.cumsum() - held

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from metricfold._core.sketch import Histogram
 from metricfold._core.sketch.buckets import Buckets
 from metricfold._core.sketch.indexing import FloatArray, IntArray
-from metricfold._core.sketch.record import Histogram
 from metricfold._core.sketch.shape import Shapes
 
 __all__ = ["Profile", "as_histogram", "at_or_below", "mean_and_deviation", "quantiles"]

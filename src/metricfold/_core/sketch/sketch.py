@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, overload
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metricfold._core.runtime.listing import internal
-from metricfold._core.sketch import plain, summed
+from metricfold._core.sketch import Histogram, plain, summed
 from metricfold._core.sketch.buckets import FARTHEST, Buckets
 from metricfold._core.sketch.contents import Contents, Limit, Total, check_max_buckets
 from metricfold._core.sketch.estimate import (
@@ -24,8 +23,7 @@ from metricfold._core.sketch.estimate import (
 )
 from metricfold._core.sketch.filling import Table
 from metricfold._core.sketch.indexing import FINEST, FloatArray
-from metricfold._core.sketch.record import Histogram
-from metricfold._core.sketch.weights import LARGEST_WEIGHT, Waiting
+from metricfold._core.sketch.weights import LARGEST_WEIGHT, Waiting, only
 
 __all__ = ["LogLinearHistogram"]
 
@@ -70,14 +68,7 @@ class LogLinearHistogram:
     (5.5, 5.5, 10.0)
     """
 
-    __slots__ = (
-        "_held",
-        "_max_buckets",
-        "_pending",
-        "_profile",
-        "_strays",
-        "_table",
-    )
+    __slots__ = ("_held", "_max_buckets", "_pending", "_profile", "_strays", "_table")
 
     def __init__(self, max_buckets: int = 2048) -> None:
         self._max_buckets = check_max_buckets(max_buckets)
@@ -99,11 +90,10 @@ class LogLinearHistogram:
             ValueError: weights have another shape than the values, or one is negative, NaN or
                 beyond 1e150.
         """
-        array = _numbers("values", values)
-        weighing = None
+        array, weighing = _numbers("values", values), None
         if weights is not None:
             weighing = _check_weights(_numbers("weights", weights), array.shape)
-            array, weighing = array[weighing > 0], weighing[weighing > 0]
+            array, weighing = only(array, weighing, weighing > 0)
         array = array.reshape(-1)
         if array.size < _CHUNK:
             self._pending.add(array.astype(np.float64), weighing)
@@ -112,9 +102,8 @@ class LogLinearHistogram:
             return
         self._flush()
         for begin in range(0, array.size, _CHUNK):
-            part = slice(begin, begin + _CHUNK)
-            chunk = np.ascontiguousarray(array[part], dtype=np.float64)
-            self._fold(chunk, None if weighing is None else weighing[part])
+            chunk, beside = only(array, weighing, slice(begin, begin + _CHUNK))
+            self._fold(np.ascontiguousarray(chunk, dtype=np.float64), beside)
 
     def _flush(self) -> None:
         if self._pending.size:
@@ -128,9 +117,7 @@ class LogLinearHistogram:
             totals[Total.NAN] += np.count_nonzero(np.isnan(values))
             totals[Total.POSITIVE_INFINITY] += np.count_nonzero(values == math.inf)
             totals[Total.NEGATIVE_INFINITY] += np.count_nonzero(values == -math.inf)
-            finite = np.isfinite(values)
-            values = values[finite]
-            weights = None if weights is None else weights[finite]
+            values, weights = only(values, weights, np.isfinite(values))
             if not values.size:
                 return
             low, high = values.min(), values.max()
@@ -139,13 +126,10 @@ class LogLinearHistogram:
         # Of two zeros the one without a sign, which is the one that travels.
         limits[Limit.MINUS_LOW] = max(limits[Limit.MINUS_LOW], 0.0 - low)
         limits[Limit.HIGH] = max(limits[Limit.HIGH], high + 0.0)
-        if low <= 0.0 <= high:
-            nonzero = np.count_nonzero(values)
-            if nonzero < values.size:
-                other = values != 0.0
-                zeros = values.size - nonzero if weights is None else weights[~other].sum()
-                totals[Total.ZERO] += zeros
-                values, weights = values[other], None if weights is None else weights[other]
+        if low <= 0.0 <= high and not values.all():
+            zeros, beside = only(values, weights, values == 0.0)
+            totals[Total.ZERO] += zeros.size if beside is None else beside.sum()
+            values, weights = only(values, weights, values != 0.0)
         if values.size:
             self._place(values, weights)
 
@@ -158,7 +142,7 @@ class LogLinearHistogram:
             left = self._table.fold(values.view(np.int64), weights, buckets.sums)
             if not left.size:
                 return
-            values, weights = values.take(left), None if weights is None else weights.take(left)
+            values, weights = only(values, weights, left)
         self._strays.add(values, weights)
         # A table costs as much as some thousand values: let strays gather, but for the first ones.
         if not buckets.key.size or self._strays.size >= _MANY_STRAYS:
@@ -170,13 +154,9 @@ class LogLinearHistogram:
             if weights is None:
                 values = np.sort(values)  # much faster than to find their order
             else:
-                order = np.argsort(values, kind="stable")
-                values, weights = values[order], weights[order]
+                values, weights = only(values, weights, np.argsort(values, kind="stable"))
             some = Buckets.of_values(values.view(np.int64), weights, int(self._held.finest[0]))
-            self._join(some.joined())
-
-    def _join(self, other: Buckets) -> None:
-        self._hold(self._held.with_buckets(other, self._max_buckets))
+            self._hold(self._held.with_buckets(some.joined(), self._max_buckets))
 
     def _hold(self, contents: Contents) -> None:
         self._held, self._table, self._profile = contents, None, None
@@ -254,16 +234,12 @@ class LogLinearHistogram:
         """
         if not 0 <= m <= FINEST:
             raise ValueError(f"m={m!r}: the resolution must lie in 0..{FINEST}")
-        histogram = cls(max_buckets)
-        totals, limits = histogram._held.totals[0], histogram._held.limits[0]
+        contents = Contents.empty()
+        contents.totals[0] = count, squares, nan_count, posinf_count, neginf_count, zeros
         if count:
-            limits[[Limit.MINUS_LOW, Limit.HIGH]] = 0.0 - minimum, maximum + 0.0
-        totals[Total.COUNT], totals[Total.SQUARES], totals[Total.ZERO] = count, squares, zeros
-        totals[Total.NAN] = nan_count
-        totals[Total.POSITIVE_INFINITY] = posinf_count
-        totals[Total.NEGATIVE_INFINITY] = neginf_count
-        histogram._join(Buckets.signed(index, sums, m).ordered())
-        return histogram
+            contents.limits[0, [Limit.MINUS_LOW, Limit.HIGH]] = 0.0 - minimum, maximum + 0.0
+        most, buckets = check_max_buckets(max_buckets), Buckets.signed(index, sums, m).ordered()
+        return cls.of(contents.with_buckets(buckets, most), most)
 
     @classmethod
     def of(cls, contents: Contents, max_buckets: int) -> LogLinearHistogram:
@@ -437,46 +413,8 @@ class LogLinearHistogram:
 
     # -- By MAX and SUM, for one more minor version
 
-    def extents(self) -> FloatArray:
-        """Return what fixes a common layout, shape (4098,); deprecated.
-
-        Merge those of all histograms by elementwise maximum; its identity is -inf.
-        """
-        _warn_of_sums("extents")
-        return summed.extents(self.contents())
-
-    def pack(self, extents: npt.ArrayLike, max_buckets: int) -> FloatArray:
-        """Return the contents, shape (6 + 3 * max_buckets,), in the layout of `extents`; deprecated.
-
-        Merge those of all histograms by elementwise sum; its identity is 0.
-
-        Args:
-            extents: merged from all the histograms that will be summed, this one among them.
-            max_buckets: how many buckets to use.
-
-        Raises:
-            ValueError: the extents are not of this form or do not cover this histogram, or
-                `max_buckets` is too small.
-        """
-        _warn_of_sums("pack")
-        return summed.pack(self.contents(), extents, max_buckets)
-
-    @classmethod
-    def unpack(
-        cls, extents: npt.ArrayLike, vector: npt.ArrayLike, max_buckets: int
-    ) -> LogLinearHistogram:
-        """Return the merge of the histograms whose packed contents were summed to `vector`; deprecated.
-
-        Args:
-            extents: the merged ones with which all were packed.
-            vector: the sum.
-            max_buckets: with which all were packed.
-
-        Raises:
-            ValueError: extents or vector have another size, or no histograms come to them.
-        """
-        _warn_of_sums("unpack")
-        return cls.of(summed.unpack(extents, vector, max_buckets), max_buckets)
+    extents, pack = summed.extents, summed.pack
+    unpack = classmethod(summed.unpack)
 
     # -- In a checkpoint
 
@@ -498,15 +436,6 @@ class LogLinearHistogram:
 
     def __repr__(self) -> str:
         return f"LogLinearHistogram(count={self.count}, min={self.min}, max={self.max}, m={self.m})"
-
-
-def _warn_of_sums(method: str) -> None:
-    warnings.warn(
-        f"LogLinearHistogram.{method} goes in the next minor version: it cuts octaves into equal parts, "
-        "which is coarser than the histogram. Gather to_dict() of each, and merge them",
-        DeprecationWarning,
-        stacklevel=3,
-    )
 
 
 def _numbers(what: str, given: npt.ArrayLike) -> npt.NDArray[Any]:

@@ -7,6 +7,8 @@ that anybody has into equal parts, as many as there are buckets for, and add up 
 from __future__ import annotations
 
 import math
+import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +16,9 @@ import numpy.typing as npt
 from metricfold._core.sketch.buckets import MOMENTS, Buckets
 from metricfold._core.sketch.contents import NOTHING, Contents, Limit, Total, check_max_buckets
 from metricfold._core.sketch.indexing import FINEST, FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from metricfold._core.sketch.sketch import LogLinearHistogram
 
 __all__ = ["extents", "pack", "unpack"]
 
@@ -23,18 +28,33 @@ _ABSENT = -1
 """Stands for `m` of an octave that nobody has."""
 
 
-def extents(contents: Contents) -> FloatArray:
-    """Return what fixes a common layout; its identity is -inf."""
+def extents(self: LogLinearHistogram) -> FloatArray:
+    """Return what fixes a common layout, shape (4098,); deprecated.
+
+    Merge those of all histograms by elementwise maximum; its identity is -inf.
+    """
+    _warn("extents")
+    contents = self.contents()
     found = np.full(_WIDTH, -math.inf)
     found[_octaves(contents.buckets)] = FINEST - contents.buckets.m
     found[_OCTAVES:] = contents.limits[0, [Limit.HIGH, Limit.MINUS_LOW]]
     return found
 
 
-def pack(contents: Contents, merged: npt.ArrayLike, max_buckets: int) -> FloatArray:
-    """Return the sums in the layout that everyone's extents fix."""
+def pack(self: LogLinearHistogram, extents: npt.ArrayLike, max_buckets: int) -> FloatArray:
+    """Return the contents, shape (6 + 3 * max_buckets,), in the layout of `extents`; deprecated.
+
+    The extents are merged from all the histograms that will be summed, this one among them. Merge what
+    is packed by elementwise sum; its identity is 0.
+
+    Raises:
+        ValueError: the extents are not of this form or do not cover this histogram, or
+            `max_buckets` is too small.
+    """
+    _warn("pack")
+    contents = self.contents()
     check_max_buckets(max_buckets)
-    m, starts = _layout(_checked(merged), max_buckets)
+    m, starts = _layout(_checked(extents), max_buckets)
     octave = _octaves(contents.buckets)
     if not ((m[octave] != _ABSENT) & (m[octave] <= contents.buckets.m)).all():
         raise ValueError(
@@ -47,9 +67,18 @@ def pack(contents: Contents, merged: npt.ArrayLike, max_buckets: int) -> FloatAr
     return np.concatenate([contents.totals[0], *sums])
 
 
-def unpack(merged: npt.ArrayLike, lanes: npt.ArrayLike, max_buckets: int) -> Contents:
-    """Return what has been packed, from merged extents and summed lanes."""
-    array, reached = np.array(lanes, dtype=np.float64), _checked(merged)
+def unpack(
+    cls: type[LogLinearHistogram], extents: npt.ArrayLike, vector: npt.ArrayLike, max_buckets: int
+) -> LogLinearHistogram:
+    """Return the merge of the histograms whose packed contents were summed to `vector`; deprecated.
+
+    Extents and `max_buckets` are those with which all were packed.
+
+    Raises:
+        ValueError: extents or vector have another size, or no histograms come to them.
+    """
+    _warn("unpack")
+    array, reached = np.array(vector, dtype=np.float64), _checked(extents)
     size = len(Total) + MOMENTS * check_max_buckets(max_buckets)
     if array.shape != (size,):
         raise ValueError(
@@ -69,7 +98,16 @@ def unpack(merged: npt.ArrayLike, lanes: npt.ArrayLike, max_buckets: int) -> Con
     contents = Contents(array[np.newaxis, : len(Total)], limits, buckets)
     if not contents.sound().all():
         raise ValueError("these are not the numbers of a histogram")
-    return contents
+    return cls.of(contents, max_buckets)
+
+
+def _warn(method: str) -> None:
+    warnings.warn(
+        f"LogLinearHistogram.{method} goes in the next minor version: it cuts octaves into equal parts, "
+        "which is coarser than the histogram. Gather to_dict() of each, and merge them",
+        DeprecationWarning,
+        stacklevel=3,
+    )
 
 
 def _octaves(buckets: Buckets) -> IntArray:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LARGEST_COUNT", "LARGEST_WEIGHT", "Waiting", "concatenated", "countable", "weighable"]
+__all__ = [
+    "LARGEST_COUNT",
+    "LARGEST_WEIGHT",
+    "Waiting",
+    "concatenated",
+    "countable",
+    "only",
+    "weighable",
+]
 
 LARGEST_WEIGHT = 1e150
 """The squares of weights must add up to a number."""
@@ -23,6 +32,13 @@ def countable(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
 def weighable(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
     """Return which of `weights` a value that counts may have."""
     return (weights > 0.0) & (weights <= LARGEST_WEIGHT)
+
+
+def only(
+    values: npt.NDArray[Any], weights: npt.NDArray[np.float64] | None, which: Any
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64] | None]:
+    """Return some of `values`, and their weights if they have any."""
+    return values[which], None if weights is None else weights[which]
 
 
 def concatenated(
