@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 from metricfold.sinks.loud import mention
 
-__all__ = ["Unmatched", "Watch"]
+__all__ = ["Watch", "said_unmatched"]
 
 _RECORDS = 20  # so many without a single key are no chance, whatever the globs
 
@@ -22,7 +22,8 @@ class Watch:
     def __init__(self) -> None:
         self._newest: dict[str, int] = {}  # step by prefix
         self._backwards: set[str] = set()  # prefixes of which it has been said
-        self._empty: dict[str, int] = {}  # how often in a row from the start, by prefix
+        self._empty: set[str] = set()  # prefixes of aggregators that have had nothing to say
+        self._settled: set[str] = set()  # those that have, or of which it has been said
 
     def step(self, step: int, prefix: str) -> None:
         """Take note of a step, and say so if it goes back."""
@@ -44,54 +45,41 @@ class Watch:
     def aggregated(self, step: int, prefix: str, metrics: Mapping[str, float]) -> None:
         """Say so if an aggregator has had nothing to say so far."""
         if metrics:
-            self._empty[prefix] = -1
-            return
-        times = self._empty.get(prefix, 0)
-        if times < 0:
+            self._settled.add(prefix)
+        if prefix in self._settled:
             return
         # The first log may come before the first batch, at step 0.
-        if step > 0 or times > 0:
+        if step > 0 or prefix in self._empty:
+            self._settled.add(prefix)
             mention(
                 f"no metric has come in so far: the record of step {step}, {_with(prefix)}, is empty. "
                 "Call aggregator.update(batch.pop('metrics')) or aggregator.record(name, value) on "
                 "the aggregator that is logged, and drain accumulators into it: "
                 "accumulator = aggregator.drain(accumulator)"
             )
-            times = -2
-        self._empty[prefix] = times + 1
+        self._empty.add(prefix)
 
 
-class Unmatched:
-    """Looks at what a sink's globs leave over, until they have selected a key.
-
-    Args:
-        patterns: the globs.
-    """
-
-    def __init__(self, patterns: Sequence[str]) -> None:
-        self._patterns = patterns
-        self._records = 0
-
-    def saw(self, sink: object, keys: Iterable[str]) -> bool:
-        """Take note of a record of which nothing is selected; return whether that has been said."""
-        self._records += 1
-        keys = sorted(keys)
-        near = (
-            f". A glob is over whole keys, and upper and lower case differ: for {key!r} write "
-            f"{_widened(pattern, key)!r}"
-            for pattern in self._patterns
-            for key in keys
-            if fnmatchcase(key.lower(), f"*{pattern.lower()}*")
-        )
-        why = next(near, None)
-        if why is None and self._records < _RECORDS:
-            return False
-        why = why or f" of {self._records} records, such as {', '.join(map(repr, keys[:3]))}"
-        mention(
-            f"{sink!r} has nothing to write so far: select={list(self._patterns)!r} matches none of "
-            f"the keys{why}"
-        )
-        return True
+def said_unmatched(
+    sink: object, patterns: Sequence[str], keys: Iterable[str], records: int
+) -> bool:
+    """Say that so many `records` of a sink had no key that its globs select, if that is a mistake."""
+    keys = sorted(keys)
+    near = (
+        f". A glob is over whole keys, and upper and lower case differ: for {key!r} write "
+        f"{_widened(pattern, key)!r}"
+        for pattern in patterns
+        for key in keys
+        if fnmatchcase(key.lower(), f"*{pattern.lower()}*")
+    )
+    why = next(near, None)
+    if why is None and records < _RECORDS:
+        return False
+    why = why or f" of {records} records, such as {', '.join(map(repr, keys[:3]))}"
+    mention(
+        f"{sink!r} has nothing to write so far: select={list(patterns)!r} matches none of the keys{why}"
+    )
+    return True
 
 
 def _widened(pattern: str, key: str) -> str:

@@ -23,10 +23,12 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
 from metricfold._core.runtime.processes import at_exit, start_thread
+from metricfold.sinks.worker import error_of
 
 __all__ = ["SECONDS", "Endable", "look_after", "unwatch", "watch"]
 
@@ -48,32 +50,27 @@ class Endable(Protocol):
 
 
 class _Watch:
-    """What watches over one process; a forked child begins with a new one.
-
-    Attributes:
-        watched: what is to be told.
-        before: what each signal did before our handler.
-        pipe: where signals are read and written; None as long as none is handled.
-    """
+    """What watches over one process; a forked child begins with a new one."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.watched: list[Endable] = []
-        self.before: dict[int, Any] = {}
-        self.pipe: tuple[int, int] | None = None
+        self.before: dict[int, Any] = {}  # what each signal did before our handler
+        self.pipe: tuple[int, int] | None = None  # of signals; None as long as none is handled
         self.hooked = False
         self._installed: dict[int, int] = {}  # the address of Python's C code, per signal
-        # What the main thread waits for, in our handler.
-        self._turns: dict[int, threading.Event] = {}
+        self._turns: dict[
+            int, threading.Event
+        ] = {}  # what our handler in the main thread waits for
         self._answering: set[int] = set()
         self._lock = threading.Lock()  # guards `_answering`; never taken in a handler
 
     # -- Taking over signals, and giving them back; in the main thread
 
-    def install(self) -> None:
+    def look_after(self) -> None:
         """Put our handler in front of what is there, wherever that can still be called."""
-        for signum in SIGNALS:
-            if signum not in self.before:
+        if not self.before:
+            for signum in SIGNALS:
                 self._install(signum)
         if self.before and self.pipe is None:
             self.pipe = os.pipe()
@@ -166,9 +163,8 @@ class _Watch:
         """Write everything, and die of the signal if nobody else wants it."""
         dying, deadline = self._mortal(signum), time.monotonic() + SECONDS
         # Side by side, so that one that hangs takes no time from the others.
-        watched = self.watched.copy()
-        name = "metricfold end"
-        for thread in [start_thread(_end, one, dying, deadline, name=name) for one in watched]:
+        ends = [partial(one.end_on_signal, dying=dying, deadline=deadline) for one in self.watched]
+        for thread in [start_thread(error_of, end, name="metricfold end") for end in ends]:
             thread.join(max(deadline - time.monotonic(), 0.1))
         if dying and self._mortal(signum):
             _die(signum)
@@ -181,12 +177,6 @@ class _Watch:
         """Whether this process, but for us, would have died of the signal."""
         default = self.before.get(signum) == signal.SIG_DFL and os.getpid() != _INIT
         return default and signal.getsignal(signum) is _on_signal
-
-
-def _end(one: Endable, dying: bool, deadline: float) -> None:
-    # Whatever a sink of the user's raises: the others have their turn.
-    with contextlib.suppress(BaseException):
-        one.end_on_signal(dying=dying, deadline=deadline)
 
 
 _watch = _Watch()
@@ -209,12 +199,8 @@ def look_after() -> None:
     A logger that was made in another thread takes over signals at its first log in the main one,
     which alone may.
     """
-    if not _may_handle():
-        return
-    if not _watch.before:
-        _watch.install()
-    else:
-        _watch.set_wakeup(ours=True)
+    if _may_handle():
+        _watch.look_after()
 
 
 def unwatch(one: Endable) -> None:
@@ -297,7 +283,6 @@ def _after_in_child() -> None:
     _after_in_parent()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child
-    )
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+)

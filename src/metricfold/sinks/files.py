@@ -65,7 +65,8 @@ class AppendFile:
         with _sharing, contextlib.ExitStack() as undo:
             undo.callback(file.close)
             for other in _shared:
-                if other.joined(file):
+                # Before the guard: a write to another file, whose server is away, may hold that.
+                if other.identity == file.identity and other.join(file.identity):
                     return other
             if file.regular:
                 file.locked = _lock(file._descriptor, path)
@@ -73,16 +74,12 @@ class AppendFile:
             undo.pop_all()
         return file
 
-    def joined(self, other: AppendFile) -> bool:
-        """Take one more user if `other` is this file, and say whether it is."""
-        # Before the guard: a write to another file, whose server is away, may hold that for ever.
-        if self.identity != other.identity:
-            return False
+    def join(self, identity: tuple[int, int]) -> bool:
         with self.guard:
             is_open = self._descriptor >= 0 and self._process == os.getpid()
-            same = is_open and self.identity == other.identity
-            self._users += same
-            return same
+            joined = is_open and self.identity == identity
+            self._users += joined
+            return joined
 
     @property
     def regular(self) -> bool:
@@ -134,7 +131,6 @@ class AppendFile:
             count *= 2
 
     def truncate(self, size: int) -> None:
-        """Cut everything after the first `size` bytes."""
         os.ftruncate(self._descriptor, size)
 
     def replace(self, pieces: Iterable[bytes]) -> None:
@@ -188,8 +184,7 @@ class FileSink(SelectiveSink):
     _file: AppendFile | None = None
 
     @abstractmethod
-    def _new_file(self) -> AppendFile:
-        """Open the file."""
+    def _new_file(self) -> AppendFile: ...
 
     def _opened(self) -> AppendFile:
         """Return the file, a new one if its path does not name the open one any more."""
@@ -204,7 +199,6 @@ class FileSink(SelectiveSink):
         return self._file
 
     def close(self) -> None:
-        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -3,11 +3,8 @@
     {"step": 50, "wall_time": 1760000000.0, "prefix": "train", "metrics": {"train/loss": 2.31},
      "histograms": {}}
 
-What has axes, what alerts have found and what the run is stand behind these where a record has them
-(``"arrays"``, ``"alerts"``, ``"run"``). A reader leaves what it does not know.
-
-Every line is valid JSON by itself. JSON has no NaN and no infinity, so these are written as the
-strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, and `read_jsonl` turns them back into floats.
+``"arrays"``, ``"alerts"`` and ``"run"`` stand behind these where a record has them. JSON has no NaN
+and no infinity, so these are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``.
 """
 
 from __future__ import annotations
@@ -156,17 +153,11 @@ _LONGEST = 1 << 28  # bytes of a line; no record comes near
 
 
 class _Line(NamedTuple):
-    """One line of a file.
+    """One line of a file."""
 
-    Args:
-        number: from 1 on.
-        start: its offset in bytes.
-        text: with its line break, if it has one.
-    """
-
-    number: int
-    start: int
-    text: bytes
+    number: int  # from 1 on
+    start: int  # in bytes
+    text: bytes  # with its line break, if it has one
 
     def is_torn(self) -> bool:
         """Return whether this is what a crash leaves of a record."""

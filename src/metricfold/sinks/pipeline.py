@@ -31,41 +31,24 @@ __all__ = ["Entry", "Extra", "Pipeline"]
 
 _log = logging.getLogger("metricfold")
 
-
 Extra: TypeAlias = Mapping[str, float] | Callable[[Snapshot], Mapping[str, float | None]]
 """Further numbers by key, or a function of the result that gives them."""
 
 
 class Entry(NamedTuple):
-    """What one `log` call accepted.
-
-    Args:
-        step: the training step.
-        wall_time: when `log` was called, in Unix seconds.
-        source: numbers by key, or the result, perhaps still to come, of a reduction.
-        prefix: what keys start with; empty for a dict that was given none.
-        window: what its numbers speak about.
-        rollup: which totals over datasets it has.
-        extra: further numbers by key, or what gives them.
-    """
+    """What one `log` call accepted."""
 
     step: int
-    wall_time: float
-    source: Mapping[str, float] | Future[Snapshot]
-    prefix: str
+    wall_time: float  # in Unix seconds
+    source: Mapping[str, float] | Future[Snapshot]  # a result may still be to come
+    prefix: str  # empty for a dict that was given none
     window: WindowLike
     rollup: Rollup
     extra: Extra
 
 
 class Pipeline(Consumer):
-    """The threads of one logger; made on the rank that writes.
-
-    Args:
-        sinks: where records go.
-        queue_size: how many records may wait for each sink.
-        on_alert: is told of each alert.
-    """
+    """The threads of one logger; made on the rank that writes."""
 
     def __init__(
         self,
@@ -99,7 +82,6 @@ class Pipeline(Consumer):
                 self._inbox.put((entry, accepting))
 
     def rewind(self, step: int) -> None:
-        """Rewind all sinks to `step`, after everything accepted so far."""
         self._inbox.put(Rewind(step))
 
     def flush(self, patience: Patience) -> bool:
@@ -112,11 +94,7 @@ class Pipeline(Consumer):
     def close(self, patience: Patience, *, hurry: bool) -> None:
         """Write and flush what was accepted, close the sinks, and end the threads.
 
-        What could not be written is said in one table.
-
-        Args:
-            patience: how long to wait for each thread.
-            hurry: do not wait for reductions that are still under way.
+        What could not be written is said in one table. In a `hurry`, no reduction is waited for.
         """
         if hurry and not self._hurry.done():
             self._hurry.set_result(None)
@@ -138,7 +116,6 @@ class Pipeline(Consumer):
         return sum(worker.failures() for worker in self._workers)
 
     def failure(self) -> str:
-        """Return what has failed, in words."""
         return "; ".join(filter(None, (worker.failure() for worker in self._workers)))
 
     @staticmethod

@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Any, TypeVar
 
 from metricfold.metric import check_name
-from metricfold.sinks.early import Unmatched
+from metricfold.sinks.early import said_unmatched
 from metricfold.sinks.record import Record
 
 __all__ = ["SelectiveSink"]
@@ -47,8 +47,9 @@ class SelectiveSink(ABC):
             )
         self._left_out = tuple(one[1:] for one in globs if one.startswith("!"))
         self._patterns = tuple(one for one in globs if not one.startswith("!")) or ("*",)
-        # What looks for a mistake, until a key has been selected.
-        self._unmatched: Unmatched | None = Unmatched(globs)
+        self._globs = globs
+        # How many records had no key for us; None once one has, or a mistake has been said.
+        self._unmatched: int | None = 0
         self._format = key_format if callable(key_format) else _formatter(key_format)
         # key -> its name here and the place of the pattern that selects it, or None: not selected
         self._names: dict[str, tuple[str, int] | None] = {}
@@ -66,7 +67,8 @@ class SelectiveSink(ABC):
         found = any(chosen.values())
         if self._unmatched is not None and any(given.values()):
             keys = {key for values in given.values() for key in values}
-            if found or self._unmatched.saw(self, keys):
+            self._unmatched += 1
+            if found or said_unmatched(self, self._globs, keys, self._unmatched):
                 self._unmatched = None
         if found or record.alerts:
             self._write(replace(record, **chosen))

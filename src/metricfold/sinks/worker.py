@@ -52,15 +52,10 @@ _CANNOT_BE = (
 
 
 class Patience(NamedTuple):
-    """How long a thread is waited for.
+    """How long a thread is waited for."""
 
-    Args:
-        seconds: without progress, after which to give up.
-        deadline: on the monotonic clock, when to give up in any case.
-    """
-
-    seconds: float
-    deadline: float = math.inf
+    seconds: float  # without progress
+    deadline: float = math.inf  # in any case; on the monotonic clock
 
 
 class Consumer:
@@ -73,7 +68,6 @@ class Consumer:
         self._thread: threading.Thread
 
     def is_here(self) -> bool:
-        """Return whether it is this thread that asks."""
         return self._thread is threading.current_thread()
 
     def wait(self, done: threading.Event, patience: Patience) -> bool:
@@ -99,10 +93,6 @@ class SinkWorker(Consumer):
     alternatives are to stall the training or to fill its memory. That is decided once, by
     `reserve`, before a record is even made: what was accepted is written, and flushed within
     `FLUSH_SECONDS`, unless the sink fails until the end.
-
-    Args:
-        sink: the sink; called from this thread only.
-        queue_size: how many records may wait.
     """
 
     def __init__(self, sink: Sink, queue_size: int) -> None:
@@ -126,7 +116,7 @@ class SinkWorker(Consumer):
         self._flushes: list[Flush] = []  # those of `_pending` that have no answer yet
         self._trouble: _Trouble | None = None  # with the first of `_pending`
         self._due = 0.0  # on the monotonic clock, when the first of `_pending` is to be tried
-        self._flush_due: float | None = None  # None: all is flushed
+        self._flush_due = math.inf  # if all is flushed
         self._process = os.getpid()  # a sink may fork, and leave the child in here
         self._bears = _FAILING_SECONDS  # once it is closing
         self._closing_since = math.inf
@@ -146,13 +136,12 @@ class SinkWorker(Consumer):
             self._refused += 1
             if self._refused > 1:
                 return
-        trouble = self._trouble
         why = (
             "it is slower than the training. Log less often, or give MetricsLogger a larger "
             "queue_size"
-            if trouble is None
-            else f"it has failed for {trouble.seconds():.0f} s, with {trouble.error!r}"
         )
+        if (trouble := self._trouble) is not None:
+            why = f"it has failed for {trouble.seconds():.0f} s, with {trouble.error!r}"
         say(
             f"{self._name}: {self._queue_size} records wait, and that of step {step} is the first "
             f"to be left out: {why}. How many were left out is said in the end"
@@ -163,16 +152,11 @@ class SinkWorker(Consumer):
         self._inbox.put(item)
 
     def release(self, *, unmade: bool) -> None:
-        """Take note that a record that was accepted will not come.
-
-        Args:
-            unmade: nobody else says so.
-        """
+        """Take note that a record that was accepted will not come; if `unmade`, it counts as missing."""
         self._released += 1
         self._unmade += unmade
 
     def flush(self) -> Flush:
-        """Ask for everything accepted so far to be written and flushed."""
         flush = Flush(time.monotonic() + _FAILING_SECONDS)
         self._inbox.put(flush)
         return flush
@@ -186,7 +170,6 @@ class SinkWorker(Consumer):
         return self._closed
 
     def failures(self) -> int:
-        """Return a number that grows with each record that is missing, and each loud failure."""
         return self._missing() + len(self._said)
 
     def failure(self) -> str:
@@ -197,11 +180,7 @@ class SinkWorker(Consumer):
         return ", ".join(line.strip() for line in self.report(closed=True))
 
     def report(self, *, closed: bool) -> list[str]:
-        """Return lines about what this sink has not got; none if it has got all.
-
-        Args:
-            closed: whether the sink has come to its end.
-        """
+        """Return lines about what this sink, which is `closed` or hangs, has not got; none if all."""
         lost = self._missing() - self._skipped + self._waiting()
         if not self._skipped and not lost and not self._causes:
             return []
@@ -221,8 +200,7 @@ class SinkWorker(Consumer):
         return lines
 
     def _waiting(self) -> int:
-        done = self._written + self._skipped + self._lost + self._released
-        return self._reserved - done
+        return self._reserved - self._written - self._skipped - self._lost - self._released
 
     def _missing(self) -> int:
         return self._skipped + self._lost + self._refused + self._unmade
@@ -235,17 +213,15 @@ class SinkWorker(Consumer):
             if self._pending and time.monotonic() >= self._due:
                 self._try_first()
             self._give_up_flushes()
-            if self._flush_due is not None and time.monotonic() >= self._flush_due:
+            if time.monotonic() >= self._flush_due:
                 self._flushed()
 
     def _receive(self) -> None:
         """Move what has come in to `_pending`; sleep until something is due."""
-        due = [flush.give_up_at for flush in self._flushes]
+        due = [self._flush_due, *(flush.give_up_at for flush in self._flushes)]
         if self._pending:
             due.append(self._due)
-        if self._flush_due is not None:
-            due.append(self._flush_due)
-        wait_seconds = max(0.0, min(due) - time.monotonic()) if due else None
+        wait_seconds = max(0.0, min(due) - time.monotonic()) if min(due) < math.inf else None
         try:
             item = self._inbox.get(timeout=wait_seconds)
         except queue.Empty:
@@ -312,7 +288,8 @@ class SinkWorker(Consumer):
             if trouble is not None and trouble.said and first and not self._last_pass:
                 mention(f"{self._name} is back after {trouble.seconds():.1f} s")
             self._written += is_record
-            self._flush_due = self._flush_due or time.monotonic() + is_record * FLUSH_SECONDS
+            if self._flush_due == math.inf:
+                self._flush_due = time.monotonic() + FLUSH_SECONDS * is_record
         return None if isinstance(error, _THIS_RECORD) else error
 
     def _ask_next(self, trouble: _Trouble) -> None:
@@ -351,7 +328,7 @@ class SinkWorker(Consumer):
             if not self._flushed() and wait:
                 self._due = time.monotonic() + _PAUSES[0]
                 return False
-            self._answer(flush, well=self._flush_due is None)
+            self._answer(flush, well=self._flush_due == math.inf)
         return True
 
     def _answer(self, flush: Flush, *, well: bool) -> None:
@@ -370,15 +347,12 @@ class SinkWorker(Consumer):
 
     def _flushed(self) -> bool:
         """Flush what has been written since the last time; return whether all is flushed."""
-        if self._flush_due is None:
-            return True
-        error = error_of(self._sink.flush)
-        if error is None:
-            self._flush_due = None
-            return True
-        self._flush_due = time.monotonic() + FLUSH_SECONDS
-        self._note("flush()", error)
-        return False
+        error = None if self._flush_due == math.inf else error_of(self._sink.flush)
+        self._flush_due = math.inf
+        if error is not None:
+            self._flush_due = time.monotonic() + FLUSH_SECONDS
+            self._note("flush()", error)
+        return error is None
 
     def _end(self) -> None:
         if self._flushed():
@@ -474,17 +448,11 @@ class Rewind(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Flush:
-    """A flush that was asked for.
+    """A flush that was asked for."""
 
-    Args:
-        give_up_at: when a sink that fails is waited for no longer.
-        done: set when it is answered.
-        well: once answered, whether all that was logged since the flush before is where it should be.
-    """
-
-    give_up_at: float
-    done: threading.Event = field(default_factory=threading.Event)
-    well: bool = False
+    give_up_at: float  # when a sink that fails is waited for no longer
+    done: threading.Event = field(default_factory=threading.Event)  # set by the answer:
+    well: bool = False  # whether all that was logged since the flush before is where it should be
 
 
 _Item: TypeAlias = Record | Rewind | Flush | None
@@ -496,22 +464,13 @@ def _method(item: Record | Rewind) -> str:
 
 @dataclass(slots=True)
 class _Trouble:
-    """What holds up the first of those that wait.
+    """What holds up the first of those that wait."""
 
-    Args:
-        error: the newest.
-        since: on the monotonic clock, when it was first tried.
-        attempts: how often it has been tried.
-        suspects: how many records, from the first, have failed since.
-        lost: how many were lost, one after the other, in the last pass.
-        said: whether anything has been said of it.
-    """
-
-    error: BaseException
+    error: BaseException  # the newest
     since: float = field(default_factory=time.monotonic)
     attempts: int = 0
-    suspects: int = 1
-    lost: int = 0
+    suspects: int = 1  # how many records, from the first, have failed since
+    lost: int = 0  # one after the other, in the last pass
     said: bool = False
 
     def seconds(self) -> float:
