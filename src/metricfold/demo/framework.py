@@ -1,4 +1,4 @@
-"""What differs between the frameworks that the demo trains with."""
+"""What the demo's loops have in common, and what differs between the frameworks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from types import MappingProxyType
 
 from metricfold.demo.mixture import Cut, cut_by_time, cut_evenly
 
-__all__ = ["FRAMEWORKS", "Framework", "virtual_devices"]
+__all__ = ["FRAMEWORKS", "LOG_EVERY", "ON_SCREEN", "SAVE_EVERY", "Framework", "virtual_devices"]
+
+LOG_EVERY = 10
+SAVE_EVERY = 50  # after a validation pass
+ON_SCREEN = [
+    *("*/loss", "*/perplexity", "*/grad_norm", "*/grad_norm_*", "*/tok*"),
+    *("*/seq_len_stat_mean", "*/seq_len_stat_std", "*/seq_len_stat_p50", "*/kind*"),
+    *("*/data_seconds", "*/data_share", "*/data_slowest_*"),
+]
 
 
 @dataclass(frozen=True, slots=True)

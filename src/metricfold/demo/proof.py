@@ -8,8 +8,7 @@ computes its own value and the mean of these is taken, as loops without metricfo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -17,12 +16,12 @@ import numpy as np
 
 from metricfold import read_jsonl
 from metricfold.demo.folder import RunFolder
-from metricfold.demo.framework import Framework
 from metricfold.demo.ledger import Page, read_ledger
 from metricfold.demo.mixture import Mixture
 from metricfold.demo.texts import DemoError
+from metricfold.sinks import Record
 
-__all__ = ["Proof", "Row", "prove"]
+__all__ = ["Proof", "Row", "count", "prove"]
 
 
 class Row(NamedTuple):
@@ -42,21 +41,12 @@ class Row(NamedTuple):
         return math.isclose(self.ours, self.truth, rel_tol=tolerance)
 
 
-@dataclass(frozen=True, slots=True)
-class Proof:
+class Proof(NamedTuple):
     """What came of counting again what the last launch has logged."""
 
-    framework: Framework  # says whether it is ranks or devices below
     interval: range  # the steps that the last log speaks about; it gives totals since the beginning
     rows: list[Row]
-    logs: int  # of the training metrics in this launch
-    saves: int  # checkpoints
-    collectives: int  # that the training metrics took for both
-    schema_rounds: int  # of them, those in which the ranks had to agree on new keys or categories
-    holding: float  # seconds that a log held up its step on the slowest rank: the median
-    gradient_norm: float  # the largest of one rank's gradient in the interval
-    gradient_owner: int  # the rank that it was on
-    losses: dict[int, float]  # over all datasets, by step, over the whole run
+    sentences: list[str]  # what else there is to say of the launch
 
     def check(self) -> None:
         """Raise `DemoError` if anything that was logged is not what the data say."""
@@ -83,23 +73,45 @@ def prove(folder: RunFolder) -> Proof:
     steps = [record.step for record in logs if record.step >= first]
     # A checkpoint follows right after a log, so a launch begins with a new interval.
     interval = range(max(steps[:-1], default=first - 1) + 1, step + 1)
-    logged = logs[-1].metrics
+    # A validation pass comes before every checkpoint.
+    saves = sum(one.prefix == "val" and one.step >= first for one in records)
+    logged, part = logs[-1].metrics, folder.framework.part
+    owner, norm = logged[f"train/grad_norm_{part}"], logged["train/grad_norm"]
+    sentences = [
+        *_fall_of_the_loss(logs, mixture),
+        *_costs(pages, len(steps), saves, on_ranks=part == "rank"),
+        f"The largest gradient of these steps was {part} {owner:.0f}'s, of norm {norm:.3g}",
+    ]
+    return Proof(interval, _rows(mixture, pages, interval, logged), sentences)
+
+
+def count(number: int, what: str) -> str:
+    """Return "1 step" or "2,000 steps"."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def _fall_of_the_loss(logs: list[Record], mixture: Mixture) -> Iterator[str]:
     # There is a number over all datasets where there is more than one.
     loss = "train/loss" if len(mixture.names) > 1 else f"train_{mixture.names[0]}/loss"
-    return Proof(
-        framework=folder.framework,
-        interval=interval,
-        rows=_rows(mixture, pages, interval, logged),
-        logs=len(steps),
-        # A validation pass comes before every checkpoint.
-        saves=sum(one.prefix == "val" and one.step >= first for one in records),
-        collectives=pages[0].collectives,
-        schema_rounds=pages[0].schema_rounds,
-        holding=max(median(page.logging) for page in pages),
-        gradient_norm=logged["train/grad_norm"],
-        gradient_owner=int(logged[f"train/grad_norm_{folder.framework.part}"]),
-        losses={log.step: log.metrics[loss] for log in logs if loss in log.metrics},
-    )
+    losses = [(log.metrics[loss], log.step) for log in logs if loss in log.metrics]
+    if len(losses) > 1:
+        yield "The loss went from {:.2f} at step {} to {:.2f} at step {}".format(
+            *losses[0], *losses[-1]
+        )
+
+
+def _costs(pages: list[Page], logs: int, saves: int, *, on_ranks: bool) -> Iterator[str]:
+    did = f"{count(logs, 'log')} and {count(saves, 'checkpoint')} took"
+    holding = max(median(page.logging) for page in pages)
+    held = f"logger.log() returned after {1e3 * holding:.2g} ms (median"
+    if on_ranks:
+        agreeing = pages[0].collectives - logs - saves
+        new = f", and {agreeing} for new keys and categories (in {pages[0].schema_rounds} of them)"
+        yield f"{did} {count(pages[0].collectives, 'collective')}: one each{new if agreeing else ''}"
+        yield f"{held} on the slowest rank)"
+    else:
+        yield f"{did} no collective: each step brings its metrics over the devices together"
+        yield f"{held})"
 
 
 def _rows(

@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from metricfold.demo.folder import RunFolder
-from metricfold.demo.proof import Proof, Row
+from metricfold.demo.proof import Proof, Row, count
 
-__all__ = ["count", "print_opening", "print_proof", "print_resumed", "print_where_to_look"]
+__all__ = ["print_opening", "print_proof", "print_resumed", "print_where_to_look"]
 
 
 def print_opening(console: Console, folder: RunFolder, parts: int, steps: int) -> None:
@@ -37,9 +36,9 @@ def print_opening(console: Console, folder: RunFolder, parts: int, steps: int) -
         console.print(Text(f"  {corpus.name}: {len(corpus.training):,} texts, {megabytes:.2f} MB"))
 
 
-def print_proof(console: Console, proof: Proof) -> None:
+def print_proof(console: Console, folder: RunFolder, proof: Proof) -> None:
     """Show the numbers side by side, and what it cost to get them."""
-    parts = f"{proof.framework.part}s"
+    parts = f"{folder.framework.part}s"
     table = Table(
         title=(
             "The last log, counted again from the data "
@@ -66,13 +65,13 @@ def print_proof(console: Console, proof: Proof) -> None:
             table.add_row(label, Text(row.dataset), _ours(row), _averaged(row), _number(row.truth))
             label = ""
     console.print(table)
-    for sentence in _sentences(proof):
+    for sentence in proof.sentences:
         console.print(Padding(f"{sentence}.", (0, 0, 0, 2), expand=False), highlight=False)
 
 
-def print_resumed(console: Console, proof: Proof, parts: int) -> None:
+def print_resumed(console: Console, folder: RunFolder, proof: Proof, parts: int) -> None:
     """Show that every token counts once, although the number of ranks or devices has changed."""
-    now = count(parts, proof.framework.part)
+    now = count(parts, folder.framework.part)
     console.print(f"\nAfter step {proof.interval[-1]}, now on {now}:", style="bold")
     for row in proof.rows:
         if row.metric == "tokens_seen":
@@ -99,32 +98,6 @@ def print_where_to_look(console: Console, folder: RunFolder) -> None:
     ):
         # Whole, so that it can be copied, however narrow the terminal.
         console.print(f"  {label + ':':14}{what}", soft_wrap=True, markup=False, highlight=False)
-
-
-def count(number: int, what: str) -> str:
-    """Return "1 step" or "2,000 steps"."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
-
-
-def _sentences(proof: Proof) -> Iterator[str]:
-    logged = list(proof.losses.items())
-    if len(logged) > 1:
-        (first, before), (last, after) = logged[0], logged[-1]
-        yield f"The loss went from {before:.2f} at step {first} to {after:.2f} at step {last}"
-    did = f"{count(proof.logs, 'log')} and {count(proof.saves, 'checkpoint')} took"
-    held = f"logger.log() returned after {1e3 * proof.holding:.2g} ms (median"
-    if proof.framework.part == "device":
-        yield f"{did} no collective: each step brings its metrics over the devices together"
-        yield f"{held})"
-    else:
-        agreeing = proof.collectives - proof.logs - proof.saves
-        new = f", and {agreeing} for new keys and categories (in {proof.schema_rounds} of them)"
-        yield f"{did} {count(proof.collectives, 'collective')}: one each{new if agreeing else ''}"
-        yield f"{held} on the slowest rank)"
-    yield (
-        f"The largest gradient of these steps was {proof.framework.part} {proof.gradient_owner}'s, "
-        f"of norm {proof.gradient_norm:.3g}"
-    )
 
 
 def _ours(row: Row) -> Text:

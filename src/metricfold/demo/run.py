@@ -71,22 +71,22 @@ def _train_and_prove(
     console: Console, folder: RunFolder, parts: int, steps: int, *, resume: bool
 ) -> None:
     from metricfold.demo import report  # noqa: PLC0415 - needs rich
-    from metricfold.demo.proof import prove  # noqa: PLC0415
+    from metricfold.demo.proof import count, prove  # noqa: PLC0415
 
     report.print_opening(console, folder, parts, steps)
     _train(folder, parts, steps, resume=resume)
     proof = prove(folder)
-    report.print_proof(console, proof)
+    report.print_proof(console, folder, proof)
     proof.check()
 
     others = parts + 1 if parts < SAMPLES_PER_STEP else parts - 1
     console.print(
         "\nThe run stops here, and goes on from its checkpoint on "
-        f"{report.count(others, folder.framework.part)}.\n"
+        f"{count(others, folder.framework.part)}.\n"
     )
     _train(folder, others, min(steps, _RESUMED_STEPS), resume=True)
     proof = prove(folder)
-    report.print_resumed(console, proof, others)
+    report.print_resumed(console, folder, proof, others)
     proof.check()
     report.print_where_to_look(console, folder)
 

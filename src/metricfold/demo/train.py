@@ -40,6 +40,7 @@ from metricfold import (
 )
 from metricfold.demo.batches import TaggedSamples, held_out, pad
 from metricfold.demo.folder import RunFolder
+from metricfold.demo.framework import LOG_EVERY, ON_SCREEN, SAVE_EVERY
 from metricfold.demo.gradients import LocalGradientNorm
 from metricfold.demo.launch import arguments_of_rank
 from metricfold.demo.ledger import Ledger
@@ -47,14 +48,7 @@ from metricfold.demo.mixture import Mixture
 from metricfold.demo.model import ByteTransformer
 from metricfold.torch import DeviceAccumulator
 
-LOG_EVERY = 10
-SAVE_EVERY = 50  # after a validation pass
 IGNORED = -100  # the label of what is not to be predicted
-ON_SCREEN = [
-    *("*/loss", "*/perplexity", "*/grad_norm", "*/grad_norm_rank", "*/tok*"),
-    *("*/seq_len_stat_mean", "*/seq_len_stat_std", "*/seq_len_stat_p50", "*/kind*"),
-    *("*/data_seconds", "*/data_share", "*/data_slowest_rank"),
-]
 
 
 def train(folder: RunFolder, steps: int, *, resume: bool) -> None:

@@ -44,19 +44,12 @@ from metricfold import (
 )
 from metricfold.demo.batches import TaggedSamples, held_out, pad
 from metricfold.demo.folder import RunFolder
+from metricfold.demo.framework import LOG_EVERY, ON_SCREEN, SAVE_EVERY
 from metricfold.demo.jax.model import ByteTransformer
 from metricfold.demo.launch import arguments_of_rank
 from metricfold.demo.ledger import Ledger
 from metricfold.demo.mixture import SAMPLES_PER_STEP, Mixture
 from metricfold.jax import DataParallel, DeviceMeshManager, DistributedMetrics
-
-LOG_EVERY = 10
-SAVE_EVERY = 50  # after a validation pass
-ON_SCREEN = [
-    *("*/loss", "*/perplexity", "*/grad_norm", "*/grad_norm_device", "*/tok*"),
-    *("*/seq_len_stat_mean", "*/seq_len_stat_std", "*/seq_len_stat_p50", "*/kind*"),
-    *("*/data_seconds", "*/data_share"),
-]
 
 Step: TypeAlias = Callable[[Any, dict[str, Any]], Any]
 
