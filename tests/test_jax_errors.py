@@ -168,7 +168,7 @@ def test_weights_that_do_not_fit_their_metrics() -> None:
         mean(np.ones(2))
     with pytest.raises(ValueError, match=r"weights\['v'\] has shape \(3, 1\).*shape \(3,\)"):
         mean({"v": np.ones((3, 1)), "s": 1})
-    with pytest.raises(ValueError, match=r"metrics\['s'\] has no weight: give weights\['s'\]"):
+    with pytest.raises(ValueError, match=r"metrics\['s'\] has no weights: give weights\['s'\]"):
         mean({"v": 1})
     with pytest.raises(ValueError, match=r"metrics\['s'\] has no weight"):
         mean({"v": 1, "s": {"t": 1}})

@@ -279,6 +279,7 @@ def test_many_accumulators_in_one_are_updated_and_drained_one_by_one_and_begun_a
     grid = jax.vmap(jax.vmap(lambda v: DeviceAccumulator(kinds).update("n", v)))(x.reshape(2, 2))
     assert grid.empty().lanes.shape == grid.lanes.shape
     assert logged(jax.tree.map(lambda a: a[1, 0], grid)) == {"t/n": 3.0}
-    torn = grid._of(grid.layout, [np.zeros(3, np.uint32), *grid._arrays()[1:]])
+    _, *others = jax.tree.leaves(grid)
+    torn = jax.tree.unflatten(jax.tree.structure(grid), [np.zeros(3, np.uint32), *others])
     with pytest.raises(ValueError, match="hold"):
         torn.empty()

@@ -1,19 +1,17 @@
 """`DeviceAccumulator`: metrics that accumulate inside the compiled step, per dataset.
 
-    acc = DeviceAccumulator({"loss": "mean", "len": "distribution"}, datasets=("alpaca", "orca"))
+acc = DeviceAccumulator({"loss": "mean", "len": "distribution"}, datasets=("alpaca", "orca"))
 
-    @jax.jit
-    def step(params, acc, batch):
-        losses = per_sample_loss(params, batch)
-        acc = acc.update("loss", losses, weights=batch["tokens"], dataset_ids=batch["dataset"])
-        return acc.update("len", batch["tokens"], dataset_ids=batch["dataset"])
+@jax.jit
+def step(params, acc, batch):
+    losses = per_sample_loss(params, batch)
+    acc = acc.update("loss", losses, weights=batch["tokens"], dataset_ids=batch["dataset"])
+    return acc.update("len", batch["tokens"], dataset_ids=batch["dataset"])
 
-    for batch in loader:
-        acc = step(params, acc, batch)
-    acc = aggregator.drain(acc)                 # one transfer, which nothing waits for
-    aggregator.get_metrics_for_logging()
-
-`device_lanes` says what it holds, and `exact_sums` how float32 sums stay right.
+for batch in loader:
+    acc = step(params, acc, batch)
+acc = aggregator.drain(acc)                 # one transfer, which nothing waits for
+aggregator.get_metrics_for_logging()
 """
 
 from __future__ import annotations
@@ -30,13 +28,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, auto_axes
 
-from metricfold._core.device.arrays import unwrapped
+from metricfold._core.device.arrays import counts_here
 from metricfold._core.device.rows import (
     COUNTS,
-    EXTREMA,
     FRACTION_BITS,
-    MOMENTS,
-    SUMS,
     HostArrays,
     Layout,
     check_fits,
@@ -53,26 +48,19 @@ from metricfold.jax.exact_sums import MOST_TERMS, Limbs, add_pairs, exponents, m
 from metricfold.jax.folding import CELL_SUMS, REFUSED, Batch, Numbers
 from metricfold.jax.lanes import LANES, LOWEST, Lanes, floats, nothing, of_host, on_host, words
 from metricfold.jax.mesh import only_mesh
-from metricfold.jax.trees import ABSENT, PARTS, Leaf, Said, flatten
-from metricfold.jax.values import as_array, refuse_masked
+from metricfold.jax.trees import Leaf, flatten, weights_of
+from metricfold.jax.values import Parts, as_array, as_parts, put, refuse_masked
 from metricfold.metric import AggregationType
 
 __all__ = ["DeviceAccumulator"]
 
-_DTYPES = {
-    "fingerprint": np.dtype(np.uint32),
-    "lanes": np.dtype(np.int32),
-    "refused": np.dtype(np.int32),
-    "grid": np.dtype(np.int32),
-}
-_NAMES = tuple(_DTYPES)
-_OLD_NAMES = ("counts", "sums", "extrema", "grid", "refused")
+_NAMES = ("fingerprint", "lanes", "refused", "grid")
+"""The arrays: int32, whatever their bits stand for, but for the fingerprint, which is uint32."""
+_KEYS = tuple(map(jax.tree_util.GetAttrKey, _NAMES))
 _OF_0_1 = (
     "this accumulator was saved by metricfold 0.1, which tied its arrays to no names: convert it by "
     "DeviceAccumulator.from_0_1({})"
 )
-Arrays: TypeAlias = tuple[jax.Array, ...]
-"""Arrays that add up to values: one, or two float32."""
 _PATIENCE = 0.02
 """Seconds that `drain` waits for the fingerprint, which tells it at once what a reduction would say."""
 
@@ -80,13 +68,8 @@ _PATIENCE = 0.02
 @jax.tree_util.register_pytree_with_keys_class
 @internal(
     *_NAMES,
-    "arrays",
-    "layout",
-    "start_read",
-    "with_arrays",
-    "tree_flatten",
-    "tree_flatten_with_keys",
-    "tree_unflatten",
+    *("arrays", "layout", "start_read", "with_arrays"),
+    *("tree_flatten", "tree_flatten_with_keys", "tree_unflatten"),
 )
 class DeviceAccumulator:
     """Metrics that accumulate on the device, for each dataset, until `MetricsAggregator.drain`.
@@ -140,7 +123,7 @@ class DeviceAccumulator:
     ) -> None:
         layout = Layout.of(metrics, datasets)
         place = _usual_place() if mesh is None else NamedSharding(mesh, PartitionSpec())
-        self._set(layout, [_nothing(name, layout, (), place) for name in _NAMES])
+        self._set(layout, _nothing(layout, (), [place] * len(_NAMES)))
 
     @classmethod
     def from_0_1(
@@ -172,38 +155,41 @@ class DeviceAccumulator:
             )
         else:
             layout = Layout.of(metrics, datasets)
-        if not isinstance(arrays, Mapping) or not {*arrays} >= {*_OLD_NAMES} - {"grid"}:
+        if not isinstance(arrays, Mapping) or not _are_of_0_1(arrays):
             raise TypeError(
-                f"saved: give a dict of the arrays {', '.join(_OLD_NAMES)}, not {type(saved).__name__}"
+                f"saved: give a dict of the arrays {', '.join(HostArrays._fields)}, not "
+                f"{type(saved).__name__}"
             )
-        counts, sums, extrema, grid, refused = _of_0_1(arrays, layout)
-        lanes = of_host(counts, sums, extrema)
-        mark = with_checksum(
-            np.array([layout.fingerprint], np.uint32),
-            checksum(np.ascontiguousarray(counts).view(np.uint32)),
-        )
-        whole = [mark[0], lanes, np.pad(refused, ((0, 0), (0, 1))), grid]
-        return cls._of(layout, [None if array is None else jnp.asarray(array) for array in whole])
+        lanes, refused, grid = map(jnp.asarray, _of_0_1(arrays, layout))
+        rest = [lanes, refused, grid if layout.cells else None]
+        return _sealed(layout, jnp.uint32(layout.fingerprint), lanes[:, :COUNTS], rest)
 
     def _set(self, layout: Layout, arrays: Iterable[Any]) -> None:
         self.layout = layout
         self.fingerprint, self.lanes, self.refused, self.grid = arrays
 
+    def _arrays(self) -> list[Any]:
+        return [self.fingerprint, self.lanes, self.refused, self.grid]
+
+    # As a pytree
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Layout]:
+        return list(zip(_KEYS, self._arrays(), strict=True)), self.layout
+
+    def tree_flatten(self) -> tuple[list[Any], Layout]:
+        return self._arrays(), self.layout
+
     @classmethod
-    def _of(cls, layout: Layout, arrays: Iterable[Any]) -> DeviceAccumulator:
+    def tree_unflatten(cls, layout: Layout, arrays: Iterable[Any]) -> DeviceAccumulator:
         accumulator = object.__new__(cls)
         accumulator._set(layout, arrays)
         return accumulator
-
-    def _arrays(self) -> list[Any]:
-        return [self.fingerprint, self.lanes, self.refused, self.grid]
 
     def __setstate__(self, state: tuple[Any, dict[str, Any]]) -> None:
         slots = state[1]
         if "fingerprint" in slots:
             self._set(slots["layout"], [slots[name] for name in _NAMES])
         else:  # of 0.1: kept as it is, for `from_0_1`
-            arrays = {name: slots[name] for name in _OLD_NAMES}
+            arrays = {name: slots[name] for name in HostArrays._fields}
             self._set(slots["layout"], [None, arrays, None, None])
 
     def arrays(self) -> dict[str, Any]:
@@ -218,7 +204,7 @@ class DeviceAccumulator:
             TypeError, ValueError: they are not those of these metrics and datasets, or something was done
                 to them.
         """
-        if arrays.keys() >= {*_OLD_NAMES} - {"grid"}:
+        if _are_of_0_1(arrays):
             raise ValueError(_OF_0_1.format("arrays, metrics, datasets"))
         # Orbax, without a template, restores what was not there as None.
         arrays = {name: array for name, array in arrays.items() if array is not None}
@@ -227,22 +213,10 @@ class DeviceAccumulator:
                 f"{sorted(arrays)} are no arrays of an accumulator of {self!r}, which are "
                 f"{sorted(self.arrays())}"
             )
-        restored = self._of(self.layout, [arrays.get(name) for name in _NAMES])
+        restored = self.tree_unflatten(self.layout, [arrays.get(name) for name in _NAMES])
         restored._copies()  # noqa: SLF001 - of this class
         restored._check_if_there()  # noqa: SLF001
         return restored
-
-    # -- As a pytree
-
-    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Layout]:
-        return list(zip(_KEYS, self._arrays(), strict=True)), self.layout
-
-    def tree_flatten(self) -> tuple[list[Any], Layout]:
-        return self._arrays(), self.layout
-
-    @classmethod
-    def tree_unflatten(cls, layout: Layout, arrays: Iterable[Any]) -> DeviceAccumulator:
-        return cls._of(layout, arrays)
 
     # -- Inside the step
 
@@ -342,7 +316,7 @@ class DeviceAccumulator:
         assert lanes.extrema is not None
         pairs = [lanes.sums] if self.grid is None else [lanes.sums, floats(self.grid)]
         limbs = Limbs(2 * axes_size(axes), 50)
-        mark = words(without_checksum(self.fingerprint, _checksum(lanes.counts)))
+        mark = words(_unsealed(self))
         largest: list[Lane] = [("max", magnitudes(p[..., 0])) for p in pairs]
         marks: list[Lane] = [("max", mark), ("max", ~mark)]
         high, most, least, *most_of = combine(
@@ -362,16 +336,10 @@ class DeviceAccumulator:
             (low,) = combine([("max", own)], axes)
         # Of devices that do not agree, one has arrays of something else.
         agreed = jnp.where(most == ~least, most, 0)
-        together = Lanes(counts, totals[0], jnp.stack([high, low], axis=-1))
-        return self._of(
-            self.layout,
-            [
-                with_checksum(lax.bitcast_convert_type(agreed, jnp.uint32), _checksum(counts)),
-                together.words(),
-                refused,
-                None if self.grid is None else words(totals[1]),
-            ],
-        )
+        together = Lanes(counts, totals[0], jnp.stack([high, low], axis=-1)).words()
+        grid = None if self.grid is None else words(totals[1])
+        mark = lax.bitcast_convert_type(agreed, jnp.uint32)
+        return _sealed(self.layout, mark, counts, [together, refused, grid])
 
     # -- On the host
 
@@ -380,13 +348,8 @@ class DeviceAccumulator:
 
         Several in one, as of a ``pmap`` or ``vmap``, become as many empty ones.
         """
-        copies = self._copies()
-        return self._of(
-            self.layout,
-            [
-                None if array is None else _nothing(name, self.layout, copies, _place(array))
-                for name, array in zip(_NAMES, self._arrays(), strict=True)
-            ],
+        return self.tree_unflatten(
+            self.layout, _nothing(self.layout, self._copies(), map(_place, self._arrays()))
         )
 
     def start_read(self) -> Callable[[], HostArrays | None]:
@@ -417,7 +380,7 @@ class DeviceAccumulator:
                 if isinstance(array, jax.Array):
                     array.copy_to_host_async()
         checked = self._check_if_there(_PATIENCE)
-        contributes = _contributes_here(arrays)
+        contributes = counts_here(self.fingerprint)
 
         def finish() -> HostArrays | None:
             if any(isinstance(array, jax.Array) and array.is_deleted() for array in arrays):
@@ -427,15 +390,14 @@ class DeviceAccumulator:
                 )
             if not checked:
                 self._check_fingerprint()
-            return on_host(*map(_host, self._arrays()[1:])) if contributes else None
+            return on_host(*map(_on_host, self._arrays()[1:])) if contributes else None
 
         return finish
 
     def _check_if_there(self, patience: float = 0.0) -> bool:
         """Check the fingerprint if it can be read within so many seconds; returns whether it could."""
         deadline = time.monotonic() + patience
-        arrays: list[Any] = [self.fingerprint, self.lanes]
-        while not all(map(_is_there, arrays)):
+        while not (_is_there(self.fingerprint) and _is_there(self.lanes)):
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.0005)
@@ -444,12 +406,11 @@ class DeviceAccumulator:
 
     def _check_fingerprint(self) -> None:
         """Check that the arrays are of this layout and were folded, as far as they can be read here."""
-        if not all(_is_readable(array) for array in (self.fingerprint, self.lanes)):
+        if not (_is_readable(self.fingerprint) and _is_readable(self.lanes)):
             return
-        found, lanes = (_host(array) for array in (self.fingerprint, self.lanes))
-        counts = np.ascontiguousarray(lanes.reshape(-1, *lanes.shape[-2:])[..., :COUNTS])
-        totals = np.array([checksum(one) for one in counts.view(np.uint32)], np.uint32)
-        for mark in without_checksum(found.reshape(-1), totals).tolist():
+        counts = np.ascontiguousarray(_on_host(self.lanes)[..., :COUNTS]).view(np.uint32)
+        found = _on_host(self.fingerprint).reshape(-1)
+        for mark in without_checksum(found, checksum(counts.reshape(found.size, -1))).tolist():
             self.layout.check_fingerprint(mark)
 
     def _copies(self) -> tuple[int, ...]:
@@ -459,10 +420,11 @@ class DeviceAccumulator:
         found: set[tuple[int, ...]] = set()
         for name, shape in _shapes(self.layout).items():
             array = getattr(self, name)
-            if getattr(array, "dtype", None) != _DTYPES[name]:
-                what = getattr(array, "dtype", type(array).__name__)
+            dtype = np.dtype(np.uint32 if name == "fingerprint" else np.int32)
+            found_in = getattr(array, "dtype", type(array).__name__)
+            if found_in != dtype:
                 raise TypeError(
-                    f"the {name!r} of this accumulator is of type {what}, not {_DTYPES[name]}: it was cast, "
+                    f"the {name!r} of this accumulator is of type {found_in}, not {dtype}: it was cast, "
                     "averaged or scaled like parameters, and says nothing any more. Accumulators are "
                     "brought together by merge() and reduce(); keep them out of what casts or averages a "
                     "training state"
@@ -495,58 +457,64 @@ class DeviceAccumulator:
         return f"DeviceAccumulator({self.layout})"
 
 
-_KEYS = tuple(map(jax.tree_util.GetAttrKey, _NAMES))
-
-
 # -- Folding, as compiled programs -----------------------------------------------------------------
 
-Group: TypeAlias = tuple[dict[str, Arrays], Arrays | None, jax.Array | None]
+Group: TypeAlias = tuple[dict[str, Parts], Parts | None, jax.Array | None]
 """Values that are folded together: of each metric by name, their weights, and their datasets."""
 
 
 def _fold(accumulator: DeviceAccumulator, groups: Sequence[Group]) -> DeviceAccumulator:
     layout = accumulator.layout
-    number = len(layout.datasets)
-    fingerprint, lanes, refused, grid = accumulator._arrays()  # noqa: SLF001 - of this module
-    mark = without_checksum(fingerprint, _checksum(Lanes.of(lanes).counts))
-    lanes = lanes.reshape(-1, number, LANES)
+    mark, refused, grid = _unsealed(accumulator), accumulator.refused, accumulator.grid
+    lanes = accumulator.lanes.reshape(-1, len(layout.datasets), LANES)
     for given, weights, ids in groups:
         shape = next(iter(given.values()))[0].shape
-        numbers = {name: Numbers.of(given[name]) for name in sorted(given, key=layout.place)}
         batch = Batch(
             layout,
-            numbers,
+            {name: Numbers.of(given[name]) for name in sorted(given, key=layout.place)},
             None if weights is None else Numbers.of([_spread(w, shape) for w in weights]),
             None if ids is None else _spread(ids, shape),
         )
-        rows = _rows(batch.places)
+        first, last = batch.places[0], batch.places[-1]  # they ascend
+        adjoining = last - first == len(batch.places) - 1
+        rows = slice(first, last + 1) if adjoining else np.asarray(batch.places)
         new: Lanes = jax.tree.map(lambda part: part.swapaxes(0, 1), batch.fold())
         lanes = lanes.at[rows].set(Lanes.of(lanes[rows]).merged(new).words())
         refused = refused.at[rows].add(batch.refused())
         grid = batch.into_grid(grid)
     lanes = lanes.reshape(-1, LANES)
-    mark = with_checksum(mark, _checksum(Lanes.of(lanes).counts))
-    return accumulator._of(layout, [mark, lanes, refused, grid])  # noqa: SLF001
+    return _sealed(layout, mark, lanes[:, :COUNTS], [lanes, refused, grid])
 
 
 def _merge(one: DeviceAccumulator, other: DeviceAccumulator) -> DeviceAccumulator:
-    both = [Lanes.of(each.lanes) for each in (one, other)]
-    lanes = both[0].merged(both[1])
-    marks = [
-        without_checksum(each.fingerprint, _checksum(part.counts))
-        for each, part in zip((one, other), both, strict=True)
-    ]
-    agreed = jnp.where(marks[0] == marks[1], marks[0], jnp.uint32(0))
+    lanes = Lanes.of(one.lanes).merged(Lanes.of(other.lanes))
+    mark = _unsealed(one)
+    agreed = jnp.where(mark == _unsealed(other), mark, jnp.uint32(0))
     grid = one.grid
     if grid is not None:
         grid = words(add_pairs(floats(grid), floats(other.grid)))
-    arrays = [
-        with_checksum(agreed, _checksum(lanes.counts)),
-        lanes.words(),
-        one.refused + other.refused,
-        grid,
-    ]
-    return one._of(one.layout, arrays)  # noqa: SLF001
+    rest = [lanes.words(), one.refused + other.refused, grid]
+    return _sealed(one.layout, agreed, lanes.counts, rest)
+
+
+def _unsealed(accumulator: DeviceAccumulator) -> jax.Array:
+    """Return the fingerprint without its checksum."""
+    total = _checksum(accumulator.lanes[:, :COUNTS])
+    mark: jax.Array = without_checksum(accumulator.fingerprint, total)
+    return mark
+
+
+def _sealed(
+    layout: Layout, mark: jax.Array, counts: jax.Array, rest: Sequence[jax.Array | None]
+) -> DeviceAccumulator:
+    """Return an accumulator of these arrays, the first of which is to carry the checksum of counts."""
+    arrays = [with_checksum(mark, _checksum(counts)), *rest]
+    return DeviceAccumulator.tree_unflatten(layout, arrays)
+
+
+def _checksum(counts: jax.Array) -> jax.Array:
+    total: jax.Array = checksum(lax.bitcast_convert_type(counts, jnp.uint32).reshape(-1))
+    return total
 
 
 _updated: Any = jax.jit(_fold)
@@ -559,24 +527,8 @@ def _updated_over(laid_out: AbstractMesh) -> Any:
 
     There JAX asks for the layout of each step on the way; XLA needs none.
     """
-    update = auto_axes(
-        _fold,
-        axes=laid_out.explicit_axes,
-        out_sharding=NamedSharding(laid_out, PartitionSpec()),
-    )
-    return jax.jit(update)
-
-
-def _checksum(counts: jax.Array) -> jax.Array:
-    total: jax.Array = checksum(lax.bitcast_convert_type(counts, jnp.uint32))
-    return total
-
-
-def _rows(places: Sequence[int]) -> Any:
-    """Return an index of these, which ascend."""
-    if places[-1] - places[0] == len(places) - 1:
-        return slice(places[0], places[-1] + 1)
-    return np.asarray(places)
+    replicated = NamedSharding(laid_out, PartitionSpec())
+    return jax.jit(auto_axes(_fold, axes=laid_out.explicit_axes, out_sharding=replicated))
 
 
 def _spread(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -591,22 +543,29 @@ def _spread(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _groups(layout: Layout, values: Any, weights: Any, dataset_ids: Any) -> list[Group]:
     """Return what is to be folded, checked, with what has one shape and weight together."""
-    given = _by_name(layout, values)
-    if not given:
+    leaves = _by_name(layout, values)
+    if not leaves:
         return []
-    named = ", ".join(map(repr, given))
-    weights_of = _weights(weights, given, named)
+    named = ", ".join(repr(leaf.keys[0]) for leaf in leaves)
+    weights_for: list[Parts | None] = [None] * len(leaves)
+    if weights is not None:
+        weights_for = weights_of(
+            weights,
+            leaves,
+            lambda leaf: f"metric {leaf.keys[0]!r}",
+            lambda given, where: as_parts(given, f"{where} of metric {named}"),
+        )
     ids = _ids(named, dataset_ids, layout)
     groups: dict[Any, Group] = {}
-    for name, leaf in given.items():
-        numbers = _numbers(f"values of metric {name!r}", leaf.value)
-        shape, size, w = numbers[0].shape, numbers[0].size, weights_of(name)
+    for leaf, w in zip(leaves, weights_for, strict=True):
+        name = leaf.keys[0]
+        numbers = as_parts(leaf.value, f"values of metric {name!r}")
+        shape, size = numbers[0].shape, numbers[0].size
         if size > MOST_TERMS:
             raise ValueError(
                 f"metric {name!r} was given {size} values at once: give {MOST_TERMS} at most"
             )
-        spread = {"weights": None if w is None else w[0], "dataset_ids": ids}
-        for what, array in spread.items():
+        for what, array in (("weights", None if w is None else w[0]), ("dataset_ids", ids)):
             if array is not None:
                 check_fits(f"{what} of metric {name!r}", array.shape, shape)
         if size:
@@ -614,7 +573,7 @@ def _groups(layout: Layout, values: Any, weights: Any, dataset_ids: Any) -> list
     return list(groups.values())
 
 
-def _by_name(layout: Layout, values: Any) -> dict[str, Leaf]:
+def _by_name(layout: Layout, values: Any) -> list[Leaf]:
     """Return the values of each metric, from a dict or any other pytree that names them."""
     leaves = (
         [Leaf(value, (name,)) for name, value in values.items()]
@@ -628,99 +587,7 @@ def _by_name(layout: Layout, values: Any) -> dict[str, Leaf]:
                 f'{{"{layout.names[0]}": values}}'
             )
         layout.place(leaf.keys[0])
-    return {leaf.keys[0]: leaf for leaf in leaves}
-
-
-def _weights(weights: Any, given: Mapping[str, Leaf], named: str) -> Callable[[str], Arrays | None]:
-    """Return what says the weights of each metric: one for all, or a tree with one for each."""
-    if weights is None:
-        return lambda _: None
-    said = Said(weights)
-    if said.one:
-        for_all = _numbers(f"weights of metric {named}", weights)
-        return lambda _: for_all
-    each: dict[str, Arrays] = {}
-    for name, leaf in given.items():
-        found = said.about(leaf)
-        if found is ABSENT or found is PARTS:
-            raise ValueError(
-                f"metric {name!r} has no weights: give {leaf.path('weights')}, or one array for all"
-            )
-        each[name] = _numbers(f"weights of metric {name!r}", found)
-    return each.__getitem__
-
-
-def _numbers(where: str, given: Any) -> Arrays:
-    """Return numbers as JAX arrays that add up to them: two float32 of what is wider on the host."""
-    given = unwrapped(given)
-    refuse_masked(given, where)
-    if isinstance(given, (bool, int, float, np.generic, np.ndarray)):
-        arrays = _from_host(where, np.asarray(given))
-    else:
-        arrays = (lax.stop_gradient(as_array(given, where)),)
-    if jnp.issubdtype(arrays[0].dtype, jnp.complexfloating):
-        raise TypeError(f"{where} are complex: give their real part or their magnitude")
-    return arrays
-
-
-def _from_host(where: str, host: np.ndarray[Any, Any]) -> Arrays:
-    if jnp.issubdtype(host.dtype, jnp.integer) or host.dtype == object:
-        if host.dtype != object and host.dtype.itemsize <= 4:
-            return (_put(host),)
-        pair = _exact_pair(where, host)
-        if host.dtype == object or (not _has_64_bits() and not _fits_int32(host)):
-            return pair
-        return (_put(host if _has_64_bits() else host.astype(np.int32)),)
-    if host.dtype.kind == "f" and host.dtype.itemsize > 4:
-        if _has_64_bits():
-            return (_put(host.astype(np.float64)),)
-        with np.errstate(all="ignore"):
-            high = host.astype(np.float32)
-            low = np.where(np.isfinite(high), host - high, 0.0).astype(np.float32)
-        return _put(high), _put(low)
-    if host.dtype == bool or jnp.issubdtype(host.dtype, jnp.floating):
-        return (_put(host),)
-    return (as_array(host, where),)  # says what is wrong
-
-
-def _has_64_bits() -> bool:
-    return bool(jax.dtypes.canonicalize_dtype(np.float64).itemsize == 8)
-
-
-def _fits_int32(host: np.ndarray[Any, Any]) -> bool:
-    held = np.iinfo(np.int32)
-    return not host.size or bool(held.min <= host.min() and host.max() <= held.max)
-
-
-def _exact_pair(where: str, host: np.ndarray[Any, Any]) -> tuple[jax.Array, jax.Array]:
-    """Return two float32 that add up to integers, or raise ValueError if none do."""
-    if host.dtype == object and not all(isinstance(one, int) for one in host.reshape(-1)):
-        raise TypeError(f"{where} are {host!r}, which are no numbers")
-    try:
-        wide = host.astype(np.float64)
-    except OverflowError:
-        wide = np.full(host.shape, np.inf)
-    with np.errstate(all="ignore"):
-        high = wide.astype(np.float32)
-        low = (wide - high).astype(np.float32)
-        held = high.astype(np.float64) + low
-    wrong = np.asarray(held != wide)
-    large = np.abs(wide) >= 2.0**53
-    for place in map(tuple, np.argwhere(large & ~wrong)):
-        wrong[place] = int(held[place]) != int(host[place])
-    if wrong.any():
-        value = host[tuple(np.argwhere(wrong)[0])]
-        raise ValueError(
-            f"{where} are {value}, which takes more than the 48 bits that an accumulator holds: give a "
-            "number with fewer digits, or record() it, which is exact up to 2^53"
-        )
-    return _put(high), _put(low)
-
-
-def _put(host: np.ndarray[Any, Any]) -> jax.Array:
-    """Return an array of the host on the device."""
-    with jax.transfer_guard("allow"):  # asked for by giving it
-        return jnp.asarray(host)
+    return leaves
 
 
 def _ids(named: str, dataset_ids: Any, layout: Layout) -> jax.Array | None:
@@ -732,7 +599,7 @@ def _ids(named: str, dataset_ids: Any, layout: Layout) -> jax.Array | None:
         host = np.asarray(dataset_ids)
         if jnp.issubdtype(host.dtype, jnp.integer) or host.dtype == object:
             # What would wrap around is of no dataset, and must not become that of one.
-            return _put(np.clip(host, -1, len(layout.datasets)).astype(np.int32))
+            return put(np.clip(host, -1, len(layout.datasets)).astype(np.int32))
     ids = as_array(dataset_ids, where)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"{where} are of type {ids.dtype}: give integers")
@@ -740,37 +607,6 @@ def _ids(named: str, dataset_ids: Any, layout: Layout) -> jax.Array | None:
 
 
 # -- Arrays ----------------------------------------------------------------------------------------
-
-
-def _nothing(
-    name: str, layout: Layout, copies: tuple[int, ...] = (), place: Any = None
-) -> jax.Array | None:
-    """Return the array `name` of accumulators that have seen nothing."""
-    shape = (*copies, *_shapes(layout).get(name, ()))
-    if name == "grid":
-        if not layout.cells:
-            return None
-        with jax.transfer_guard("allow"):
-            # Made on the device: too large to be a constant of a program.
-            return jnp.zeros(shape, jnp.int32, device=place)
-    host = {
-        "fingerprint": np.full(copies, layout.fingerprint, np.uint32),
-        "lanes": nothing((*copies, layout.rows)),
-        "refused": np.zeros(shape, np.int32),
-    }[name]
-    if place is None:
-        return _put(host)
-    return jax.make_array_from_callback(shape, place, lambda part: host[part])
-
-
-def _usual_place() -> Any:
-    """Return where an accumulator is to be if nobody says; None for where JAX likes."""
-    try:
-        set_one = jax.sharding.get_mesh()
-    except ValueError:  # inside of a mapped or compiled function, which decides
-        return None
-    mesh = only_mesh() if set_one.empty else set_one
-    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def _shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
@@ -785,35 +621,53 @@ def _shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _of_0_1(arrays: Mapping[str, Any], layout: Layout) -> list[Any]:
-    """Return what 0.1 saved, on the host, in the order of `_OLD_NAMES`; raises ValueError."""
-    shapes = {
-        "counts": (layout.rows, COUNTS),
-        "sums": (layout.rows, SUMS, 2),
-        "extrema": (layout.rows, EXTREMA),
-        "grid": (layout.cells, MOMENTS, 2),
-        "refused": (len(layout.names), 2),
-    }
-    found: list[Any] = []
-    for name, shape in shapes.items():
+def _nothing(layout: Layout, copies: tuple[int, ...], places: Iterable[Any]) -> list[Any]:
+    """Return the arrays of accumulators that have seen nothing, each at its place."""
+    shapes = {name: (*copies, *shape) for name, shape in _shapes(layout).items()}
+    values = (
+        np.full(copies, layout.fingerprint, np.uint32),
+        nothing((*copies, layout.rows)),
+        np.zeros(shapes["refused"], np.int32),
+    )
+    *of_rows, at = places
+    arrays: list[Any] = [
+        put(host)
+        if place is None
+        else jax.make_array_from_callback(host.shape, place, host.__getitem__)
+        for host, place in zip(values, of_rows, strict=True)
+    ]
+    if "grid" not in shapes:
+        return [*arrays, None]
+    with jax.transfer_guard("allow"):
+        # Made on the device: too large to be a constant of a program.
+        return [*arrays, jnp.zeros(shapes["grid"], jnp.int32, device=at)]
+
+
+def _are_of_0_1(arrays: Mapping[str, Any]) -> bool:
+    return arrays.keys() >= {*HostArrays._fields} - {"grid"}
+
+
+def _of_0_1(
+    arrays: Mapping[str, Any], layout: Layout
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the lanes, what was refused and the cells of what 0.1 saved; raises ValueError."""
+    found = []
+    for name, shape in zip(HostArrays._fields, layout.shapes, strict=True):
         array = arrays.get(name)
-        if name == "grid" and not layout.cells and array is None:
-            found.append(None)
-            continue
-        host = np.asarray(array)
         dtype = np.dtype(np.int32 if name in ("counts", "refused") else np.float32)
+        absent = name == "grid" and not layout.cells and array is None
+        host = np.zeros(shape, dtype) if absent else np.asarray(array)
         if host.shape != shape or host.dtype != dtype:
             raise ValueError(
                 f"saved: its {name} are {host.dtype} of shape {host.shape}, not {dtype} of shape {shape}: "
                 "they are of an accumulator with other metrics or datasets, or not of 0.1"
             )
         found.append(host)
-    if found[3] is not None:
-        w, wu, wuu = np.moveaxis(found[3] * np.float32(1.0), 1, 0)
-        scale = np.float32(1 << FRACTION_BITS)
-        grid = np.stack([w, wu * scale, wuu * scale, np.zeros_like(w)], axis=1)
-        found[3] = grid.astype(np.float32).view(np.int32)
-    return found
+    counts, sums, extrema, cells, refused = found
+    w, wu, wuu = np.moveaxis(cells, 1, 0)
+    scale = np.float32(1 << FRACTION_BITS)
+    grid = np.stack([w, wu * scale, wuu * scale, np.zeros_like(w)], axis=1).view(np.int32)
+    return of_host(counts, sums, extrema), np.pad(refused, ((0, 0), (0, 1))), grid
 
 
 def _many(copies: tuple[int, ...]) -> str:
@@ -821,8 +675,18 @@ def _many(copies: tuple[int, ...]) -> str:
     return f"{' x '.join(map(str, copies))} of them" if copies else "one"
 
 
+def _usual_place() -> Any:
+    """Return where an accumulator is to be if nobody says; None for where JAX likes."""
+    try:
+        set_one = jax.sharding.get_mesh()
+    except ValueError:  # inside of a mapped or compiled function, which decides
+        return None
+    mesh = only_mesh() if set_one.empty else set_one
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
 def _place(array: Any) -> Any:
-    """Return where a new array is to be like this one; None for where JAX likes."""
+    """Return where an array has been put; None where JAX likes."""
     if is_traced(array) or not isinstance(array, jax.Array):
         return None
     return array.sharding if array.committed else None
@@ -830,30 +694,20 @@ def _place(array: Any) -> Any:
 
 def _beside(accumulator: DeviceAccumulator, given: Any) -> DeviceAccumulator:
     """Return the accumulator on the devices where what it meets has been put, if it is elsewhere."""
-    here = accumulator.lanes
-    if is_traced(here) or not isinstance(here, jax.Array) or not here.committed:
+    here = _place(accumulator.lanes)
+    there = here and next(filter(None, map(_place, jax.tree.leaves(given))), None)
+    if there is None or there.device_set == here.device_set:
         return accumulator
-    for array in jax.tree.leaves(given):
-        if is_traced(array) or not isinstance(array, jax.Array) or not array.committed:
-            continue
-        place: Any = array.sharding
-        if place.device_set == here.sharding.device_set:
-            return accumulator
-        if isinstance(place, NamedSharding):
-            place = NamedSharding(place.mesh, PartitionSpec())
-        moved: DeviceAccumulator = jax.device_put(accumulator, place)
-        return moved
-    return accumulator
+    if isinstance(there, NamedSharding):
+        there = NamedSharding(there.mesh, PartitionSpec())
+    moved: DeviceAccumulator = jax.device_put(accumulator, there)
+    return moved
 
 
 def _over_explicit_axes(given: Any) -> AbstractMesh | None:
     """Return the mesh over whose explicit axes any array in `given` is laid out."""
-    for array in jax.tree.leaves(given):
-        layout: Any = jax.typeof(array).sharding
-        if any(layout.spec):
-            mesh: AbstractMesh = layout.mesh
-            return mesh
-    return None
+    layouts: Any = (jax.typeof(array).sharding for array in jax.tree.leaves(given))
+    return next((layout.mesh for layout in layouts if any(layout.spec)), None)
 
 
 def _check_readable(array: Any) -> None:
@@ -881,17 +735,6 @@ def _is_readable(array: Any) -> bool:
     )
 
 
-def _host(array: Any) -> Any:
-    if array is None:
-        return None
+def _on_host(array: Any) -> Any:
     with jax.transfer_guard_device_to_host("allow"):  # asked for by drain()
-        return np.asarray(array)
-
-
-def _contributes_here(arrays: Sequence[Any]) -> bool:
-    """Return whether this process is the one to count an accumulator that several may hold."""
-    first = arrays[0]
-    if not isinstance(first, jax.Array) or first.is_fully_addressable:
-        return True
-    devices: Any = first.sharding.device_set
-    return bool(jax.process_index() == min(device.process_index for device in devices))
+        return None if array is None else np.asarray(array)

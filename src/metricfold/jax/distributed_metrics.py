@@ -13,19 +13,19 @@ name, which ends in ``_static``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from metricfold.jax.axes import DEFAULT_AXIS, AxisName, resolve_axes
-from metricfold.jax.collection import collect
 from metricfold.jax.collectives import all_gather, axes_size
-from metricfold.jax.packed import pack
+from metricfold.jax.packed import PackedMetrics, pack
 from metricfold.jax.reduction import reduce_arrays, require_op
-from metricfold.jax.trees import ABSENT, PARTS, Leaf, Said, flatten
+from metricfold.jax.trees import ABSENT, PARTS, Leaf, Said, flatten, weights_of
 from metricfold.jax.values import as_array
 
 __all__ = ["DistributedMetrics"]
@@ -175,7 +175,7 @@ class DistributedMetrics(nnx.Module):
             ValueError: an array lives partly on devices of other processes.
             RuntimeError: an array was donated or deleted.
         """
-        return collect(metrics)
+        return _collect(metrics)
 
     collect_from_devices_static = collect_from_devices
 
@@ -248,36 +248,77 @@ def _number(leaf: Leaf, op: str, devices: int) -> jax.Array:
 
 def _weights(weights: Any, leaves: Sequence[Leaf], arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """Return one weight per leaf."""
-    said = Said(weights)
-    if said.one:
-        shared = _weight(weights, "weights")
-        return [
-            _fitting(shared, "weights", leaf, array)
-            for leaf, array in zip(leaves, arrays, strict=True)
-        ]
-    found = []
-    for leaf, array in zip(leaves, arrays, strict=True):
-        where = leaf.path("weights")
-        weight = said.about(leaf)
-        if weight is ABSENT or weight is PARTS:
+    named = [leaf.path("metrics") for leaf in leaves]
+    found = weights_of(weights, leaves, lambda leaf: leaf.path("metrics"), _weight)
+    for (where, weight), metric, array in zip(found, named, arrays, strict=True):
+        if weight.ndim and weight.shape != array.shape:
             raise ValueError(
-                f"{leaf.path('metrics')} has no weight: give {where}, or one number for all metrics"
+                f"{where} has shape {weight.shape}, but {metric} has shape {array.shape}: "
+                "give one number per device, or one for each element of the metric"
             )
-        found.append(_fitting(_weight(weight, where), where, leaf, array))
-    return found
+    return [weight for _, weight in found]
 
 
-def _weight(weight: Any, where: str) -> jax.Array:
+def _weight(weight: Any, where: str) -> tuple[str, jax.Array]:
     array = as_array(weight, where)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{where} is complex: a weight is a real number")
-    return array
+    return where, array
 
 
-def _fitting(weight: jax.Array, where: str, leaf: Leaf, array: jax.Array) -> jax.Array:
-    if weight.ndim and weight.shape != array.shape:
-        raise ValueError(
-            f"{where} has shape {weight.shape}, but {leaf.path('metrics')} has shape {array.shape}: "
-            "give one number per device, or one for each element of the metric"
+def _collect(metrics: Any) -> dict[str, Any]:
+    """Return `metrics` with a list of per-device values in place of each array; one transfer."""
+    if any(map(_is_packed, jax.tree.leaves(metrics, is_leaf=_is_packed))):
+        raise TypeError(
+            "collect_from_devices takes the values of each device, but packed metrics hold what all "
+            "devices agree on: read them by unpack()"
         )
-    return weight
+    if not isinstance(metrics, Mapping):
+        kind = type(metrics).__name__
+        hint = ""
+        if isinstance(metrics, (tuple, list)):
+            places = [i for i, item in enumerate(metrics) if isinstance(item, Mapping)]
+            hint = f" Here that may be item {places[-1]} of it." if places else ""
+        raise TypeError(
+            "collect_from_devices takes the dict of metrics that the step returned, not a "
+            f"{kind}. If the step returns more, such as (params, metrics), pass its metrics.{hint}"
+        )
+    leaves, structure = flatten(metrics)
+    for leaf in leaves:
+        if isinstance(leaf.value, jax.Array):
+            _require_readable(leaf)
+    results = [leaf.value for leaf in leaves]
+    with jax.transfer_guard("allow"):
+        hosts = jax.device_get(
+            [x if isinstance(x, jax.Array) and x.ndim else None for x in results]
+        )
+    for i, host in enumerate(hosts):
+        found = results[i] if host is None else host
+        if isinstance(found, np.ndarray) and found.ndim:
+            results[i] = found.tolist() if found.ndim == 1 else list(found)
+    return jax.tree_util.tree_unflatten(structure, results)  # type: ignore[no-any-return]
+
+
+def _is_packed(tree: Any) -> bool:
+    return isinstance(tree, PackedMetrics)
+
+
+def _require_readable(leaf: Leaf) -> None:
+    where = leaf.path("metrics")
+    if isinstance(leaf.value, jax.core.Tracer):
+        raise TypeError(
+            f"{where} is a traced value, which is not on any device yet: call collect_from_devices "
+            "outside the compiled function, on what it returned. Inside, use all_gather."
+        )
+    if leaf.value.is_deleted():
+        raise RuntimeError(
+            f"{where} was donated or deleted before it was read: collect it first, or do not donate "
+            "it"
+        )
+    if not (leaf.value.is_fully_addressable or leaf.value.is_fully_replicated):
+        raise ValueError(
+            f"{where} lives partly on devices of other processes, from where it cannot be read "
+            "here: all_gather it inside the step, or give every process all of it first, by "
+            "jax.experimental.multihost_utils.process_allgather(metrics, tiled=True), which all "
+            "processes must call"
+        )

@@ -17,7 +17,8 @@ from flax import serialization
 
 from metricfold._core.device.rows import Layout
 from metricfold.jax.accumulator import DeviceAccumulator
-from metricfold.jax.packed import Copies, PackedMetrics, Section
+from metricfold.jax.packed import Copies, PackedMetrics
+from metricfold.jax.reduction import Section
 
 __all__ = ["register"]
 
@@ -50,14 +51,8 @@ def _to_bytes(fields: Any) -> bytes:
     sections, structure, copies, fingerprint = fields
     said = {
         "sections": [
-            {
-                "dtype": section.dtype.name,
-                "indices": section.indices,
-                "shapes": section.shapes,
-                "dtypes": [dtype.name for dtype in section.dtypes],
-                "size": section.size,
-            }
-            for section in sections
+            (one.dtype.name, one.indices, one.shapes, [dtype.name for dtype in one.dtypes])
+            for one in sections
         ],
         "tree": _described(structure),
         "copies": [copies.axes, copies.sizes, copies.stacked],
@@ -70,13 +65,12 @@ def _from_bytes(said: bytes | bytearray) -> Any:
     fields = json.loads(bytes(said))
     sections = tuple(
         Section(
-            jnp.dtype(section["dtype"]),
-            tuple(section["indices"]),
-            tuple(map(tuple, section["shapes"])),
-            tuple(map(jnp.dtype, section["dtypes"])),
-            section["size"],
+            jnp.dtype(dtype),
+            tuple(indices),
+            tuple(map(tuple, shapes)),
+            tuple(map(jnp.dtype, dtypes)),
         )
-        for section in fields["sections"]
+        for dtype, indices, shapes, dtypes in fields["sections"]
     )
     axes, sizes, stacked = fields["copies"]
     copies = Copies(tuple(axes), tuple(sizes), stacked)

@@ -89,38 +89,32 @@ class Numbers:
         if dtype == jnp.bool_:
             return cls((values.astype(jnp.float32),), whole=True)
         if not jnp.issubdtype(dtype, jnp.integer):
-            first = values.astype(jnp.float32)
             if dtype != jnp.float64:
-                return cls((first,), whole=False)
-            rest = (values - first.astype(dtype)).astype(jnp.float32)
-            return cls((first, jnp.where(jnp.isfinite(first), rest, 0)), whole=False)
+                return cls((values.astype(jnp.float32),), whole=False)
+            return cls(_pair(values), whole=False)
         bits = jnp.iinfo(dtype).bits
         if bits < 32:
             return cls((values.astype(jnp.float32),), whole=True)
-        # Sixteen bits at a time, which a float32 holds; the highest has the sign.
-        digits = [
-            (values >> shift if shift == bits - 16 else values >> shift & 0xFFFF).astype(
-                jnp.float32
-            )
-            * np.float32(2.0**shift)
-            for shift in range(bits - 16, -1, -16)
-        ]
-        high, low = exact_sum(digits[0], digits[1])
-        for digit in digits[2:]:
-            high, lost = exact_sum(high, digit)
-            high, low = exact_sum(high, low + lost)
-        parts = (high, low)
         if bits == 32:
-            return cls(parts, whole=True)
-        # float64 is there where int64 is.
-        there = sum((part.astype(jnp.float64) for part in parts), jnp.float64(0))
-        back = there.astype(dtype)
+            high = (values >> 16).astype(jnp.float32) * np.float32(1 << 16)
+            return cls(exact_sum(high, (values & 0xFFFF).astype(jnp.float32)), whole=True)
+        wide = values.astype(jnp.float64)  # which is there where int64 is
+        high, low = _pair(wide)
+        there = high.astype(jnp.float64) + low.astype(jnp.float64)
         most = np.float64(2.0 ** (bits - jnp.issubdtype(dtype, jnp.signedinteger)))
-        return cls(parts, whole=True, held=(back == values) & (there < most))
+        held = (there.astype(dtype) == values) & (there < most)
+        return cls((high, low), whole=True, held=held)
 
     @property
     def values(self) -> jax.Array:
         return self.parts[0]
+
+
+def _pair(wide: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return two float32 that add up to float64, as far as they can."""
+    high = wide.astype(jnp.float32)
+    low = (wide - high.astype(wide.dtype)).astype(jnp.float32)
+    return high, jnp.where(jnp.isfinite(high), low, 0)
 
 
 class _Columns:

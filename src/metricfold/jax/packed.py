@@ -1,19 +1,13 @@
 """Reduced metrics as one vector, to be taken apart on the host.
 
 A jitted step that returns a hundred metrics makes a hundred buffers, and reading them takes as many
-transfers. `PackedMetrics` is one buffer of 32-bit words, read in one transfer:
+transfers. `PackedMetrics` is one buffer of 32-bit words, read in one transfer: a fingerprint of names,
+types and shapes, as an accumulator has one, that carries a checksum of the other words; and the bits of
+the results, one section for each op and type.
 
-    fingerprint   1 word     of the names, types and shapes that the program knows
-    checksum      1 word     of all words that follow
-    results       the rest   the bits of the numbers, one section for each op and type
-
-The words are a pytree's leaf like any other, and functions over all arrays of a tree will take them for
-numbers: average them over steps, add them up over devices once more, cast them, fill them with zeros. What
-comes out are bits that mean something else. So `unpack` looks at their type, at the fingerprint, which no
-sum leaves as it is, and at the checksum, which notices whatever is done to each word alone.
-
-What the words mean stands in them and in the static fields, and not in where they lie: after
-`jax.device_get`, `jax.device_put` or pickling they say the same.
+Functions over all arrays of a tree take the words for numbers: average them over steps, add them up over
+devices once more, cast them, fill them with zeros. What comes out are bits that mean something else. So
+`unpack` looks at their type and at the fingerprint.
 """
 
 from __future__ import annotations
@@ -30,33 +24,19 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
+from metricfold._core.device.rows import checksum, with_checksum, without_checksum
 from metricfold._core.runtime.staging import is_traced
 from metricfold.jax.axes import Axes, bound_axes, knows_what_varies
-from metricfold.jax.reduction import Group, Reduced
+from metricfold.jax.reduction import Reduced, Section
 from metricfold.jax.trees import Leaf
 
 __all__ = ["PackedMetrics", "pack"]
 
 _SEAL = 2
-"""Words in front of the results."""
+"""Words in front: the fingerprint with the checksum, and its complement, for the larger of two or the
+smaller of them would be one that fits."""
 
 Words = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """The place of one group's results among the words."""
-
-    dtype: np.dtype[Any]
-    indices: tuple[int, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[np.dtype[Any], ...]
-    size: int
-    """Elements of all of them."""
-
-    @property
-    def words(self) -> int:
-        return self.size * self.dtype.itemsize // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +122,12 @@ class PackedMetrics:
                 computed with them; or were donated; or were not reduced over all of the axes that
                 `out_specs` joins end to end, or that lie on other processes.
         """
-        length = _SEAL + sum(section.words for section in self.sections)
+        length = self._length
         words, share = self._read()
         words = self.copies.one_of(words, length, share)
         if words.shape[-1] != length:
             many, rest = divmod(words.shape[-1], length)
-            if rest:
+            if rest or not self._fits(words):
                 raise ValueError(
                     f"packed metrics of these names have {length} words, and these are "
                     f"{words.shape[-1]}: they are of other metrics, or were cut"
@@ -157,15 +137,26 @@ class PackedMetrics:
                 f"{self.copies.axes} alone. Give each a dimension of its own before it "
                 "is returned: jax.tree.map(lambda words: words[None], packed)"
             )
-        self._check(words)
+        if not self._fits(words):
+            if not words.any():
+                raise ValueError(
+                    "these packed metrics hold nothing: all words are zero, as in a carry that was "
+                    "filled with zeros and never replaced. Unpack only what a reduction has returned"
+                )
+            raise ValueError(
+                "the fingerprint of these packed metrics does not fit: they are of other metrics, or "
+                f"{_COMPUTED}"
+            )
+        ends = np.cumsum([_SEAL, *(section.words for section in self.sections)])
         metrics: dict[int, Any] = {}
-        start = _SEAL
-        for section in self.sections:
-            part = words[..., start : start + section.words]
-            start += section.words
+        for section, part in zip(self.sections, np.split(words, ends, -1)[1:-1], strict=True):
             metrics.update(_taken_apart(np.ascontiguousarray(part).view(section.dtype), section))
         leaves = [metrics[i] for i in range(len(metrics))]
         return jax.tree_util.tree_unflatten(self.structure, leaves)
+
+    @property
+    def _length(self) -> int:
+        return _SEAL + sum(section.words for section in self.sections)
 
     def _read(self) -> tuple[Words, float]:
         """Return the words that are on this process, and what part of all that is."""
@@ -208,20 +199,11 @@ class PackedMetrics:
         here = np.concatenate([np.asarray(shards[start]) for start in sorted(shards)], axis)
         return here, here.shape[axis] / words.shape[axis]
 
-    def _check(self, words: Words) -> None:
-        """Raise ValueError for words that are not those of the reduction."""
-        if not (words[..., 0] == self.fingerprint).all():
-            if not words.any():
-                raise ValueError(
-                    "these packed metrics hold nothing: all words are zero, as in a carry that was "
-                    "filled with zeros and never replaced. Unpack only what a reduction has returned"
-                )
-            raise ValueError(
-                f"the fingerprint of these packed metrics does not fit: they are of other metrics, or "
-                f"{_COMPUTED}"
-            )
-        if not (words[..., 1] == _checksum(words[..., _SEAL:], np)).all():
-            raise ValueError(f"the checksum of these packed metrics does not fit: {_COMPUTED}")
+    def _fits(self, words: Words) -> bool:
+        """Return whether words are those of the reduction, or of several, side by side or end to end."""
+        words = words.reshape(-1, self._length)
+        marks = without_checksum(words[:, 0], checksum(words[:, _SEAL:]))
+        return bool(((marks == self.fingerprint) & (words[:, 0] == ~words[:, 1])).all())
 
 
 _COMPUTED = (
@@ -234,58 +216,19 @@ _COMPUTED = (
 
 def pack(reduced: Reduced, structure: Any, leaves: list[Leaf], axes: Axes) -> PackedMetrics:
     """Pack results whose pytree has this structure and that were reduced over `axes`."""
-    parts = [_as_words(group.joined) for group in reduced.groups]
+    parts = [_as_words(joined) for joined in reduced.joined]
     results = jnp.concatenate(parts) if parts else jnp.zeros(0, jnp.uint32)
-    sections = tuple(_section(group) for group in reduced.groups)
-    fingerprint = _fingerprint(sections, leaves)
-    seal = jnp.stack([jnp.full_like(results, fingerprint, shape=()), _checksum(results, jnp)])
+    # Odd, and the highest bit is set: twice it, or thrice, is another number, and so is its float32.
+    said = repr(([leaf.path("") for leaf in leaves], reduced.sections))
+    fingerprint = zlib.crc32(said.encode()) | 0x8000_0001
+    seal = with_checksum(np.uint32(fingerprint), checksum(results, jnp))
     return PackedMetrics(
-        words=jnp.concatenate([seal, results]),
-        sections=sections,
+        words=jnp.concatenate([jnp.stack([seal, ~seal]), results]),
+        sections=reduced.sections,
         structure=structure,
         copies=Copies.over(axes),
         fingerprint=fingerprint,
     )
-
-
-def _section(group: Group) -> Section:
-    joined = group.joined
-    return Section(
-        np.dtype(joined.dtype), group.indices, group.shapes, group.dtypes, size=joined.size
-    )
-
-
-def _fingerprint(sections: tuple[Section, ...], leaves: list[Leaf]) -> int:
-    """Return an odd number of 32 bits of which the highest is set.
-
-    Twice it, or thrice, is another number, and so is what a float32 makes of it.
-    """
-    said = repr(([leaf.path("") for leaf in leaves], sections))
-    return zlib.crc32(said.encode()) | 0x8000_0001
-
-
-def _checksum(words: Any, numpy: Any) -> Any:
-    """Return what all words of the last dimension come to, each having another part in it.
-
-    Args:
-        words: uint32, shape (..., n).
-        numpy: `numpy` or `jax.numpy`, whichever has made them.
-    """
-    salt = numpy.arange(1, words.shape[-1] + 1, dtype=np.uint32) * np.uint32(0x9E37_79B1)
-    mixed = (words ^ salt) * np.uint32(0x85EB_CA6B)
-    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0xC2B2_AE35)
-    mixed = mixed ^ (mixed >> np.uint32(13))
-    if numpy is np:
-        return mixed.sum(axis=-1, dtype=np.uint32) ^ np.bitwise_xor.reduce(mixed, axis=-1)
-    # Of two reductions at once XLA makes one kernel on a CPU, and two of one.
-    nothing = np.uint32(0)
-    total, parity = lax.reduce(
-        (mixed, mixed),
-        (nothing, nothing),
-        lambda one, other: (one[0] + other[0], one[1] ^ other[1]),
-        (mixed.ndim - 1,),
-    )
-    return total ^ parity
 
 
 def _as_words(values: jax.Array) -> jax.Array:

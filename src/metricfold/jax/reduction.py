@@ -19,6 +19,7 @@ An op states what type it computes in, what it sends, and what it makes of what 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from metricfold.jax.collectives import Lane, axes_size, combine, join, split, tr
 from metricfold.jax.ordering import from_sortable, to_sortable
 from metricfold.jax.values import wide
 
-__all__ = ["OPS", "Group", "Reduced", "reduce_arrays", "require_op"]
+__all__ = ["OPS", "Reduced", "Section", "reduce_arrays", "require_op"]
 
 
 class Op(ABC):
@@ -107,28 +108,39 @@ def require_op(op: object, where: str, choices: Sequence[str] = tuple(OPS)) -> N
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Results of one op that were computed together."""
+class Section:
+    """What results of one op and type, joined, are of.
 
-    joined: jax.Array
+    Args:
+        dtype: that they were computed in.
+        indices: where they stood among the values that came in.
+        shapes, dtypes: of each.
+    """
+
+    dtype: np.dtype[Any]
     indices: tuple[int, ...]
-    """Where they stood among the values that came in."""
     shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[Any, ...]
+    dtypes: tuple[np.dtype[Any], ...]
+
+    @property
+    def words(self) -> int:
+        """How many 32-bit words they take."""
+        return sum(map(math.prod, self.shapes)) * self.dtype.itemsize // 4
 
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """The results of a reduction, still joined."""
+    """The results of a reduction, still joined by section."""
 
-    groups: list[Group]
+    sections: tuple[Section, ...]
+    joined: tuple[jax.Array, ...]
 
     def arrays(self) -> list[jax.Array]:
         """Return the results, one per value that came in, in that order."""
         results: dict[int, jax.Array] = {}
-        for group in self.groups:
-            parts = split(group.joined, group.shapes)
-            for i, part, dtype in zip(group.indices, parts, group.dtypes, strict=True):
+        for section, joined in zip(self.sections, self.joined, strict=True):
+            parts = split(joined, section.shapes)
+            for i, part, dtype in zip(section.indices, parts, section.dtypes, strict=True):
                 results[i] = part.astype(dtype)
         return [results[i] for i in range(len(results))]
 
@@ -158,19 +170,19 @@ def reduce_arrays(
     ]
     came_back = iter(combine([lane for lanes in sent for lane in lanes], axes))
     devices = axes_size(axes)
-    reduced = []
+    sections, joined = [], []
     for indices, lanes in zip(groups, sent, strict=True):
-        first = indices[0]
-        combined = [next(came_back) for _ in lanes]
-        reduced.append(
-            Group(
-                joined=OPS[ops[first]].result(combined, computed[first], devices),
-                indices=tuple(indices),
-                shapes=tuple(inputs[i].shape for i in indices),
-                dtypes=tuple(np.dtype(OPS[ops[i]].given_back_in(arrays[i].dtype)) for i in indices),
+        op, dtype = OPS[ops[indices[0]]], computed[indices[0]]
+        joined.append(op.result([next(came_back) for _ in lanes], dtype, devices))
+        sections.append(
+            Section(
+                np.dtype(joined[-1].dtype),
+                tuple(indices),
+                tuple(inputs[i].shape for i in indices),
+                tuple(np.dtype(op.given_back_in(arrays[i].dtype)) for i in indices),
             )
         )
-    return Reduced(reduced)
+    return Reduced(tuple(sections), tuple(joined))
 
 
 def _joined(

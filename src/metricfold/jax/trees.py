@@ -6,13 +6,15 @@ about a dict, or any other container, it says about everything in there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
-__all__ = ["ABSENT", "PARTS", "Leaf", "Said", "flatten"]
+__all__ = ["ABSENT", "PARTS", "Leaf", "Said", "flatten", "weights_of"]
+
+Read = TypeVar("Read")
 
 ABSENT, PARTS = object(), object()
 """What `Said.about` returns for a leaf about which nothing is said, or only about what it has not."""
@@ -78,6 +80,34 @@ class Said:
             if leaf.keys[:n] in self._values:
                 return self._values[leaf.keys[:n]]
         return PARTS if leaf.keys in self._parts else ABSENT
+
+
+def weights_of(
+    weights: Any,
+    leaves: Sequence[Leaf],
+    named: Callable[[Leaf], str],
+    read: Callable[[Any, str], Read],
+) -> list[Read]:
+    """Return the weights of each leaf, as `read`: one for all, or those that a tree has for it.
+
+    Args:
+        weights: one, or a tree.
+        leaves: of the metrics.
+        named: what a leaf is called.
+        read: takes a weight and what that is called.
+    """
+    said = Said(weights)
+    if said.one:
+        return [read(weights, "weights")] * len(leaves)
+    found = []
+    for leaf in leaves:
+        where, weight = leaf.path("weights"), said.about(leaf)
+        if weight is ABSENT or weight is PARTS:
+            raise ValueError(
+                f"{named(leaf)} has no weights: give {where}, or one number or array for all metrics"
+            )
+        found.append(read(weight, where))
+    return found
 
 
 def _said_in(tree: Any, keys: tuple[Any, ...]) -> Iterator[Leaf]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from metricfold._core.device.arrays import unwrapped
 from metricfold._core.runtime.imported import is_of
 
-__all__ = ["as_array", "refuse_masked", "wide"]
+__all__ = ["Parts", "as_array", "as_parts", "put", "refuse_masked", "wide"]
+
+Parts: TypeAlias = tuple[jax.Array, ...]
+"""Arrays that add up to numbers: one, or two float32."""
 
 
 def as_array(value: Any, where: str, *, copies: int = 1) -> jax.Array:
@@ -39,12 +43,69 @@ def as_array(value: Any, where: str, *, copies: int = 1) -> jax.Array:
             raise ValueError(f"{where} is {value}, which no integer type holds: {_ON_THE_HOST}")
         _require_number_type(host.dtype, where)
         _require_room(host, where, copies)
-        with jax.transfer_guard("allow"):
-            return jnp.asarray(host)
+        return put(host)
     raise TypeError(
         f"{where} is {value!r}, of type {type(value).__name__}, which is no number: take it out, or "
         'let reduce_custom leave it as it is ({"name": None})'
     )
+
+
+def put(host: np.ndarray[Any, Any]) -> jax.Array:
+    """Return an array of the host on the device."""
+    with jax.transfer_guard("allow"):  # asked for by giving it
+        return jnp.asarray(host)
+
+
+def as_parts(value: Any, where: str) -> Parts:
+    """Return real numbers as arrays that add up to them: two float32 of what is wider on the host.
+
+    Raises:
+        TypeError: `value` is no real number.
+        ValueError: `value` is masked, or an integer that takes more than 48 bits.
+    """
+    value = unwrapped(value)
+    refuse_masked(value, where)
+    if isinstance(value, (bool, int, float, np.generic, np.ndarray)):
+        value = np.asarray(value)
+        if value.dtype == object or (value.dtype.kind in "iu" and value.dtype.itemsize > 4):
+            held = np.iinfo(np.int32)
+            if value.dtype == object or (
+                value.size and not held.min <= value.min() <= value.max() <= held.max
+            ):
+                return _exact_pair(value, where)
+            value = value.astype(np.int32)
+        elif value.dtype.kind == "f" and value.dtype.itemsize > 4:
+            high, low = _pair(value)
+            return put(high), put(low)
+    array = as_array(value, where)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"{where} are complex: give their real part or their magnitude")
+    return (lax.stop_gradient(array),)
+
+
+def _pair(wide: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    with np.errstate(all="ignore"):
+        high = wide.astype(np.float32)
+        return high, np.where(np.isfinite(high), wide - high, 0.0).astype(np.float32)
+
+
+def _exact_pair(integers: np.ndarray[Any, Any], where: str) -> Parts:
+    """Return two float32 that add up to integers, or raise ValueError if none do."""
+    exact = integers.astype(object)
+    if not all(isinstance(one, int) for one in exact.flat):
+        raise TypeError(f"{where} are {integers!r}, which are no numbers")
+    try:
+        wide = exact.astype(np.float64)
+    except OverflowError:
+        wide = np.full(exact.shape, np.inf)
+    high, low = _pair(wide)
+    wrong = np.asarray((high.astype(np.float64) + low).astype(object) != exact)
+    if wrong.any():
+        raise ValueError(
+            f"{where} are {exact[wrong].flat[0]}, which takes more than the 48 bits that an accumulator "
+            "holds: give a number with fewer digits, or record() it, which is exact up to 2^53"
+        )
+    return put(high), put(low)
 
 
 def refuse_masked(value: Any, where: str) -> None:

@@ -301,16 +301,17 @@ def _marked(identity: int) -> int:
     return 1 << 31 | identity << 11 | ((identity ^ identity >> 10) & 0x3FF) << 1 | 1
 
 
-def checksum(words: Any) -> Any:
+def checksum(words: Any, numpy: Any = np) -> Any:
     """Return a number that the sum, the mean or the maximum of two arrays of words does not have.
 
-    Words are uint32 of NumPy or JAX, shape (rows, columns). The number is even and below 2^31, as the
-    first and the last bit of a fingerprint are its own; that of zeros is 0.
+    Words are uint32, shape (..., n), of `numpy`, which may be JAX's; those of the last dimension come to
+    one number. It is even and below 2^31, as the first and the last bit of a fingerprint are its own; that
+    of zeros is 0.
     """
-    place = np.arange(words.size, dtype=np.uint32).reshape(words.shape)
+    place = numpy.arange(words.shape[-1], dtype=np.uint32)
     mixed = words * (place * np.uint32(0x9E3779B2) + np.uint32(0x85EBCA6B))
     mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0xC2B2AE35)
-    total = (mixed ^ (mixed >> np.uint32(13))).sum(dtype=np.uint32)
+    total = (mixed ^ (mixed >> np.uint32(13))).sum(axis=-1, dtype=np.uint32)
     return (total << np.uint32(1)) & np.uint32(_BELOW_FIRST)
 
 
