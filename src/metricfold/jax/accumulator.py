@@ -31,7 +31,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, auto_
 from metricfold._core.device.arrays import counts_here
 from metricfold._core.device.rows import (
     COUNTS,
+    EXTREMA,
     FRACTION_BITS,
+    MOMENTS,
+    SUMS,
     HostArrays,
     Layout,
     check_fits,
@@ -651,8 +654,15 @@ def _of_0_1(
     arrays: Mapping[str, Any], layout: Layout
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return the lanes, what was refused and the cells of what 0.1 saved; raises ValueError."""
+    shapes = (
+        (layout.rows, COUNTS),
+        (layout.rows, SUMS, 2),
+        (layout.rows, EXTREMA),
+        (layout.cells, MOMENTS, 2),
+        (len(layout.names), 2),
+    )
     found = []
-    for name, shape in zip(HostArrays._fields, layout.shapes, strict=True):
+    for name, shape in zip(HostArrays._fields, shapes, strict=True):
         array = arrays.get(name)
         dtype = np.dtype(np.int32 if name in ("counts", "refused") else np.float32)
         absent = name == "grid" and not layout.cells and array is None
