@@ -67,16 +67,20 @@ class Workload(ABC):
         """Yield the batches of one interval."""
 
 
-@cache
 def batches(workload: Workload, rank: int, number: int) -> list[MetricBatch]:
     """Return an interval as data workers hand it over."""
+    return _prepared(workload, rank, number % INTERVALS)
+
+
+@cache
+def _prepared(workload: Workload, rank: int, number: int) -> list[MetricBatch]:
     return [
         MetricBatch.from_metrics(
             Metric(column.dataset, column.name, value, column.aggregation)
             for column in columns
             for value in column.plain()
         )
-        for columns in workload.interval(rank, number % INTERVALS)
+        for columns in workload.interval(rank, number)
     ] * workload.repeats
 
 

@@ -244,8 +244,7 @@ class Reducer:
     def _windows_with(self, states: dict[Key, State], registry: Registry) -> dict[Key, Window]:
         windows = dict(self.windows)
         for key, state in states.items():
-            newer = state.window()
-            if newer is not None:
+            if (newer := state.window()) is not None:
                 limit = registry.handler(key).laned().sample_limit
                 windows[key] = windows.get(key, _NO_WINDOW).followed_by(newer, limit)
         return windows

@@ -70,12 +70,11 @@ class Entry(NamedTuple):
 
     @property
     def type(self) -> str:
-        """What `type_label` says of its aggregation type."""
         return parts_of(self.kind).label
 
     @property
     def sums(self) -> int:
-        """SUM lanes, without those of categories; 0 for a handler without lanes."""
+        """SUM lanes, without those of categories."""
         return parts_of(self.kind).sums
 
     @property
@@ -94,7 +93,6 @@ class Entry(NamedTuple):
 
     @property
     def latest(self) -> bool:
-        """Whether its MAX lanes hold what came last."""
         return parts_of(self.kind).last
 
     @property
@@ -103,6 +101,7 @@ class Entry(NamedTuple):
 
     @property
     def custom(self) -> bool:
+        """Whether its handler has no lanes."""
         return self.sums == 0
 
     @property
@@ -163,7 +162,6 @@ class Entry(NamedTuple):
         return f"{self.type!r} with {self.lanes}"
 
     def holds(self, window: Window) -> bool:
-        """Return whether there are places for what a rank holds of a DISTRIBUTION."""
         return (
             window.values.size <= self.capacity > 0
             and (self.weighted or window.weights is None)

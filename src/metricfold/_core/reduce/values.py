@@ -82,7 +82,7 @@ class Values(ABC):
 
     @abstractmethod
     def pack(self, vector: FloatArray, windows: Mapping[Key, Window]) -> None:
-        """Write what a rank holds into `vector`, shape (width,), of zeros."""
+        """Write what a rank holds into `vector`, of zeros."""
 
     def join(self, lower: FloatArray, upper: FloatArray, out: FloatArray) -> None:  # noqa: B027
         """Write what each two rows hold together into `out`; nothing where all rows arrive."""
@@ -130,7 +130,10 @@ class Windows(Values):
     def wrong(self, rows: FloatArray) -> BoolArray:
         if not self.width:
             return np.zeros(len(rows), dtype=np.bool_)
-        bad = np.asarray(~np.isfinite(rows).all(axis=1))
+        with np.errstate(over="ignore", invalid="ignore"):
+            bad: BoolArray = ~np.isfinite(rows.sum(axis=1))
+        # Only a sum of numbers is one, though not each sum of numbers is.
+        bad[bad] = ~np.isfinite(rows[bad]).all(axis=1)
         heads = rows[:, self._heads]
         sizes, fresh = heads[:, 0], heads[:, 1]
         bad |= ~(countable(sizes) & countable(fresh)).all(axis=1)

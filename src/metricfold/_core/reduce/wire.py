@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,16 +47,8 @@ _BITS = 52
 """Ranks that one number tells apart: each is a bit, and a float64 holds so many exactly."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
-    """What one rank sends.
-
-    Args:
-        states: what each key has accumulated.
-        windows: what it holds of each DISTRIBUTION.
-        present: keys of which it has sent values already during the open interval.
-        with_nan: those of which it has sent NaN.
-    """
+class Outgoing(NamedTuple):
+    """What one rank holds; and of which keys it has sent values, or NaN, in the open interval."""
 
     states: Mapping[Key, State]
     windows: Mapping[Key, Window]
@@ -70,10 +63,8 @@ class Merged:
     Args:
         delta: lanes.
         rows: each rank's lanes; of the keys in `rows.schema` alone.
-        recent: values of DISTRIBUTIONs.
         attendance: which ranks had what; None if all keys are known per rank.
-        sink_failed: whether a logger's sink had failed on any rank.
-        found: what a local rule has found on any of them (`Field.ALERTS`).
+        sink_failed, found: of any rank (`Field.SINK_FAILED`, `Field.ALERTS`).
     """
 
     delta: Totals
@@ -116,13 +107,8 @@ class Wire:
         most = 2.0 ** np.minimum(last, _BITS) - 1 if self._bits else np.array([float(world_size)])
         self._most_present = np.tile(most, len(self._keys))
         widths = (
-            head,
-            len(self._owning),
-            schema.sum_width,
-            present,
-            world_size * each,
-            3 * schema.max_width,
-            self._samples.width,
+            *(head, len(self._owning), schema.sum_width, present),
+            *(world_size * each, 3 * schema.max_width, self._samples.width),
         )
         ends = np.cumsum(widths).tolist()
         at = [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
@@ -353,6 +339,10 @@ class Attendance:
     world_size: int
     nan_owners: Mapping[Key, int]
 
+    def nan_owner(self, key: Key) -> int:
+        """Return the lowest rank that had NaN, or -1."""
+        return self.nan_owners[key]
+
     def present(self, key: Key) -> int:
         """Return how many ranks had values of `key`."""
         numbers = self.numbers[self.keys[key]].tolist()
@@ -365,10 +355,4 @@ class Attendance:
             words = [divmod(rank, _BITS) for rank in range(self.world_size)]
             return [rank for rank, (word, bit) in enumerate(words) if not numbers[word] >> bit & 1]
         present = self.present(key)
-        if present in (0, self.world_size):
-            return list(range(self.world_size - present))
-        return None
-
-    def nan_owner(self, key: Key) -> int:
-        """Return the lowest rank that had NaN, or -1."""
-        return self.nan_owners[key]
+        return [*range(self.world_size - present)] if present in (0, self.world_size) else None
