@@ -386,9 +386,19 @@ class Inbox:
             self.hand_over(layer, keep)
 
     def _warn(self, pending: Sequence[Pending], accumulators: int = 0) -> None:
-        if not self._warned:
-            self._warned = True
-            _log.warning("%s", _never_read(pending, accumulators))
+        """Tell, once, who lets values pile up on a device."""
+        if self._warned:
+            return
+        self._warned = True
+        named = shortened(dict.fromkeys(show(one.key) for one in pending))
+        what = [f"{len(pending):,} values on a device ({named})"] if pending else []
+        what += [f"{accumulators:,} drained accumulators"] if accumulators else []
+        _log.warning(
+            "%s wait for a log. The older ones are read now, and again whenever so many have piled "
+            "up, so that memory does not grow without end: call logger.log(step, aggregator), or "
+            "reduce(), more often, on every rank",
+            " and ".join(what),
+        )
 
     def hand_over(self, layer: Layer, keep: Callable[[Layer], None]) -> None:
         """Read what handlers without lanes wait for, and let them have it; waits for it.
@@ -449,12 +459,13 @@ class Inbox:
         for shape in self._shapes.values():
             shape.spread()
         for slot in self._slots.values():
-            if slot.values or slot.others or slot.lanes:
+            if slot.others or slot.lanes:
                 state, behind = slot.folded(queued)
-                if state.counts is not None:
-                    trim(state, self._keys.records[slot.key])
+                trim(state, self._keys.records[slot.key])
                 states[slot.key] = state
                 pending += behind
+            elif slot.values:
+                states[slot.key] = slot.fold(slot.values, None)
         folded = Layer(states, pending, [*self._waiting], [*self._accumulators])
         self._clear()
         return folded
@@ -551,18 +562,6 @@ class Inbox:
         if key in self._behind:
             self._behind.remove(key)
             self._behind |= set() if name is None else {name}
-
-
-def _never_read(pending: Sequence[Pending], accumulators: int) -> str:
-    """Return what to tell who lets values pile up on a device."""
-    named = shortened(dict.fromkeys(show(one.key) for one in pending))
-    what = [f"{len(pending):,} values on a device ({named})"] if pending else []
-    what += [f"{accumulators:,} drained accumulators"] if accumulators else []
-    return (
-        f"{' and '.join(what)} wait for a log. The older ones are read now, and again whenever so many "
-        "have piled up, so that memory does not grow without end: call logger.log(step, aggregator), or "
-        "reduce(), more often, on every rank"
-    )
 
 
 class _Remembered(dict[tuple[Any, ...], Found]):
@@ -669,7 +668,7 @@ class Slot:
         self.lanes = ()
 
     def folded(self, queued: AbstractSet[Key]) -> tuple[State, list[Pending]]:
-        """Return the state of what is here, and what lies on a device.
+        """Return the state of what is here, of which not all are plain, and what lies on a device.
 
         Where the most recent values matter, they queue behind those that still lie on a device.
 
@@ -677,8 +676,6 @@ class Slot:
             queued: keys of which earlier values do.
         """
         pending: list[Pending] = []
-        if not (self.others or self.lanes):
-            return self.fold(self.values, None), pending
         state = self.handler.empty()
         for kind, run in self._runs():
             queue = pending if state.recent and (pending or self.key in queued) else None
