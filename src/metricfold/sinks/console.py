@@ -72,8 +72,8 @@ class ConsoleSink(SelectiveSink):
     def close(self) -> None:
         """Leave the last tables where they are and give the terminal back."""
         if self._live is not None:
-            # Printing the tables for good, above whatever else is live on this console, leaves no
-            # gap; stopping a display that shows them would print them twice and scroll.
+            # Printed for good, above whatever else is live on this console: stopping a display
+            # that shows them would print them twice and scroll.
             self._live.update("", refresh=True)
             self._live.transient = True
             self._live.stop()
@@ -113,7 +113,6 @@ class ConsoleSink(SelectiveSink):
         return self._console
 
     def _tables(self, height: int | None = None) -> RenderableType:
-        """Return all tables, cut to `height` lines in all if given."""
         from rich.console import Group  # noqa: PLC0415
 
         boards = list(self._boards.values())
@@ -273,11 +272,11 @@ def _shares(needs: list[int], height: int | None) -> list[int]:
     if height is None:
         return needs
     left = height - _FRAME * len(needs)
-    shares = dict.fromkeys(range(len(needs)), 0)
-    for served, index in enumerate(sorted(shares, key=needs.__getitem__)):
+    shares = [0] * len(needs)
+    for served, index in enumerate(sorted(range(len(needs)), key=needs.__getitem__)):
         shares[index] = min(needs[index], max(3, left // (len(needs) - served)))
         left -= shares[index]
-    return list(shares.values())
+    return shares
 
 
 def _table(board: _Board, max_rows: int, width: int) -> Table:

@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -206,10 +207,6 @@ def _lines(path: Path) -> Iterator[_Line]:
             start += len(text)
 
 
-_STARTED = re.compile(rb'\{"step": -?\d+' + re.escape(_AFTER_STEP))
-"""What half a line holds at least, if no other program is to have written it."""
-
-
 def _is_ours(start: bytes) -> bool:
     """Return whether a file that starts like this begins with a record, or with half of one.
 
@@ -218,7 +215,8 @@ def _is_ours(start: bytes) -> bool:
     # What nothing has closed runs into the next one.
     *closed, last = start.replace(_BEGINNING, b"\n" + _BEGINNING).split(b"\n")
     for line in closed:
-        if _STARTED.match(line) or _parsed(line) is not None:
+        # No other program has written so much of one.
+        if (_began(line) and _AFTER_STEP in line) or _parsed(line) is not None:
             return True
         # A file system may have made room for more than it came to write.
         if line and not _began(line.rstrip(b"\0")):
@@ -313,7 +311,7 @@ def _decoded(record: dict[str, Any], line: _Line, path: Path) -> Record:
     try:
         read = Record(
             step=record["step"],
-            wall_time=_to_finite(record["wall_time"]),
+            wall_time=_finite(_to_number(record["wall_time"])),
             prefix=_to("text", str, record.get("prefix", "")),  # older lines have none
             metrics={key: _to_number(value) for key, value in record["metrics"].items()},
             histograms={key: _to_histogram(value) for key, value in record["histograms"].items()},
@@ -359,14 +357,6 @@ def _to_array(values: object) -> npt.NDArray[np.float64]:
     return array
 
 
-def _to_object(value: object) -> Any:
-    return _to("JSON object", dict, value)
-
-
-def _to_finite(value: object) -> float:
-    return _finite(_to_number(value))
-
-
 def _to_number(value: object) -> float:
     if isinstance(value, str) and value in _NOT_FINITE:
         return _NOT_FINITE[value]
@@ -383,3 +373,6 @@ def _to(name: str, kind: Any, value: object) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{value!r:.60} is no {name}")
     return value
+
+
+_to_object = partial(_to, "JSON object", dict)

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Any, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, cast
 
 from metricfold._core.fold import hints
 from metricfold._core.fold.names import check_prefix, repeated
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from metricfold._core.intake.aggregator import MetricsAggregator
 
 __all__ = ["MetricsLogger", "SinkError"]
+
+T = TypeVar("T")
 
 _PATIENCE = Patience(30.0)  # in which a sink must get something done for close() to go on waiting
 _DYING_PATIENCE = 5.0
@@ -332,18 +334,24 @@ class MetricsLogger(OneInUse):
         give_up_at = time.monotonic() + seconds
         while unfinished := wait(reductions, timeout=0.02).not_done:
             # A rank that dies as well has left: to find out which one that was takes a second.
-            failed = [_has_failed(self._reductions.get(future)) for future in unfinished]
-            if all(failed) or time.monotonic() > give_up_at:
+            if all(self._asked(future, "has_failed", bool) for future in unfinished):
+                break
+            if time.monotonic() > give_up_at:
                 break
         return unfinished
 
     def _awaited(self, unfinished: set[Future[Snapshot]]) -> str:
         """Return whom these reductions wait for, in words."""
-        owners = [owner() for future, owner in self._reductions.items() if future in unfinished]
-        # Of an aggregator of the user's own making nothing is known.
-        asked = [getattr(owner, "waits_for", tuple) for owner in owners]
-        ranks = sorted({rank for waits_for in asked for rank in waits_for()})
+        asked: list[tuple[int, ...]]
+        asked = [self._asked(future, "waits_for", tuple) for future in unfinished]
+        ranks = sorted({rank for ranks in asked for rank in ranks})
         return f"rank(s) {', '.join(map(str, ranks))}" if ranks else "other ranks"
+
+    def _asked(self, future: Future[Snapshot], what: str, unknown: Callable[[], T]) -> T:
+        """Ask whose reduction this is; of an aggregator of the user's own making nothing is known."""
+        owner = self._reductions.get(future)
+        answer: Callable[[], T] = getattr(owner and owner(), what, unknown)
+        return answer()
 
     def _values(
         self, source: object, step: int, prefix: str | None
@@ -363,11 +371,10 @@ class MetricsLogger(OneInUse):
                 f"log() of a {type(source).__name__} needs a prefix for its keys, such as "
                 "prefix='train'"
             )
+        future: Future[Snapshot] = Future()
         if isinstance(source, Snapshot):
-            future: Future[Snapshot] = Future()
             future.set_result(source)
         else:
-            self._raise_error_of(source)
             future = self._reduced(cast("MetricsAggregator", source), step)
         return future if self._writes() else None
 
@@ -380,6 +387,14 @@ class MetricsLogger(OneInUse):
         return {f"{prefix}/{key}": value for key, value in numbers.items()}
 
     def _reduced(self, source: MetricsAggregator, step: int) -> Future[Snapshot]:
+        # Waits for its reduction before, as the aggregator would: only so do all ranks raise in the
+        # same call, and none is alone in the next reduction.
+        for future, owner in list(self._reductions.items()):
+            if owner() is source:
+                error = self._error_of(future)
+                self._reductions.pop(future, None)
+                if error is not None:
+                    raise error
         self._reduces = True
         if self._raises and self._new_failures():
             future = source.reduce_async(step=step, sink_failed=True)
@@ -424,16 +439,6 @@ class MetricsLogger(OneInUse):
         if self._pipeline is None:
             return SinkError("a sink has failed on rank 0, whose own SinkError says how")
         return SinkError(f"a sink has failed: {self._pipeline.failure()}")
-
-    def _raise_error_of(self, source: object) -> None:
-        # Waits for the reduction, as the aggregator would: only so do all ranks raise in the same
-        # call, and none is alone in the next reduction.
-        for future, owner in list(self._reductions.items()):
-            if owner() is source:
-                error = self._error_of(future)
-                self._reductions.pop(future, None)
-                if error is not None:
-                    raise error
 
     def _writes(self) -> bool:
         from metricfold.communicator import global_rank  # noqa: PLC0415
@@ -490,12 +495,6 @@ def _alerts_of(reduction: Future[Snapshot]) -> Future[Alerts]:
 
     reduction.add_done_callback(over)
     return found
-
-
-def _has_failed(owner: weakref.ref[object] | None) -> bool:
-    found = None if owner is None else owner()
-    # Of an aggregator of the user's own making nothing is known.
-    return bool(getattr(found, "has_failed", bool)())
 
 
 def _report(errors: Sequence[BaseException]) -> None:
