@@ -49,7 +49,6 @@ class Clock:
         return moment - place if running else place
 
     def now(self) -> float:
-        """Return what it shows."""
         return self.at(time.perf_counter())
 
     @property

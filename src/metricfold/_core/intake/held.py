@@ -189,7 +189,6 @@ class Run:
         self._unclaimed = None
 
     def go_on(self, reduced: Reduced, *, interval_open: bool) -> None:
-        """Take note of what a reduction has come to."""
         self.saved = lambda: Saved.of(reduced, interval_open=interval_open)
 
     def begin_anew(self, restored: Restored | None) -> None:

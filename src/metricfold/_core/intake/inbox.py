@@ -119,7 +119,6 @@ class Inbox:
     # -- The fast way in. These return whether it was one; if not, nothing has changed.
 
     def record(self, name: object, value: Any, agg: object, dataset: object, weight: Any) -> bool:
-        """Take in one value."""
         try:
             slot = self._spelled[(name, agg) if dataset is None else (dataset, name, agg)]
             if type(agg) not in _SPELLINGS:
@@ -306,7 +305,6 @@ class Inbox:
         return targets, items, size
 
     def take_accumulator(self, drained: Drained) -> None:
-        """Take in an accumulator that is on its way from its device."""
         self._put((self._accumulators,), (drained,), _MOST // _MOST_DRAINED)
         self.relieve()
 
@@ -432,7 +430,6 @@ class Inbox:
         self._behind.clear()
 
     def _read(self, one: Pending) -> tuple[Key, AggregationHandler, Sequence[Metric]]:
-        """Return what has been read as a handler without lanes takes it."""
         pairs = [(one.value, one.weight)]
         if isinstance(one.value, np.ndarray):
             pairs = list(zip(listed(one.value), listed(one.weight), strict=True))
@@ -516,14 +513,11 @@ class Inbox:
         """Take off all that has come in, and begin anew, without a mark.
 
         Args:
-            columns: what comes along, of keys that have been admitted.
+            columns: what comes along, of keys that have been admitted; nothing of it on a device.
             begun: takes it over.
         """
         records = self._keys.records
-        along = Layer(
-            {column.key: column.state for column in columns if column.state is not None},
-            [one for column in columns for one in column.pending],
-        )
+        along = Layer({one.key: one.state for one in columns if one.state is not None})
         while True:
             self._fold()
             stage = self._stage
@@ -588,7 +582,6 @@ def _spelled_so(slots: Mapping[Key, Slot], spelled: tuple[Any, ...]) -> Slot:
 
 
 def _for_numbers(slots: Mapping[tuple[Any, ...], Slot], spelled: tuple[Any, ...]) -> Items:
-    """Return where plain numbers go."""
     slot = slots[spelled]
     if slot.number is None:
         raise KeyError

@@ -135,7 +135,6 @@ class KeyTable:
         return {label: self.handlers[agg_type] for label, agg_type in self._of_label.items()}
 
     def type_of_label(self, label: str) -> TypeLike:
-        """Return the registered type of that label; raises KeyError if there is none."""
         return self._of_label[label]
 
     def by_key(self) -> dict[Key, AggregationHandler]:
@@ -250,7 +249,6 @@ class KeyTable:
         return drained
 
     def derive(self, name: str, metric: DerivedMetric) -> None:
-        """Add the derived metric `name`; raises ValueError if that is taken."""
         self._claims.derive(name)
         self.derived[name] = metric
 
@@ -397,7 +395,6 @@ class KeyTable:
         return admission
 
     def commit_saved(self, entries: Iterable[Entry], admission: Admission) -> None:
-        """Take over what `check_saved` found new."""
         self.commit(admission)
         for entry in entries:
             if entry.drained:

@@ -140,20 +140,18 @@ class Layer:
         """Return the same with what there is of `key` under another name; None: without it."""
         for drained in self.drained:
             drained.rename(key, name)
-        rest = replace(
-            self,
-            states={known: state for known, state in self.states.items() if known != key},
-            pending=[one for one in self.pending if one.key != key],
-            custom=[one for one in self.custom if one.key != key],
-        )
-        if name is None:
+
+        def moved(pending: Sequence[Pending]) -> list[Pending]:
+            rest = [one for one in pending if one.key != key]
+            if name is not None:
+                rest += [one.renamed(name) for one in pending if one.key == key]
             return rest
-        own = Layer(
-            {name: self.states[key]} if key in self.states else {},
-            [one.renamed(name) for one in self.pending if one.key == key],
-            [one.renamed(name) for one in self.custom if one.key == key],
-        )
-        return rest.followed_by(own, records)
+
+        states = {known: state for known, state in self.states.items() if known != key}
+        rest = replace(self, states=states, pending=moved(self.pending), custom=moved(self.custom))
+        if name is None or key not in self.states:
+            return rest
+        return rest.followed_by(Layer({name: self.states[key]}), records)
 
 
 NOTHING = Layer()

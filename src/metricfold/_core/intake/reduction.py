@@ -60,7 +60,6 @@ class Reduction:
 
     @property
     def outcome(self) -> Outcome:
-        """What has become of what was cut off."""
         return Outcome.PENDING if self._mine is None else self._mine.outcome
 
     def begin(self, communicator: Communicator) -> None:
@@ -100,7 +99,6 @@ class Reduction:
             )
 
     def finish(self) -> Snapshot:
-        """Take part in the reduction."""
         held, mine, communicator = self._held, self._mine, self._communicator
         assert mine is not None
         assert communicator is not None

@@ -61,7 +61,6 @@ class Taken(NamedTuple):
     counted: float = 0.0
 
     def plus(self, uses: int, total: float, longest: float, counted: float) -> Taken:
-        """Return this and that together."""
         longest = max(longest, self.longest)
         return Taken(self.uses + uses, self.total + total, longest, self.counted + counted)
 
@@ -114,7 +113,6 @@ class Timers:
         self._elapsed: dict[str, Elapsed] = {}
 
     def known(self, name: object) -> Timer | None:
-        """Return the timer of that name, if there is one."""
         elapsed = self._elapsed.get(name) if isinstance(name, str) else None
         return None if elapsed is None else Timer(elapsed)
 
@@ -170,7 +168,6 @@ class Timers:
         return fold_value(key, agg_type, value, weight, self._keys.handler_of)
 
     def begin_anew(self) -> None:
-        """Drop what has been taken."""
         for elapsed in self._elapsed.values():
             elapsed.take(self._clock.now(), -1)
 
