@@ -30,6 +30,7 @@ IndexArray = npt.NDArray[np.intp]
 BoolArray = npt.NDArray[np.bool_]
 
 _HASH_BITS = 2**52 - 1
+_NOWHERE = np.empty(0, dtype=np.intp)
 
 
 def digest(data: bytes) -> int:
@@ -202,6 +203,8 @@ class Schema:
             entry.key: entry for entry in sorted(entries, key=attrgetter("key"))
         }
         self.hash = sum(entry.digest() for entry in self) & _HASH_BITS
+        # Where lanes go of the keys that a rank holds: mostly the same as the last time.
+        self._latest_held: tuple[tuple[Key, ...], IndexArray, IndexArray] = ((), _NOWHERE, _NOWHERE)
 
     def grown(self, changed: Iterable[Entry]) -> Schema:
         """Return the schema with these entries, of new keys or in the place of those it has."""
@@ -287,8 +290,12 @@ class Schema:
     @cached_property
     def counting(self) -> IndexArray:
         """Places of the SUM lanes that hold whole numbers: of values, of NaN, of each category."""
-        named = places(self._ends[0, :-1] + self._fixed[0], self._categories)
-        return np.concatenate((self.counts, self.counts + (NANS - COUNT), named))
+        return np.concatenate((self.counts, self.counts + (NANS - COUNT), self._named))
+
+    @cached_property
+    def _named(self) -> IndexArray:
+        """Places of the SUM lanes of categories."""
+        return places(self._ends[0, :-1] + self._fixed[0], self._categories)
 
     @cached_property
     def max_counts(self) -> IndexArray:
@@ -305,8 +312,11 @@ class Schema:
         return [entry for entry in self if entry.distributed]
 
     @cached_property
-    def _counted(self) -> list[Entry]:
-        return [e for e, parts in zip(self, self._parts, strict=True) if parts.counts]
+    def _counted(self) -> tuple[list[Entry], IndexArray, IndexArray]:
+        """Keys with categories, where their counts stand, and where each one's begin among these."""
+        found = [e for e, parts in zip(self, self._parts, strict=True) if parts.counts]
+        at = np.array([self.sums[entry.key].start + COUNT for entry in found], dtype=np.intp)
+        return found, at, np.cumsum([0, *(len(entry.categories) for entry in found)])
 
     @cached_property
     def per_rank(self) -> Schema:
@@ -330,28 +340,42 @@ class Schema:
 
         Lanes of which some lack a place are not to be sent.
         """
-        lacking = {*(states.keys() - self.entries.keys())}
-        if lacking:
+        lacking: set[Key] = set()
+        keys, sums_at, maxs_at = self._latest_held
+        if keys != tuple(states):
+            lacking.update(states.keys() - self.entries.keys())
             states = {key: state for key, state in states.items() if key not in lacking}
-        held = np.array([*map(self._place_of.__getitem__, states)], dtype=np.intp)
-        for lanes, which, ends, widths in (
-            (sums, _sums_of, self._ends[0], self._fixed[0]),
-            (maxs, _maxs_of, self._ends[1], self._fixed[1]),
-        ):
-            numbers = np.array([*chain.from_iterable(map(which, states.values()))])
-            lanes[places(ends[held], widths[held])] = numbers
-        for entry in self._counted:
-            state = states.get(entry.key)
-            if state is None or state.counts is None:
-                continue
-            counts = [*map(state.counts.get, entry.categories, repeat(0))]
-            rest = int(state.sums[COUNT]) - sum(counts)
-            if rest and entry.full:
-                counts[entry.categories.index(OTHER)] += rest
-            elif rest:
+            held = np.array([*map(self._place_of.__getitem__, states)], dtype=np.intp)
+            sums_at, maxs_at = map(places, self._ends[:, held], self._fixed[:, held])
+            self._latest_held = tuple(states), sums_at, maxs_at
+        for lanes, at, which in ((sums, sums_at, _sums_of), (maxs, maxs_at, _maxs_of)):
+            if at.size:
+                lanes[at] = _flat(map(which, states.values()), at.size)
+        return lacking | self._fill_categories(sums, states)
+
+    def _fill_categories(self, sums: FloatArray, states: Mapping[Key, State]) -> set[Key]:
+        entries, at, begin = self._counted
+        if not entries:
+            return set()
+        numbers = _flat(
+            (
+                map((held.counts or {}).get, entry.categories, repeat(0))
+                if (held := states.get(entry.key)) is not None
+                else repeat(0, len(entry.categories))
+                for entry in entries
+            ),
+            self._named.size,
+        )
+        sums[self._named] = numbers
+        beyond = sums[at] - np.diff(np.append(0.0, numbers.cumsum())[begin])
+        lacking = set()
+        for place in np.flatnonzero(beyond).tolist():
+            entry = entries[place]
+            if entry.full:
+                other = entry.sums + entry.categories.index(OTHER)
+                sums[at[place] - COUNT + other] += beyond[place]
+            else:
                 lacking.add(entry.key)
-            end = self.sums[entry.key].stop
-            sums[end - len(counts) : end] = counts
         return lacking
 
     def lacking(self, windows: Mapping[Key, Window]) -> set[Key]:
@@ -392,6 +416,10 @@ class Schema:
 
 
 _sums_of, _maxs_of = attrgetter("sums"), attrgetter("maxs")
+
+
+def _flat(parts: Iterable[Iterable[float]], size: int) -> FloatArray:
+    return np.fromiter(chain.from_iterable(parts), np.float64, size)
 
 
 def _slices(keys: Iterable[Key], ends: IndexArray) -> dict[Key, slice]:

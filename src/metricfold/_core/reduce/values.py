@@ -130,10 +130,7 @@ class Windows(Values):
     def wrong(self, rows: FloatArray) -> BoolArray:
         if not self.width:
             return np.zeros(len(rows), dtype=np.bool_)
-        with np.errstate(over="ignore", invalid="ignore"):
-            bad: BoolArray = ~np.isfinite(rows.sum(axis=1))
-        # Only a sum of numbers is one, though not each sum of numbers is.
-        bad[bad] = ~np.isfinite(rows[bad]).all(axis=1)
+        bad = np.asarray(~np.isfinite(rows).all(axis=1))
         heads = rows[:, self._heads]
         sizes, fresh = heads[:, 0], heads[:, 1]
         bad |= ~(countable(sizes) & countable(fresh)).all(axis=1)
