@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -56,14 +57,12 @@ class ArrayBackend(ABC):
         """Return what the caller cannot change any more, without waiting for it."""
 
     def hold(self, value: Any) -> Any:
-        """Return an array of one element to be read later."""
         value = self.checked(value)
         if math.prod(value.shape) != 1:
             raise ValueError(not_one_value(self.noun, value.shape))
         return self.kept(value)
 
     def hold_each(self, value: Any) -> Any:
-        """Return an array of any number of elements to be read later."""
         return self.kept(self.checked(value))
 
     def lost(self, value: Any) -> str | None:
@@ -213,7 +212,6 @@ class JaxArrays(ArrayBackend):
 
 
 def of_mesh(value: Any) -> bool:
-    """Return whether a tensor is a `DTensor`."""
     return is_of(value, "torch.distributed.tensor", "DTensor")
 
 
@@ -223,12 +221,10 @@ def is_sharded(value: Any, dim: int) -> bool:
 
 
 def whole_tensor(value: Any) -> Any:
-    """Return this rank's part of a `DTensor`, if that is the whole, and other tensors as they are.
-
-    Reading any other one would be a collective, which no metric may begin unasked.
-    """
+    """Return this rank's part of a `DTensor`, if that is the whole, and other tensors as they are."""
     if not of_mesh(value):
         return value
+    # Reading any other one would be a collective, which no metric may begin unasked.
     if not all(placement.is_replicate() for placement in value.placements):
         raise ValueError(
             f"a DTensor placed as {value.placements} has its value only once the ranks combine "
@@ -240,7 +236,6 @@ def whole_tensor(value: Any) -> Any:
 
 @cache
 def _is_number_type(dtype: Any) -> bool:
-    """Return whether arrays of this type of JAX's hold real numbers."""
     numpy = sys.modules["jax"].numpy
     kinds = (numpy.bool_, numpy.integer, numpy.floating)
     return any(numpy.issubdtype(dtype, kind) for kind in kinds)
@@ -259,13 +254,11 @@ def not_one_value(kind: str, shape: Sequence[int]) -> str:
 
 def unwrapped(value: Any) -> Any:
     """Return the array that stands in `value`, such as a Flax variable; anything else as it is."""
-    if "jax" not in sys.modules or type(value) in _PLAIN or is_of(value, "jax", "Array"):
+    plain = type(value) in (float, int, bool, str)
+    if plain or "jax" not in sys.modules or is_of(value, "jax", "Array"):
         return value
     unwrap = getattr(type(value), "__jax_array__", None)
     return value if unwrap is None else unwrap(value)
-
-
-_PLAIN = {float, int, bool, str}
 
 
 def backend_of(value: object) -> ArrayBackend | None:
@@ -283,7 +276,7 @@ def hold(value: object) -> object | None:
 
 
 def hold_each(value: object) -> object | None:
-    """Return the elements of a device array, to be read later; None if `value` is none."""
+    """Return the elements of one, likewise."""
     backend = backend_of(value)
     return None if backend is None else backend.hold_each(value)
 
@@ -330,19 +323,16 @@ def read(values: Sequence[Any]) -> Callable[[], list[Any]]:
 
 
 def _start(backend: ArrayBackend, values: Sequence[Any]) -> Callable[[], list[Any]]:
-    def one_by_one() -> list[Any]:
-        return [_read_alone(backend, value) for value in values]
-
-    try:
+    """Begin to read `values` together, or one by one, as one that is bad spoils the transfer of all."""
+    together: Callable[[], list[Any]] | None = None
+    with suppress(Exception):
         together = backend.start(values)
-    except Exception:  # noqa: BLE001 - one bad array spoils the transfer of all
-        return one_by_one
 
     def finish() -> list[Any]:
-        try:
-            return together()
-        except Exception:  # noqa: BLE001 - as above
-            return one_by_one()
+        with suppress(Exception):
+            if together is not None:
+                return together()
+        return [_read_alone(backend, value) for value in values]
 
     return finish
 

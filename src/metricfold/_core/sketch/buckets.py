@@ -139,7 +139,11 @@ class Buckets:
         return Buckets(self.key.take(places), self.sums.take(places, axis=1))
 
     def ordered(self) -> Buckets:
-        return self.taken(np.argsort(self.key, kind="stable"))
+        """Return those of one sketch in the order of their places: by digits, as that is fastest."""
+        low = (self.key >> _KIND_BITS).astype(np.uint16)
+        high = (self.key >> _KIND_BITS + FINEST).astype(np.uint16)
+        order = np.argsort(low, kind="stable")
+        return self.taken(order.take(np.argsort(high.take(order), kind="stable")))
 
     def moved(self, rows: int | IntArray) -> Buckets:
         """Return the same in other rows: so many further."""
@@ -224,18 +228,11 @@ class Buckets:
 
     def at(self, m: IntArray) -> Buckets:
         """Return the same contents in the coarser buckets that hold them, not yet joined."""
-        coarser = (m < self.m).nonzero()[0]
-        if not coarser.size:
+        index, now = self.index, self.m
+        m = np.minimum(m, now)
+        if (m == now).all():
             return self
-        # Mostly, few octaves are cut.
-        some = self.taken(coarser).coarser(m[coarser])
-        key, sums = self.key.copy(), self.sums.copy()
-        key[coarser], sums[:, coarser] = some.key, some.sums
-        return Buckets(key, sums)
-
-    def coarser(self, m: IntArray) -> Buckets:
-        """Return the same in coarser buckets, each of them."""
-        index, now, shift = self.index, self.m, FINEST - m
+        shift = FINEST - m
         sign = index >> 63
         inside = (index ^ sign) & ((np.int64(1) << shift) - 1)
         back = (inside ^ sign) - sign

@@ -39,7 +39,7 @@ class Limit(IntEnum):
     COARSER = 2
     """By how much the largest resolution that the sketch may have is below the finest."""
     NEARER = 3
-    """By how much nearer than all floats the octaves are among which buckets are shared out."""
+    """By how much nearer to 1 than all floats the octaves are among which buckets are shared out."""
 
 
 NOTHING = np.array([-math.inf, -math.inf, 0.0, 0.0])
@@ -69,17 +69,14 @@ def check_max_buckets(max_buckets: int) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Contents:
-    """What p sketches hold.
-
-    Args:
-        totals: sums over all values, indexed by `Total`, shape (p, 6).
-        limits: indexed by `Limit`, shape (p, 4).
-        buckets: what all values but zeros are in.
-    """
+    """What p sketches hold."""
 
     totals: FloatArray
+    """Indexed by `Total`, shape (p, 6)."""
     limits: FloatArray
+    """Indexed by `Limit`, shape (p, 4)."""
     buckets: Buckets
+    """Of all values but zeros."""
 
     @classmethod
     def empty(cls) -> Contents:
@@ -125,9 +122,8 @@ class Contents:
 
     def with_buckets(self, other: Buckets, most: int) -> Contents:
         """Return the same with more in buckets, of which totals and extremes are known already."""
-        return self.joined(
-            Contents(np.zeros_like(self.totals), np.full_like(self.limits, -math.inf), other), most
-        )
+        nothing = np.zeros_like(self.totals), np.full_like(self.limits, -math.inf)
+        return self.joined(Contents(*nothing, other), most)
 
     def rows(self, begin: int, end: int) -> Contents:
         """Return the sketches from `begin` to `end`."""

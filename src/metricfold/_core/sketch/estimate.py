@@ -32,21 +32,16 @@ _NOISE = 2.0**-50
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Profile:
-    """Cells in ascending order of their values; none empty, no two overlap.
-
-    Args:
-        weights: total weight in each cell, shape (n,).
-        means: mean of its values.
-        deviations: their standard deviation (of the population).
-        lows: the least float that belongs to the cell, or the least value of all.
-        highs: the greatest float that belongs to the cell, or the greatest value of all.
-    """
+    """Cells in ascending order of their values; none empty, no two overlap; each array of shape (n,)."""
 
     weights: FloatArray
     means: FloatArray
     deviations: FloatArray
+    """Of the population."""
     lows: FloatArray
+    """The least float that belongs to the cell, or the least value of all."""
     highs: FloatArray
+    """The greatest float that belongs to the cell, or the greatest value of all."""
 
     @classmethod
     def of_values(cls, values: FloatArray, weights: FloatArray) -> Profile:
@@ -68,28 +63,28 @@ class Profile:
             deviations = np.ldexp(np.sqrt(square) / count, units)
             means = buckets.origins + np.ldexp(first / count, units)
             means = np.minimum(np.maximum(means, least), greatest)
-        weights = count
-        means = np.where(negative, -means, means)
-        lows = np.where(negative, -greatest, least)
-        highs = np.where(negative, -least, greatest)
+        columns = [
+            count,
+            np.where(negative, -means, means),
+            deviations,
+            np.where(negative, -greatest, least),
+            np.where(negative, -least, greatest),
+        ]
         if zeros:
-            weights, means = np.append(weights, zeros), np.append(means, 0.0)
-            deviations = np.append(deviations, 0.0)
-            lows, highs = np.append(lows, 0.0), np.append(highs, 0.0)
-        order = np.argsort(lows)
-        lows = np.maximum(lows.take(order), minimum)
-        highs = np.minimum(highs.take(order), maximum)
-        means = np.minimum(np.maximum(means.take(order), lows), highs)
-        return cls(weights.take(order), means, deviations.take(order), lows, highs)
+            below = np.count_nonzero(negative)
+            cell = (zeros, 0.0, 0.0, 0.0, 0.0)
+            columns = [
+                np.insert(column, below, own) for column, own in zip(columns, cell, strict=True)
+            ]
+        weights, means, deviations, lows, highs = columns
+        lows, highs = np.maximum(lows, minimum), np.minimum(highs, maximum)
+        return cls(weights, np.minimum(np.maximum(means, lows), highs), deviations, lows, highs)
 
 
 def mean_and_deviation(profile: Profile, count: int, squares: float) -> tuple[float, float]:
     """Return the mean, and the sample standard deviation (NaN of one value).
 
-    Args:
-        profile: cells, at least one.
-        count: how many values there are.
-        squares: the sum of the squares of their weights.
+    `count` is the number of values, `squares` the sum of the squares of their weights.
     """
     weight = profile.weights.sum()
     # The effective sample size. Squares of weights below 1e-154 vanish: take such weights for equal.
@@ -116,11 +111,6 @@ def quantiles(profile: Profile, count: int, q: FloatArray) -> FloatArray:
     scaled to n. Quantile q is the mean of the ascending values over the stretch of cumulated weight
     from q(N - 1) to q(N - 1) + 1. So whole weights say what repeating the values would, unit weights
     what NumPy says, and sum(w) and n are all that has to be known of a sample to merge it.
-
-    Args:
-        profile: cells, at least one.
-        count: how many values there are, n.
-        q: shape (k,).
     """
     counts = _counts(profile.weights, count)
     through = np.cumsum(counts)
@@ -248,10 +238,7 @@ def _below(profile: Profile, values: FloatArray) -> FloatArray:
 
 
 def _covered(profile: Profile, counts: FloatArray, cell: IntArray, start: FloatArray) -> FloatArray:
-    """Return the mean of `cell` where the stretch from `start` to `start + 1` covers it.
-
-    Order statistic r of a cell of n values, r = 0..n-1, covers r..r+1.
-    """
+    """Return the mean of `cell` in start..start + 1: order statistic r of its n values covers r..r+1."""
     n = counts[cell]
     start, end = np.clip(start, 0.0, n), np.clip(start + 1.0, 0.0, n)
     middle = 0.5 * (start + end)

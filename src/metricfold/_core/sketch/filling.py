@@ -44,12 +44,7 @@ _ONE = np.int64(BIAS << FRACTION_BITS)
 
 
 class Table:
-    """Leads from values to the buckets that they are in.
-
-    Args:
-        buckets: of one sketch.
-        finest: with which values come.
-    """
+    """Leads from values, which come at resolution `finest`, to the buckets of one sketch."""
 
     __slots__ = ("_bucket", "_cells", "_coarse", "_none", "_octaves")
 
@@ -72,9 +67,7 @@ class Table:
         if not bucket.size:
             return bucket
         first = buckets.octaves()
-        begins = np.zeros(bucket.size, dtype=np.int64)
-        begins[first] = 1
-        octave = np.cumsum(begins) - 1
+        octave = np.repeat(np.arange(first.size), np.diff(first, append=bucket.size))
         most = _CELLS // first.size
         low, high = np.minimum.reduceat(bucket, first), np.maximum.reduceat(bucket, first)
         # The cells of an octave reach over all of its buckets, coarse as they may have to be ...
@@ -102,15 +95,10 @@ class Table:
         return np.where(inside, (bucket >> step[octave]) + add[octave], -1)
 
     def fold(self, bits: IntArray, weights: FloatArray | None, sums: FloatArray) -> IntArray:
-        """Add values, neither 0 nor infinite, given by their bits.
-
-        Args:
-            bits: shape (n,).
-            weights: shape (n,), or None if all are 1.
-            sums: of the buckets with which the table was made; changed.
+        """Add values, neither 0 nor infinite, to the sums of the buckets with which the table was made.
 
         Returns:
-            Which have no place and have not been added.
+            Which of `bits` have no place and have not been added.
         """
         prefix = (bits.view(np.uint64) >> _PREFIX_SHIFT).view(np.int64)
         cell = self._octaves.take(prefix)

@@ -2,8 +2,7 @@
 
 The bits of a positive float, read as an integer, grow with the float. Cutting off all but the
 exponent and `m` bits of the mantissa is therefore a bucket index that grows with the value, found
-by an integer shift: 2^m buckets of equal width per octave, no logarithm, no rounding. NumPy, torch
-and JAX, in float32 and in float64, agree on it bit for bit.
+by an integer shift: 2^m buckets of equal width per octave, on which NumPy, torch and JAX agree bit for bit.
 """
 
 from __future__ import annotations
@@ -66,5 +65,4 @@ def bucket_index(values: npt.ArrayLike, m: int) -> IntArray:
 
 
 def from_bits(bits: IntArray) -> FloatArray:
-    """Return the floats of which `bits` are the bits."""
     return np.ascontiguousarray(bits, dtype=np.int64).view(np.float64)

@@ -28,14 +28,9 @@ _TRAPEZOID = np.array([0.5, *[1.0] * (_NODES - 2), 0.5])
 
 
 class Shapes:
-    """Densities of mean 0 and deviation 1 on intervals, tabulated at equal distances.
+    """Densities of mean 0 and deviation 1 on intervals from `low` < 0 to `high` > 0, tabulated.
 
-    Args:
-        low: lower bounds, negative, shape (n,).
-        high: upper bounds, positive, shape (n,).
-
-    Attributes:
-        known: whether a density was found; there is none where nearly all lies at both bounds.
+    `known` says whether one was found: there is none where nearly all lies at both bounds.
     """
 
     __slots__ = ("_density", "_start", "_step", "_through", "known")
@@ -81,11 +76,8 @@ def _densest(
 ) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
     """Return the density of largest entropy at the nodes `z`, shape (n, nodes), and if it is one.
 
-    Newton's method on b and c, in bounded steps: the problem is convex.
-
-    Args:
-        z: nodes at equal distances, one row per density.
-        bell: where to start from the normal distribution; elsewhere from the uniform one.
+    Newton's method on b and c, in bounded steps: the problem is convex. It starts from the normal
+    distribution where `bell` says so, and elsewhere from the uniform one.
     """
     squares = z * z
     powers = np.stack([np.ones_like(z), z, squares, squares * z, squares * squares])
