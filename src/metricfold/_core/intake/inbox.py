@@ -11,7 +11,7 @@ whole, and what came after a mark be dropped without a trace.
 
 The fast way in is for what needs no look but at its type: an int or a float, of a key that is known
 under a type spelled so and whose handler is a built-in one. Everything else is checked and folded by
-`data.batch` first and comes as columns.
+`fold.columns` first and comes as columns.
 """
 
 from __future__ import annotations

@@ -61,8 +61,9 @@ class Taken(NamedTuple):
     counted: float = 0.0
 
     def plus(self, uses: int, total: float, longest: float, counted: float) -> Taken:
-        longest = max(longest, self.longest)
-        return Taken(self.uses + uses, self.total + total, longest, self.counted + counted)
+        so_often, so_long, at_most, so_far = self
+        longest = max(at_most, longest)
+        return Taken(so_often + uses, so_long + total, longest, so_far + counted)
 
 
 class Elapsed:
@@ -245,7 +246,8 @@ class Timer(ContextDecorator):
                 elapsed.clock.start(ended)  # a checkpoint may have been loaded in the block
             seconds = ended - self._began
             with elapsed.lock:
-                counted = max((ended - place if running else place) - self._counted, 0.0)
+                counted = (ended - place if running else place) - self._counted
+                counted = max(0.0, counted)
                 # Before these or after them, but not in between, an interrupt may come.
                 after = (elapsed.taken.plus(1, seconds, seconds, counted), False)
                 elapsed.taken, self.running = after
