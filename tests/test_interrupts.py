@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from handlers_of_users import RMSHandler
-from ranks import run_ranks
+from ranks import run_ranks, run_threads
 from work import interrupted, lines_run, with_signal
 
 from metricfold import Metric, MetricsAggregator, MissingRanksError
@@ -22,6 +22,7 @@ from metricfold._core.fold import names as naming
 from metricfold._core.intake import aggregator, clock, held, inbox, keys, layers, reduction
 from metricfold._core.intake import timers as timing
 from metricfold._core.reduce.totals import Totals
+from metricfold.communicator import Communicator
 
 
 def attempt(call: Callable[[], object]) -> str:
@@ -252,6 +253,33 @@ def interrupted_while_waiting(rank: int) -> list[Any]:
         seen.append(attempt(aggregator.reduce))
     aggregator.record("x", 10, "sum")
     return [seen, aggregator.get_metrics_for_logging("t")]
+
+
+def left_between(communicator: Communicator, route: str) -> Any:
+    aggregator = MetricsAggregator(communicator=communicator, route=route)
+    aggregator.record("x", 1.0, "sum")
+    aggregator.reduce()
+    saved = aggregator.state_dict(sync=False)
+    aggregator.record(f"new of {communicator.rank}", 1.0)
+    if communicator.rank == 1:
+
+        def leave(*args: Any) -> Any:
+            raise KeyboardInterrupt
+
+        aggregator._held.run.reducer._packed_again = leave  # type: ignore[method-assign]
+    with pytest.raises((MissingRanksError, KeyboardInterrupt)):
+        aggregator.reduce()
+    with pytest.raises(MissingRanksError):
+        aggregator.reduce()
+    assert aggregator.state_dict(sync=False) == saved
+    again = MetricsAggregator()
+    again.load_state_dict(saved)
+    return again.get_metrics_for_logging("t")
+
+
+@pytest.mark.parametrize("route", ["gather", "tree"])
+def test_a_rank_that_leaves_once_new_keys_are_exchanged_leaves_no_trace_of_them(route: str) -> None:
+    assert run_threads(left_between, 3, route, timeout=3) == [{"t/x": 3.0}] * 3
 
 
 def test_an_interrupt_of_a_caller_that_merely_waits_costs_nothing() -> None:
