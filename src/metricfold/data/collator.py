@@ -61,7 +61,10 @@ class MetricsCollator:
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         metrics: list[Metric] = []
-        bare = [_take_metrics(sample, metrics) for sample in samples]
+        bare = [
+            (take_metrics if type(sample) is dict else _take_metrics)(sample, metrics)
+            for sample in samples
+        ]
         if not bare and self.collate_fn is None:
             raise ValueError(
                 "MetricsCollator got no samples, and default_collate cannot make a batch of none: "
@@ -82,10 +85,8 @@ class MetricsCollator:
 
 def _take_metrics(sample: Any, metrics: list[Metric]) -> Any:
     """Return a copy of `sample` without its metrics, which join the list."""
-    if type(sample) is dict or isinstance(sample, Mapping):
-        bare, found = take_metrics(sample)
-        metrics += found
-        return bare
+    if isinstance(sample, Mapping):
+        return take_metrics(sample, metrics)
     if isinstance(sample, tuple) and sample:
         items = (_take_metrics(sample[0], metrics), *sample[1:])
         # A named tuple takes its fields one by one.

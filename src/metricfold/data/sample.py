@@ -20,26 +20,29 @@ def with_metrics(sample: Sample, metrics: list[Metric]) -> Sample:
     Raises:
         TypeError: what it has under ``"metrics"`` is something else.
     """
-    guard_default_collate()
-    tagged: Any
+    if not _guarded:
+        guard_default_collate()
+    tagged: Any = sample
+    earlier: list[Metric] = []
     if type(sample) is dict and METRICS not in sample:  # nearly always
-        tagged = {**sample, METRICS: [*metrics]}
+        tagged = tagged.copy()
     else:
-        tagged, earlier = take_metrics(sample)
-        tagged[METRICS] = [*earlier, *metrics]
+        tagged = take_metrics(sample, earlier)
+    tagged[METRICS] = earlier + metrics
     result: Sample = tagged
     return result
 
 
-def take_metrics(sample: Mapping[str, Any]) -> tuple[MutableMapping[str, Any], list[Metric]]:
-    """Return a shallow copy of `sample` that carries no metrics, and those that it had.
+def take_metrics(sample: Mapping[str, Any], into: list[Metric]) -> MutableMapping[str, Any]:
+    """Return a shallow copy of `sample` that carries no metrics; those that it had join a list.
 
     Raises:
         TypeError: what it has under ``"metrics"`` is something else.
     """
     copied = sample.copy() if type(sample) is dict else _copy(sample)
     metrics = copied.pop(METRICS, None)
-    return copied, metrics if type(metrics) is list else _listed(metrics)
+    into += metrics if type(metrics) is list else _listed(metrics)
+    return copied
 
 
 def _copy(sample: Mapping[str, Any]) -> MutableMapping[str, Any]:

@@ -109,7 +109,7 @@ class DefaultTrainingMetricTransform(MetricTransform):
         # Nearly always, so that is worth a look before all the others.
         plain = type(tokens) in (list, tuple) and (not tokens or type(tokens[0]) is int)
         length = len(tokens) if plain else _length(dataset_name, tokens)
-        return [*_counts(dataset_name, length)]
+        return list(_counts(dataset_name, length))
 
 
 # Metrics are immutable and lengths recur, so most samples can share theirs.

@@ -373,7 +373,9 @@ def _collated(
 ) -> Any:
     batch = collator([*samples])
     wanted = keep_samples or want_datasets
-    each = [take_metrics(sample)[1] for sample in samples] if wanted else []
+    each: list[list[Metric]] = [[] for _ in samples] if wanted else []
+    for sample, own in zip(samples, each, strict=wanted):
+        take_metrics(sample, own)
     datasets = tuple(map(_dataset_of, each)) if want_datasets else None
     batch[METRICS] = _Carried(len(samples), each if keep_samples else batch[METRICS], datasets)
     return batch

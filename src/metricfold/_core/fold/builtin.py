@@ -45,7 +45,7 @@ from metricfold._core.sketch.weights import LARGEST_WEIGHT
 from metricfold.metric import AggregationType, TypeLike, escaped, is_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from metricfold._core.fold.names import Key
     from metricfold._core.fold.sample import FloatArray
@@ -119,7 +119,7 @@ class MeanAggHandler(LaneHandler):
 
     def fold_listed(self, values: Sequence[float], weights: Sequence[float] | None) -> State:
         count = float(len(values))
-        total = _total(values if weights is None else [*map(mul, values, weights)])
+        total = _total(values if weights is None else map(mul, values, weights))
         weight = count if weights is None else _total(weights)
         if total is None or weight is None:
             return super().fold_listed(values, weights)
@@ -143,8 +143,7 @@ class _ExtremeAggHandler(LaneHandler):
         return (float((self.sign * values).max()),)
 
     def fold_listed(self, values: Sequence[float], weights: Sequence[float] | None) -> State:
-        # From a float on: ints that a float holds may come to one that none does.
-        if not math.isfinite(sum(values, 0.0)):
+        if _total(values) is None:
             return super().fold_listed(values, weights)
         extreme = max(values) if self.sign > 0 else min(values)
         return State((float(len(values)), 0.0), (self.sign * extreme,))
@@ -415,7 +414,7 @@ def folds_as(handler: AggregationHandler | None) -> type[LaneHandler] | None:
     return kind
 
 
-def _total(numbers: Sequence[float]) -> float | None:
+def _total(numbers: Iterable[float]) -> float | None:
     """Return the sum, exact up to one rounding; None for NaN, infinities and an overflow."""
     try:
         total = math.fsum(numbers)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -45,7 +46,16 @@ from metricfold._core.fold.values import (
     weight_of,
     weights_of_each,
 )
-from metricfold.metric import Metric, TypeLike, check_name, is_name, quote, resolve_type, type_label
+from metricfold.metric import (
+    AggregationType,
+    Metric,
+    TypeLike,
+    check_name,
+    is_name,
+    quote,
+    resolve_type,
+    type_label,
+)
 
 HandlerOf: TypeAlias = "Callable[[Key, TypeLike], AggregationHandler | None]"
 """Returns what folds a key of that type; None: nothing does, it keeps its metrics."""
@@ -151,6 +161,7 @@ def fold_metrics(
     """
     columns = []
     for key, values, types, weights in _by_key(metrics):
+        _check_key(key)
         try:
             resolved = _resolved_all(key, types)
         except TypeError as error:
@@ -232,17 +243,19 @@ def fold_each(
 
 def fold_read(key: Key, handler: LaneHandler, values: Numbers, weights: Numbers) -> State:
     """Fold what lies on the host, whose weights have been checked and are not 0."""
-    texts = handler.takes is str
-    array = None if texts else floats(key, "a value", values)
-    weighing = None
     if isinstance(weights, np.ndarray):
-        weighing = None if (weights == 1).all() else weights
-    elif weights.count(1.0) < len(weights):
-        weighing = floats(key, "a weight", weights)
+        ones = bool((weights == 1).all())
+    else:
+        ones = weights.count(1.0) == len(weights)
+    weighing: Any = None if ones else weights
+    # Python's own numbers are folded sooner than they are an array.
+    fold: Callable[[Any, Any], State] = handler.fold_listed
+    given: Any = [*map(str, listed(values))] if handler.takes is str else values
+    if isinstance(given, np.ndarray):
+        fold, given = handler.fold, floats(key, "a value", given)
+        weighing = None if ones else floats(key, "a weight", weights)
     try:
-        if array is None:
-            return handler.fold_listed([*map(str, listed(values))], None)
-        return handler.fold(array, weighing)
+        return fold(given, weighing)
     except ValueError as error:
         raise ValueError(f"{show(key)}: {error}") from error
 
@@ -258,23 +271,33 @@ def _by_key(metrics: Sequence[Metric]) -> Iterator[tuple[Key, Any, Any, Any]]:
         return
     datasets, names, values, types, weights = zip(*metrics, strict=True)
     try:
-        keys = [*dict.fromkeys(zip(datasets, names, strict=True))]
+        texts = {*datasets, *names}
     except TypeError:  # a name that is no string and cannot be hashed
-        keys = [*zip(datasets, names, strict=True)]
-    for key in keys:
-        _check_key(key)
+        for metric in metrics:
+            _check_key(metric[:2])
+        raise
     # Samples mostly bring the same metrics in the same order.
-    turns = [slice(place, None, len(keys)) for place in range(len(keys))]
-    if all(len({*one[turn]}) == 1 for one in (datasets, names) for turn in turns):
+    step = len(names) // names.count(names[0]) if _TEXT.issuperset(map(type, texts)) else 0
+    turns = [slice(place, None, step) for place in range(step)]
+    keys = [*zip(datasets[:step], names[:step], strict=True)]
+    if (
+        step
+        and len({*keys}) == step
+        and all(_alike(one[turn]) for one in (datasets, names) for turn in turns)
+    ):
         for key, turn in zip(keys, turns, strict=True):
             yield key, values[turn], types[turn], weights[turn]
         return
-    groups: dict[Key, list[Metric]] = {key: [] for key in keys}
+    groups: defaultdict[Key, list[Metric]] = defaultdict(list)
     for key, metric in zip(zip(datasets, names, strict=True), metrics, strict=True):
         groups[key].append(metric)
     for key, group in groups.items():
         _, _, values, types, weights = zip(*group, strict=True)
         yield key, values, types, weights
+
+
+def _alike(items: Sequence[Any]) -> bool:
+    return items.count(items[0]) == len(items)
 
 
 _METRIC = {Metric}
@@ -308,7 +331,9 @@ def _check_key(key: Key) -> None:
 
 
 def _resolved_all(key: Key, types: Sequence[TypeLike]) -> list[TypeLike]:
-    if len({*map(id, types)}) == 1:  # nearly always
+    # By class too: a text may equal a member of somebody's StrEnum, and be another type.
+    own = isinstance(types[0], AggregationType)
+    if _alike(types) and (own or len({*map(type, types)}) == 1):
         return [_resolved(key, types[0])]
     return [_resolved(key, one) for one in types]
 
@@ -358,7 +383,8 @@ def _fold_group(
     if conflicting is not None and not in_worker:
         refuse_weight(key, agg_type, conflicting)
     folding = handler if conflicting is None else None
-    return _fold_counted(key, agg_type, values, weights, folding, in_worker)
+    known = plain and weighing
+    return _fold_counted(key, agg_type, values, weights, folding, in_worker, known)
 
 
 def _fold_counted(
@@ -368,12 +394,16 @@ def _fold_counted(
     weights: Numbers,
     handler: AggregationHandler | None,
     in_worker: bool = False,
+    known: bool = False,
 ) -> Column:
-    """Return the column of values that count, whose weights have been checked."""
+    """Return the column of values that count, whose weights have been checked.
+
+    Values and weights that are `known` to be Python's own numbers need no look.
+    """
     folding = handler.laned() if handler is not None and handler.has_lanes else None
     texts = folding is not None and folding.takes is str
     pending: list[Pending] = []
-    if folding is None or texts or not isinstance(values, np.ndarray):
+    if not known and (folding is None or texts or not isinstance(values, np.ndarray)):
         values, weights = listed(values), listed(weights)
         plain = _TEXT if texts else NUMBERS
         if not (plain.issuperset(map(type, values)) and NUMBERS.issuperset(map(type, weights))):

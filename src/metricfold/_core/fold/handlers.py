@@ -400,7 +400,10 @@ def reported(handler: AggregationHandler, result: MetricState, seconds: float) -
 def _array(numbers: Sequence[float]) -> FloatArray:
     # Of a copy: a signal's handler that folds would empty the list, which NumPy does not survive.
     copied = tuple(numbers)
-    return np.fromiter(copied, dtype=np.float64, count=len(copied))
+    try:
+        return np.fromiter(copied, dtype=np.float64, count=len(copied))
+    except OverflowError:
+        raise ValueError("a value is too large for a 64-bit float: scale it down") from None
 
 
 def check_choice(name: str, given: str, *choices: str) -> str:
