@@ -143,7 +143,7 @@ class _ExtremeAggHandler(LaneHandler):
         return (float((self.sign * values).max()),)
 
     def fold_listed(self, values: Sequence[float], weights: Sequence[float] | None) -> State:
-        if _total(values) is None:
+        if not values or _total(values) is None:
             return super().fold_listed(values, weights)
         extreme = max(values) if self.sign > 0 else min(values)
         return State((float(len(values)), 0.0), (self.sign * extreme,))

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from itertools import compress
 from typing import Any, Protocol, TypeAlias
 
@@ -25,6 +26,7 @@ import numpy as np
 
 from metricfold._core.device import arrays
 from metricfold._core.fold import hints
+from metricfold._core.fold.builtin import folds_as
 from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.state import State
@@ -248,9 +250,12 @@ def fold_read(key: Key, handler: LaneHandler, values: Numbers, weights: Numbers)
     else:
         ones = weights.count(1.0) == len(weights)
     weighing: Any = None if ones else weights
-    # Python's own numbers are folded sooner than they are an array.
+    texts = handler.takes is str
+    given: Any = [*map(str, listed(values))] if texts else values
+    # Python's own numbers are folded sooner than they are an array, if that means the same.
     fold: Callable[[Any, Any], State] = handler.fold_listed
-    given: Any = [*map(str, listed(values))] if handler.takes is str else values
+    if not texts and folds_as(handler) is None:
+        fold = partial(LaneHandler.fold_listed, handler)
     if isinstance(given, np.ndarray):
         fold, given = handler.fold, floats(key, "a value", given)
         weighing = None if ones else floats(key, "a weight", weights)
