@@ -15,22 +15,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
 
-__all__ = [
-    "EMPTY",
-    "METRICS",
-    "AggregationType",
-    "Metric",
-    "MetricState",
-    "TypeLike",
-    "check_key",
-    "check_name",
-    "escaped",
-    "is_name",
-    "quote",
-    "resolve_type",
-    "type_label",
-]
-
 
 class AggregationType(Enum):
     """How the values of one metric combine, over samples and over ranks.

@@ -48,9 +48,10 @@ class MetricBatch:
         size: int = 0,
     ) -> None:
         columns = list(columns)
-        folded = [one for one in columns if one.state is not None]
-        self.keys = _KEY.join([_FIELD.join((*one.key, type_label(one.agg_type))) for one in folded])
-        plain = [one.state.plain() for one in folded if one.state is not None]
+        folded = [(one, one.state) for one in columns if one.state is not None]
+        names = [(*one.key, type_label(one.agg_type)) for one, _ in folded]
+        self.keys = _KEY.join(map(_FIELD.join, names))
+        plain = [state.plain() for _, state in folded]
         self.folded: tuple[Any, ...] = (
             (_bytes_of(sums for sums, _, _ in plain), _bytes_of(maxs for _, maxs, _ in plain)),
             *(part for _, _, part in plain if part is not None),
@@ -94,9 +95,12 @@ class MetricBatch:
         handlers = _BUILT_IN[check_on_bad_name(on_bad_name)]
         with quiet():
             columns = fold_metrics(
-                metrics, lambda key, agg_type: handlers.get(agg_type), in_worker=True
+                metrics, lambda _, agg_type: handlers.get(agg_type), in_worker=True
             )
-        return cls(columns, _replaced(columns), len(metrics))
+        replaced = [(one.key, one.state.replaced) for one in columns if one.state is not None]
+        return cls(
+            columns, [(key, text) for key, text in replaced if text is not None], len(metrics)
+        )
 
     def to(self, *args: object, **kwargs: object) -> MetricBatch:
         return self
@@ -178,11 +182,3 @@ def say_replaced(batch: MetricBatch, handler_of: HandlerOf) -> None:
         handler = handler_of(key, AggregationType.CATEGORICAL_COUNT)
         if handler is not None and handler.has_lanes:
             handler.laned().tell(key, text)
-
-
-def _replaced(columns: Iterable[Column]) -> list[tuple[Key, str]]:
-    return [
-        (column.key, column.state.replaced)
-        for column in columns
-        if column.state is not None and column.state.replaced is not None
-    ]

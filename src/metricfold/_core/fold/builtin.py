@@ -9,8 +9,8 @@
     DISTRIBUTION    infinities, weighted_sum, weight                 the sample
     CATEGORICAL                                                      the counts
 
-All have ``count`` and ``nans`` before these. `fold` takes arrays; `fold_listed` takes Python's own
-numbers, which NumPy would need longer for than all the rest takes.
+All have ``count`` and ``nans`` before these. `fold_listed` takes Python's own numbers, which NumPy
+would need longer for than all the rest takes.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
     MetricsCollator           fold_metrics     in a data worker, where a batch of 64 samples shrinks
                                                to a few numbers before it crosses to the training
 
-All of them end in `_fold_group` or `_fold_counted`. What may be given is `values`' business.
+What may be given is `values`' business.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from metricfold._core.fold.values import (
     NUMBERS,
     Numbers,
     category,
-    checked_weights,
+    check_weights,
     counted_elements,
     counts_or_not,
     elements_of,
@@ -153,13 +153,9 @@ def fold_metrics(
 ) -> list[Column]:
     """Return one column per key of `metrics`, in order of first appearance.
 
-    Args:
-        metrics: any number of metrics.
-        handler_of: as its type says.
-        in_worker: fold as a data worker does. Device arrays are read here, where no device is to
-            be waited for, instead of being held for the reduction. A weight that its type does not
-            take, and a second type of a key, are handed on, for the training process to refuse: they
-            would end the worker.
+    In a data worker device arrays are read here, where no device is to be waited for, instead of being
+    held for the reduction. A weight that its type does not take, and a second type of a key, are handed
+    on, for the training process to refuse: they would end the worker.
     """
     columns = []
     for key, values, types, weights in _by_key(metrics):
@@ -209,14 +205,9 @@ def fold_together(
 def fold_each(
     key: Key, agg_type: TypeLike, values: Any, weights: Any, handler_of: HandlerOf
 ) -> Column:
-    """Return the column of an array whose elements each count; device arrays are held.
+    """Return the column of an array of any shape whose elements each count, or weigh as one weight.
 
-    Args:
-        key: (dataset name, metric name).
-        agg_type: its aggregation.
-        values: a NumPy, torch or JAX array of any shape.
-        weights: an array of that shape, or one weight for all.
-        handler_of: as its type says.
+    Device arrays are held.
     """
     if isinstance(values, str | int | float | Enum) or shape_of(key, values) == ():
         return fold_value(key, agg_type, values, weights, handler_of)
@@ -377,7 +368,7 @@ def _fold_group(
         weighted = handler is None or handler.weighted
         weights = [weight_of(key, one, weighted=weighted, in_worker=in_worker) for one in weights]
         host = [weight for weight in weights if type(weight) in NUMBERS]
-        checked_weights(key, host)
+        check_weights(key, host)
         # What lies on a device is not looked at.
         some = [type(weight) not in NUMBERS or weight != 0 for weight in weights]
         values, weights = [*compress(values, some)], [*compress(weights, some)]

@@ -1,11 +1,7 @@
-"""The metrics module's contract, as a handler with lanes keeps it: written once, for all of them.
+"""A `MetricState` as a `State` that is written down, for those who call a handler with lanes themselves.
 
-An aggregator asks it of handlers without lanes alone. Of the others it is for those who call a handler
-themselves, override a method of it, or return a state of a type with lanes from a handler of their own.
-
-A `MetricState` is a `State` that is written down: its metadata say what the parts hold, as a `Writing`
-knows, and its value what these come to. A value that somebody has set since then is meant, and counts
-instead of them.
+Its metadata say what the parts hold, as a `Writing` knows, and its value what these come to. A value
+that somebody has set since then is meant, and counts instead of them.
 """
 
 from __future__ import annotations
@@ -20,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metricfold._core.device import arrays
-from metricfold._core.fold.names import show
 from metricfold._core.fold.sample import FloatArray, histogram_from
 from metricfold._core.fold.state import NANS, OTHER, Lanes, ReducedState, State
-from metricfold._core.fold.values import category_of, number_of
+from metricfold._core.fold.values import category_of, named, number_of
 from metricfold.metric import Metric, MetricState, escaped, is_name
 
 if TYPE_CHECKING:
@@ -37,12 +32,7 @@ STORED = "__value__"
 
 
 def travelling(handler: AggregationHandler | None, result: MetricState) -> tuple[Any, Any]:
-    """Return the value and the metadata of a rank's result as other ranks get to see them.
-
-    Args:
-        handler: of the result's type, if there is one here.
-        result: what a handler finalised to.
-    """
+    """Return the value and the metadata of a rank's result as other ranks get to see them."""
     value, metadata = result.value, result.metadata
     if handler is not None and handler.has_lanes:
         # Whatever else the metadata hold is the business of who made them.
@@ -68,11 +58,8 @@ def write(handler: LaneHandler, state: State, target: MetricState) -> None:
 def state_of(handler: LaneHandler, target: MetricState, *, finished: bool = True) -> State:
     """Return what anyone's state holds; its value, where its metadata do not say.
 
-    Args:
-        handler: of its type.
-        target: the state, whose metadata may be of any kind.
-        finished: whether nothing is added to it any more. Its value then stands for one value at
-            least; until then it may be no more than what it began with.
+    The value of one that is `finished`, to which nothing is added any more, stands for one value at
+    least; until then it may be no more than what it began with.
     """
     state = handler.writing.read(handler, target.metadata)
     if state is not None and not is_set(target):
@@ -134,14 +121,7 @@ class Writing:
     def standing_for(
         self, handler: LaneHandler, value: Any, held: State | None, *, finished: bool
     ) -> State:
-        """Return what a state holds of which the value alone is known, or has been set.
-
-        Args:
-            handler: of its type.
-            value: the state's.
-            held: what its metadata say, which the value differs from; None: nothing.
-            finished: as in `state_of`.
-        """
+        """Return what a state comes to whose value alone is known, or differs from what is `held`."""
         if not finished and (value is None or not handler.value_is_all):
             return handler.empty() if held is None else held
         one = handler.fold(np.array([number_of(value)]), None)
@@ -152,12 +132,7 @@ class Writing:
         return one
 
     def combined(self, held: Sequence[State], values: Sequence[Any]) -> float | None:
-        """Return what values come to some of which have been set; None: what is held says it.
-
-        Args:
-            held: what each state holds.
-            values: of each.
-        """
+        """Return what values come to some of which have been set; None: what is held says it."""
         return None
 
     def add(self, handler: LaneHandler, metric: Metric, target: MetricState) -> None:
@@ -268,11 +243,9 @@ class SampleWriting(Writing):
             target.value = metadata[STORED] = mean
 
     def _condense(self, handler: LaneHandler, metadata: dict[str, Any]) -> None:
-        state = self.read(handler, metadata)
-        assert state is not None
-        assert state.sample is not None
-        state.sample.limit = handler.sample_limit
-        metadata.update(self.written(handler, state))
+        if (state := self.read(handler, metadata)) is not None and state.sample is not None:
+            state.sample.limit = handler.sample_limit
+            metadata.update(self.written(handler, state))
 
 
 def _append(metadata: dict[str, Any], value: float, weight: float, most: int | None) -> None:
@@ -333,10 +306,7 @@ class CountsWriting(Writing):
 
     def add(self, handler: LaneHandler, metric: Metric, target: MetricState) -> None:
         metadata, key = target.metadata, (metric.dataset_name, metric.name)
-        try:
-            category = category_of(metric.value)
-        except TypeError as error:
-            raise TypeError(f"{show(key)}: {error}") from None
+        category = named(key, category_of, metric.value)
         if not isinstance(metadata.get("counts"), Counter):
             metadata.update(self.written(handler, state_of(handler, target, finished=False)))
         counts = metadata["counts"]
@@ -356,23 +326,19 @@ def _count(handler: LaneHandler, counts: Counter[str], more: Iterable[tuple[str,
 
 
 def _folded(handler: LaneHandler, metric: Metric) -> State:
-    """Return the state of a single metric."""
-    try:
-        value, weight = number_of(metric.value), number_of(metric.weight)
-    except TypeError as error:
-        raise TypeError(f"{show((metric.dataset_name, metric.name))}: {error}") from None
+    numbers = (metric.value, metric.weight)
+    value, weight = (named(metric[:2], number_of, number) for number in numbers)
     return handler.fold(np.array([value]), None if weight == 1.0 else np.array([weight]))
 
 
 def _array_of(values: Any) -> FloatArray | None:
     """Return a list of numbers as an array of shape (n,), or None if it is none."""
-    if not isinstance(values, list | tuple | deque | np.ndarray):
-        return None
-    try:
-        array = np.asarray(list(values))
-    except Exception:  # noqa: BLE001 - what it holds may be of any kind
-        return None
-    return array.astype(np.float64) if array.ndim == 1 and array.dtype.kind in "biuf" else None
+    if isinstance(values, list | tuple | deque | np.ndarray):
+        with contextlib.suppress(Exception):  # what it holds may be of any kind
+            array = np.asarray(list(values))
+            if array.ndim == 1 and array.dtype.kind in "biuf":
+                return array.astype(np.float64)
+    return None
 
 
 def _numbers_in(metadata: Mapping[str, Any], names: Iterable[str]) -> Lanes | None:

@@ -143,8 +143,6 @@ class LaneHandler(AggregationHandler):
     def __init__(self, *, on_nan: str = "propagate") -> None:
         self.on_nan = check_choice("on_nan", on_nan, "propagate", "skip")
 
-    # What a subclass says.
-
     def sums_of(self, values: FloatArray, weights: FloatArray | None) -> tuple[float, ...]:
         """Return the SUM lanes of `values`, shape (n,), without NaN; n may be 0."""
         return ()
@@ -156,8 +154,6 @@ class LaneHandler(AggregationHandler):
     def result(self, lanes: Mapping[str, float]) -> float:
         """Return the metric's value from everyone's merged lanes."""
         raise TypeError(f"{type(self).__name__} declares lanes, but defines no result()")
-
-    # What follows from it.
 
     @property
     def sum_width(self) -> int:
@@ -378,12 +374,7 @@ _CONTRACT = (
 
 
 def reported(handler: AggregationHandler, result: MetricState, seconds: float) -> dict[str, float]:
-    """Return what to report of a finalised state, by the suffix that the metric's name takes.
-
-    Args:
-        handler: of the state's type.
-        result: the state, finalised over all ranks.
-        seconds: wall time that it speaks about.
+    """Return what to report of a state that is finalised over all ranks, by suffix.
 
     Raises:
         TypeError: the value is no number.

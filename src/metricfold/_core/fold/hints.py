@@ -3,9 +3,8 @@
     update() takes a list of Metric or a MetricBatch, not dict; take the metrics out of the batch
     first, update(batch.pop('metrics'))
 
-Each function looks at what was refused and returns what to write instead, or nothing where it is
-anybody's guess. They run in errors alone, so they may take their time, and they read nothing that
-lies on a device.
+Each function returns what to write instead of what was refused, or nothing where it is anybody's
+guess. They run in errors alone, and read nothing that lies on a device.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ def for_metrics(given: object) -> str:
     """Return what to write instead of ``aggregator.update(given)``."""
     if isinstance(given, Metric):
         return "; write update([metric])"
-    if _is_accumulator(given) or _is_packed(given):
-        return f"; {_DRAIN if _is_accumulator(given) else _UNPACK}"
+    if first := _first(given):
+        return f"; {first}"
     listed = given if isinstance(given, list | tuple) and given else ()
     batch = listed[0] if listed else given
     if isinstance(batch, Mapping):
@@ -62,10 +61,8 @@ def for_metrics(given: object) -> str:
 
 def for_source(given: object) -> str:
     """Return what to write instead of ``logger.log(step, given)``."""
-    if _is_accumulator(given):
-        return f"; {_DRAIN}, and then {_LOG}"
-    if _is_packed(given):
-        return f"; {_UNPACK}"
+    if first := _first(given):
+        return f"; {first}" + f", and then {_LOG}" * (first == _DRAIN)
     listed = given if isinstance(given, list | tuple) and not isinstance(given, Metric) else [given]
     if listed and all(isinstance(one, Metric) or _is_batch(one) for one in listed):
         return f"; let an aggregator take metrics in, aggregator.update(metrics), and then {_LOG}"
@@ -136,10 +133,8 @@ def for_number(name: str, value: object) -> str:
             f"it may lie on a device that would have to be waited for. aggregator.record({name!r}, "
             f"value) does not wait, and {_LOG} has it then; value.item() waits"
         )
-    if _is_accumulator(value):
-        return f"{_DRAIN}, and then {_LOG}"
-    if _is_packed(value):
-        return _UNPACK
+    if first := _first(value):
+        return first + f", and then {_LOG}" * (first == _DRAIN)
     if isinstance(value, Mapping):
         first = next((key for key in value if isinstance(key, str)), "name")
         return f"give each of its numbers a key of its own, such as {f'{name}/{first}'!r}"
@@ -170,8 +165,8 @@ def for_number(name: str, value: object) -> str:
 
 def for_value(value: object) -> str:
     """Return what to write instead of a `value` that is recorded."""
-    if _is_accumulator(value) or _is_packed(value):
-        return f"; {_DRAIN if _is_accumulator(value) else _UNPACK}"
+    if first := _first(value):
+        return f"; {first}"
     if isinstance(value, Mapping):
         return "; give each of its numbers a metric of its own"
     if value is None:
@@ -246,11 +241,9 @@ def _is_batch(value: object) -> bool:
     return isinstance(value, MetricBatch)
 
 
-def _is_accumulator(value: object) -> bool:
-    return callable(getattr(value, "start_read", None))
-
-
-def _is_packed(value: object) -> bool:
-    """Return whether it is a `metricfold.jax.PackedMetrics`, which is not imported for that."""
-    module = sys.modules.get("metricfold.jax")
-    return module is not None and isinstance(value, module.PackedMetrics)
+def _first(value: object) -> str:
+    """Return what to do first with an accumulator, or with packed metrics; nothing with all else."""
+    if callable(getattr(value, "start_read", None)):
+        return _DRAIN
+    jax = sys.modules.get("metricfold.jax")  # which is not imported for that
+    return _UNPACK if jax is not None and isinstance(value, jax.PackedMetrics) else ""

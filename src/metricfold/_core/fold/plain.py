@@ -1,8 +1,6 @@
 """Plain data as JSON: what a handler's state may hold, between ranks and in a checkpoint.
 
-JSON types, arrays of numbers, and the containers that states are made of: tuples, deques, Counters,
-ordered and default dicts, and dicts with keys that are numbers. All of it comes back as it was.
-Nothing else does, and no code: whoever sends something cannot make anyone run anything.
+JSON types, arrays of numbers, and containers come back as they were; nothing else does, and no code.
 
 >>> unpack(pack({"seen": (1, 2), "counts": {3: 0.5}}))
 {'seen': (1, 2), 'counts': {3: 0.5}}
@@ -12,7 +10,7 @@ from __future__ import annotations
 
 import base64
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -57,20 +55,22 @@ def pack(value: Any) -> Any:
     if kind in _SCALARS:
         return value
     if kind is list:
-        return _packed(value) if len(value) < _MANY else _many(value)
+        if len(value) >= _MANY and {float}.issuperset(map(type, value)):  # such as a window
+            data = np.array(value, "<f8").tobytes()
+            return {_KIND: "floats", "data": base64.b64encode(data).decode("ascii")}
+        return _packed(value)
     if kind is dict and _KIND not in value and all(type(key) is str for key in value):
         return dict(zip(value, _packed(value.values(), value), strict=True))
     if isinstance(value, np.generic) and value.dtype.kind in "biufU":
-        return _UNBOXED[value.dtype.kind](value)
+        # Not by `item`, which leaves a longdouble as it is.
+        unboxed = {"b": bool, "f": float, "U": str}.get(value.dtype.kind, int)
+        return unboxed(value)
     if isinstance(value, bool | int | float | str):  # such as an IntEnum
         return value
     packed = _pack_container(kind, value)
     if packed is None:
         raise NotPlainError(value)
     return packed
-
-
-_UNBOXED: dict[str, Callable[[Any], Any]] = {"b": bool, "i": int, "u": int, "f": float, "U": str}
 
 
 def _pack_container(kind: type, value: Any) -> dict[str, Any] | None:
@@ -87,14 +87,6 @@ def _pack_container(kind: type, value: Any) -> dict[str, Any] | None:
         data = base64.b64encode(array.tobytes()).decode("ascii")
         return {_KIND: "array", "type": array.dtype.str, "shape": list(value.shape), "data": data}
     return None
-
-
-def _many(values: list[Any]) -> Any:
-    """Return a long list, such as a window of values: as an array, where its items are floats."""
-    if {float}.issuperset(map(type, values)):
-        data = np.array(values, "<f8").tobytes()
-        return {_KIND: "floats", "data": base64.b64encode(data).decode("ascii")}
-    return _packed(values)
 
 
 def _packed(values: Iterable[Any], places: Iterable[Any] | None = None) -> list[Any]:

@@ -59,10 +59,7 @@ def histogram_from(state: Mapping[str, Any]) -> LogLinearHistogram:
 class Pool:
     """Finite values of positive weight: all of them exact, or all in a histogram.
 
-    Args:
-        values: shape (n,); empty if there is a histogram.
-        weights: shape (n,), or None if all are 1.
-        histogram: of everything; settled, so that several threads may read it.
+    Weights are None if all are 1; a histogram is settled, so that several threads may read it.
     """
 
     values: FloatArray = field(default_factory=lambda: _NOTHING)
@@ -208,15 +205,11 @@ def _moments(values: FloatArray, weights: FloatArray | None) -> tuple[float, flo
     # Scale to 1, by a power of two so that nothing is rounded: squares of huge values stay finite.
     scale = math.ldexp(1.0, min(math.frexp(float(np.abs(values).max()))[1], 1023))
     scaled = values / scale
-    if weights is None:
-        mean = scaled.mean()
-        square = ((scaled - mean) ** 2).sum() / max(values.size - 1, 1)
-    else:
-        weights = weights / weights.max()
-        total = weights.sum()
-        mean = (weights * scaled).sum() / total
-        freedom = total - (weights**2).sum() / total
-        square = (weights * (scaled - mean) ** 2).sum() / freedom if freedom > 0 else 0.0
+    weights = np.ones(values.size) if weights is None else weights / weights.max()
+    total = weights.sum()
+    mean = (weights * scaled).sum() / total
+    freedom = total - (weights**2).sum() / total
+    square = (weights * (scaled - mean) ** 2).sum() / freedom if freedom > 0 else 0.0
     return float(mean * scale), float(math.sqrt(square) * scale)
 
 

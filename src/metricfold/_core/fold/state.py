@@ -248,15 +248,7 @@ class ReducedState:
 
 @dataclass(frozen=True, slots=True)
 class ReducedStates:
-    """Everyone's states of k keys that one handler finalises at once.
-
-    Args:
-        sums: their SUM lanes, shape (k, n).
-        maxs: their MAX lanes, shape (k, m).
-        seconds: as of one state, shape (k,).
-        pools: as of one state, for each key.
-        categories: of the last SUM lanes of each.
-    """
+    """Everyone's states of k keys that one handler finalises at once: lanes of shape (k, n)."""
 
     sums: FloatArray
     maxs: FloatArray

@@ -26,12 +26,7 @@ _MANY = 1_500
 
 
 class Statistic(NamedTuple):
-    """One number of each pool.
-
-    Args:
-        of: computes it, shape (k,).
-        least: how many values a pool must have for it to mean something.
-    """
+    """What computes one number of each pool, shape (k,), and how many values that takes at least."""
 
     of: Callable[[Pools], FloatArray]
     least: int = 1
@@ -44,17 +39,15 @@ def statistics(percentiles: tuple[float, ...]) -> Mapping[str, Statistic]:
         "mean": Statistic(lambda pools: pools.inside(pools.mean)),
         "min": Statistic(lambda pools: pools.minimum),
         "max": Statistic(lambda pools: pools.maximum),
-        "std": Statistic(_deviation, least=2),
+        "std": Statistic(
+            lambda pools: np.where(pools.minimum == pools.maximum, 0.0, pools.deviation), least=2
+        ),
         **{
             percentile_name(one): Statistic(partial(_percentile, place))
             for place, one in enumerate(percentiles)
         },
         "count": Statistic(lambda pools: pools.count),
     }
-
-
-def _deviation(pools: Pools) -> FloatArray:
-    return np.where(pools.minimum == pools.maximum, 0.0, pools.deviation)
 
 
 def _percentile(place: int, pools: Pools) -> FloatArray:
@@ -69,19 +62,11 @@ def percentile_name(percentile: float) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pools:
-    """What is known of several pools, none of them empty; each array has a place for each of them.
+    """What is known of k pools, none of them empty: arrays of shape (k,), percentiles (k, p).
 
-    Args:
-        pools: the k pools.
-        count: how many values, shape (k,).
-        minimum: the least.
-        maximum: the greatest.
-        mean: the weighted mean.
-        deviation: the sample standard deviation, which means nothing for one value.
-        percentiles: shape (k, p).
+    The deviation is that of a sample, and means nothing for one value.
     """
 
-    pools: Sequence[Pool]
     count: FloatArray
     minimum: FloatArray
     maximum: FloatArray
@@ -94,7 +79,7 @@ class Pools:
         """Return what is known of `pools`, with the percentiles, each in 0..100."""
         q = np.array(percentiles) / 100.0
         count, low, high, mean, deviation = np.empty((5, len(pools)))
-        found = cls(pools, count, low, high, mean, deviation, np.empty((len(pools), q.size)))
+        found = cls(count, low, high, mean, deviation, np.empty((len(pools), q.size)))
         alike: dict[int, list[int]] = {}
         for place, pool in enumerate(pools):
             if pool.histogram is None and pool.weights is None:
@@ -170,8 +155,7 @@ def _order_statistics(
 ) -> FloatArray:
     """Return what ``np.sort(values, 1)[:, ranks]`` is, of many values in less time.
 
-    One pass puts each value into one of many cells, in the values' order; then only those are sorted
-    that share a cell with a rank that is asked for.
+    Only those are sorted that share one of many cells with a rank that is asked for.
     """
     count, size = values.shape
     bits = size.bit_length() - 2

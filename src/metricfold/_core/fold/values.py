@@ -1,10 +1,5 @@
 """What a user may give as a value or a weight: one place for `record`, `update` and `record_all`.
 
-    number(key, tensor)                  a float, of whatever holds exactly one number
-    category(key, Colour.RED)            a text
-    held(key, tensor, in_worker=False)   what still lies on a device, to be read at the reduction
-    checked_weights(key, weights)        finite numbers of 0 or more
-
 What is refused names the metric, and says what to give instead.
 """
 
@@ -65,13 +60,7 @@ def category_of(value: Any) -> str:
 
 
 def number(key: Key, value: Any, what: str = "value") -> float:
-    """Return `value` as a float if it is a real number or holds exactly one.
-
-    Args:
-        key: the metric's.
-        value: of any type.
-        what: ``"value"`` or ``"weight"``.
-    """
+    """Return `value`, or a ``"weight"``, as a float if it is a real number or holds exactly one."""
     scalar = host_scalar(key, value)
     if what == "value":
         _refuse_many(key, scalar)
@@ -91,7 +80,7 @@ def category(key: Key, value: Any) -> str:
     """Return the text that `value` counts under."""
     scalar = host_scalar(key, value)
     _refuse_many(key, scalar)
-    return _named(key, category_of, scalar)
+    return named(key, category_of, scalar)
 
 
 def host_scalar(key: Key, value: Any) -> Any:
@@ -105,7 +94,7 @@ def host_scalar(key: Key, value: Any) -> Any:
     backend = arrays.backend_of(value)
     if backend is None:
         return value
-    (scalar,) = arrays.read([_named(key, backend.hold, value)])()
+    (scalar,) = arrays.read([named(key, backend.hold, value)])()
     if isinstance(scalar, Exception):
         _refuse(key, scalar)
     return scalar
@@ -115,10 +104,10 @@ def held(key: Key, value: Any, *, in_worker: bool = False) -> Any:
     """Return what is to be kept of a value on a device; None for any other, and in a worker."""
     if in_worker or type(value) in NUMBERS or type(value) is str:
         return None
-    return _named(key, arrays.hold, value)
+    return named(key, arrays.hold, value)
 
 
-def _named(key: Key, take: Callable[[Any], T], value: Any) -> T:
+def named(key: Key, take: Callable[[Any], T], value: Any) -> T:
     """Return what `take` makes of `value`; its errors get the metric's name."""
     try:
         return take(value)
@@ -164,18 +153,10 @@ def counts_or_not(key: Key, weight: Any) -> float:
     return 1.0 if 0 < given < np.inf else given
 
 
-def checked_weights(key: Key, weights: Sequence[float]) -> FloatArray | None:
-    """Return host weights as an array, or None if all are 1.
-
-    Raises:
-        ValueError: one is negative, infinite or NaN.
-    """
-    if weights.count(1.0) == len(weights):
-        return None
-    array = floats(key, "a weight", weights)
-    if bad_weight(array) is not None:
+def check_weights(key: Key, weights: Sequence[float]) -> None:
+    """Refuse host weights of which one is negative, infinite or NaN."""
+    if bad_weight(floats(key, "a weight", weights)) is not None:
         _refuse_bad(key, next(weight for weight in weights if not 0 <= weight < np.inf))
-    return array
 
 
 def bad_weight(weights: Any) -> float | None:
@@ -222,7 +203,7 @@ def shape_of(key: Key, array: Any) -> tuple[int, ...]:
             "np.asarray(...) of it"
         )
     # Such as a nested tensor has none.
-    return _named(key, lambda given: tuple(given.shape), array)
+    return named(key, lambda given: tuple(given.shape), array)
 
 
 def weights_of_each(
@@ -258,7 +239,7 @@ def weights_of_each(
 def elements_of(key: Key, values: Any) -> Any:
     """Return the elements of an array, as a copy of shape (n,), perhaps masked; or held."""
     if arrays.backend_of(values) is not None:
-        return _named(key, arrays.hold_each, values)
+        return named(key, arrays.hold_each, values)
     if not _is_masked(values):
         return np.array(values, subok=False).ravel()
     elements = np.array(np.ma.getdata(values), subok=False).ravel()
@@ -266,12 +247,7 @@ def elements_of(key: Key, values: Any) -> Any:
 
 
 def counted_elements(values: Any, weights: Any) -> tuple[Any, Any]:
-    """Return the elements that are neither masked nor of weight 0, and the weight of each.
-
-    Args:
-        values: shape (n,), perhaps masked; on the host.
-        weights: of the same shape, or a number.
-    """
+    """Return the elements, shape (n,), that are neither masked nor of weight 0, with their weights."""
     weighing = np.broadcast_to(np.asarray(weights, dtype=np.float64), values.shape)
     counts = weights_beside(values, weighing) != 0
     if counts.all():
