@@ -219,16 +219,14 @@ class DistributionAggHandler(LaneHandler):
         self, window_size: int | None = 1000, percentiles: Sequence[float] = (5, 50, 95)
     ) -> None:
         super().__init__()
-        name = f"; if that is the aggregator's name, write name={window_size!r}"
-        self.window_size = (
-            None
-            if window_size is None
-            else _check_count(
+        if window_size is not None:
+            name = f"; if that is the aggregator's name, write name={window_size!r}"
+            window_size = _check_count(
                 window_size,
                 f"the window size is {window_size!r}: give the number of recent values that each rank "
                 f"keeps, 1 or more, or None for all{name * isinstance(window_size, str)}",
             )
-        )
+        self.window_size = window_size
         self.percentiles = _check_percentiles(percentiles)
         names = (*statistics(self.percentiles), "nan_count", "inf_count")
         self._suffixes = tuple(f"_stat_{name}" for name in names)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from itertools import compress
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -61,27 +61,6 @@ from metricfold.metric import (
 
 HandlerOf: TypeAlias = "Callable[[Key, TypeLike], AggregationHandler | None]"
 """Returns what folds a key of that type; None: nothing does, it keeps its metrics."""
-
-
-class Known(Protocol):
-    """What is known of a key."""
-
-    agg_type: TypeLike
-    handler: AggregationHandler
-
-
-@dataclass(frozen=True, slots=True)
-class HandlersKnown:
-    """Says what folds values of a key: the handler that it began with, else its type's."""
-
-    records: Mapping[Key, Known]
-    of_type: Mapping[TypeLike, AggregationHandler]
-
-    def __call__(self, key: Key, agg_type: TypeLike) -> AggregationHandler | None:
-        known = self.records.get(key)
-        if known is not None and known.agg_type == agg_type:
-            return known.handler
-        return self.of_type.get(agg_type)
 
 
 @dataclass(slots=True, eq=False)

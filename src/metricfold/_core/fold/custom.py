@@ -189,12 +189,7 @@ class CustomStates:
         handlers: Mapping[Key, AggregationHandler],
         of_type: Mapping[str, AggregationHandler],
     ) -> bytes:
-        """Return this rank's results and states as bytes, for all ranks.
-
-        Args:
-            handlers: of each key.
-            of_type: the handler that answers for a result of a type, by the type's label.
-        """
+        """Return this rank's results and states as bytes; `of_type` says what handles a label."""
         sent: dict[str, Any] = {"results": {}, "saved": {}, "unsent": "", "unsaved": ""}
         for view in _VIEWS:
             results, saved = sent["results"][view], sent["saved"][view] = [], []
@@ -215,19 +210,14 @@ class CustomStates:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the ranks' results of one name come to.
-
-    Args:
-        key: the name that it prints under.
-        label: its type's.
-        origin: the key whose handler gave it.
-        parts: each rank's value and metadata, packed.
-    """
+    """What the ranks' results of one name come to."""
 
     key: Key
     label: str
     origin: Key
+    """The key whose handler gave it."""
     parts: list[tuple[Any, Any]]
+    """Each rank's value and metadata, packed."""
 
     def finalised(self, handler: AggregationHandler | None, seconds: float) -> dict[str, float]:
         """Return what to report, by suffix, of a view of so many seconds of wall time.
@@ -323,11 +313,7 @@ def _received(blob: bytes, rank: int) -> dict[str, Any]:
 
 
 def check_saved_states(states: object) -> None:
-    """Refuse what are no states as `SavedState` has them.
-
-    Raises:
-        ValueError, TypeError, KeyError: says what is wrong.
-    """
+    """Refuse what are no states as `SavedState` has them, by ValueError, TypeError or KeyError."""
     if not isinstance(states, list):
         raise TypeError(f"states of custom handlers are {type(states).__name__}, not a list")
     for state in states:

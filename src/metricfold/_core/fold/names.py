@@ -149,15 +149,11 @@ class Claimed:
     Two whole names clash if they are equal: one look-up. One that claims all that begins so ends in
     one of few *endings*, nearly always ``_count_``. So another can only begin with it where it
     holds such an ending, and is listed there.
-
-    Attributes:
-        owners: the key that each name belongs to.
-        endings: that are known so far.
-        datasets: the first that has a metric of each name.
     """
 
     def __init__(self, endings: Iterable[str] = ()) -> None:
         self.owners: dict[str, Key] = {}
+        # The first that has a metric of each name.
         self.datasets: dict[str, str] = {}
         self.endings = list(endings)
         self._beginning: dict[str, list[str]] = {}

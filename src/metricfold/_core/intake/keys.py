@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from metricfold._core.fold import hints
 from metricfold._core.fold.batch import MetricBatch
 from metricfold._core.fold.builtin import built_in_handlers, folds_as
-from metricfold._core.fold.columns import Column, HandlersKnown, check_same_type, fold_metrics
+from metricfold._core.fold.columns import Column, check_same_type, fold_metrics
 from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import Claimed, Claims, show
 from metricfold._core.fold.state import quiet
@@ -74,7 +74,6 @@ class KeyTable:
     Attributes:
         records: of each key.
         handlers: what handles each type.
-        handler_of: says what folds values of a key.
         derived: metrics that are computed from others, by the name that they print.
         plans: how what the keys print is computed.
     """
@@ -82,7 +81,6 @@ class KeyTable:
     def __init__(self, handlers: dict[TypeLike, AggregationHandler]) -> None:
         self.records: dict[Key, KeyRecord] = {}
         self.handlers = handlers
-        self.handler_of = HandlersKnown(self.records, handlers)
         self._of_label = {type_label(agg_type): agg_type for agg_type in handlers}
         # A text and a member of a StrEnum may be equal: then they are one type, called as it was
         # registered.
@@ -97,6 +95,13 @@ class KeyTable:
         self._unhandled: dict[str, list[Key]] = {}
 
     # -- Types
+
+    def handler_of(self, key: Key, agg_type: TypeLike) -> AggregationHandler | None:
+        """Return what folds values of a key: the handler that it began with, else its type's."""
+        known = self.records.get(key)
+        if known is not None and known.agg_type == agg_type:
+            return known.handler
+        return self.handlers.get(agg_type)
 
     def register(self, agg_type: TypeLike, handler: AggregationHandler) -> None:
         """Let `handler` handle `agg_type` from now on."""
