@@ -224,28 +224,27 @@ class SampleWriting(Writing):
         return total / (sum(weights) or math.nan)
 
     def add(self, handler: LaneHandler, metric: Metric, target: MetricState) -> None:
-        metadata = target.metadata
-        one = _folded(handler, metric)
+        metadata, one = target.metadata, _folded(handler, metric)
         # In place: a copy of the window for each value would cost as much as it is large.
         if not isinstance(metadata.get("values"), list | deque):
             metadata.update(self.written(handler, state_of(handler, target, finished=False)))
-        _, nans, infinities, *_ = one.sums
-        metadata["nans"] = metadata.get("nans", 0.0) + nans
-        metadata["infinities"] = metadata.get("infinities", 0.0) + infinities
+        for name, more in zip(("nans", "infinities"), one.sums[NANS:], strict=False):
+            metadata[name] = metadata.get(name, 0.0) + more
         if one.sample is not None and one.sample.size:
             most = handler.sample_limit if handler.is_bounded else None
             _append(metadata, number_of(metric.value), number_of(metric.weight), most)
-        if not handler.is_bounded and len(metadata["values"]) >= 2 * handler.sample_limit:
-            self._condense(handler, metadata)
-        metadata.pop("statistics", None)
-        mean = _mean(metadata)
-        if mean is not None:
-            target.value = metadata[STORED] = mean
-
-    def _condense(self, handler: LaneHandler, metadata: dict[str, Any]) -> None:
-        if (state := self.read(handler, metadata)) is not None and state.sample is not None:
+        values = metadata["values"]
+        if not handler.is_bounded and len(values) >= 2 * handler.sample_limit:
+            state = self.read(handler, metadata)
+            assert state is not None
+            assert state.sample is not None
             state.sample.limit = handler.sample_limit
             metadata.update(self.written(handler, state))
+        metadata.pop("statistics", None)
+        if values and metadata.get("older") is None:  # else its mean takes more than a sum
+            weights = metadata.get("weights") or [1.0] * len(values)
+            target.value = sum(map(mul, values, weights)) / sum(weights)
+            metadata[STORED] = target.value = float(target.value)
 
 
 def _append(metadata: dict[str, Any], value: float, weight: float, most: int | None) -> None:
@@ -260,16 +259,6 @@ def _append(metadata: dict[str, Any], value: float, weight: float, most: int | N
     while most is not None and len(values) > most:
         del values[0]
     metadata["weights"] = None if weights is None else weights[len(weights) - len(values) :]
-
-
-def _mean(metadata: Mapping[str, Any]) -> float | None:
-    """Return the mean of the recent values, if those are all."""
-    values, weights = metadata["values"], metadata.get("weights")
-    if not values or metadata.get("older") is not None:
-        return None
-    if weights is None:
-        return float(sum(values) / len(values))
-    return float(sum(map(mul, values, weights)) / sum(weights))
 
 
 class CountsWriting(Writing):
