@@ -48,8 +48,7 @@ def take_metrics(sample: Mapping[str, Any], into: list[Metric]) -> MutableMappin
 def _copy(sample: Mapping[str, Any]) -> MutableMapping[str, Any]:
     """Return a shallow copy, of the same type if that type knows how to copy itself.
 
-    What `copy.copy` makes of any other mapping may share the storage of the original, and what
-    is then done to the copy is done to the caller's sample too.
+    What `copy.copy` makes of any other mapping may share the storage of the caller's sample.
     """
     if isinstance(sample, dict):
         return copy.copy(sample)

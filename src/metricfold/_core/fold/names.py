@@ -189,9 +189,9 @@ class Claimed:
     def speak_of(self, owner: Key) -> str:
         """Return how messages speak of who has claimed a name; of a total with one of its datasets."""
         dataset, name = owner
-        if dataset != ANYTHING:
-            return _alone(owner)
-        return _total_of((self.datasets[name], name)) if name in self.datasets else ""
+        if dataset == ANYTHING and name not in self.datasets:
+            return ""
+        return _spoken(owner, self.datasets.get(name, ""))
 
     def _list(self, text: str, endings: Iterable[str]) -> None:
         for start in _starts(text, endings):
@@ -200,7 +200,7 @@ class Claimed:
 
 def _clashing(key: Key, owner: Key, text: str, taken: str, other: Key, theirs: str) -> str:
     """Return how to refuse what `key` would print, itself or as a total, where something else does."""
-    mine = _total_of(key) if owner[0] == ANYTHING else _alone(key)
+    mine = _spoken(owner, key[0])
     also = "" if taken == text else f" (as {_shown(taken)})"
     both = ", or a dataset to both" if "" in (key[0], other[0]) else ""
     return (
@@ -209,11 +209,9 @@ def _clashing(key: Key, owner: Key, text: str, taken: str, other: Key, theirs: s
     )
 
 
-def _total_of(key: Key) -> str:
-    return f"the total over all datasets of {show(key)}"
-
-
-def _alone(owner: Key) -> str:
+def _spoken(owner: Key, dataset: str) -> str:
+    if owner[0] == ANYTHING:
+        return f"the total over all datasets of {show((dataset, owner[1]))}"
     return show(owner) if owner[0] else f"{show(owner)} without a dataset"
 
 
