@@ -90,25 +90,16 @@ class Pool:
     def count(self) -> int:
         return self.values.size if self.histogram is None else self.histogram.count
 
-    @property
-    def minimum(self) -> float:
-        return float(self.values.min()) if self.histogram is None else self.histogram.min
+    def summary(self, q: FloatArray = _NOTHING) -> tuple[float, float, float, float, FloatArray]:
+        """Return the least, the greatest, mean, sample deviation, and the quantiles `q` in 0..1.
 
-    @property
-    def maximum(self) -> float:
-        return float(self.values.max()) if self.histogram is None else self.histogram.max
-
-    def moments(self) -> tuple[float, float]:
-        """Return mean and sample standard deviation; the latter means nothing for one value."""
-        if self.histogram is None:
-            return _moments(self.values, self.weights)
-        return self.histogram.mean, self.histogram.std
-
-    def quantiles(self, q: FloatArray) -> FloatArray:
-        """Return the quantiles `q`, each in 0..1."""
-        if self.histogram is None:
-            return quantiles(self.values, self.weights, q)
-        return self.histogram.quantile(q)
+        There must be a value; the deviation of one alone means nothing.
+        """
+        if (one := self.histogram) is not None:
+            return one.min, one.max, one.mean, one.std, one.quantile(q) if q.size else q
+        extremes = float(self.values.min()), float(self.values.max())
+        found = quantiles(self.values, self.weights, q) if q.size else q
+        return *extremes, *_moments(self.values, self.weights), found
 
     def drawn(self) -> Histogram:
         """Return edges and counts, for those who draw them; there must be a value."""

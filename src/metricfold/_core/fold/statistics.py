@@ -85,10 +85,10 @@ class Pools:
             if pool.histogram is None and pool.weights is None:
                 alike.setdefault(pool.values.size, []).append(place)
                 continue
-            count[place], low[place], high[place] = pool.count, pool.minimum, pool.maximum
-            mean[place], deviation[place] = pool.moments()
-            if q.size:
-                found.percentiles[place] = pool.quantiles(q)
+            count[place] = pool.count
+            low[place], high[place], mean[place], deviation[place], found.percentiles[place] = (
+                pool.summary(q)
+            )
         for size, places in alike.items():
             count[places] = size
             step = min(max(_AT_ONCE // size, 1), len(places))

@@ -318,7 +318,7 @@ class Pools(Values):
         recent, interval = (self.pool(rows, key, of_interval=which) for which in (False, True))
         if recent.histogram is not None:
             size = min(recent.count, MOST_SAVED)
-            drawn = recent.quantiles((np.arange(size) + 0.5) / size)
+            drawn = recent.summary((np.arange(size) + 0.5) / size)[-1]
             return [Window(_spread(drawn), None, 0, interval.condensed())]
         # The values of the open interval must not get fewer: what is a sketch goes on as one.
         points = interval.histogram is None
