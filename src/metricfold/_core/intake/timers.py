@@ -246,8 +246,8 @@ class Timer(ContextDecorator):
                 elapsed.clock.start(ended)  # a checkpoint may have been loaded in the block
             seconds = ended - self._began
             with elapsed.lock:
-                counted = (ended - place if running else place) - self._counted
-                counted = max(0.0, counted)
+                shown = ended - place if running else place
+                counted = shown - self._counted if shown > self._counted else 0.0
                 # Before these or after them, but not in between, an interrupt may come.
                 after = (elapsed.taken.plus(1, seconds, seconds, counted), False)
                 elapsed.taken, self.running = after
