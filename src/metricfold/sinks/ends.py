@@ -59,9 +59,7 @@ class _Watch:
         self.pipe: tuple[int, int] | None = None  # of signals; None as long as none is handled
         self.hooked = False
         self._installed: dict[int, int] = {}  # the address of Python's C code, per signal
-        self._turns: dict[
-            int, threading.Event
-        ] = {}  # what our handler in the main thread waits for
+        self._turns: dict[int, threading.Event] = {}  # what our handler waits for
         self._answering: set[int] = set()
         self._lock = threading.Lock()  # guards `_answering`; never taken in a handler
 
@@ -89,9 +87,8 @@ class _Watch:
         # An ignored signal, as under nohup, stays ignored. A handler of C code, such as that of
         # faulthandler or of JAX's preemption notifier, cannot be called from here: who set it
         # counts on it. Python knows of no handler then, or takes it for the default.
-        if present is None or present == signal.SIG_IGN:
-            return
-        if present == signal.SIG_DFL and _address(action):
+        in_c = present == signal.SIG_DFL and _address(action)
+        if in_c or present in (None, signal.SIG_IGN):
             return
         signal.signal(signum, _on_signal)
         address = _address(_action(signum))

@@ -31,17 +31,8 @@ class AppendFile:
 
     Nothing is held back in the process: once `write` returns, the piece survives the process's
     death, SIGKILL included (not the machine's). When `write` raises, as on a full disk, what it
-    got to is cut off again, so that it can be retried and readers never meet half a piece.
-
-    Args:
-        path: the file; it and the folders above it are made when missing.
-
-    Attributes:
-        path: where it was opened.
-        identity: the device and inode of the open file.
-        locked: whether no other process can write to the file.
-        guard: to be held by one who does several things that belong together, for a file that is
-            shared.
+    got to is cut off again, so that it can be retried and readers never meet half a piece. The file
+    and the folders above it are made when missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,18 +40,15 @@ class AppendFile:
         self.path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self.identity = _identity(os.fstat(self._descriptor))
-        self.locked = False
+        self.locked = False  # True: no other process can write to the file
         self._process = os.getpid()
         self._users = 1
+        # For one who does several things that belong together to a file that is shared.
         self.guard = threading.RLock()
 
     @classmethod
     def shared(cls, path: Path) -> AppendFile:
-        """Return the one file that all in this process share, locked against other processes.
-
-        Raises:
-            BlockingIOError: another process writes to it.
-        """
+        """Return the one file that all in this process share, locked against other processes."""
         file = cls(path)
         with _sharing, contextlib.ExitStack() as undo:
             undo.callback(file.close)
@@ -91,10 +79,7 @@ class AppendFile:
         return os.fstat(self._descriptor).st_size
 
     def current(self) -> bool:
-        """Return whether the path still names the open file.
-
-        It does not if somebody has moved or removed that, or if its server was away in between.
-        """
+        """Return whether the path still names the open file, which may have been moved or removed."""
         try:
             # Both are asked: the server may have forgotten the open one.
             return _identity(self.path.stat()) == _identity(os.fstat(self._descriptor))

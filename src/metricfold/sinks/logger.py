@@ -112,9 +112,8 @@ class MetricsLogger(OneInUse):
         # Reductions that are under way or have failed, and whose they are. Each call on this dict
         # is atomic: reductions end on threads of their own.
         self._reductions: dict[Future[Snapshot], weakref.ref[object]] = {}
-        # What the last log of each aggregator has found, perhaps still to come.
+        # What the last log of each aggregator has found, perhaps still to come; the newest last.
         self._found: list[tuple[weakref.ref[object], Future[Alerts]]] = []
-        self._newest: Future[Alerts] | None = None
         self._reduces = False  # whether all ranks can be told in a reduction
         self._failures = 0  # of sinks, that have been raised or are on their way to be
         self._prefixes: set[str] = set()  # that a key has been said to repeat
@@ -215,9 +214,7 @@ class MetricsLogger(OneInUse):
 
         Every rank that looks at them calls it, after the same log.
         """
-        if self._newest is None:
-            return Alerts()
-        return self._newest.result()
+        return self._found[-1][1].result() if self._found else Alerts()
 
     def rewind(self, step: SupportsIndex) -> None:
         """Take back what sinks hold of the steps after `step`: call it after loading a checkpoint.
@@ -279,9 +276,8 @@ class MetricsLogger(OneInUse):
     def _close(self, *, grace: float | None, patience: Patience = _PATIENCE) -> list[BaseException]:
         """Close, unless that is done, and return the errors of reductions that nobody has been told of.
 
-        Args:
-            grace: seconds to wait for reductions under way; None: as long as they take.
-            patience: with each sink; one with a deadline is that of a process that dies.
+        Reductions under way are waited for so many seconds of `grace`; None: as long as they take.
+        `patience` is that with each sink; one with a deadline is that of a process that dies.
         """
         if self._pid != os.getpid():
             return []
@@ -402,11 +398,10 @@ class MetricsLogger(OneInUse):
             future = source.reduce_async(step=step)
         self._reductions[future] = weakref.ref(source)
         future.add_done_callback(self._forget_if_well)
-        self._newest = _alerts_of(future)
         others = [
             one for one in self._found if (known := one[0]()) is not None and known is not source
         ]
-        self._found = [*others, (weakref.ref(source), self._newest)]
+        self._found = [*others, (weakref.ref(source), _alerts_of(future))]
         return future
 
     def _alerts_before(self, source: object) -> Alerts:

@@ -25,7 +25,7 @@ from metricfold.sinks.early import Watch
 from metricfold.sinks.loud import mention, say
 from metricfold.sinks.record import Record, Sink, checked_numbers
 from metricfold.sinks.selection import SelectiveSink
-from metricfold.sinks.worker import Consumer, Patience, Rewind, SinkWorker
+from metricfold.sinks.worker import Consumer, Patience, Rewind, SinkWorker, error_of
 
 __all__ = ["Entry", "Extra", "Pipeline"]
 
@@ -192,12 +192,11 @@ class Pipeline(Consumer):
             return None
 
     def _tell(self, alerts: Alerts) -> None:
-        for alert in alerts if self._on_alert is not None else ():
-            try:
-                assert self._on_alert is not None
-                self._on_alert(alert)
-            except BaseException:  # noqa: BLE001 - the user's; the metrics are written all the same
-                _log.exception("on_alert failed for the alert %r", alert.message)
+        if self._on_alert is None:
+            return
+        for alert in alerts:
+            if (error := error_of(self._on_alert, alert)) is not None:
+                _log.error("on_alert failed for the alert %r", alert.message, exc_info=error)
 
     def _aggregated(
         self, entry: Entry, snapshot: Snapshot

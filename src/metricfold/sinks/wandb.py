@@ -167,11 +167,7 @@ class WandbSink(SelectiveSink):
         self._newest[axis] = max(self._newest.get(axis, -1), record.step)
 
     def _place_of(self, run: Any, row: dict[str, Any], axis: str, step: int) -> int:
-        """Return the step of W&B's own at which a row is logged, so that it is not left out.
-
-        Raises:
-            RecordRefused: its steps go back, over values that are there.
-        """
+        """Return the step of W&B's own at which a row is logged, so that it is not left out."""
         for key in row:
             self._axis_of_key.setdefault(key, axis)
         at, keys = self._open
