@@ -128,12 +128,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
     records: list[Record] = []
     torn: list[int] = []
     for line in _lines(path):
-        record = line.record()
         if line.text.isspace():
             continue
-        if record is not None:
-            records.append(_decoded(record, line, path))
-        elif not line.is_torn():
+        if line.record is not None:
+            records.append(_decoded(line.record, line, path))
+        elif not line.torn:
             raise _no_record(line, path, "it has no whole number 'step', or no 'metrics'")
         elif line.text.endswith(b"\n"):
             torn.append(line.number)
@@ -159,36 +158,11 @@ class _Line(NamedTuple):
     number: int  # from 1 on
     start: int  # in bytes
     text: bytes  # with its line break, if it has one
-
-    def is_torn(self) -> bool:
-        """Return whether this is what a crash leaves of a record."""
-        # A file system may have made room for more than it came to write.
-        if not _began(self._torn_part().rstrip(b"\n")) and b"\0" not in self.text:
-            return False
-        try:
-            json.loads(self.text)
-        except RecursionError:
-            return False
-        except ValueError:
-            return True
-        return False
-
-    def _torn_part(self) -> bytes:
-        """Return the line up to where another record begins in it."""
-        at = self.text.rfind(_BEGINNING)
-        return self.text[:at] if at > 0 else self.text
-
-    def record(self) -> dict[str, Any] | None:
-        """Return the record of this line, or that behind a torn one that nothing had closed."""
-        parsed = _parsed(self.text)
-        if parsed is None and self.is_torn():
-            parsed = _parsed(self.text[len(self._torn_part()) :])
-        return parsed
+    record: dict[str, Any] | None  # which may stand behind a torn one that nothing had closed
+    torn: bool  # whether a crash has left this, or the beginning of this, of a record
 
     def is_later(self, step: int) -> bool:
-        """Return whether this is a record of a step after `step`."""
-        record = self.record()
-        return record is not None and record["step"] > step
+        return self.record is not None and self.record["step"] > step
 
 
 def _lines(path: Path) -> Iterator[_Line]:
@@ -203,8 +177,25 @@ def _lines(path: Path) -> Iterator[_Line]:
                     f"{path}, line {number} is longer than {_LONGEST} bytes, which no record is: "
                     "give the path of a file that JSONLSink wrote"
                 )
-            yield _Line(number, start, text)
+            yield _Line(number, start, text, *_record_in(text))
             start += len(text)
+
+
+def _record_in(text: bytes) -> tuple[dict[str, Any] | None, bool]:
+    """Return what `_Line` says of the record and of what is torn in a line."""
+    record = _parsed(text)
+    if record is not None:
+        return record, False
+    another = max(text.rfind(_BEGINNING), 0) or len(text)
+    # A file system may have made room for more than it came to write.
+    if _began(text[:another].rstrip(b"\n")) or b"\0" in text:
+        try:
+            json.loads(text)
+        except RecursionError:
+            return None, False
+        except ValueError:
+            return _parsed(text[another:]), True
+    return None, False
 
 
 def _is_ours(start: bytes) -> bool:
