@@ -23,12 +23,14 @@ def with_metrics(sample: Sample, metrics: list[Metric]) -> Sample:
     if not _guarded:
         guard_default_collate()
     tagged: Any = sample
-    earlier: list[Metric] = []
+    own = [*metrics]
     if type(sample) is dict and METRICS not in sample:  # nearly always
         tagged = tagged.copy()
     else:
+        earlier: list[Metric] = []
         tagged = take_metrics(sample, earlier)
-    tagged[METRICS] = earlier + metrics
+        own = earlier + own
+    tagged[METRICS] = own
     result: Sample = tagged
     return result
 
