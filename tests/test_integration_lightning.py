@@ -36,7 +36,14 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 import metricfold.integrations.lightning
-from metricfold import AggregationType, Metric, MetricsAggregator, MetricsCollator, MetricTransform
+from metricfold import (
+    AggregationType,
+    Metric,
+    MetricBatch,
+    MetricsAggregator,
+    MetricsCollator,
+    MetricTransform,
+)
 from metricfold.integrations.lightning import MetricfoldCallback
 from metricfold.torch import DeviceAccumulator
 
@@ -554,6 +561,34 @@ def test_a_checkpoint_without_metrics_is_warned_about(tmp_path: Path) -> None:
             model, train_loader(), ckpt_path=tmp_path / "saved/epoch=0.ckpt"
         )
     assert read(tmp_path / "again", "train/samples_seen")[14]["train/samples_seen"] == TRAINED
+
+
+def test_a_state_that_cannot_be_loaded_takes_nothing_from_accumulators() -> None:
+    """It had emptied them by then."""
+    losses = DeviceAccumulator({"loss": "mean"})
+    metrics = MetricfoldCallback(accumulators=[losses])
+    losses.update("loss", torch.tensor([1.0, 3.0]))
+    with pytest.raises(ValueError, match="state"):
+        metrics.load_state_dict({"no": "state"})
+    assert metrics.aggregator.get_metrics_for_logging("t") == {"t/loss": 2.0}
+    losses.update("loss", torch.tensor([5.0]))
+    metrics.load_state_dict(MetricsAggregator().state_dict())
+    assert metrics.aggregator.reduce().empty
+
+
+def test_what_follows_an_evaluation_that_failed_is_of_training() -> None:
+    metrics, trainer = MetricfoldCallback(), Trainer(logger=False, enable_checkpointing=False)
+    model: Any = None
+    metrics.on_validation_start(trainer, model)
+    metrics.on_validation_batch_end(trainer, model, None, counted(2), 0)
+    metrics.on_exception(trainer, model, ArithmeticError())
+    metrics.on_train_batch_end(trainer, model, None, counted(3), 0)
+    assert metrics.aggregator.get_metrics_for_logging("t") == {"t_digits/samples": 3.0}
+    assert metrics.eval_aggregator.get_metrics_for_logging("t") == {"t_digits/samples": 2.0}
+
+
+def counted(samples: int) -> dict[str, Any]:
+    return {"metrics": MetricBatch.from_metrics([Metric("digits", "samples", 1.0, "sum")] * samples)}
 
 
 def bare(samples: list[Any]) -> Any:

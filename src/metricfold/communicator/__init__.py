@@ -7,7 +7,6 @@ the training script has imported and initialised itself.
 from __future__ import annotations
 
 import os
-import sys
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +17,7 @@ from metricfold.communicator.base import (
     MissingRanksError,
     jax_job,
     torch_distributed,
-    torch_is_initialized,
+    torch_ranks,
 )
 
 __all__ = [
@@ -47,10 +46,9 @@ def connect(
     """
     job = jax_job()
     if process_group is None and job is not None:
-        torch_ranks = _torch_ranks()
-        if torch_ranks > 1:
+        if (ranks := torch_ranks()) > 1:
             raise RuntimeError(
-                f"torch.distributed ({torch_ranks} ranks) and jax.distributed ({job.num_processes} "
+                f"torch.distributed ({ranks} ranks) and jax.distributed ({job.num_processes} "
                 "processes) are both initialised: say which of them the aggregator is to reduce "
                 "over, by communicator=JaxCommunicator('a name of its own'), which is in "
                 "metricfold.communicator.jax, or by process_group=torch.distributed.group.WORLD"
@@ -58,7 +56,7 @@ def connect(
         from metricfold.communicator.jax import JaxCommunicator  # noqa: PLC0415
 
         return JaxCommunicator(name, timeout, generation)
-    if torch_is_initialized():
+    if torch_ranks():
         from metricfold.communicator.torch import TorchCommunicator  # noqa: PLC0415
 
         return TorchCommunicator(name, process_group, timeout, generation)
@@ -82,17 +80,12 @@ def global_rank() -> int:
     Before the job is initialised, and after it has been torn down, the launcher's word counts.
     """
     job = jax_job()
-    if job is not None and _torch_ranks() <= 1:
+    if job is not None and torch_ranks() <= 1:
         return int(job.process_id)
-    if torch_is_initialized():
-        return int(sys.modules["torch.distributed"].get_rank())
+    if torch_ranks():
+        return int(torch_distributed().get_rank())
     rank = os.environ.get("RANK", "")
     return int(rank) if rank.isdecimal() else 0
-
-
-def _torch_ranks() -> int:
-    initialized = torch_is_initialized()
-    return int(sys.modules["torch.distributed"].get_world_size()) if initialized else 0
 
 
 publish(globals())

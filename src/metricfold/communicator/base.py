@@ -18,7 +18,8 @@ __all__ = [
     "LocalCommunicator",
     "MissingRanksError",
     "jax_job",
-    "torch_is_initialized",
+    "torch_distributed",
+    "torch_ranks",
 ]
 
 
@@ -132,16 +133,17 @@ class LocalCommunicator(Communicator):
         return vector
 
     def current(self) -> bool:
-        return not torch_is_initialized() and jax_job() is None
+        return not torch_ranks() and jax_job() is None
 
 
-def torch_is_initialized() -> bool:
-    """Return whether the training script has made a `torch.distributed` process group.
+def torch_ranks() -> int:
+    """Return the size of the job's `torch.distributed` group; 0 if the training script has made none.
 
     The ranks of a dry run, on the backend "fake", do not exist.
     """
     distributed = torch_distributed()
-    return distributed is not None and "fake" not in distributed.get_backend()
+    there = distributed is not None and "fake" not in distributed.get_backend()
+    return int(distributed.get_world_size()) if there else 0
 
 
 def torch_distributed() -> Any:

@@ -183,10 +183,9 @@ class JaxCommunicator(Communicator):
         self._client.key_value_set(f"{self._prefix}/device/{self.rank}", str(mine.id))
         self._meet()
         entries = self._client.key_value_dir_get(f"{self._prefix}/device/")
-        ids = {int(key.rpartition("/")[2]): value for key, value in entries}
+        ids = {int(key.rpartition("/")[2]): int(value) for key, value in entries}
         devices = {device.id: device for device in jax.devices()}
-        ranked = [devices[int(ids[rank])] for rank in range(self.world_size)]
-        return jax.sharding.Mesh(np.array(ranked), ("ranks",))
+        return jax.sharding.Mesh(np.array([devices[ids[rank]] for rank in sorted(ids)]), ("ranks",))
 
     # -- Missing processes
 

@@ -52,8 +52,7 @@ class Board(Protocol):
     where: str
 
     @property
-    def slow_at(self) -> float:
-        """When, on the monotonic clock, it last answered late."""
+    def slow_at(self) -> float: ...  # when, on the monotonic clock, it last answered late
 
     def set(self, key: str, value: str, *, seconds: float) -> None: ...
 
@@ -65,12 +64,9 @@ class Board(Protocol):
 class Words(NamedTuple):
     """How messages speak of ranks."""
 
-    rank: str
-    """ "rank" or "process"."""
-    alone: str
-    """The condition that makes a call on one of them only."""
-    recovery: str
-    """What to do once they are out of step."""
+    rank: str  # "rank" or "process"
+    alone: str  # the condition that makes a call on one of them only
+    recovery: str  # what to do once they are out of step
 
     @property
     def _plural(self) -> str:
@@ -109,12 +105,9 @@ class _Sign(NamedTuple):
     """What a rank has let the others see of itself."""
 
     call: int
-    state: str
-    """``"waits"``, ``"here"``, ``"broke"``, ``"gave up"``, ``"done"``, ``"closed"`` or ``"ended"``."""
-    beat: float
-    """Of one that waits: how often it has said so. Else the seconds it had waited."""
-    partner: int = -1
-    """The rank that it waits for; -1 in a gather, of which gloo does not tell."""
+    state: str  # "waits", "here", "broke", "gave up", "done", "closed" or "ended"
+    beat: float  # of one that waits: how often it has said so; else the seconds it had waited
+    partner: int = -1  # the rank that it waits for; -1 in a gather, of which gloo does not tell
     round: int = -1
 
 

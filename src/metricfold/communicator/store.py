@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
@@ -185,8 +185,10 @@ class _Connection:
         until = time.monotonic() + seconds
         bottom = _bottom_of(job_store)
         port = getattr(bottom, "port", None)
-        before = _open_files()
-        opened = partial(_new_sockets, before, port)
+        before = _sockets_to(port)
+        for handle in before.values():
+            handle.close()
+        opened = partial(_sockets_to, port, before.keys())
         self.slow_at = -math.inf
         self.unanswered: Future[Any] | None = None  # for what somebody last waited in vain
         self._sockets: list[socket.socket] = []
@@ -203,37 +205,33 @@ class _Connection:
         except concurrent.futures.TimeoutError:
             self._give_up(opened)
             raise TimeoutError from None
-        self._sockets += opened()
+        self._sockets += opened().values()
 
     def ask(self, question: Callable[..., Any], prefix: str, *args: Any) -> Future[Any]:
-        store = c10d.PrefixStore(prefix, self._clone)
-        return self._thread.submit(partial(self._asked, question, store, *args))
+        def answer() -> Any:
+            # Where the host has ended, as it may before the other ranks do, torch would print a stack.
+            if any(map(_is_hung_up, self._sockets)):
+                raise RuntimeError("its host has closed the connection")
+            return question(c10d.PrefixStore(prefix, self._clone), *args)
 
-    def _asked(self, question: Callable[..., Any], store: Any, *args: Any) -> Any:
-        # Where the host has ended, as it may before the other ranks do, torch would print a stack.
-        if any(map(_is_hung_up, self._sockets)):
-            raise RuntimeError("its host has closed the connection")
-        return question(store, *args)
+        return self._thread.submit(answer)
 
     def release(self) -> None:
         """At exit: leave no thread in C++."""
         if not self._thread.finish(0.2):
-            self._cut_off()
+            self._end()
+            self._thread.end(_ENDING)
 
     def leave_parent_behind(self) -> None:
         # The connection itself is the parent's, too.
         self._end.detach()
 
-    def _cut_off(self) -> None:
-        self._end()
-        self._thread.end(_ENDING)
-
-    def _give_up(self, opened: Callable[[], list[socket.socket]]) -> None:
+    def _give_up(self, opened: Callable[[], dict[Any, socket.socket]]) -> None:
         """Cut off what the thread has `opened`, again and again: it may connect only now, or anew."""
         self._end.detach()
         until = time.monotonic() + _ENDING
         while not self._thread.end(0.02) and time.monotonic() < until:
-            _cut_off(opened())
+            _cut_off(opened().values())
 
 
 class _Connections:
@@ -302,7 +300,7 @@ def _name_of(store: Any) -> str:
     return "the store" if port is None else f"the store at {bottom.host}:{port}"
 
 
-def _cut_off(sockets: list[socket.socket]) -> None:
+def _cut_off(sockets: Iterable[socket.socket]) -> None:
     for handle in sockets:
         with suppress(OSError):
             handle.shutdown(socket.SHUT_RDWR)
@@ -320,28 +318,15 @@ def _delete_all(store: Any, keys: list[str]) -> None:
         store.delete_key(key)
 
 
-def _open_files() -> set[tuple[int, int]]:
-    """Return number and inode of each: numbers are used again, also that of listing the folder."""
-    found = set()
+def _sockets_to(port: int | None, but: Collection[Any] = ()) -> dict[Any, socket.socket]:
+    """Return handles of this process's connections to `port`, by their own addresses."""
+    found: dict[Any, socket.socket] = {}
     folder = Path("/dev/fd")
-    for name in (path.name for path in folder.iterdir()) if folder.is_dir() else ():
-        with suppress(OSError, ValueError):
-            found.add((int(name), os.fstat(int(name)).st_ino))
-    return found
-
-
-def _new_sockets(before: set[tuple[int, int]], port: int | None) -> list[socket.socket]:
-    """Return handles of the connections to `port` that are open now and were not `before`."""
-    found = []
-    for number, _ in _open_files() - before if port is not None else ():
-        try:
-            # A copy, so that the number cannot become another's.
-            handle = socket.socket(fileno=os.dup(number))
-        except OSError:  # no socket, or closed meanwhile
-            continue
-        with suppress(OSError, IndexError):  # not connected, or of another family
-            if handle.getpeername()[1] == port:
-                found.append(handle)
-                continue
-        handle.close()
+    for path in folder.iterdir() if port is not None and folder.is_dir() else ():
+        with suppress(OSError, IndexError):  # closed meanwhile, not connected, or of another family
+            if path.is_socket():
+                # A copy, so that the number cannot become another's.
+                with socket.socket(fileno=os.dup(int(path.name))) as one:
+                    if one.getpeername()[1] == port and one.getsockname() not in but:
+                        found[one.getsockname()] = one.dup()
     return found

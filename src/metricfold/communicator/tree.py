@@ -31,12 +31,10 @@ class Step(NamedTuple):
 
     round: int
     partner: int
-    lower: bool
-    """Whether this rank holds the lower ranks of the two."""
+    lower: bool  # whether this rank holds the lower ranks of the two
     sends: bool = True
     receives: bool = True
-    merges: bool = True
-    """Whether it merges the two; else what it gets is the result."""
+    merges: bool = True  # else what it gets is the result
 
     def after(self, held: FloatArray, got: FloatArray, merge: Merge) -> FloatArray:
         """Return what this rank holds once it has received `got`."""

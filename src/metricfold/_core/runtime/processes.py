@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from types import FrameType
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -82,8 +82,7 @@ def _deadline_of_exit() -> float:
 class Releasable(Protocol):
     """Something whose C++ threads must be gone when the interpreter is torn down."""
 
-    def release(self) -> None:
-        """Let go of those threads."""
+    def release(self) -> None: ...
 
 
 _releasable: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()  # in order
@@ -184,7 +183,7 @@ class TaskThread:
     """A daemon thread that runs one task after the other, as long as somebody can submit one."""
 
     def __init__(self, name: str) -> None:
-        self._tasks: queue.SimpleQueue[_Task | threading.Event | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._thread = start_thread(_run, self._tasks, name=name)
         self._end = weakref.finalize(self, self._tasks.put, None)
         self._end.atexit = False
@@ -198,9 +197,7 @@ class TaskThread:
 
     def finish(self, timeout: float | None) -> bool:
         """Wait until all tasks, and what their futures call, are done; returns whether they are."""
-        done = threading.Event()
-        self._tasks.put(done)
-        return done.wait(timeout)
+        return not wait([self.submit(bool)], timeout).not_done
 
     def end(self, timeout: float) -> bool:
         """Run nothing more after what has been submitted, and wait for that; returns whether it is over."""
@@ -209,11 +206,8 @@ class TaskThread:
         return not self._thread.is_alive()
 
 
-def _run(tasks: queue.SimpleQueue[_Task | threading.Event | None]) -> None:
+def _run(tasks: queue.SimpleQueue[_Task | None]) -> None:
     while (item := tasks.get()) is not None:
-        if isinstance(item, threading.Event):
-            item.set()
-            continue
         task, future = item
         try:
             result = task()
@@ -254,8 +248,7 @@ def _finish_all(deadline: float) -> None:
 class Forkable(Protocol):
     """Something that a forked child inherits without the threads that it needs."""
 
-    def leave_parent_behind(self) -> None:
-        """In the child: let go of locks and threads that only the parent has."""
+    def leave_parent_behind(self) -> None: ...  # in the child
 
 
 _forkable: weakref.WeakSet[Any] = weakref.WeakSet()
