@@ -153,7 +153,8 @@ _transforms = _Transforms()
 
 
 def _joined(transforms: dict[int, MetricTransform]) -> _Transforms:
-    _transforms._by_number = {**transforms, **_transforms._by_number}  # noqa: SLF001 - it is ours
+    known = _transforms._by_number  # noqa: SLF001 - it is ours
+    known.update({**transforms, **known})
     return _transforms
 
 
