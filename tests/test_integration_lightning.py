@@ -588,7 +588,9 @@ def test_what_follows_an_evaluation_that_failed_is_of_training() -> None:
 
 
 def counted(samples: int) -> dict[str, Any]:
-    return {"metrics": MetricBatch.from_metrics([Metric("digits", "samples", 1.0, "sum")] * samples)}
+    return {
+        "metrics": MetricBatch.from_metrics([Metric("digits", "samples", 1.0, "sum")] * samples)
+    }
 
 
 def bare(samples: list[Any]) -> Any:

@@ -376,6 +376,17 @@ def test_training_anew_starts_from_nothing(tmp_path: Path) -> None:
         trainer._load_metrics(tmp_path / CHECKPOINT_FILE)
 
 
+def test_a_training_without_metrics_is_warned_about_once(tmp_path: Path) -> None:
+    """Nobody said so: with_metrics() forgotten, the log was without them and without a word."""
+    bare = [{"input_ids": sample["input_ids"]} for sample in mixture()]
+    trainer = plain_class()(
+        model(), arguments(tmp_path, logging_steps=1), data_collator=pad, train_dataset=bare
+    )
+    with pytest.warns(RuntimeWarning, match="no metrics to log: let samples carry some") as said:
+        trainer.train()
+    assert len([one for one in said if "no metrics to log" in str(one.message)]) == 1
+
+
 def slow_compute_metrics(prediction: Any) -> dict[str, float]:
     """Count an evaluation's samples, under a name that a total has, after a while."""
     time.sleep(0.05)

@@ -76,6 +76,7 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
     """
 
     _framework = "lightning"
+    _so_that_they_count = " and set DataLoader(collate_fn=MetricsCollator(...))"
 
     def __init__(
         self,
@@ -275,12 +276,6 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
         if not self._evaluating:
             self._logged_step = step
         if snapshot.empty:
-            if not self._evaluating and not snapshot.as_dict(prefix, "run"):
-                self._warn(
-                    "there are no metrics to log: let samples carry some and set "
-                    "DataLoader(collate_fn=MetricsCollator(...)), or record() them in training_step",
-                    "no metrics",
-                )
             return
         monitored = trainer.callback_metrics
         values = snapshot.as_dict(prefix, window, rollup=self.rollup)

@@ -28,6 +28,7 @@ class Phases:
 
     accumulators: list[DeviceAccumulator]
     _framework: str
+    _so_that_they_count = ""
     _evaluating = False
 
     # An aggregator belongs to its process. Made when it is first asked for, it is made by the
@@ -58,7 +59,14 @@ class Phases:
     def _reduced(self, step: int) -> Snapshot:
         """Reduce what the phase under way has brought; on every rank."""
         self._drain()
-        return self._into.reduce(step)
+        snapshot = self._into.reduce(step)
+        if not self._evaluating and snapshot.empty and not snapshot.as_dict("train", "run"):
+            self._warn(
+                f"there are no metrics to log: let samples carry some{self._so_that_they_count}, or "
+                "record() them in training_step",
+                "no metrics",
+            )
+        return snapshot
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
