@@ -125,17 +125,16 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
         return self._collating(super().get_train_dataloader, keep_samples=False)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_dispatch((*args, *kwargs.values()))
         return self._collating(super().get_eval_dataloader, *args, **kwargs)
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_dispatch((*args, *kwargs.values()))
         return self._collating(super().get_test_dataloader, *args, **kwargs)
 
     def _collating(
         self, make: Callable[..., Any], *args: Any, keep_samples: bool = True, **kwargs: Any
     ) -> Any:
         """Make a loader that collates metrics too, with whatever collator there is."""
+        self._check_dispatch((*args, *kwargs.values()))
         own = self.data_collator
         folding = own if isinstance(own, MetricsCollator) else MetricsCollator(own)
         self.data_collator = partial(_collated, folding, keep_samples, self._loss is not None)
@@ -204,7 +203,7 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
 
     @property
     def _all_accumulators(self) -> list[DeviceAccumulator]:
-        return self.accumulators + ([] if self._loss is None else self._loss.accumulators)
+        return [*self.accumulators, *([] if self._loss is None else self._loss.accumulators)]
 
     # -- Logs
 
