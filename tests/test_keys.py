@@ -140,6 +140,7 @@ lanes = st.builds(
     kind=st.builds("x/{}+{}/counts".format, st.integers(2, 5), st.integers(0, 2)),
     categories=st.lists(st.sampled_from("pqr"), unique=True).map(lambda c: tuple(sorted(c))),
     most=st.just(9),
+    axes=st.just(()),
 )
 
 

@@ -41,7 +41,7 @@ def test_a_shell_completes_public_names_of_an_aggregator() -> None:
         *("update", "record", "record_all", "timer", "drain", "pause", "mark", "rollback"),
         *("register_handler", "derive", "reduce", "reduce_async", "get_metrics_for_logging"),
         *("state_dict", "load_state_dict", "reset", "close", "name"),
-        *("collectives", "schema_rounds"),
+        *("collectives", "schema_rounds", "alert_on"),
     }
     assert completed(aggregator.mark()) == {"name"}
     assert completed(aggregator.timer("data")) == {"over"}
@@ -56,13 +56,14 @@ def test_a_shell_completes_public_names_of_an_aggregator() -> None:
             "empty",
             "sink_failed",
         ),
+        *("alerts", "names", "results", "nan_rank", "array"),
     }
     # What is left out is there all the same.
     assert aggregator.leave_parent_behind is not None
 
 
 def test_a_shell_completes_public_names_of_what_comes_before_and_after() -> None:
-    assert completed(MetricsLogger([])) == {"log", "rewind", "flush", "close"}
+    assert completed(MetricsLogger([])) == {"log", "alerts", "rewind", "flush", "close"}
     assert completed(MetricsCollator()) == {"collate_fn", "on_bad_name"}
     assert completed(batch("loss")) == {"from_metrics", "pin_memory", "to"}
     assert completed(DefaultTrainingMetricTransform()) == {"dataset_name", "set_dataset_name"}

@@ -226,11 +226,11 @@ class Layout:
         types = {name: one.value for name, one in zip(self.names, self.types, strict=True)}
         return f"{types}, datasets={tuple(filter(None, self.datasets))}"
 
-    def keys(self) -> Iterator[tuple[Key, AggregationType]]:
-        """Yield the key of each row, in order, and its aggregation."""
+    def keys(self) -> Iterator[tuple[Key, AggregationType, str]]:
+        """Yield the key of each row, in order, its aggregation and its axes."""
         for name, agg_type in zip(self.names, self.types, strict=True):
             for dataset in self.datasets:
-                yield (dataset, name), agg_type
+                yield (dataset, name), agg_type, ""
 
     def states(self, arrays: HostArrays) -> Iterator[tuple[Key, State]]:
         """Yield what `arrays` say of each key that has received anything."""
@@ -239,7 +239,7 @@ class Layout:
         sums = np.where(np.isfinite(arrays.sums[..., 0]), sums, arrays.sums[..., 0])
         extrema = arrays.extrema.astype(np.float64)
         grids = iter(() if arrays.grid is None else np.split(arrays.grid, self.cells // CELLS))
-        for row, (key, agg_type) in enumerate(self.keys()):
+        for row, (key, agg_type, _) in enumerate(self.keys()):
             cells = next(grids) if agg_type is AggregationType.DISTRIBUTION else None
             counts = arrays.counts[row].tolist()
             if not counts[0]:

@@ -21,7 +21,7 @@ from metricfold._core.exchange.route import Arrived, Exchange
 from metricfold._core.fold.custom import CustomResults
 from metricfold._core.fold.names import Claims, show
 from metricfold._core.fold.sample import FloatArray, Pool, Window
-from metricfold._core.fold.state import COUNT, NANS, OTHER, State
+from metricfold._core.fold.state import OTHER, State
 from metricfold._core.reduce.agreement import Registry, agree, news, read
 from metricfold._core.reduce.announced import encoded
 from metricfold._core.reduce.header import (
@@ -408,9 +408,8 @@ class Reducer:
         else:
             self.interval, self.windows = interval, windows
             self._rows, self._rows_of = rows, schema
-            having = {key: state.sums for key, state in mine.states.items()}
-            self._present = self._present.union(k for k, sums in having.items() if sums[COUNT])
-            self._with_nan = self._with_nan.union(k for k, sums in having.items() if sums[NANS])
+            self._present = self._present.union(k for k, one in mine.states.items() if one.count)
+            self._with_nan = self._with_nan.union(k for k, one in mine.states.items() if one.nans)
         self._reductions += 1
         reduced = Reduced(
             schema,

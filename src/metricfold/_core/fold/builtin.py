@@ -22,7 +22,7 @@ from copy import copy
 from functools import cached_property
 from numbers import Real
 from operator import mul
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("metricfold")
 
 
+OfEach: TypeAlias = "tuple[Sequence[FloatArray], Sequence[FloatArray]] | None"
+
+
 class SumAggHandler(LaneHandler):
     """Total of the values; integers are exact up to 2^53."""
 
@@ -63,6 +66,9 @@ class SumAggHandler(LaneHandler):
 
     def sums_of(self, values: FloatArray, weights: FloatArray | None) -> tuple[float, ...]:
         return (float(values.sum()),)
+
+    def lanes_of_each(self, values: FloatArray, weights: FloatArray) -> OfEach:
+        return ((values,), ()) if folds_as(self) else None
 
     def fold_listed(self, values: Sequence[float], weights: Sequence[float] | None) -> State:
         total = _total(values)
@@ -117,6 +123,9 @@ class MeanAggHandler(LaneHandler):
             return float(values.sum()), float(values.size)
         return float((values * weights).sum()), float(weights.sum())
 
+    def lanes_of_each(self, values: FloatArray, weights: FloatArray) -> OfEach:
+        return ((values * weights, weights), ()) if folds_as(self) else None
+
     def fold_listed(self, values: Sequence[float], weights: Sequence[float] | None) -> State:
         count = float(len(values))
         total = _total(values if weights is None else map(mul, values, weights))
@@ -141,6 +150,9 @@ class _ExtremeAggHandler(LaneHandler):
 
     def maxs_of(self, values: FloatArray) -> tuple[float, ...]:
         return (float((self.sign * values).max()),)
+
+    def lanes_of_each(self, values: FloatArray, weights: FloatArray) -> OfEach:
+        return ((), (self.sign * values,)) if folds_as(self) else None
 
     def fold_listed(self, values: Sequence[float], weights: Sequence[float] | None) -> State:
         if not values or _total(values) is None:

@@ -26,10 +26,11 @@ import numpy as np
 
 from metricfold._core.device import arrays
 from metricfold._core.fold import hints
+from metricfold._core.fold.axes import Block, cells
 from metricfold._core.fold.builtin import folds_as
 from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 from metricfold._core.fold.names import Key, show
-from metricfold._core.fold.state import State
+from metricfold._core.fold.state import State, quiet
 from metricfold._core.fold.values import (
     NUMBERS,
     Numbers,
@@ -46,6 +47,7 @@ from metricfold._core.fold.values import (
     refuse_weight,
     shape_of,
     weight_of,
+    weights_beside,
     weights_of_each,
 )
 from metricfold.metric import (
@@ -72,12 +74,14 @@ class Pending:
         agg_type: the aggregation.
         value: a number or a category; or an array that is not 0-d, whose elements each count.
         weight: a number; or an array of one for each element.
+        block: the cells that its elements are of, if the metric has axes.
     """
 
     key: Key
     agg_type: TypeLike
     value: Any
     weight: Any
+    block: Block | None = None
 
     def renamed(self, key: Key) -> Pending:
         return replace(self, key=key)
@@ -211,6 +215,70 @@ def fold_each(
     column = _fold_counted(key, agg_type, [], [], handler)
     column.pending = [Pending(key, agg_type, elements, weighing)]
     return column
+
+
+def fold_block(
+    key: Key,
+    agg_type: TypeLike,
+    values: Any,
+    weights: Any,
+    block: Block,
+    handler_of: HandlerOf,
+) -> Column:
+    """Return the column of an array that holds cells of a metric with axes; device arrays are held.
+
+    Args:
+        key: (dataset name, metric name).
+        agg_type: its aggregation.
+        values: a number, or a NumPy, torch or JAX array, of the block's shape.
+        weights: an array of that shape, or one weight for all.
+        block: which cells it holds.
+        handler_of: as its type says.
+    """
+    handler = handler_of(key, agg_type)
+    if handler is not None and not (handler.has_lanes and handler.laned().may_have_axes):
+        raise ValueError(
+            f"{show(key)}: a metric of type {type_label(agg_type)!r} cannot have axes, for its states are "
+            "not a few lanes each: use 'sum', 'mean', 'max', 'min' or a handler with lanes"
+        )
+    shape = shape_of(key, values) if hasattr(values, "shape") else ()
+    if shape != block.shape:
+        raise ValueError(
+            f"{show(key)}: the values have the shape {shape}, but the cells that axes= and ids= name have "
+            f"{block.shape}"
+        )
+    if not hasattr(values, "shape"):
+        values = np.array(number(key, values))
+    weighted = handler is None or handler.weighted
+    weighing = weights_of_each(key, agg_type, values, weights, weighted=weighted)
+    elements = elements_of(key, values)
+    column = Column(key, agg_type, None)
+    if not arrays.counts_here(elements):
+        return column
+    laned = None if handler is None else handler.laned()
+    if arrays.backend_of(elements) is not None or arrays.backend_of(weighing) is not None:
+        column.pending = [Pending(key, agg_type, elements, weighing, block)]
+        elements, weighing = np.zeros(math.prod(shape)), 0.0  # until then no cell has a value
+    elif not np.any(weights_beside(elements, np.broadcast_to(weighing, elements.shape))):
+        return column
+    if laned is not None:
+        column.state = fold_cells(key, laned, block, elements, weighing)
+    return column
+
+
+def fold_cells(key: Key, handler: LaneHandler, block: Block, values: Any, weights: Any) -> State:
+    """Fold values of cells that lie on the host, shape (n,), perhaps masked."""
+    weighing = np.broadcast_to(np.asarray(weights, dtype=np.float64), values.shape)
+    weighing = weights_beside(values, weighing)
+    given = floats(key, "a value", np.ma.getdata(values))
+    with quiet():
+        sums, maxs = handler.fold_cells(given, weighing)
+    if block.places is None:
+        return State.of_cells(sums, maxs, block.axes)
+    n = cells(block.axes)
+    all_sums, all_maxs = np.zeros((n, sums.shape[1])), np.full((n, maxs.shape[1]), -np.inf)
+    all_sums[block.places], all_maxs[block.places] = sums, maxs
+    return State.of_cells(all_sums, all_maxs, block.axes)
 
 
 def fold_read(key: Key, handler: LaneHandler, values: Numbers, weights: Numbers) -> State:

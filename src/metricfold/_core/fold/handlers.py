@@ -173,6 +173,11 @@ class LaneHandler(AggregationHandler):
         return 0
 
     @property
+    def may_have_axes(self) -> bool:
+        """Whether its states are lanes and nothing besides, so that there may be many in one key."""
+        return not (self.has_sample or self.has_counts or self.is_last)
+
+    @property
     def is_bounded(self) -> bool:
         """Whether, of the values that it keeps, the run's view is about the most recent alone."""
         return False
@@ -230,6 +235,48 @@ class LaneHandler(AggregationHandler):
                 f"MAX lanes, but sums_of() and maxs_of() returned {len(sums) - 2} and {len(maxs)}"
             )
         return State(sums, maxs)
+
+    def fold_cells(self, values: FloatArray, weights: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return the lanes of single values, each of a cell of its own: shapes (n, SUM), (n, MAX).
+
+        Args:
+            values: shape (n,).
+            weights: of the same shape; what has weight 0 leaves its cell empty.
+        """
+        sums = np.zeros((len(values), self.sum_width))
+        maxs = np.full((len(values), self.max_width), -np.inf)
+        lanes = self.lanes_of_each(values, weights)
+        if lanes is None:
+            for place in np.flatnonzero(weights).tolist():
+                one = slice(place, place + 1)
+                state = self.fold(values[one], weights[one])
+                sums[one], maxs[one] = state.sums, state.maxs
+            return sums, maxs
+        counts, bad = weights != 0, np.isnan(values)
+        sums[:, COUNT], sums[:, NANS] = counts, counts & bad
+        of_sums, of_maxs = lanes
+        for column, lane in enumerate(of_sums, len(COMMON_LANES)):
+            sums[:, column] = np.where(counts & ~bad, lane, 0.0)
+        for column, lane in enumerate(of_maxs):
+            maxs[:, column] = np.where(counts & ~bad, lane, -np.inf)
+        return sums, maxs
+
+    def lanes_of_each(
+        self, values: FloatArray, weights: FloatArray
+    ) -> tuple[Sequence[FloatArray], Sequence[FloatArray]] | None:
+        """Return the SUM and the MAX lanes of each value by itself, as far as they are the handler's own.
+
+        None: `fold` is asked for one after the other. What is said of NaN and of weight 0 is not used.
+        """
+        return None
+
+    def settled(self, sums: FloatArray, maxs: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return the lanes of cells, shapes (..., SUM) and (..., MAX), once everyone's are merged.
+
+        Before they are merged with one another, or make a result: a chance to divide out what ranks
+        hold in common. Cells have merged over ranks and time, as any lanes do.
+        """
+        return sums, maxs
 
     def fold_listed(self, values: Sequence[Any], weights: Sequence[float] | None) -> State:
         """Return the state of a list of what the handler `takes`; as `fold`."""

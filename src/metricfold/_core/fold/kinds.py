@@ -5,6 +5,7 @@
     counts                      counts of categories
     myapp.Kinds.RMS/3+0         a type of your own: three SUM lanes and no MAX lanes
     mine/0+0                    a type whose handler has no lanes: its states do not merge
+    sum[layer=24,expert=64]     many cells of a kind, along axes (`axes.described`)
 
 The window's size, percentiles and `on_nan` are settings: states merge whatever these are.
 """
@@ -26,6 +27,7 @@ class Parts(NamedTuple):
         sample: which values it keeps as they are: the most ``"recent"``, ``"all"``, or none.
         counts: whether it counts categories.
         last: whether its MAX lanes hold what came last, rather than the largest.
+        axes: which cells it has; empty: one.
     """
 
     label: str
@@ -34,6 +36,7 @@ class Parts(NamedTuple):
     sample: str = ""
     counts: bool = False
     last: bool = False
+    axes: str = ""
 
 
 _SHORT = {
@@ -52,6 +55,7 @@ _LONG = {short: long for long, short in _SHORT.items()}
 _FORM = re.compile(
     r"(?s)(.+)/(0|[1-9]\d{0,9})\+(0|[1-9]\d{0,9})(?:/(recent|all))?(/counts)?(/last)?"
 )
+_CELLS = re.compile(r"(?s)(.+)\[([^\[\]]+)\]")
 
 
 def kind_of_parts(parts: Parts) -> str:
@@ -62,7 +66,8 @@ def kind_of_parts(parts: Parts) -> str:
     """
     more = (parts.sample, "counts" * parts.counts, "last" * parts.last)
     text = "/".join([parts.label, f"{parts.sums}+{parts.maxs}", *filter(None, more)])
-    return _SHORT.get(text, text)
+    text = _SHORT.get(text, text)
+    return f"{text}[{parts.axes}]" if parts.axes else text
 
 
 @lru_cache(maxsize=1024)
@@ -70,10 +75,13 @@ def parts_of(kind: str) -> Parts:
     """Return what states of a kind are made of; raises ValueError if it is none.
 
     >>> parts_of("distribution/recent")
-    Parts(label='distribution', sums=5, maxs=0, sample='recent', counts=False, last=False)
+    Parts(label='distribution', sums=5, maxs=0, sample='recent', counts=False, last=False, axes='')
     """
+    cells = _CELLS.fullmatch(kind)
+    kind, axes = (kind, "") if cells is None else cells.groups()
     found = _FORM.fullmatch(_LONG.get(kind, kind))
-    if found is None or kind in _SHORT:
+    if found is None or (_SHORT.get(kind) is not None):
         raise ValueError("it does not say what a state is made of")
     label, sums, maxs, sample, *others = found.groups()
-    return Parts(label, int(sums), int(maxs), sample or "", *(one is not None for one in others))
+    counts, last = (one is not None for one in others)
+    return Parts(label, int(sums), int(maxs), sample or "", counts, last, axes)

@@ -10,11 +10,12 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 from operator import add
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from metricfold._core.fold.axes import Axes, cells, moved, united
 from metricfold._core.fold.sample import FloatArray, Pool, Window, new_histogram
 from metricfold._core.sketch.weights import concatenated
 
@@ -58,6 +59,8 @@ class State:
         counts: the categories of a CATEGORICAL_COUNT; None: it counts none.
         replaced: one of the categories that count under another text, since they cannot be printed.
         latest: whether the MAX lanes hold the newest value, and not the largest.
+        axes: along which there are cells: then the lanes are arrays, a row of them for each cell, and
+            never changed in place.
     """
 
     sums: Lanes
@@ -66,9 +69,12 @@ class State:
     counts: Counts | None = None
     replaced: str | None = None
     latest: bool = False
+    axes: Axes = ()
 
-    shape: ClassVar[tuple[int, ...]] = ()
-    """Of the cells that each lane is of: so far there is one."""
+    @classmethod
+    def of_cells(cls, sums: FloatArray, maxs: FloatArray, axes: Axes) -> State:
+        """Return a state with cells: SUM lanes of shape (cells, n), and MAX lanes (cells, m)."""
+        return cls(cast("Lanes", sums), cast("Lanes", maxs), axes=axes)
 
     @property
     def ordered(self) -> bool:
@@ -79,6 +85,16 @@ class State:
     def recent(self) -> bool:
         """Whether the most recent values do, so that later ones have to wait for those before."""
         return self.sample is not None or self.latest
+
+    @property
+    def count(self) -> float:
+        """How many values came in."""
+        return float(np.sum(self.sums[:, COUNT]) if self.axes else self.sums[COUNT])  # type: ignore[call-overload]
+
+    @property
+    def nans(self) -> float:
+        """How many of them were NaN."""
+        return float(np.sum(self.sums[:, NANS]) if self.axes else self.sums[NANS])  # type: ignore[call-overload]
 
     @property
     def any_number(self) -> bool:
@@ -94,6 +110,9 @@ class State:
 
     def merge_all(self, others: Sequence[State]) -> None:
         """Merge several, in order."""
+        if self.axes or (others and others[0].axes):
+            self._merge_cells(others)
+            return
         for other in others:
             self.sums = tuple(map(add, self.sums, other.sums))
             if self.latest:
@@ -104,6 +123,28 @@ class State:
         if self.sample is not None:
             self.sample.follow_with([one.sample for one in others if one.sample is not None])
 
+    def _merge_cells(self, others: Sequence[State]) -> None:
+        """Merge several with cells; one without, which has no values, becomes one with them."""
+        for other in others:
+            if not self.axes:
+                self.sums, self.maxs, self.axes = other.sums, other.maxs, other.axes
+                continue
+            axes = united(self.axes, other.axes)
+            (sums, maxs), (more, tops) = self.laid_out(axes), other.laid_out(axes)
+            top = np.where(is_first(maxs, tops), maxs, tops)
+            self.sums, self.maxs, self.axes = cast("Lanes", sums + more), cast("Lanes", top), axes
+
+    def laid_out(self, axes: Axes) -> tuple[FloatArray, FloatArray]:
+        """Return the lanes of all cells along axes, which have the labels of its own."""
+        sums, maxs = np.asarray(self.sums), np.asarray(self.maxs)
+        places = moved(self.axes, axes)
+        if places is None:
+            return sums, maxs
+        all_sums = np.zeros((cells(axes), sums.shape[1]))
+        all_maxs = np.full((len(all_sums), maxs.shape[1]), -np.inf)
+        all_sums[places], all_maxs[places] = sums, maxs
+        return all_sums, all_maxs
+
     def _count(self, more: Counts) -> None:
         for category, count in more.items():
             assert self.counts is not None
@@ -112,7 +153,7 @@ class State:
     def copy(self) -> State:
         sample = None if self.sample is None else self.sample.copy()
         counts = None if self.counts is None else dict(self.counts)
-        return State(self.sums, self.maxs, sample, counts, latest=self.latest)
+        return State(self.sums, self.maxs, sample, counts, None, self.latest, self.axes)
 
     def plain(self) -> tuple[Lanes, Lanes, Any]:
         """Return its SUM and MAX lanes, and what it holds besides, if anything, in plain types."""
@@ -150,6 +191,13 @@ class State:
         rest = sum(self.counts.values()) - sum(counts.values())
         counts[OTHER] = counts.get(OTHER, 0) + rest
         self.counts = counts
+
+
+def is_first(a: FloatArray, b: FloatArray) -> npt.NDArray[np.bool_]:
+    """Return where `a` is the larger of both, NaN beyond all and 0 beyond -0, or they are the same."""
+    # Not np.maximum: which zero of two it returns, and which NaN, depends on strides and SIMD.
+    alike = (a == b) & (np.signbit(a) <= np.signbit(b))
+    return (a > b) | np.isnan(a) | alike  # type: ignore[no-any-return]
 
 
 def _larger(one: float, other: float) -> float:

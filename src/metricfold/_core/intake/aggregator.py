@@ -21,9 +21,17 @@ from metricfold._core.device.arrays import unwrapped
 from metricfold._core.device.rows import AnyAccumulator, Drained, Layout
 from metricfold._core.exchange.link import Link
 from metricfold._core.fold import hints
+from metricfold._core.fold.axes import Block, axes_of, block_of
 from metricfold._core.fold.batch import MetricBatch, say_replaced
 from metricfold._core.fold.builtin import built_in_handlers
-from metricfold._core.fold.columns import Column, fold_each, fold_metrics, fold_together, fold_value
+from metricfold._core.fold.columns import (
+    Column,
+    fold_block,
+    fold_each,
+    fold_metrics,
+    fold_together,
+    fold_value,
+)
 from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import Key, check_prefix, show
 from metricfold._core.fold.state import quiet
@@ -178,6 +186,8 @@ class MetricsAggregator:
         weight: Any = 1.0,
         each: bool = False,
         per_rank: bool = False,
+        axes: Mapping[str, int | Sequence[str]] | None = None,
+        ids: Mapping[str, Any] | None = None,
     ) -> None:
         """Take in one metric of a step, or each element of an array.
 
@@ -198,6 +208,12 @@ class MetricsAggregator:
             each: count each element of an array; `weight` may then be one for all.
             per_rank: let `Snapshot.per_rank` know each rank's value however many ranks there are,
                 such as of a step's time; otherwise it does where vectors are gathered (`route`).
+            axes: names and sizes of a metric that has many cells, such as ``{"layer": 24, "expert":
+                64}``: `value` is then an array of that shape, and each cell has a value of its own. In
+                the place of a size may be a list of labels, which need not be those of other ranks.
+                The metric prints what all cells come to; `Snapshot.array` returns the cells.
+            ids: which cells `value` holds, if not all: ``{"layer": range(12, 24)}``, or one number or
+                label, which takes no dimension of `value`.
 
         Raises:
             ValueError, TypeError: as `update`; then nothing has changed.
@@ -209,13 +225,18 @@ class MetricsAggregator:
         >>> aggregator.record("loss", losses, weight=mask)
         >>> aggregator.get_metrics_for_logging("train")
         {'train/len': 5.0, 'train/loss': 3.0}
+        >>> aggregator.record("tokens", np.arange(6).reshape(2, 3), "sum", axes={"layer": 2, "expert": 3})
+        >>> aggregator.record("tokens", 10, "sum", axes={"layer": 2, "expert": 3}, ids={"layer": 1, "expert": 0})
+        >>> aggregator.reduce().as_dict("train")["train/tokens"]
+        25.0
         """
         refuse_while_traced("record", name, value, weight)
         if recomputed():
             self._held.pass_over([Metric(dataset or "", name, value, agg, weight)])
             return
         held = self._held
-        if not (each or per_rank):
+        plain = not (each or per_rank or axes or ids)
+        if plain:
             with held.lock:
                 if self._link.dead is None and held.inbox.record(name, value, agg, dataset, weight):
                     return
@@ -228,14 +249,19 @@ class MetricsAggregator:
         except TypeError as error:
             raise TypeError(f"{error}{hints.for_agg(name, value, agg)}") from None
         key = (dataset or "", name)
-        if not (each or per_rank):
+        if plain:
             with held.lock:
                 self._link.check()
                 if self._link.dead is None and held.take_first(key, agg_type, value, weight):
                     return
         with quiet():
-            fold = fold_each if each or is_many(value, weight) else fold_value
-            column = fold(key, agg_type, value, weight, held.keys.handler_of)
+            if axes or ids:
+                column = fold_block(
+                    key, agg_type, value, weight, _block(key, axes, ids), held.keys.handler_of
+                )
+            else:
+                fold = fold_each if each or is_many(value, weight) else fold_value
+                column = fold(key, agg_type, value, weight, held.keys.handler_of)
         if per_rank and column.state is None and not column.weightless:
             raise ValueError(
                 f"{show(key)} has a handler without lanes, so per_rank=True has no effect: leave "
@@ -666,6 +692,18 @@ class MetricsAggregator:
             + (f"This one is {found}: keep it out of what is copied or sent. " if found else "")
             + "Save its state_dict() instead"
         )
+
+
+def _block(
+    key: Key, axes: Mapping[str, int | Sequence[str]] | None, ids: Mapping[str, Any] | None
+) -> Block:
+    """Return the cells that a value is of; errors name the metric."""
+    try:
+        declared = axes_of(axes or {})
+        labelled = {axis.name: (axes or {})[axis.name] for axis in declared if not axis.size}
+        return block_of(declared, {**labelled, **(ids or {})})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{show(key)}: {error}") from None
 
 
 def _check_timeout(timeout: float | timedelta | None) -> timedelta | None:

@@ -66,7 +66,7 @@ class Held:
         handler = self.keys.handler_of(key, agg_type)
 
         def commit() -> None:
-            self._commit(self.keys.admit_keys([(key, agg_type)]), counts=True)
+            self._commit(self.keys.admit_keys([(key, agg_type, "")]), counts=True)
 
         return self.inbox.first(key, agg_type, handler, value, weight, commit)
 

@@ -38,7 +38,7 @@ from metricfold._core.fold.custom import CustomStates
 from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.sample import FloatArray
-from metricfold._core.fold.state import COUNT, State, quiet
+from metricfold._core.fold.state import State, quiet
 from metricfold._core.fold.values import listed
 from metricfold._core.intake.keys import KeyTable
 from metricfold._core.intake.layers import NOTHING, Layer, Mark, Stage, arriving, trim
@@ -295,12 +295,14 @@ class Inbox:
             slot = self._slots.get(column.key)
             if slot is None:
                 handler = self._keys.records[column.key].handler.laned()
-                slot = self._slots[column.key] = Slot(column.key, column.agg_type, handler)
+                slot = self._slots[column.key] = Slot(
+                    column.key, column.agg_type, handler, self._keys.records[column.key].axes
+                )
             assert column.state is not None
             targets += [slot.others] * (1 + len(column.pending))
             items += [column.state, *column.pending]
             elements = sum(one.count for one in column.pending)
-            size += 1 + int(column.state.sums[COUNT])
+            size += 1 + int(column.state.count)
             size += len(column.pending) + elements // _PER_ROOM_ON_DEVICE
         return targets, items, size
 
@@ -618,10 +620,10 @@ class Slot:
         "values",
     )
 
-    def __init__(self, key: Key, agg_type: TypeLike, handler: LaneHandler) -> None:
+    def __init__(self, key: Key, agg_type: TypeLike, handler: LaneHandler, axes: str = "") -> None:
         self.key, self.agg_type, self.handler = key, agg_type, handler
         self.built_in = folds_as(handler)
-        self.takes = None if self.built_in is None else handler.takes
+        self.takes = None if self.built_in is None or axes else handler.takes
         self.fold: Callable[[Any, Any], State] = handler.fold_listed
         if self.built_in is None:
             self.fold = partial(LaneHandler.fold_listed, handler)

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import compress
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from metricfold._core.fold import hints
+from metricfold._core.fold.axes import described
 from metricfold._core.fold.batch import MetricBatch
 from metricfold._core.fold.builtin import built_in_handlers, folds_as
 from metricfold._core.fold.columns import Column, check_same_type, fold_metrics
 from metricfold._core.fold.handlers import AggregationHandler
-from metricfold._core.fold.names import Claimed, Claims, show
+from metricfold._core.fold.kinds import kind_of_parts, parts_of
+from metricfold._core.fold.names import ANYTHING, Claimed, Claims, show
 from metricfold._core.fold.state import quiet
 from metricfold._core.reduce.schema import Entry, Key, Schema
 from metricfold._core.view.derived import DerivedMetric
@@ -67,6 +69,11 @@ class KeyRecord:
     conflicting: bool = False
     admitted: frozenset[str] | None = None
 
+    @property
+    def axes(self) -> str:
+        """Along which it has cells, as `fold.axes.described` says."""
+        return parts_of(self.usual.kind).axes
+
 
 class KeyTable:
     """All that is known of keys, of types and of printed names.
@@ -90,7 +97,7 @@ class KeyTable:
         self._claims = Claims()
         self._agreed: Schema | None = None
         # Thousands of keys are alike but for their names.
-        self._usual: dict[tuple[int, TypeLike], tuple[AggregationHandler, Entry]] = {}
+        self._usual: dict[tuple[int, TypeLike, str], tuple[AggregationHandler, Entry]] = {}
         # Types of agreed keys that lack a handler here, by their labels.
         self._unhandled: dict[str, list[Key]] = {}
 
@@ -133,7 +140,8 @@ class KeyTable:
         if isinstance(agg_type, str):  # which a member of a StrEnum is, too
             self._of_label.setdefault(str.__str__(agg_type), agg_type)
         for key in self._unhandled.pop(label, ()):
-            self.records[key] = self._record(agg_type, handler)
+            axes = "" if self._agreed is None else described(self._agreed.entries[key].axes)
+            self.records[key] = self._record(agg_type, handler, axes)
 
     def by_label(self) -> dict[str, AggregationHandler]:
         """Return the handler of each type, by the type's label."""
@@ -171,7 +179,8 @@ class KeyTable:
             if column.weightless and column.key not in self.records:
                 self._handler_for(column.key, column.agg_type)
             else:
-                given.append((column.key, column.agg_type))
+                axes = "" if column.state is None else described(column.state.axes)
+                given.append((column.key, column.agg_type, axes))
         admission = self.admit_keys(given)
         lanes = [column for column in columns if column.state is not None]
         if len(lanes) == len(columns):
@@ -188,26 +197,33 @@ class KeyTable:
                 custom.append((column, known.handler))
         return admission._replace(lanes=lanes, custom=custom)
 
-    def admit_keys(self, keys: Iterable[tuple[Key, TypeLike]]) -> Admission:
-        """Check keys of which values may come; changes nothing. Raises ValueError on a clash."""
+    def admit_keys(self, keys: Iterable[tuple[Key, TypeLike, str]]) -> Admission:
+        """Check keys of which values may come; changes nothing. Raises ValueError on a clash.
+
+        Args:
+            keys: each with its aggregation and its axes, as `fold.axes.described` says.
+        """
         new: dict[Key, KeyRecord] = {}
-        for key, agg_type in keys:
+        for key, agg_type, axes in keys:
             known = self.records.get(key) or new.get(key)
             if known is None:
                 handler = self._handler_for(key, agg_type)
-                new[key] = self._record(self._registered[agg_type], handler)
-            elif known.agg_type is not agg_type:
+                new[key] = self._record(self._registered[agg_type], handler, axes)
+                continue
+            if known.agg_type is not agg_type:
                 check_same_type(key, known.agg_type, agg_type)
+            if known.axes != axes:
+                _refuse_axes(key, known.axes, axes)
         claims = None
         if new:
             claims = self._claims.check((key, one.usual.suffixes) for key, one in new.items())
         return Admission((), (), new, claims)
 
-    def admit_drained(self, keys: Iterable[tuple[Key, TypeLike]]) -> Admission:
+    def admit_drained(self, keys: Iterable[tuple[Key, TypeLike, str]]) -> Admission:
         """Check keys that a device has folded; changes nothing. Raises ValueError on a clash."""
         keys = list(keys)
         admission = self.admit_keys(keys)
-        for key, agg_type in keys:
+        for key, agg_type, _ in keys:
             known = self.records.get(key) or admission.new[key]
             _check_built_in(key, agg_type, known.handler, "on a device")
             # Where recent values are known already, what a device has folded is part of the interval, as
@@ -235,11 +251,11 @@ class KeyTable:
         self._claims.commit(admission.claims)
         self.records.update(admission.new)
 
-    def _record(self, agg_type: TypeLike, handler: AggregationHandler) -> KeyRecord:
-        known, usual = self._usual.get((id(handler), agg_type), (None, None))
+    def _record(self, agg_type: TypeLike, handler: AggregationHandler, axes: str = "") -> KeyRecord:
+        known, usual = self._usual.get((id(handler), agg_type, axes), (None, None))
         if known is not handler or usual is None:
-            usual = _usual_entry(handler, type_label(agg_type))
-            self._usual[id(handler), agg_type] = handler, usual
+            usual = _usual_entry(handler, type_label(agg_type), axes)
+            self._usual[id(handler), agg_type, axes] = handler, usual
         return KeyRecord(agg_type, handler, usual)
 
     def _drained(self, known: KeyRecord) -> KeyRecord:
@@ -349,7 +365,7 @@ class KeyTable:
         if agg_type is None:
             self._unhandled.setdefault(entry.type, []).append(entry.key)
             return
-        known = self._record(agg_type, self.handlers[agg_type])
+        known = self._record(agg_type, self.handlers[agg_type], described(entry.axes))
         self.records[entry.key] = self._drained(known) if entry.drained else known
 
     def trouble(self) -> str:
@@ -365,20 +381,22 @@ class KeyTable:
         self, entries: Collection[Entry], custom_types: Collection[tuple[Key, str]]
     ) -> Admission:
         """Check the keys of a checkpoint; changes nothing. Raises ValueError if one cannot be."""
-        keys: list[tuple[Key, TypeLike]] = []
+        axes = {one.key: described(one.axes) for one in entries}
+        keys: list[tuple[Key, TypeLike, str]] = []
         for key, label in dict.fromkeys([*((one.key, one.type) for one in entries), *custom_types]):
             if label not in self._of_label:
                 raise ValueError(
                     f"the state holds {show(key)} of type {label!r}, for which no handler is "
                     "registered: call register_handler() before load_state_dict()"
                 )
-            keys.append((key, self._of_label[label]))
+            keys.append((key, self._of_label[label], axes.get(key, "")))
         admission = self.admit_keys(keys)
         for entry in entries:
             if entry.drained and entry.key in admission.new:
                 admission.new[entry.key] = self._drained(admission.new[entry.key])
             known = self.records.get(entry.key) or admission.new[entry.key]
-            handler, usual = known.handler, _usual_entry(known.handler, entry.type)
+            handler = known.handler
+            usual = _usual_entry(handler, entry.type, described(entry.axes))
             if entry.lanes != usual.lanes:
                 raise ValueError(
                     f"the state holds {show(entry.key)} with {entry.lanes}, but {type(handler).__name__} "
@@ -417,10 +435,23 @@ def _check_built_in(
         )
 
 
-def _usual_entry(handler: AggregationHandler, label: str) -> Entry:
-    """Return how keys of a handler travel: an entry without a key."""
+def _usual_entry(handler: AggregationHandler, label: str, axes: str = "") -> Entry:
+    """Return how keys of a handler travel: an entry without a key, and without the labels of axes."""
     if not handler.has_lanes:
         # What it will call its results is known only when it finalises.
         return Entry(("", ""), handler.kind_of(label))
     lanes = handler.laned()
-    return Entry(("", ""), lanes.kind_of(label), lanes.suffixes(), most=lanes.most_categories)
+    kind, suffixes = lanes.kind_of(label), lanes.suffixes()
+    if axes:
+        kind = kind_of_parts(parts_of(kind)._replace(axes=axes))
+        names = [axis.partition("=")[0] for axis in axes.split(",")]
+        suffixes = (*suffixes, *(f"/{name}_{ANYTHING}" for name in names))
+    return Entry(("", ""), kind, suffixes, most=lanes.most_categories)
+
+
+def _refuse_axes(key: Key, known: str, given: str) -> NoReturn:
+    before, now = (f"the axes {axes}" if axes else "no axes" for axes in (known, given))
+    raise ValueError(
+        f"{show(key)} has {before}, so it cannot take a value with {now}: declare the same axes each "
+        "time, or give one of them another name"
+    )

@@ -24,7 +24,7 @@ import numpy as np
 
 from metricfold._core.device import arrays
 from metricfold._core.device.rows import Drained
-from metricfold._core.fold.columns import Pending, fold_read
+from metricfold._core.fold.columns import Pending, fold_cells, fold_read
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.state import State
 from metricfold._core.fold.values import Numbers, bad_weight, counted_elements, weights_beside
@@ -95,9 +95,16 @@ class Layer:
         """
         errors = [*self.errors]
         by_key: dict[Key, list[tuple[Any, Any]]] = {}
-        for one, value, weight in pending(errors):
-            by_key.setdefault(one.key, []).append((value, weight))
         found: list[tuple[Key, State]] = []
+        for one, value, weight in pending(errors):
+            if one.block is None:
+                by_key.setdefault(one.key, []).append((value, weight))
+                continue
+            try:
+                handler = records[one.key].handler.laned()
+                found.append((one.key, fold_cells(one.key, handler, one.block, value, weight)))
+            except Exception as error:  # noqa: BLE001 - the user's; raised on all ranks
+                errors.append(f"{show(one.key)}: {error}")
         for key, arrived in by_key.items():
             for values, weights in _in_runs(arrived):
                 try:
@@ -243,6 +250,8 @@ def _arrived(
                 why = [f"the weight {bad!r} is not a finite number of 0 or more"]
         if why:
             failed.setdefault(why[0], Counter())[one.key] += 1
+        elif one.block is not None:
+            yield one, np.ravel(value), np.ravel(weight) if np.ndim(weight) else weight
         elif isinstance(value, np.ndarray):
             values, weights = counted_elements(value, weight)
             if values.size:

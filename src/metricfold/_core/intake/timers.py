@@ -121,7 +121,7 @@ class Timers:
         """Return the timer of a new name; raises ValueError if another metric has one of its names."""
         names = TimerKeys.of(name)
         types = [(("", key), agg_type) for key, agg_type in names.types()]
-        admission = self._keys.admit_keys(types)
+        admission = self._keys.admit_keys((*one, "") for one in types)
         handlers = [self._keys.handler_of(*one) for one in types]
         if not all(handler is not None and handler.has_lanes for handler in handlers):
             raise ValueError(

@@ -81,7 +81,10 @@ def news(
         if key in schema and not schema.entries[key].per_rank
     ]
     if wanted:
-        found += map(registry.entry, sorted({*wanted} - registry.conflicting()))
+        found += [
+            registry.entry(key)._replace(axes=schema.entries[key].axes)
+            for key in sorted({*wanted} - registry.conflicting())
+        ]
     joined: dict[Key, Entry] = {}
     for entry in found:
         joined[entry.key] = joined.get(entry.key, entry).joined(entry)
@@ -106,6 +109,8 @@ def _with_room(
 ) -> Entry:
     """Return the entry of a key, with room for what a rank holds of it."""
     entry = registry.entry(key)
+    if state is not None and state.axes:
+        entry = entry._replace(axes=state.axes)
     if state is not None and state.counts is not None:
         grown = schema.entries.get(key, entry).with_categories(state.counts)
         kept = {*grown.categories}
@@ -283,6 +288,10 @@ class _Room:
             return (
                 f"{show(entry.key)} as {entry.type!r}, but it is already registered with aggregation "
                 f"type {known.type} on the other ranks"
+            )
+        if known.axes != entry.axes:
+            return (
+                f"{show(entry.key)} as {entry.described}, but the other ranks as {known.described}"
             )
         if known.lanes != entry.lanes:
             return (

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+from metricfold._core.fold.axes import Axes, axes_of, described
 from metricfold._core.fold.kinds import Parts, kind_of_parts, parts_of
 from metricfold._core.fold.names import ANYTHING, show
 from metricfold._core.fold.state import OTHER
@@ -105,7 +106,7 @@ def entries_from(plain: object, *, settled: bool) -> list[Entry]:
         for entry in entries:
             if entry.full and OTHER not in entry.categories:
                 raise NotAnEntryError(f"{show(entry.key)} lacks the category {OTHER!r}")
-    if sum(entry.sum_width + entry.maxs for entry in entries) > _MOST_LANES_IN_ALL:
+    if sum(entry.sum_width + entry.maxs * entry.cells for entry in entries) > _MOST_LANES_IN_ALL:
         raise NotAnEntryError(f"the keys need more than {_MOST_LANES_IN_ALL} lanes")
     if sum(entry.capacity for entry in entries) > _MOST_CAPACITY_IN_ALL:
         raise NotAnEntryError(f"the keys need room for more than {_MOST_CAPACITY_IN_ALL} values")
@@ -153,6 +154,10 @@ def _entry(plain: object) -> Entry:
 def _contradiction(entry: Entry) -> str:
     """Return what about an entry cannot be, or nothing."""
     counts = parts_of(entry.kind).counts
+    if parts_of(entry.kind).axes != described(entry.axes):
+        return "has other axes than its kind says"
+    if entry.axes and (entry.custom or entry.distributed or counts or entry.latest):
+        return "has axes, which no such kind may have"
     if entry.custom:
         lanes = entry.maxs or entry.per_rank or entry.distributed or counts or entry.latest
         return "has no SUM lanes, but others" if lanes or entry.categories or entry.full else ""
@@ -192,6 +197,8 @@ def _read(name: str, value: Any) -> Any:
         case "suffixes":
             if not (0 < len(value) <= _MOST_SUFFIXES and all(map(_is_suffix, value))):
                 raise ValueError(f"they are no list of 1 to {_MOST_SUFFIXES} that can be printed")
+        case "axes":
+            return _axes(value)
         case "categories":
             if not all(map(is_name, value)) or len(set(value)) < len(value):
                 raise ValueError("they are no list of names, each of them once")
@@ -199,6 +206,17 @@ def _read(name: str, value: Any) -> Any:
             if not 0 <= value <= _HIGHEST[name]:
                 raise ValueError(f"it is no number in 0..{_HIGHEST[name]}")
     return tuple(value) if wanted is list else value
+
+
+def _axes(plain: list[Any]) -> Axes:
+    """Return the axes of which JSON has made lists; raises ValueError if they are none."""
+    if not all(type(one) is list and len(one) == 3 and type(one[2]) is list for one in plain):
+        raise ValueError("they are no list of axes")
+    declared = {name: labels if size == 0 else size for name, size, labels in plain}
+    axes = axes_of(declared)
+    if [[*axis[:2], [*axis.labels]] for axis in axes] != plain or not all(a.length for a in axes):
+        raise ValueError("they are not as axes are written")
+    return axes
 
 
 def _is_suffix(value: object) -> bool:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from metricfold._core.fold.axes import Axes, cells, described, moved, united
 from metricfold._core.fold.kinds import Parts, parts_of
 from metricfold._core.fold.names import Key
 from metricfold._core.fold.sample import FloatArray, Window
@@ -55,6 +56,7 @@ class Entry(NamedTuple):
         categories: each has a SUM lane of its own.
         most: how many categories there may be.
         full: whether there were more; they are counted as `OTHER`, which is then a category.
+        axes: along which it has cells, each with lanes of its own.
     """
 
     key: Key
@@ -68,6 +70,7 @@ class Entry(NamedTuple):
     categories: tuple[str, ...] = ()
     most: int = 0
     full: bool = False
+    axes: Axes = ()
 
     @property
     def type(self) -> str:
@@ -75,12 +78,17 @@ class Entry(NamedTuple):
 
     @property
     def sums(self) -> int:
-        """SUM lanes, without those of categories."""
+        """SUM lanes of a cell, without those of categories; 0 for a handler without lanes."""
         return parts_of(self.kind).sums
 
     @property
     def maxs(self) -> int:
+        """MAX lanes of a cell."""
         return parts_of(self.kind).maxs
+
+    @property
+    def cells(self) -> int:
+        return cells(self.axes)
 
     @property
     def distributed(self) -> bool:
@@ -98,7 +106,7 @@ class Entry(NamedTuple):
 
     @property
     def sum_width(self) -> int:
-        return self.sums + len(self.categories)
+        return self.sums * self.cells + len(self.categories)
 
     @property
     def custom(self) -> bool:
@@ -125,6 +133,7 @@ class Entry(NamedTuple):
             condensed=self.condensed or other.condensed,
             most=min(self.most, other.most),
             full=self.full or other.full,
+            axes=united(self.axes, other.axes),
         )
         return joined.with_categories(other.categories)
 
@@ -160,6 +169,8 @@ class Entry(NamedTuple):
         """What the entry is, for messages that tell it from another."""
         if self.distributed:
             return f"{self.type!r} of {'recent' if self.bounded else 'all'} values"
+        if self.axes:
+            return f"{self.type!r} with the axes {described(self.axes)}"
         return f"{self.type!r} with {self.lanes}"
 
     def holds(self, window: Window) -> bool:
@@ -251,8 +262,28 @@ class Schema:
     @cached_property
     def _fixed(self) -> IndexArray:
         """SUM lanes, without those of categories, and MAX lanes of each key, shape (2, k)."""
+        return self._of_cell * self._cells
+
+    @cached_property
+    def _of_cell(self) -> IndexArray:
+        """The same of one cell of each key."""
         widths = [(parts.sums, parts.maxs) for parts in self._parts]
         return np.array(widths, dtype=np.intp).reshape(-1, 2).T
+
+    @cached_property
+    def _cells(self) -> IndexArray:
+        """How many cells each key has."""
+        return np.array([cells(entry.axes) for entry in self], dtype=np.intp)
+
+    @cached_property
+    def _cell_starts(self) -> IndexArray:
+        """Where the SUM lanes of each cell of each key begin."""
+        within = places(np.zeros_like(self._cells), self._cells)
+        starts, widths = (
+            np.repeat(one, self._cells) for one in (self._ends[0, :-1], self._of_cell[0])
+        )
+        found: IndexArray = starts + within * widths
+        return found
 
     @cached_property
     def _categories(self) -> IndexArray:
@@ -283,8 +314,16 @@ class Schema:
 
     @cached_property
     def counts(self) -> IndexArray:
-        """Where the count of values stands of each key with lanes."""
-        found: IndexArray = self._ends[0, :-1][self._fixed[0] > 0] + COUNT
+        """Where the count of values stands of each cell of each key with lanes."""
+        found: IndexArray = self._cell_starts[np.repeat(self._of_cell[0] > 0, self._cells)] + COUNT
+        return found
+
+    def by_key(self, of_cells: BoolArray) -> BoolArray:
+        """Return of which keys with lanes something is true of any cell, in the order of `laned`."""
+        sizes = self._cells[self._of_cell[0] > 0]
+        if len(of_cells) == len(sizes):
+            return of_cells
+        found: BoolArray = np.logical_or.reduceat(of_cells, sizes.cumsum() - sizes)
         return found
 
     @cached_property
@@ -299,8 +338,8 @@ class Schema:
 
     @cached_property
     def max_counts(self) -> IndexArray:
-        """Where the count of values stands of the key that each MAX lane belongs to."""
-        return np.repeat(self._ends[0, :-1] + COUNT, self._fixed[1])
+        """Where the count of values stands of the cell that each MAX lane belongs to."""
+        return np.repeat(self._cell_starts + COUNT, np.repeat(self._of_cell[1], self._cells))
 
     @cached_property
     def latest(self) -> BoolArray:
@@ -341,6 +380,14 @@ class Schema:
         Lanes of which some lack a place are not to be sent.
         """
         lacking: set[Key] = set()
+        if any(map(_axes_of, states.values())):
+            with_cells = {key: state for key, state in states.items() if state.axes}
+            states = {key: state for key, state in states.items() if not state.axes}
+            lacking |= {
+                key
+                for key, state in with_cells.items()
+                if not self._fill_cells(sums, maxs, key, state)
+            }
         keys, sums_at, maxs_at = self._latest_held
         if keys != tuple(states):
             lacking.update(states.keys() - self.entries.keys())
@@ -378,6 +425,17 @@ class Schema:
                 lacking.add(entry.key)
         return lacking
 
+    def _fill_cells(self, sums: FloatArray, maxs: FloatArray, key: Key, state: State) -> bool:
+        """Write the lanes of a key's cells; returns whether there is a place for each."""
+        entry = self.entries.get(key)
+        if entry is None or described(entry.axes) != described(state.axes):
+            return False
+        if united(entry.axes, state.axes) != entry.axes:
+            return False
+        own, tops = state.laid_out(entry.axes)
+        sums[self.sums[key]], maxs[self.maxs[key]] = own.reshape(-1), tops.reshape(-1)
+        return True
+
     def lacking(self, windows: Mapping[Key, Window]) -> set[Key]:
         """Return the keys of `windows` that the schema has no room for."""
         known = self.entries
@@ -412,10 +470,17 @@ class Schema:
                 end, rest = older.sums[old.key].stop, lane_of.get(OTHER, 0)
                 found = [lane_of.get(category, rest) for category in old.categories]
                 sums[end - len(found) : end] = found
+            if old.axes and (along := moved(old.axes, self.entries[old.key].axes)) is not None:
+                for lanes, width, mine, theirs in (
+                    (sums, old.sums, self.sums, older.sums),
+                    (maxs, old.maxs, self.maxs, older.maxs),
+                ):
+                    cell = along[:, np.newaxis] * width + np.arange(width)
+                    lanes[theirs[old.key]] = mine[old.key].start + cell.reshape(-1)
         return sums, maxs
 
 
-_sums_of, _maxs_of = attrgetter("sums"), attrgetter("maxs")
+_sums_of, _maxs_of, _axes_of = map(attrgetter, ("sums", "maxs", "axes"))
 
 
 def _flat(parts: Iterable[Iterable[float]], size: int) -> FloatArray:

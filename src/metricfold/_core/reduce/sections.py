@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metricfold._core.fold.sample import FloatArray
+from metricfold._core.fold.state import is_first
 
 __all__ = ["NOBODY", "added", "added_later", "larger", "latest", "owned", "owned_later"]
 
@@ -58,7 +59,7 @@ def added_later(
 
 def larger(one: FloatArray, other: FloatArray) -> FloatArray:
     """Return the larger of each two, over ranks and over time."""
-    return _one_nan(np.where(_first(one, other), one, other))
+    return _one_nan(np.where(is_first(one, other), one, other))
 
 
 def owned(lower: FloatArray, upper: FloatArray) -> FloatArray:
@@ -73,7 +74,7 @@ def owned(lower: FloatArray, upper: FloatArray) -> FloatArray:
         np.moveaxis(lower, -2, 0),
         np.moveaxis(upper, -2, 0),
     )
-    first = _first(a, b)
+    first = is_first(a, b)
     out[..., 0, :] = _one_nan(np.where(first, a, b))
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     # Who has nothing never owns, though the maximum be -inf itself.
@@ -95,7 +96,7 @@ def owned_later(old: Owned, new: Owned, begins: BoolArray, newest: BoolArray) ->
     """
     a, b = old[0], new[0]
     same = (a == b) | (np.isnan(a) & np.isnan(b))
-    later = begins | ~(_first(a, b) | same)
+    later = begins | ~(is_first(a, b) | same)
     later |= newest
     owners, tied = (np.where(later, *both) for both in zip(new[1:], old[1:], strict=True))
     return np.where(newest, b, larger(a, b)), owners, tied
@@ -109,13 +110,6 @@ def latest(lower: FloatArray, upper: FloatArray) -> FloatArray:
         upper: those of the higher ranks.
     """
     return np.where(lower[..., 1:2, :] != NOBODY, lower, upper)
-
-
-def _first(a: FloatArray, b: FloatArray) -> BoolArray:
-    """Return where `a` is the larger, or both are the same."""
-    # Not np.maximum: which zero of two it returns, and which NaN, depends on strides and SIMD.
-    alike = (a == b) & (np.signbit(a) <= np.signbit(b))
-    return (a > b) | np.isnan(a) | alike  # type: ignore[no-any-return]
 
 
 def _one_nan(numbers: FloatArray) -> FloatArray:

@@ -119,21 +119,20 @@ class Totals:
         )
 
     def states(self) -> Iterator[tuple[Key, ReducedState]]:
-        """Yield the state of each key with lanes that has values."""
-        sums, maxs = self.exact_sums().tolist(), self.maxs.tolist()
+        """Yield the state of each key with lanes that has values; of each of its cells, if it has any."""
+        sums, maxs = self.exact_sums(), self.maxs
         for key, lanes in self.schema.sums.items():
             entry = self.schema.entries[key]
-            if not entry.custom and sums[lanes.start + COUNT]:
-                yield (
-                    key,
-                    ReducedState(
-                        tuple(sums[lanes]),
-                        tuple(maxs[self.schema.maxs[key]]),
-                        self.seconds,
-                        self.pools.get(key, Pool()),
-                        entry.categories,
-                    ),
-                )
+            if entry.custom:
+                continue
+            both = (sums[lanes], entry.cells), (maxs[self.schema.maxs[key]], entry.cells)
+            for own, tops in zip(*(one.reshape(n, -1).tolist() for one, n in both), strict=True):
+                if own[COUNT]:
+                    pool = self.pools.get(key, Pool())
+                    state = ReducedState(
+                        tuple(own), tuple(tops), self.seconds, pool, entry.categories
+                    )
+                    yield key, state
 
     def exact_sums(self) -> FloatArray:
         return self.sums + self.lost

@@ -92,6 +92,7 @@ class Wire:
         self.schema, self.world_size, self.joining = schema, world_size, joining
         self._keys = schema.laned if joining else []
         self._owning = [entry.key for entry in schema if entry.maxs] if joining else []
+        self._with_maxs = np.array([schema.entries[key].maxs > 0 for key in self._keys], np.bool_)
         self._own = schema.per_rank if joining else Schema()
         self._own_lanes = schema.lanes_from(self._own)
         each = self._own.sum_width + self._own.max_width
@@ -150,9 +151,10 @@ class Wire:
     def _pack_own(
         self, vector: FloatArray, sums: FloatArray, maxs: FloatArray, outgoing: Outgoing, rank: int
     ) -> None:
-        present = (sums[self.schema.counts] > 0) | _among(self._keys, outgoing.present)
-        nans = np.unique(self.schema.max_counts) + (NANS - COUNT)
-        with_nan = (sums[nans] > 0) | _among(self._owning, outgoing.with_nan)
+        schema = self.schema
+        present = schema.by_key(sums[schema.counts] > 0) | _among(self._keys, outgoing.present)
+        nans = schema.by_key(sums[schema.counts + (NANS - COUNT)] > 0)[self._with_maxs]
+        with_nan = nans | _among(self._owning, outgoing.with_nan)
         vector[self._with_nan][with_nan] = -rank
         word, bit = divmod(rank, _BITS) if self._bits else (0, 0)
         vector[self._present].reshape(-1, self._words)[:, word] = present * 2.0**bit

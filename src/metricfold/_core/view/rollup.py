@@ -13,10 +13,15 @@ import numpy as np
 from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.sample import Pool
 from metricfold._core.reduce.schema import Entry, IndexArray, Key, Schema
+from metricfold._core.view.cells import By, Folding
 from metricfold._core.view.plan import Found, Lanes, Plan
 from metricfold._core.view.tables import Origin, Table, Warn, levels_of
 
 __all__ = ["DatasetTotals", "Plans"]
+
+
+_FOLDINGS = 4
+"""So many ways to fold axes away are kept, for a log and for what else is looked at."""
 
 
 class Plans:
@@ -24,6 +29,7 @@ class Plans:
 
     def __init__(self) -> None:
         self._newest: tuple[Plan, dict[bool, DatasetTotals]] | None = None
+        self._foldings: list[Folding] = []
 
     def of(
         self, schema: Schema, handlers: Mapping[Key, AggregationHandler]
@@ -33,6 +39,16 @@ class Plans:
         if newest is None or newest[0].schema is not schema or not newest[0].fits(handlers):
             newest = self._newest = (Plan(schema, handlers), {})
         return newest
+
+    def folding(
+        self, schema: Schema, of_key: Mapping[Key, AggregationHandler], by: By = ()
+    ) -> Folding:
+        """Return what makes results of a schema with axes plain; the last few are kept."""
+        for known in self._foldings:
+            if known.whole is schema and known.by == by and known.handled == of_key:
+                return known
+        self._foldings = [Folding(schema, of_key, by), *self._foldings[: _FOLDINGS - 1]]
+        return self._foldings[0]
 
 
 class DatasetTotals:

@@ -15,18 +15,21 @@ import fnmatch
 import logging
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from metricfold._core.exchange.reducer import Reduced
 from metricfold._core.fold.names import ANYTHING, check_prefix, printed, repeated, show
+from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import COUNT, NANS, ReducedState
 from metricfold._core.reduce.schema import Key
 from metricfold._core.reduce.sections import NOBODY
 from metricfold._core.runtime.uncompiled import uncompiled
 from metricfold._core.sketch import Histogram
 from metricfold._core.view.alert import Alerts
+from metricfold._core.view.cells import array_of
 from metricfold._core.view.report import Handlers, Report, matches
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.timing import TimerKeys, Timing
@@ -59,6 +62,11 @@ class Snapshot:
 
     def __init__(self, reduced: Reduced, handlers: Handlers, alerts: Alerts = _NO_ALERTS) -> None:
         self.alerts = alerts
+        self._whole, self._with_axes = reduced, handlers
+        if any(entry.axes for entry in reduced.schema):
+            folding = handlers.plans.folding(reduced.schema, handlers.of_key)
+            reduced = folding.reduced(reduced)
+            handlers = replace(handlers, of_key=folding.of_key)
         self._reduced = reduced
         self._handlers = handlers
         self._report = Report(reduced, handlers)
@@ -203,6 +211,51 @@ class Snapshot:
         """
         check_window(window)
         return dict(self._results((dataset or "", name), window)[1])
+
+    def array(
+        self,
+        dataset: str | None,
+        name: str,
+        by: Sequence[str] | None = None,
+        window: WindowLike = "auto",
+    ) -> tuple[FloatArray, tuple[tuple[str, ...], ...]]:
+        """Return the values of a metric with axes, and what its cells are called along each.
+
+        Args:
+            dataset: as in `value`: None, of a name that datasets have, is the total over them.
+            name: of the metric.
+            by: the axes that remain, in this order, merged exactly over all others; None: all.
+            window: as in `as_dict`.
+
+        Returns:
+            An array with a dimension for each axis, NaN where a cell has no value; and for each axis
+            the labels along it, or padded numbers.
+
+        Raises:
+            KeyError: there is no such metric.
+            ValueError: it has no such axis, or an unknown window.
+
+        >>> import numpy as np
+        >>> from metricfold import MetricsAggregator
+        >>> aggregator = MetricsAggregator()
+        >>> tokens = np.array([[1, 2, 3], [4, 5, 6]])
+        >>> aggregator.record("tokens", tokens, "sum", axes={"layer": 2, "expert": 3})
+        >>> values, (layers,) = aggregator.reduce().array(None, "tokens", by=("layer",))
+        >>> dict(zip(layers, values.tolist()))
+        {'0': 6.0, '1': 15.0}
+        """
+        check_window(window)
+        names = [by] if isinstance(by, str) else by
+        schema = self._whole.schema
+        keys = [("" if dataset is None else dataset, name)]
+        if keys[0] not in schema and dataset is None:
+            keys = [entry.key for entry in schema if entry.key[1] == name]
+        if not keys or keys[0] not in schema:
+            raise self._unknown((dataset or "", name))
+        handler = self._with_axes.of_key[keys[0]].laned()
+        view = view_of(window, name, is_total=handler.is_total)
+        totals = self._whole.run if view == "run" else self._whole.interval
+        return array_of(totals, keys, handler, names)
 
     def histograms(self, prefix: str = "data", window: WindowLike = "auto") -> dict[str, Histogram]:
         """Return the histogram of every DISTRIBUTION that has values, keyed as in `as_dict`."""

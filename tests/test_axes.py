@@ -1,0 +1,252 @@
+"""A metric with axes is as many metrics without, in one key: each cell merges as a plain metric does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from handlers_of_users import LaneRMS
+from ranks import run_threads
+
+from metricfold import MetricsAggregator, merge_state_dicts
+
+AXES = {"layer": 3, "expert": 2}
+TYPES = ("sum", "mean", "max", "min", "rms")
+
+
+def made(communicator: Any = None, route: str = "auto") -> MetricsAggregator:
+    aggregator = MetricsAggregator(communicator=communicator, route=route)
+    aggregator.register_handler("rms", LaneRMS())
+    return aggregator
+
+
+def cells_of(aggregator: MetricsAggregator, key: tuple[str, str], view: str) -> list[list[float]]:
+    """Return the lanes of each cell, and of plain keys named like ``name.3``."""
+    reduced = aggregator.reduce()._whole
+    totals = getattr(reduced, view)
+    entry = totals.schema.entries[key]
+    sums = totals.exact_sums()[totals.schema.sums[key]].reshape(entry.cells, -1)
+    maxs = totals.maxs[totals.schema.maxs[key]].reshape(entry.cells, -1)
+    owners = totals.owners[totals.schema.maxs[key]].reshape(entry.cells, -1)
+    plain = []
+    for cell in range(entry.cells):
+        own = (key[0], f"{key[1]}.{cell}")
+        if own not in totals.schema:
+            plain.append(None)
+            continue
+        at, top = totals.schema.sums[own], totals.schema.maxs[own]
+        plain.append(
+            [*totals.exact_sums()[at], *totals.maxs[top], *totals.owners[top].astype(float)]
+        )
+    for cell, found in enumerate(plain):
+        mine = [*sums[cell], *maxs[cell], *owners[cell].astype(float)]
+        if found is None:
+            assert sums[cell, 0] == 0
+        else:
+            np.testing.assert_equal(mine, found)
+    return sums.tolist()
+
+
+@pytest.mark.parametrize("route", ["gather", "tree"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_each_cell_is_what_a_plain_metric_would_be(world_size: int, route: str) -> None:
+    def rank(communicator: Any) -> None:
+        aggregator = made(communicator, route)
+        seeds = random.Random(communicator.rank)
+        for step in range(4):
+            for agg in TYPES:
+                if seeds.random() < 0.3:
+                    continue
+                values = np.array(seeds.choices([1.5, -2.0, 0.0, np.nan, 7.0], k=6)).reshape(3, 2)
+                weights = np.array(seeds.choices([0.0, 1.0, 2.0], k=6)).reshape(3, 2)
+                if agg != "mean":
+                    weights = np.minimum(weights, 1.0)
+                key = f"{agg}_cells"
+                aggregator.record(key, values, agg, axes=AXES, weight=weights, dataset="web")
+                for cell, (value, weight) in enumerate(zip(values.flat, weights.flat, strict=True)):
+                    aggregator.record(f"{key}.{cell}", value, agg, weight=weight, dataset="web")
+            if step == 1:
+                aggregator.state_dict()
+            view = "interval" if step % 2 else "run"
+            for agg in TYPES if step else ():
+                if ("web", f"{agg}_cells") in aggregator._held.run.reducer.schema:
+                    cells_of(aggregator, ("web", f"{agg}_cells"), view)
+                else:
+                    aggregator.reduce()
+
+    run_threads(rank, world_size)
+
+
+def sums_of(aggregator: MetricsAggregator, name: str) -> dict[str, float]:
+    """Return the last SUM lane of each cell of the run, by label."""
+    totals = aggregator.reduce()._whole.run
+    entry = totals.schema.entries["", name]
+    sums = totals.exact_sums()[totals.schema.sums["", name]].reshape(entry.cells, -1)
+    return dict(zip(entry.axes[0].names(), sums[:, 2].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("route", ["gather", "tree"])
+def test_ranks_hold_parts_of_an_axis_and_labels_unite(route: str) -> None:
+    def rank(communicator: Any) -> tuple[dict[str, float], dict[str, float]]:
+        aggregator = made(communicator, route)
+        first = communicator.rank * 2
+        aggregator.record(
+            "tokens",
+            np.array([1.0, 2.0]),
+            "sum",
+            axes={"layer": 6},
+            ids={"layer": [first, first + 1]},
+        )
+        mine = ["shared", f"own_{communicator.rank}"]
+        aggregator.record("norm", np.array([10.0, 1.0]), "sum", axes={"parameter": mine})
+        before = sums_of(aggregator, "norm")
+        # Later more labels come, on one rank alone.
+        if communicator.rank == 1:
+            aggregator.record(
+                "norm", 5.0, "sum", axes={"parameter": ["a_new"]}, ids={"parameter": "a_new"}
+            )
+        aggregator.record("norm", np.array([10.0, 1.0]), "sum", axes={"parameter": mine})
+        return before, sums_of(aggregator, "norm") | {
+            f"layer {name}": value for name, value in sums_of(aggregator, "tokens").items()
+        }
+
+    everyone = run_threads(rank, 3)
+    before, after = everyone[0]
+    assert everyone == [(before, after)] * 3
+    assert before == {"own_0": 1.0, "own_1": 1.0, "own_2": 1.0, "shared": 30.0}
+    assert after == {
+        "a_new": 5.0,
+        "own_0": 2.0,
+        "own_1": 2.0,
+        "own_2": 2.0,
+        "shared": 60.0,
+        **{f"layer {layer}": 1.0 + layer % 2 for layer in range(6)},
+    }
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_checkpoint_goes_on_at_any_world_size(after: int) -> None:
+    def begin(communicator: Any) -> dict[str, Any]:
+        aggregator = made(communicator)
+        labels = {"p": ["x", f"y{communicator.rank}"]}
+        aggregator.record("n", np.array([1.0, 2.0]), "sum", axes=labels)
+        return aggregator.state_dict()
+
+    def go_on(communicator: Any) -> dict[str, float]:
+        aggregator = made(communicator)
+        aggregator.load_state_dict(state)
+        aggregator.record("n", 100.0, "sum", axes={"p": ["z"]}, ids={"p": "z"})
+        return sums_of(aggregator, "n")
+
+    state = run_threads(begin, 2)[0]
+    found = run_threads(go_on, after)
+    assert found == [{"x": 2.0, "y0": 2.0, "y1": 2.0, "z": 100.0 * after}] * after
+    both = made()
+    both.load_state_dict(merge_state_dicts([state, state | {}], parallel=True))
+    assert sums_of(both, "n") == {"x": 4.0, "y0": 4.0, "y1": 4.0}
+
+
+def test_values_on_a_device_are_cells_too() -> None:
+    torch = pytest.importorskip("torch")
+    aggregator = made()
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    mask = torch.tensor([[True, True], [False, True]])
+    aggregator.record("t", values, "sum", axes={"a": 2, "b": 2}, weight=mask.float())
+    aggregator.record("t", values[0], "sum", axes={"a": 2, "b": 2}, ids={"a": 1})
+    totals = aggregator.reduce()._whole.run
+    assert totals.sums.reshape(4, 3).tolist() == [[1, 0, 1], [1, 0, 2], [1, 0, 1], [2, 0, 6]]
+
+
+def test_what_a_mark_begins_is_rolled_back() -> None:
+    aggregator = made()
+    aggregator.record("t", np.ones(2), "sum", axes={"a": 2})
+    mark = aggregator.mark()
+    aggregator.record("t", np.ones(2), "sum", axes={"a": 2})
+    aggregator.rollback(mark)
+    assert sums_of(aggregator, "t") == {"0": 1.0, "1": 1.0}
+
+
+def test_masked_cells_are_empty() -> None:
+    aggregator = made()
+    values = np.ma.MaskedArray([1.0, 2.0, 3.0], mask=[False, True, False])
+    aggregator.record("t", values, "sum", axes={"a": 3})
+    totals = aggregator.reduce()._whole.run
+    assert totals.sums.reshape(3, 3).tolist() == [[1, 0, 1], [0, 0, 0], [1, 0, 3]]
+
+
+CLASHES: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"axes": {"layer": 3}}, ValueError, "has the axes layer=2"),
+    ({}, ValueError, "has the axes layer=2, so it cannot take a value with no axes"),
+    ({"axes": {"layer": 2, "b": 1}}, ValueError, "has the axes layer=2"),
+    ({"axes": {"layer": ["x", "y"]}}, ValueError, "has the axes layer=2"),
+]
+
+
+@pytest.mark.parametrize(("how", "error", "says"), CLASHES)
+def test_other_axes_of_a_known_metric_are_refused(
+    how: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    aggregator = made()
+    aggregator.record("t", np.ones(2), "sum", axes={"layer": 2})
+    value = np.ones([n if isinstance(n, int) else len(n) for n in how.get("axes", {}).values()])
+    with pytest.raises(error, match=says):
+        aggregator.record("t", value if how else 1.0, "sum", **how)
+    assert sums_of(aggregator, "t") == {"0": 1.0, "1": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("value", "how", "error", "says"),
+    [
+        (np.ones(3), {"axes": {"a": 2}}, ValueError, r"shape \(3,\).*\(2,\)"),
+        (1.0, {"axes": {"a": 2}}, ValueError, r"shape \(\).*\(2,\)"),
+        (np.ones(2), {"ids": {"a": 1}}, ValueError, "axes are none"),
+        (np.ones(2), {"axes": {"a": 0}}, ValueError, "metric 't'.*needs 1"),
+        (np.ones(2), {"axes": {"a": 2}, "agg": "distribution"}, ValueError, "cannot have axes"),
+        (
+            np.ones(2),
+            {"axes": {"a": 2}, "agg": "categorical_count"},
+            ValueError,
+            "cannot have axes",
+        ),
+        (np.ones(2), {"axes": {"a": 2}, "agg": "last"}, ValueError, "cannot have axes"),
+        (np.array(["x", "y"]), {"axes": {"a": 2}}, TypeError, "no real numbers"),
+        (np.ones(2), {"axes": {"a": 2}, "weight": 2.0}, ValueError, "would be ignored"),
+        (np.ones(2), {"axes": {"a": 2}, "weight": np.ones(3)}, ValueError, "do not go with"),
+    ],
+)
+def test_what_are_no_cells_is_refused_and_nothing_has_changed(
+    value: Any, how: Mapping[str, Any], error: type[Exception], says: str
+) -> None:
+    aggregator = made()
+    with pytest.raises(error, match=says):
+        aggregator.record("t", value, **{"agg": "sum", **how})
+    aggregator.record("t", 1.0, "sum")
+    assert aggregator.reduce().as_dict("train") == {"train/t": 1.0}
+
+
+@pytest.mark.parametrize("other", [{"layer": 3}, {"layer": 2, "b": 1}, None])
+def test_another_size_on_another_rank_is_one_error_on_all(other: dict[str, int] | None) -> None:
+    def rank(communicator: Any) -> str:
+        aggregator = made(communicator)
+        axes = {"layer": 2} if communicator.rank == 0 else other
+        shape = () if axes is None else tuple(axes.values())
+        aggregator.record("t", np.ones(shape), "sum", axes=axes)
+        aggregator.record("loss", 1.0)
+        with pytest.raises(ValueError, match="metric 't'") as raised:
+            aggregator.reduce()
+        assert aggregator.reduce().as_dict("train")["train/loss"] == 1.0
+        return str(raised.value)
+
+    texts = run_threads(rank, 2)
+    assert texts[0] == texts[1]
+    assert "layer=2" in texts[0]
+
+
+def test_a_metric_with_axes_claims_the_names_of_its_cells() -> None:
+    aggregator = made()
+    aggregator.record("t", np.ones(2), "sum", axes={"layer": 2})
+    with pytest.raises(ValueError, match="t/layer_0"):
+        aggregator.record("t/layer_0", 1.0)
