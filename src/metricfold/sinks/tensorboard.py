@@ -104,11 +104,8 @@ def _next_path(logdir: Path) -> Path:
     A file that rewinds must come after those that it rewinds, although it may be made in the same
     second, by another process, or on a host whose clock is behind.
     """
-    second = int(time.time())
-    for path in logdir.glob("events.out.tfevents.*"):
-        made = path.name.split(".")[3]
-        if made.isdecimal():
-            second = max(second, int(made) + 1)
+    made = (path.name.split(".")[3] for path in logdir.glob("events.out.tfevents.*"))
+    second = max([int(time.time()), *(int(one) + 1 for one in made if one.isdecimal())])
     name = f"events.out.tfevents.{second:010d}.{platform.node()}.{os.getpid()}.metricfold"
     return logdir / name
 

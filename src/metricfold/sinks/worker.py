@@ -229,11 +229,10 @@ class SinkWorker(Consumer):
         self._pending.append(item)
         if isinstance(item, Flush):
             self._flushes.append(item)
-        if self._in_a_hurry():
+        if self._is_awaited():
             self._due = min(self._due, time.monotonic() + _SHORT_PAUSE)
 
-    def _in_a_hurry(self) -> bool:
-        """Return whether somebody waits."""
+    def _is_awaited(self) -> bool:
         return self._closing_since < math.inf or bool(self._flushes)
 
     def _try_first(self) -> None:
@@ -390,7 +389,7 @@ class SinkWorker(Consumer):
         """Try again later, and say so where it does not pass quickly."""
         pause = _PAUSES[min(trouble.attempts, len(_PAUSES) - 1)]
         trouble.attempts += 1
-        if self._in_a_hurry():
+        if self._is_awaited():
             pause = min(pause, _SHORT_PAUSE)
         self._due = time.monotonic() + pause
         seconds = trouble.seconds()
