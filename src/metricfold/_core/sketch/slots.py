@@ -24,8 +24,8 @@ _HEAD = _TOTALS + len(Limit)
 _COLUMNS = 1 + MOMENTS
 _WIDTH = _HEAD + _COLUMNS * BUCKETS
 
-_AT_ONCE = 8
-"""So many pairs at once: what is computed of them stays in the cache."""
+_AT_ONCE = 64
+"""So many pairs at once: enough that calls do not count, few enough that it takes some MB."""
 
 
 def slot_width() -> int:
@@ -82,10 +82,7 @@ def joined(lower: FloatArray, upper: FloatArray) -> FloatArray:
     out = np.empty_like(lower)
     for begin in range(0, len(lower), _AT_ONCE):
         part = slice(begin, begin + _AT_ONCE)
-        slots = np.concatenate([lower[part], upper[part]])
-        contents, good = _read(slots)
-        if not good.all():
-            contents, _ = _read(np.where(good[:, np.newaxis], slots, 0.0))
+        contents, good = _read(np.concatenate([lower[part], upper[part]]))
         pairs = good.size // 2
         one, other = contents.rows(0, pairs), contents.rows(pairs, good.size)
         out[part] = _packed(one.joined(other, BUCKETS))
@@ -108,7 +105,7 @@ def _packed(contents: Contents) -> FloatArray:
 
 
 def _read(slots: FloatArray) -> tuple[Contents, BoolArray]:
-    """Return what is in slots, and which of them hold a sketch or none."""
+    """Return what is in slots, and which of them hold a sketch or none; the others hold nothing."""
     good = np.isfinite(slots).all(axis=1)
     columns = slots[:, _HEAD:].reshape(-1, _COLUMNS, BUCKETS).swapaxes(0, 1)
     with np.errstate(invalid="ignore"):
@@ -125,4 +122,6 @@ def _read(slots: FloatArray) -> tuple[Contents, BoolArray]:
     limits = np.where(some | (NOTHING == 0.0), limits, NOTHING)
     contents = Contents(totals, limits, Buckets(codes[inside], held).moved(row))
     good &= contents.sound()
+    if not good.all():
+        contents, _ = _read(np.where(good[:, np.newaxis], slots, 0.0))
     return contents, good
