@@ -162,24 +162,29 @@ class Plan:
         values, there = np.empty(len(self.names)), np.zeros(len(self.names), dtype=np.bool_)
         having = np.zeros(len(self.entries), dtype=np.bool_)
         apart: dict[int, dict[str, float]] = {}
-        for handler, places, sums_at, maxs_at, results in self._blocks:
-            sums = lanes.sums[sums_at]
-            having[places] = has = sums[:, COUNT] != 0
-            if results is None:
-                for place in compress(places, has.tolist()):
-                    apart[place] = handler.finalize(self.state(place, lanes))
+        for block in self._blocks:
+            having[block.places] = has = lanes.sums[block.sums[:, COUNT]] != 0
+            if block.results is None:
+                for place in compress(block.places, has.tolist()):
+                    apart[place] = block.handler.finalize(self.state(place, lanes))
             elif has.any():
-                pools: Sequence[Pool] = ()
-                if handler.has_sample:
-                    pools = [
-                        lanes.pool(place) if one else _NO_VALUES
-                        for place, one in zip(places, has.tolist(), strict=True)
-                    ]
-                seconds, categories = lanes.seconds[places], self.entries[places[0]].categories
-                states = ReducedStates(sums, lanes.maxs[maxs_at], seconds, pools, categories)
-                values[results], known = handler.finalize_all(states)
-                there[results] = known & has[:, np.newaxis]
+                states = self._states(block, lanes, has.tolist())
+                values[block.results], known = block.handler.finalize_all(states)
+                there[block.results] = known & has[:, np.newaxis]
+                # Values side by side take memory, which the next block's can have.
+                del states
         return Found(self, having, values.tolist(), there.tolist(), apart)
+
+    def _states(self, block: _Block, lanes: Lanes, has: list[bool]) -> ReducedStates:
+        pools: Sequence[Pool] = ()
+        if block.handler.has_sample:
+            pools = [
+                lanes.pool(place) if one else _NO_VALUES
+                for place, one in zip(block.places, has, strict=True)
+            ]
+        seconds, categories = lanes.seconds[block.places], self.entries[block.places[0]].categories
+        sums, maxs = lanes.sums[block.sums], lanes.maxs[block.maxs]
+        return ReducedStates(sums, maxs, seconds, pools, categories)
 
 
 class Found(NamedTuple):
