@@ -20,13 +20,7 @@ from metricfold.communicator.base import (
     torch_ranks,
 )
 
-__all__ = [
-    "Communicator",
-    "LocalCommunicator",
-    "MissingRanksError",
-    "connect",
-    "global_rank",
-]
+__all__ = ["Communicator", "LocalCommunicator", "MissingRanksError", "connect", "global_rank"]
 
 
 def connect(
