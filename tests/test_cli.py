@@ -216,6 +216,16 @@ class TestResume:
         (empty_folder / "checkpoint.pt").write_bytes(b"PK\x03\x04 and no more")
         assert "damaged or cut short" in refused(capsys, "--resume", "--out", ".")
 
+    def test_of_the_model_of_an_earlier_version(self, capsys, empty_folder):
+        """Version 0.1 trained one with other layers, and marked its runs with no model."""
+        (empty_folder / "data").mkdir()
+        (empty_folder / "data" / "a.jsonl").write_text('{"text": "words", "kind": "prose"}\n')
+        (empty_folder / "demo.json").write_text('{"datasets": ["a"], "framework": "torch"}')
+        with zipfile.ZipFile(empty_folder / "checkpoint.pt", "w") as archive:
+            archive.writestr("part", "")
+        said = refused(capsys, "--resume", "--out", ".")
+        assert "is of the model of an earlier version: leave out --resume" in said
+
     def test_without_its_texts(self, capsys, empty_folder):
         import zipfile
 

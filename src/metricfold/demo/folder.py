@@ -26,6 +26,8 @@ from metricfold.metric import check_name
 
 __all__ = ["RunFolder"]
 
+_MODEL = 2
+"""Which model runs are of: one of another model cannot go on with this one's code."""
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 """What reading a file raises that may hold anything."""
 
@@ -84,8 +86,11 @@ class RunFolder:
             raise _no_resuming(f"{self.checkpoint} is damaged or cut short")
         try:
             self.read_mixture()
+            model = json.loads(self.marker.read_text(encoding="utf-8")).get("model")
         except _UNREADABLE as error:
             raise _no_resuming(f"the texts in {self.data} cannot be read ({error})") from error
+        if model != _MODEL:
+            raise _no_resuming(f"the run in {self.path} is of the model of an earlier version")
         self._check_writable()
 
     def begin(
@@ -99,7 +104,7 @@ class RunFolder:
             checkpoints = [self.path / one.checkpoint for one in FRAMEWORKS.values()]
             for file in (self.metrics, *checkpoints):
                 file.unlink(missing_ok=True)
-            marks = {"datasets": list(texts), "framework": framework.name}
+            marks = {"datasets": list(texts), "framework": framework.name, "model": _MODEL}
             self.marker.write_text(json.dumps(marks), encoding="utf-8")
             self.data.mkdir()
             for name, samples in texts.items():
