@@ -30,9 +30,10 @@ __all__ = ["LogLinearHistogram"]
 _CHUNK = 8192
 """Values are folded so many at a time."""
 _LEAST_WITHIN_REACH = 4
-_STRAYING = 24
+_STRAYING = 32
+"""Strays are worth new buckets before somebody asks once they are one of so many values ..."""
 _MANY_STRAYS = 8192
-"""Values without a bucket that are worth new buckets before somebody asks."""
+"""... or so many."""
 
 
 @internal("contents", "fingerprint", "of", "settle")
