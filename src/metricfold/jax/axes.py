@@ -1,11 +1,8 @@
 """Which axes to reduce over.
 
-JAX binds an axis where one program stands for many devices: ``jax.pmap`` (also without a name),
-``jax.shard_map`` and ``jax.vmap(axis_name=)``. Under plain ``jax.jit`` none is bound, because a
-value there is already that of the whole batch.
-
-`lax` collectives return their input when they are given no axes, so that a forgotten name would go
-unseen. Here it is an error, which says what is bound and how to bind more.
+`jax.pmap`, `jax.shard_map` and ``jax.vmap(axis_name=)`` bind an axis; under plain `jax.jit` none is bound,
+as a value there is that of the whole batch. `lax` collectives return their input when they are given no
+axes, so that a forgotten name would go unseen. Here it is an error, which says what is bound.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
 """Few collectives for many arrays.
 
-A collective costs its latency, whatever it carries, and a compiled step pays for each in compile
-time too. So small arrays of one kind travel as one vector. Large ones go alone, because copying
-them into a vector would cost more than it saves; so do those that are laid out over a further,
-explicit mesh axis, because a vector would have to give that layout up.
+A collective costs its latency, whatever it carries, and time to compile. So small arrays of one kind
+travel as one vector. Large ones go alone, as copying them would cost more than it saves; so do those that
+are laid out over an explicit mesh axis, as a vector would have to give that layout up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -43,16 +42,10 @@ def combine(lanes: Sequence[Lane], axes: Axes) -> list[jax.Array]:
         lanes: the same on all devices, but for their values.
         axes: bound axes; with none, every lane stays as it is.
     """
+    collectives: dict[str, Any] = {"sum": lax.psum, "max": lax.pmax}
     arrays = [array for _, array in lanes]
-    if not axes:
-        return arrays
-    combined: list[Any] = [None] * len(lanes)
-    for indices in travel_together(arrays, [(kind, array.dtype) for kind, array in lanes]):
-        collective: Any = lax.psum if lanes[indices[0]][0] == "sum" else lax.pmax
-        vector = collective(join([arrays[i] for i in indices]), axes)
-        for i, part in zip(indices, split(vector, [arrays[i].shape for i in indices]), strict=True):
-            combined[i] = part
-    return combined
+    kinds = [(kind, array.dtype) for kind, array in lanes]
+    return _sent(arrays, kinds, axes, lambda i, vector: collectives[lanes[i][0]](vector, axes))
 
 
 def all_gather(arrays: Sequence[jax.Array], axes: Axes) -> list[jax.Array]:
@@ -60,17 +53,26 @@ def all_gather(arrays: Sequence[jax.Array], axes: Axes) -> list[jax.Array]:
 
     With no axes, every array stays as it is.
     """
-    if not axes:
-        return list(arrays)
     # What all devices have gathered is the same on all. `shard_map` lets a function return it as
     # such only if told so; `vmap` knows no such distinction.
     to: Any = "invarying" if set(axes) <= set(bound_axes()) else "varying"
-    gathered: list[Any] = [None] * len(arrays)
-    for indices in travel_together(arrays, [array.dtype for array in arrays]):
-        rows = lax.all_gather(join([arrays[i] for i in indices]), axes, to=to)
-        for i, part in zip(indices, split(rows, [arrays[i].shape for i in indices]), strict=True):
-            gathered[i] = part
-    return gathered
+    kinds = [array.dtype for array in arrays]
+    return _sent(arrays, kinds, axes, lambda _, vector: lax.all_gather(vector, axes, to=to))
+
+
+def _sent(
+    arrays: Sequence[jax.Array],
+    kinds: Sequence[Hashable],
+    axes: Axes,
+    collective: Callable[[int, jax.Array], Any],
+) -> list[jax.Array]:
+    """Return what comes back of each of `arrays`; `collective` is told the first of those in a vector."""
+    came_back = list(arrays)
+    for indices in travel_together(arrays, kinds) if axes else ():
+        vector = collective(indices[0], join([arrays[i] for i in indices]))
+        for i, part in zip(indices, split(vector, [arrays[i].shape for i in indices]), strict=True):
+            came_back[i] = part
+    return came_back
 
 
 def travel_together(arrays: Sequence[jax.Array], kinds: Sequence[Hashable]) -> list[list[int]]:

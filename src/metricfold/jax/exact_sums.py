@@ -1,14 +1,9 @@
 """Sums in float32 that do not drift: two numbers each, and no rounding on the way to them.
 
-Adding a million times 0.1 in float32 gives 100,958. Two things keep that from happening here:
-
-* A sum is a *pair* of float32, the second of which holds what the first has rounded away.
-* Values of one batch are brought to fixed point, relative to the largest that they are added to,
-  and added up as integers. That is exact and fast, and the result does not depend on the order in
-  which a device comes by them.
-
-A fixed-point number is cut into *limbs*, of so few bits each that the sum of a limb over the whole
-batch is an int32.
+Adding a million times 0.1 in float32 gives 100,958. So a sum is a *pair* of float32, the second of which
+holds what the first has rounded away; and values of one batch are brought to fixed point, relative to the
+largest that they are added to, and added up as integers, which is exact, whatever the order. Such a number
+is cut into *limbs*, of so few bits each that the sum of a limb over the whole batch is an int32.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Packed metrics and accumulators in files: what `flax.serialization` and `jax.export` ask of a type.
-
-Flax saves the arrays, and restores them into packed metrics or an accumulator of the same names, which
-is checked. `jax.export` saves a compiled function with the names of what it takes and returns.
-"""
+"""Packed metrics and accumulators in files: what `flax.serialization` and `jax.export` ask of a type."""
 
 from __future__ import annotations
 

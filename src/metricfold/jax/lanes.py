@@ -1,14 +1,11 @@
-"""The words of an accumulator's lanes: what a row of `device_lanes` is in 32 bits, and how rows merge.
-
-A row is 14 words of int32:
+"""The words of an accumulator's lanes: what a row is in 32 bits, and how rows merge.
 
     counts   4        values, NaN, +inf, -inf
     sums     3 x 2    two float32 each, by their bits: 48 bits together
     extrema  2 x 2    largest x and largest -x: a float32, and what it has rounded away of an integer
 
-All are kept as integers, whatever they stand for. What averages or casts the floats of a training state,
-such as a moving average of parameters, leaves integers alone; and the -inf of an extremum that has seen
-nothing is no infinity to ``jax_debug_infs``.
+All are int32, whatever they stand for. What averages or casts the floats of a training state leaves
+integers alone; and the -inf of an extremum that has seen nothing is no infinity to ``jax_debug_infs``.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Numbers as integers that sort alike, with NaN on top.
 
-The maximum over devices that XLA offers drops NaN on some platforms. The maximum of integers has no
-such corner, so extrema travel as integers. The bits of a positive float, read as an integer, grow
-with the float; those of a negative one shrink, and flipping all but the sign puts them right. Every
-bit pattern of a NaN becomes the largest integer, so a NaN on any device is the result on all.
-
-Inverting all bits reverses the order, without the overflow of ``-(-128)``: a minimum is the maximum
-of the inverted integers.
+XLA's maximum over devices drops NaN on some platforms, so extrema travel as integers. The bits of a
+positive float grow with it; those of a negative one shrink, and flipping all but the sign puts them right.
+Every NaN becomes the largest integer. Inverting all bits reverses the order, without the overflow of
+``-(-128)``: a minimum is the maximum of the inverted integers.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ def to_sortable(values: jax.Array, *, reverse: bool = False) -> jax.Array:
         values: of 32 or 64 bits: float, int or unsigned int.
         reverse: let the smallest value have the largest integer.
     """
-    integers = _integers(values.dtype)
+    integers = np.dtype(f"int{values.dtype.itemsize * 8}")
     if jnp.issubdtype(values.dtype, jnp.signedinteger):
         return ~values if reverse else values
     bits = lax.bitcast_convert_type(values, integers)
@@ -48,10 +45,6 @@ def from_sortable(integers: jax.Array, dtype: Any, *, reverse: bool = False) -> 
         return lax.bitcast_convert_type(bits ^ np.iinfo(integers.dtype).min, dtype)
     values = lax.bitcast_convert_type(_flip_negative(bits), dtype)
     return jnp.where(integers == np.iinfo(integers.dtype).max, jnp.nan, values)
-
-
-def _integers(dtype: Any) -> Any:
-    return np.dtype(f"int{np.dtype(dtype).itemsize * 8}")
 
 
 def _flip_negative(bits: jax.Array) -> jax.Array:

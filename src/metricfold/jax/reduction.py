@@ -1,13 +1,7 @@
 """Reduce many values over devices: each by its own op, all by few collectives.
 
-    combined = reduce_arrays([loss, tokens, norm], ["mean", "sum", "max"], axes)
-    loss, tokens, norm = combined.arrays()
-
-Values of one op and type are joined first, so that what an op does is done once for all of them,
-and joined again by `combine`, so that mean and sum, max and min share a collective. A step with
-float32 metrics of all four ops compiles to two: one sum, one maximum.
-
-An op states what type it computes in, what it sends, and what it makes of what comes back:
+Values of one op and type are joined first, and joined again by `combine`, so that mean and sum, max and
+min share a collective. A step with float32 metrics of all four ops compiles to two: one sum, one maximum.
 
     op      sends                           result
     mean    sum of x                        / number of devices
@@ -20,7 +14,6 @@ An op states what type it computes in, what it sends, and what it makes of what 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +30,8 @@ from metricfold.jax.values import wide
 __all__ = ["OPS", "Reduced", "Section", "reduce_arrays", "require_op"]
 
 
-class Op(ABC):
-    """What one reduction does to arrays."""
+class Sum:
+    """What one reduction does to arrays; others say what they do differently."""
 
     def computed_in(self, dtype: Any) -> Any:
         """Return the type that values of type `dtype` are reduced in."""
@@ -48,23 +41,16 @@ class Op(ABC):
         """Return the type of the result for values of type `dtype`."""
         return self.computed_in(dtype)
 
-    @abstractmethod
-    def lanes(self, values: jax.Array, weights: jax.Array | None) -> list[Lane]: ...
-
-    @abstractmethod
-    def result(self, combined: list[jax.Array], dtype: Any, devices: int) -> jax.Array:
-        """Return the result of values that were computed in `dtype`."""
-
-
-class Sum(Op):
     def lanes(self, values: jax.Array, weights: jax.Array | None) -> list[Lane]:
+        """Return what is sent of values, and of their weights, which only a mean has."""
         return [("sum", values)]
 
     def result(self, combined: list[jax.Array], dtype: Any, devices: int) -> jax.Array:
+        """Return the result of values that were computed in `dtype`."""
         return combined[0]
 
 
-class Mean(Op):
+class Mean(Sum):
     def computed_in(self, dtype: Any) -> Any:
         whole = jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_
         # JAX's float, said so that it promotes nothing: it may be told not to, and never does int4.
@@ -81,7 +67,7 @@ class Mean(Op):
         return combined[0] / (devices if len(combined) == 1 else combined[1])
 
 
-class Max(Op):
+class Max(Sum):
     reverse = False
 
     def given_back_in(self, dtype: Any) -> Any:
@@ -98,7 +84,7 @@ class Min(Max):
     reverse = True
 
 
-OPS: dict[str, Op] = {"mean": Mean(), "sum": Sum(), "max": Max(), "min": Min()}
+OPS: dict[str, Sum] = {"mean": Mean(), "sum": Sum(), "max": Max(), "min": Min()}
 
 
 def require_op(op: object, where: str, choices: Sequence[str] = tuple(OPS)) -> None:
