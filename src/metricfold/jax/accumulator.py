@@ -52,7 +52,7 @@ from metricfold.jax.folding import CELL_SUMS, REFUSED, Batch, Numbers
 from metricfold.jax.lanes import LANES, LOWEST, Lanes, floats, nothing, of_host, on_host, words
 from metricfold.jax.mesh import only_mesh
 from metricfold.jax.trees import Leaf, flatten, weights_of
-from metricfold.jax.values import Parts, as_array, as_parts, put, refuse_masked
+from metricfold.jax.values import Parts, as_array, as_parts, is_readable, put, refuse_masked
 from metricfold.metric import AggregationType
 
 __all__ = ["DeviceAccumulator"]
@@ -201,12 +201,7 @@ class DeviceAccumulator:
         return {name: array for name, array in named if array is not None}
 
     def with_arrays(self, arrays: Mapping[str, Any]) -> DeviceAccumulator:
-        """Return an accumulator of the same metrics with arrays that were saved.
-
-        Raises:
-            TypeError, ValueError: they are not those of these metrics and datasets, or something was done
-                to them.
-        """
+        """Return an accumulator of the same metrics with arrays that were saved, which are checked."""
         if _are_of_0_1(arrays):
             raise ValueError(_OF_0_1.format("arrays, metrics, datasets"))
         # Orbax, without a template, restores what was not there as None.
@@ -358,11 +353,8 @@ class DeviceAccumulator:
     def start_read(self) -> Callable[[], HostArrays | None]:
         """Begin the transfer to the host; what is returned waits for it.
 
-        Raises:
-            TypeError: called inside a compiled function, or the arrays have been cast or averaged.
-            ValueError: the arrays have been donated, hold several accumulators, are not the same on all
-                processes, or are not those of these metrics. Where this shows only later, because the
-                step still runs, what is returned raises it.
+        Of arrays that cannot be read or are not those of these metrics it raises TypeError or ValueError;
+        where this shows only later, because the step still runs, what is returned does.
         """
         arrays = [array for array in self._arrays() if array is not None]
         if any(is_traced(array) for array in arrays):
@@ -376,17 +368,24 @@ class DeviceAccumulator:
                 "this accumulator has shapes and no numbers, as from eval_shape or as a template for Orbax: "
                 "drain the one that was computed or restored"
             )
-        for array in arrays:
-            _check_readable(array)
+        on_device = [array for array in arrays if isinstance(array, jax.Array)]
+        if any(array.is_deleted() for array in on_device):
+            raise ValueError(
+                "this accumulator was donated to a compiled step: drain the one that the step returned"
+            )
+        if not all(map(is_readable, on_device)):
+            raise ValueError(
+                "this accumulator lies in parts on several processes: reduce() it in the step, and "
+                "return it with out_specs=P()"
+            )
         with jax.transfer_guard_device_to_host("allow"):
-            for array in arrays:
-                if isinstance(array, jax.Array):
-                    array.copy_to_host_async()
+            for array in on_device:
+                array.copy_to_host_async()
         checked = self._check_if_there(_PATIENCE)
         contributes = counts_here(self.fingerprint)
 
         def finish() -> HostArrays | None:
-            if any(isinstance(array, jax.Array) and array.is_deleted() for array in arrays):
+            if any(array.is_deleted() for array in on_device):
                 raise ValueError(
                     "this accumulator was donated to a compiled step after drain() and before it was "
                     "read: go on with the empty one that drain() returns, acc = aggregator.drain(acc)"
@@ -409,7 +408,7 @@ class DeviceAccumulator:
 
     def _check_fingerprint(self) -> None:
         """Check that the arrays are of this layout and were folded, as far as they can be read here."""
-        if not (_is_readable(self.fingerprint) and _is_readable(self.lanes)):
+        if not (is_readable(self.fingerprint) and is_readable(self.lanes)):
             return
         counts = np.ascontiguousarray(_on_host(self.lanes)[..., :COUNTS]).view(np.uint32)
         found = _on_host(self.fingerprint).reshape(-1)
@@ -720,29 +719,11 @@ def _over_explicit_axes(given: Any) -> AbstractMesh | None:
     return next((layout.mesh for layout in layouts if any(layout.spec)), None)
 
 
-def _check_readable(array: Any) -> None:
-    if isinstance(array, jax.Array) and array.is_deleted():
-        raise ValueError(
-            "this accumulator was donated to a compiled step: drain the one that the step returned"
-        )
-    if not _is_readable(array):
-        raise ValueError(
-            "this accumulator lies in parts on several processes: reduce() it in the step, and "
-            "return it with out_specs=P()"
-        )
-
-
 def _is_there(array: Any) -> bool:
     """Return whether an array can be read without a wait."""
     if is_traced(array):
         return False
     return not isinstance(array, jax.Array) or (not array.is_deleted() and array.is_ready())  # type: ignore[attr-defined]
-
-
-def _is_readable(array: Any) -> bool:
-    return (
-        not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated
-    )
 
 
 def _on_host(array: Any) -> Any:

@@ -88,18 +88,18 @@ def knows_what_varies(axes: Axes) -> bool:
 
 def _not_bound(name: str, bound: Axes) -> str:
     ways = (
-        f"jax.pmap(step, axis_name={name!r}), jax.shard_map over a mesh with an axis {name!r}, "
+        f"by jax.pmap(step, axis_name={name!r}), jax.shard_map over a mesh with an axis {name!r}, "
         f"or jax.vmap(step, axis_name={name!r})"
     )
     if len(bound) == 1:
         return (
             f"the axis {name!r} is not bound here, but {bound[0]!r} is: leave axis_name out to use "
-            f"that, or bind {name!r}, by {ways}"
+            f"that, or bind {name!r}, {ways}"
         )
     if bound:
         return (
             f"the axis {name!r} is not bound here, but {', '.join(map(repr, bound))} are: give one "
-            f"of them as axis_name, a tuple, or None for all of them; or bind {name!r}, by {ways}"
+            f"of them as axis_name, a tuple, or None for all of them; or bind {name!r}, {ways}"
         )
     mesh = get_abstract_mesh()
     where = (
@@ -108,6 +108,6 @@ def _not_bound(name: str, bound: Axes) -> str:
         else f"the axis {name!r} is not bound here, nor is any other"
     )
     return (
-        f"{where}. Bind it, by {ways}. Under plain jax.jit values are already those of the whole "
+        f"{where}. Bind it, {ways}. Under plain jax.jit values are already those of the whole "
         "batch: call nothing there, or give axis_name=None, which then changes nothing"
     )

@@ -26,7 +26,7 @@ from metricfold.jax.collectives import all_gather, axes_size
 from metricfold.jax.packed import PackedMetrics, pack
 from metricfold.jax.reduction import reduce_arrays, require_op
 from metricfold.jax.trees import ABSENT, PARTS, Leaf, Said, flatten, weights_of
-from metricfold.jax.values import as_array
+from metricfold.jax.values import as_array, is_readable
 
 __all__ = ["DistributedMetrics"]
 
@@ -144,9 +144,9 @@ class DistributedMetrics(nnx.Module):
         Args:
             metrics: see `DistributedMetrics`.
             reduce_fn: for each name ``"mean"``, ``"sum"``, ``"max"``, ``"min"``, or ``None`` to
-                leave the value as it is, whatever it is. It may be nested like the metrics, or be a
-                tree like theirs, and an op for a dict holds for all in it. Names that it lacks take the mean; names that
-                the metrics lack are ignored.
+                leave the value as it is, whatever it is. It may be nested like the metrics, and an op
+                for a dict holds for all in it. Names that it lacks take the mean; names that the metrics
+                lack are ignored.
             axis_name: see `DistributedMetrics`.
             packed: see `DistributedMetrics`; then no op can be ``None``.
 
@@ -181,31 +181,25 @@ class DistributedMetrics(nnx.Module):
 
 
 def _reduce(
-    metrics: Any,
-    ops: str | Said,
-    axis_name: AxisName,
-    *,
-    weights: Any = None,
-    packed: bool = False,
+    metrics: Any, ops: str | Said, axis_name: AxisName, *, weights: Any = None, packed: bool = False
 ) -> Any:
     """Reduce a tree of metrics, all by one op or each by that which a second tree has for it."""
     # Packed metrics are read on the host, where no variable stands for a number.
     leaves, structure = flatten(metrics, whole=packed)
+    results = [leaf.value for leaf in leaves]
     chosen = [ops if isinstance(ops, str) else _op(ops, leaf) for leaf in leaves]
-    reducible = [i for i, op in enumerate(chosen) if op is not None]
-    if packed and len(reducible) < len(leaves):
-        left = next(leaf for leaf, op in zip(leaves, chosen, strict=True) if op is None)
+    if packed and None in chosen:
         raise ValueError(
-            f"{left.path('metrics')} is to stay as it is on each device, but packed metrics hold "
-            "what all devices agree on: take it out, or give it an op"
+            f"{leaves[chosen.index(None)].path('metrics')} is to stay as it is on each device, but packed "
+            "metrics hold what all devices agree on: take it out, or give it an op"
         )
     axes = resolve_axes(axis_name)
     devices = axes_size(axes)
+    reducible = [i for i, op in enumerate(chosen) if op is not None]
     arrays = [_number(leaves[i], chosen[i], devices) for i in reducible]
     weighing = None
     if weights is not None:
         weighing = _weights(weights, [leaves[i] for i in reducible], arrays)
-    results = [leaf.value for leaf in leaves]
     with jax.transfer_guard("allow"):  # of constants, where nothing is compiled
         reduced = reduce_arrays(arrays, [chosen[i] for i in reducible], axes, weighing)
         if packed:
@@ -248,12 +242,11 @@ def _number(leaf: Leaf, op: str, devices: int) -> jax.Array:
 
 def _weights(weights: Any, leaves: Sequence[Leaf], arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """Return one weight per leaf."""
-    named = [leaf.path("metrics") for leaf in leaves]
     found = weights_of(weights, leaves, lambda leaf: leaf.path("metrics"), _weight)
-    for (where, weight), metric, array in zip(found, named, arrays, strict=True):
+    for (where, weight), leaf, array in zip(found, leaves, arrays, strict=True):
         if weight.ndim and weight.shape != array.shape:
             raise ValueError(
-                f"{where} has shape {weight.shape}, but {metric} has shape {array.shape}: "
+                f"{where} has shape {weight.shape}, but {leaf.path('metrics')} has shape {array.shape}: "
                 "give one number per device, or one for each element of the metric"
             )
     return [weight for _, weight in found]
@@ -267,21 +260,19 @@ def _weight(weight: Any, where: str) -> tuple[str, jax.Array]:
 
 
 def _collect(metrics: Any) -> dict[str, Any]:
-    """Return `metrics` with a list of per-device values in place of each array; one transfer."""
     if any(map(_is_packed, jax.tree.leaves(metrics, is_leaf=_is_packed))):
         raise TypeError(
             "collect_from_devices takes the values of each device, but packed metrics hold what all "
             "devices agree on: read them by unpack()"
         )
     if not isinstance(metrics, Mapping):
-        kind = type(metrics).__name__
-        hint = ""
-        if isinstance(metrics, (tuple, list)):
-            places = [i for i, item in enumerate(metrics) if isinstance(item, Mapping)]
-            hint = f" Here that may be item {places[-1]} of it." if places else ""
+        items = enumerate(metrics) if isinstance(metrics, (tuple, list)) else ()
+        places = [i for i, item in items if isinstance(item, Mapping)]
+        hint = f" Here that may be item {places[-1]} of it." if places else ""
         raise TypeError(
             "collect_from_devices takes the dict of metrics that the step returned, not a "
-            f"{kind}. If the step returns more, such as (params, metrics), pass its metrics.{hint}"
+            f"{type(metrics).__name__}. If the step returns more, such as (params, metrics), pass its "
+            f"metrics.{hint}"
         )
     leaves, structure = flatten(metrics)
     for leaf in leaves:
@@ -315,7 +306,7 @@ def _require_readable(leaf: Leaf) -> None:
             f"{where} was donated or deleted before it was read: collect it first, or do not donate "
             "it"
         )
-    if not (leaf.value.is_fully_addressable or leaf.value.is_fully_replicated):
+    if not is_readable(leaf.value):
         raise ValueError(
             f"{where} lives partly on devices of other processes, from where it cannot be read "
             "here: all_gather it inside the step, or give every process all of it first, by "

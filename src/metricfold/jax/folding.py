@@ -1,8 +1,8 @@
 """How the values of one update become additions to an accumulator's lanes and cells.
 
-Metrics whose values have one shape are folded together, whatever their aggregation: what is to be
-added up of them are columns of one array of integers, and what is to be compared columns of another,
-so that a compiler sees two reductions for all of them, and each DISTRIBUTION's cells on top.
+Metrics whose values have one shape are folded together: what is to be added up of them are columns of one
+array of integers, and what is to be compared columns of another, so that a compiler sees two reductions for
+all of them, and the DISTRIBUTIONs' cells on top.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -75,23 +76,22 @@ class Numbers:
     """
 
     parts: tuple[jax.Array, ...]
-    whole: bool
+    whole: bool = False
     held: jax.Array | None = None
 
     @classmethod
     def of(cls, arrays: Sequence[jax.Array]) -> Numbers:
         """Return the numbers that one array holds, or several float32 that add up to them."""
-        if len(arrays) > 1:
-            high, low = (array.reshape(-1) for array in arrays)
-            return cls((high, low), whole=False)
-        values = arrays[0].reshape(-1)
+        values, *rest = (array.reshape(-1) for array in arrays)
         dtype = values.dtype
+        if rest:
+            return cls((values, *rest))
+        if dtype == jnp.float64:
+            return cls(_pair(values))
+        if jnp.issubdtype(dtype, jnp.floating):
+            return cls((values.astype(jnp.float32),))
         if dtype == jnp.bool_:
             return cls((values.astype(jnp.float32),), whole=True)
-        if not jnp.issubdtype(dtype, jnp.integer):
-            if dtype != jnp.float64:
-                return cls((values.astype(jnp.float32),), whole=False)
-            return cls(_pair(values), whole=False)
         bits = jnp.iinfo(dtype).bits
         if bits < 32:
             return cls((values.astype(jnp.float32),), whole=True)
@@ -190,13 +190,11 @@ class Batch:
     def refused(self) -> jax.Array:
         """Return how many values of each metric were left out, and why, shape (metrics, 3)."""
         shared = [_count(self._strange), _count(self._unweighable)]
-        nothing = jnp.int32(0)
-        return jnp.stack(
-            [
-                jnp.stack([*shared, nothing if n.held is None else _count(self._kept & ~n.held)])
-                for n in self._numbers
-            ]
-        )
+        unheld = [
+            jnp.int32(0) if numbers.held is None else _count(self._kept & ~numbers.held)
+            for numbers in self._numbers
+        ]
+        return jnp.stack([jnp.stack([*shared, count]) for count in unheld])
 
     def fold(self) -> Lanes:
         """Return what these values come to, in rows of shape (datasets, metrics, ...)."""
@@ -229,11 +227,8 @@ class Batch:
         counted, added = jnp.split(total, [of_flags.shape[1]], axis=1)
         pairs = limbs.pairs(added.reshape(self._number, number, limbs.count), exponent)
         found = _picked(counted, counts, 0)
-        return Lanes(
-            found,
-            self._sums(pairs, sums, found),
-            self._extrema(largest[:, number:], extrema),
-        )
+        compared_to = self._extrema(largest[:, number:], extrema)
+        return Lanes(found, self._sums(pairs, sums, found), compared_to)
 
     def _terms(
         self,
@@ -263,14 +258,11 @@ class Batch:
         most = max(len(parts) for lanes in places for parts in lanes)
         if not most:
             return jnp.zeros((self._number, len(places), SUMS, 2), jnp.float32)
-        picked = [
-            _picked(
-                pairs,
-                [[parts[i] if i < len(parts) else NONE for parts in lanes] for lanes in places],
-                0,
-            )
-            for i in range(most)
-        ]
+        by_part = np.full((most, len(places), SUMS), NONE)
+        for metric, lanes in enumerate(places):
+            for lane, parts in enumerate(lanes):
+                by_part[: len(parts), metric, lane] = parts
+        picked = [_picked(pairs, one, 0) for one in by_part]
         sums = reduce(add_pairs, picked)
         if self._weights is not None:
             return sums
@@ -289,14 +281,12 @@ class Batch:
         largest = jnp.maximum(largest, NOTHING)
         high = _picked(largest, [[end.place for end in pair] for pair in ends], NOTHING)
         lower = _Columns()
-        places = [[NONE, NONE] for _ in ends]
-        for metric, pair in enumerate(ends):
-            for which, end in enumerate(pair):
-                if end.low is not None:
-                    highest = self._segments.spread(largest[:, end.place])
-                    low = jnp.where(end.high == highest, end.low, LOWEST)
-                    places[metric][which] = lower.place(low)
-        if all(place == NONE for pair in places for place in pair):
+        places = np.full((len(ends), EXTREMA), NONE)
+        for place, end in zip(np.ndindex(places.shape), chain(*ends), strict=True):
+            if end.low is not None:
+                highest = self._segments.spread(largest[:, end.place])
+                places[place] = lower.place(jnp.where(end.high == highest, end.low, LOWEST))
+        if (places == NONE).all():
             return jnp.stack([high, jnp.zeros_like(high)], axis=-1)
         low = self._segments.largest(lower.array(self._size, jnp.int32))
         found = jnp.where(high == NOTHING, 0, _picked(low, places, 0))
@@ -308,18 +298,15 @@ class Batch:
         Only the cells that a batch falls into are touched, so that an update costs what the batch
         is, not what the grid is.
         """
-        names = self._layout.distributions
         taken = [
-            (names.index(self._layout.names[place]) * self._number * CELLS, numbers)
-            for place, agg_type, numbers in zip(
-                self.places, self._types, self._numbers, strict=True
-            )
-            if agg_type is AggregationType.DISTRIBUTION
+            (self._layout.distributions.index(self._layout.names[place]), numbers)
+            for place, numbers in zip(self.places, self._numbers, strict=True)
+            if self._layout.types[place] is AggregationType.DISTRIBUTION
         ]
         if not taken:
             return grid
         x = jnp.stack([_normal(numbers.values) for _, numbers in taken])
-        starts = np.array([[start] for start, _ in taken], np.int32)
+        starts = np.array([[place] for place, _ in taken], np.int32) * (self._number * CELLS)
         bits = words(x)
         magnitude = bits & _MAGNITUDE
         zero = magnitude < (1 << 23)
@@ -333,8 +320,7 @@ class Batch:
         # Values of one cell side by side: each cell is then read and written once.
         columns = [cell.reshape(-1), k.reshape(-1)]
         if self._weights is not None:
-            w = jnp.where(kept, self._weights[None], 0)
-            columns.append(w.reshape(-1))
+            columns.append(jnp.where(kept, self._weights[None], 0).reshape(-1))
         cell, k, *weights = lax.sort(tuple(columns), num_keys=1)
         size = cell.size
         begins = jnp.concatenate([jnp.zeros(1, bool), cell[1:] != cell[:-1]])

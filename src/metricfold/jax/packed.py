@@ -29,6 +29,7 @@ from metricfold._core.runtime.staging import is_traced
 from metricfold.jax.axes import Axes, bound_axes, knows_what_varies
 from metricfold.jax.reduction import Reduced, Section
 from metricfold.jax.trees import Leaf
+from metricfold.jax.values import is_readable
 
 __all__ = ["PackedMetrics", "pack"]
 
@@ -73,14 +74,10 @@ class Copies:
             share: what part of the copies is here; 1 but where other processes hold some.
         """
         # What is returned may be split over some of the axes.
-        numbers = {
-            math.prod(some)
-            for n in range(1, len(self.sizes) + 1)
-            for some in combinations(self.sizes, n)
-        }
-        here = {round(number * share) for number in numbers if number > 1}
-        joined = words.shape[-1] // length
-        if joined in here and joined > 1 and joined * length == words.shape[-1]:
+        some = (s for n in range(len(self.sizes)) for s in combinations(self.sizes, n + 1))
+        here = {round(number * share) for number in map(math.prod, some) if number > 1}
+        joined, rest = divmod(words.shape[-1], length)
+        if joined in here and joined > 1 and not rest:
             side_by_side = words.reshape(*words.shape[:-1], joined, length)
             return side_by_side[..., 0, :] if _alike(side_by_side, -2) else words
         copies = here or {1}  # of a single device
@@ -177,9 +174,7 @@ class PackedMetrics:
                 f"the words of these packed metrics are {dtype}, not uint32: {_COMPUTED}"
             )
         with jax.transfer_guard("allow"):
-            if not isinstance(words, jax.Array) or words.is_fully_addressable:
-                return np.asarray(words), 1.0
-            if words.is_fully_replicated:
+            if is_readable(words):
                 return np.asarray(words), 1.0
             return self._read_here(words)
 

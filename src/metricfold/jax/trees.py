@@ -1,7 +1,6 @@
-"""Metrics as trees: names for their leaves, and what a second tree says about each of them.
+"""Metrics as trees, nested at will: names for their leaves, and what a second tree says about each of them.
 
-Metrics may be nested. A second tree, of ops or of weights, may be nested likewise, and what it says
-about a dict, or any other container, it says about everything in there.
+What a tree of ops or of weights says about a container it says about everything in there.
 """
 
 from __future__ import annotations
@@ -55,10 +54,8 @@ def flatten(
 
 
 def _key(entry: Any) -> Any:
-    for attribute in ("key", "idx", "name"):
-        if hasattr(entry, attribute):
-            return getattr(entry, attribute)
-    return entry
+    found = (getattr(entry, name) for name in ("key", "idx", "name") if hasattr(entry, name))
+    return next(found, entry)
 
 
 class Said:
@@ -88,13 +85,9 @@ def weights_of(
     named: Callable[[Leaf], str],
     read: Callable[[Any, str], Read],
 ) -> list[Read]:
-    """Return the weights of each leaf, as `read`: one for all, or those that a tree has for it.
+    """Return what `read` makes of the weights of each leaf, and of what they are called.
 
-    Args:
-        weights: one, or a tree.
-        leaves: of the metrics.
-        named: what a leaf is called.
-        read: takes a weight and what that is called.
+    One is for all, a tree has those of each; `named` says what a leaf is called.
     """
     said = Said(weights)
     if said.one:

@@ -12,7 +12,7 @@ from jax import lax
 from metricfold._core.device.arrays import unwrapped
 from metricfold._core.runtime.imported import is_of
 
-__all__ = ["Parts", "as_array", "as_parts", "put", "refuse_masked", "wide"]
+__all__ = ["Parts", "as_array", "as_parts", "is_readable", "put", "refuse_masked", "wide"]
 
 Parts: TypeAlias = tuple[jax.Array, ...]
 """Arrays that add up to numbers: one, or two float32."""
@@ -54,6 +54,12 @@ def put(host: np.ndarray[Any, Any]) -> jax.Array:
     """Return an array of the host on the device."""
     with jax.transfer_guard("allow"):  # asked for by giving it
         return jnp.asarray(host)
+
+
+def is_readable(array: Any) -> bool:
+    """Return whether all of an array is on this process."""
+    on_host = not isinstance(array, jax.Array)
+    return on_host or array.is_fully_addressable or array.is_fully_replicated
 
 
 def as_parts(value: Any, where: str) -> Parts:
