@@ -411,8 +411,8 @@ class DeviceAccumulator:
         if not (is_readable(self.fingerprint) and is_readable(self.lanes)):
             return
         counts = np.ascontiguousarray(_on_host(self.lanes)[..., :COUNTS]).view(np.uint32)
-        found = _on_host(self.fingerprint).reshape(-1)
-        for mark in without_checksum(found, checksum(counts.reshape(found.size, -1))).tolist():
+        marks = without_checksum(_on_host(self.fingerprint), checksum(counts, dims=2))
+        for mark in np.ravel(marks).tolist():
             self.layout.check_fingerprint(mark)
 
     def _copies(self) -> tuple[int, ...]:
@@ -515,7 +515,7 @@ def _sealed(
 
 
 def _checksum(counts: jax.Array) -> jax.Array:
-    total: jax.Array = checksum(lax.bitcast_convert_type(counts, jnp.uint32).reshape(-1))
+    total: jax.Array = checksum(lax.bitcast_convert_type(counts, jnp.uint32), dims=2)
     return total
 
 
