@@ -411,7 +411,7 @@ class DeviceAccumulator:
         if not (is_readable(self.fingerprint) and is_readable(self.lanes)):
             return
         counts = np.ascontiguousarray(_on_host(self.lanes)[..., :COUNTS]).view(np.uint32)
-        marks = without_checksum(_on_host(self.fingerprint), checksum(counts, dims=2))
+        marks = without_checksum(_on_host(self.fingerprint), checksum(counts))
         for mark in np.ravel(marks).tolist():
             self.layout.check_fingerprint(mark)
 
@@ -515,7 +515,7 @@ def _sealed(
 
 
 def _checksum(counts: jax.Array) -> jax.Array:
-    total: jax.Array = checksum(lax.bitcast_convert_type(counts, jnp.uint32), dims=2)
+    total: jax.Array = checksum(lax.bitcast_convert_type(counts, jnp.uint32))
     return total
 
 

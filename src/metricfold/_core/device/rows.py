@@ -301,18 +301,19 @@ def _marked(identity: int) -> int:
     return 1 << 31 | identity << 11 | ((identity ^ identity >> 10) & 0x3FF) << 1 | 1
 
 
-def checksum(words: Any, numpy: Any = np, dims: int = 1) -> Any:
+def checksum(words: Any, numpy: Any = np, add: Callable[[Any], Any] | None = None) -> Any:
     """Return a number that the sum, the mean or the maximum of two arrays of words does not have.
 
-    Words are uint32, of `numpy`, which may be JAX's; those of the last `dims` dimensions come
-    to one number. It is even and below 2^31, as the first and the last bit of a fingerprint are its own; that
-    of zeros is 0.
+    Words are uint32, of `numpy`, which may be JAX's; those of the last two dimensions come to one number,
+    or those that `add` adds up, of the last one. It is even and below 2^31, as the first and the last bit of
+    a fingerprint are its own; that of zeros is 0.
     """
-    shape = words.shape[-dims:]
+    shape = words.shape[-2:] if add is None else words.shape[-1:]
     place = numpy.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
     mixed = words * (place * np.uint32(0x9E3779B2) + np.uint32(0x85EBCA6B))
     mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0xC2B2AE35)
-    total = (mixed ^ (mixed >> np.uint32(13))).sum(axis=tuple(range(-dims, 0)), dtype=np.uint32)
+    mixed = mixed ^ (mixed >> np.uint32(13))
+    total = mixed.sum(axis=(-2, -1), dtype=np.uint32) if add is None else add(mixed)
     return (total << np.uint32(1)) & np.uint32(_BELOW_FIRST)
 
 
