@@ -116,13 +116,10 @@ def _batch_array(leaf: Leaf) -> Any:
     return array
 
 
-def _place(array: Any, sharding: NamedSharding) -> jax.Array:
-    placed: jax.Array = (
-        jax.device_put(array, sharding)
-        if sharding.is_fully_addressable
-        else jax.make_array_from_process_local_data(sharding, np.asarray(array))
-    )
-    return placed
+def _place(array: Any, sharding: NamedSharding) -> Any:
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_process_local_data(sharding, np.asarray(array))
 
 
 def _require_even(leaf: Leaf, shape: tuple[int, ...], sharding: NamedSharding) -> None:

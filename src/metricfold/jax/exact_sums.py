@@ -112,12 +112,7 @@ def _power(exponent: jax.Array) -> jax.Array:
 
 
 class Limbs:
-    """How numbers become integers of which so many may be added up.
-
-    Args:
-        terms: how many.
-        bits: of the fixed-point number, at least.
-    """
+    """How numbers become integers of `bits` bits at least, of which `terms` may be added up."""
 
     def __init__(self, terms: int, bits: int) -> None:
         self.width = _SUM_BITS - max(terms - 1, 1).bit_length()
@@ -151,13 +146,7 @@ class Limbs:
 
 @dataclass(frozen=True)
 class Segments:
-    """Which of a number of sums each of n rows belongs to.
-
-    Args:
-        places: shape (n,); rows at `number` belong to none.
-        number: of sums.
-        ascending: whether the places are.
-    """
+    """Which of a number of sums each of n rows belongs to; rows at `number` belong to none."""
 
     places: jax.Array
     number: int

@@ -144,14 +144,7 @@ def _picked(found: jax.Array, places: Any, nothing: Any) -> jax.Array:
 
 
 class Batch:
-    """Values of one shape, of metrics that share weights and datasets.
-
-    Args:
-        layout: of the accumulator.
-        numbers: by name of the metric.
-        weights: of each value, or None if all are 1.
-        ids: integers, shape (n,), or None if all are of the one dataset.
-    """
+    """Values of one shape, by name, of metrics that share weights, None if all are 1, and datasets."""
 
     def __init__(
         self,
@@ -293,10 +286,9 @@ class Batch:
         return jnp.stack([high, found], axis=-1)
 
     def into_grid(self, grid: jax.Array) -> jax.Array:
-        """Return the words of the cells of all DISTRIBUTIONs, with these values in them.
+        """Return the cells of all DISTRIBUTIONs with these values in them.
 
-        Only the cells that a batch falls into are touched, so that an update costs what the batch
-        is, not what the grid is.
+        It touches only the cells that they fall into: an update costs what the batch is, not the grid.
         """
         taken = [
             (self._layout.distributions.index(self._layout.names[place]), numbers)

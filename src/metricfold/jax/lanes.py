@@ -26,7 +26,6 @@ __all__ = [
     "NOTHING",
     "Lanes",
     "floats",
-    "larger",
     "nothing",
     "of_host",
     "on_host",
@@ -85,11 +84,11 @@ class Lanes(NamedTuple):
         return Lanes(
             self.counts + other.counts,
             add_pairs(self.sums, other.sums),
-            self.extrema if other.extrema is None else larger(self.extrema, other.extrema),
+            self.extrema if other.extrema is None else _larger(self.extrema, other.extrema),
         )
 
 
-def larger(one: jax.Array | None, other: jax.Array) -> jax.Array:
+def _larger(one: jax.Array | None, other: jax.Array) -> jax.Array:
     """Return the larger of extrema, shape (..., 2): the second decides where the first are equal."""
     if one is None:
         return other

@@ -17,8 +17,7 @@ _made: dict[Mesh, None] = {}
 def only_mesh() -> Mesh | None:
     """Return the mesh that `DeviceMeshManager` has made, if it is one, of all devices.
 
-    What is to be on the devices of a step, and is not told which these are, is put there. Not where there
-    are several processes, each of which may have an accumulator of its own.
+    None where there are several processes, each of which may have an accumulator of its own.
     """
     chosen = getattr(jax.config, "jax_default_device", None)
     if len(_made) != 1 or jax.process_count() > 1 or chosen is not None:

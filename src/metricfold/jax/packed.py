@@ -66,12 +66,9 @@ class Copies:
         return cls(axes, sizes, stacked=not knows_what_varies(mapped))
 
     def one_of(self, words: Words, length: int, share: float) -> Words:
-        """Return the words without the dimension, or the part of one, that counts copies.
+        """Return the words without the dimension, or the part of the last one, that counts copies.
 
-        Args:
-            words: shape (..., length), or with copies joined end to end in the last dimension.
-            length: of one result.
-            share: what part of the copies is here; 1 but where other processes hold some.
+        `length` is that of one result, and `share` what part of the copies is on this process.
         """
         # What is returned may be split over some of the axes.
         some = (s for n in range(len(self.sizes)) for s in combinations(self.sizes, n + 1))
