@@ -1,13 +1,14 @@
 """What an accumulator on a device holds, and what it says to an aggregator; of no framework.
 
-A *row* is one metric of one dataset. Every row has the same few lanes, so that an accumulator is a
-handful of arrays however many metrics there are:
+A *row* is one metric of one dataset, or one of its cells, if the metric has axes: those of a metric stand
+together, dataset by dataset, cells in C order. Every row has the same few lanes, so that an accumulator is
+a handful of arrays however many metrics there are:
 
     counts   (rows, 4)            values, NaN, +inf, -inf
     sums     (rows, 3, parts)     sum of w·x, of w, of w²
     extrema  (rows, 2)            largest x, largest -x
     grid     (rows · CELLS, 3, parts) of DISTRIBUTIONs: sums of w, w·u and w·u² in each bucket
-    refused  (metrics, 2)         values with a dataset or a weight that cannot be
+    refused  (metrics, 2)         values with a dataset, a cell or a weight that cannot be
 
 A sum is what its parts come to: one float64, or two float32, of which the second holds what the first
 has rounded away.
@@ -36,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metricfold._core.fold import hints
+from metricfold._core.fold.axes import Axes, Axis, axes_of, cells, described, moved, place_on
 from metricfold._core.fold.names import Key
 from metricfold._core.fold.state import Sample, State
 from metricfold._core.sketch import BUCKETS
@@ -114,14 +116,30 @@ class Layout:
     types: tuple[AggregationType, ...]
     datasets: tuple[str, ...]
     """One empty name stands for metrics without a dataset."""
+    axes: tuple[Axes, ...] = ()
+    """Of each metric; labels in the order in which they were given, which device ids count."""
 
     @classmethod
-    def of(cls, metrics: Mapping[str, object], datasets: Iterable[str]) -> Layout:
+    def of(
+        cls,
+        metrics: Mapping[str, object],
+        datasets: Iterable[str],
+        axes: Mapping[str, int | Sequence[str]] | None = None,
+    ) -> Layout:
         """Return the layout of `metrics`, by name, in each of `datasets`.
+
+        Args:
+            metrics: the aggregation of each, or a tuple of it and the names of the metric's axes.
+            datasets: their names.
+            axes: the size of each axis, or its labels.
 
         Raises:
             TypeError, ValueError: there is no metric, one has an aggregation that accumulators do
-                not know, or a name is no name.
+                not know, or axes that are none, or a name is no name.
+
+        >>> layout = Layout.of({"loss": "mean", "tokens": ("sum", "expert")}, ("web", "code"), {"expert": 4})
+        >>> layout.widths
+        (2, 8)
         """
         if not isinstance(metrics, Mapping) or not metrics:
             raise TypeError(
@@ -142,18 +160,41 @@ class Layout:
             check_name("the name of a dataset", dataset)
         if len(set(given)) < len(given):
             raise ValueError(f"datasets={given!r}: give each name once")
-        types = tuple(_checked_type(name, agg) for name, agg in metrics.items())
-        return cls(tuple(metrics), types, given or ("",))
+        declared = _declared(axes)
+        types, own = [], []
+        for name, spec in metrics.items():
+            agg, *over = spec if isinstance(spec, tuple | list) and spec else (spec,)
+            types.append(_checked_type(name, agg))
+            own.append(_axes_of(name, types[-1], over, declared))
+        unused = [
+            axis for axis in declared if not any(axis in {one.name for one in a} for a in own)
+        ]
+        if unused:
+            raise ValueError(
+                f"axes= declares {unused[0]!r}, which no metric has: name it with the aggregation of "
+                f'those that do, as in {{"expert_tokens": ("sum", {unused[0]!r})}}'
+            )
+        return cls(tuple(metrics), tuple(types), given or ("",), tuple(own))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles of versions without axes say nothing of them.
+        vars(self).update({"axes": ((),) * len(state["names"])} | state)
 
     def as_json(self) -> str:
         types = [agg_type.value for agg_type in self.types]
-        return json.dumps({"names": self.names, "types": types, "datasets": self.datasets})
+        said = {"names": self.names, "types": types, "datasets": self.datasets}
+        # Without axes as before there were any: what has been saved carries a fingerprint of it.
+        return json.dumps(said | ({"axes": self.axes} if any(self.axes) else {}))
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
         said = json.loads(text)
-        types = tuple(map(AggregationType, said["types"]))
-        return cls(tuple(said["names"]), types, tuple(said["datasets"]))
+        names, types = tuple(said["names"]), tuple(map(AggregationType, said["types"]))
+        axes = tuple(
+            tuple(Axis(name, size, tuple(labels)) for name, size, labels in own)
+            for own in said.get("axes", [()] * len(names))
+        )
+        return cls(names, types, tuple(said["datasets"]), axes)
 
     @cached_property
     def fingerprint(self) -> int:
@@ -169,12 +210,15 @@ class Layout:
         """Raise ValueError if a fingerprint, less the checksum that it carries, is not of this layout."""
         if found == self.fingerprint:
             return
-        holds = ", ".join(f"{n}: {t.value}" for n, t in zip(self.names, self.types, strict=True))
+        holds = ", ".join(
+            f"{name}: {one.value}{f' over {described(own)}' if own else ''}"
+            for name, one, own in zip(self.names, self.types, self.axes, strict=True)
+        )
         holds += f"; datasets {self.datasets!r:.300}" if self.datasets != ("",) else ""
         if found == _marked(found >> 11 & 0xFFFFF):
             raise ValueError(
-                f"the arrays in this accumulator ({holds}) are of one with other metrics, aggregations "
-                "or datasets, or with the same in another order: such as from a checkpoint that was "
+                f"the arrays in this accumulator ({holds}) are of one with other metrics, aggregations, "
+                "axes or datasets, or with the same in another order: such as from a checkpoint that was "
                 "saved before they were changed. Restore it into an accumulator that is made as that "
                 "was, drain it, and go on with a new one"
             )
@@ -185,9 +229,14 @@ class Layout:
             "out of what averages a training state"
         )
 
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """How many rows each metric has."""
+        return tuple(len(self.datasets) * cells(own) for own in self.axes)
+
     @property
     def rows(self) -> int:
-        return len(self.names) * len(self.datasets)
+        return sum(self.widths)
 
     @cached_property
     def distributions(self) -> tuple[str, ...]:
@@ -222,15 +271,69 @@ class Layout:
             )
         return dataset_ids is not None
 
+    def check_ids(self, names: Iterable[str], ids: object) -> Mapping[str, Any]:
+        """Return `ids`, of values of some metrics; ValueError if none of these has such an axis."""
+        if ids is None:
+            return {}
+        if not isinstance(ids, Mapping):
+            raise TypeError(
+                f"ids={ids!r:.80}: say by axis which cells values are of, as in {{'expert': top}}"
+            )
+        there = {name: [axis.name for axis in self.axes[self.place(name)]] for name in names}
+        for axis in ids:
+            if not any(axis in own for own in there.values()):
+                have = ", ".join(
+                    f"metric {name!r} has {f'the axes {own}' if own else 'none'}"
+                    for name, own in there.items()
+                )
+                raise ValueError(
+                    f"ids= names the axis {axis!r}, but {have or 'there is no metric'}"
+                )
+        return ids
+
+    def cell_on(self, name: str, axis: Axis, given: object) -> int:
+        """Return the place of a cell that is known on the host; raises if there is none."""
+        try:
+            return place_on(axis, given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"metric {name!r}: {error}") from None
+
+    def last_axes(self, name: str, given: Iterable[str], values: tuple[int, ...]) -> Axes:
+        """Return the axes that values of this shape have as their last dimensions: those not `given`.
+
+        Raises:
+            ValueError: the values have not these dimensions.
+        """
+        given = set(given)
+        last = tuple(axis for axis in self.axes[self.place(name)] if axis.name not in given)
+        sizes = tuple(axis.length for axis in last)
+        # One by one, since Dynamo finds no tuple equal that holds sizes which it leaves open.
+        there = len(values) >= len(sizes) and all(
+            one == size for one, size in zip(values[len(values) - len(sizes) :], sizes, strict=True)
+        )
+        if not there:
+            named = ", ".join(repr(axis.name) for axis in last)
+            raise ValueError(
+                f"metric {name!r} got values of shape {tuple(values)}, and no ids= for {named}: give them, "
+                f"or values whose last dimensions are {sizes}"
+            )
+        return last
+
     def __str__(self) -> str:
-        types = {name: one.value for name, one in zip(self.names, self.types, strict=True)}
-        return f"{types}, datasets={tuple(filter(None, self.datasets))}"
+        types = {
+            name: (one.value, *(axis.name for axis in own)) if own else one.value
+            for name, one, own in zip(self.names, self.types, self.axes, strict=True)
+        }
+        axes = {axis.name: axis.size or axis.labels for own in self.axes for axis in own}
+        return f"{types}, datasets={tuple(filter(None, self.datasets))}" + (
+            f", axes={axes!r:.300}" if axes else ""
+        )
 
     def keys(self) -> Iterator[tuple[Key, AggregationType, str]]:
-        """Yield the key of each row, in order, its aggregation and its axes."""
-        for name, agg_type in zip(self.names, self.types, strict=True):
+        """Yield the key of each metric in each dataset, in order, its aggregation and its axes."""
+        for name, agg_type, axes in zip(self.names, self.types, self.axes, strict=True):
             for dataset in self.datasets:
-                yield (dataset, name), agg_type, ""
+                yield (dataset, name), agg_type, described(axes)
 
     def states(self, arrays: HostArrays) -> Iterator[tuple[Key, State]]:
         """Yield what `arrays` say of each key that has received anything."""
@@ -239,33 +342,54 @@ class Layout:
         sums = np.where(np.isfinite(arrays.sums[..., 0]), sums, arrays.sums[..., 0])
         extrema = arrays.extrema.astype(np.float64)
         grids = iter(() if arrays.grid is None else np.split(arrays.grid, self.cells // CELLS))
-        for row, (key, agg_type, _) in enumerate(self.keys()):
-            cells = next(grids) if agg_type is AggregationType.DISTRIBUTION else None
-            counts = arrays.counts[row].tolist()
-            if not counts[0]:
-                continue
-            if cells is None:
-                yield key, _lane_state(agg_type, counts, sums[row], extrema[row])
-            else:
-                yield key, _window_state(counts, sums[row], extrema[row], cells)
+        starts = np.cumsum((0, *self.widths[:-1]))
+        for name, agg_type, axes, start in zip(
+            self.names, self.types, self.axes, starts, strict=True
+        ):
+            size = cells(axes)
+            rows = slice(start, start + size * len(self.datasets))
+            counts = arrays.counts[rows]
+            own_sums, own_maxs = _lanes(agg_type, counts, sums[rows], extrema[rows])
+            for place, dataset in enumerate(self.datasets):
+                own = slice(place * size, (place + 1) * size)
+                grid = next(grids) if agg_type is AggregationType.DISTRIBUTION else None
+                if not counts[own, 0].any():
+                    continue
+                if grid is not None:
+                    row = start + place
+                    state = _window_state(arrays.counts[row], sums[row], extrema[row], grid)
+                elif axes:
+                    state = _cells_state(own_sums[own], own_maxs[own], axes)
+                else:
+                    state = State(tuple(own_sums[place].tolist()), tuple(own_maxs[place].tolist()))
+                yield (dataset, name), state
 
     def complaints(self, refused: Array) -> Iterator[str]:
         """Yield what to tell the user about values that were left out."""
-        last = len(self.datasets) - 1
-        outside = (
-            f"came with dataset_ids outside of 0..{last} and were left out: each must be the place of a "
-            f"name in datasets={self.datasets!r:.300}"
-        )
         bad_weights = (
             "came with weights that are negative, infinite or NaN, or, of JAX, beyond 2^63 or integers "
             "that no float32 is, and were left out"
         )
         wide = "are integers of more than 48 bits, which is what an accumulator holds, and were left out"
-        reasons = (outside, bad_weights, wide)
-        for name, (unknown, unweighable, *unheld) in zip(self.names, refused.tolist(), strict=True):
+        for name, axes, counts in zip(self.names, self.axes, refused.tolist(), strict=True):
+            unknown, unweighable, *unheld = counts
+            reasons = (self._outside(axes), bad_weights, wide)
             for number, why in zip((unknown, unweighable, sum(unheld)), reasons, strict=True):
                 if number:
                     yield f"{number} values of metric {name!r} {why}"
+
+    def _outside(self, axes: Axes) -> str:
+        """Say of values that their ids are the place of no dataset or of no cell."""
+        datasets = "" if axes and self.datasets == ("",) else f"0..{len(self.datasets) - 1}"
+        must = f"each must be the place of a name in datasets={self.datasets!r:.300}"
+        if not axes:
+            return f"came with dataset_ids outside of {datasets} and were left out: {must}"
+        cells = ", ".join(f"0..{axis.length - 1} of {axis.name!r}" for axis in axes)
+        return (
+            f"came with ids outside of {cells}{f', or dataset_ids outside of {datasets}' * bool(datasets)} "
+            "and were left out: each must be the place of a cell along its axis"
+            f"{f', and {must[5:]}' * bool(datasets)}"
+        )
 
 
 Layout.__module__ = "metricfold.device_lanes"  # where pickles find it, wherever it lies
@@ -340,21 +464,65 @@ def _checked_type(name: str, agg: object) -> AggregationType:
     return agg_type
 
 
-def _lane_state(
-    agg_type: AggregationType, counts: Sequence[int], sums: Array, extrema: Array
-) -> State:
-    count, nans, up, down = map(float, counts)
-    if agg_type is AggregationType.MAX:
-        return State((count, nans), (float(extrema[0]),))
-    if agg_type is AggregationType.MIN:
-        return State((count, nans), (float(extrema[1]),))
-    total, weight = float(sums[0]), float(sums[1])
+def _declared(axes: Mapping[str, int | Sequence[str]] | None) -> dict[str, Axis]:
+    """Return the axes by name, labels in the order in which they are given."""
+    return {
+        axis.name: axis if axis.size else axis._replace(labels=tuple(map(str, axes[axis.name])))  # type: ignore[index, arg-type]
+        for axis in axes_of(axes or {})
+    }
+
+
+def _axes_of(
+    name: str, agg_type: AggregationType, over: Sequence[object], declared: Mapping[str, Axis]
+) -> Axes:
+    """Return the axes that a metric names."""
+    names = [axis for axis in over if isinstance(axis, str) and axis in declared]
+    if len(names) < len(over):
+        unknown = next(axis for axis in over if axis not in names)
+        known = ", ".join(map(repr, declared)) or "none"
+        raise ValueError(
+            f"metric {name!r} has the axis {unknown!r}, but axes= declares {known}: give its size or labels "
+            f"there, as in axes={{{unknown!r}: 64}}"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"metric {name!r} has the axes {tuple(over)!r}: name each once")
+    if names and agg_type is AggregationType.DISTRIBUTION:
+        raise ValueError(
+            f"metric {name!r} is a distribution, which cannot have axes, for each of its cells would be a "
+            "histogram: use 'sum', 'mean', 'max' or 'min', or a metric for each cell"
+        )
+    axes = tuple(declared[axis] for axis in names)
+    axes_of({axis.name: axis.size or axis.labels for axis in axes})  # not too many cells
+    return axes
+
+
+def _lanes(
+    agg_type: AggregationType, counts: Array, sums: Array, extrema: Array
+) -> tuple[Array, Array]:
+    """Return the SUM and MAX lanes of rows, shapes (rows, n) and (rows, m)."""
+    counts = counts.astype(np.float64)
+    count, nans, up, down = counts.T
+    if agg_type in (AggregationType.MAX, AggregationType.MIN):
+        largest = extrema[:, :1] if agg_type is AggregationType.MAX else extrema[:, 1:]
+        return counts[:, :2], np.where(count[:, np.newaxis] > 0, largest, -np.inf)
+    total, weight = sums[:, 0], sums[:, 1]
     # Infinities have not been added up: what they come to is known without.
-    if up or down:
-        total = math.nan if up and down else math.inf if up else -math.inf
-    if agg_type is AggregationType.SUM:
-        return State((count, nans, total))
-    return State((count, nans, total, weight))
+    total = np.where(
+        up > 0, np.where(down > 0, math.nan, math.inf), np.where(down > 0, -math.inf, total)
+    )
+    own = [count, nans, total, *([] if agg_type is AggregationType.SUM else [weight])]
+    return np.stack(own, axis=1), np.zeros((len(counts), 0))
+
+
+def _cells_state(sums: Array, maxs: Array, axes: Axes) -> State:
+    """Return the state of these cells, labels sorted."""
+    whole = tuple(axis._replace(labels=tuple(sorted(axis.labels))) for axis in axes)
+    places = moved(axes, whole)
+    if places is not None:
+        # Each cell to its place: the inverse of what picks them.
+        order = np.argsort(places)
+        sums, maxs = sums[order], maxs[order]
+    return State.of_cells(np.ascontiguousarray(sums), np.ascontiguousarray(maxs), whole)
 
 
 def _moments(sums: Array) -> Array:
@@ -370,10 +538,10 @@ def _moments(sums: Array) -> Array:
     return np.stack([w, wk * unit, whole * unit + rest * unit**2])
 
 
-def _window_state(counts: Sequence[int], sums: Array, extrema: Array, cells: Array) -> State:
+def _window_state(counts: Array, sums: Array, extrema: Array, cells: Array) -> State:
     from metricfold._core.sketch import LogLinearHistogram  # noqa: PLC0415 - loaded when first needed
 
-    count, nans, up, down = counts
+    count, nans, up, down = counts.tolist()
     occupied = np.flatnonzero(cells[:, 0, 0])
     moments = _moments(cells[occupied].astype(np.float64).sum(axis=-1).T)
     zero = occupied == ZERO_CELL

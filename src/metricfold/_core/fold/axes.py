@@ -31,6 +31,7 @@ __all__ = [
     "cells",
     "described",
     "moved",
+    "place_on",
     "united",
 ]
 
@@ -208,7 +209,7 @@ def block_of(axes: Axes, ids: Mapping[str, Any] | None) -> Block:
             continue
         given = ids[axis.name]
         several = not isinstance(given, str) and (hasattr(given, "__len__") and np.ndim(given) == 1)
-        places = [_place(axis, one) for one in (given if several else [given])]
+        places = [place_on(axis, one) for one in (given if several else [given])]
         if len(set(places)) < len(places):
             raise ValueError(f"ids= of axis {axis.name!r} name a cell twice")
         along.append(places)
@@ -216,7 +217,8 @@ def block_of(axes: Axes, ids: Mapping[str, Any] | None) -> Block:
     return Block(axes, tuple(shape), _flat(along, axes))
 
 
-def _place(axis: Axis, given: Any) -> int:
+def place_on(axis: Axis, given: Any) -> int:
+    """Return the place along an axis of a cell that is named by its number or label; raises if there is none."""
     if not axis.size:
         if given in axis.labels:
             return axis.labels.index(given)
