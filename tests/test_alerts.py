@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import threading
+from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ranks import run_threads
 
@@ -22,6 +27,7 @@ from metricfold import (
     Snapshot,
     Spike,
     Straggler,
+    merge_state_dicts,
     read_jsonl,
 )
 
@@ -70,7 +76,7 @@ def test_nan_that_is_left_out_is_an_alert_too() -> None:
         aggregator.record("lengths", value, "distribution")
     names = {alert.name: alert.message for alert in aggregator.reduce().alerts}
     assert set(names) == {"loss", "lengths"}
-    assert names["loss"] == "loss had NaN, which was left out, on rank 0"
+    assert names["loss"] == "loss had NaN, left out of it, on rank 0"
 
 
 def spiky(step: int) -> float:
@@ -276,7 +282,7 @@ def test_a_memory_of_another_form_ends_no_training(caplog: pytest.LogCaptureFixt
     second.load_state_dict(state)
     second.record("loss", 1.0)
     assert second.reduce().as_dict("train") == {"train/loss": 1.0}
-    assert "failed, and says nothing" in caplog.text
+    assert "failed, and says no more" in caplog.text
 
 
 # -- Among ranks
@@ -363,6 +369,199 @@ def test_no_collective_is_added(tmp_path: Path) -> None:
     assert run_threads(rank, 2) == [1, 1]
 
 
+def test_of_what_ranks_find_in_one_interval_all_is_told_and_what_is_severe_first() -> None:
+    def rank(communicator: Any) -> list[list[tuple[Any, ...]]]:
+        def disk(snapshot: Snapshot, memory: dict[str, Any]) -> Alert | None:
+            memory["looks"] = memory.get("looks", 0) + 1
+            full = memory["looks"] == 1 and communicator.rank == 0
+            return Alert("the disk is full", "severe") if full else None
+
+        def warm(snapshot: Snapshot, memory: dict[str, Any]) -> str | None:
+            memory["looks"] = memory.get("looks", 0) + 1
+            return "it is warm" if memory["looks"] == 1 else None
+
+        aggregator = MetricsAggregator(communicator=communicator)
+        # In another order on each rank: which rule it was is known all the same.
+        for rule in (disk, warm) if communicator.rank else (warm, disk):
+            aggregator.alert_on(rule, local=True)
+        found = []
+        for step in range(5):
+            alerts = aggregator.reduce(step).alerts
+            aggregator.state_dict()  # takes no message away
+            found.append(
+                [(one.rule.split(".")[-1], one.rank, one.severity, one.step) for one in alerts]
+            )
+        return found
+
+    everyone = run_threads(rank, 2)
+    assert everyone == [everyone[0]] * 2
+    # Of what has waited it is no longer known which log it was of.
+    assert everyone[0] == [
+        [],
+        [("disk", 0, "severe", 0)],
+        [("warm", 0, "warning", None)],
+        [("warm", 1, "warning", None)],
+        [],
+    ]
+
+
+def test_what_local_rules_remember_is_in_no_checkpoint_which_is_the_same_on_all_ranks() -> None:
+    def rank(communicator: Any) -> dict[str, Any]:
+        def here(snapshot: Snapshot, memory: dict[str, Any]) -> None:
+            memory["rank"] = communicator.rank
+
+        aggregator = aggregator_with(communicator, Spike("*/loss"))
+        aggregator.alert_on(here, local=True)
+        aggregator.record("loss", 1.0)
+        aggregator.reduce()
+        return aggregator.state_dict()
+
+    first, second = run_threads(rank, 2)
+    assert first == second
+
+
+def test_a_rule_that_is_added_while_a_reduction_is_under_way_looks_at_the_next_on_all_ranks() -> (
+    None
+):
+    def rank(communicator: Any) -> list[int]:
+        started, go = threading.Event(), threading.Event()
+
+        def slow(snapshot: Snapshot, memory: dict[str, Any]) -> None:
+            started.set()
+            assert go.wait(20)
+
+        aggregator = aggregator_with(communicator, slow)
+        looks = Looks()
+        future = aggregator.reduce_async(0)
+        if communicator.rank == 1:
+            assert started.wait(20)  # in the midst of it; on the other rank at whatever moment
+        aggregator.alert_on(looks)
+        go.set()
+        future.result()
+        seen = [looks.times]
+        aggregator.reduce(1)
+        return [*seen, looks.times]
+
+    assert run_threads(rank, 2) == [[0, 1]] * 2
+
+
+def test_a_rule_that_ends_the_program_ends_no_reduction(caplog: pytest.LogCaptureFixture) -> None:
+    def ends(snapshot: Snapshot, memory: dict[str, Any]) -> Iterator[str]:
+        yield "before"
+        raise SystemExit(3)
+
+    aggregator = aggregator_with(None, ends)
+    aggregator.record("loss", 1.0)
+    snapshot = aggregator.reduce_async(0).result()
+    assert [alert.message for alert in snapshot.alerts] == ["before"]
+    assert snapshot.as_dict("train") == {"train/loss": 1.0}
+    assert "SystemExit" in caplog.text
+
+
+def test_a_rule_remembers_plain_data_of_all_kinds_nan_too() -> None:
+    def keeping(snapshot: Snapshot, memory: dict[str, Any]) -> None:
+        memory["last"], memory[3], memory["pair"] = math.nan, (1, 2), deque([1.0], 5)
+
+    def recalling(snapshot: Snapshot, memory: dict[str, Any]) -> str:
+        return f"{memory}"
+
+    recalling.__qualname__ = keeping.__qualname__
+    first, second = aggregator_with(None, keeping), aggregator_with(None, recalling)
+    first.record("loss", 1.0)
+    first.reduce()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    (alert,) = second.reduce().alerts
+    assert alert.message == "{'last': nan, 3: (1, 2), 'pair': deque([1.0], maxlen=5)}"
+
+
+def test_what_rules_remember_goes_on_from_the_last_of_jobs_in_a_row_and_of_none_side_by_side() -> (
+    None
+):
+    states = []
+    for _ in range(2):
+        aggregator = aggregator_with(None, spike := Spike("*/loss", least=2))
+        for value in (1.0, 1.1, 0.9):
+            aggregator.record("loss", value)
+            aggregator.reduce()
+        states.append(aggregator.state_dict())
+    found = []
+    for parallel in (False, True):
+        aggregator = aggregator_with(None, spike)
+        aggregator.load_state_dict(merge_state_dicts(states, parallel=parallel))
+        aggregator.record("loss", 100.0)
+        found.append(len(aggregator.reduce().alerts))
+    assert found == [1, 0]
+
+
+def test_a_rule_is_known_by_the_same_name_in_every_process() -> None:
+    def over(limit: int, snapshot: Snapshot, memory: dict[str, Any]) -> str:
+        return f"over {limit}"
+
+    aggregator = aggregator_with(None, partial(over, 3), partial(over, 4))
+    names = [alert.rule for alert in aggregator.reduce().alerts]
+    assert len(set(names)) == 2
+    assert not any("0x" in name for name in names)
+
+
+def test_an_alert_holds_plain_numbers_whatever_a_rule_computes_with(tmp_path: Path) -> None:
+    def rule(snapshot: Snapshot, memory: dict[str, Any]) -> Alert:
+        return Alert("much", value=np.float32(2.0), rank=np.int64(1))
+
+    aggregator = aggregator_with(None, rule)
+    with MetricsLogger([JSONLSink(tmp_path / "run.jsonl")]) as logger:
+        aggregator.record("loss", 1.0)
+        logger.log(3, aggregator, prefix="train")
+    (record,) = read_jsonl(tmp_path / "run.jsonl")
+    assert record.metrics == {"train/loss": 1.0}
+    assert (record.alerts[0]["value"], record.alerts[0]["rank"]) == (2.0, 1)
+    with pytest.raises(TypeError, match="message=3"):
+        Alert(3)  # type: ignore[arg-type]
+
+
+def test_a_category_of_that_name_is_no_nan() -> None:
+    aggregator = aggregator_with(None, NonFinite())
+    aggregator.record("kind", "nan_count", "categorical_count")
+    assert aggregator.reduce().alerts == ()
+
+
+def test_infinities_that_a_distribution_leaves_out_are_found() -> None:
+    aggregator = aggregator_with(None, NonFinite())
+    aggregator.record("lengths", np.array([1.0, math.inf, math.nan]), "distribution", each=True)
+    (alert,) = aggregator.reduce().alerts
+    assert alert.message == "lengths had NaN and infinity, left out of it, on rank 0"
+
+
+@pytest.mark.parametrize("route", ["gather", "tree"])
+def test_the_cells_that_are_not_finite_are_named(route: str) -> None:
+    def rank(communicator: Any) -> list[str]:
+        aggregator = aggregator_with(communicator, NonFinite("*/norm"), route=route)
+        values = np.ones((2, 3))
+        if communicator.rank == 1:
+            values[0, 1], values[1, 2] = math.nan, math.inf
+        axes = {"layer": 2, "parameter": ["wq", "wk", "wv"]}
+        aggregator.record("norm", values, "max", axes=axes)
+        return [alert.message for alert in aggregator.reduce().alerts]
+
+    said = "norm is nan, in layer 0 parameter wk, layer 1 parameter wv, on rank 1"
+    assert run_threads(rank, 3) == [[said]] * 3
+
+
+@pytest.mark.parametrize("route", ["gather", "tree"])
+@pytest.mark.parametrize("value", [math.inf, 1e9])
+def test_of_a_maximum_the_rank_is_known_on_both_exchanges(route: str, value: float) -> None:
+    def rank(communicator: Any) -> list[int | None]:
+        aggregator = aggregator_with(
+            communicator, NonFinite(), Spike("*/norm", least=2), route=route
+        )
+        for step in range(5):
+            worst = step == 4 and communicator.rank == 2
+            aggregator.record("norm", value if worst else 1 + step / 10, "max")
+            alerts = aggregator.reduce(step).alerts
+        return [alert.rank for alert in alerts]
+
+    assert run_threads(rank, 3) == [[2]] * 3
+
+
 # -- In a logger
 
 
@@ -435,6 +634,68 @@ def test_a_callback_that_fails_loses_no_record(caplog: pytest.LogCaptureFixture)
     assert "on_alert failed" in caplog.text
     with pytest.raises(TypeError, match="on_alert"):
         MetricsLogger([], on_alert=3)  # type: ignore[arg-type]
+
+
+def test_alerts_are_told_without_a_sink_too_and_no_one_may_close_from_there() -> None:
+    told: list[str] = []
+
+    def on_alert(alert: Alert) -> None:
+        with pytest.raises(RuntimeError, match="cannot close that logger"):
+            logger.close()
+        told.append(alert.message)
+
+    aggregator = aggregator_with(None, NonFinite("*/loss"))
+    with MetricsLogger([], on_alert=on_alert) as logger:
+        aggregator.record("loss", math.nan)
+        logger.log(0, aggregator, prefix="train")
+    assert told == ["loss is nan, on rank 0"]
+    assert [alert.message for alert in logger.alerts()] == told  # also when it is closed
+
+
+def test_a_callback_that_hangs_keeps_no_record_from_its_sink() -> None:
+    go = threading.Event()
+    aggregator = aggregator_with(None, NonFinite("*/loss"))
+    written = threading.Event()
+
+    class Telling(Kept):
+        def write(self, record: Any) -> None:
+            written.set()
+
+    with MetricsLogger([Telling()], on_alert=lambda _: go.wait(20)) as logger:
+        aggregator.record("loss", math.nan)
+        logger.log(0, aggregator, prefix="train")
+        assert written.wait(20)
+        go.set()
+
+
+def test_alerts_of_a_reduction_that_failed_are_its_error_on_all_ranks() -> None:
+    def rank(communicator: Any) -> str:
+        aggregator = aggregator_with(communicator, NonFinite("*/loss"))
+        with MetricsLogger([]) as logger:
+            logger.log(0, aggregator, prefix="train")
+            logger.log(0 if communicator.rank else 1, aggregator, prefix="train")
+            with pytest.raises(RuntimeError, match="different steps") as raised:
+                logger.alerts()
+            with pytest.raises(RuntimeError, match="different steps"):
+                logger.log(2, aggregator, prefix="train")
+        return str(raised.value)
+
+    first, second = run_threads(rank, 2)
+    assert first == second
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_is_refused_alerts_that_would_never_come() -> None:
+    aggregator = aggregator_with(None, NonFinite("*/loss"))
+    with MetricsLogger([]) as logger:
+        logger.log(0, aggregator, prefix="train")
+        if (child := os.fork()) == 0:
+            try:
+                logger.alerts()
+            except RuntimeError:
+                os._exit(7)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_all_ranks_stop_at_the_same_step() -> None:

@@ -20,19 +20,22 @@ ranks, such as a full disk, is for ``alert_on(rule, local=True)``.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from statistics import median
 
-import numpy as np
-
+from metricfold._core.reduce.header import name_ranks
+from metricfold._core.runtime.listing import shortened
 from metricfold._core.view.alert import Alert, Alerts, Severity
 from metricfold._core.view.rules import Memory, Rule
 from metricfold._core.view.snapshot import Snapshot
 
 __all__ = ["Alert", "Alerts", "NonFinite", "Rule", "Spike", "Straggler"]
 
-_NAN_COUNT = "_nan_count"
+_LEFT_OUT = {"_nan_count": "NaN", "_stat_nan_count": "NaN", "_stat_inf_count": "infinity"}
+"""What may be printed of values that a result leaves out, by what follows the name."""
 _MAD = 1.4826
 """So many median absolute deviations are one standard deviation of normally distributed values."""
 
@@ -41,8 +44,9 @@ _MAD = 1.4826
 class NonFinite:
     """Finds metrics that are NaN or infinite in an interval, or that had NaN left out.
 
-    It names the lowest rank whose own values are, where each rank's are known: as long as vectors are
-    gathered, or recorded with the axis ``rank``.
+    It names the ranks whose own values are (`Alert.rank` is the lowest), where each rank's are known: as
+    long as vectors are gathered; beyond that of MAX, MIN and LAST. Of a metric with axes it names the
+    cells.
 
     Args:
         pattern: which metrics, as in `Snapshot.names`.
@@ -53,19 +57,25 @@ class NonFinite:
     severity: Severity = "severe"
 
     def __call__(self, snapshot: Snapshot, memory: Memory) -> Iterator[Alert]:
-        for dataset, name in snapshot.names(self.pattern):
+        for dataset, name in snapshot.suspects(self.pattern):
             results = snapshot.results(dataset, name)
             bad = [value for value in results.values() if not math.isfinite(value)]
-            if not bad and not any(end.endswith(_NAN_COUNT) and n for end, n in results.items()):
+            left_out = [what for end, what in _LEFT_OUT.items() if results.get(end)]
+            if not bad and not left_out:
                 continue
             value = bad[0] if bad else math.nan
-            rank = snapshot.nan_rank(dataset, name)
-            if rank is None:
-                rank = _first(snapshot, dataset, name, lambda own: not math.isfinite(own))
-            text = f"{_named(dataset, name)} is {value}"
-            if not bad:
-                text = f"{_named(dataset, name)} had NaN, which was left out"
-            yield Alert(text + _on(rank), self.severity, dataset, name, value, rank)
+            text = f"is {value}" if bad else f"had {' and '.join(left_out)}, left out of it"
+            if cells := snapshot.bad_cells(dataset, name):
+                text += f", in {shortened(cells)}"
+            ranks = [rank for rank, own in _own(snapshot, dataset, name) if not math.isfinite(own)]
+            # Where vectors are merged on the way, it is known of maxima and minima alone.
+            asked = (snapshot.nan_rank, snapshot.owner) if bad else (snapshot.nan_rank,)
+            ranks = ranks or _said(snapshot, dataset, name, asked)
+            rank = ranks[0] if ranks else None
+            text = f"{_named(dataset, name)} {text}" + (
+                f", on {name_ranks(ranks)}" if ranks else ""
+            )
+            yield Alert(text, self.severity, dataset, name, value, rank)
 
 
 @dataclass(frozen=True)
@@ -105,10 +115,10 @@ class Spike:
                 continue
             known = memory.setdefault(f"{dataset or ''}/{name}", [])
             if len(known) >= self.least:
-                median = float(np.median(known))
-                spread = _MAD * float(np.median(np.abs(np.array(known) - median)))
-                if spread > 1e-12 * abs(median) and value > median + self.factor * spread:
-                    yield self._alert(snapshot, dataset, name, value, (median, spread))
+                middle = median(known)
+                spread = _MAD * median([abs(one - middle) for one in known])
+                if spread > 1e-12 * abs(middle) and value > middle + self.factor * spread:
+                    yield self._alert(snapshot, dataset, name, value, (middle, spread))
             known.append(value)
             del known[: -self.window]
 
@@ -120,14 +130,18 @@ class Spike:
         value: float,
         usual: tuple[float, float],
     ) -> Alert:
-        median, spread = usual
-        most = max((own for _, own in _own(snapshot, dataset, name)), default=math.nan)
-        rank = _first(snapshot, dataset, name, lambda own: own == most)
+        middle, spread = usual
         text = (
-            f"{_named(dataset, name)} is {value:.6g}, {(value - median) / spread:.0f} deviations above "
-            f"its median of {median:.6g}"
+            f"{_named(dataset, name)} is {value:.6g}, {(value - middle) / spread:.0f} deviations above "
+            f"its median of {middle:.6g}"
         )
-        return Alert(text + _on(rank), self.severity, dataset, name, value, rank)
+        owns = [(own, -rank) for rank, own in _own(snapshot, dataset, name)]
+        ranks = [-max(owns)[1]] if owns else _said(snapshot, dataset, name, (snapshot.owner,))
+        if not ranks:
+            return Alert(text, self.severity, dataset, name, value)
+        return Alert(
+            f"{text}, most on rank {ranks[0]}", self.severity, dataset, name, value, ranks[0]
+        )
 
 
 @dataclass(frozen=True)
@@ -178,16 +192,22 @@ def _own(snapshot: Snapshot, dataset: str | None, name: str) -> Iterator[tuple[i
     yield from ((rank, value) for rank, value in enumerate(values) if value is not None)
 
 
-def _first(
-    snapshot: Snapshot, dataset: str | None, name: str, wanted: Callable[[float], bool]
-) -> int | None:
-    only = 0 if snapshot.world_size == 1 else None
-    return next((rank for rank, own in _own(snapshot, dataset, name) if wanted(own)), only)
+def _said(
+    snapshot: Snapshot,
+    dataset: str | None,
+    name: str,
+    asked: Iterable[Callable[[str | None, str], int | None]],
+) -> list[int]:
+    """Return the rank that a snapshot knows of a metric whose ranks' own values it does not."""
+    if snapshot.world_size == 1:
+        return [0]
+    for ask in asked:
+        with contextlib.suppress(ValueError):  # not of this type
+            rank = ask(dataset, name)
+            if rank is not None:
+                return [rank]
+    return []
 
 
 def _named(dataset: str | None, name: str) -> str:
     return f"{name} of {dataset}" if dataset else name
-
-
-def _on(rank: int | None) -> str:
-    return "" if rank is None else f", on rank {rank}"

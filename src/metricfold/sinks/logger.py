@@ -212,9 +212,17 @@ class MetricsLogger(OneInUse):
     def alerts(self) -> Alerts:
         """Wait for the last log of an aggregator, and return what its rules have found, as `log` does.
 
-        Every rank that looks at them calls it, after the same log.
+        Any rank may call it, also after `close`; what it returns after the same log is the same.
+
+        Raises:
+            RuntimeError: in a fork of the process that logs.
+            Exception: what that reduction has raised, on every rank alike.
         """
-        return self._found[-1][1].result() if self._found else Alerts()
+        refuse_while_traced("alerts")
+        self._check_process()
+        if not self._found:
+            return Alerts()
+        return self._found[-1][1].result()
 
     def rewind(self, step: SupportsIndex) -> None:
         """Take back what sinks hold of the steps after `step`: call it after loading a checkpoint.
@@ -243,10 +251,10 @@ class MetricsLogger(OneInUse):
 
     def close(self) -> None:
         """Write everything logged, close the sinks, and raise the error of a failed reduction."""
-        if self._pipeline is not None and self._pipeline.is_sink():
+        if self._pipeline is not None and self._pipeline.is_here():
             raise RuntimeError(
-                "a sink cannot close its own logger, which would wait for that sink: close it where it "
-                "was made"
+                "a sink, or a function that a logger calls, cannot close that logger, which would "
+                "wait for it: close it where it was made"
             )
         errors = self._close(grace=None)
         _report(errors[1:])
@@ -407,7 +415,8 @@ class MetricsLogger(OneInUse):
     def _alerts_before(self, source: object) -> Alerts:
         """Return what the log before has found, which the reduction of this one waits for anyway."""
         found = next((found for owner, found in self._found if owner() is source), None)
-        return Alerts() if found is None else found.result()
+        # What that reduction has raised, the next one does.
+        return Alerts() if found is None or found.exception() is not None else found.result()
 
     def _forget_if_well(self, future: Future[Snapshot]) -> None:
         if future.cancelled() or self._error_of(future) is None:
@@ -466,12 +475,15 @@ class MetricsLogger(OneInUse):
         vars(self).update(state)
         self._start()
 
-    def _check_open(self) -> None:
+    def _check_process(self) -> None:
         if self._pid != os.getpid():
             raise RuntimeError(
                 "this MetricsLogger belongs to the process that made it, and this is a fork of "
                 "that: log there, or make a logger here"
             )
+
+    def _check_open(self) -> None:
+        self._check_process()
         if self._closing:
             if self._dying:  # of a signal, at any moment: there is nobody left to tell
                 time.sleep(SECONDS)
@@ -480,13 +492,17 @@ class MetricsLogger(OneInUse):
 
 
 def _alerts_of(reduction: Future[Snapshot]) -> Future[Alerts]:
-    """Return what a reduction finds; nothing if it fails, which the next log raises."""
+    """Return what a reduction finds, and not the whole of its result, which may be large."""
     found: Future[Alerts] = Future()
 
     def over(reduction: Future[Snapshot]) -> None:
-        well = not reduction.cancelled() and reduction.exception() is None
-        # Of an aggregator of the user's own making nothing is known.
-        found.set_result(getattr(reduction.result(), "alerts", Alerts()) if well else Alerts())
+        if reduction.cancelled():
+            found.set_result(Alerts())
+        elif (error := reduction.exception()) is not None:
+            found.set_exception(error)
+        else:
+            # Of an aggregator of the user's own making nothing is known.
+            found.set_result(getattr(reduction.result(), "alerts", Alerts()))
 
     reduction.add_done_callback(over)
     return found

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from metricfold._core.runtime.processes import start_thread
 from metricfold._core.sketch import Histogram
@@ -58,6 +58,7 @@ class Pipeline(Consumer):
     ) -> None:
         super().__init__()
         self._on_alert = on_alert
+        self._queue_size = queue_size
         parts = [
             part
             for sink in sinks
@@ -78,7 +79,8 @@ class Pipeline(Consumer):
                 worker.reserve(entry.step, accepting)
         finally:
             # Also if an interrupt comes meanwhile: what a sink has accepted, it is given.
-            if accepting:
+            told = self._on_alert is not None and self._inbox.qsize() < self._queue_size
+            if accepting or told:
                 self._inbox.put((entry, accepting))
 
     def rewind(self, step: int) -> None:
@@ -107,9 +109,9 @@ class Pipeline(Consumer):
         """Say what has not been written, of which nothing more will be."""
         self._say([worker.report(closed=True) for worker in self._workers])
 
-    def is_sink(self) -> bool:
-        """Return whether it is one of the sinks that asks."""
-        return any(worker.is_here() for worker in self._workers)
+    def is_here(self) -> bool:
+        """Return whether it is one of its own threads that asks: a sink's, or a function's it calls."""
+        return super().is_here() or any(worker.is_here() for worker in self._workers)
 
     def failures(self) -> int:
         """Return a number that grows with each record that is missing, and each loud failure."""
@@ -153,6 +155,8 @@ class Pipeline(Consumer):
             else:
                 # What a failed reduction raises the logger raises, where the training can see it.
                 worker.release(unmade=not _has_failed(entry.source))
+        # Last: however long it takes, the record is on its way.
+        self._tell(_alerts_in(entry.source))
 
     def _record(self, entry: Entry) -> Record | None:
         if isinstance(entry.source, Future):
@@ -169,10 +173,7 @@ class Pipeline(Consumer):
         try:
             extra = _extra(entry)
             self._own |= extra.keys()
-            alerts = Alerts()
             if isinstance(entry.source, Future):
-                alerts = getattr(entry.source.result(), "alerts", alerts)
-                self._tell(alerts)
                 metrics, histograms = self._aggregated(entry, entry.source.result())
             else:
                 metrics, histograms = dict(entry.source), {}
@@ -183,7 +184,7 @@ class Pipeline(Consumer):
                 "values left out; give these another name",
             )
             together = metrics | extra | metrics
-            said = [alert.to_json() for alert in alerts]
+            said = [alert.to_json() for alert in _alerts_in(entry.source)]
             return Record(
                 entry.step, entry.wall_time, together, histograms, entry.prefix, alerts=said
             )
@@ -233,6 +234,14 @@ def _extra(entry: Entry) -> dict[str, float]:
     except BaseException:  # noqa: BLE001 - the user's; the metrics are written all the same
         _log.exception("the extra numbers of step %d are left out", entry.step)
         return {}
+
+
+def _alerts_in(source: Mapping[str, float] | Future[Snapshot]) -> Alerts:
+    """Return what the rules have found in a reduction that has ended well."""
+    if not isinstance(source, Future) or not source.done() or _has_failed(source):
+        return Alerts()
+    # Of an aggregator of the user's own making nothing is known.
+    return cast("Alerts", getattr(source.result(), "alerts", Alerts()))
 
 
 def _has_failed(source: Mapping[str, float] | Future[Snapshot]) -> bool:

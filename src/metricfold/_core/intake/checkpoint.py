@@ -38,6 +38,7 @@ from metricfold._core.fold.custom import (
 )
 from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import show
+from metricfold._core.fold.plain import unpack
 from metricfold._core.fold.sample import (
     MOST_SAVED,
     FloatArray,
@@ -73,7 +74,7 @@ class Saved:
         custom: states of handlers without lanes, of all ranks, per view.
         reductions: how many the ranks have had in the run: ranks that go on from states of different
             reductions find out by it.
-        rules: what each rule that looks for alerts remembers.
+        rules: what each rule that looks for alerts remembers, in JSON types.
     """
 
     run: Totals
@@ -274,7 +275,8 @@ def _decoded(content: Any) -> Saved:
     if content["kinds"] != []:
         raise ValueError("it holds kinds, which this version does not know")
     rules = content["rules"]
-    if type(rules) is not dict or not all(type(memory) is dict for memory in rules.values()):
+    memories = rules.values() if type(rules) is dict else (None,)
+    if not all(type(one) is dict and type(unpack(one)) is dict for one in memories):
         raise ValueError("what its rules remember is no object")
     schema = Schema(entries_from(content["entries"], settled=True))
     saved = Saved(

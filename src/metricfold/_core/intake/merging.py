@@ -41,7 +41,8 @@ def merge_state_dicts(states: Iterable[Mapping[str, Any]], *, parallel: bool) ->
         parallel: whether the jobs ran side by side. True: wall time, which a RATE divides by, is that
             of the longest, and each job's recent values are those of ranks of their own. False: the
             jobs ran one after the other, in the order given: times add up, and the recent values of
-            the last are the newest.
+            the last are the newest; what the rules of the last remember goes on. Side by side
+            rules begin anew.
 
     Raises:
         ValueError: there is no state; one is foreign, newer, truncated or damaged; or two hold one
@@ -89,7 +90,9 @@ def merge_state_dicts(states: Iterable[Mapping[str, Any]], *, parallel: bool) ->
         "run": [state for one in saved for state in one.custom["run"]],
         "interval": [],
     }
-    return encode(Saved(run, Totals.empty(schema), windows, custom))
+    # What rules remember is of one sequence of intervals: that of jobs side by side is none.
+    rules = {} if parallel else saved[-1].rules
+    return encode(Saved(run, Totals.empty(schema), windows, custom, rules=rules))
 
 
 def _decoded(states: Iterable[Mapping[str, Any]]) -> list[Saved]:

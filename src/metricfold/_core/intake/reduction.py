@@ -20,6 +20,7 @@ from metricfold._core.reduce.header import Kind
 from metricfold._core.reduce.schema import Entry, Key
 from metricfold._core.view.alert import Alerts
 from metricfold._core.view.report import Handlers
+from metricfold._core.view.rules import Chosen
 from metricfold._core.view.snapshot import Snapshot
 from metricfold.communicator import Communicator
 from metricfold.metric import MetricState
@@ -53,6 +54,7 @@ class Reduction:
         self._communicator: Communicator | None = None
         self._mine: Contribution | None = None
         self._pending: Arriving = arriving(())
+        self._rules = Chosen()
         # What has been cut off.
         self.layer: Layer | None = None
         self.seconds = 0.0
@@ -74,6 +76,7 @@ class Reduction:
             held.clock.cut(shown, self)
             # From here on the others are on their way: join them whatever happens, and say so there.
             number, wrong = _checked_step(self._step)
+            self._rules = held.rules.chosen
             error = wrong or untimed or self._handed_over() or keys.trouble()
             assert self.layer is not None
             self._pending = arriving(self.layer.pending)
@@ -94,8 +97,10 @@ class Reduction:
                 number,
                 error,
                 self._sink_failed,
-                held.rules.hash(),
-                held.rules.local_found if self._kind is Kind.REDUCE else 0.0,
+                self._rules.hash,
+                held.rules.to_tell(self._rules, communicator.rank)
+                if self._kind is Kind.REDUCE
+                else 0.0,
             )
 
     def finish(self) -> Snapshot:
@@ -124,11 +129,11 @@ class Reduction:
                 held.keys.plans,
             )
         alerts = Alerts()
-        if held.rules and self._kind is Kind.REDUCE:
+        if self._rules.rules and self._kind is Kind.REDUCE:
             assert self._mine is not None
             # What is derived is the user's to compute, and need not be the same on all ranks.
             seen = Snapshot(reduced, replace(handlers, derived={}))
-            alerts = held.rules.look(seen, self._mine.step, rank, reduced.found)
+            alerts = held.rules.look(self._rules, seen, self._mine.step, rank, reduced.found)
         return Snapshot(reduced, handlers, alerts)
 
     def put_back(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -24,7 +25,11 @@ class Alert:
         value: what was found.
         rank: the rank that it came from, if that is known.
         rule: which rule found it; filled in by who runs the rule, as is `step`.
-        step: of the log that it was found in.
+        step: of the log that it was found in; None where that is not known.
+
+    Raises:
+        ValueError: an unknown severity.
+        TypeError: a message or a name is no text, the value no number, or the rank no whole one.
     """
 
     message: str
@@ -39,6 +44,15 @@ class Alert:
     def __post_init__(self) -> None:
         if self.severity not in ("warning", "severe"):
             raise ValueError(f"severity={self.severity!r}: use 'warning' or 'severe'")
+        for name in ("message", "dataset", "name"):
+            text = getattr(self, name)
+            if not isinstance(text, str) and (text is not None or name == "message"):
+                raise TypeError(f"{name}={text!r} of an alert: give a text")
+        # Arrays and their scalars too, as rules compute them; files hold plain numbers.
+        if self.value is not None:
+            object.__setattr__(self, "value", float(self.value))
+        if self.rank is not None:
+            object.__setattr__(self, "rank", operator.index(self.rank))
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object has it: without what is None, and NaN and infinity as text."""

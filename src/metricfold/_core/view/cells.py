@@ -24,11 +24,11 @@ from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 from metricfold._core.fold.kinds import kind_of_parts, parts_of
 from metricfold._core.fold.names import show
 from metricfold._core.fold.sample import FloatArray
-from metricfold._core.fold.state import COUNT, ReducedState, ReducedStates, State
+from metricfold._core.fold.state import COUNT, NANS, ReducedState, ReducedStates, State
 from metricfold._core.reduce.schema import Entry, Key, Schema
 from metricfold._core.reduce.totals import NOBODY, IntArray, Rows, Totals
 
-__all__ = ["By", "Folding", "array_of", "axes_by", "check_by"]
+__all__ = ["By", "Folding", "array_of", "axes_by", "bad_cells", "check_by"]
 
 By: TypeAlias = "str | Sequence[str] | Mapping[str, str | Sequence[str]]"
 """Axes that remain: of each metric by name, or of every metric that has them."""
@@ -276,6 +276,25 @@ def array_of(
     values = _results(handler, lanes, totals.seconds)
     kept = [axes[place] for place in keep]
     return values.reshape([axis.length for axis in kept]), tuple(axis.names() for axis in kept)
+
+
+def bad_cells(totals: Totals, key: Key, handler: LaneHandler) -> list[str]:
+    """Return what the cells are called that are not finite, or had NaN left out."""
+    axes = totals.schema.entries[key].axes
+    part = _Part(totals.schema.entries[key], handler, ())
+    own, tops = totals.schema.sums[key], totals.schema.maxs[key]
+    lanes = _lanes(part, totals.exact_sums()[own], *(one[tops] for one in _maxima(totals)))
+    values = _results(handler, lanes, totals.seconds)
+    bad = (lanes.sums[:, COUNT] != 0) & (~np.isfinite(values) | (lanes.sums[:, NANS] != 0))
+    labels = [axis.names() for axis in axes]
+    shape = [axis.length for axis in axes]
+    return [
+        " ".join(
+            f"{axis.name} {names[place]}"
+            for axis, names, place in zip(axes, labels, places, strict=True)
+        )
+        for places in zip(*np.unravel_index(np.flatnonzero(bad), shape), strict=True)
+    ]
 
 
 def _results(handler: LaneHandler, lanes: _Lanes, seconds: float) -> FloatArray:

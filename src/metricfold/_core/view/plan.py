@@ -19,7 +19,7 @@ from metricfold._core.fold.builtin import folds_as
 from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 from metricfold._core.fold.names import printed
 from metricfold._core.fold.sample import FloatArray, Pool
-from metricfold._core.fold.state import COUNT, ReducedState, ReducedStates
+from metricfold._core.fold.state import COUNT, NANS, ReducedState, ReducedStates
 from metricfold._core.reduce.schema import IndexArray, Key, Schema
 from metricfold._core.view.tables import Table
 from metricfold._core.view.windows import View, WindowLike, view_of
@@ -31,6 +31,8 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 _NO_VALUES = Pool()
 _SAMPLES = 16
 """Distributions of a block: the values of so many are put side by side at a time."""
+_SQUARED = 1e150
+"""The square of what is below, and the sum of many such squares, is finite."""
 
 
 class Lanes(NamedTuple):
@@ -156,6 +158,26 @@ class Plan:
             lanes.pool(place) if entry.distributed else _NO_VALUES,
             entry.categories,
         )
+
+    def suspects(self, lanes: Lanes) -> list[Key]:
+        """Return the keys with a lane that is not finite, or so large that its square is not, or a NaN.
+
+        And all that are not built in: who knows what those compute.
+        """
+        counts = (self._ends - self._widths)[0] + COUNT
+        doubtful = lanes.sums[counts + (NANS - COUNT)] != 0
+        for values, ends in zip((lanes.sums, lanes.maxs), self._ends, strict=True):
+            large = np.flatnonzero(~(np.abs(values) < _SQUARED))
+            doubtful[np.searchsorted(ends, large, side="right")] = True
+        for block in self._blocks:
+            if block.results is None:
+                doubtful[block.places] = True
+            elif (
+                block.handler.has_sample
+            ):  # which counts infinities behind NaN, and leaves both out
+                doubtful[block.places] |= lanes.sums[block.sums[:, NANS + 1]] != 0
+        doubtful &= lanes.sums[counts] != 0
+        return [self.entries[place].key for place in np.flatnonzero(doubtful).tolist()]
 
     def finalize(self, lanes: Lanes) -> Found:
         """Return what all keys print."""

@@ -78,12 +78,22 @@ class Report:
             lambda place: pool(plan.entries[place], views.of_keys[place]),
         )
 
+    @cached_property
+    def _of_interval(self) -> Lanes:
+        """What rules ask for key by key."""
+        return self._lanes("interval")
+
     def printed(self, key: Key, window: WindowLike) -> dict[str, float]:
         """Return what one key that has lanes prints, by suffix; nothing if there are no values."""
         place = self.plan.places[key]
-        state = self.plan.state(place, self._lanes(window))
+        lanes = self._of_interval if window == "interval" else self._lanes(window)
+        state = self.plan.state(place, lanes)
         with quiet():
             return self.plan.handlers[place].finalize(state) if state.sums[COUNT] else {}
+
+    def suspects(self) -> list[Key]:
+        """Return the keys whose results in the interval may not be finite, or that had NaN left out."""
+        return self.plan.suspects(self._of_interval)
 
     def table(self, window: WindowLike, *, rollup: Rollup, macro: bool) -> Table:
         """Return the values of all metrics."""

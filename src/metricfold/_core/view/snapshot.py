@@ -29,7 +29,7 @@ from metricfold._core.reduce.sections import NOBODY
 from metricfold._core.runtime.uncompiled import uncompiled
 from metricfold._core.sketch import Histogram
 from metricfold._core.view.alert import Alerts
-from metricfold._core.view.cells import array_of
+from metricfold._core.view.cells import array_of, bad_cells
 from metricfold._core.view.report import Handlers, Report, matches
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.timing import TimerKeys, Timing
@@ -199,6 +199,29 @@ class Snapshot:
             for entry in self._reduced.schema
             if not entry.custom and matched("/".join(entry.key))
         ]
+
+    def suspects(self, pattern: str = "*") -> list[tuple[str | None, str]]:
+        """Return those of `names` that may not be finite in the interval, or had NaN left out of it.
+
+        That is a look at all states at once; what one of these is, `results` says.
+        """
+        suspects = set(self._report.suspects())
+        if not suspects:
+            return []
+        return [key for key in self.names(pattern) if (key[0] or "", key[1]) in suspects]
+
+    def bad_cells(self, dataset: str | None, name: str) -> list[str]:
+        """Return the cells that are not finite in the interval, or had NaN left out, such as ``layer 07``.
+
+        None are of a metric without axes.
+
+        Raises:
+            KeyError: there is no such metric.
+        """
+        key = self._key(dataset, name)
+        if not self._whole.schema.entries[key].axes:
+            return []
+        return bad_cells(self._whole.interval, key, self._with_axes.of_key[key].laned())
 
     def results(
         self, dataset: str | None, name: str, window: WindowLike = "interval"
