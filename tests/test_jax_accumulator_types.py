@@ -127,6 +127,23 @@ def test_large_integers_are_exact_or_refused() -> None:
 
 
 @on_devices(1)
+def test_large_whole_weights_of_the_host_are_rounded_with_and_without_64_bits() -> None:
+    """With 64 bits they were left out, with a warning."""
+    import jax
+    import numpy as np
+
+    from metricfold.jax import DeviceAccumulator
+
+    acc = DeviceAccumulator({"mean": "mean"})
+    for configuration in (jax.enable_x64(False), jax.enable_x64(True)):
+        with configuration:
+            weights = np.array([2**31 + 1, 2**31 + 1], np.int64)
+            held = acc.update("mean", np.array([1.0, 3.0]), weights=weights)
+            assert np.asarray(held.refused).tolist() == [[0, 0]]
+            assert logged(held) == {"t/mean": 2.0}
+
+
+@on_devices(1)
 def test_numbers_of_the_host_keep_48_bits() -> None:
     """A float64 of the host became a float32."""
     import jax
