@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from metricfold import MetricsAggregator
+from metricfold import Alert, MetricsAggregator
 from metricfold.sinks import ConsoleSink, MetricsLogger, Record
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -379,3 +379,29 @@ def test_a_row_that_appears_late_takes_its_place_among_the_others():
     sink.close()
     rows = [line.split()[0] for line in screen(file.getvalue()) if line.startswith(" ")]
     assert rows.index("loss") < rows.index("kind_count_a") < rows.index("other")
+
+
+ALERTS = [
+    Alert("loss is nan,\non rank 1", "severe").to_json(),
+    Alert("[b]slow[/b]", step=9).to_json(),
+]
+
+
+def test_alerts_are_lines_of_their_own_when_piped():
+    lines = shown(Record(10, 0.0, {"train/loss": 2.0}, alerts=ALERTS), select="nothing*")
+    assert lines == [
+        "step 10  ALERT (severe): loss is nan, on rank 1",
+        "step 9  ALERT (warning): [b]slow[/b]",
+    ]
+
+
+def test_alerts_stay_above_the_tables_of_a_terminal():
+    console, file = terminal()
+    sink = ConsoleSink(console)
+    for step in (10, 20):
+        alerts = ALERTS[:1] if step == 10 else []
+        sink.write(Record(step, 0.0, {"train/loss": 2.0}, alerts=alerts))
+    sink.close()
+    lines = screen(file.getvalue())
+    assert sum("ALERT (severe): loss is nan, on rank 1" in line for line in lines) == 1
+    assert any("loss     2" in line for line in lines[1:])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from metricfold import Alert
 from metricfold._core.sketch import Histogram
 from metricfold.sinks import MetricsLogger, Record, TensorBoardSink
 
@@ -203,3 +204,22 @@ assert not {{"tensorflow", "torch"}} & set(sys.modules)
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert steps(tmp_path, "a") == [1]
+
+
+def test_alerts_are_texts_beside_the_scalars(tmp_path):
+    found = [Alert("loss is nan, on rank 1", "severe").to_json(), Alert("slow").to_json()]
+    write(
+        tmp_path,
+        Record(3, 1.0, {"train/loss": 2.0}, prefix="train", alerts=found),
+        Record(4, 1.0, {}, alerts=found[1:]),
+    )
+    accumulator = read(tmp_path)
+    assert sorted(accumulator.PluginTagToContent("text")) == ["alerts", "alerts/train"]
+    (event,) = accumulator.Tensors("alerts/train")
+    assert event.step == 3
+    assert list(event.tensor_proto.string_val) == [
+        b"**severe**: loss is nan, on rank 1",
+        b"**warning**: slow",
+    ]
+    assert [event.step for event in accumulator.Tensors("alerts")] == [4]
+    assert steps(tmp_path) == [3]

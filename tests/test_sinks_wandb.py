@@ -16,6 +16,7 @@ import pytest
 import wandb
 from wandb_files import finished, history, run_files
 
+from metricfold import Alert
 from metricfold._core.sketch import Histogram
 from metricfold.sinks import MetricsLogger, Record, RecordRefused, WandbSink
 
@@ -424,3 +425,31 @@ def test_the_logger_closes_the_run(tmp_path):
         logger.log(1, {"train/loss": 0.5, "lr": 1.0})
     assert wandb.run is None
     assert history(run_files(tmp_path)[0]) == {1: {"x/train/loss": 0.5, "x/step": 1}}
+
+
+def test_alerts_are_sent_and_cost_no_row(tmp_path):
+    nan = Alert("loss of web is nan,\non rank 1", "severe", "web", "loss", math.nan, 1, "r", 3)
+    slow = Alert("rank 2 is slow", rule="x" * 100)
+    sink = WandbSink(dir=tmp_path)
+    sink.write(Record(3, 1.0, {"train/loss": math.nan}, prefix="train", alerts=[nan.to_json()]))
+    sink.write(Record(5, 1.0, {}, alerts=[slow.to_json()]))
+    sink.close()
+    (path,) = run_files(tmp_path)
+    found = [one.alert for one in finished(path) if one.WhichOneof("record_type") == "alert"]
+    first, second = [(one.title, one.text, one.level) for one in found]
+    assert first == ("train loss of web: severe", "step 3: loss of web is nan,\non rank 1", "ERROR")
+    assert second[0].endswith("xx: warning")
+    assert len(second[0]) < 64
+    assert second[1:] == ("step 5: rank 2 is slow", "WARN")
+    assert list(history(path)) == [3]
+
+
+def test_an_alert_that_is_not_taken_is_said_and_its_row_is_there_once(
+    tmp_path, monkeypatch, caplog
+):
+    sink = WandbSink(run=(run := started(tmp_path)))
+    monkeypatch.setattr(type(run), "alert", property(lambda self: (_ for _ in ()).throw(OSError)))
+    sink.write(Record(3, 1.0, {"loss": 1.0}, alerts=[Alert("bad").to_json()]))
+    run.finish()
+    assert history(run_files(tmp_path)[0]) == {3: {"loss": 1.0, "step": 3}}
+    assert "did not take the alert 'bad'" in caplog.text

@@ -37,7 +37,7 @@ class ConsoleSink(SelectiveSink):
     On a terminal the tables are updated in place, below what the program prints. They share it with
     a `rich` progress bar on the same `console`. Output that is piped or redirected gets plain lines
     instead, each of which starts with its step, so that ``grep`` shows how a metric went. What is
-    NaN or infinite stands out in both.
+    NaN or infinite stands out in both. Alerts are lines of their own.
 
     Args:
         console: the `rich.console.Console` to write to; by default a new one on stdout.
@@ -96,6 +96,14 @@ class ConsoleSink(SelectiveSink):
                 printed = replace(board, columns=laid_out.columns).folded()
                 for line in _lines(printed, self._widths.setdefault(prefix, {})):
                     console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
+        for alert in record.alerts:
+            # For good: on a terminal they stay above the tables.
+            text = f"step {alert.get('step', record.step)}  ALERT ({alert['severity']}): {alert['message']}"
+            style = _ALARMING if alert["severity"] == "severe" else "bold yellow"
+            shown_text = " ".join(text.splitlines())
+            console.print(
+                shown_text, style=style, soft_wrap=True, markup=False, highlight=False, emoji=False
+            )
         if not live:
             return
         if self._live is None:
@@ -178,6 +186,7 @@ def _inserted(shown: list[str], wanted: list[str]) -> list[str]:
     return result
 
 
+_ALARMING = "bold white on red"
 _LOUD = re.compile(r"!(NaN|-?INF)")
 _STATISTIC = re.compile(r"(?P<name>.+)_stat_(?P<statistic>mean|std|min|max|count|p\d+)")
 
@@ -324,7 +333,7 @@ def _cell(cell: str) -> RenderableType:
     from rich.text import Text  # noqa: PLC0415
 
     text = Text(cell, "dim" if cell == _MISSING else "")
-    text.highlight_regex(_LOUD, "bold white on red")
+    text.highlight_regex(_LOUD, _ALARMING)
     return text
 
 

@@ -29,6 +29,8 @@ _MAX_BUCKETS = 512
 class TensorBoardSink(FileSink):
     """Writes scalars and histograms to an event file that ``tensorboard --logdir`` shows.
 
+    Alerts are texts: of the prefix ``train`` under ``alerts/train``.
+
     Args:
         logdir: the folder for event files, a local path, made at the first record; a relative one
             is meant from the folder that is current when the sink is made. TensorBoard follows only
@@ -79,6 +81,7 @@ class TensorBoardSink(FileSink):
                 for key, one in record.histograms.items()
                 if one.counts.any()
             ),
+            *([_text(f"alerts/{record.prefix}".rstrip("/"), record)] if record.alerts else ()),
         ]
         # One event for the whole record: it is written whole or not at all.
         summary, seconds = Summary(value=values), record.wall_time
@@ -108,6 +111,24 @@ def _next_path(logdir: Path) -> Path:
     second = max([int(time.time()), *(int(one) + 1 for one in made if one.isdecimal())])
     name = f"events.out.tfevents.{second:010d}.{platform.node()}.{os.getpid()}.metricfold"
     return logdir / name
+
+
+def _text(tag: str, record: Record) -> Any:
+    """Return a value that shows a record's alerts, a row for each."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata  # noqa: PLC0415
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto  # noqa: PLC0415
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto  # noqa: PLC0415
+    from tensorboard.compat.proto.types_pb2 import DT_STRING  # noqa: PLC0415
+
+    rows = [f"**{alert['severity']}**: {alert['message']}" for alert in record.alerts]
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=len(rows))])
+    tensor = TensorProto(
+        dtype=DT_STRING,
+        tensor_shape=shape,
+        string_val=[row.encode("utf-8", "backslashreplace") for row in rows],
+    )
+    metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+    return Summary.Value(tag=tag, tensor=tensor, metadata=metadata)
 
 
 def _proto(histogram: Histogram) -> Any:

@@ -30,10 +30,11 @@ __all__ = ["WandbSink"]
 _log = logging.getLogger("metricfold")
 
 _MAX_BUCKETS = 512  # W&B refuses histograms of more
+_LONGEST_TITLE = 63
 
 
 class WandbSink(SelectiveSink):
-    """Logs scalars and histograms to Weights & Biases.
+    """Logs scalars and histograms to Weights & Biases, and sends alerts as `wandb.alert` does.
 
     Every row has its step as ``{prefix}/step``, or as ``step`` where there is no prefix. A record
     whose step is behind that of the run joins the run's newest row, or opens the next one where that
@@ -149,22 +150,44 @@ class WandbSink(SelectiveSink):
         for key, histogram in record.histograms.items():
             if histogram.counts.any():
                 row[key] = wandb.Histogram(np_histogram=coarsened(histogram, _MAX_BUCKETS))
-        row.setdefault(axis, record.step)
+        if row:
+            self._log(run, row, axis, record.step)
+        # Behind the row, which must not be logged twice should W&B not take one.
+        for alert in record.alerts:
+            self._alert(run, alert, record)
+
+    def _log(self, run: Any, row: dict[str, Any], axis: str, step: int) -> None:
+        row.setdefault(axis, step)
         if self._step_metric is not None:
             if not self._defined:
                 self._defined.add(self._step_metric)
                 run.define_metric(self._step_metric)
                 run.define_metric("*", step_metric=self._step_metric, step_sync=True)
-            run.log({**row, self._step_metric: record.step})
+            run.log({**row, self._step_metric: step})
         else:
-            place = self._place_of(run, row, axis, record.step)
+            place = self._place_of(run, row, axis, step)
             if axis in self._behind:
                 self._define(run, row, axis)
             run.log(row, step=place)
             if place != self._open[0]:
                 self._open = place, set()
             self._open[1].update(row)
-        self._newest[axis] = max(self._newest.get(axis, -1), record.step)
+        self._newest[axis] = max(self._newest.get(axis, -1), step)
+
+    def _alert(self, run: Any, alert: dict[str, Any], record: Record) -> None:
+        """Send an alert, which W&B hands on by e-mail or Slack, if it is told to.
+
+        It leaves out those with the title of one that is less than a minute old.
+        """
+        of = f" of {alert['dataset']}" if "dataset" in alert else ""
+        about = f"{alert['name']}{of}" if "name" in alert else alert["rule"]
+        title = f"{record.prefix} {about}: {alert['severity']}".strip()
+        text = f"step {alert.get('step', record.step)}: {alert['message']}"
+        level = "ERROR" if alert["severity"] == "severe" else "WARN"
+        try:
+            run.alert(title[-_LONGEST_TITLE:], text, level)
+        except BaseException as error:  # noqa: BLE001 - the row has been written
+            mention(f"{self!r} did not take the alert {alert['message']!r}: {error!r}")
 
     def _place_of(self, run: Any, row: dict[str, Any], axis: str, step: int) -> int:
         """Return the step of W&B's own at which a row is logged, so that it is not left out."""
