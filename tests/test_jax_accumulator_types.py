@@ -139,7 +139,7 @@ def test_large_whole_weights_of_the_host_are_rounded_with_and_without_64_bits() 
         with configuration:
             weights = np.array([2**31 + 1, 2**31 + 1], np.int64)
             held = acc.update("mean", np.array([1.0, 3.0]), weights=weights)
-            assert np.asarray(held.refused).tolist() == [[0, 0]]
+            assert not np.asarray(held.refused).any()
             assert logged(held) == {"t/mean": 2.0}
 
 
