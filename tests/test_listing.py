@@ -56,7 +56,7 @@ def test_a_shell_completes_public_names_of_an_aggregator() -> None:
             "empty",
             "sink_failed",
         ),
-        *("alerts", "names", "results", "nan_rank", "array"),
+        *("alerts", "names", "results", "nan_rank", "array", "arrays", "suspects", "bad_cells"),
     }
     # What is left out is there all the same.
     assert aggregator.leave_parent_behind is not None

@@ -20,6 +20,7 @@ from metricfold._core.runtime.listing import internal, shortened
 from metricfold._core.runtime.staging import refuse_while_traced
 from metricfold._core.runtime.uncompiled import leave_alone, uncompiled
 from metricfold._core.view.alert import Alert, Alerts
+from metricfold._core.view.cells import By, check_by
 from metricfold._core.view.snapshot import Snapshot
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.windows import WindowLike, check_window
@@ -144,6 +145,7 @@ class MetricsLogger(OneInUse):
         window: WindowLike = "auto",
         rollup: Rollup = True,
         extra: Extra | None = None,
+        by: By | None = None,
     ) -> Alerts:
         """Log the metrics of `source` at `step`; every rank calls it, global rank 0 writes.
 
@@ -164,6 +166,8 @@ class MetricsLogger(OneInUse):
                 function that gives them when it is handed the `Snapshot`, such as
                 ``lambda s: {"train/grad_rank": s.owner(None, "grad_norm")}``, called on a thread
                 of the logger; what it gives as None is left out. Only rank 0's are looked at.
+            by: which axes of metrics remain, as in `Snapshot.as_dict`; what a metric does not have is
+                left out, with a warning. None: what the aggregator was made with.
 
         Returns:
             What the rules of `MetricsAggregator.alert_on` found in the log before of the same
@@ -185,6 +189,7 @@ class MetricsLogger(OneInUse):
             check_prefix(prefix)
         check_window(window)
         check_rollup(rollup)
+        by = None if by is None else check_by(by)
         found = Alerts()
         if not isinstance(source, Mapping | Snapshot):
             found = self._alerts_before(source)
@@ -203,7 +208,7 @@ class MetricsLogger(OneInUse):
         with self._accepting:
             if not self._closing:
                 self._opened().submit(
-                    Entry(step, wall_time, values, prefix or "", window, rollup, extra)
+                    Entry(step, wall_time, values, prefix or "", window, rollup, extra, by)
                 )
         # Closed meanwhile: by another thread, or by a signal's handler in this one.
         self._check_open()

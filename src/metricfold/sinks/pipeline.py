@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 from metricfold._core.runtime.processes import start_thread
 from metricfold._core.sketch import Histogram
 from metricfold._core.view.alert import Alert, Alerts
+from metricfold._core.view.cells import By
 from metricfold._core.view.snapshot import Snapshot
 from metricfold._core.view.tables import Rollup
 from metricfold._core.view.windows import WindowLike
@@ -45,6 +46,7 @@ class Entry(NamedTuple):
     window: WindowLike
     rollup: Rollup
     extra: Extra
+    by: By | None = None  # None: as the aggregator has it
 
 
 class Pipeline(Consumer):
@@ -174,7 +176,10 @@ class Pipeline(Consumer):
             extra = _extra(entry)
             self._own |= extra.keys()
             if isinstance(entry.source, Future):
-                metrics, histograms = self._aggregated(entry, entry.source.result())
+                snapshot = entry.source.result()
+                if entry.by is not None:
+                    snapshot = snapshot.shown_by(entry.by)
+                metrics, histograms = self._aggregated(entry, snapshot)
             else:
                 metrics, histograms = dict(entry.source), {}
                 self._own |= metrics.keys()

@@ -49,6 +49,7 @@ from metricfold._core.runtime.processes import watch_forks
 from metricfold._core.runtime.recomputation import recomputed
 from metricfold._core.runtime.staging import refuse_while_traced
 from metricfold._core.runtime.uncompiled import leave_alone, uncompiled
+from metricfold._core.view.cells import By, check_by
 from metricfold._core.view.derived import Derived, DerivedMetric, check_derived_window
 from metricfold._core.view.rules import Rule
 from metricfold._core.view.snapshot import Snapshot
@@ -87,6 +88,8 @@ class MetricsAggregator:
         route: ``"gather"``: everyone's vectors are gathered. ``"tree"``: they are merged pairwise on
             the way, so that what a rank sends and receives hardly grows with their number.
             ``"auto"``: the tree where a gather would move more than 4 MiB in all.
+        by: which axes of metrics remain in what is logged, as in `Snapshot.as_dict`, such as
+            ``{"expert_tokens": "layer"}``.
         communicator: moves vectors between ranks; default: found by what is initialised.
 
     `update` and `record` never wait for a device. The calls that talk to other ranks (`reduce`,
@@ -112,6 +115,7 @@ class MetricsAggregator:
         max_categories: int = 1000,
         on_bad_name: str = "replace",
         route: str = "auto",
+        by: By = (),
         communicator: Communicator | None = None,
     ) -> None:
         guard_default_collate()
@@ -120,7 +124,7 @@ class MetricsAggregator:
         )
         if name is not None:
             check_name("the aggregator's name", name)
-        self._held = Held(keys, Run(check_route(route)))
+        self._held = Held(keys, Run(check_route(route)), check_by(by))
         self._link = Link(name, process_group, _check_timeout(timeout), communicator)
         watch_forks(self)
         leave_alone()
@@ -503,7 +507,8 @@ class MetricsAggregator:
         Args:
             name: what it prints as.
             fn: takes one dataset's metrics by name, such as ``m["loss"]`` or
-                ``m["seq_len_stat_p50"]``, and returns a number. It is called for each dataset,
+                ``m["seq_len_stat_p50"]``, and returns a number. A metric with axes is an array of its
+                cells, NaN where they have no value. It is called for each dataset,
                 and for datasets together; a dataset that lacks a metric it asks for is passed over.
                 If it raises, that is warned about once and the others are not affected.
             window: ``"interval"`` or ``"run"``: all that `fn` is given speaks about that, whatever

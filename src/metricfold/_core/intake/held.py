@@ -25,6 +25,7 @@ from metricfold._core.reduce.schema import Key, Schema
 from metricfold._core.reduce.totals import Totals
 from metricfold._core.runtime.listing import internal
 from metricfold._core.runtime.recomputation import not_given_before
+from metricfold._core.view.cells import By
 from metricfold._core.view.rules import Rules
 from metricfold.communicator import Communicator, LocalCommunicator
 from metricfold.metric import Metric, TypeLike
@@ -40,6 +41,7 @@ class Held:
     Args:
         keys: which metrics there are.
         run: the run.
+        by: which axes of metrics remain in what is logged.
 
     Attributes:
         lock: guards all of it, but for the totals of the run.
@@ -48,9 +50,10 @@ class Held:
         rules: what looks for alerts.
     """
 
-    def __init__(self, keys: KeyTable, run: Run) -> None:
+    def __init__(self, keys: KeyTable, run: Run, by: By = ()) -> None:
         self.keys = keys
         self.run = run
+        self.by = by
         self.lock = threading.RLock()
         self.clock = Clock()
         self.timers = Timers(keys, self.clock)

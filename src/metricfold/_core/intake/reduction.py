@@ -127,12 +127,13 @@ class Reduction:
                 dict(held.keys.derived),
                 held.warned,
                 held.keys.plans,
+                held.by,
             )
         alerts = Alerts()
         if self._rules.rules and self._kind is Kind.REDUCE:
             assert self._mine is not None
             # What is derived is the user's to compute, and need not be the same on all ranks.
-            seen = Snapshot(reduced, replace(handlers, derived={}))
+            seen = Snapshot(reduced, replace(handlers, derived={}, by=()))
             alerts = held.rules.look(self._rules, seen, self._mine.step, rank, reduced.found)
         return Snapshot(reduced, handlers, alerts)
 

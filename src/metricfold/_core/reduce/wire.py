@@ -341,10 +341,6 @@ class Attendance:
     world_size: int
     nan_owners: Mapping[Key, int]
 
-    def nan_owner(self, key: Key) -> int:
-        """Return the lowest rank that had NaN, or -1."""
-        return self.nan_owners[key]
-
     def present(self, key: Key) -> int:
         """Return how many ranks had values of `key`."""
         numbers = self.numbers[self.keys[key]].tolist()

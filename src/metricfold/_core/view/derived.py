@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from metricfold._core.fold.names import printed
 from metricfold._core.view.tables import Origin, Table, Warn
@@ -12,7 +12,8 @@ from metricfold._core.view.windows import View, check_view
 
 __all__ = ["Derived", "DerivedMetric", "add_derived", "check_derived_window"]
 
-Derived: TypeAlias = Callable[[Mapping[str, float]], float]
+Derived: TypeAlias = Callable[[Mapping[str, Any]], Any]
+"""Takes the values of one dataset by name, an array of those that have axes, and returns a number."""
 
 
 class DerivedMetric(NamedTuple):
@@ -38,7 +39,7 @@ def add_derived(
     metrics: Mapping[str, DerivedMetric],
     tables: Mapping[str | None, Table],
     printable: Callable[[str], bool],
-    there: str,
+    there: Callable[[], str],
     warn: Warn,
 ) -> None:
     """Add derived metrics to tables, in the order in which they were defined.
@@ -48,11 +49,11 @@ def add_derived(
         tables: what the log shows, under None, and the tables of the windows that are asked for. All
             get all of them, for one may be derived from another.
         printable: whether some metric may print a name, now or in another interval.
-        there: the names of all metrics, for messages.
+        there: returns the names of all metrics, for messages.
         warn: says once what fails.
     """
     different = {id(table): table for table in tables.values()}.values()
-    groups = {id(table): table.groups() for table in different}
+    groups = {id(table): table.inputs() for table in different}
     for name, metric in metrics.items():
         source = tables[metric.window]
         found, lacking = _apply(name, metric.function, groups[id(source)], warn)
@@ -61,7 +62,7 @@ def add_derived(
             warn(
                 name,
                 f"the derived metric {name!r} needs {', '.join(map(repr, unknown))}, which no "
-                f"dataset has; there are: {there}",
+                f"dataset has; there are: {there()}",
             )
         for table in different:
             results, of = found, source
@@ -78,7 +79,7 @@ def add_derived(
 
 
 def _apply(
-    name: str, function: Derived, groups: Mapping[str, Mapping[str, float]], warn: Warn
+    name: str, function: Derived, groups: Mapping[str, Mapping[str, Any]], warn: Warn
 ) -> tuple[dict[str, float], list[str]]:
     """Return the metric of each dataset, and if none has what it needs, the names that are missing."""
     found: dict[str, float] = {}
@@ -108,6 +109,6 @@ class _MissingError(KeyError):
     """A derived metric asked for a metric that its dataset does not have."""
 
 
-class _Inputs(dict[str, float]):
-    def __missing__(self, name: str) -> float:
+class _Inputs(dict[str, Any]):
+    def __missing__(self, name: str) -> Any:
         raise _MissingError(name)

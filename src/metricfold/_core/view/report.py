@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,9 +15,11 @@ from metricfold._core.exchange.reducer import Reduced
 from metricfold._core.fold.custom import Result
 from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import ANYTHING, Claims, printed, show
+from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import COUNT, quiet
 from metricfold._core.reduce.schema import Key
 from metricfold._core.reduce.totals import Totals
+from metricfold._core.view.cells import By, Cells, Found
 from metricfold._core.view.derived import DerivedMetric, add_derived
 from metricfold._core.view.plan import Lanes, Plan
 from metricfold._core.view.rollup import DatasetTotals, Plans
@@ -39,14 +41,16 @@ class Handlers:
     derived: Mapping[str, DerivedMetric]  # by the name that they print
     warned: set[str]  # what has been said already
     plans: Plans = field(default_factory=Plans)  # how it is done, from one reduction to the next
+    by: By = ()  # which axes remain
 
 
 class Report:
     """What may be shown of one reduction; each part is computed when it is asked for."""
 
-    def __init__(self, reduced: Reduced, handlers: Handlers) -> None:
+    def __init__(self, reduced: Reduced, handlers: Handlers, cells: Cells) -> None:
         self._reduced = reduced
         self._handlers = handlers
+        self._cells = cells
 
     def totals_of(self, view: View) -> Totals:
         return self._reduced.run if view == "run" else self._reduced.interval
@@ -171,17 +175,47 @@ class Report:
             if view is not None and view not in tables:
                 same = view == window
                 tables[view] = shown if same else self._recorded(view, rollup=rollup, macro=macro)
-        there = ", ".join(sorted({key[1] for key in self._handlers.of_key}))
-        add_derived(self._handlers.derived, tables, self._printable_names(), there, self.warn_once)
+        if self._cells.there:
+            for of, table in tables.items():
+                table.arrays = self._arrays_of(table, window if of is None else of)
+        add_derived(
+            self._handlers.derived, tables, self._may_print, self._cells.names, self.warn_once
+        )
 
-    def _printable_names(self) -> Callable[[str], bool]:
-        """Return what tells whether some key may print a name, now or in another interval."""
-        names = [
-            name + suffix
+    def _arrays_of(self, table: Table, window: WindowLike) -> dict[Key, FloatArray | None]:
+        """Return what functions get of metrics with axes in the place of a number."""
+        found: dict[Key, FloatArray | None] = dict.fromkeys(self._cells.there)
+        for (level, name), members in self.over_datasets(levels=True).members.items():
+            if any(entry.key in found for entry in members):
+                found.setdefault((level, name), None)
+        for key, (values, _) in self.arrays(window, rollup="levels").items():
+            found[key] = values
+        return {key: one for key, one in found.items() if printed(key) in table.values}
+
+    def arrays(self, window: WindowLike, *, rollup: Rollup) -> dict[Key, Found]:
+        """Return the cells of each metric with axes that has values, and of totals over datasets."""
+        found: dict[Key, Found] = {}
+        keys = {key: [key] for key in self._cells.there}
+        if rollup:
+            totals = self.over_datasets(levels=rollup == "levels").members
+            for key, members in totals.items():
+                some = [entry.key for entry in members]
+                if not keys.keys().isdisjoint(some):
+                    keys.setdefault(key, some)
+        for key, some in keys.items():
+            is_total = self._handlers.of_key[some[0]].is_total
+            of = self._cells.of(some, view_of(window, key[1], is_total=is_total))
+            if of is not None:
+                found[key] = of
+        return found
+
+    def _may_print(self, wanted: str) -> bool:
+        """Return whether some key may print a name, now or in another interval."""
+        return any(
+            matches(wanted, name + suffix)
             for (_, name), handler in self._handlers.of_key.items()
             for suffix in (handler.laned().suffixes() if handler.has_lanes else (ANYTHING,))
-        ]
-        return lambda wanted: any(matches(wanted, name) for name in names)
+        )
 
     def warn_once(self, about: str, message: str) -> None:
         if about not in self._handlers.warned:

@@ -20,35 +20,39 @@ from metricfold._core.view.tables import Origin, Table, Warn, levels_of
 __all__ = ["DatasetTotals", "Plans"]
 
 
-_FOLDINGS = 4
-"""So many ways to fold axes away are kept, for a log and for what else is looked at."""
+_KEPT = 4
+"""So many plans are kept: for a log, for rules, and for what else is looked at."""
 
 
 class Plans:
-    """Keeps the plan of the newest schema, and of its totals, from one reduction to the next."""
+    """Keeps the newest plans, with those of their totals, from one reduction to the next."""
 
     def __init__(self) -> None:
-        self._newest: tuple[Plan, dict[bool, DatasetTotals]] | None = None
+        self._plans: list[tuple[Plan, dict[bool, DatasetTotals]]] = []
         self._foldings: list[Folding] = []
 
     def of(
         self, schema: Schema, handlers: Mapping[Key, AggregationHandler]
     ) -> tuple[Plan, dict[bool, DatasetTotals]]:
         """Return the plan of a schema whose keys have these handlers, and what is kept beside it."""
-        newest = self._newest
-        if newest is None or newest[0].schema is not schema or not newest[0].fits(handlers):
-            newest = self._newest = (Plan(schema, handlers), {})
-        return newest
+        for known in self._plans:
+            if known[0].schema is schema and known[0].fits(handlers):
+                return known
+        made: tuple[Plan, dict[bool, DatasetTotals]] = (Plan(schema, handlers), {})
+        self._plans = [made, *self._plans[: _KEPT - 1]]
+        return made
 
     def folding(
-        self, schema: Schema, of_key: Mapping[Key, AggregationHandler], by: By = ()
+        self, schema: Schema, of_key: Mapping[Key, AggregationHandler], by: By, world_size: int
     ) -> Folding:
-        """Return what makes results of a schema with axes plain; the last few are kept."""
+        """Return what makes results of a schema with axes plain."""
         for known in self._foldings:
-            if known.whole is schema and known.by == by and known.handled == of_key:
+            alike = known.whole is schema and known.world_size == world_size and known.by == by
+            if alike and known.handled == of_key:
                 return known
-        self._foldings = [Folding(schema, of_key, by), *self._foldings[: _FOLDINGS - 1]]
-        return self._foldings[0]
+        made = Folding(schema, of_key, by, world_size)
+        self._foldings = [made, *self._foldings[: _KEPT - 1]]
+        return made
 
 
 class DatasetTotals:

@@ -15,21 +15,34 @@ import fnmatch
 import logging
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
 from metricfold._core.exchange.reducer import Reduced
+from metricfold._core.fold.axes import RANK
+from metricfold._core.fold.handlers import LaneHandler
 from metricfold._core.fold.names import ANYTHING, check_prefix, printed, repeated, show
 from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import COUNT, NANS, ReducedState
 from metricfold._core.reduce.schema import Key
 from metricfold._core.reduce.sections import NOBODY
+from metricfold._core.runtime.listing import internal
 from metricfold._core.runtime.uncompiled import uncompiled
 from metricfold._core.sketch import Histogram
 from metricfold._core.view.alert import Alerts
-from metricfold._core.view.cells import array_of, bad_cells
+from metricfold._core.view.cells import (
+    By,
+    Cells,
+    Folding,
+    cells_along,
+    check_axes,
+    check_by,
+    not_by_rank,
+)
 from metricfold._core.view.report import Handlers, Report, matches
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.timing import TimerKeys, Timing
@@ -38,6 +51,8 @@ from metricfold._core.view.windows import View, WindowLike, check_view, check_wi
 __all__ = ["Snapshot"]
 
 _logger = logging.getLogger("metricfold")
+
+T = TypeVar("T")
 
 _FORMS = ("_stat_{}", "_count_{}", "_{}")
 """How a statistic is printed behind the name of its metric."""
@@ -48,6 +63,7 @@ _MOST_NAMED = 8
 """So many keys a message names."""
 
 
+@internal("not_shown", "shown_by")
 @uncompiled
 class Snapshot:
     """What all ranks had accumulated when they reduced; immutable, and the same on every rank.
@@ -62,36 +78,59 @@ class Snapshot:
 
     def __init__(self, reduced: Reduced, handlers: Handlers, alerts: Alerts = _NO_ALERTS) -> None:
         self.alerts = alerts
-        self._whole, self._with_axes = reduced, handlers
-        if any(entry.axes for entry in reduced.schema):
-            folding = handlers.plans.folding(reduced.schema, handlers.of_key)
-            reduced = folding.reduced(reduced)
-            handlers = replace(handlers, of_key=folding.of_key)
-        self._reduced = reduced
-        self._handlers = handlers
-        self._report = Report(reduced, handlers)
+        self._whole, self._handlers = reduced, handlers
+
+    @cached_property
+    def _folding(self) -> Folding | None:
+        """What makes plain metrics of those that are shown by cell or by rank; None: all are plain."""
+        whole, handlers = self._whole, self._handlers
+        if not handlers.by and not any(entry.axes for entry in whole.schema):
+            return None
+        return handlers.plans.folding(whole.schema, handlers.of_key, handlers.by, whole.world_size)
+
+    @cached_property
+    def _reduced(self) -> Reduced:
+        """The result of plain metrics."""
+        return self._whole if self._folding is None else self._folding.reduced(self._whole)
+
+    @cached_property
+    def _cells(self) -> Cells:
+        return Cells(self._whole, self._handlers.of_key)
+
+    @cached_property
+    def _report(self) -> Report:
+        handlers = self._handlers
+        if self._folding is not None:
+            handlers = replace(handlers, of_key=self._folding.of_key)
+        return Report(self._reduced, handlers, self._cells)
 
     @property
     def world_size(self) -> int:
-        return self._reduced.world_size
+        return self._whole.world_size
 
     @property
     def seconds(self) -> float:
-        return self._reduced.interval.seconds
+        return self._whole.interval.seconds
 
     @property
     def run_seconds(self) -> float:
-        return self._reduced.run.seconds
+        return self._whole.run.seconds
 
     @property
     def sink_failed(self) -> bool:
         """Whether a sink had failed, on any rank, of a logger with ``on_sink_error="raise"``."""
-        return self._reduced.sink_failed
+        return self._whole.sink_failed
 
     @property
     def empty(self) -> bool:
         """Whether nothing at all came in during the interval."""
-        return not self._reduced.interval.sums.any() and not self._reduced.custom.has("interval")
+        return not self._whole.interval.sums.any() and not self._whole.custom.has("interval")
+
+    def shown_by(self, by: By) -> Snapshot:
+        """Return the same result, of which these axes remain unless others are asked for."""
+        if by == self._handlers.by:
+            return self
+        return Snapshot(self._whole, replace(self._handlers, by=by), self.alerts)
 
     def as_dict(
         self,
@@ -100,6 +139,7 @@ class Snapshot:
         *,
         rollup: Rollup = False,
         macro: bool = False,
+        by: By | None = None,
     ) -> dict[str, float]:
         """Return every metric's value, keyed ``{prefix}_{dataset}/{name}``.
 
@@ -116,16 +156,29 @@ class Snapshot:
                 ``code/python`` and ``code/rust``. Metrics whose handler has no lanes have none.
             macro: report ``{prefix}/{name}_macro`` for names of type MEAN: the plain mean of the
                 datasets' means.
+            by: of metrics with axes, which of these remain: a mapping from names to an axis, or
+                several, or one for every metric that has it. ``{"expert_tokens": "layer"}`` reports
+                ``{prefix}_{dataset}/expert_tokens/layer_07`` too, merged exactly over all other axes.
+                The axis ``"rank"``, which every metric has, is what each rank had of the interval.
+                None: what the aggregator was made with.
 
         What was recorded under a name is what it prints: a total that would print the same is left
         out, with a warning.
 
         Raises:
-            ValueError: an empty prefix, an unknown window, or a ``rollup`` that is none.
+            ValueError: an empty prefix, an unknown window, a ``rollup`` that is none, or an axis in
+                ``by`` that a metric does not have.
         """
         check_prefix(prefix)
         check_window(window)
         check_rollup(rollup)
+        if by is not None:
+            other = self.shown_by(check_by(by))
+            if wrong := other.not_shown():
+                raise ValueError(wrong[0])
+            return other.as_dict(prefix, window, rollup=rollup, macro=macro)
+        for one in self.not_shown():
+            self._report.warn_once(one, f"{one}. It is left out")
         self._warn_of_repeated(prefix)
         if window != "run":
             self._warn_if_empty()
@@ -196,7 +249,7 @@ class Snapshot:
         matched = re.compile(fnmatch.translate(pattern)).match
         return [
             (entry.key[0] or None, entry.key[1])
-            for entry in self._reduced.schema
+            for entry in self._whole.schema
             if not entry.custom and matched("/".join(entry.key))
         ]
 
@@ -219,9 +272,9 @@ class Snapshot:
             KeyError: there is no such metric.
         """
         key = self._key(dataset, name)
-        if not self._whole.schema.entries[key].axes:
+        if key not in self._cells.there:
             return []
-        return bad_cells(self._whole.interval, key, self._with_axes.of_key[key].laned())
+        return self._cells.bad(key)
 
     def results(
         self, dataset: str | None, name: str, window: WindowLike = "interval"
@@ -239,7 +292,7 @@ class Snapshot:
         self,
         dataset: str | None,
         name: str,
-        by: Sequence[str] | None = None,
+        by: str | Sequence[str] | None = None,
         window: WindowLike = "auto",
     ) -> tuple[FloatArray, tuple[tuple[str, ...], ...]]:
         """Return the values of a metric with axes, and what its cells are called along each.
@@ -247,7 +300,8 @@ class Snapshot:
         Args:
             dataset: as in `value`: None, of a name that datasets have, is the total over them.
             name: of the metric.
-            by: the axes that remain, in this order, merged exactly over all others; None: all.
+            by: the axes that remain, in this order, merged exactly over all others; None: all. Every
+                metric has the axis ``"rank"``: what each rank had of the interval.
             window: as in `as_dict`.
 
         Returns:
@@ -256,7 +310,10 @@ class Snapshot:
 
         Raises:
             KeyError: there is no such metric.
-            ValueError: it has no such axis, or an unknown window.
+            ValueError: it has no such axis, or none at all; the run is asked for by rank; the ranks'
+                values were merged on the way (``route="tree"``), and the metric was not recorded with
+                ``per_rank=True``; datasets differ in axes, or its handler has no lanes; or an unknown
+                window.
 
         >>> import numpy as np
         >>> from metricfold import MetricsAggregator
@@ -268,17 +325,56 @@ class Snapshot:
         {'0': 6.0, '1': 15.0}
         """
         check_window(window)
-        names = [by] if isinstance(by, str) else by
+        names = check_axes(by) if by is not None else None
         schema = self._whole.schema
-        keys = [("" if dataset is None else dataset, name)]
+        keys = [(dataset or "", name)]
         if keys[0] not in schema and dataset is None:
             keys = [entry.key for entry in schema if entry.key[1] == name]
         if not keys or keys[0] not in schema:
             raise self._unknown((dataset or "", name))
-        handler = self._with_axes.of_key[keys[0]].laned()
-        view = view_of(window, name, is_total=handler.is_total)
-        totals = self._whole.run if view == "run" else self._whole.interval
-        return array_of(totals, keys, handler, names)
+        first = schema.entries[keys[0]]
+        if first.custom:
+            raise ValueError(f"{show(keys[0])} has a handler without lanes: it has no cells")
+        if not names and not first.axes:
+            raise ValueError(
+                f"{show(keys[0])} has no axes: value() returns its number, and by='rank' each rank's"
+            )
+        view = view_of(window, name, is_total=self._handlers.of_key[keys[0]].is_total)
+        if RANK in (names or ()):
+            if view_of(window, name, is_total=False) == "run":
+                raise ValueError(
+                    f"{show(keys[0])} by rank is about the interval, and not about the run, which may "
+                    "have had other ranks: leave window= out"
+                )
+            view = "interval"
+        values, axes = self._cells.array(keys, view, names)
+        return values, tuple(axis.names() for axis in axes)
+
+    def arrays(
+        self, prefix: str = "data", window: WindowLike = "auto", *, rollup: Rollup = False
+    ) -> dict[str, dict[str, Any]]:
+        """Return the cells of every metric with axes that has values, keyed as in `as_dict`.
+
+        Args:
+            prefix: as in `as_dict`.
+            window: as in `as_dict`.
+            rollup: which totals over datasets to return too, as in `as_dict`.
+
+        Returns:
+            Of each metric ``"axes"``, a list of the name and the size, or the labels, of each axis, and
+            ``"values"``, an array with a dimension for each, NaN where a cell has no value. Nobody may
+            change these arrays.
+        """
+        check_prefix(prefix)
+        check_window(window)
+        check_rollup(rollup)
+        return {
+            prefix + printed(key): {
+                "axes": [[axis.name, axis.size or [*axis.labels]] for axis in axes],
+                "values": values,
+            }
+            for key, (values, axes) in self._report.arrays(window, rollup=rollup).items()
+        }
 
     def histograms(self, prefix: str = "data", window: WindowLike = "auto") -> dict[str, Histogram]:
         """Return the histogram of every DISTRIBUTION that has values, keyed as in `as_dict`."""
@@ -323,11 +419,8 @@ class Snapshot:
         key = self._key_with_lanes(dataset, name)
         rows = self._reduced.rows
         if key not in rows.schema:
-            raise ValueError(
-                f"{show(key)} is not known per rank: so many ranks merge their values on the way. "
-                "Record it with per_rank=True"
-            )
-        handler = self._handlers.of_key[key].laned()
+            raise ValueError(not_by_rank(key))
+        handler = self._handler(key)
         sums, maxs = rows.sums[:, rows.schema.sums[key]], rows.maxs[:, rows.schema.maxs[key]]
         found: list[float | None] = []
         for one, other in zip(sums.tolist(), maxs.tolist(), strict=True):
@@ -335,21 +428,42 @@ class Snapshot:
             found.append(handler.finalize_lanes(state).get("") if one[COUNT] else None)
         return found
 
-    def owner(self, dataset: str | None, name: str, window: View = "interval") -> int | None:
+    @overload
+    def owner(self, dataset: str | None, name: str, window: View = ...) -> int | None: ...
+    @overload
+    def owner(
+        self, dataset: str | None, name: str, window: View = ..., *, by: str | Sequence[str]
+    ) -> dict[str, int | None]: ...
+    def owner(
+        self,
+        dataset: str | None,
+        name: str,
+        window: View = "interval",
+        *,
+        by: str | Sequence[str] | None = None,
+    ) -> int | dict[str, int | None] | None:
         """Return the rank that the MAX, MIN or LAST came from.
 
         Of several that had it in one reduction the lowest, over several reductions the first. If
         a NaN came in, the lowest rank that it came from. None if the view has no value, or if its
         owner is not known: it came out of a checkpoint, or is a NaN of an earlier interval.
 
+        With `by`, the axes that remain, it is a dict: of each cell, called as it is printed behind the
+        metric's name, such as ``"layer_07"``. Where vectors are merged on the way (``route="tree"``),
+        that of a cell's NaN is not known, unless recorded with ``per_rank=True``.
+
         Raises:
             KeyError: there is no such metric.
-            ValueError: it is neither MAX nor MIN.
+            ValueError: it is neither MAX nor MIN, or has no such axis.
         """
+        if by is not None:
+            return self._of_cells(
+                lambda shown, cell: shown.owner(dataset, cell, window), dataset, name, by
+            )
         key = self._key_with_owner(dataset, name)
         totals = self._report.totals_of(check_view(window))
         nans = self._reduced.schema.sums[key].start + NANS
-        if totals.sums[nans] and self._handlers.of_key[key].laned().on_nan != "skip":
+        if totals.sums[nans] and self._handler(key).on_nan != "skip":
             return self._owner_of_nan(key)
         owner = int(totals.owners[self._reduced.schema.maxs[key]][0])
         return None if owner == NOBODY else owner
@@ -371,35 +485,71 @@ class Snapshot:
             return None if owner == NOBODY else owner
         return self._owner_of_nan(key)
 
-    def tied(self, dataset: str | None, name: str, window: View = "interval") -> int:
+    @overload
+    def tied(self, dataset: str | None, name: str, window: View = ...) -> int: ...
+    @overload
+    def tied(
+        self, dataset: str | None, name: str, window: View = ..., *, by: str | Sequence[str]
+    ) -> dict[str, int]: ...
+    def tied(
+        self,
+        dataset: str | None,
+        name: str,
+        window: View = "interval",
+        *,
+        by: str | Sequence[str] | None = None,
+    ) -> int | dict[str, int]:
         """Return how many ranks had the MAX or MIN in the reduction that it came from.
 
-        0 if the view has no value, or if it came out of a checkpoint.
+        0 if the view has no value, or if it came out of a checkpoint. Where cells are merged it is at
+        least as many: those of the cell that most ranks share.
+
+        With `by` it is a dict, as in `owner`.
 
         Raises:
             KeyError: there is no such metric.
-            ValueError: it is neither MAX nor MIN.
+            ValueError: it is neither MAX nor MIN, or has no such axis.
         """
+        if by is not None:
+            return self._of_cells(
+                lambda shown, cell: shown.tied(dataset, cell, window), dataset, name, by
+            )
         key = self._key_with_owner(dataset, name)
         return int(
             self._report.totals_of(check_view(window)).tied[self._reduced.schema.maxs[key]][0]
         )
 
-    def lacking(self, dataset: str | None, name: str) -> list[int]:
+    @overload
+    def lacking(self, dataset: str | None, name: str) -> list[int]: ...
+    @overload
+    def lacking(
+        self, dataset: str | None, name: str, *, by: str | Sequence[str]
+    ) -> dict[str, list[int]]: ...
+    def lacking(
+        self, dataset: str | None, name: str, *, by: str | Sequence[str] | None = None
+    ) -> list[int] | dict[str, list[int]]:
         """Return the ranks that had no value of this metric in the interval, ascending.
+
+        With `by` it is a dict, as in `owner`.
 
         Raises:
             KeyError: there is no such metric.
             ValueError: its handler has no lanes; or so many ranks merge their values on the way
-                that it is known how many those are (`lacking_count`), but not which.
+                that it is known how many those are (`lacking_count`), but not which, nor of cells;
+                or it has no such axis.
         """
+        if by is not None:
+            return self._of_cells(
+                lambda shown, cell: shown.lacking(dataset, cell), dataset, name, by
+            )
         key = self._key_with_lanes(dataset, name)
         rows = self._reduced.rows
         if key in rows.schema:
             counts = rows.sums[:, rows.schema.sums[key].start + COUNT]
             return [int(rank) for rank in np.flatnonzero(counts == 0)]
         attendance = self._reduced.attendance
-        assert attendance is not None
+        if attendance is None or key not in attendance.keys:
+            raise ValueError(not_by_rank(key))
         lacking = attendance.lacking(key)
         if lacking is None:
             raise ValueError(
@@ -418,7 +568,7 @@ class Snapshot:
         """
         key = self._key_with_lanes(dataset, name)
         attendance = self._reduced.attendance
-        if attendance is None:
+        if attendance is None or key not in attendance.keys:
             return len(self.lacking(dataset, name))
         return self.world_size - attendance.present(key)
 
@@ -465,6 +615,37 @@ class Snapshot:
 
     # -- Inside
 
+    def _handler(self, key: Key) -> LaneHandler:
+        """Return the handler of a metric, or of a cell of one."""
+        folding = self._folding
+        return (self._handlers if folding is None else folding).of_key[key].laned()
+
+    def _of_cells(
+        self,
+        ask: Callable[[Snapshot, str], T],
+        dataset: str | None,
+        name: str,
+        by: str | Sequence[str],
+    ) -> dict[str, T]:
+        """Ask for each cell along some axes, by what is printed behind the metric's name."""
+        names = check_axes(by)
+        key = self._key(dataset, name)
+        if not names or RANK in names:
+            raise ValueError(
+                f"by={by!r}: name an axis of {show(key)}; what is asked is about ranks"
+            )
+        other = self.shown_by({name: names})
+        if wrong := other.not_shown():
+            raise ValueError(wrong[0])
+        axes = self._whole.schema.entries[key].axes
+        kept = [next(axis for axis in axes if axis.name == one) for one in names]
+        cells = ["/".join(cell) for cell in cells_along(kept)]
+        return {cell: ask(other, f"{name}/{cell}") for cell in cells}
+
+    def not_shown(self) -> list[str]:
+        """Return what is asked for by axes, and cannot be, in words."""
+        return [] if self._folding is None else self._folding.said(self._whole.rows)
+
     def _key(self, dataset: str | None, name: str) -> Key:
         key = (dataset or "", name)
         if key not in self._reduced.schema:
@@ -492,7 +673,7 @@ class Snapshot:
         dataset, name = key
         entry = self._reduced.schema.entries.get(key)
         if entry is not None and not entry.custom:
-            handler = self._handlers.of_key[key].laned()
+            handler = self._handler(key)
             return handler.suffixes(), self._report.printed(key, window)
         table = self._report.table(window, rollup=not dataset, macro=False)
         printing = table.groups().get(dataset, {})
@@ -543,8 +724,8 @@ class Snapshot:
         if key in rows.schema:
             ranks = np.flatnonzero(rows.sums[:, rows.schema.sums[key].start + NANS])
             return int(ranks[0]) if ranks.size else None
-        assert attendance is not None
-        owner = attendance.nan_owner(key)
+        # Of cells of a metric that is merged on the way it is not told.
+        owner = NOBODY if attendance is None else attendance.nan_owners.get(key, NOBODY)
         return None if owner == NOBODY else owner
 
     def _warn_if_empty(self) -> None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from metricfold._core.fold.names import Key, printed
+from metricfold._core.fold.sample import FloatArray
 
 __all__ = ["Origin", "Rollup", "Table", "Warn", "check_rollup", "levels_of"]
 
@@ -49,6 +50,7 @@ class Table:
     keys: Mapping[str, Key]  # the dataset and the name of many
     added: dict[str, Key] = field(default_factory=dict)  # the same of the others
     origins: dict[str, Origin] = field(default_factory=dict)  # of those that were not recorded
+    arrays: Mapping[Key, FloatArray | None] = field(default_factory=dict)  # of those with axes
 
     def put(self, key: Key, value: float, origin: Origin, warn: Warn) -> None:
         """Add a value, unless what prints that text already stays; `warn` says what is left out."""
@@ -72,6 +74,16 @@ class Table:
         for text, value in self.values.items():
             dataset, name = self.added.get(text) or self.keys[text]
             found.setdefault(dataset, {})[name] = value
+        return found
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        """Return the same for functions of them: of a metric with axes its cells, if they are known."""
+        found: dict[str, dict[str, Any]] = {**self.groups()}
+        for (dataset, name), values in self.arrays.items():
+            if values is None:
+                found[dataset].pop(name, None)
+            else:
+                found[dataset][name] = values
         return found
 
 
