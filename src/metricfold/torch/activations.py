@@ -9,116 +9,141 @@ of this in it.
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metricfold._core.fold.axes import Axis
+from metricfold._core.device.arrays import of_mesh
 from metricfold._core.runtime.recomputation import recomputed
+from metricfold.metric import escaped
 from metricfold.torch.recomputing import counts
-from metricfold.torch.statistics import OCTAVES, Statistics
+from metricfold.torch.statistics import Statistics, add_of_one
 
-__all__ = ["Activations", "bare", "matches"]
-
-MODULE = "module"
-"""The axis of what is collected."""
+__all__ = ["Activations", "matches", "named"]
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-"""Parts of a parameter's name that only say how the model is wrapped."""
+"""Parts of a name that only say how the model is wrapped."""
 
 
 class Activations:
-    """Watches the first output of each module that a pattern names.
+    """Watches the first output of each module that a pattern names, as long as it is in training mode.
 
     Args:
         model: whose modules.
         patterns: of their names.
-        octaves: as in `Statistics`, as is `compiled`, which does not matter here.
+        octaves: as in `Statistics`.
 
     Attributes:
-        due: whether what is returned now counts.
+        names: of the modules, sorted.
+        statistics: what has been collected.
+        due: whether what is returned now counts; set by `look`.
+        seen: whether that has been so at all since they were emptied.
 
     Raises:
         ValueError: no module matches.
     """
 
-    def __init__(
-        self, model: nn.Module, patterns: Sequence[str], *, octaves: bool, compiled: bool
-    ) -> None:
-        named = ((bare(name), module) for name, module in model.named_modules() if name)
-        self._modules = {name: one for name, one in named if matches(name, patterns)}
-        if not self._modules:
-            raise ValueError(f"activations={list(patterns)!r} matches no module of the model")
+    def __init__(self, model: nn.Module, patterns: Sequence[str], *, octaves: bool) -> None:
+        modules = named((name, module) for name, module in model.named_modules() if name)
+        chosen = {name: one for name, one in modules.items() if matches(name, patterns)}
+        if not chosen:
+            raise ValueError(
+                f"activations={list(patterns)!r} matches no module of the model, which has: "
+                f"{', '.join(modules)[:300] or 'none'}"
+            )
+        self.names = tuple(chosen)
         device = next((one.device for one in model.parameters()), torch.device("cpu"))
-        self._statistics = Statistics(len(self._modules), device, octaves=octaves)
-        self._like = self._statistics.state.new_empty(0)
-        self.due = True
-        for row, module in enumerate(self._modules.values()):
-            module.forward = self._watched(module.forward, row)
+        self.statistics = Statistics(len(chosen), device, octaves=octaves)
+        self._like = self.statistics.state.new_empty(0)
+        self.due = self.seen = False
+        self._watched = [_Watched(self, row, module) for row, module in enumerate(chosen.values())]
+
+    def look(self, due: bool) -> None:
+        """Say whether what is returned from now on counts."""
+        self.due, self.seen = due, self.seen or due
+
+    def clear(self) -> None:
+        """Forget what has been collected."""
+        self.statistics.clear()
+        self.seen = self.due
 
     def close(self) -> None:
         """Let modules be as they were."""
-        for module in self._modules.values():
-            vars(module).pop("forward", None)  # the class's own shows again
-
-    def part(self) -> tuple[str, Axis, Mapping[str, int], Statistics]:
-        """Return what has been collected, as `ModelWatch.parts` does."""
-        # An activation has no size of its own: all that was seen is all there is.
-        return "activation", Axis(MODULE, 0, tuple(self._modules)), {}, self._statistics
-
-    def _watched(self, forward: Callable[..., Any], row: int) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            if self.due:
-                self._collect(row, output)
-            return output
-
-        return watched
+        for one in self._watched:
+            one.close()
 
     @torch.no_grad()
-    def _collect(self, row: int, output: Any) -> None:
-        x = output[0] if isinstance(output, tuple) and output else output
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+    def collect(self, row: int, output: Any) -> None:
+        """Take in the first tensor of what a module has returned."""
+        while isinstance(output, tuple | list | Mapping) and output:
+            output = next(iter(output.values() if isinstance(output, Mapping) else output))
+        if of_mesh(output):
+            output = output.to_local()
+        if not isinstance(output, Tensor) or not output.is_floating_point():
             return
-        compiling = torch.compiler.is_compiling()
-        if not compiling and recomputed():
-            return
-        state = self._statistics.state
-        x = x.detach()
-        finite = x.isfinite()
-        y = torch.where(finite, x, 0.0).double()
-        number = torch.full((), float(x.numel()), dtype=torch.float64, device=x.device)
-        good = finite.sum().double()
-        sums = torch.stack(
-            [number, number - good, (x == 0).sum().double(), good, y.sum(), y.square().sum()]
-        )
-        largest = y.abs().amax()
-        if compiling:
+        flag = None
+        if torch.compiler.is_compiling():
             # A compiled module inside of an eager checkpoint runs twice.
             flag = counts(self._like)
-            sums, largest = torch.where(flag, sums, 0.0), torch.where(flag, largest, 0.0)
-        width = sums.shape[0]
-        state[row, :width].add_(sums)
-        state[row, width : width + 1].copy_(torch.maximum(state[row, width : width + 1], largest))
-        if state.shape[1] > width + 1:
-            counted = (finite & (x != 0)).double().reshape(-1)
-            if compiling:
-                counted = torch.where(flag, counted, 0.0)
-            octave = (torch.frexp(y)[1] + 63).clamp(0, OCTAVES - 1).long().reshape(-1)
-            state[row, width + 1 :].index_add_(0, octave, counted)
+        elif recomputed():
+            return
+        add_of_one(self.statistics.state, row, output.detach(), flag)
 
 
-def bare(name: str) -> str:
-    """Return the name of a parameter or module without what wrappers add to it.
+class _Watched:
+    """Stands for the `forward` of a module; copies and pickles of the module have the one from before."""
 
-    >>> bare("module._orig_mod.layers.0._checkpoint_wrapped_module.up.weight")
-    'layers.0.up.weight'
+    def __init__(self, activations: Activations, row: int, module: nn.Module) -> None:
+        self._activations, self._row, self._module = activations, row, module
+        self._own = "forward" in vars(module)
+        self._forward: Callable[..., Any] = module.forward
+        functools.update_wrapper(self, self._forward, updated=())  # its name and signature
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._forward(*args, **kwargs)
+        if self._activations.due and self._module.training:
+            self._activations.collect(self._row, output)
+        return output
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _as_it_was, (self._forward,)
+
+    def close(self) -> None:
+        # Where something else has wrapped it since, it stays, and finds nothing due.
+        self._activations.due = False
+        if vars(self._module).get("forward") is self:
+            if self._own:
+                self._module.forward = self._forward
+            else:
+                del self._module.forward  # the class's own shows again
+
+
+def _as_it_was(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return forward
+
+
+def named(given: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return parameters or modules by name, sorted: without what wrappers add to a name, printable.
+
+    >>> named([("layers.1._checkpoint_wrapped_module.up", 1), ("_orig_mod.layers.0", 2)])
+    {'layers.0': 2, 'layers.1.up': 1}
     """
+    whole = dict(given)
+    bare = {name: _bare(name) for name in whole}
+    if len(set(bare.values())) < len(bare):  # such as of a module that somebody calls so
+        bare = {name: name for name in whole}
+    found = {escaped(bare[name]): one for name, one in whole.items()}
+    return {name: found[name] for name in sorted(found)}
+
+
+def _bare(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
+    return name
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -8,13 +8,26 @@ a buffer holds are taken group by group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["FINITE", "NONFINITE", "OCTAVES", "SEEN", "SQUARES", "TOTAL", "ZEROS", "Statistics"]
+__all__ = [
+    "FINITE",
+    "NONFINITE",
+    "OCTAVES",
+    "SEEN",
+    "SQUARES",
+    "TOTAL",
+    "ZEROS",
+    "Group",
+    "Scratch",
+    "Statistics",
+    "add_of_one",
+]
 
 SEEN, NONFINITE, ZEROS, FINITE, TOTAL, SQUARES = range(6)
 """Sums of a row: elements, those that are NaN or infinite, that are 0, that are finite; their sum, and that of squares."""
@@ -22,30 +35,119 @@ SEEN, NONFINITE, ZEROS, FINITE, TOTAL, SQUARES = range(6)
 OCTAVES = 128
 """Octave k holds magnitudes from 2^(k - 64) on; the first all that are smaller, the last all that are larger."""
 
-_BLOCK, _GROUP = 256, 1 << 20
+BLOCK = 256
+_GROUP = {"cpu": 1 << 20}
+"""Elements of a buffer: on a CPU as many as its cache holds."""
+_GROUP_OF_OTHERS = 1 << 24
+"""On other devices, where it is the number of kernels that matters. A float32 counts so far, too."""
 _LOWEST = 127 - 64
+"""The exponent of a float32 in the first octave but the one for all that are smaller."""
 
 
-class _Group(NamedTuple):
+class Group(NamedTuple):
     """Tensors, or parts of long ones, that fill one buffer.
 
     Args:
         pieces: which elements of which tensors: place, first, end.
         views: where each goes in the buffer.
-        buffer: shape (blocks, 256).
+        buffer: shape (blocks, 256), float32; of what lies in it nothing stays there.
         rows: of each block, shape (blocks,).
-        owners: the row of each piece, shape (pieces,).
-        counts: elements of each piece, shape (pieces,).
-        pads: what pads the blocks of each, shape (pieces,).
+        starts: which element of its tensor a block begins with, shape (blocks,).
     """
 
     pieces: Sequence[tuple[int, int, int]]
     views: list[Tensor]
     buffer: Tensor
     rows: Tensor
-    owners: Tensor
-    counts: Tensor
-    pads: Tensor
+    starts: Tensor
+
+    def fill(self, flat: Sequence[Tensor]) -> None:
+        """Copy flat tensors into the buffer."""
+        self.buffer.zero_()
+        torch._foreach_copy_(self.views, [flat[at][first:end] for at, first, end in self.pieces])
+
+
+class Grouped(NamedTuple):
+    """Tensors in groups.
+
+    Args:
+        key: rows and sizes of the tensors.
+        groups: in order.
+        known: what to add to the sums of each row besides: shape (rows, 6).
+    """
+
+    key: tuple[int, ...]
+    groups: Sequence[Group]
+    known: Tensor
+
+
+class Scratch:
+    """The buffer of each device, which serves all groups in turn."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.device, Tensor] = {}
+
+    def buffer(self, device: torch.device, blocks: int) -> Tensor:
+        """Return a buffer of so many blocks."""
+        known = self._buffers.get(device)
+        if known is None or len(known) < blocks:
+            with torch.inference_mode(mode=False):
+                known = torch.zeros(blocks, BLOCK, device=device)
+            self._buffers[device] = known
+        return known[:blocks]
+
+    def grouped(
+        self, rows: Sequence[int], sizes: Sequence[int], number: int, device: torch.device
+    ) -> Grouped:
+        """Cut tensors into groups that fit into the buffer; a long one lies in several.
+
+        Args:
+            rows: of each tensor.
+            sizes: how many elements each has.
+            number: of rows.
+            device: where they lie.
+        """
+        most = _GROUP.get(device.type, _GROUP_OF_OTHERS) // BLOCK
+        cut: list[list[tuple[int, int, int]]] = []
+        room = 0
+        for place, size in enumerate(sizes):
+            first = 0
+            while first < size:
+                if room == 0:
+                    cut.append([])
+                    room = most
+                end = min(size, first + room * BLOCK)
+                cut[-1].append((place, first, end))
+                room -= -(-(end - first) // BLOCK)
+                first = end
+        # If there are several, all are as long, for one shape is compiled once.
+        blocks = most if len(cut) > 1 else most - room if cut else 0
+        known = torch.zeros(number, SQUARES + 1, dtype=torch.float64)
+        with torch.inference_mode(mode=False):
+            groups = [self._group(rows, pieces, blocks, known, device) for pieces in cut]
+            return Grouped((*rows, *sizes), groups, known.to(device))
+
+    def _group(
+        self,
+        rows: Sequence[int],
+        pieces: Sequence[tuple[int, int, int]],
+        blocks: int,
+        known: Tensor,
+        device: torch.device,
+    ) -> Group:
+        buffer, views, at = self.buffer(device, blocks), [], 0
+        of_blocks, starts = torch.zeros(2, blocks, dtype=torch.int64)
+        for place, first, end in pieces:
+            views.append(buffer.view(-1)[at * BLOCK : at * BLOCK + end - first])
+            height, row = -(-(end - first) // BLOCK), rows[place]
+            of_blocks[at : at + height] = row
+            starts[at : at + height] = torch.arange(first, end, BLOCK)
+            at += height
+            known[row, SEEN] += end - first
+            known[row, FINITE] += end - first
+            known[row, ZEROS] -= height * BLOCK - (end - first)
+        known[0, ZEROS] -= (blocks - at) * BLOCK
+        return Group(pieces, views, buffer, of_blocks.to(device), starts.to(device))
 
 
 class Statistics:
@@ -56,15 +158,23 @@ class Statistics:
         device: where they lie.
         octaves: whether magnitudes are counted by octave.
         compiled: whether the reduction of a buffer is compiled, in some seconds when it first runs.
+        scratch: where the buffer is.
 
     Attributes:
-        sums: shape (rows, 6), float64.
+        state: all of it, shape (rows, n), float64.
+        sums: shape (rows, 6).
         largest: of magnitudes, shape (rows,).
-        octaves: shape (rows, OCTAVES); of no row, if they are not counted.
+        octaves: shape (rows, OCTAVES); (rows, 0) if they are not counted.
     """
 
     def __init__(
-        self, rows: int, device: torch.device, *, octaves: bool = False, compiled: bool = False
+        self,
+        rows: int,
+        device: torch.device,
+        *,
+        octaves: bool = False,
+        compiled: bool = False,
+        scratch: Scratch | None = None,
     ) -> None:
         width = SQUARES + 2 + (OCTAVES if octaves else 0)
         with torch.inference_mode(mode=False):
@@ -72,13 +182,17 @@ class Statistics:
             self.state = torch.zeros(rows, width, dtype=torch.float64, device=device)
         self.sums, self.largest = self.state[:, : SQUARES + 1], self.state[:, SQUARES + 1]
         self.octaves = self.state[:, SQUARES + 2 :]
-        self._device = device
-        self._groups: dict[tuple[int, ...], list[_Group]] = {}
-        self._reduce = torch.compile(_reduce, dynamic=False) if compiled else _reduce
+        self._device, self._scratch = device, scratch or Scratch()
+        self._grouped: Grouped | None = None
+        self._reduce = _compiled() if compiled else _reduce
 
     @torch.no_grad()
     def add(
-        self, rows: Sequence[int], tensors: Sequence[Tensor], scale: Tensor | None = None
+        self,
+        rows: Sequence[int],
+        tensors: Sequence[Tensor],
+        scale: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> None:
         """Take in what tensors hold at present, divided by `scale`.
 
@@ -86,57 +200,75 @@ class Statistics:
             rows: of each tensor.
             tensors: real ones, on this device, of any shape.
             scale: of one element.
+            counts: a flag of one element on this device: whether they are taken in at all.
         """
+        before = self.state if counts is None else self.state.clone()
         wide = [place for place, one in enumerate(tensors) if one.dtype == torch.float64]
         if wide:  # a buffer of float32 would lose what lies beyond its range
             for place in wide:
                 self._add_wide(rows[place], tensors[place], scale)
-            narrow = [place for place in range(len(tensors)) if place not in set(wide)]
-            rows, tensors = [rows[i] for i in narrow], [tensors[i] for i in narrow]
+            narrow = sorted({*range(len(tensors))} - {*wide})
+            rows, tensors = [rows[place] for place in narrow], [tensors[place] for place in narrow]
         flat = [one.detach().reshape(-1) for one in tensors]
-        for group in self._grouped(rows, [one.numel() for one in flat]):
-            group.buffer.zero_()
-            torch._foreach_copy_(
-                group.views, [flat[place][first:end] for place, first, end in group.pieces]
-            )
+        grouped = self._in_groups(rows, [len(one) for one in flat])
+        for group in grouped.groups:
+            group.fill(flat)
             if scale is not None:
-                group.buffer.div_(scale.to(group.buffer.device))
-            self._reduce(
-                group.buffer, group.rows, group.owners, group.counts, group.pads, self.state
-            )
+                group.buffer.div_(scale.to(self._device))
+            self._reduce(group.buffer, group.rows, self.state)
+        self.sums.add_(grouped.known)
+        if counts is not None:
+            self.state.copy_(torch.where(counts, self.state, before))
+
+    def _in_groups(self, rows: Sequence[int], sizes: Sequence[int]) -> Grouped:
+        if self._grouped is None or self._grouped.key != (*rows, *sizes):
+            self._grouped = self._scratch.grouped(rows, sizes, len(self.state), self._device)
+        return self._grouped
 
     def _add_wide(self, row: int, tensor: Tensor, scale: Tensor | None) -> None:
-        x = tensor.detach().reshape(-1)
-        x = x if scale is None else x / scale
-        finite = x.isfinite()
-        y = torch.where(finite, x, 0.0)
-        number, good, zeros = float(x.numel()), finite.sum().double(), (x == 0).sum().double()
-        sums = [good.new_tensor(number), number - good, zeros, good, y.sum(), y.square().sum()]
-        self.sums[row].add_(torch.stack(sums))
-        if x.numel():
-            largest = y.abs().amax()
-            self.largest[row : row + 1].copy_(torch.maximum(self.largest[row : row + 1], largest))
-        if self.octaves.shape[1]:
-            octave = torch.frexp(y)[1] + (64 - 1)
-            counted = finite & (y != 0)
-            cells = octave.clamp(0, OCTAVES - 1).long()
-            self.octaves[row].index_add_(0, cells, counted.double())
+        x = tensor.detach()
+        add_of_one(self.state, row, x if scale is None else x / scale.to(x))
 
     def clear(self) -> None:
         """Forget everything."""
         self.state.zero_()
 
-    def _grouped(self, rows: Sequence[int], sizes: Sequence[int]) -> list[_Group]:
-        key = (*rows, *sizes)
-        if key not in self._groups:
-            self._groups[key] = _groups(rows, sizes, self._device)
-        return self._groups[key]
+
+def add_of_one(state: Tensor, row: int, x: Tensor, counts: Tensor | None = None) -> None:
+    """Add one tensor, of any shape, to a row; eager or inside of a graph.
+
+    Args:
+        state: of `Statistics`.
+        row: which.
+        x: a real tensor.
+        counts: a flag on its device: whether it is taken in.
+    """
+    if not x.numel():
+        return
+    finite = x.isfinite()
+    y = torch.where(finite, x, 0.0).double()
+    good = finite.sum().double()
+    number = torch.full_like(good, float(x.numel()))
+    zeros = (x == 0).sum().double()
+    sums = torch.stack([number, number - good, zeros, good, y.sum(), y.square().sum()])
+    largest = y.abs().amax()
+    counted = finite & (x != 0)
+    if counts is not None:
+        sums, largest = torch.where(counts, sums, 0.0), torch.where(counts, largest, 0.0)
+        counted = counted & counts
+    # Numbers alone cross to another device, if the state lies on one.
+    state[row, : SQUARES + 1].add_(sums.to(state.device))
+    top = state[row, SQUARES + 1 : SQUARES + 2]
+    top.copy_(torch.maximum(top, largest.to(state.device)))
+    if state.shape[1] > SQUARES + 2:
+        octave = (torch.frexp(y)[1] + (64 - 1)).clamp(0, OCTAVES - 1).long().reshape(-1)
+        cells = torch.zeros(OCTAVES, dtype=torch.float64, device=x.device)
+        cells.index_add_(0, octave, counted.double().reshape(-1))
+        state[row, SQUARES + 2 :].add_(cells.to(state.device))
 
 
-def _reduce(
-    buffer: Tensor, rows: Tensor, owners: Tensor, counts: Tensor, pads: Tensor, state: Tensor
-) -> None:
-    """Add a buffer to the state of its rows."""
+def _reduce(buffer: Tensor, rows: Tensor, state: Tensor) -> None:
+    """Add a buffer to the state of its rows, as far as it is not known beforehand."""
     finite = buffer.isfinite()
     x = torch.where(finite, buffer, 0.0).double()
     bad = (~finite).sum(1, dtype=torch.float64)
@@ -144,65 +276,18 @@ def _reduce(
     block = torch.stack([bad, zeros, -bad, x.sum(1), (x * x).sum(1)], 1)
     state[:, NONFINITE : SQUARES + 1].index_add_(0, rows, block)
     state[:, SQUARES + 1].scatter_reduce_(0, rows, x.abs().amax(1), "amax")
-    state[:, SEEN].index_add_(0, owners, counts)
-    state[:, FINITE].index_add_(0, owners, counts)
-    state[:, ZEROS].index_add_(0, owners, -pads)
     if state.shape[1] > SQUARES + 2:
         exponent = (buffer.view(torch.int32) >> 23) & 255
         octave = (exponent - _LOWEST).clamp(0, OCTAVES - 1)
         # Subnormals have the exponent 0, and zero is none of them.
         counted = (finite & (buffer != 0)).float().reshape(-1)
         where = (rows.unsqueeze(1) * OCTAVES + octave).reshape(-1)
-        # In float32, for fewer than 2^24 are in a group.
+        # In float32, for no more than 2^24 are in a group.
         cells = torch.zeros(state.shape[0] * OCTAVES, device=buffer.device)
         cells.scatter_add_(0, where, counted)
         state[:, SQUARES + 2 :].add_(cells.view(-1, OCTAVES))
 
 
-def _groups(rows: Sequence[int], sizes: Sequence[int], device: torch.device) -> list[_Group]:
-    """Cut tensors into groups that fit into a buffer; a long one lies in several."""
-    most = _GROUP // _BLOCK
-    cut: list[list[tuple[int, int, int]]] = []
-    room = 0
-    for place, size in enumerate(sizes):
-        first = 0
-        while first < size:
-            if room == 0:
-                cut.append([])
-                room = most
-            end = min(size, first + room * _BLOCK)
-            cut[-1].append((place, first, end))
-            room -= -(-(end - first) // _BLOCK)
-            first = end
-    heights = [[-(-(end - first) // _BLOCK) for _, first, end in pieces] for pieces in cut]
-    with torch.inference_mode(mode=False):
-        # One serves all groups in turn.
-        whole = torch.zeros(max(map(sum, heights), default=0), _BLOCK, device=device)
-        return [
-            _group(rows, pieces, each, whole) for pieces, each in zip(cut, heights, strict=True)
-        ]
-
-
-def _group(
-    rows: Sequence[int],
-    pieces: Sequence[tuple[int, int, int]],
-    heights: Sequence[int],
-    whole: Tensor,
-) -> _Group:
-    device = whole.device
-    buffer, views, at = whole[: sum(heights)], [], 0
-    for (_, first, end), height in zip(pieces, heights, strict=True):
-        views.append(buffer.view(-1)[at * _BLOCK : at * _BLOCK + end - first])
-        at += height
-    owners = torch.tensor([rows[place] for place, *_ in pieces], device=device)
-    counts = [float(end - first) for _, first, end in pieces]
-    pads = [height * _BLOCK - count for height, count in zip(heights, counts, strict=True)]
-    return _Group(
-        pieces,
-        views,
-        buffer,
-        owners.repeat_interleave(torch.tensor(heights, device=device)),
-        owners,
-        torch.tensor(counts, dtype=torch.float64, device=device),
-        torch.tensor(pads, dtype=torch.float64, device=device),
-    )
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(_reduce, dynamic=False)

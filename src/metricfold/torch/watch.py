@@ -12,21 +12,25 @@ the same, each does its share of the work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, cast
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from metricfold._core.fold.axes import Axes, Axis
+from metricfold._core.device.arrays import of_mesh
+from metricfold._core.fold.axes import Axes, Axis, described
+from metricfold._core.fold.elements import EVERY_ELEMENT
 from metricfold._core.fold.names import Key
+from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import State
-from metricfold._core.runtime.listing import internal
+from metricfold._core.runtime.imported import is_of
+from metricfold._core.runtime.listing import internal, shortened
 from metricfold._core.runtime.uncompiled import uncompiled
 from metricfold.metric import AggregationType, TypeLike, check_name
-from metricfold.torch.activations import Activations, bare, matches
+from metricfold.torch.activations import Activations, matches, named
 from metricfold.torch.statistics import (
     FINITE,
     NONFINITE,
@@ -35,58 +39,136 @@ from metricfold.torch.statistics import (
     SQUARES,
     TOTAL,
     ZEROS,
+    Scratch,
     Statistics,
 )
 
 __all__ = ["ModelWatch"]
 
-PARAMETER, OCTAVE = "parameter", "octave"
+_logger = logging.getLogger("metricfold")
+
+PARAMETER, MODULE, OCTAVE = "parameter", "module", "octave"
 """The axes of what is collected."""
+
+_OF_PARAMETERS: Mapping[str, TypeLike] = {
+    "norm": "tensor_norm",
+    "mean": "tensor_mean",
+    "abs_max": AggregationType.MAX,
+    "zeros": "tensor_mean",
+    "nonfinite": "tensor_number",
+    "octaves": "tensor_number",
+}
+_OF_ACTIVATIONS: Mapping[str, TypeLike] = {
+    "rms": "tensor_rms",
+    "mean": "tensor_mean",
+    "abs_max": AggregationType.MAX,
+    "zeros": "tensor_mean",
+    "nonfinite": "tensor_number",
+    "octaves": "tensor_number",
+}
+"""What is reported, and its type. An activation has no size, so no norm that could be told from how often it came."""
+
+_IN_PARTS = (
+    "each rank holds a part of a sum (Partial), whose norm no rank knows: let the gradient be reduced, as by "
+    "redistribute(), if it is wanted"
+)
+_SPARSE = "it is sparse, and holds no element for most"
+_NO_REALS = "its elements are no floating-point numbers"
 
 
 class Part(NamedTuple):
-    """Which of the elements that a rank holds it works on: the `index`-th of `of` parts."""
+    """Which of the elements that a rank holds it works on: one of so many parts."""
 
-    index: int = 0
+    place: int = 0
     of: int = 1
 
     def take(self, tensor: Tensor) -> Tensor:
-        flat = local(tensor).detach().reshape(-1)
+        flat: Tensor = (tensor.to_local() if of_mesh(tensor) else tensor).detach()  # type: ignore[attr-defined]
+        flat = (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(-1)
         if self.of == 1:
             return flat
-        first, end = (len(flat) * place // self.of for place in (self.index, self.index + 1))
+        first, end = (len(flat) * place // self.of for place in (self.place, self.place + 1))
         return flat[first:end]
+
+
+class _Place(NamedTuple):
+    """Where a parameter is found: frameworks put another one there when they shard or move it."""
+
+    module: nn.Module
+    attribute: str
+
+    def parameter(self) -> Tensor | None:
+        return getattr(self.module, self.attribute, None)
+
+
+class Collected(NamedTuple):
+    """What has been collected under one name, on one device.
+
+    Args:
+        name: such as ``"grad"``.
+        axis: parameters, or modules.
+        sizes: how many elements each has.
+        types: what is reported of it, and the types of that.
+        state: of `Statistics`; on the host, once it has been read.
+    """
+
+    name: str
+    axis: Axis
+    sizes: Sequence[float]
+    types: Mapping[str, TypeLike]
+    state: Any
+
+
+class _Read(NamedTuple):
+    collected: Sequence[Collected]
+    refused: None = None
 
 
 @internal("layout", "start_read", "empty")
 class ModelWatch:
     """Collects statistics of gradients, parameters, updates and activations, every so many steps.
 
-    Of each it reports the norm, mean, largest magnitude, share of zeros and number of elements that are
-    not finite, over the elements of all: ``grad/norm``, ``grad/mean``, ``grad/abs_max``, ``grad/zeros``
-    and ``grad/nonfinite``; and the same for ``param``, ``update`` and ``activation``. They have the axis
-    ``parameter`` (or ``module``): ``by={"grad/norm": "parameter"}`` prints each parameter's own, and
-    `Snapshot.array` returns them. Norms, means and shares are of the finite elements.
+    Of each it reports the norm, the mean, the largest magnitude, the share of zeros and the number of
+    elements that are not finite: ``grad/norm``, ``grad/mean``, ``grad/abs_max``, ``grad/zeros`` and
+    ``grad/nonfinite``; and the same for ``param``, ``update`` and ``activation``, of which there is
+    ``activation/rms`` instead of a norm. They have the axis ``parameter`` (or ``module``):
+    ``by={"grad/norm": "parameter"}`` prints each parameter's own, `Snapshot.array` returns them, and
+    without it ``grad/norm`` is the norm over all. A norm or mean is NaN where an element is not finite,
+    or with ``on_nan="skip"`` that of the others.
 
     Works under DDP, FSDP2, HSDP, tensor and pipeline parallelism, and any mix: each rank says what it
-    holds, and what several hold counts once. Between due steps nothing runs.
+    holds, and what several hold counts once. Between due steps nothing runs. It is drained as an
+    accumulator is, and if several steps have been collected since, shows their mean (root of the mean
+    of squares, for a norm).
 
     Args:
         model: whose parameters; wrap and shard it before.
         optimizer: its `step` is the moment of collection: gradients are as it sees them, clipped and
             unscaled. None: call `grads` by hand.
-        every: collect at each so many-th step of the optimizer, from the first on.
+        every: collect at each so many-th step of the optimizer.
         grads: whether to collect gradients.
         params: parameters, before the step.
         updates: what the step changes of them; keeps a copy of what this rank works on meanwhile.
         only: a pattern of parameter names, as a shell has it; or several.
-        activations: a pattern of module names, or several, of which the first output is looked at.
+        activations: a pattern of module names, or several, whose first output is looked at.
         octaves: whether to count magnitudes by power of two: ``grad/octaves``, with the axes
             ``parameter`` and ``octave``; cell k holds those from 2^(k-64) on.
         compiled: whether the reduction is compiled, in some seconds when it first runs.
 
     Raises:
-        TypeError, ValueError: `model` has no parameter that is watched, or `every` is below 1.
+        TypeError, ValueError: `model` has no parameter that is watched, or is sharded in a way that does
+            not show in its parameters (FSDP1, ZeRO), or `every` is below 1.
+
+    >>> from metricfold import MetricsAggregator
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> aggregator, watch = MetricsAggregator(), ModelWatch(model, optimizer, params=False)
+    >>> model(torch.tensor([[3.0, 4.0]])).sum().backward()
+    >>> optimizer.step()
+    >>> _ = aggregator.drain(watch)
+    >>> snapshot = aggregator.reduce()
+    >>> snapshot.as_dict("train")["train/grad/norm"], snapshot.array(None, "grad/abs_max")
+    (5.0, (array([4.]), (('weight',),)))
     """
 
     def __init__(
@@ -103,100 +185,162 @@ class ModelWatch:
         octaves: bool = False,
         compiled: bool = False,
     ) -> None:
-        if not every >= 1:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}: give a number of steps, 1 or more")
-        patterns = [only] if isinstance(only, str) else list(only)
-        named = ((bare(name), one) for name, one in model.named_parameters())  # tied ones come once
-        self._held = {name: one for name, one in sorted(named) if matches(name, patterns)}
-        if not self._held:
-            raise ValueError(f"only={only!r} matches no parameter of the model")
-        self._rows = {name: row for row, name in enumerate(self._held)}
-        group = getattr(model, "process_group", None) if _is_ddp(model) else None
-        self._parts = {name: _part(one, group) for name, one in self._held.items()}
+        if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
+            raise TypeError(
+                f"optimizer={type(optimizer).__name__} has no hooks for its step: give the "
+                "torch.optim.Optimizer that it wraps, or none, and call grads() before each step"
+            )
+        group, model = _unwrapped(model)
+        self._held = _parameters(model, [only] if isinstance(only, str) else [*only])
+        self._group = group
         self._every, self._step = every, 0
         self._collects = {"grad": grads, "param": params, "update": updates}
-        self._settings = {"octaves": octaves, "compiled": compiled}
-        self._statistics: dict[str, Statistics] = {}
+        self._scratch, self._octaves, self._compiled = Scratch(), octaves, compiled
+        self._statistics: dict[tuple[str, torch.device], Statistics] = {}
         self._before: dict[str, Tensor] | None = None
-        self.partial: set[str] = set()
-        """Parameters whose gradients are left out: each rank holds a part of a sum that none has."""
-        self.layout = _Layout(self)
+        self._counts: Tensor | None = None
+        self._parts: dict[Any, Part] = {}
+        self._told: set[tuple[str, str]] = set()
+        self._sizes: dict[str, int] = {}
+        self._new = False
+        self.layout = _Keys(self)
         self._activations = None
         if activations is not None:
-            chosen = [activations] if isinstance(activations, str) else list(activations)
-            self._activations = Activations(model, chosen, **self._settings)
+            chosen = [activations] if isinstance(activations, str) else [*activations]
+            self._activations = Activations(model, chosen, octaves=octaves)
+            self._activations.look(self.due)
         if optimizer is not None:
-            optimizer.register_step_pre_hook(lambda given, *_: self._begin_step(given))
-            optimizer.register_step_post_hook(lambda *_: self._end_step())
+            optimizer.register_step_pre_hook(_uncompiled_hook(self._begin_step))
+            optimizer.register_step_post_hook(_uncompiled_hook(self._end_step))
 
     @property
     def due(self) -> bool:
-        """Whether the step that comes next is collected."""
-        return self._step % self._every == 0
+        """Whether the step that is under way is collected."""
+        return (self._step + 1) % self._every == 0
 
     # -- In the step
 
     @uncompiled
-    def grads(self, name: str = "grad", scale: Tensor | None = None) -> None:
+    def grads(self, name: str = "grad") -> None:
         """Collect the gradients as they are now, if the step is due, such as before they are clipped.
 
         Args:
             name: what their statistics are called.
-            scale: what they have been multiplied by, such as by a gradient scaler.
         """
         check_name("the name of what is collected", name)
         if self.due:
-            held = ((key, one.grad) for key, one in self._held.items())
-            self._add(name, {key: grad for key, grad in held if grad is not None}, scale)
+            self._add_grads(name)
 
     def _begin_step(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.due:
             return
+        # A fused optimizer unscales within its step, or leaves the step out.
+        found = getattr(optimizer, "found_inf", None)
+        self._counts = None if found is None else found == 0
         if self._collects["grad"]:
-            # A fused optimizer unscales within its step.
-            self.grads("grad", getattr(optimizer, "grad_scale", None))
+            self._add_grads("grad", getattr(optimizer, "grad_scale", None))
         if self._collects["param"]:
-            self._add("param", self._held)
+            self._add("param", self._parameters())
         if self._collects["update"]:
-            self._before = {
-                name: self._parts[name].take(one).clone()
-                for name, one in self._held.items()
-                if one.requires_grad
-            }
+            trained = ((name, one) for name, one in self._parameters() if one.requires_grad)
+            self._before = {name: part.clone() for name, part in self._shares("update", trained)}
 
-    def _end_step(self) -> None:
+    def _end_step(self, _: object) -> None:
         if self._before is not None:
-            changed = {
-                name: self._parts[name].take(self._held[name]) - before
-                for name, before in self._before.items()
-            }
-            self._collected("update").add(
-                [self._rows[name] for name in changed], [*changed.values()]
-            )
+            now = dict(self._shares("update", self._parameters()))
+            changed = [
+                (name, _difference(now[name], before)) for name, before in self._before.items()
+            ]
             self._before = None
+            self._take("update", changed)
+        self._counts = None
         self._step += 1
         if self._activations is not None:
-            self._activations.due = self.due
+            self._activations.look(self.due)
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, place in self._held.items():
+            parameter = place.parameter()
+            if parameter is not None:
+                yield name, parameter
+
+    def _add_grads(self, name: str, scale: Tensor | None = None) -> None:
+        held = ((key, one.grad) for key, one in self._parameters())
+        self._add(name, ((key, grad) for key, grad in held if grad is not None), scale)
+
+    def _add(
+        self, name: str, tensors: Iterable[tuple[str, Tensor]], scale: Tensor | None = None
+    ) -> None:
+        self._take(name, self._shares(name, tensors), scale)
+
+    def _shares(
+        self, name: str, tensors: Iterable[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield what this rank works on of tensors; say once which are left out."""
+        left_out: dict[str, list[str]] = {}
+        for key, tensor in tensors:
+            why = _unusable(tensor)
+            if why:
+                if (key, why) not in self._told:
+                    left_out.setdefault(why, []).append(key)
+                continue
+            self._sizes[key] = tensor.numel() * (2 if tensor.is_complex() else 1)
+            yield key, self._part(tensor).take(tensor)
+        for why, keys in left_out.items():
+            self._told.update((key, why) for key in keys)
+            _logger.warning(
+                "ModelWatch leaves %d out of %r, such as %s: %s",
+                len(keys),
+                name,
+                shortened(keys),
+                why,
+            )
+
+    def _part(self, tensor: Tensor) -> Part:
+        """Return a rank's part of the work for a tensor, as far as its mesh tells who holds the same.
+
+        It need not tell all: a parameter on a sub-mesh has replicas that the mesh does not name. Nobody's
+        work is missing then, for those do it too.
+        """
+        if not of_mesh(tensor):
+            key: Any = None
+        else:
+            key = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        if key not in self._parts:
+            self._parts[key] = _part_of_group(self._group) if key is None else _part_of_mesh(*key)
+        return self._parts[key]
 
     @torch.no_grad()
-    def _add(self, name: str, tensors: Mapping[str, Tensor], scale: Tensor | None = None) -> None:
-        held: dict[str, Tensor] = {}
-        for key, tensor in tensors.items():
-            if isinstance(tensor, DTensor) and any(one.is_partial() for one in tensor.placements):
-                self.partial.add(key)  # the norm of a sum is not the sum of norms
-            else:
-                held[key] = self._parts[key].take(tensor)
-        if held:
-            self._collected(name).add([self._rows[key] for key in held], [*held.values()], scale)
+    def _take(
+        self, name: str, held: Iterable[tuple[str, Tensor]], scale: Tensor | None = None
+    ) -> None:
+        rows = {key: row for row, key in enumerate(self._held)}
+        by_device: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
+        for key, tensor in held:
+            of_device = by_device.setdefault(tensor.device, ([], []))
+            of_device[0].append(rows[key])
+            of_device[1].append(tensor)
+        for device, (some, tensors) in by_device.items():
+            counts = None if self._counts is None else self._counts.to(device)
+            self._statistics_of(name, device).add(some, tensors, scale, counts)
+            self._new = True
 
-    def _collected(self, name: str) -> Statistics:
-        if name not in self._statistics:
-            device = local(next(iter(self._held.values()))).device
-            self._statistics[name] = Statistics(len(self._held), device, **self._settings)
-        return self._statistics[name]
+    def _statistics_of(self, name: str, device: torch.device) -> Statistics:
+        known = self._statistics.get((name, device))
+        if known is None:
+            known = self._statistics[name, device] = Statistics(
+                len(self._held),
+                device,
+                octaves=self._octaves,
+                compiled=self._compiled,
+                scratch=self._scratch,
+            )
+        return known
 
     def close(self) -> None:
-        """Take the watch off activations."""
+        """Let modules whose activations are watched be as they were."""
         if self._activations is not None:
             self._activations.close()
 
@@ -205,118 +349,197 @@ class ModelWatch:
 
     # -- On the way to the aggregator
 
-    def parts(self) -> list[tuple[str, Axis, Mapping[str, int], Statistics]]:
-        """Return what has been collected: its name, its axis, how many elements each cell has."""
-        sizes = {name: one.numel() for name, one in self._held.items()}
-        axis = Axis(PARAMETER, 0, tuple(sizes))
-        found = [(name, axis, sizes, one) for name, one in self._statistics.items()]
+    def collected(self) -> list[Collected]:
+        """Return what has been collected, on its devices."""
+        sizes = [float(self._sizes.get(name, 0)) for name in self._held]
+        axis = Axis(PARAMETER, 0, tuple(self._held))
+        found = [
+            Collected(name, axis, sizes, _OF_PARAMETERS, statistics.state)
+            for (name, _), statistics in self._statistics.items()
+        ]
         if self._activations is not None:
-            found.append(self._activations.part())
+            names, state = self._activations.names, self._activations.statistics.state
+            every = [EVERY_ELEMENT] * len(names)
+            axis = Axis(MODULE, 0, names)
+            found.append(Collected("activation", axis, every, _OF_ACTIVATIONS, state))
         return found
 
     @uncompiled
-    def start_read(self) -> Callable[[], list[Any]]:
+    def start_read(self) -> Callable[[], _Read | None]:
         """Begin the transfer to the host; what is returned waits for it, on any thread."""
-        parts = self.parts()
-        reads = [_started(statistics.state) for *_, statistics in parts]
-        return lambda: [(*part[:3], read()) for part, read in zip(parts, reads, strict=True)]
+        if not self._new and (self._activations is None or not self._activations.seen):
+            return lambda: None
+        reads = [(one, _started(one.state)) for one in self.collected()]
+        return lambda: _Read([one._replace(state=read()) for one, read in reads])
 
     @uncompiled
     def empty(self) -> ModelWatch:
         """Forget what has been collected, and return this watch."""
-        for *_, statistics in self.parts():
+        for statistics in self._statistics.values():
             statistics.clear()
+        self._new = False
+        if self._activations is not None:
+            self._activations.clear()
         return self
 
 
-class _Layout:
+class _Keys:
     """What a watch says of itself to an aggregator."""
 
     def __init__(self, watch: ModelWatch) -> None:
         self._watch = watch
 
-    def keys(self) -> list[tuple[Key, TypeLike]]:
-        """Return each metric, with its aggregation."""
-        found: list[tuple[Key, TypeLike]] = []
-        for name, _, _, statistics in self._watch.parts():
-            found += [(("", f"{name}/{end}"), kind) for end, kind in _TYPES.items()]
-            if statistics.octaves.shape[1]:
-                found.append((("", f"{name}/octaves"), "tensor_number"))
-        return found
+    def keys(self) -> Iterable[tuple[Key, TypeLike, str]]:
+        """Yield each metric of which something may have come, its aggregation and its axes."""
+        for one in self._watch.collected():
+            for end, agg_type in one.types.items():
+                axes = _axes(one, end)
+                if end != "octaves" or _has_octaves(one.state):
+                    yield ("", f"{one.name}/{end}"), agg_type, described(axes)
 
-    def states(self, arrays: Iterable[Any]) -> Iterable[tuple[Key, State]]:
+    def states(self, arrays: _Read) -> Iterable[tuple[Key, State]]:
         """Yield the state of each metric that has something."""
-        for name, axis, sizes, state in arrays:
-            for end, one in _states(axis, [*sizes.values()], state):
-                yield ("", f"{name}/{end}"), one
+        for one in arrays.collected:
+            for end, state in _states(one):
+                yield ("", f"{one.name}/{end}"), state
 
-    def complaints(self, _: object) -> list[str]:
-        """Return what is to be said of what was left out."""
-        return []
-
-
-_TYPES: dict[str, TypeLike] = {
-    "norm": "tensor_norm",
-    "mean": "tensor_mean",
-    "abs_max": AggregationType.MAX,
-    "zeros": "tensor_mean",
-    "nonfinite": "tensor_number",
-}
+    def complaints(self, _: object) -> Iterable[str]:
+        """Return nothing: what is left out is said where it is."""
+        return ()
 
 
-def _states(
-    axis: Axis, sizes: list[int], state: np.ndarray[Any, np.dtype[np.float64]]
-) -> Iterable[tuple[str, State]]:
+def _axes(one: Collected, end: str) -> Axes:
+    return (one.axis, Axis(OCTAVE, OCTAVES)) if end == "octaves" else (one.axis,)
+
+
+def _has_octaves(state: Any) -> bool:
+    return bool(state.shape[1] > SQUARES + 2)
+
+
+def _states(one: Collected) -> Iterable[tuple[str, State]]:
     """Yield the states of what was collected of the cells along one axis."""
-    sums, largest, octaves = np.split(state, (SQUARES + 1, SQUARES + 2), axis=1)
-    seen, zero = sums[:, SEEN], np.zeros(len(sums))
-    if not seen.any():
-        return
+    sums, largest, octaves = np.split(one.state, (SQUARES + 1, SQUARES + 2), axis=1)
+    seen, bad, zero = sums[:, SEEN], sums[:, NONFINITE], np.zeros(len(sums))
     has = seen > 0
-    size = np.where(has, np.array(sizes or seen, dtype=np.float64), -np.inf)[:, np.newaxis]
-    axes: Axes = (axis,)
+    if not has.any():
+        return
+    size = np.where(has, one.sizes, -np.inf)[:, np.newaxis]
+    lanes = {
+        "norm": (bad, SQUARES),
+        "rms": (bad, SQUARES, FINITE),
+        "mean": (bad, TOTAL, FINITE),
+        "abs_max": (bad,),
+        "zeros": (zero, ZEROS, SEEN),
+        "nonfinite": (zero, NONFINITE),
+    }
+    for end in one.types:
+        maxs: FloatArray = np.where(has[:, np.newaxis], largest, -np.inf)
+        if end in lanes:
+            nans, *others = lanes[end]
+            of_cells = np.stack([seen, nans, *(sums[:, lane] for lane in others)], axis=1)
+            tops = maxs if end == "abs_max" else size
+            yield end, State.of_cells(of_cells, tops, _axes(one, end))
+        elif octaves.shape[1]:
+            parts = np.broadcast_arrays(seen[:, np.newaxis], 0.0, octaves)
+            whole = np.repeat(size, OCTAVES, axis=0)
+            of_cells = np.stack(parts, axis=-1).reshape(-1, len(parts))
+            yield end, State.of_cells(of_cells, whole, _axes(one, end))
 
-    def of(*lanes: int) -> Any:
-        return np.stack([seen, zero, *(sums[:, lane] for lane in lanes)], axis=1)
 
-    yield "norm", State(of(SQUARES), size, axes=axes)
-    yield "mean", State(of(TOTAL, FINITE), size, axes=axes)
-    yield "abs_max", State(of(), np.where(has[:, np.newaxis], largest, -np.inf), axes=axes)
-    yield "zeros", State(of(ZEROS, SEEN), size, axes=axes)
-    yield "nonfinite", State(of(NONFINITE), size, axes=axes)
-    if octaves.shape[1]:
-        cells = np.stack(
-            np.broadcast_arrays(seen[:, np.newaxis], np.zeros(octaves.shape), octaves), axis=-1
+# -- Models and their parameters ----------------------------------------------------------------
+
+
+def _unwrapped(model: nn.Module) -> tuple[Any, nn.Module]:
+    """Return the group over which parameters are replicated, if one is known, and the model inside."""
+    group = None
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"ModelWatch takes a module, not {type(model).__name__}")
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            # Of parameters that it leaves alone each rank may have its own.
+            group = None if model.parameters_to_ignore else model.process_group
+            model = model.module
+        elif is_of(model, "torch._dynamo.eval_frame", "OptimizedModule"):
+            model = model.get_submodule("_orig_mod")
+        else:
+            return group, model
+
+
+def _parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, _Place]:
+    """Return where each parameter is that one of the patterns matches, tied ones once."""
+    places: dict[str, _Place] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        if is_of(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
+            raise TypeError(
+                "the parameters of FullyShardedDataParallel (FSDP1) do not say which part of the whole a "
+                "rank holds: shard the model by torch.distributed.fsdp.fully_shard"
+            )
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            if nn.parameter.is_lazy(parameter):
+                raise ValueError(f"parameter {name!r} has no shape yet: run the model once before")
+            if hasattr(parameter, "ds_id"):
+                raise TypeError(
+                    f"parameter {name!r} is sharded by DeepSpeed's ZeRO-3, which does not say which part "
+                    "of it a rank holds"
+                )
+            places[name] = _Place(module, attribute)
+    found = named(places.items())
+    held = {name: place for name, place in found.items() if matches(name, patterns)}
+    if not held:
+        raise ValueError(
+            f"only={patterns!r} matches no parameter of the model, which has: "
+            f"{', '.join(found)[:300] or 'none'}"
         )
-        whole = np.repeat(size, OCTAVES, axis=0)
-        yield "octaves", State(cells.reshape(-1, 3), whole, axes=(axis, Axis(OCTAVE, OCTAVES)))
+    return held
 
 
-def local(tensor: Tensor) -> Tensor:
-    return cast("Tensor", tensor.to_local()) if isinstance(tensor, DTensor) else tensor
+def _unusable(tensor: Tensor) -> str:
+    """Return why a tensor cannot be looked at; nothing if it can."""
+    if of_mesh(tensor) and any(one.is_partial() for one in tensor.placements):  # type: ignore[attr-defined]
+        return _IN_PARTS
+    if tensor.layout != torch.strided:
+        return _SPARSE
+    return "" if tensor.is_floating_point() or tensor.is_complex() else _NO_REALS
 
 
-def _is_ddp(model: nn.Module) -> bool:
-    return isinstance(model, nn.parallel.DistributedDataParallel)
+def _part_of_group(group: Any) -> Part:
+    if group is None:
+        return Part()
+    return Part(torch.distributed.get_rank(group), torch.distributed.get_world_size(group))
 
 
-def _part(parameter: Tensor, group: Any) -> Part:
-    """Return a rank's part of the work for a parameter, as far as its mesh tells who holds the same.
+def _part_of_mesh(mesh: Any, placements: Sequence[Any]) -> Part:
+    place, of = 0, 1
+    coordinate = mesh.get_coordinate() or ()
+    for dimension, placement in enumerate(placements):
+        if placement.is_replicate() and coordinate:
+            size = mesh.size(dimension)
+            place, of = place * size + coordinate[dimension], of * size
+    return Part(place, of)
 
-    It need not tell all: a parameter on a sub-mesh has replicas that the mesh does not name. Nobody's
-    work is missing then, for those do it too.
-    """
-    index, of = 0, 1
-    if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        coordinate = mesh.get_coordinate() or ()
-        for dimension, placement in enumerate(parameter.placements):
-            if placement.is_replicate() and coordinate:
-                size = mesh.size(dimension)
-                index, of = index * size + coordinate[dimension], of * size
-    elif group is not None:
-        index, of = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-    return Part(index, of)
+
+def _difference(now: Tensor, before: Tensor) -> Tensor:
+    """Return the difference, in float32 at least: bfloat16 would round it."""
+    wide = torch.promote_types(now.dtype, torch.float32)
+    return now.to(wide) - before.to(wide)
+
+
+Hook: TypeAlias = Callable[..., None]
+
+
+def _uncompiled_hook(collect: Callable[[Any], None]) -> Hook:
+    """Return a hook of an optimizer's step, which a compiled step leaves alone."""
+
+    @uncompiled
+    def hook(optimizer: Any, *_: object) -> None:
+        collect(optimizer)
+
+    return hook
 
 
 def _started(tensor: Tensor) -> Callable[[], Any]:

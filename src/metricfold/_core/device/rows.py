@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Reversible, S
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ from metricfold._core.fold.axes import Axes, Axis, axes_of, cells, described, mo
 from metricfold._core.fold.names import Key
 from metricfold._core.fold.state import Sample, State
 from metricfold._core.sketch import BUCKETS
-from metricfold.metric import AggregationType, check_name, resolve_type, type_label
+from metricfold.metric import AggregationType, TypeLike, check_name, resolve_type, type_label
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -572,15 +572,39 @@ def _window_state(counts: Array, sums: Array, extrema: Array, cells: Array) -> S
 # -- On the way to the aggregator ------------------------------------------------------------------
 
 
+class Keys(Protocol):
+    """What an accumulator says of itself: its metrics, and what its arrays say of them."""
+
+    def keys(self) -> Iterable[tuple[Key, TypeLike, str]]:
+        """Return each metric that it may bring, its aggregation and its axes, as `described` says."""
+
+    def states(self, arrays: Any) -> Iterable[tuple[Key, State]]:
+        """Return the state of each metric that has received anything."""
+
+    def complaints(self, refused: Any) -> Iterable[str]:
+        """Return what to tell the user about values that were left out."""
+
+
+class ArraysRead(Protocol):
+    """What has been read from a device; `states` knows what else it is."""
+
+    @property
+    def refused(self) -> Any:
+        """What `complaints` takes."""
+
+
+@runtime_checkable
 class Accumulator(Protocol):
     """What `MetricsAggregator.drain` takes, of whichever framework."""
 
-    layout: Layout
+    @property
+    def layout(self) -> Keys:
+        """Its metrics."""
 
-    def start_read(self) -> Callable[[], HostArrays | None]:
+    def start_read(self) -> Callable[[], ArraysRead | None]:
         """Begin the one transfer; what is returned waits for it, on any thread.
 
-        It returns None where another process contributes the same arrays.
+        It returns None where there is nothing, or another process contributes the same arrays.
         """
 
     def empty(self) -> Self:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import numpy as np
 
 from metricfold._core.fold.contract import CountsWriting, MeanWriting, SampleWriting
+from metricfold._core.fold.elements import ELEMENT_TYPES
 from metricfold._core.fold.handlers import AggregationHandler, LaneHandler, check_choice
 from metricfold._core.fold.names import ANYTHING, show
 from metricfold._core.fold.sample import EXACT_VALUES
@@ -471,7 +472,7 @@ def check_on_bad_name(on_bad_name: str) -> str:
     return check_choice("on_bad_name", on_bad_name, "replace", "refuse")
 
 
-_BUILT_IN = {type(handler) for handler in built_in_handlers().values()}
+_BUILT_IN = {*map(type, built_in_handlers().values()), *ELEMENT_TYPES.values()}
 _REPLACEABLE = {
     name
     for kind in _BUILT_IN

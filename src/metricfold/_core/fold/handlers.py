@@ -57,6 +57,8 @@ class AggregationHandler(ABC):
     """Whether its states, if it has lanes, keep values as they are."""
     has_counts: ClassVar[bool] = False
     """Whether its states, if it has lanes, count categories."""
+    takes_values: ClassVar[bool] = True
+    """Whether values may be recorded; of other types, states alone come in that were made elsewhere."""
     is_last: ClassVar[bool] = False
     """Whether its MAX lanes, if it has lanes, hold the newest value, and not the largest."""
 

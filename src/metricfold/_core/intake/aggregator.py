@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, NoReturn
+from itertools import chain
+from typing import Any, NoReturn, overload
 
 from metricfold._core.device.arrays import unwrapped
-from metricfold._core.device.rows import AnyAccumulator, Drained, Layout
+from metricfold._core.device.rows import Accumulator, AnyAccumulator, Drained
 from metricfold._core.exchange.link import Link
 from metricfold._core.fold import hints
 from metricfold._core.fold.axes import Block, axes_of, block_of
@@ -32,6 +33,7 @@ from metricfold._core.fold.columns import (
     fold_together,
     fold_value,
 )
+from metricfold._core.fold.elements import element_handlers
 from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import Key, check_prefix, show
 from metricfold._core.fold.state import quiet
@@ -119,9 +121,10 @@ class MetricsAggregator:
         communicator: Communicator | None = None,
     ) -> None:
         guard_default_collate()
-        keys = KeyTable(
-            built_in_handlers(dist_window_size, percentiles, on_nan, max_categories, on_bad_name)
+        built_in = built_in_handlers(
+            dist_window_size, percentiles, on_nan, max_categories, on_bad_name
         )
+        keys = KeyTable({**built_in, **element_handlers(on_nan)})
         if name is not None:
             check_name("the aggregator's name", name)
         self._held = Held(keys, Run(check_route(route)), check_by(by))
@@ -392,38 +395,59 @@ class MetricsAggregator:
         self._link.check()
         return Pause(self._held.clock)
 
-    def drain(self, accumulator: AnyAccumulator) -> AnyAccumulator:
+    @overload
+    def drain(self, accumulator: AnyAccumulator, /) -> AnyAccumulator: ...
+
+    @overload
+    def drain(
+        self, accumulator: AnyAccumulator, another: Accumulator, /, *more: Accumulator
+    ) -> tuple[Any, ...]: ...
+
+    def drain(self, *accumulators: Any) -> Any:
         """Take in what an accumulator on the device holds, and return an empty one.
 
         Nothing waits: the transfer begins here, and the next reduction waits for it. Ranks need not
         drain alike.
 
         Args:
-            accumulator: such as a `metricfold.jax.DeviceAccumulator`. One that several processes
-                hold together, as of a jitted step over all of them, is to be drained on each of
-                them, and counts once.
+            accumulators: one, such as a `metricfold.jax.DeviceAccumulator` or a
+                `metricfold.torch.ModelWatch`, or several, of which all are taken in or none. One that
+                several processes hold together, as of a jitted step over all of them, is to be drained
+                on each of them, and counts once.
+
+        Returns:
+            One that is empty, in the place of one, and a tuple of them for several. Those of torch are
+            emptied in place.
 
         Raises:
-            ValueError: one of its metrics has another aggregation type here, or a name that
-                another claims, or it cannot be read; then nothing has changed.
-            TypeError: it is no accumulator.
+            ValueError: a metric has another aggregation type here, or a name that another claims, or
+                an accumulator cannot be read, or comes twice; then nothing has changed.
+            TypeError: one is no accumulator.
         """
         refuse_while_traced("drain")
-        if not isinstance(getattr(accumulator, "layout", None), Layout):
-            raise TypeError(
-                "drain() takes an accumulator, such as a metricfold.jax.DeviceAccumulator, not "
-                f"{type(accumulator).__name__}"
-            )
+        if not accumulators:
+            raise TypeError("drain() takes an accumulator, or several: give what is to be drained")
+        for place, one in enumerate(accumulators):
+            if isinstance(one, type) or not isinstance(one, Accumulator):
+                raise TypeError(
+                    "drain() takes an accumulator, such as a metricfold.jax.DeviceAccumulator, not "
+                    f"{type(one).__name__}"
+                )
+            if any(one is another for another in accumulators[:place]):
+                raise ValueError(f"drain() was given {one!r:.200} twice: it would count twice")
         held = self._held
         with held.lock:
             self._link.check()
-            admission = held.keys.admit_drained(accumulator.layout.keys())
-            drained, empty = Drained(accumulator), accumulator.empty()
+            admission = held.keys.admit_drained(
+                chain.from_iterable(one.layout.keys() for one in accumulators)
+            )
+            drained = [Drained(one) for one in accumulators]
+            empty = tuple(one.empty() for one in accumulators)
             held.keys.commit(admission)
             held.clock.begin()
             if self._link.dead is None:
-                held.inbox.take_accumulator(drained)
-        return empty
+                held.inbox.take_drained(drained)
+        return empty[0] if len(empty) == 1 else empty
 
     def mark(self) -> AggregatorMark:
         """Return a mark to come back to by `rollback`, such as where a step begins.

@@ -306,8 +306,9 @@ class Inbox:
             size += len(column.pending) + elements // _PER_ROOM_ON_DEVICE
         return targets, items, size
 
-    def take_accumulator(self, drained: Drained) -> None:
-        self._put((self._accumulators,), (drained,), _MOST // _MOST_DRAINED)
+    def take_drained(self, drained: Sequence[Drained]) -> None:
+        number = len(drained)
+        self._put((self._accumulators,) * number, drained, number * _MOST // _MOST_DRAINED)
         self.relieve()
 
     def _put(self, targets: Sequence[Items], items: Sequence[Any], size: int) -> None:

@@ -15,6 +15,7 @@ from metricfold._core.fold.axes import described
 from metricfold._core.fold.batch import MetricBatch
 from metricfold._core.fold.builtin import built_in_handlers, folds_as
 from metricfold._core.fold.columns import Column, check_same_type, fold_metrics
+from metricfold._core.fold.elements import ELEMENT_TYPES
 from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.kinds import kind_of_parts, parts_of
 from metricfold._core.fold.names import ANYTHING, Claimed, Claims, show
@@ -33,7 +34,10 @@ INSTEAD = "register yours for a type of its own (AggregationType.CUSTOM, your ow
 """What to do where a built-in handler is needed and another one is registered."""
 
 _logger = logging.getLogger("metricfold")
-_BUILT_IN = {agg_type: type(handler) for agg_type, handler in built_in_handlers().items()}
+_BUILT_IN: Mapping[TypeLike, type[AggregationHandler]] = {
+    **{agg_type: type(handler) for agg_type, handler in built_in_handlers().items()},
+    **ELEMENT_TYPES,
+}
 
 
 class Admission(NamedTuple):
@@ -104,11 +108,22 @@ class KeyTable:
     # -- Types
 
     def handler_of(self, key: Key, agg_type: TypeLike) -> AggregationHandler | None:
-        """Return what folds values of a key: the handler that it began with, else its type's."""
+        """Return what folds values of a key: the handler that it began with, else its type's.
+
+        Raises:
+            ValueError: the type takes no values.
+        """
         known = self.records.get(key)
         if known is not None and known.agg_type == agg_type:
-            return known.handler
-        return self.handlers.get(agg_type)
+            handler: AggregationHandler | None = known.handler
+        else:
+            handler = self.handlers.get(agg_type)
+        if handler is not None and not handler.takes_values:
+            raise ValueError(
+                f"{show(key)} has the aggregation type {type_label(agg_type)!r}, which is about the "
+                f"elements of tensors that a ModelWatch looks at: for values use one of {self._known()}"
+            )
+        return handler
 
     def register(self, agg_type: TypeLike, handler: AggregationHandler) -> None:
         """Let `handler` handle `agg_type` from now on."""
@@ -146,6 +161,11 @@ class KeyTable:
     def by_label(self) -> dict[str, AggregationHandler]:
         """Return the handler of each type, by the type's label."""
         return {label: self.handlers[agg_type] for label, agg_type in self._of_label.items()}
+
+    def _known(self) -> str:
+        """Return the labels of the types that values may have."""
+        known = self.by_label().items()
+        return ", ".join(sorted(label for label, handler in known if handler.takes_values))
 
     def type_of_label(self, label: str) -> TypeLike:
         return self._of_label[label]
@@ -235,11 +255,10 @@ class KeyTable:
     def _handler_for(self, key: Key, agg_type: TypeLike) -> AggregationHandler:
         handler = self.handlers.get(agg_type)
         if handler is None:
-            known = ", ".join(sorted(self.by_label()))
             raise ValueError(
                 f"{show(key)} has the aggregation type {type_label(agg_type)!r}, for which no "
                 "handler is registered: call register_handler() first, or use one of "
-                f"{known}{hints.for_label(type_label(agg_type))}"
+                f"{self._known()}{hints.for_label(type_label(agg_type))}"
             )
         return handler
 

@@ -1,0 +1,281 @@
+"""What a `ModelWatch` reports is what plain code says of the whole tensors, however they are laid out."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import preload, run_ranks
+from torch import nn
+from watched_trainings import LAYOUTS, all_layouts
+
+from metricfold import MetricsAggregator
+from metricfold.torch import DeviceAccumulator, ModelWatch
+
+preload("torch.distributed.fsdp", "torch.distributed.pipelining", "metricfold.torch")
+
+
+@pytest.fixture(scope="module")
+def watched() -> list[dict[str, Any]]:
+    return run_ranks(all_layouts, 4, timeout=120)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_parameter_is_what_its_whole_tensors_say(
+    watched: list[dict[str, Any]], layout: str
+) -> None:
+    for rank in watched:
+        assert rank[layout]["bad"] == []
+        assert rank[layout]["checked"] > 30
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_watch_asks_nothing_of_other_ranks(watched: list[dict[str, Any]], layout: str) -> None:
+    for rank in watched:
+        assert rank[layout]["collectives"] == 0
+        # A log alone takes one, once its keys are known.
+        assert rank[layout]["logs"][2:] == [1, 1]
+
+
+def test_gradients_that_are_parts_of_sums_are_named_once(watched: list[dict[str, Any]]) -> None:
+    for rank in watched:
+        (said,) = rank["partial"]
+        assert "leaves 2 out of 'grad', such as bias, weight: each rank holds a part" in said
+
+
+# -- On one rank
+
+
+def stepped(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, steps: int = 1
+) -> None:
+    for _ in range(steps):
+        model(x).pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def linear(**settings: Any) -> tuple[nn.Linear, torch.optim.Optimizer, ModelWatch]:
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    return model, optimizer, ModelWatch(model, optimizer, **settings)
+
+
+X = torch.tensor([[1.0, 2.0]])
+
+
+def test_it_drains_beside_an_accumulator_and_both_come_back() -> None:
+    model, optimizer, watch = linear()
+    aggregator, acc = MetricsAggregator(), DeviceAccumulator({"loss": "mean"})
+    stepped(model, optimizer, X)
+    acc.update("loss", torch.tensor(2.0))
+    assert aggregator.drain(acc, watch) == (acc, watch)
+    assert aggregator.drain(watch) is watch
+    logged = aggregator.get_metrics_for_logging("t")
+    assert logged["t/loss"] == 2.0
+    assert logged["t/grad/norm"] == pytest.approx((6**2 + 12**2) ** 0.5)
+
+
+def test_a_drain_of_several_takes_all_or_none() -> None:
+    model, optimizer, watch = linear()
+    aggregator, acc = MetricsAggregator(), DeviceAccumulator({"grad/norm": "mean"})
+    stepped(model, optimizer, X)
+    acc.update("grad/norm", torch.tensor(2.0))
+    with pytest.raises(ValueError, match="grad/norm"):
+        aggregator.drain(watch, acc)
+    with pytest.raises(ValueError, match="twice"):
+        aggregator.drain(watch, watch)
+    with pytest.raises(TypeError, match="not list"):
+        aggregator.drain([watch])  # type: ignore[type-var]
+    with pytest.raises(TypeError, match="or several"):
+        aggregator.drain()  # type: ignore[call-overload]
+    aggregator.drain(acc)
+    assert aggregator.get_metrics_for_logging("t") == {"t/grad/norm": 2.0}
+
+
+def test_steps_that_are_not_due_leave_nothing() -> None:
+    model, optimizer, watch = linear(every=3)
+    aggregator = MetricsAggregator()
+    seen = []
+    for _ in range(6):
+        stepped(model, optimizer, X * 0.1)
+        aggregator.drain(watch)
+        seen.append(not aggregator.reduce().empty)
+    assert seen == [False, False, True] * 2
+
+
+def test_several_steps_in_one_interval_show_their_mean() -> None:
+    model, _, watch = linear()
+    aggregator = MetricsAggregator()
+    for size in (3.0, 4.0):
+        model.weight.grad = torch.tensor([[size, 0.0]])
+        watch.grads()
+    aggregator.drain(watch)
+    snapshot = aggregator.reduce()
+    found = {end: snapshot.value(None, f"grad/{end}") for end in ("norm", "mean", "zeros")}
+    assert found == {"norm": pytest.approx(12.5**0.5), "mean": 1.75, "zeros": 0.5}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_unscaled_and_a_skipped_step_does_not_count(fused: bool) -> None:
+    model = nn.Linear(3, 1, bias=False)
+    optimizer = torch.optim.Adam(model.parameters(), fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    aggregator, watch = MetricsAggregator(), ModelWatch(model, optimizer, updates=True)
+    for factor in (1.0, float("inf"), 1.0):
+        loss = model(torch.ones(1, 3)).sum() * factor
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    aggregator.drain(watch)
+    snapshot = aggregator.reduce()
+    assert snapshot.value(None, "grad/norm") == pytest.approx(3**0.5, rel=1e-6)
+    assert snapshot.value(None, "grad/nonfinite") == 0
+    assert snapshot.value(None, "update/zeros") == 0
+    clipped = ModelWatch(model, optimizer, params=False)
+    scaler.scale(model(torch.ones(1, 3)).sum()).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(optimizer)
+    aggregator.drain(clipped)
+    assert aggregator.reduce().value(None, "grad/norm") == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("on_nan", ["propagate", "skip"])
+def test_what_is_not_finite_spoils_a_norm_or_is_counted(on_nan: str) -> None:
+    model, _, watch = linear()
+    aggregator = MetricsAggregator(on_nan=on_nan)
+    model.weight.grad = torch.tensor([[float("nan"), 4.0]])
+    watch.grads()
+    aggregator.drain(watch)
+    logged = aggregator.get_metrics_for_logging("t")
+    assert logged["t/grad/nonfinite"] == 1
+    if on_nan == "skip":
+        assert (logged["t/grad/norm"], logged["t/grad/norm_nan_count"]) == (4.0, 1.0)
+    else:
+        assert logged["t/grad/norm"] != logged["t/grad/norm"]
+
+
+def test_values_cannot_be_recorded_as_statistics_of_tensors() -> None:
+    aggregator = MetricsAggregator()
+    for value in (1.0, torch.ones(1)):
+        with pytest.raises(ValueError, match=r"elements of tensors.*use one of categorical_count"):
+            aggregator.record("grad/norm", value, "tensor_norm")
+    with pytest.raises(ValueError, match="no handler") as caught:
+        aggregator.record("x", 1.0, "unknown")
+    assert "tensor_" not in str(caught.value)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down(self.act(self.up(x)))
+        return out
+
+
+def test_activations_are_looked_at_when_due_and_in_training() -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    aggregator = MetricsAggregator()
+    watch = ModelWatch(
+        model, optimizer, every=2, params=False, activations=("act", "up"), octaves=True
+    )
+    outputs = []
+    model.act.register_forward_hook(lambda *args: outputs.append(args[2].detach()))
+    x = torch.randn(5, 4)
+    for _ in range(2):
+        outputs.clear()
+        model.eval()(x)
+        model.train()
+        stepped(model, optimizer, x)
+        aggregator.drain(watch)
+    snapshot = aggregator.reduce()
+    found = {}
+    for end in ("rms", "mean", "abs_max", "zeros", "nonfinite"):
+        values, (labels,) = snapshot.array(None, f"activation/{end}")
+        assert labels == ("act", "up")
+        found[end] = values[0]
+    y = outputs[-1].double()
+    assert found == {
+        "rms": pytest.approx(float(y.square().mean().sqrt())),
+        "mean": pytest.approx(float(y.mean())),
+        "abs_max": float(y.max()),
+        "zeros": float((y == 0).double().mean()),
+        "nonfinite": 0.0,
+    }
+    octaves, _ = snapshot.array(None, "activation/octaves", by=("module",))
+    assert octaves[0] == float((y != 0).sum())
+
+
+def test_copies_and_pickles_of_a_watched_model_run_by_themselves() -> None:
+    model = Two()
+    watch = ModelWatch(model, activations="act")
+    x = torch.randn(3, 4)
+    same = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for one in model.parameters():
+        nn.init.zeros_(one)
+    for one in same:
+        assert one(x).abs().sum() > 0
+        assert vars(one.act)["forward"].__self__ is one.act
+    watch.close()
+    assert "forward" not in vars(model.act)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"every": 0}, "every=0"),
+        ({"only": "*.bias"}, "matches no parameter of the model, which has: weight"),
+        ({"activations": "act"}, "matches no module"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ModelWatch(nn.Linear(2, 1, bias=False), **given)
+
+
+def test_lazy_parameters_and_optimizers_without_hooks_are_refused() -> None:
+    with pytest.raises(ValueError, match="run the model once"):
+        ModelWatch(nn.LazyLinear(3))
+    with pytest.raises(TypeError, match="no hooks"):
+        ModelWatch(nn.Linear(2, 1), object())  # type: ignore[arg-type]
+
+
+def test_sparse_gradients_and_integers_are_left_out_and_named_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = nn.ModuleDict({"words": nn.Embedding(9, 3, sparse=True), "head": nn.Linear(3, 1)})
+    model.codes = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch, aggregator = ModelWatch(model, optimizer), MetricsAggregator()
+    for _ in range(2):
+        model["head"](model["words"](torch.tensor([1, 2]))).sum().backward()
+        optimizer.step()
+    aggregator.drain(watch)
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "ModelWatch leaves 1 out of 'grad', such as words.weight",
+        "ModelWatch leaves 1 out of 'param', such as codes",
+    ]
+    values, (labels,) = aggregator.reduce().array(None, "grad/norm")
+    assert [label for label, one in zip(labels, values, strict=True) if np.isfinite(one)] == [
+        "head.bias",
+        "head.weight",
+    ]
+
+
+def test_a_complex_parameter_has_the_norm_of_its_magnitudes() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.tensor([3 + 4j, 0j]))])
+    watch, aggregator = ModelWatch(model), MetricsAggregator()
+    model[0].grad = torch.tensor([6 + 8j, 0j])
+    watch.grads()
+    aggregator.drain(watch)
+    assert aggregator.reduce().value(None, "grad/norm") == pytest.approx(10.0)
