@@ -33,6 +33,7 @@ from metricfold import (
     MetricsAggregator,
     MetricsCollator,
     MetricsLogger,
+    NonFinite,
     read_jsonl,
 )
 from metricfold.integrations.accelerate import TrackerSink, register, sample_weights
@@ -89,7 +90,24 @@ def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
         "split": read_by(accelerator(split_batches=True)),
         "sampler": read_by_a_sampler(rank),
         "stream": read_streams(accelerator(dispatch_batches=False)),
+        "stopped": stop_by_alerts(accelerator()),
     }
+
+
+def stop_by_alerts(made: Accelerator) -> tuple[int, list[Any]]:
+    """Return the step after which a loop ends by Accelerate's own switch; rank 1 has a NaN in step 3."""
+    aggregator = MetricsAggregator()
+    aggregator.alert_on(NonFinite("*/loss"))
+    with MetricsLogger([]) as logger:
+        for step in range(20):
+            bad = (step, made.process_index) == (3, 1)
+            aggregator.record("loss", float("nan") if bad else 1.0, dataset="a")
+            alerts = logger.log(step, aggregator, prefix="train")
+            if alerts.severe:
+                made.set_trigger()
+            if made.check_trigger():
+                break
+    return step, [(one.dataset, one.rank, one.step) for one in alerts]
 
 
 def example() -> Any:
@@ -222,6 +240,11 @@ def test_the_trackers_have_what_the_log_has(two: Any) -> None:
     shown = {event.step: event.value for event in events.Scalars(run, "train_docs/loss")}
     logged = {step: metrics["train_docs/loss"] for step, metrics in ranks[0]["example"]["logs"][0]}
     assert shown == pytest.approx(logged, rel=1e-6)
+
+
+def test_what_rules_find_stops_both_ranks_after_the_same_step(two: Any) -> None:
+    _, ranks = two
+    assert [rank["stopped"] for rank in ranks] == [(4, [("a", 1, 3)])] * 2
 
 
 def test_an_evaluation_is_that_of_each_text_by_itself(two: Any) -> None:

@@ -12,6 +12,7 @@ import runpy
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from metricfold import (
     MetricsAggregator,
     MetricsCollator,
     MetricTransform,
+    NonFinite,
 )
 from metricfold.integrations.lightning import MetricfoldCallback
 from metricfold.torch import DeviceAccumulator
@@ -636,6 +638,16 @@ class Unpadded(DistributedSampler[Any]):
         return len(range(self.rank, len(self.dataset), self.num_replicas))
 
 
+class Spoiled(Classifier):
+    """Rank 1 has a NaN in its second step."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        bad = (self.trainer.global_step, self.trainer.global_rank) == (1, 1)
+        value = float("nan") if bad else 1.0
+        self.metrics.aggregator.record("ink_of_step", value, dataset="high")
+        return super().training_step(batch, batch_idx)
+
+
 def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(LOCAL_WORLD_SIZE="2", GROUP_RANK="0", TORCHELASTIC_RUN_ID="tests")
@@ -668,6 +680,13 @@ def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
 
     _, monitored, said = log_beside(folder / "beside", max_epochs=1, **ranks)
 
+    callback = MetricfoldCallback(stop_on="severe")
+    callback.aggregator.alert_on(NonFinite("*/ink_of_step"))
+    stopped = Spoiled(callback)
+    last = make(folder / "stopped", callback, **ranks)
+    with pytest.warns(RuntimeWarning, match="stops at step 3") if rank == 0 else nullcontext():
+        last.fit(stopped, train_loader())
+
     metricfold.integrations.lightning._PATIENCE = 0.3
     alone: dict[str, Any] = {}
     if rank == 0:
@@ -684,6 +703,10 @@ def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
         "broken": broken.ledger,
         "alone": alone,
         "beside": (monitored, said),
+        "stopped": (
+            last.global_step,
+            [(one.dataset, one.name, one.rank, one.step) for one in callback.alerts],
+        ),
     }
 
 
@@ -713,6 +736,13 @@ def test_an_evaluation_counts_the_samples_that_fill_up_unless_the_sampler_leaves
     rows = [row for rank in ranks for row in rank["unpadded"]]
     logged = read(folder / "whole", "test/samples_seen")[8]
     agree(logged, truth("test", rows, range(TRAINED, TRAINED + EVALUATED)))
+
+
+def test_what_rules_find_stops_both_ranks_after_the_same_step(two: Any) -> None:
+    _, ranks = two
+    assert [rank["stopped"] for rank in ranks] == [(3, [("high", "ink_of_step", 1, 3)])] * 2
+    with pytest.raises(ValueError, match="stop_on='bad'"):
+        MetricfoldCallback(stop_on="bad")  # type: ignore[arg-type]
 
 
 def test_keys_of_the_modules_own_stay_so_on_two_ranks(two: Any) -> None:

@@ -9,6 +9,7 @@ import random
 import runpy
 import textwrap
 import time
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ from ranks import run_ranks
 if not all(map(find_spec, ("transformers", "accelerate", "datasets"))):  # to import takes seconds
     pytest.skip("needs transformers, accelerate and datasets", allow_module_level=True)
 
-from metricfold import DefaultTrainingMetricTransform, MetricsAggregator, MetricsCollator
+from metricfold import (
+    DefaultTrainingMetricTransform,
+    MetricsAggregator,
+    MetricsCollator,
+    NonFinite,
+)
 from metricfold.integrations.transformers import CHECKPOINT_FILE, MetricfoldMixin
 from metricfold.torch import DeviceAccumulator
 
@@ -144,7 +150,8 @@ def trainer_class() -> type:
 
 def make(folder: Path, *, of: Any = None, **changes: Any) -> Any:
     samples = mixture()
-    given = {key: changes.pop(key) for key in ("train_dataset", "data_collator") if key in changes}
+    own = ("train_dataset", "data_collator", "stop_on")
+    given = {key: changes.pop(key) for key in own if key in changes}
     return (of or trainer_class())(
         model(),
         arguments(folder, **changes),
@@ -230,7 +237,24 @@ def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
         accelerator_config={"dispatch_batches": False},
     )
     iterable.train()
+
+    class Spoiled(plain_class()):  # type: ignore[misc]
+        """Rank 1 has a NaN in its fourth step."""
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            bad = (self.state.global_step, rank) == (3, 1)
+            self.aggregator.record("reward", float("nan") if bad else 1.0, dataset="code")
+            return super().training_step(*args, **kwargs)
+
+    stopped = make(folder / "stopped", of=Spoiled, stop_on="warning")
+    stopped.aggregator.alert_on(NonFinite("*/reward", "warning"))
+    with pytest.warns(RuntimeWarning, match="stops at step 6") if rank == 0 else nullcontext():
+        stopped.train()
     return {
+        "stopped": (
+            stopped.state.global_step,
+            [(one.dataset, one.name, one.rank, one.step) for one in stopped.alerts],
+        ),
         "history": history,
         "output": output.metrics,
         "told": told,
@@ -304,6 +328,11 @@ def test_loading_the_best_model_leaves_the_metrics_at_the_end(two: Any) -> None:
             rank["after"]["train_docs/samples_seen"]
             == (rank["history"][-1]["train_docs/samples_seen"])
         )
+
+
+def test_what_rules_find_stops_both_ranks_after_the_same_step(two: Any) -> None:
+    _, ranks = two
+    assert [rank["stopped"] for rank in ranks] == [(6, [("code", "reward", 1, 6)])] * 2
 
 
 def test_a_log_that_one_rank_makes_goes_by_untouched(two: Any) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from metricfold._core.fold.batch import MetricBatch
 from metricfold._core.runtime.copies import OneInUse
 from metricfold._core.runtime.processes import TaskThread
+from metricfold._core.view.alert import Severity, check_severity
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.windows import WindowLike, check_window
 from metricfold.data.sample import METRICS
@@ -63,6 +64,9 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
         window: what a log of training speaks about, as in `Snapshot.as_dict`; ``"auto"``: totals
             over the run, everything else over the time since the log before.
         rollup: which totals over datasets there are, as in `Snapshot.as_dict`.
+        stop_on: stop training, by ``trainer.should_stop``, when a rule of `MetricsAggregator.alert_on`
+            has found something of this severity or worse: ``"severe"``, or ``"warning"``. All ranks
+            stop after the same step. What was found is in `alerts`, and a warning of the log.
 
     Keys are ``train_{dataset}/{name}``, and ``train/{name}`` for all datasets together, be it one or
     many, and for what is recorded without one; of evaluations ``val`` and ``test``. They are logged at
@@ -86,10 +90,14 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
         accumulators: Iterable[DeviceAccumulator] = (),
         window: WindowLike = "auto",
         rollup: Rollup = True,
+        stop_on: Severity | None = None,
     ) -> None:
         super().__init__()
         check_window(window)
         check_rollup(rollup)
+        if stop_on is not None:
+            check_severity("stop_on", stop_on)
+        self._stop_on = stop_on
         self.accumulators = [*accumulators]
         self.window = window
         self.rollup = rollup
@@ -244,6 +252,10 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
         # A module keeps the callback, and weight averaging copies the module.
         made = {"aggregator", "eval_aggregator"} & vars(self).keys()
         return self._trainer is not None or bool(made)
+
+    def _stop(self) -> None:
+        if self._trainer is not None:
+            self._trainer.should_stop = True
 
     def _is_first(self) -> bool:
         return self._trainer is None or self._trainer.is_global_zero

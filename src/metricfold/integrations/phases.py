@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -10,12 +11,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from metricfold._core.intake.aggregator import MetricsAggregator
+from metricfold._core.view.alert import Alerts, Severity
 from metricfold._core.view.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from metricfold.torch import DeviceAccumulator
 
 __all__ = ["Phases"]
+
+_log = logging.getLogger("metricfold")
 
 
 class Phases:
@@ -24,9 +28,12 @@ class Phases:
     Attributes:
         accumulators: accumulators on the device of your own, to be read when there is a log, a
             checkpoint or the end of an evaluation.
+        alerts: what rules have found, in the last log in which they found something.
     """
 
     accumulators: list[DeviceAccumulator]
+    alerts = Alerts()
+    _stop_on: Severity | None = None
     _framework: str
     _so_that_they_count = ""
     _evaluating = False
@@ -60,6 +67,7 @@ class Phases:
         """Reduce what the phase under way has brought; on every rank."""
         self._drain()
         snapshot = self._into.reduce(step)
+        self._look_at(snapshot.alerts, step)
         if not self._evaluating and snapshot.empty and not snapshot.as_dict("train", "run"):
             self._warn(
                 f"there are no metrics to log: let samples carry some{self._so_that_they_count}, or "
@@ -67,6 +75,20 @@ class Phases:
                 "no metrics",
             )
         return snapshot
+
+    def _look_at(self, alerts: Alerts, step: int) -> None:
+        """Say what rules have found, and stop where that was asked for; on every rank alike."""
+        self.alerts = alerts or self.alerts
+        if self._is_first():
+            for alert in alerts:
+                _log.warning("step %d: %s", step, alert.message)
+        if self._stop_on and (alerts if self._stop_on == "warning" else alerts.severe):
+            self._warn(f"training stops at step {step}, for stop_on={self._stop_on!r}")
+            self._stop()
+
+    def _stop(self) -> None:
+        """Let the trainer end the training after this step."""
+        raise NotImplementedError
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:

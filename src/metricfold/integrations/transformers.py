@@ -24,6 +24,7 @@ from typing import Any
 
 from metricfold._core.fold.batch import MetricBatch
 from metricfold._core.intake.aggregator import MetricsAggregator
+from metricfold._core.view.alert import Severity, check_severity
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.windows import WindowLike
 from metricfold.data.collator import MetricsCollator
@@ -57,7 +58,7 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
     """Makes a Trainer take in, reduce, log and save the metrics that its samples carry.
 
     Name it before the Trainer: ``class Trainer(MetricfoldMixin, transformers.Trainer)``. It takes
-    the Trainer's own arguments, and two more.
+    the Trainer's own arguments, and three more.
 
     Args:
         rollup: which totals over datasets are reported, as ``all/{name}`` and, with ``"levels"``,
@@ -66,6 +67,9 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
         loss_per_dataset: report ``{dataset}/loss``: the mean loss per token of each dataset, and
             ``all/loss``, over all ranks. The dataset of a sample is that of its metrics. For
             causal language models; the loss that is back-propagated is what it was.
+        stop_on: stop training, by ``control.should_training_stop``, when a rule of
+            `MetricsAggregator.alert_on` has found something of this severity or worse: ``"severe"``,
+            or ``"warning"``. All ranks stop after the same step.
 
     Attributes:
         aggregator: what training has brought. Add to it as you like, such as
@@ -73,6 +77,7 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
         eval_aggregator: what the evaluation under way has brought; each starts with none.
         accumulators: accumulators on the device of your own, to be read when the Trainer logs,
             saves or ends an evaluation.
+        alerts: what rules have found, in the last log or evaluation in which they found something.
 
     Raises:
         ValueError: the Trainer is set up in a way that loses metrics or counts them several times;
@@ -96,6 +101,7 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
         *args: Any,
         loss_per_dataset: bool = False,
         rollup: Rollup = True,
+        stop_on: Severity | None = None,
         **kwargs: Any,
     ) -> None:
         if not any(map(_is_the_trainer, type(self).__mro__)):
@@ -104,7 +110,10 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
                 "class Trainer(MetricfoldMixin, transformers.Trainer)"
             )
         check_rollup(rollup)
+        if stop_on is not None:
+            check_severity("stop_on", stop_on)
         self._rollup: Rollup = rollup
+        self._stop_on = stop_on
         _ = self.aggregator, self.eval_aggregator  # now, in the same order on all ranks
         self.accumulators = []
         self._loss: _DatasetLoss | None = None
@@ -260,6 +269,9 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
                 named[name] = value
         theirs = "the Trainer's own already, and one of ours"
         metrics.update(self._without_theirs(named, metrics.keys(), theirs))
+
+    def _stop(self) -> None:
+        self.control.should_training_stop = True
 
     def _is_first(self) -> bool:
         return bool(self.is_world_process_zero())

@@ -8,9 +8,15 @@ import operator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["Alert", "Alerts", "Severity"]
+__all__ = ["Alert", "Alerts", "Severity", "check_severity"]
 
 Severity: TypeAlias = Literal["warning", "severe"]
+
+
+def check_severity(what: str, severity: object) -> None:
+    """Raise ValueError if it is none."""
+    if severity not in ("warning", "severe"):
+        raise ValueError(f"{what}={severity!r}: use 'warning' or 'severe'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +48,7 @@ class Alert:
     step: int | None = None
 
     def __post_init__(self) -> None:
-        if self.severity not in ("warning", "severe"):
-            raise ValueError(f"severity={self.severity!r}: use 'warning' or 'severe'")
+        check_severity("severity", self.severity)
         for name in ("message", "dataset", "name"):
             text = getattr(self, name)
             if not isinstance(text, str) and (text is not None or name == "message"):
