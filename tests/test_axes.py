@@ -11,7 +11,9 @@ import pytest
 from handlers_of_users import LaneRMS
 from ranks import run_threads
 
-from metricfold import MetricsAggregator, merge_state_dicts
+from metricfold import Metric, MetricsAggregator, MetricsCollator, merge_state_dicts
+from metricfold._core.fold.state import State
+from metricfold._core.reduce import announced
 
 AXES = {"layer": 3, "expert": 2}
 TYPES = ("sum", "mean", "max", "min", "rms")
@@ -177,6 +179,102 @@ def test_masked_cells_are_empty() -> None:
     assert totals.sums.reshape(3, 3).tolist() == [[1, 0, 1], [0, 0, 0], [1, 0, 3]]
 
 
+def test_masked_cells_may_hold_what_no_value_may() -> None:
+    aggregator = made()
+    values = np.ma.MaskedArray([2**60 + 1, 2], mask=[True, False])
+    aggregator.record("t", values, "sum", axes={"a": 2})
+    assert sums_of(aggregator, "t") == {"0": 0.0, "1": 2.0}
+
+
+@pytest.mark.parametrize("weight", [0.0, np.zeros(2)])
+def test_what_has_weight_0_in_all_cells_is_nothing_and_no_mistake(weight: Any) -> None:
+    """Until now a known metric refused it, as if it had come without axes."""
+    aggregator = made()
+    for _ in range(2):
+        aggregator.record("t", np.ones(2), "sum", axes={"a": 2}, weight=weight)
+        aggregator.record("t", np.ones(2), "sum", axes={"a": 2})
+    assert sums_of(aggregator, "t") == {"0": 2.0, "1": 2.0}
+    with pytest.raises(ValueError, match="has the axes a=2"):
+        aggregator.record("t", 1.0, "sum", weight=0.0)
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_an_axis_without_labels_yet_holds_nothing(framework: str) -> None:
+    """Until now the next reduction failed."""
+    array = pytest.importorskip(framework).ones(0)
+
+    def rank(communicator: Any) -> dict[str, float]:
+        aggregator = made(communicator)
+        aggregator.record("t", array, "sum", axes={"p": []})
+        if communicator.rank:
+            aggregator.record("t", np.ones(1), "sum", axes={"p": ["x"]})
+        return sums_of(aggregator, "t")
+
+    assert run_threads(rank, 2) == [{"x": 1.0}] * 2
+
+
+def test_collated_batches_of_a_metric_with_axes_are_refused() -> None:
+    """Until now they came in, and what the metric held could not be folded any more."""
+
+    def batch(name: str) -> Any:
+        return MetricsCollator()([{"x": 1, "metrics": [Metric("web", name, 1.0, "sum")]}])[
+            "metrics"
+        ]
+
+    aggregator = made()
+    aggregator.update(batch("u"))
+    aggregator.record("t", np.ones(2), "sum", axes={"a": 2}, dataset="web")
+    with pytest.raises(ValueError, match="has the axes a=2"):
+        aggregator.update(batch("t"))
+    aggregator.update(batch("u"))
+    assert aggregator.reduce().as_dict("n") == {"n_web/t": 2.0, "n_web/u": 2.0}
+
+
+def test_cells_one_by_one_take_the_room_of_what_they_hold(monkeypatch: Any) -> None:
+    """Until now each took that of all cells, before it was folded."""
+    rows: list[int] = []
+    real = State.of_cells.__func__  # type: ignore[attr-defined]
+
+    def noted(cls: Any, sums: Any, *rest: Any) -> State:
+        rows.append(len(sums))
+        return real(cls, sums, *rest)  # type: ignore[no-any-return]
+
+    torch = pytest.importorskip("torch")
+    axes = {"layer": 60, "expert": 256}
+    aggregator = made()
+    with monkeypatch.context() as watching:
+        watching.setattr(State, "of_cells", classmethod(noted))
+        for value in (1.0, torch.tensor(1.0)):
+            for layer in range(3):
+                aggregator.record("t", value, "sum", axes=axes, ids={"layer": layer, "expert": 2})
+    assert rows == [1, 1, 1, 0, 0, 0]
+    values, _ = aggregator.reduce().array(None, "t")
+    assert values[:4, 2].tolist()[:3] == [2.0] * 3
+    assert np.nansum(values) == 6.0
+
+
+def test_more_lanes_than_ranks_and_checkpoints_take_are_said_and_nothing_is_lost(
+    monkeypatch: Any,
+) -> None:
+    """Until now a checkpoint of them was written that could not be loaded."""
+    monkeypatch.setattr(announced, "_MOST_LANES_IN_ALL", 64)
+
+    def rank(communicator: Any) -> dict[str, float]:
+        aggregator = made(communicator)
+        for name in "abc":
+            aggregator.record(name, np.ones(10), "sum", axes={"p": 10})
+            if name != "c":
+                aggregator.reduce()
+        for _ in range(2):
+            with pytest.raises(ValueError, match="need 90 lanes, more than 64"):
+                aggregator.reduce()
+        alone = made()
+        alone.load_state_dict(aggregator.state_dict(sync=False))
+        return alone.reduce().as_dict("n")
+
+    assert run_threads(rank, 2) == [{"n/a": 20.0, "n/b": 20.0}] * 2
+
+
 CLASHES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"axes": {"layer": 3}}, ValueError, "has the axes layer=2"),
     ({}, ValueError, "has the axes layer=2, so it cannot take a value with no axes"),
@@ -202,6 +300,8 @@ def test_other_axes_of_a_known_metric_are_refused(
     [
         (np.ones(3), {"axes": {"a": 2}}, ValueError, r"shape \(3,\).*\(2,\)"),
         (1.0, {"axes": {"a": 2}}, ValueError, r"shape \(\).*\(2,\)"),
+        ([1.0, 2.0], {"axes": {"a": 2}}, TypeError, r"give np.asarray"),
+        (np.ma.masked, {"axes": {"a": 2}, "ids": {"a": 0}}, ValueError, "masked has no value"),
         (np.ones(2), {"ids": {"a": 1}}, ValueError, "axes are none"),
         (np.ones(2), {"axes": {"a": 0}}, ValueError, "metric 't'.*needs 1"),
         (np.ones(2), {"axes": {"a": 2}, "agg": "distribution"}, ValueError, "cannot have axes"),

@@ -40,6 +40,9 @@ def test_labels_are_sorted_and_no_part_of_the_kind() -> None:
         ({"p": ["a", "a"]}, ValueError, "twice"),
         ({"p": ["a", ""]}, ValueError, "label of axis 'p'"),
         ({"a": 2**12, "b": 2**12}, ValueError, "more than"),
+        ({"a=3": ["x"]}, ValueError, "'='"),  # until now taken for an axis of that size
+        ({"a[": 2}, ValueError, r"'\['"),
+        ({"a,b": 2}, ValueError, "','"),
         (["layer"], TypeError, "names with sizes"),
     ],
 )
@@ -81,6 +84,8 @@ def test_an_array_may_hold_some_of_the_cells() -> None:
     labelled = axes_of({"p": ["x", "y", "z"]})
     assert block_of(labelled, {"p": "z"}).shape == ()
     assert block_of(labelled, {"p": ["z", "x"]}).places.tolist() == [2, 0]  # type: ignore[union-attr]
+    numbered = axes_of({"p": [12, 3]})  # type: ignore[list-item]
+    assert block_of(numbered, {"p": [3, 12]}).places.tolist() == [1, 0]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

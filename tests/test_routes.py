@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 from ranks import run_ranks, run_threads
 
 from metricfold import AggregationType, Metric, MetricsAggregator
-from metricfold.communicator import Communicator
+from metricfold._core.exchange import route as route_module
+from metricfold._core.exchange.route import Exchange
+from metricfold._core.reduce.header import RouteChoice
+from metricfold._core.reduce.schema import Entry, Schema
+from metricfold._core.reduce.wire import Wire
+from metricfold.communicator import Communicator, LocalCommunicator
 
 BOTH = pytest.mark.parametrize("route", ["gather", "tree"])
 
@@ -334,6 +339,25 @@ def test_ranks_that_were_told_different_routes_are_told_so() -> None:
     first, *others = run_threads(told_different_routes, 3)
     assert "rank 0 with route='auto', ranks 1-2 with route='tree'" in first
     assert set(others) == {first}
+
+
+def test_a_lack_of_memory_between_two_layouts_leaves_none_of_another_route(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Until now that rank went on gathering, where the others merged on the way."""
+    exchange = Exchange(LocalCommunicator(), RouteChoice.TREE)
+    schema = Schema([Entry(("", "x"), "sum")])
+
+    def made(schema: Schema, world_size: int, *, joining: bool) -> Wire:
+        if joining:
+            raise MemoryError
+        return Wire(schema, world_size, joining=joining)
+
+    with monkeypatch.context() as short:
+        short.setattr(route_module, "Wire", made)
+        with pytest.raises(MemoryError):
+            exchange.wire(schema)
+    assert exchange.wire(schema).joining
 
 
 def test_an_unknown_route_is_refused() -> None:

@@ -8,7 +8,6 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
-import pytest
 from handlers_of_users import LaneRMS
 from hypotheses import examples
 from hypothesis import given
@@ -24,7 +23,8 @@ from metricfold import (
     MinAggHandler,
     SumAggHandler,
 )
-from metricfold._core.fold.columns import fold_read
+from metricfold._core.fold.axes import axes_of, block_of
+from metricfold._core.fold.columns import fold_cells, fold_read
 from metricfold._core.fold.state import State
 from metricfold._core.reduce.schema import Entry, Schema
 from metricfold._core.reduce.wire import Outgoing, Wire
@@ -148,6 +148,45 @@ def test_wire_vectors_come_to_what_the_states_on_the_host_come_to(case: Any, joi
     assert np.array_equal(totals.maxs, whole.maxs, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", HANDLERS)
-def test_every_lane_is_of_one_cell_so_far(name: str) -> None:
-    assert HANDLERS[name].empty().shape == ()
+block = st.lists(st.sampled_from("abcd"), unique=True, max_size=4)
+
+
+@given(
+    st.sampled_from(["sum", "max", "min", "rms", "mean"]),
+    st.lists(st.lists(st.tuples(block, block, numbers), max_size=3), min_size=2, max_size=4),
+)
+@examples(60)
+def test_cells_merge_alike_however_they_are_split_and_whatever_cells_each_part_holds(
+    name: str, parts: list[list[tuple[list[str], list[str], Any]]]
+) -> None:
+    handler = HANDLERS[name]
+
+    def of(labels: list[str], ids: list[str], value: Any) -> State:
+        axes = axes_of({"layer": 2, "p": sorted({*labels, *ids})})
+        cells = block_of(axes, {"layer": 1, "p": ids})
+        return fold_cells(KEY, handler, cells, np.full(len(ids), float(value)), 1.0)
+
+    one_by_one, in_parts = handler.empty(), handler.empty()
+    for part in parts:
+        together = handler.empty()
+        together.merge_all([of(*some) for some in part])
+        before = together.copy()
+        in_parts.merge(together)
+        assert np.array_equal(together.sums, before.sums, equal_nan=True)
+        for some in part:
+            one_by_one.merge(of(*some))
+    assert one_by_one.axes == in_parts.axes
+    for own, other in zip(
+        one_by_one.laid_out(one_by_one.axes), in_parts.laid_out(in_parts.axes), strict=True
+    ):
+        assert np.array_equal(own, other, equal_nan=True)
+    wanted: dict[str, float] = {}
+    for part in parts:
+        for _, ids, _ in part:
+            for label in ids:
+                wanted[label] = wanted.get(label, 0.0) + 1.0
+    if one_by_one.axes:
+        counts = one_by_one.laid_out(one_by_one.axes)[0][:, 0].reshape(2, -1)
+        assert counts[0].sum() == 0
+        found = dict(zip(one_by_one.axes[1].labels, counts[1].tolist(), strict=True))
+        assert {label: count for label, count in found.items() if count} == wanted

@@ -64,12 +64,13 @@ class Exchange:
     def wire(self, schema: Schema) -> Wire:
         """Return how a rank's vector is laid out now, the same on all ranks."""
         if self._wire is None or self._wire.schema is not schema:
-            self._wire = Wire(schema, self.world_size, joining=False)
+            wire = Wire(schema, self.world_size, joining=False)
             # Before they have agreed on anything, ranks do not know what the others want either.
             if schema.entries and self.wanted is not RouteChoice.GATHER:
-                small = 8 * self._wire.size * self.world_size <= _MOST_GATHERED
+                small = 8 * wire.size * self.world_size <= _MOST_GATHERED
                 if self.wanted is RouteChoice.TREE or not (small or self.world_size == 1):
-                    self._wire = Wire(schema, self.world_size, joining=True)
+                    wire = Wire(schema, self.world_size, joining=True)
+            self._wire = wire  # not before it is the one: an error in between would leave another
         return self._wire
 
     def vectors(self, schema: Schema, header: FloatArray, vector: FloatArray) -> Arrived:

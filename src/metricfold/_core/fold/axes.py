@@ -37,8 +37,10 @@ __all__ = [
 
 RANK = "rank"
 """The axis over ranks, which no metric can declare: what each rank had of the interval."""
-_MOST_CELLS = 2**22
+_MOST_CELLS = 2**20
 """More cells than that are a mistake: each takes its lanes in every vector of every rank."""
+_IN_KINDS = frozenset("/[]=,")
+"""What `described`, and a kind, tell axes apart by."""
 
 IndexArray: TypeAlias = npt.NDArray[np.intp]
 
@@ -97,9 +99,12 @@ def axes_of(declared: Mapping[str, int | Sequence[str]]) -> Axes:
 
 def _axis(name: str, size: Any) -> Axis:
     check_name("an axis", name)
-    if name == RANK or "/" in name:
-        why = "is there for every metric: give it in by=" if name == RANK else "has a '/' in it"
-        raise ValueError(f"the axis {name!r} {why}")
+    if name == RANK:
+        raise ValueError(f"the axis {name!r} is there for every metric: give it in by=")
+    if wrong := _IN_KINDS.intersection(name):
+        raise ValueError(
+            f"the axis {name!r} has {' and '.join(map(repr, sorted(wrong)))} in its name"
+        )
     if isinstance(size, str) or not isinstance(size, Sequence | np.ndarray):
         try:
             number = operator.index(cast("SupportsIndex", size))
@@ -110,13 +115,18 @@ def _axis(name: str, size: Any) -> Axis:
         if number < 1:
             raise ValueError(f"axis {name!r} has the size {number}, but needs 1 at least")
         return Axis(name, number)
-    labels = tuple(map(str, size))
+    return Axis(name, 0, _sorted(name, tuple(map(str, size))))
+
+
+@lru_cache(maxsize=256)
+def _sorted(name: str, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the labels of an axis in order; a step's are those of the step before."""
     for label in labels:
         check_name(f"a label of axis {name!r}", label)
     if len(set(labels)) < len(labels):
         twice = next(label for label in labels if labels.count(label) > 1)
         raise ValueError(f"axis {name!r} has the label {twice!r} twice")
-    return Axis(name, 0, tuple(sorted(labels)))
+    return tuple(sorted(labels))
 
 
 def cells(axes: Axes) -> int:
@@ -153,7 +163,7 @@ def moved(part: Axes, whole: Axes) -> IndexArray | None:
         return None
     along = []
     for mine, all_of in zip(part, whole, strict=True):
-        places = {label: place for place, label in enumerate(all_of.labels)}
+        places = _places(all_of.labels)
         along.append(
             [places[label] for label in mine.labels] if not mine.size else range(mine.size)
         )
@@ -208,8 +218,10 @@ def block_of(axes: Axes, ids: Mapping[str, Any] | None) -> Block:
             shape.append(axis.length)
             continue
         given = ids[axis.name]
-        several = not isinstance(given, str) and (hasattr(given, "__len__") and np.ndim(given) == 1)
-        places = [place_on(axis, one) for one in (given if several else [given])]
+        several = not isinstance(given, str) and (
+            isinstance(given, Sequence) or (hasattr(given, "__len__") and np.ndim(given) == 1)
+        )
+        places = places_on(axis, given if several else [given])
         if len(set(places)) < len(places):
             raise ValueError(f"ids= of axis {axis.name!r} name a cell twice")
         along.append(places)
@@ -217,12 +229,28 @@ def block_of(axes: Axes, ids: Mapping[str, Any] | None) -> Block:
     return Block(axes, tuple(shape), _flat(along, axes))
 
 
+@lru_cache(maxsize=256)
+def _places(labels: tuple[str, ...]) -> dict[str, int]:
+    return {label: place for place, label in enumerate(labels)}
+
+
 def place_on(axis: Axis, given: Any) -> int:
     """Return the place along an axis of a cell that is named by its number or label; raises if there is none."""
-    if not axis.size:
-        if given in axis.labels:
-            return axis.labels.index(given)
-        raise ValueError(f"axis {axis.name!r} has no label {given!r}")
+    return places_on(axis, [given])[0]
+
+
+def places_on(axis: Axis, given: Iterable[Any]) -> list[int]:
+    """Return the same of several."""
+    if axis.size:
+        return [_number(axis, one) for one in given]
+    places = _places(axis.labels)
+    try:
+        return [places[str(one)] for one in given]
+    except KeyError as error:
+        raise ValueError(f"axis {axis.name!r} has no label {error.args[0]!r}") from None
+
+
+def _number(axis: Axis, given: Any) -> int:
     try:
         place = operator.index(given)
     except TypeError:

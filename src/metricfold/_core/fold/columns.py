@@ -26,7 +26,7 @@ import numpy as np
 
 from metricfold._core.device import arrays
 from metricfold._core.fold import hints
-from metricfold._core.fold.axes import Block, cells
+from metricfold._core.fold.axes import Block, described
 from metricfold._core.fold.builtin import folds_as
 from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
 from metricfold._core.fold.names import Key, show
@@ -107,6 +107,7 @@ class Column:
         metrics: for a handler without lanes, its metrics in order; from a data worker also those
             that the training process has to refuse.
         pending: values still on a device, in order.
+        axes: along which it has cells, as `axes.described` says.
     """
 
     key: Key
@@ -114,6 +115,7 @@ class Column:
     state: State | None
     metrics: Sequence[Metric] = ()
     pending: Sequence[Pending] = ()
+    axes: str = ""
 
     @property
     def weightless(self) -> bool:
@@ -241,44 +243,44 @@ def fold_block(
             f"{show(key)}: a metric of type {type_label(agg_type)!r} cannot have axes, for its states are "
             "not a few lanes each: use 'sum', 'mean', 'max', 'min' or a handler with lanes"
         )
-    shape = shape_of(key, values) if hasattr(values, "shape") else ()
+    if isinstance(values, int | float) or (isinstance(values, np.ndarray) and not values.ndim):
+        values = np.array(number(key, values))
+    shape = shape_of(key, values)
     if shape != block.shape:
         raise ValueError(
             f"{show(key)}: the values have the shape {shape}, but the cells that axes= and ids= name have "
             f"{block.shape}"
         )
-    if not hasattr(values, "shape"):
-        values = np.array(number(key, values))
     weighted = handler is None or handler.weighted
     weighing = weights_of_each(key, agg_type, values, weights, weighted=weighted)
     elements = elements_of(key, values)
-    column = Column(key, agg_type, None)
-    if not arrays.counts_here(elements):
+    column = Column(key, agg_type, None, axes=described(block.axes))
+    if not (arrays.counts_here(elements) and 0 not in shape):
         return column
-    laned = None if handler is None else handler.laned()
     if arrays.backend_of(elements) is not None or arrays.backend_of(weighing) is not None:
         column.pending = [Pending(key, agg_type, elements, weighing, block)]
-        elements, weighing = np.zeros(math.prod(shape)), 0.0  # until then no cell has a value
+        # Until then no cell has a value.
+        elements, weighing, block = np.empty(0), 0.0, block._replace(places=_NO_PLACES)
     elif not np.any(weights_beside(elements, np.broadcast_to(weighing, elements.shape))):
         return column
-    if laned is not None:
-        column.state = fold_cells(key, laned, block, elements, weighing)
+    if handler is not None:
+        column.state = fold_cells(key, handler.laned(), block, elements, weighing)
     return column
+
+
+_NO_PLACES = np.empty(0, dtype=np.intp)
 
 
 def fold_cells(key: Key, handler: LaneHandler, block: Block, values: Any, weights: Any) -> State:
     """Fold values of cells that lie on the host, shape (n,), perhaps masked."""
     weighing = np.broadcast_to(np.asarray(weights, dtype=np.float64), values.shape)
     weighing = weights_beside(values, weighing)
-    given = floats(key, "a value", np.ma.getdata(values))
+    given = np.ma.getdata(values)
+    if given.dtype.kind in "iu" and not weighing.all():
+        given = np.where(weighing != 0, given, 0)  # what does not count may be too large
     with quiet():
-        sums, maxs = handler.fold_cells(given, weighing)
-    if block.places is None:
-        return State.of_cells(sums, maxs, block.axes)
-    n = cells(block.axes)
-    all_sums, all_maxs = np.zeros((n, sums.shape[1])), np.full((n, maxs.shape[1]), -np.inf)
-    all_sums[block.places], all_maxs[block.places] = sums, maxs
-    return State.of_cells(all_sums, all_maxs, block.axes)
+        sums, maxs = handler.fold_cells(floats(key, "a value", given), weighing)
+    return State.of_cells(sums, maxs, block.axes, block.places)
 
 
 def fold_read(key: Key, handler: LaneHandler, values: Numbers, weights: Numbers) -> State:

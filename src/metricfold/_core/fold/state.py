@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from metricfold._core.fold.axes import Axes, cells, moved, united
+from metricfold._core.fold.axes import Axes, IndexArray, cells, moved, united
 from metricfold._core.fold.sample import FloatArray, Pool, Window, new_histogram
 from metricfold._core.sketch.weights import concatenated
 
@@ -61,6 +62,7 @@ class State:
         latest: whether the MAX lanes hold the newest value, and not the largest.
         axes: along which there are cells: then the lanes are arrays, a row of them for each cell, and
             never changed in place.
+        places: of the cells that the rows are of, each once; None: they are of all, in order.
     """
 
     sums: Lanes
@@ -70,11 +72,14 @@ class State:
     replaced: str | None = None
     latest: bool = False
     axes: Axes = ()
+    places: IndexArray | None = None
 
     @classmethod
-    def of_cells(cls, sums: FloatArray, maxs: FloatArray, axes: Axes) -> State:
+    def of_cells(
+        cls, sums: FloatArray, maxs: FloatArray, axes: Axes, places: IndexArray | None = None
+    ) -> State:
         """Return a state with cells: SUM lanes of shape (cells, n), and MAX lanes (cells, m)."""
-        return cls(cast("Lanes", sums), cast("Lanes", maxs), axes=axes)
+        return cls(cast("Lanes", sums), cast("Lanes", maxs), axes=axes, places=places)
 
     @property
     def ordered(self) -> bool:
@@ -125,25 +130,43 @@ class State:
 
     def _merge_cells(self, others: Sequence[State]) -> None:
         """Merge several with cells; one without, which has no values, becomes one with them."""
-        for other in others:
-            if not self.axes:
-                self.sums, self.maxs, self.axes = other.sums, other.maxs, other.axes
-                continue
-            axes = united(self.axes, other.axes)
-            (sums, maxs), (more, tops) = self.laid_out(axes), other.laid_out(axes)
-            top = np.where(is_first(maxs, tops), maxs, tops)
-            self.sums, self.maxs, self.axes = cast("Lanes", sums + more), cast("Lanes", top), axes
+        some = [one for one in (self, *others) if one.axes]
+        if len(some) == 1:
+            (one,) = some
+            self.sums, self.maxs, self.axes, self.places = one.sums, one.maxs, one.axes, one.places
+            return
+        axes = reduce(united, [one.axes for one in some])
+        sums, maxs = some[0].rows(axes)
+        with quiet():
+            for other in some[1:]:
+                at = other.rows_at(axes)
+                sums[at] += other.sums
+                tops, own = np.asarray(other.maxs), maxs[at]
+                maxs[at] = np.where(is_first(own, tops), own, tops)
+        self.sums, self.maxs, self.axes = cast("Lanes", sums), cast("Lanes", maxs), axes
+        self.places = None
 
     def laid_out(self, axes: Axes) -> tuple[FloatArray, FloatArray]:
         """Return the lanes of all cells along axes, which have the labels of its own."""
-        sums, maxs = np.asarray(self.sums), np.asarray(self.maxs)
+        if axes == self.axes and self.places is None:
+            return np.asarray(self.sums), np.asarray(self.maxs)
+        return self.rows(axes)
+
+    def rows(self, axes: Axes) -> tuple[FloatArray, FloatArray]:
+        """Return the same in arrays that are nobody else's."""
+        own, tops = np.asarray(self.sums), np.asarray(self.maxs)
+        sums = np.zeros((cells(axes), own.shape[1]))
+        maxs = np.full((len(sums), tops.shape[1]), -np.inf)
+        at = self.rows_at(axes)
+        sums[at], maxs[at] = own, tops
+        return sums, maxs
+
+    def rows_at(self, axes: Axes) -> IndexArray | slice:
+        """Return where its rows stand among all cells along axes."""
         places = moved(self.axes, axes)
-        if places is None:
-            return sums, maxs
-        all_sums = np.zeros((cells(axes), sums.shape[1]))
-        all_maxs = np.full((len(all_sums), maxs.shape[1]), -np.inf)
-        all_sums[places], all_maxs[places] = sums, maxs
-        return all_sums, all_maxs
+        if self.places is None:
+            return slice(None) if places is None else places
+        return self.places if places is None else places[self.places]
 
     def _count(self, more: Counts) -> None:
         for category, count in more.items():
@@ -153,7 +176,9 @@ class State:
     def copy(self) -> State:
         sample = None if self.sample is None else self.sample.copy()
         counts = None if self.counts is None else dict(self.counts)
-        return State(self.sums, self.maxs, sample, counts, None, self.latest, self.axes)
+        return State(
+            self.sums, self.maxs, sample, counts, None, self.latest, self.axes, self.places
+        )
 
     def plain(self) -> tuple[Lanes, Lanes, Any]:
         """Return its SUM and MAX lanes, and what it holds besides, if anything, in plain types."""

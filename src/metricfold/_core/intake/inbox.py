@@ -302,7 +302,7 @@ class Inbox:
             targets += [slot.others] * (1 + len(column.pending))
             items += [column.state, *column.pending]
             elements = sum(one.count for one in column.pending)
-            size += 1 + int(column.state.count)
+            size += 1 + (len(column.state.sums) if column.axes else int(column.state.count))
             size += len(column.pending) + elements // _PER_ROOM_ON_DEVICE
         return targets, items, size
 
@@ -598,7 +598,7 @@ class Slot:
     """What has come in of one key and waits to be folded.
 
     Attributes:
-        built_in: what its handler folds just like, if it does like a built-in one.
+        built_in: what its handler folds just like, if it does like a built-in one, without axes.
         takes: the type of what may come the fast way: float, str (categories), or None.
         fold: makes a state of a list of values, and of their weights or None.
         values: for what may come the fast way and has weight 1.
@@ -623,8 +623,8 @@ class Slot:
 
     def __init__(self, key: Key, agg_type: TypeLike, handler: LaneHandler, axes: str = "") -> None:
         self.key, self.agg_type, self.handler = key, agg_type, handler
-        self.built_in = folds_as(handler)
-        self.takes = None if self.built_in is None or axes else handler.takes
+        self.built_in = None if axes else folds_as(handler)
+        self.takes = None if self.built_in is None else handler.takes
         self.fold: Callable[[Any, Any], State] = handler.fold_listed
         if self.built_in is None:
             self.fold = partial(LaneHandler.fold_listed, handler)

@@ -199,8 +199,7 @@ class KeyTable:
             if column.weightless and column.key not in self.records:
                 self._handler_for(column.key, column.agg_type)
             else:
-                axes = "" if column.state is None else described(column.state.axes)
-                given.append((column.key, column.agg_type, axes))
+                given.append((column.key, column.agg_type, column.axes))
         admission = self.admit_keys(given)
         lanes = [column for column in columns if column.state is not None]
         if len(lanes) == len(columns):

@@ -95,37 +95,39 @@ class Layer:
         """
         errors = [*self.errors]
         by_key: dict[Key, list[tuple[Any, Any]]] = {}
-        found: list[tuple[Key, State]] = []
+        found: dict[Key, list[State]] = {}
+
+        def keep(key: Key, state: State) -> None:
+            found.setdefault(key, []).append(state)
+
         for one, value, weight in pending(errors):
             if one.block is None:
                 by_key.setdefault(one.key, []).append((value, weight))
                 continue
             try:
                 handler = records[one.key].handler.laned()
-                found.append((one.key, fold_cells(one.key, handler, one.block, value, weight)))
+                keep(one.key, fold_cells(one.key, handler, one.block, value, weight))
             except Exception as error:  # noqa: BLE001 - the user's; raised on all ranks
                 errors.append(f"{show(one.key)}: {error}")
         for key, arrived in by_key.items():
             for values, weights in _in_runs(arrived):
                 try:
-                    found.append(
-                        (key, fold_read(key, records[key].handler.laned(), values, weights))
-                    )
+                    keep(key, fold_read(key, records[key].handler.laned(), values, weights))
                 except ValueError as error:  # which names the metric
                     errors.append(str(error))
                 except Exception as error:  # noqa: BLE001 - the user's; raised on all ranks
                     errors.append(f"{show(key)}: the handler failed: {error!r}")
         for drained in self.drained:
             try:
-                found += drained.arrive()
+                for key, state in drained.arrive():
+                    keep(key, state)
             except Exception as error:  # noqa: BLE001 - such as an error of the device
                 errors.append(f"an accumulator could not be read from its device: {error!r}")
         states = {**self.states}
-        for key in dict.fromkeys(key for key, _ in found):
+        for key, arrived_states in found.items():
             known = states.get(key)
             states[key] = records[key].handler.laned().empty() if known is None else known.copy()
-        for key, state in found:
-            states[key].merge(state)
+            states[key].merge_all(arrived_states)
         return Layer(states, custom=self.custom, errors=errors)
 
     def relieved(self, records: Records) -> Layer:

@@ -16,7 +16,7 @@ from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import Claims, show
 from metricfold._core.fold.sample import Window
 from metricfold._core.fold.state import OTHER, State
-from metricfold._core.reduce.announced import decoded
+from metricfold._core.reduce.announced import check_room, decoded
 from metricfold._core.reduce.header import name_ranks
 from metricfold._core.reduce.schema import Entry, Key, Schema
 
@@ -239,7 +239,9 @@ def agree(schema: Schema, claims: Claims, told: Iterable[Told]) -> Agreed:
                 room.add(entry._replace(key=one.beside))
             one.ranks.extend(ranks)
     changed = room.changed.values()
-    return Agreed(schema, schema.grown(changed), list(changed), list(lost.values()))
+    grown = schema.grown(changed)
+    check_room(grown.sum_width + grown.max_width)
+    return Agreed(schema, grown, list(changed), list(lost.values()))
 
 
 class _Room:

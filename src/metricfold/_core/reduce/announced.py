@@ -19,7 +19,14 @@ from metricfold._core.reduce.header import MOST_NEWS
 from metricfold._core.reduce.schema import Entry, Schema
 from metricfold.metric import check_key, is_name
 
-__all__ = ["NotAnEntryError", "decoded", "encoded", "entries_from", "entry_of_version_1"]
+__all__ = [
+    "NotAnEntryError",
+    "check_room",
+    "decoded",
+    "encoded",
+    "entries_from",
+    "entry_of_version_1",
+]
 
 _MOST_TEXT = 2**26
 """Bytes of one rank's news as JSON: those of half a million keys."""
@@ -47,6 +54,7 @@ def encoded(entries: Sequence[Entry]) -> bytes:
     Raises:
         ValueError: they are more than other ranks take.
     """
+    check_room(sum(map(_lanes_of, entries)))
     data = Schema.entries_to_json(entries).encode()
     blob = zlib.compress(data, level=1) if entries else b""
     if len(data) > _MOST_TEXT or len(blob) > MOST_NEWS or data.count(b",") > _MOST_PARTS:
@@ -106,11 +114,22 @@ def entries_from(plain: object, *, settled: bool) -> list[Entry]:
         for entry in entries:
             if entry.full and OTHER not in entry.categories:
                 raise NotAnEntryError(f"{show(entry.key)} lacks the category {OTHER!r}")
-    if sum(entry.sum_width + entry.maxs * entry.cells for entry in entries) > _MOST_LANES_IN_ALL:
-        raise NotAnEntryError(f"the keys need more than {_MOST_LANES_IN_ALL} lanes")
+    check_room(sum(map(_lanes_of, entries)))
     if sum(entry.capacity for entry in entries) > _MOST_CAPACITY_IN_ALL:
         raise NotAnEntryError(f"the keys need room for more than {_MOST_CAPACITY_IN_ALL} values")
     return entries
+
+
+def check_room(lanes: int) -> None:
+    """Raise if so many lanes of all keys are more than ranks, and checkpoints, take."""
+    if lanes > _MOST_LANES_IN_ALL:
+        raise NotAnEntryError(
+            f"the keys need {lanes} lanes, more than {_MOST_LANES_IN_ALL}: declare fewer cells"
+        )
+
+
+def _lanes_of(entry: Entry) -> int:
+    return entry.sum_width + entry.maxs * entry.cells
 
 
 def entry_of_version_1(plain: dict[str, Any]) -> dict[str, Any]:
