@@ -19,11 +19,18 @@ if find_spec("torch") is None:
 
 from metricfold._core.runtime.published import publish
 from metricfold._core.runtime.uncompiled import leave_alone
-from metricfold.torch.accumulator import AccumulatorMark, DeviceAccumulator
+from metricfold.torch.accumulator import AccumulatorMark, DeviceAccumulator, PlacedMetric
 from metricfold.torch.recomputing import once, recomputing
 from metricfold.torch.watch import ModelWatch
 
-__all__ = ["AccumulatorMark", "DeviceAccumulator", "ModelWatch", "once", "recomputing"]
+__all__ = [
+    "AccumulatorMark",
+    "DeviceAccumulator",
+    "ModelWatch",
+    "PlacedMetric",
+    "once",
+    "recomputing",
+]
 publish(globals())
 
 leave_alone()

@@ -24,7 +24,7 @@ import math
 import numbers
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 from metricfold._core.device.arrays import is_sharded, of_mesh, whole_tensor
 from metricfold._core.device.rows import HostArrays, Layout, check_fits
+from metricfold._core.fold.axes import Axes
 from metricfold._core.runtime.copies import copied_plainly
 from metricfold._core.runtime.listing import internal
 from metricfold._core.runtime.processes import watch_forks
@@ -50,7 +51,9 @@ from metricfold.torch.folding import (
     Part,
     Rows,
     Table,
+    Where,
     fold,
+    padded,
     read,
     shapes,
     take_over,
@@ -58,7 +61,7 @@ from metricfold.torch.folding import (
 from metricfold.torch.fused import FOLDS, triton_for
 from metricfold.torch.recomputing import asked, counts
 
-__all__ = ["AccumulatorMark", "DeviceAccumulator"]
+__all__ = ["AccumulatorMark", "DeviceAccumulator", "PlacedMetric"]
 
 _logger = logging.getLogger("metricfold")
 
@@ -105,6 +108,25 @@ class AccumulatorMark:
     fill: object = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Block:
+    """Metrics that stand together: all without axes, or those of one aggregation with the same axes.
+
+    Args:
+        axes: of all of them.
+        parts: which of the accumulator's tensors are its plain, weighed, extrema and grid, if any.
+        column: of what is in the first of the datasets and cells, less what ids are to add; shape (1,).
+        strides: by how much a column goes on with an id: of a dataset first, if there are several.
+        steps: for each axis the places along it times their stride.
+    """
+
+    axes: Axes
+    parts: tuple[int | None, ...]
+    column: Tensor
+    strides: tuple[int, ...]
+    steps: tuple[Tensor, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where a metric is: metrics of one aggregation stand side by side."""
@@ -112,6 +134,38 @@ class _Place:
     row: int  # of the sums and the extrema
     agg_type: AggregationType
     grid: int  # its row of the grid, if it is a DISTRIBUTION
+    block: _Block
+
+
+class PlacedMetric:
+    """A metric at one place along some of its axes, such as in one layer: see `DeviceAccumulator.at`."""
+
+    __slots__ = ("_accumulator", "_at", "_column", "_name", "_said")
+
+    def __init__(
+        self, accumulator: DeviceAccumulator, name: str, places: Mapping[str, object]
+    ) -> None:
+        self._accumulator, self._name = accumulator, name
+        self._at = frozenset(places)
+        self._said = ", ".join(f"{axis}={place!r}" for axis, place in places.items())
+        with torch.inference_mode(mode=False):
+            self._column = accumulator._column(name, places)  # noqa: SLF001 - a part of it
+
+    def update(
+        self,
+        values: Any,
+        *,
+        weights: Any = None,
+        ids: Mapping[str, Any] | None = None,
+        dataset_ids: Tensor | None = None,
+    ) -> None:
+        """Take in values of this place, as `DeviceAccumulator.update` does; `ids` are of the other axes."""
+        self._accumulator._take(  # noqa: SLF001
+            {self._name: values}, weights, ids, dataset_ids, self
+        )
+
+    def __repr__(self) -> str:
+        return f"DeviceAccumulator.at({self._name!r}, {self._said})"
 
 
 @internal("layout", "start_read", "tensors")
@@ -130,6 +184,8 @@ class DeviceAccumulator:
             ``"distribution"``, or the `AggregationType`.
         datasets: their names; `update` says by ``dataset_ids`` which of them a value belongs to.
             None for metrics of a step, which belong to no dataset.
+        axes: by name, the size or the labels of each axis. A metric has those that a tuple names after its
+            aggregation, as in ``("sum", "layer", "expert")``; a distribution has none.
         device: where it lies; default: where new tensors do. It needs float64, which mps lacks.
         fused: whether an update outside of `torch.compile` is one kernel, which PyTorch compiles when
             the first update of a kind comes, in a few seconds. Default: on a GPU with Triton. Where it
@@ -151,7 +207,7 @@ class DeviceAccumulator:
     __slots__ = (
         "__weakref__",
         "_as_copied",
-        "_datasets",
+        "_blocks",
         "_fill",
         "_fused",
         "_given",
@@ -166,25 +222,20 @@ class DeviceAccumulator:
     layout: Layout
     device: torch.device
     tensors: tuple[Tensor, ...]
-    """`Rows` of all metrics: plain, weighed, extrema and, if there are DISTRIBUTIONs, the grid."""
+    """`Rows` of metrics without axes: plain, weighed, extrema and, if there are DISTRIBUTIONs, the grid;
+    then those of metrics with the same axes and aggregation, as far as that needs them."""
 
     def __init__(
         self,
         metrics: Mapping[str, object],
         datasets: Iterable[str] = (),
         *,
+        axes: Mapping[str, int | Sequence[str]] | None = None,
         device: torch.device | str | int | None = None,
         fused: bool | None = None,
     ) -> None:
-        self.layout = layout = Layout.of(metrics, datasets)
+        self.layout = Layout.of(metrics, datasets, axes)
         self._fused = fused
-        self._datasets = len(layout.datasets)
-        types = dict(zip(layout.names, layout.types, strict=True))
-        in_order = sorted(types, key=lambda name: IN_ORDER.index(types[name]))
-        first = len(in_order) - len(layout.distributions)  # which come last
-        self._places = {
-            name: _Place(row, types[name], row - first) for row, name in enumerate(in_order)
-        }
         try:
             self.tensors = self._new_tensors(device)
         except TypeError as error:
@@ -199,7 +250,13 @@ class DeviceAccumulator:
     # -- In the step
 
     def update(
-        self, name: str, values: Any, *, weights: Any = None, dataset_ids: Tensor | None = None
+        self,
+        name: str,
+        values: Any,
+        *,
+        weights: Any = None,
+        ids: Mapping[str, Any] | None = None,
+        dataset_ids: Tensor | None = None,
     ) -> None:
         """Take in `values`, without waiting for them.
 
@@ -209,6 +266,9 @@ class DeviceAccumulator:
             weights: how much each value counts in a MEAN or DISTRIBUTION. What has weight 0 is
                 left out of every aggregation, also a NaN: so padding is masked. Of the shape of the
                 values, or of their first dimensions: one per sample does for each token.
+            ids: of axes of the metric, the cells that values belong to: one place, or integers on the
+                device, shaped like weights. Axes that it does not name are the last dimensions of the
+                values. What has an id that is no place is left out, and the next log warns.
             dataset_ids: integers that say which of the datasets each value belongs to, by its
                 place; shaped like weights. May be left out where there is only one. A value whose
                 id is the place of none is left out, and the next log warns of how many there were.
@@ -218,11 +278,15 @@ class DeviceAccumulator:
                 numbers, tensors on another device, or no `dataset_ids` where there are several
                 datasets. Then nothing has changed.
         """
-        self.update_all({name: values}, weights=weights, dataset_ids=dataset_ids)
+        self._take({name: values}, weights, ids, dataset_ids)
 
-    @torch.no_grad()
     def update_all(
-        self, values: Mapping[str, Any], *, weights: Any = None, dataset_ids: Tensor | None = None
+        self,
+        values: Mapping[str, Any],
+        *,
+        weights: Any = None,
+        ids: Mapping[str, Any] | None = None,
+        dataset_ids: Tensor | None = None,
     ) -> None:
         """Take in several metrics of the same samples, as `update` does each.
 
@@ -232,11 +296,48 @@ class DeviceAccumulator:
         Args:
             values: of each metric, by name.
             weights: as in `update`, the same for all.
+            ids: as in `update`; each metric takes those of the axes that it has.
             dataset_ids: as in `update`, the same for all.
 
         Raises:
             TypeError, ValueError: as `update`.
         """
+        self._take(values, weights, ids, dataset_ids)
+
+    def at(self, name: str, **places: int | str) -> PlacedMetric:
+        """Return a metric at one place along some of its axes, such as ``at("expert_tokens", layer=3)``.
+
+        It keeps the place as a tensor: so a compiler makes one graph for all layers, where an int in `ids`
+        would be a graph for each of them.
+
+        Args:
+            name: of the metric.
+            places: by axis, the number or label of a cell.
+
+        Raises:
+            ValueError: there is no such metric, axis or cell.
+
+        >>> acc = DeviceAccumulator({"tokens": ("sum", "layer", "expert")}, axes={"layer": 2, "expert": 4})
+        >>> layer = acc.at("tokens", layer=1)
+        >>> layer.update(torch.ones(3), ids={"expert": torch.tensor([0, 3, 3])})
+        >>> aggregator = MetricsAggregator()
+        >>> acc = aggregator.drain(acc)
+        >>> aggregator.reduce().array(None, "tokens")[0]
+        array([[0., 0., 0., 0.],
+               [1., 0., 0., 2.]])
+        """
+        self.layout.place(name)
+        return PlacedMetric(self, name, self.layout.check_ids([name], places))
+
+    @torch.no_grad()
+    def _take(
+        self,
+        values: Mapping[str, Any],
+        weights: Any,
+        ids: Mapping[str, Any] | None,
+        dataset_ids: Tensor | None,
+        placed: PlacedMetric | None = None,
+    ) -> None:
         flag = None
         if torch.compiler.is_compiling():
             flag = counts(self._nothing)
@@ -255,9 +356,10 @@ class DeviceAccumulator:
         for name, given in values.items():
             self.layout.place(name)
             taken[name] = self._numbers(f"values of metric {name!r}", given)
-        ids = self._ids(taken, dataset_ids)
+        datasets = self._ids(taken, dataset_ids)
+        cells = self._cells(taken, ids, placed)
         w = self._weights(taken, weights)
-        groups: list[tuple[_Place, list[Tensor]]] = []
+        groups: list[tuple[_Place, list[Tensor]]] = []  # those of a block one after the other
         for name, place in self._places.items():
             tensor = taken.get(name)
             if tensor is None or not tensor.numel():
@@ -267,17 +369,22 @@ class DeviceAccumulator:
             else:
                 groups.append((place, [tensor]))
         weighs = w is not None and w.dtype != torch.bool
-        parts = [Part(self._rows(start, len(g), weighs), start.agg_type, g) for start, g in groups]
-        if not parts:
-            return
-        if torch.compiler.is_compiling():
-            fold(self._table, parts, w, ids, flag)
-            return
-        with _turn.lock:
-            if triton_for(self.device.type) if self._fused is None else self._fused:
-                FOLDS(self._table, parts, w, ids)
-            else:
-                fold(self._table, parts, w, ids, None)
+        folds: list[tuple[_Block, list[Part]]] = []
+        for start, tensors in groups:
+            if not folds or folds[-1][0] is not start.block:
+                folds.append((start.block, []))
+            rows = self._rows(start, len(tensors), weighs)
+            folds[-1][1].append(Part(rows, start.agg_type, tensors))
+        for block, parts in folds:
+            where = self._where(block, datasets, cells, placed)
+            if torch.compiler.is_compiling():
+                fold(self._table, parts, w, where, flag)
+                continue
+            with _turn.lock:
+                if triton_for(self.device.type) if self._fused is None else self._fused:
+                    FOLDS(self._table, parts, w, where)
+                else:
+                    fold(self._table, parts, w, where, None)
 
     def token_loss(
         self,
@@ -287,6 +394,7 @@ class DeviceAccumulator:
         *,
         ignore_index: int = -100,
         num_items: Tensor | float | None = None,
+        ids: Mapping[str, Any] | None = None,
         name: str = "loss",
     ) -> Tensor:
         """Return the loss to back-propagate, and take in that of each dataset on the side.
@@ -304,6 +412,7 @@ class DeviceAccumulator:
                 count, or 1 if none does. With gradient accumulation or ranks that hold different
                 numbers of tokens, give the number of all tokens that one optimiser step is about,
                 divided by the number of ranks over which gradients are averaged.
+            ids: as in `update`, one per token or per sample, such as buckets of positions.
             name: of the metric, a MEAN of this accumulator.
 
         Raises:
@@ -329,7 +438,7 @@ class DeviceAccumulator:
             scores.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="none"
         ).view(labels.shape)
         counted = labels != ignore_index
-        self.update(name, losses, weights=counted, dataset_ids=dataset_ids)
+        self.update(name, losses, weights=counted, ids=ids, dataset_ids=dataset_ids)
         return losses.sum() / (counted.sum().clamp(min=1) if num_items is None else num_items)
 
     # -- Steps that are skipped
@@ -399,25 +508,27 @@ class DeviceAccumulator:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceAccumulator:
         copied = copied_plainly(self, memo)
-        counted = copied.tensors[0][..., 1]
-        copied._as_copied = as_copied = _AsCopied(counted.clone())  # noqa: SLF001
+        counted = [copied._part(block, 0)[..., 1] for block in copied._blocks]  # noqa: SLF001
+        copied._as_copied = as_copied = _AsCopied([one.clone() for one in counted])  # noqa: SLF001
         weakref.finalize(copied, _warn_if_lost, copied.layout.names, counted, as_copied)
         return copied
 
     def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
         of_subclass, slots = state
-        self._fused = None  # of which 0.1 knew nothing
-        for name, value in slots.items():
-            if name in DeviceAccumulator.__slots__:  # 0.1 had another one
-                setattr(self, name, value)
+        self._fused = slots.get("_fused")  # of which 0.1 knew nothing
+        self.layout, self.device, self.tensors = (
+            slots[name] for name in ("layout", "device", "tensors")
+        )
         if of_subclass:
             vars(self).update(of_subclass)
         before, histograms = self.tensors, len(self.layout.distributions)
-        if len(before) == (3 if histograms else 2):  # of 0.1
+        if len(before) == (3 if histograms else 2) and not any(self.layout.axes):  # of 0.1
             self.tensors = self._new_tensors(self.device)
+            self._begin()
             self._clear()
             take_over(before, self.tensors, histograms)
-        self._begin()
+        else:
+            self._begin()
 
     def __repr__(self) -> str:
         return f"DeviceAccumulator({self.layout}, device={str(self.device)!r})"
@@ -425,10 +536,23 @@ class DeviceAccumulator:
     # -- Inside
 
     def _new_tensors(self, device: torch.device | str | int | None) -> tuple[Tensor, ...]:
-        sizes = shapes(len(self.layout.names), len(self.layout.distributions), self._datasets)
+        sizes = [size for _, _, sizes in self._standing_together() for size in sizes if size]
         # A tensor made in inference mode could not be changed outside of it.
         with torch.inference_mode(mode=False):
             return tuple(torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
+
+    def _standing_together(
+        self,
+    ) -> Iterator[tuple[Axes, dict[str, AggregationType], list[tuple[int, ...] | None]]]:
+        """Yield for each block its axes, the aggregations of its metrics, in order, and the shapes of its parts."""
+        layout = self.layout
+        blocks: dict[tuple[Axes, AggregationType | None], dict[str, AggregationType]] = {}
+        for agg_type in IN_ORDER:
+            for name, one, axes in zip(layout.names, layout.types, layout.axes, strict=True):
+                if one is agg_type:
+                    blocks.setdefault((axes, agg_type if axes else None), {})[name] = one
+        for (axes, _), types in sorted(blocks.items(), key=lambda block: len(block[0][0])):
+            yield axes, types, shapes([*types.values()], layout.datasets, axes)
 
     def _begin(self) -> None:
         self._as_copied: _AsCopied | None = None
@@ -437,7 +561,28 @@ class DeviceAccumulator:
         self._nothing = self.tensors[0].new_empty(0)  # but where it lies
         with torch.inference_mode(mode=False):
             self.tensors = tuple(t.clone() if t.is_inference() else t for t in self.tensors)
-            self._table = Table.on(self.device, self._datasets)
+            self._table = Table.on(self.device, len(self.layout.datasets))
+            self._arrange()
+
+    def _arrange(self) -> None:
+        """Say where each metric is."""
+        self._blocks: list[_Block] = []
+        self._places: dict[str, _Place] = {}
+        tensors = iter(range(len(self.tensors)))
+        for axes, types, sizes in self._standing_together():
+            parts = tuple(None if size is None else next(tensors) for size in sizes)
+            columns = padded(self.layout.datasets, axes)
+            strides = tuple(math.prod(columns[place + 1 :]) for place in range(len(columns)))
+            column, steps = self._table.column, []
+            if axes:
+                column = torch.tensor([1 + sum(strides)], device=self.device)
+                for axis, stride in zip(axes, strides[-len(axes) :], strict=True):
+                    steps.append(torch.arange(axis.length, device=self.device) * stride)
+            block = _Block(axes, parts, column, strides, tuple(steps))
+            self._blocks.append(block)
+            first = len(types) - (sizes[3][0] if sizes[3] else 0)  # DISTRIBUTIONs come last
+            for row, (name, agg_type) in enumerate(types.items()):
+                self._places[name] = _Place(row, agg_type, row - first, block)
 
     def _pass_over(self, values: Mapping[str, Any]) -> None:
         """Leave out what a repeated forward gives; what its first has not given is lost, so say so."""
@@ -447,26 +592,67 @@ class DeviceAccumulator:
             _logger.warning("%s", not_given_before([_named(lost)]))
 
     def _clear(self) -> None:
-        plain, weighed, extrema, *grids = self.tensors
-        for tensor in (plain, weighed, *grids):
-            tensor.zero_()
-        extrema[:, 0].fill_(-math.inf)
-        extrema[:, 1].fill_(math.inf)
+        extrema = {block.parts[2] for block in self._blocks}
+        for part, tensor in enumerate(self.tensors):
+            if part in extrema:
+                tensor[:, 0].fill_(-math.inf)
+                tensor[:, 1].fill_(math.inf)
+            else:
+                tensor.zero_()
+
+    def _part(self, block: _Block, which: int) -> Tensor:
+        """Return one of a block's `Rows`, which it has."""
+        part = block.parts[which]
+        assert part is not None
+        return self.tensors[part]
 
     def _rows(self, start: _Place, number: int, weighs: bool) -> Rows:
         """Return the part that belongs to a number of metrics side by side, from `start` on."""
-        plain, weighed, extrema, *grids = self.tensors
         agg_type = start.agg_type
 
-        def part(tensor: Tensor, first: int) -> Tensor:
+        def part(which: int, first: int) -> Tensor:
+            tensor = self._part(start.block, which)
             return tensor[first] if number == 1 else tensor[first : first + number]
 
         return Rows(
-            part(plain, start.row),
-            part(weighed, start.row) if weighs and agg_type in WEIGHING else None,
-            part(extrema, start.row) if agg_type in WITH_EXTREMA else None,
-            part(grids[0], start.grid) if agg_type is AggregationType.DISTRIBUTION else None,
+            part(0, start.row),
+            part(1, start.row) if weighs and agg_type in WEIGHING else None,
+            part(2, start.row) if agg_type in WITH_EXTREMA else None,
+            part(3, start.grid) if agg_type is AggregationType.DISTRIBUTION else None,
         )
+
+    def _where(
+        self,
+        block: _Block,
+        datasets: Tensor | None,
+        cells: Mapping[str, int | Tensor],
+        placed: PlacedMetric | None,
+    ) -> Where:
+        """Return which columns values of a block's metrics are of."""
+        if not block.axes:
+            return Where(datasets, block.column)
+        column = block.column if placed is None else placed._column  # noqa: SLF001
+        along, last, further = [], [], 0
+        if datasets is not None:
+            along.append((datasets, len(self.layout.datasets), block.strides[0]))
+        strides = block.strides[-len(block.axes) :]
+        for axis, stride, steps in zip(block.axes, strides, block.steps, strict=True):
+            cell = cells.get(axis.name)
+            if isinstance(cell, Tensor):
+                along.append((cell, axis.length, stride))
+            elif cell is not None:
+                further += cell * stride
+            elif placed is None or axis.name not in placed._at:  # noqa: SLF001
+                last.append(steps)
+        return Where(None, column + further if further else column, tuple(along), tuple(last))
+
+    def _column(self, name: str, places: Mapping[str, object]) -> Tensor:
+        """Return the column to which ids are added of a metric whose place along some axes is known."""
+        block, further = self._places[name].block, 0
+        for axis, stride in zip(block.axes, block.strides[-len(block.axes) :], strict=True):
+            if axis.name in places:
+                further += self.layout.cell_on(name, axis, places[axis.name]) * stride
+        return block.column + further
 
     def _numbers(self, what: str, given: Any) -> Tensor:
         """Return `given` as a tensor on this device."""
@@ -530,13 +716,49 @@ class DeviceAccumulator:
     def _ids(self, taken: Mapping[str, Tensor], dataset_ids: Any) -> Tensor | None:
         if not self.layout.takes_ids(_named(taken), dataset_ids):
             return None
-        ids = self._here(f"dataset_ids of {_named(taken)}", dataset_ids)
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(
-                f"dataset_ids of {_named(taken)} are of type {ids.dtype}: give integers"
-            )
+        ids = self._places_in(f"dataset_ids of {_named(taken)}", dataset_ids)
         for name, x in taken.items():
             check_fits(f"dataset_ids of metric {name!r}", ids.shape, x.shape)
+        return ids
+
+    def _cells(
+        self,
+        taken: Mapping[str, Tensor],
+        ids: Mapping[str, Any] | None,
+        placed: PlacedMetric | None,
+    ) -> Mapping[str, int | Tensor]:
+        """Return by axis the place of all values, or that of each, checked."""
+        found: dict[str, int | Tensor] = {}
+        at: Iterable[str] = () if placed is None else placed._at  # noqa: SLF001
+        for axis, given in self.layout.check_ids(taken, ids).items():
+            if axis in at:
+                raise ValueError(f"{placed!r} has its place along {axis!r}: leave that out of ids=")
+            for name in taken:
+                own = [one for one in self._places[name].block.axes if one.name == axis]
+                if own and axis not in found:
+                    what = f"ids of axis {axis!r} of metric {name!r}"
+                    host = isinstance(given, str | int | np.integer)
+                    found[axis] = (
+                        self.layout.cell_on(name, own[0], given)
+                        if host
+                        else self._places_in(what, given)
+                    )
+        for name, x in taken.items():
+            axes = self._places[name].block.axes
+            for one in axes:
+                cell = found.get(one.name)
+                if isinstance(cell, Tensor):
+                    what = f"ids of axis {one.name!r} of metric {name!r}"
+                    check_fits(what, cell.shape, x.shape)
+            if axes:
+                self.layout.last_axes(name, (*found, *at), x.shape)
+        return found
+
+    def _places_in(self, what: str, given: Any) -> Tensor:
+        """Return integers on this device."""
+        ids = self._here(what, given)
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"{what} are of type {ids.dtype}: give integers")
         return ids.long()
 
     def _host_arrays(self, flat: np.ndarray[Any, Any]) -> HostArrays:
@@ -545,30 +767,43 @@ class DeviceAccumulator:
             part.reshape(tensor.shape)
             for part, tensor in zip(np.split(flat, ends[:-1]), self.tensors, strict=True)
         ]
-        order = [self._places[name].row for name in self.layout.names]
-        found, rounded = read(parts, order)
-        for name, number in zip(self.layout.names, rounded.tolist(), strict=True):
-            if number:
+        found = [
+            read(
+                [None if part is None else parts[part] for part in block.parts],
+                padded(self.layout.datasets, block.axes),
+            )
+            for block in self._blocks
+        ]
+        places = [self._places[name] for name in self.layout.names]
+        of_each = [(found[self._blocks.index(place.block)], place.row) for place in places]
+        for name, (one, row) in zip(self.layout.names, of_each, strict=True):
+            if one.rounded[row]:
                 _logger.warning(
                     "%d values of metric %r are integers beyond 2^53, of which float64 holds not every "
                     "one: they count, rounded to the next that it does",
-                    number,
+                    one.rounded[row],
                     name,
                 )
-        return found
+        return HostArrays(
+            np.concatenate([one.counts[row] for one, row in of_each]),
+            np.concatenate([one.sums[row] for one, row in of_each])[..., np.newaxis],
+            np.concatenate([one.extrema[row] for one, row in of_each]),
+            next((one.grid for one in found if one.grid is not None), None),
+            np.stack([one.refused[row] for one, row in of_each]),
+        )
 
 
 @dataclass(slots=True)
 class _AsCopied:
     """How many values a copy held when it was made; None: it has been emptied since."""
 
-    counted: Tensor | None
+    counted: list[Tensor] | None
 
 
 _warned_of: set[tuple[str, ...]] = set()
 
 
-def _warn_if_lost(names: tuple[str, ...], counted: Tensor, as_copied: _AsCopied) -> None:
+def _warn_if_lost(names: tuple[str, ...], counted: list[Tensor], as_copied: _AsCopied) -> None:
     """Warn, once for the same metrics, of a copy that has taken something in and is dropped with it.
 
     Of a module that has an accumulator, frameworks make copies, and nobody drains theirs.
@@ -576,8 +811,8 @@ def _warn_if_lost(names: tuple[str, ...], counted: Tensor, as_copied: _AsCopied)
     if names in _warned_of:
         return
     try:
-        before = as_copied.counted
-        lost = not torch.equal(counted, torch.zeros_like(counted) if before is None else before)
+        before = as_copied.counted or [torch.zeros_like(one) for one in counted]
+        lost = not all(map(torch.equal, counted, before))
     except RuntimeError:  # such as of a device that is not there any more
         return
     if lost:

@@ -7,12 +7,15 @@ which asks the device for a number:
 
     cell = column + columns · (region + 4 · block)
 
-    columns   0 what does not count, 1 ids below, 2.. one for each dataset, last: ids above
+    columns   0 what does not count, then one for each dataset, with one more on either side: ids below
+              and above. Of a metric with axes one for each dataset and cell, each axis padded likewise,
+              in C order; without datasets those have no dimension
     regions   of an aggregation: 0 integers too small for float64, 1 numbers, 2 NaN, 3 too large
               of a DISTRIBUTION: 0 -inf, 1 numbers, 2 +inf, 3 NaN
     blocks    weights that are 0 negative, 1 zero, 2 right (or none is given), 3 infinite or NaN
 
-Metrics of like shape, type and aggregation are folded together.
+So a column is a constant plus the sum of stride · id, an id that is the place of nothing being -1 or the
+size. Metrics of like shape, type and aggregation are folded together.
 """
 
 from __future__ import annotations
@@ -33,10 +36,10 @@ from metricfold._core.device.rows import (
     MOMENTS,
     SUMS,
     ZERO_CELL,
-    HostArrays,
     M,
     fits,
 )
+from metricfold._core.fold.axes import Axes
 from metricfold.metric import AggregationType
 
 __all__ = [
@@ -46,7 +49,9 @@ __all__ = [
     "Part",
     "Rows",
     "Table",
+    "Where",
     "fold",
+    "padded",
     "read",
     "shapes",
     "take_over",
@@ -96,13 +101,31 @@ class Rows(NamedTuple):
     grid: Tensor | None  # shape (metrics, raw cells, MOMENTS)
 
 
-def shapes(rows: int, distributions: int, datasets: int) -> list[tuple[int, ...]]:
-    """Return the shapes of `Rows` of all metrics; no grid without DISTRIBUTIONs."""
-    columns = datasets + 3
+def padded(datasets: Sequence[str], axes: Axes) -> tuple[int, ...]:
+    """Return the sizes of what columns are of: the datasets and each axis, with one more on either side.
+
+    Cells of metrics without a dataset have no dimension of datasets, for nobody may give an id there.
+    """
+    sizes = (len(datasets), *(axis.length for axis in axes))
+    return tuple(size + 2 for size in (sizes[1:] if axes and datasets == ("",) else sizes))
+
+
+def shapes(
+    types: Sequence[AggregationType], datasets: Sequence[str], axes: Axes
+) -> list[tuple[int, ...] | None]:
+    """Return the shapes of `Rows` of metrics that stand together; None: they need none.
+
+    Metrics without axes have all but a grid, whatever they need.
+    """
+    rows, columns = len(types), 1 + math.prod(padded(datasets, axes))
     cells = _REGIONS * _BLOCKS * columns
-    of_rows = [(rows, cells, PLAIN), (rows, cells, WEIGHED), (rows, EXTREMA, columns)]
-    grid = (distributions, (datasets + 1) * 2 * _HALF, MOMENTS)
-    return [*of_rows, grid] if distributions else [*of_rows]
+    distributions = types.count(DISTRIBUTION)
+    return [
+        (rows, cells, PLAIN),
+        (rows, cells, WEIGHED) if not axes or types[0] in WEIGHING else None,
+        (rows, EXTREMA, columns) if not axes or types[0] in WITH_EXTREMA else None,
+        (distributions, (len(datasets) + 1) * 2 * _HALF, MOMENTS) if distributions else None,
+    ]
 
 
 class Table(NamedTuple):
@@ -148,6 +171,34 @@ class Table(NamedTuple):
 # -- In the step -----------------------------------------------------------------------------------
 
 
+class Where(NamedTuple):
+    """Of which columns the values of an update are: those of metrics with the same axes.
+
+    Args:
+        datasets: ids of datasets, of metrics without axes; None: there is one.
+        column: shape (1,), what ids are added to.
+        along: ids, with the size and the stride of what they are places of.
+        last: the strides times the places along axes that are the values' last dimensions.
+    """
+
+    datasets: Tensor | None
+    column: Tensor
+    along: tuple[tuple[Tensor, int, int], ...] = ()
+    last: tuple[Tensor, ...] = ()
+
+    def columns(self, shape: torch.Size) -> Tensor:
+        """Return the columns of values of this shape, with as many dimensions."""
+        columns, rest = self.column, len(self.last)
+        for offsets in self.last:
+            rest -= 1
+            before = len(shape) - 1 - rest
+            columns = columns + offsets.view((1,) * before + (-1,) + (1,) * rest)
+        for ids, size, stride in self.along:
+            places = _aligned(ids, shape).clamp(-1, size)
+            columns = torch.add(columns, places, alpha=stride)
+        return columns
+
+
 class Part(NamedTuple):
     """Metrics that stand side by side, and are folded together."""
 
@@ -160,36 +211,44 @@ def fold(
     table: Table,
     parts: list[Part],
     weights: Tensor | None,
-    ids: Tensor | None,
+    where: Where,
     counts: Tensor | None,
 ) -> None:
-    """Fold what one update brings.
+    """Fold what one update brings of metrics that have the same axes.
 
     Args:
         table: of the accumulator.
         parts: the metrics.
         weights: of the values, of such shapes as `fits` takes; None if all weigh 1.
-        ids: of the datasets, likewise; None if all belong to the one dataset.
+        where: which columns they are of; ids likewise.
         counts: a flag that says whether any of this counts; None if it does.
     """
-    columns = (
-        table.column if ids is None else torch.bucketize(ids.contiguous(), table.ids, right=True)
-    )
-    if counts is not None:
-        columns = torch.where(counts, columns, 0)
+    ids = where.datasets
+    shared = None
+    if not (where.along or where.last):
+        column = where.column
+        # The same as adding them to the column, in one operation.
+        shared = column if ids is None else torch.bucketize(ids.contiguous(), table.ids, right=True)
+        shared = shared if counts is None else torch.where(counts, shared, 0)
     block = None
     if weights is not None and weights.dtype != torch.bool:
         weights = weights.double()
         block = torch.bucketize(weights.contiguous(), table.weights)
     for rows, agg_type, values in parts:
         shape = values[0].shape
+        if shared is None:
+            columns = where.columns(shape)
+            columns = columns if counts is None else torch.where(counts, columns, 0)
+        else:
+            columns = _aligned(shared, shape) if ids is not None or len(shape) > 1 else shared
         batch = _Batch(
             table,
             agg_type,
             values,
             None if weights is None else _aligned(weights, shape),
             None if block is None else _aligned(block, shape),
-            _aligned(columns, shape) if ids is not None or len(shape) > 1 else columns,
+            columns,
+            rows.plain.shape[-2] // (_REGIONS * _BLOCKS),
         )
         if rows.weighed is None:
             batch.add_plain(rows.plain, sums=agg_type not in (MAX, MIN))
@@ -214,7 +273,7 @@ class _Batch:
     """The values of some metrics, and where each of them belongs.
 
     `x` and `places` have the shape (metrics, values...), or (values...) of one metric; `columns`,
-    `inside`, `weights` and `kept` broadcast with (values...).
+    `inside`, `weights` and `kept` broadcast with (values...). There are `width` columns.
     """
 
     def __init__(
@@ -225,6 +284,7 @@ class _Batch:
         weights: Tensor | None,
         block: Tensor | None,
         columns: Tensor,
+        width: int,
     ) -> None:
         self.table, self.agg_type, self.metrics = table, agg_type, len(values)
         self.dim = 0 if self.metrics == 1 else 1
@@ -243,7 +303,6 @@ class _Batch:
         if block is not None and agg_type in WITH_EXTREMA:
             self.kept = block == _RIGHT
 
-        width = len(table.bases)
         self.first = 0 if block is not None else width * _REGIONS * _RIGHT
         places = self.inside if block is None else columns
         if agg_type is DISTRIBUTION:
@@ -406,22 +465,25 @@ def take_over(old: Sequence[Tensor], new: Sequence[Tensor], distributions: int) 
 Array = np.ndarray[Any, Any]
 
 
-def read(parts: Sequence[Array], order: list[int]) -> tuple[HostArrays, Array]:
-    """Return what `Rows` of all metrics say, in another order, and how many integers were rounded."""
-    plain, weighed, extrema, *grids = parts
-    number = len(plain)
-    # The last rows are those of DISTRIBUTIONs.
-    first = number - (len(grids[0]) if grids else 0)
-    # Shape (metrics, blocks, regions, columns, lanes).
-    cells = (number, _BLOCKS, _REGIONS, -1)
-    plain, weighed = plain.reshape(*cells, PLAIN), weighed.reshape(*cells, WEIGHED)
-    taken = plain[..., 1] + weighed[..., 2]
-    outside, inside = [1, -1], slice(2, -1)
-    strangers = taken[:, [0, _RIGHT, 3]][..., outside].sum((1, 2, 3))
-    unweighable = taken[:, [0, 3], :, inside].sum((1, 2, 3))
-    right, plain = taken[:, _RIGHT, :, inside], plain[:, _RIGHT, :, inside]
-    weighed = weighed[:, _RIGHT, :, inside]
+class Found(NamedTuple):
+    """What `Rows` of metrics that stand together say, in the words of `HostArrays`, by metric."""
 
+    counts: Array  # shape (metrics, datasets x cells, COUNTS)
+    sums: Array  # shape (metrics, datasets x cells, SUMS)
+    extrema: Array  # shape (metrics, datasets x cells, EXTREMA)
+    grid: Array | None
+    refused: Array  # shape (metrics, 2)
+    rounded: Array  # shape (metrics,), how many integers were
+
+
+def read(parts: Sequence[Array | None], sizes: tuple[int, ...]) -> Found:
+    """Return what `Rows` of metrics that stand together say, whose columns are of `padded` sizes."""
+    plain, weighed, extrema, grid = parts
+    assert plain is not None
+    number, columns = len(plain), 1 + math.prod(sizes)
+    # The last rows are those of DISTRIBUTIONs.
+    first = number - (0 if grid is None else len(grid))
+    right, plain, weighed, refused = _right(plain, weighed, sizes)
     sums = np.zeros((number, right.shape[-1], SUMS))
     counts = np.zeros((number, right.shape[-1], COUNTS), np.int64)
     counts[..., 0] = right.sum(1)
@@ -430,22 +492,50 @@ def read(parts: Sequence[Array], order: list[int]) -> tuple[HostArrays, Array]:
         (slice(first, None), [_NUMBERS], [_NAN_OF_DISTRIBUTION, _UP, _DOWN]),
     ):
         counts[rows, :, 1 : 1 + len(kinds)] = right[rows, kinds].swapaxes(1, 2)
-        alone, with_weight = plain[rows, numbers].sum(1), weighed[rows, numbers].sum(1)
-        sums[rows] = alone[..., [0, 1, 1]] + with_weight[..., [0, 1, 3]]
+        sums[rows] = plain[rows, numbers].sum(1)[..., [0, 1, 1]]
+        if weighed is not None:
+            sums[rows] += weighed[rows, numbers].sum(1)[..., [0, 1, 3]]
     rounded = right[:, [_TOO_SMALL, _TOO_LARGE]].sum((1, 2))
     rounded[first:] = 0
 
-    # The largest x and the largest -x; subnormals of a histogram are zeros.
-    tops = extrema[..., inside].swapaxes(1, 2) * [1.0, -1.0]
-    tops[first:][np.abs(tops[first:]) < _SMALLEST32] = 0.0
-    found = HostArrays(
-        counts[order].reshape(-1, COUNTS),
-        sums[order].reshape(-1, SUMS, 1),
-        tops[order].reshape(-1, EXTREMA),
-        _read_grid(grids[0]).reshape(-1, MOMENTS, 1) if grids else None,
-        np.stack([strangers, unweighable], axis=-1)[order].astype(np.int64),
-    )
-    return found, rounded[order]
+    tops = np.full((number, right.shape[-1], EXTREMA), -np.inf)
+    if extrema is not None:
+        # The largest x and the largest -x; subnormals of a histogram are zeros.
+        tops = extrema.reshape(number, EXTREMA, columns)[..., _inside(sizes)].swapaxes(1, 2)
+        tops = tops * [1.0, -1.0]
+        tops[first:][np.abs(tops[first:]) < _SMALLEST32] = 0.0
+    cells = None if grid is None else _read_grid(grid).reshape(-1, MOMENTS, 1)
+    return Found(counts, sums, tops, cells, refused, rounded)
+
+
+def _right(
+    plain: Array, weighed: Array | None, sizes: tuple[int, ...]
+) -> tuple[Array, Array, Array | None, Array]:
+    """Return what has right weights, of datasets and cells that there are, and how much there is besides.
+
+    That is the number of values of each region, shape (metrics, regions, columns), the lanes of plain and
+    of weighed ones, and how many values of each metric were refused.
+    """
+    shape = (len(plain), _BLOCKS, _REGIONS, -1)
+    plain = plain.reshape(*shape, PLAIN)
+    taken, inside = plain[..., 1], _inside(sizes)
+    if weighed is not None:
+        weighed = weighed.reshape(*shape, WEIGHED)
+        taken = taken + weighed[..., 2]
+        weighed = weighed[:, _RIGHT][:, :, inside]
+    # Padding, which weighs nothing, may have any id.
+    columns = taken.sum(2)
+    strangers = columns[:, [0, _RIGHT, 3], 1:].sum((1, 2))
+    strangers -= columns[:, [0, _RIGHT, 3]][..., inside].sum((1, 2))
+    unweighable = columns[:, [0, 3]][..., inside].sum((1, 2))
+    refused = np.stack([strangers, unweighable], axis=-1).astype(np.int64)
+    return taken[:, _RIGHT][..., inside], plain[:, _RIGHT][:, :, inside], weighed, refused
+
+
+def _inside(sizes: tuple[int, ...]) -> Array:
+    """Return the columns of datasets and cells that there are, in C order."""
+    columns = np.arange(1, 1 + math.prod(sizes)).reshape(sizes)
+    return columns[(slice(1, -1),) * len(sizes)].reshape(-1)
 
 
 def _read_grid(grid: Array) -> Array:

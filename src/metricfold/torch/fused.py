@@ -15,7 +15,7 @@ from types import FunctionType
 import torch
 from torch import Tensor
 
-from metricfold.torch.folding import Part, Table, fold
+from metricfold.torch.folding import Part, Table, Where, fold
 
 __all__ = ["FOLDS", "FusedFolds", "triton_for"]
 
@@ -45,23 +45,23 @@ class FusedFolds:
         """Whether something could not be compiled; then nothing is any more."""
 
     def __call__(
-        self, table: Table, parts: list[Part], weights: Tensor | None, ids: Tensor | None
+        self, table: Table, parts: list[Part], weights: Tensor | None, where: Where
     ) -> None:
         """Fold what one update brings, as `fold` does."""
-        kind = _kind(parts, weights, ids)
+        kind = _kind(parts, weights, where)
         folding = self.compiled.get(kind)
         if folding is None and len(self.compiled) < _MOST_KINDS and not _capturing(table.one):
             # Dynamo counts the graphs of a function by its code, and gives up after a few.
             own = FunctionType(fold.__code__.replace(), fold.__globals__, fold.__name__)
             folding = self.compiled[kind] = torch.compile(own, fullgraph=True, dynamic=True)
         if folding is None or self.failed or _in_a_mode():
-            fold(table, parts, weights, ids, None)
+            fold(table, parts, weights, where, None)
             return
         # Takes seconds to load, and is loaded by now.
         from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415
 
         try:
-            folding(table, parts, weights, ids, None)
+            folding(table, parts, weights, where, None)
         except TorchDynamoException as error:  # before anything has run
             self.failed = True
             _logger.warning(
@@ -70,19 +70,20 @@ class FusedFolds:
                 type(error).__name__,
                 " ".join(str(error).split("\n")[:2]),
             )
-            fold(table, parts, weights, ids, None)
+            fold(table, parts, weights, where, None)
 
 
 FOLDS = FusedFolds()
 """Those of this process; all accumulators share them."""
 
 
-def _kind(parts: list[Part], weights: Tensor | None, ids: Tensor | None) -> Hashable:
+def _kind(parts: list[Part], weights: Tensor | None, where: Where) -> Hashable:
     def of(tensor: Tensor | None) -> Hashable:
         return None if tensor is None else (tensor.ndim, tensor.dtype)
 
     folded = tuple((part.agg_type, len(part.values), of(part.values[0])) for part in parts)
-    return folded, of(weights), of(ids)
+    along = tuple((of(ids), size, stride) for ids, size, stride in where.along)
+    return folded, of(weights), of(where.datasets), along, tuple(map(of, where.last))
 
 
 def _in_a_mode() -> bool:

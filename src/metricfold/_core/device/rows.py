@@ -380,15 +380,19 @@ class Layout:
 
     def _outside(self, axes: Axes) -> str:
         """Say of values that their ids are the place of no dataset or of no cell."""
-        datasets = "" if axes and self.datasets == ("",) else f"0..{len(self.datasets) - 1}"
-        must = f"each must be the place of a name in datasets={self.datasets!r:.300}"
+        ranges = [f"0..{axis.length - 1} of {axis.name!r}" for axis in axes]
+        name = f"a name in datasets={self.datasets!r:.300}"
         if not axes:
-            return f"came with dataset_ids outside of {datasets} and were left out: {must}"
-        cells = ", ".join(f"0..{axis.length - 1} of {axis.name!r}" for axis in axes)
+            last = len(self.datasets) - 1
+            return f"came with dataset_ids outside of 0..{last} and were left out: each must be the place of {name}"
+        if self.datasets == ("",):
+            what, name = "ids", ""
+        else:
+            ranges.append(f"0..{len(self.datasets) - 1} of the datasets")
+            what, name = "ids or dataset_ids", f", or of {name}"
         return (
-            f"came with ids outside of {cells}{f', or dataset_ids outside of {datasets}' * bool(datasets)} "
-            "and were left out: each must be the place of a cell along its axis"
-            f"{f', and {must[5:]}' * bool(datasets)}"
+            f"came with {what} outside of {', '.join(ranges)} and were left out: each must be the place of a "
+            f"cell along its axis{name}"
         )
 
 
