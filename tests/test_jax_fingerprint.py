@@ -182,7 +182,9 @@ def test_arrays_of_other_names_are_refused(tmp_path: Path) -> None:
         for other in others:
             restored = checkpointer.restore(tmp_path / "acc", other)
             for use in (MetricsAggregator().drain, other.merge):
-                with pytest.raises(ValueError, match=r"other metrics, aggregations or datasets"):
+                with pytest.raises(
+                    ValueError, match=r"other metrics, aggregations, axes or datasets"
+                ):
                     use(restored)
         same = checkpointer.restore(tmp_path / "acc", acc.empty())
     assert logged(same) == {"t_a/l": 1.0, "t_b/l": 5.0}

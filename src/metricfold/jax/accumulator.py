@@ -89,16 +89,19 @@ class DeviceAccumulator:
 
     Args:
         metrics: by name, the aggregation of each: ``"mean"``, ``"sum"``, ``"max"``, ``"min"`` or
-            ``"distribution"``, or the `AggregationType`.
+            ``"distribution"``, or the `AggregationType`; or, of a metric with a cell for each index of
+            some axes, a tuple of it and their names: ``("sum", "layer", "expert")``.
         datasets: their names; `update` says by ``dataset_ids`` which of them a value belongs to.
             None for metrics of a step, which belong to no dataset.
+        axes: the size of each axis that a metric names, or a list of labels.
         mesh: of the step that it is for. What a step on a mesh returns is on that, and what it is first
             given, if it is elsewhere, is compiled for apart. By default that of ``jax.set_mesh``; else, in
             a program of one process, the one mesh of all devices that `DeviceMeshManager` has made, if it
             has made no other; else JAX's default device.
 
     Raises:
-        TypeError, ValueError: an aggregation that devices do not do, or a name that is none.
+        TypeError, ValueError: an aggregation that devices do not do, axes that are none, or a name
+            that is none.
 
     >>> from metricfold import MetricsAggregator
     >>> acc = DeviceAccumulator({"loss": "mean"}, datasets=("alpaca", "orca"))
@@ -122,9 +125,10 @@ class DeviceAccumulator:
         metrics: Mapping[str, object],
         datasets: Iterable[str] = (),
         *,
+        axes: Mapping[str, int | Sequence[str]] | None = None,
         mesh: Mesh | None = None,
     ) -> None:
-        layout = Layout.of(metrics, datasets)
+        layout = Layout.of(metrics, datasets, axes)
         place = _usual_place() if mesh is None else NamedSharding(mesh, PartitionSpec())
         self._set(layout, _nothing(layout, (), [place] * len(_NAMES)))
 
@@ -219,7 +223,13 @@ class DeviceAccumulator:
     # -- Inside the step
 
     def update(
-        self, name: str, values: Any, *, weights: Any = None, dataset_ids: Any = None
+        self,
+        name: str,
+        values: Any,
+        *,
+        weights: Any = None,
+        dataset_ids: Any = None,
+        ids: Mapping[str, Any] | None = None,
     ) -> DeviceAccumulator:
         """Return an accumulator that has also seen `values`.
 
@@ -236,16 +246,39 @@ class DeviceAccumulator:
             dataset_ids: integers that say which of the datasets each value belongs to, by its
                 place; shaped like weights. May be left out where there is only one. A value whose
                 id is the place of none is left out, and `drain` warns of it.
+            ids: by axis, which cell each value is of: integers like `dataset_ids`, or one number or label
+                for all. Axes of the metric that are not named are the last dimensions of the values.
 
         Raises:
-            TypeError, ValueError: when the step is traced: an unknown name, shapes that do not fit,
-                types that are no numbers, no `dataset_ids` where there are several datasets, an integer
-                of the host that 48 bits do not hold, or an accumulator that is several or was cast.
+            TypeError, ValueError: when the step is traced: an unknown name or axis, shapes that do not
+                fit, types that are no numbers, no `dataset_ids` where there are several datasets, an
+                integer of the host that 48 bits do not hold, a cell known on the host that there is not,
+                or an accumulator that is several or was cast.
+
+        >>> acc = DeviceAccumulator({"tokens": ("sum", "layer", "expert")}, axes={"layer": 2, "expert": 3})
+        >>> acc = acc.update("tokens", jnp.ones(4), ids={"layer": 1, "expert": jnp.array([0, 2, 2, 2])})
         """
-        return self.update_all({name: values}, weights=weights, dataset_ids=dataset_ids)
+        return self.update_all({name: values}, weights=weights, dataset_ids=dataset_ids, ids=ids)
+
+    def at(self, name: str, /, **cells: Any) -> PlacedMetric:
+        """Return those of a metric's cells that are `cells` along the axes named here.
+
+        ``acc = acc.at("expert_tokens", layer=3).update(ones, ids={"expert": top})`` is for code that is
+        handed its place, as a layer is; a number may be traced, as in a ``scan`` over layers.
+
+        Raises:
+            TypeError, ValueError: there is no such metric, axis or cell.
+        """
+        _cells(self.layout, [name], cells)
+        return PlacedMetric(self, name, cells)
 
     def update_all(
-        self, values: Any, *, weights: Any = None, dataset_ids: Any = None
+        self,
+        values: Any,
+        *,
+        weights: Any = None,
+        dataset_ids: Any = None,
+        ids: Mapping[str, Any] | None = None,
     ) -> DeviceAccumulator:
         """Return an accumulator that has also seen these `values` of several metrics, by name.
 
@@ -256,12 +289,13 @@ class DeviceAccumulator:
             values: by name: a dict, or any pytree with such fields, as a NamedTuple or a dataclass.
             weights: as in `update`, the same for all, or a tree with those of each metric.
             dataset_ids: as in `update`, the same for all.
+            ids: as in `update`; each metric takes those of the axes that it has.
 
         Raises:
             TypeError, ValueError: as `update`.
         """
         self._check_whole()
-        groups = _groups(self.layout, values, weights, dataset_ids)
+        groups = _groups(self.layout, values, weights, dataset_ids, ids)
         if not groups:
             return self
         laid_out = _over_explicit_axes(groups)
@@ -459,33 +493,89 @@ class DeviceAccumulator:
         return f"DeviceAccumulator({self.layout})"
 
 
+class PlacedMetric:
+    """Some of the cells of a metric of an accumulator, as `DeviceAccumulator.at` returns them."""
+
+    def __init__(self, accumulator: DeviceAccumulator, name: str, cells: Mapping[str, Any]) -> None:
+        self._accumulator, self._name, self._cells = accumulator, name, cells
+
+    def update(
+        self,
+        values: Any,
+        *,
+        weights: Any = None,
+        dataset_ids: Any = None,
+        ids: Mapping[str, Any] | None = None,
+    ) -> DeviceAccumulator:
+        """Return an accumulator that has also seen `values`; arguments as of `DeviceAccumulator.update`.
+
+        Raises:
+            TypeError, ValueError: as that; also for `ids` of an axis that `at` has named.
+        """
+        twice = [axis for axis in ids or {} if axis in self._cells]
+        if twice:
+            raise ValueError(
+                f"ids= names the axis {twice[0]!r}, which at() has named: leave it out"
+            )
+        return self._accumulator.update(
+            self._name,
+            values,
+            weights=weights,
+            dataset_ids=dataset_ids,
+            ids={**self._cells, **(ids or {})},
+        )
+
+
 # -- Folding, as compiled programs -----------------------------------------------------------------
 
-Group: TypeAlias = tuple[dict[str, Parts], Parts | None, jax.Array | None]
-"""Values that are folded together: of each metric by name, their weights, and their datasets."""
+Group: TypeAlias = tuple[dict[str, Parts], Parts | None, jax.Array | None, dict[str, jax.Array]]
+"""Values that are folded together: of each metric by name, their weights, their datasets, and their cells by axis."""
 
 
 def _fold(accumulator: DeviceAccumulator, groups: Sequence[Group]) -> DeviceAccumulator:
-    layout = accumulator.layout
+    layout, lanes = accumulator.layout, accumulator.lanes
     mark, refused, grid = _unsealed(accumulator), accumulator.refused, accumulator.grid
-    lanes = accumulator.lanes.reshape(-1, len(layout.datasets), LANES)
-    for given, weights, ids in groups:
+    for given, weights, ids, cells in groups:
         shape = next(iter(given.values()))[0].shape
         batch = Batch(
             layout,
             {name: Numbers.of(given[name]) for name in sorted(given, key=layout.place)},
             None if weights is None else Numbers.of([_spread(w, shape) for w in weights]),
-            None if ids is None else _spread(ids, shape),
+            _indices(layout, next(iter(given)), ids, cells, shape),
         )
-        first, last = batch.places[0], batch.places[-1]  # they ascend
-        adjoining = last - first == len(batch.places) - 1
-        rows = slice(first, last + 1) if adjoining else np.asarray(batch.places)
-        new: Lanes = jax.tree.map(lambda part: part.swapaxes(0, 1), batch.fold())
+        rows, places = layout.rows_of(batch.places), np.asarray(batch.places)  # they ascend
+        new: Lanes = jax.tree.map(_by_metric, batch.fold())
         lanes = lanes.at[rows].set(Lanes.of(lanes[rows]).merged(new).words())
-        refused = refused.at[rows].add(batch.refused())
+        refused = refused.at[places].add(batch.refused())
         grid = batch.into_grid(grid)
-    lanes = lanes.reshape(-1, LANES)
     return _sealed(layout, mark, lanes[:, :COUNTS], [lanes, refused, grid])
+
+
+def _by_metric(part: jax.Array) -> jax.Array:
+    """Return the rows of all metrics, metric by metric, from shape (rows of each, metrics, ...)."""
+    return part.swapaxes(0, 1).reshape(-1, *part.shape[2:])
+
+
+def _indices(
+    layout: Layout,
+    name: str,
+    dataset_ids: jax.Array | None,
+    cells: Mapping[str, jax.Array],
+    shape: tuple[int, ...],
+) -> list[tuple[jax.Array, int]]:
+    """Return where each value goes: its dataset, if it comes with one, and its place along each axis."""
+    found = []
+    if dataset_ids is not None:
+        found.append((_spread(dataset_ids, shape), len(layout.datasets)))
+    last = layout.last_axes(name, cells, shape)
+    for axis in layout.axes[layout.place(name)]:
+        if axis.name in cells:
+            index = _spread(cells[axis.name], shape)
+        else:
+            dimension = len(shape) - len(last) + last.index(axis)
+            index = lax.broadcasted_iota(np.int32, shape, dimension).reshape(-1)
+        found.append((index, axis.length))
+    return found
 
 
 def _merge(one: DeviceAccumulator, other: DeviceAccumulator) -> DeviceAccumulator:
@@ -543,12 +633,14 @@ def _spread(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 # -- What is given ---------------------------------------------------------------------------------
 
 
-def _groups(layout: Layout, values: Any, weights: Any, dataset_ids: Any) -> list[Group]:
-    """Return what is to be folded, checked, with what has one shape and weight together."""
+def _groups(layout: Layout, values: Any, weights: Any, dataset_ids: Any, ids: Any) -> list[Group]:
+    """Return what is to be folded, checked, with what has one shape, weight and axes together."""
     leaves = _by_name(layout, values)
+    names = [leaf.keys[0] for leaf in leaves]
+    cells = _cells(layout, names, ids)
     if not leaves:
         return []
-    named = ", ".join(repr(leaf.keys[0]) for leaf in leaves)
+    named = ", ".join(map(repr, names))
     weights_for: list[Parts | None] = [None] * len(leaves)
     if weights is not None:
         weights_for = weights_of(
@@ -557,22 +649,46 @@ def _groups(layout: Layout, values: Any, weights: Any, dataset_ids: Any) -> list
             lambda leaf: f"metric {leaf.keys[0]!r}",
             lambda given, where: as_parts(given, f"{where} of metric {named}"),
         )
-    ids = _ids(named, dataset_ids, layout)
+    datasets = None
+    if layout.takes_ids(f"metric {named}", dataset_ids):
+        where = f"dataset_ids of metric {named}"
+        datasets = _integers(dataset_ids, where, len(layout.datasets))
     groups: dict[Any, Group] = {}
     for leaf, w in zip(leaves, weights_for, strict=True):
         name = leaf.keys[0]
         numbers = as_parts(leaf.value, f"values of metric {name!r}")
-        shape, size = numbers[0].shape, numbers[0].size
+        shape, size, axes = numbers[0].shape, numbers[0].size, layout.axes[layout.place(name)]
         if size > MOST_TERMS:
             raise ValueError(
                 f"metric {name!r} was given {size} values at once: give {MOST_TERMS} at most"
             )
-        for what, array in (("weights", None if w is None else w[0]), ("dataset_ids", ids)):
+        own = {axis.name: cells[axis.name] for axis in axes if axis.name in cells}
+        beside = {"weights": None if w is None else w[0], "dataset_ids": datasets}
+        for what, array in (beside | {f"ids[{axis!r}]": own[axis] for axis in own}).items():
             if array is not None:
                 check_fits(f"{what} of metric {name!r}", array.shape, shape)
+        layout.last_axes(name, own, shape)
         if size:
-            groups.setdefault((shape, id(w)), ({}, w, ids))[0][name] = numbers
+            groups.setdefault((shape, id(w), axes), ({}, w, datasets, own))[0][name] = numbers
     return list(groups.values())
+
+
+def _cells(layout: Layout, names: Sequence[str], ids: Any) -> dict[str, jax.Array]:
+    """Return the cells that values of these metrics are of, by axis, checked."""
+    found: dict[str, jax.Array] = {}
+    for named, given in layout.check_ids(names, ids).items():
+        having = [
+            (name, axis)
+            for name in names
+            for axis in layout.axes[layout.place(name)]
+            if axis.name == named
+        ]
+        name, axis = having[0]
+        if isinstance(given, (str, int, np.integer)) and not isinstance(given, bool):
+            found[named] = put(np.asarray(layout.cell_on(name, axis, given), np.int32))
+        else:
+            found[named] = _integers(given, f"ids[{named!r}] of metric {name!r}", axis.length)
+    return found
 
 
 def _by_name(layout: Layout, values: Any) -> list[Leaf]:
@@ -592,17 +708,17 @@ def _by_name(layout: Layout, values: Any) -> list[Leaf]:
     return leaves
 
 
-def _ids(named: str, dataset_ids: Any, layout: Layout) -> jax.Array | None:
-    if not layout.takes_ids(f"metric {named}", dataset_ids):
-        return None
-    where = f"dataset_ids of metric {named}"
-    refuse_masked(dataset_ids, where)
-    if isinstance(dataset_ids, (int, np.generic, np.ndarray)) and not isinstance(dataset_ids, bool):
-        host = np.asarray(dataset_ids)
+def _integers(given: Any, where: str, number: int) -> jax.Array:
+    """Return ids, of so many datasets or cells, as integers."""
+    refuse_masked(given, where)
+    if isinstance(given, (list, tuple, range)):
+        given = np.asarray(given)
+    if isinstance(given, (int, np.generic, np.ndarray)) and not isinstance(given, bool):
+        host = np.asarray(given)
         if jnp.issubdtype(host.dtype, jnp.integer) or host.dtype == object:
-            # What would wrap around is of no dataset, and must not become that of one.
-            return put(np.clip(host, -1, len(layout.datasets)).astype(np.int32))
-    ids = as_array(dataset_ids, where)
+            # What would wrap around is of none, and must not become that of one.
+            return put(np.clip(host, -1, number).astype(np.int32))
+    ids = as_array(given, where)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"{where} are of type {ids.dtype}: give integers")
     return ids

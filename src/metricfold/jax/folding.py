@@ -7,6 +7,7 @@ all of them, and the DISTRIBUTIONs' cells on top.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -144,23 +145,36 @@ def _picked(found: jax.Array, places: Any, nothing: Any) -> jax.Array:
 
 
 class Batch:
-    """Values of one shape, by name, of metrics that share weights, None if all are 1, and datasets."""
+    """Values of one shape, by name, of metrics that share weights, None if all are 1, and where they go.
+
+    `indices` say of each value which dataset it is of, if there are several, and which cell along each
+    axis: integers, and how many there are; the last one is the fastest.
+    """
 
     def __init__(
         self,
         layout: Layout,
         numbers: Mapping[str, Numbers],
         weights: Numbers | None,
-        ids: jax.Array | None,
+        indices: Sequence[tuple[jax.Array, int]],
     ) -> None:
         self._layout = layout
         self._numbers = list(numbers.values())
         self.places = [layout.place(name) for name in numbers]
         self._types = [layout.types[place] for place in self.places]
-        self._size, self._number = self._numbers[0].values.size, len(layout.datasets)
-        if ids is not None and jnp.iinfo(ids.dtype).bits < 32:
-            ids = ids.astype(jnp.int32)  # fewer bits may not hold the number of datasets
-        kept = jnp.ones(self._size, bool) if ids is None else (ids >= 0) & (ids < self._number)
+        self._size = self._numbers[0].values.size
+        self._number = math.prod(number for _, number in indices)
+        # Fewer bits may not hold the number of datasets.
+        indices = [
+            (index.astype(jnp.int32) if jnp.iinfo(index.dtype).bits < 32 else index, number)
+            for index, number in indices
+        ]
+        kept = jnp.ones(self._size, bool)
+        for index, number in indices:
+            kept &= (index >= 0) & (index < number)
+        places = jnp.zeros(self._size, jnp.int32)
+        for index, number in indices:
+            places = places * number + jnp.where(kept, index, 0).astype(jnp.int32)
         strange, unweighable = ~kept, jnp.zeros(self._size, bool)
         self._weights = None
         if weights is not None:
@@ -173,9 +187,7 @@ class Batch:
             kept &= valid & (w > 0)
             self._weights = jnp.where(kept, w, 0)
         self._kept, self._strange, self._unweighable = kept, strange, unweighable
-        places = jnp.zeros(self._size, jnp.int32) if ids is None else ids
-        places = jnp.where(kept, places, self._number).astype(jnp.int32)
-        self._segments = Segments(places, self._number)
+        self._segments = Segments(jnp.where(kept, places, self._number), self._number)
 
     def _kept_of(self, numbers: Numbers) -> jax.Array:
         return self._kept if numbers.held is None else self._kept & numbers.held
@@ -190,7 +202,7 @@ class Batch:
         return jnp.stack([jnp.stack([*shared, count]) for count in unheld])
 
     def fold(self) -> Lanes:
-        """Return what these values come to, in rows of shape (datasets, metrics, ...)."""
+        """Return what these values come to, in rows of shape (rows of a metric, metrics, ...)."""
         flags, terms, ends = _Columns(), _Columns(), _Columns()
         counts, sums, extrema = [], [], []
         for agg_type, numbers in zip(self._types, self._numbers, strict=True):
@@ -247,7 +259,7 @@ class Batch:
     def _sums(
         self, pairs: jax.Array, places: Sequence[Sequence[Sequence[int]]], counts: jax.Array
     ) -> jax.Array:
-        """Return the sums, shape (datasets, metrics, 3, 2), from what their parts come to."""
+        """Return the sums, shape (rows, metrics, 3, 2), from what their parts come to."""
         most = max(len(parts) for lanes in places for parts in lanes)
         if not most:
             return jnp.zeros((self._number, len(places), SUMS, 2), jnp.float32)
@@ -268,7 +280,7 @@ class Batch:
         return jnp.concatenate([sums[..., :1, :], weighs], axis=-2)
 
     def _extrema(self, largest: jax.Array, ends: Sequence[Sequence[_End]]) -> jax.Array | None:
-        """Return the extrema, shape (datasets, metrics, 2, 2), if anything was compared."""
+        """Return the extrema, shape (rows, metrics, 2, 2), if anything was compared."""
         if not largest.shape[1]:
             return None
         largest = jnp.maximum(largest, NOTHING)

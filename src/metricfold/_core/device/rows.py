@@ -31,6 +31,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Reversible, S
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
+from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -234,9 +236,22 @@ class Layout:
         """How many rows each metric has."""
         return tuple(len(self.datasets) * cells(own) for own in self.axes)
 
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The first row of each metric."""
+        return tuple(accumulate(self.widths[:-1], initial=0))
+
     @property
     def rows(self) -> int:
         return sum(self.widths)
+
+    def rows_of(self, places: Sequence[int]) -> slice | npt.NDArray[np.intp]:
+        """Return the rows of metrics, given by their places, which ascend."""
+        first, end = self.starts[places[0]], self.starts[places[-1]] + self.widths[places[-1]]
+        if places[-1] - places[0] == len(places) - 1:
+            return slice(first, end)
+        each = [self.starts[place] + np.arange(self.widths[place]) for place in places]
+        return np.concatenate(each)
 
     @cached_property
     def distributions(self) -> tuple[str, ...]:
@@ -342,9 +357,8 @@ class Layout:
         sums = np.where(np.isfinite(arrays.sums[..., 0]), sums, arrays.sums[..., 0])
         extrema = arrays.extrema.astype(np.float64)
         grids = iter(() if arrays.grid is None else np.split(arrays.grid, self.cells // CELLS))
-        starts = np.cumsum((0, *self.widths[:-1]))
         for name, agg_type, axes, start in zip(
-            self.names, self.types, self.axes, starts, strict=True
+            self.names, self.types, self.axes, self.starts, strict=True
         ):
             size = cells(axes)
             rows = slice(start, start + size * len(self.datasets))
