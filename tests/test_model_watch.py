@@ -47,6 +47,17 @@ def test_gradients_that_are_parts_of_sums_are_named_once(watched: list[dict[str,
         assert "leaves 2 out of 'grad', such as bias, weight: each rank holds a part" in said
 
 
+def test_one_flipped_bit_is_named_with_its_rank(watched: list[dict[str, Any]]) -> None:
+    bias = "the ranks hold different bits of layers.1.down.bias"
+    two = [(f"{bias}[dp=1], on ranks 2-3", None)]
+    hsdp = [(f"{bias}[shard=0], on ranks 0, 2", None)]
+    of_four = [(f"{bias}, on rank 2", 2)]
+    named = dict.fromkeys(("alone", "ddp", "ddp of bf16"), of_four)
+    named |= {"hsdp": hsdp, "fsdp x tp": two, "fsdp": []}
+    for rank in watched:
+        assert rank["flipped"] == {how: [[], [], alerts] for how, alerts in named.items()}
+
+
 # -- On one rank
 
 

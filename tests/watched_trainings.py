@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from metricfold import MetricsAggregator
+from metricfold import MetricsAggregator, ReplicasDiffer
 from metricfold.torch import ModelWatch
 from metricfold.torch.statistics import OCTAVES
 
@@ -278,10 +278,37 @@ def partial_gradients(rank: int, aggregator: MetricsAggregator) -> list[str]:
     return said
 
 
+def flipped_bit(rank: int, aggregator: MetricsAggregator) -> dict[str, Any]:
+    """Return the alerts of logs before and after a bit of one rank's parameters flips, by layout."""
+    found = {}
+    for how in ("alone", "ddp", "ddp of bf16", "hsdp", "fsdp x tp", "fsdp"):
+        model = build(how, rank)
+        parameters = {name.removeprefix("module."): one for name, one in model.named_parameters()}
+        optimizer = torch.optim.SGD([*parameters.values()], lr=0.0)
+        watch = ModelWatch(model, optimizer, grads=False, params=False, replicas=True)
+        alerts = []
+        for step in range(4):
+            if step == 2 and rank == 2:
+                # Of a bias that is whole on the ranks of TP, though its mesh does not say so.
+                held = local(parameters["layers.1.down.bias"].data)
+                held.view(torch.int16 if held.element_size() == 2 else torch.int32)[1] ^= 1
+            optimizer.step()
+            aggregator.drain(watch)
+            if step != 2:  # of two checks in one interval the newer counts
+                snapshot = aggregator.reduce()
+                alerts.append([(one.message, one.rank) for one in snapshot.alerts])
+        found[how] = alerts
+    return found
+
+
 def all_layouts(rank: int) -> dict[str, Any]:
     """Train in every layout, one after the other."""
     dist.barrier()
     aggregator = MetricsAggregator()
     found: dict[str, Any] = {how: watched(how, rank, aggregator) for how in LAYOUTS}
-    others: dict[str, Callable[[int, MetricsAggregator], Any]] = {"partial": partial_gradients}
+    aggregator.alert_on(ReplicasDiffer())
+    others: dict[str, Callable[[int, MetricsAggregator], Any]] = {
+        "partial": partial_gradients,
+        "flipped": flipped_bit,
+    }
     return found | {name: work(rank, aggregator) for name, work in others.items()}

@@ -17,7 +17,7 @@ from metricfold._core.intake.aggregator import MetricsAggregator
 from metricfold._core.intake.merging import merge_state_dicts
 from metricfold._core.runtime.published import publish
 from metricfold._core.view.snapshot import Snapshot
-from metricfold.alerts import Alert, Alerts, NonFinite, Spike, Straggler
+from metricfold.alerts import Alert, Alerts, NonFinite, ReplicasDiffer, Spike, Straggler
 from metricfold.communicator import MissingRanksError
 from metricfold.data import MetricBatch, MetricsCollator
 from metricfold.data.transform import DefaultTrainingMetricTransform, MetricTransform
@@ -62,6 +62,7 @@ __all__ = [
     "MissingRanksError",
     "NonFinite",
     "RateAggHandler",
+    "ReplicasDiffer",
     "Snapshot",
     "Spike",
     "Straggler",

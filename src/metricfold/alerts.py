@@ -26,13 +26,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
 
+from metricfold._core.fold.elements import dissenting
 from metricfold._core.reduce.header import name_ranks
 from metricfold._core.runtime.listing import shortened
 from metricfold._core.view.alert import Alert, Alerts, Severity
 from metricfold._core.view.rules import Memory, Rule
 from metricfold._core.view.snapshot import Snapshot
 
-__all__ = ["Alert", "Alerts", "NonFinite", "Rule", "Spike", "Straggler"]
+__all__ = ["Alert", "Alerts", "NonFinite", "ReplicasDiffer", "Rule", "Spike", "Straggler"]
 
 _LEFT_OUT = {"_nan_count": "NaN", "_stat_nan_count": "NaN", "_stat_inf_count": "infinity"}
 """What may be printed of values that a result leaves out, by what follows the name."""
@@ -181,6 +182,37 @@ class Straggler:
             f"the median rank {usual:.0%}"
         )
         return Alert(text, self.severity, value=timing.slowest_share, rank=rank)
+
+
+@dataclass(frozen=True)
+class ReplicasDiffer:
+    """Finds parameters of which ranks that should hold the same bits do not.
+
+    It names the parameters, and the ranks that differ from most, where each rank's checksums are known: as
+    long as vectors are gathered.
+
+    Args:
+        pattern: the metric of a `metricfold.torch.ModelWatch` with ``replicas=True``.
+        severity: of what it finds.
+    """
+
+    pattern: str = "*/param/replicas"
+    severity: Severity = "severe"
+
+    def __call__(self, snapshot: Snapshot, memory: Memory) -> Iterator[Alert]:
+        for dataset, name in snapshot.names(self.pattern):
+            number = snapshot.results(dataset, name).get("", 0.0)
+            if not number:
+                continue
+            values, (labels,) = snapshot.array(dataset, name, window="interval")
+            named = [label for label, one in zip(labels, values.tolist(), strict=True) if one > 0]
+            cells = snapshot.cells_of_ranks(dataset, name)
+            apart = {} if cells is None else dissenting(cells[1])
+            ranks = sorted({rank for some in apart.values() for rank in some})
+            where = f", on {name_ranks(ranks)}" if ranks else ""
+            rank = ranks[0] if len(ranks) == 1 else None
+            text = f"the ranks hold different bits of {shortened(named)}{where}"
+            yield Alert(text, self.severity, dataset, name, number, rank)
 
 
 def _own(snapshot: Snapshot, dataset: str | None, name: str) -> Iterator[tuple[int, float]]:

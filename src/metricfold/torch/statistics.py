@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "BLOCK",
     "FINITE",
     "NONFINITE",
     "OCTAVES",
@@ -24,6 +25,7 @@ __all__ = [
     "TOTAL",
     "ZEROS",
     "Group",
+    "Grouped",
     "Scratch",
     "Statistics",
     "add_of_one",
@@ -61,10 +63,12 @@ class Group(NamedTuple):
     rows: Tensor
     starts: Tensor
 
-    def fill(self, flat: Sequence[Tensor]) -> None:
-        """Copy flat tensors into the buffer."""
+    def fill(self, flat: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> None:
+        """Copy flat tensors into the buffer, as numbers of a type of 32 bits."""
         self.buffer.zero_()
-        torch._foreach_copy_(self.views, [flat[at][first:end] for at, first, end in self.pieces])
+        same = dtype == torch.float32
+        views = self.views if same else [one.view(dtype) for one in self.views]
+        torch._foreach_copy_(views, [flat[at][first:end] for at, first, end in self.pieces])
 
 
 class Grouped(NamedTuple):

@@ -17,20 +17,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from metricfold._core.device.arrays import of_mesh
 from metricfold._core.fold.axes import Axes, Axis, described
-from metricfold._core.fold.elements import EVERY_ELEMENT
+from metricfold._core.fold.elements import EVERY_ELEMENT, checksum_lanes
 from metricfold._core.fold.names import Key
 from metricfold._core.fold.sample import FloatArray
-from metricfold._core.fold.state import State
+from metricfold._core.fold.state import COUNT, State
 from metricfold._core.runtime.imported import is_of
 from metricfold._core.runtime.listing import internal, shortened
 from metricfold._core.runtime.uncompiled import uncompiled
 from metricfold.metric import AggregationType, TypeLike, check_name
 from metricfold.torch.activations import Activations, matches, named
+from metricfold.torch.replicas import Checksums, shard_of
 from metricfold.torch.statistics import (
     FINITE,
     NONFINITE,
@@ -67,6 +70,8 @@ _OF_ACTIVATIONS: Mapping[str, TypeLike] = {
     "octaves": "tensor_number",
 }
 """What is reported, and its type. An activation has no size, so no norm that could be told from how often it came."""
+
+_REPLICAS: Key = ("", "param/replicas")
 
 _IN_PARTS = (
     "each rank holds a part of a sum (Partial), whose norm no rank knows: let the gradient be reduced, as by "
@@ -109,18 +114,92 @@ class Collected(NamedTuple):
         axis: parameters, or modules.
         sizes: how many elements each has.
         types: what is reported of it, and the types of that.
-        state: of `Statistics`; on the host, once it has been read.
+        state: of `Statistics`.
     """
 
     name: str
     axis: Axis
     sizes: Sequence[float]
     types: Mapping[str, TypeLike]
-    state: Any
+    state: Tensor
+
+    def keys(self) -> Iterable[tuple[Key, TypeLike, str]]:
+        """Yield each metric, its aggregation and its axes."""
+        for end, agg_type in self.types.items():
+            if end != "octaves" or self.state.shape[1] > SQUARES + 2:
+                yield self._key(end), agg_type, described(self._axes(end))
+
+    def states(self, read: FloatArray) -> Iterable[tuple[Key, State]]:
+        """Yield the state of each metric that has something, of what lies on the host now."""
+        sums, largest, octaves = np.split(read, (SQUARES + 1, SQUARES + 2), axis=1)
+        seen, bad, zero = sums[:, SEEN], sums[:, NONFINITE], np.zeros(len(sums))
+        has = seen > 0
+        if not has.any():
+            return
+        size = np.where(has, self.sizes, -np.inf)[:, np.newaxis]
+        lanes = {
+            "norm": (bad, SQUARES),
+            "rms": (bad, SQUARES, FINITE),
+            "mean": (bad, TOTAL, FINITE),
+            "abs_max": (bad,),
+            "zeros": (zero, ZEROS, SEEN),
+            "nonfinite": (zero, NONFINITE),
+        }
+        for end in self.types:
+            if end in lanes:
+                nans, *others = lanes[end]
+                maxs = np.where(has[:, np.newaxis], largest, -np.inf) if end == "abs_max" else size
+                of_cells = np.stack([seen, nans, *(sums[:, lane] for lane in others)], axis=1)
+                yield self._key(end), State.of_cells(of_cells, maxs, self._axes(end))
+            elif octaves.shape[1]:
+                parts = np.broadcast_arrays(seen[:, np.newaxis], 0.0, octaves)
+                of_cells = np.stack(parts, axis=-1).reshape(-1, len(parts))
+                maxs = np.repeat(size, OCTAVES, axis=0)
+                yield self._key(end), State.of_cells(of_cells, maxs, self._axes(end))
+
+    def _key(self, end: str) -> Key:
+        return "", f"{self.name}/{end}"
+
+    def _axes(self, end: str) -> Axes:
+        return (self.axis, Axis(OCTAVE, OCTAVES)) if end == "octaves" else (self.axis,)
+
+
+class Checked(NamedTuple):
+    """The newest checksums of one device.
+
+    Args:
+        number: of the check; 0: there is none that has not been sent.
+        axis: what has been checked.
+        state: of `Checksums`.
+    """
+
+    number: int
+    axis: Axis
+    state: Tensor
+
+    def keys(self) -> Iterable[tuple[Key, TypeLike, str]]:
+        """Yield the metric, its aggregation and its axis."""
+        yield _REPLICAS, "tensor_replicas", described((self.axis,))
+
+    def states(self, read: npt.NDArray[np.int64]) -> Iterable[tuple[Key, State]]:
+        """Yield the state of the metric, of what lies on the host now."""
+        if not self.number:
+            return
+        maxs = checksum_lanes(read.tolist(), self.number)
+        sums = np.zeros((len(maxs), 3))
+        sums[:, COUNT] = 1.0
+        yield _REPLICAS, State.of_cells(sums, maxs, (self.axis,))
 
 
 class _Read(NamedTuple):
-    collected: Sequence[Collected]
+    """What has been read from the devices, each with what it is.
+
+    Args:
+        parts: in order.
+        refused: nothing: what is left out is said where it is.
+    """
+
+    parts: Sequence[tuple[Collected | Checked, Any]]
     refused: None = None
 
 
@@ -153,6 +232,9 @@ class ModelWatch:
         activations: a pattern of module names, or several, whose first output is looked at.
         octaves: whether to count magnitudes by power of two: ``grad/octaves``, with the axes
             ``parameter`` and ``octave``; cell k holds those from 2^(k-64) on.
+        replicas: whether to compare the bits of parameters that several ranks hold, by checksums:
+            ``param/replicas`` is how many tensors (or shards of them) differ, and the rule
+            `metricfold.ReplicasDiffer` names them. Costs some reads of all parameters.
         compiled: whether the reduction is compiled, in some seconds when it first runs.
 
     Raises:
@@ -183,6 +265,7 @@ class ModelWatch:
         only: str | Iterable[str] = "*",
         activations: str | Iterable[str] | None = None,
         octaves: bool = False,
+        replicas: bool = False,
         compiled: bool = False,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -196,7 +279,12 @@ class ModelWatch:
         self._held = _parameters(model, [only] if isinstance(only, str) else [*only])
         self._group = group
         self._every, self._step = every, 0
-        self._collects = {"grad": grads, "param": params, "update": updates}
+        self._collects = {
+            "grad": grads,
+            "param": params,
+            "update": updates,
+            "replicas": replicas,
+        }
         self._scratch, self._octaves, self._compiled = Scratch(), octaves, compiled
         self._statistics: dict[tuple[str, torch.device], Statistics] = {}
         self._before: dict[str, Tensor] | None = None
@@ -204,6 +292,8 @@ class ModelWatch:
         self._parts: dict[Any, Part] = {}
         self._told: set[tuple[str, str]] = set()
         self._sizes: dict[str, int] = {}
+        self._checksums: dict[torch.device, Checksums] = {}
+        self._checks, self._unsent = 0, False
         self._new = False
         self.layout = _Keys(self)
         self._activations = None
@@ -243,6 +333,8 @@ class ModelWatch:
             self._add_grads("grad", getattr(optimizer, "grad_scale", None))
         if self._collects["param"]:
             self._add("param", self._parameters())
+        if self._collects["replicas"]:
+            self._check_replicas()
         if self._collects["update"]:
             trained = ((name, one) for name, one in self._parameters() if one.requires_grad)
             self._before = {name: part.clone() for name, part in self._shares("update", trained)}
@@ -339,6 +431,27 @@ class ModelWatch:
             )
         return known
 
+    def _check_replicas(self) -> None:
+        """Take the checksum of what this rank holds of each parameter, if another may hold the same."""
+        world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        by_device: dict[torch.device, dict[str, Tensor]] = {}
+        for name, parameter in self._parameters():
+            shard = shard_of(name, parameter, world_size)
+            if shard is not None and not _unusable(parameter):
+                tensor = Part().take(parameter)
+                by_device.setdefault(tensor.device, {})[shard] = tensor
+        if not by_device and ("", "replicas") not in self._told:
+            self._told.add(("", "replicas"))
+            _logger.warning("replicas=True has nothing to compare: no parameter is on two ranks")
+        self._checks += 1
+        for device, tensors in by_device.items():
+            names = sorted(tensors)
+            known = self._checksums.get(device)
+            if known is None or known.names != names:
+                known = self._checksums[device] = Checksums(names, device, self._scratch)
+            known.take([tensors[name] for name in names])
+            self._new = self._unsent = True
+
     def close(self) -> None:
         """Let modules whose activations are watched be as they were."""
         if self._activations is not None:
@@ -349,11 +462,11 @@ class ModelWatch:
 
     # -- On the way to the aggregator
 
-    def collected(self) -> list[Collected]:
+    def collected(self) -> list[Collected | Checked]:
         """Return what has been collected, on its devices."""
         sizes = [float(self._sizes.get(name, 0)) for name in self._held]
         axis = Axis(PARAMETER, 0, tuple(self._held))
-        found = [
+        found: list[Collected | Checked] = [
             Collected(name, axis, sizes, _OF_PARAMETERS, statistics.state)
             for (name, _), statistics in self._statistics.items()
         ]
@@ -362,7 +475,11 @@ class ModelWatch:
             every = [EVERY_ELEMENT] * len(names)
             axis = Axis(MODULE, 0, names)
             found.append(Collected("activation", axis, every, _OF_ACTIVATIONS, state))
-        return found
+        number = self._checks if self._unsent else 0
+        return found + [
+            Checked(number, Axis(PARAMETER, 0, tuple(one.names)), one.state)
+            for one in self._checksums.values()
+        ]
 
     @uncompiled
     def start_read(self) -> Callable[[], _Read | None]:
@@ -370,14 +487,14 @@ class ModelWatch:
         if not self._new and (self._activations is None or not self._activations.seen):
             return lambda: None
         reads = [(one, _started(one.state)) for one in self.collected()]
-        return lambda: _Read([one._replace(state=read()) for one, read in reads])
+        return lambda: _Read([(one, read()) for one, read in reads])
 
     @uncompiled
     def empty(self) -> ModelWatch:
         """Forget what has been collected, and return this watch."""
         for statistics in self._statistics.values():
             statistics.clear()
-        self._new = False
+        self._new = self._unsent = False
         if self._activations is not None:
             self._activations.clear()
         return self
@@ -392,58 +509,16 @@ class _Keys:
     def keys(self) -> Iterable[tuple[Key, TypeLike, str]]:
         """Yield each metric of which something may have come, its aggregation and its axes."""
         for one in self._watch.collected():
-            for end, agg_type in one.types.items():
-                axes = _axes(one, end)
-                if end != "octaves" or _has_octaves(one.state):
-                    yield ("", f"{one.name}/{end}"), agg_type, described(axes)
+            yield from one.keys()
 
     def states(self, arrays: _Read) -> Iterable[tuple[Key, State]]:
         """Yield the state of each metric that has something."""
-        for one in arrays.collected:
-            for end, state in _states(one):
-                yield ("", f"{one.name}/{end}"), state
+        for one, read in arrays.parts:
+            yield from one.states(read)
 
     def complaints(self, _: object) -> Iterable[str]:
         """Return nothing: what is left out is said where it is."""
         return ()
-
-
-def _axes(one: Collected, end: str) -> Axes:
-    return (one.axis, Axis(OCTAVE, OCTAVES)) if end == "octaves" else (one.axis,)
-
-
-def _has_octaves(state: Any) -> bool:
-    return bool(state.shape[1] > SQUARES + 2)
-
-
-def _states(one: Collected) -> Iterable[tuple[str, State]]:
-    """Yield the states of what was collected of the cells along one axis."""
-    sums, largest, octaves = np.split(one.state, (SQUARES + 1, SQUARES + 2), axis=1)
-    seen, bad, zero = sums[:, SEEN], sums[:, NONFINITE], np.zeros(len(sums))
-    has = seen > 0
-    if not has.any():
-        return
-    size = np.where(has, one.sizes, -np.inf)[:, np.newaxis]
-    lanes = {
-        "norm": (bad, SQUARES),
-        "rms": (bad, SQUARES, FINITE),
-        "mean": (bad, TOTAL, FINITE),
-        "abs_max": (bad,),
-        "zeros": (zero, ZEROS, SEEN),
-        "nonfinite": (zero, NONFINITE),
-    }
-    for end in one.types:
-        maxs: FloatArray = np.where(has[:, np.newaxis], largest, -np.inf)
-        if end in lanes:
-            nans, *others = lanes[end]
-            of_cells = np.stack([seen, nans, *(sums[:, lane] for lane in others)], axis=1)
-            tops = maxs if end == "abs_max" else size
-            yield end, State.of_cells(of_cells, tops, _axes(one, end))
-        elif octaves.shape[1]:
-            parts = np.broadcast_arrays(seen[:, np.newaxis], 0.0, octaves)
-            whole = np.repeat(size, OCTAVES, axis=0)
-            of_cells = np.stack(parts, axis=-1).reshape(-1, len(parts))
-            yield end, State.of_cells(of_cells, whole, _axes(one, end))
 
 
 # -- Models and their parameters ----------------------------------------------------------------
@@ -510,7 +585,7 @@ def _unusable(tensor: Tensor) -> str:
 def _part_of_group(group: Any) -> Part:
     if group is None:
         return Part()
-    return Part(torch.distributed.get_rank(group), torch.distributed.get_world_size(group))
+    return Part(dist.get_rank(group), dist.get_world_size(group))
 
 
 def _part_of_mesh(mesh: Any, placements: Sequence[Any]) -> Part:

@@ -485,6 +485,22 @@ class Snapshot:
             return None if owner == NOBODY else owner
         return self._owner_of_nan(key)
 
+    def cells_of_ranks(
+        self, dataset: str | None, name: str
+    ) -> tuple[tuple[tuple[str, ...], ...], FloatArray] | None:
+        """Return the labels of a metric's axes and the MAX lanes of each rank's cells, as these came.
+
+        These are of the interval, of shape (ranks, cells, lanes); None if they are not known: where
+        vectors are merged on the way (``route="tree"``).
+        """
+        rows, key = self._whole.rows, (dataset or "", name)
+        if key not in rows.schema:
+            return None
+        entry = rows.schema.entries[key]
+        maxs = rows.maxs[:, rows.schema.maxs[key]]
+        labels = tuple(axis.names() for axis in entry.axes)
+        return labels, maxs.reshape(len(maxs), entry.cells, entry.maxs)
+
     @overload
     def tied(self, dataset: str | None, name: str, window: View = ...) -> int: ...
     @overload
