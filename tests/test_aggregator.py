@@ -207,6 +207,27 @@ def test_infinities_in_sums_stay_infinite() -> None:
     assert logged == {"t/a": float("inf"), "t/b": -1.0}
 
 
+@pytest.mark.parametrize("way", ["list", "batch", "record"])
+def test_values_that_come_in_together_add_up_with_one_rounding_where_they_were_added_in_order(
+    way: str,
+) -> None:
+    values = [1e16, 1.0, -1e16]
+    assert float(np.sum(values)) == 0.0  # as they were added before
+    aggregator = MetricsAggregator()
+    metrics = [
+        Metric("web", name, value, agg_type)
+        for value in values
+        for name, agg_type in (("sum", AggregationType.SUM), ("mean", AggregationType.MEAN))
+    ]
+    if way == "record":
+        for one in metrics:
+            aggregator.record(one.name, one.value, one.agg_type, dataset="web")
+    else:
+        aggregator.update(metrics if way == "list" else MetricBatch.from_metrics(metrics))
+    found = aggregator.reduce().as_dict("t")
+    assert found == {"t_web/sum": 1.0, "t_web/mean": 1 / 3}
+
+
 def test_categories_are_compared_as_text() -> None:
     torch = pytest.importorskip("torch")
 
