@@ -21,7 +21,12 @@ import metricfold
 
 ROOT = Path(__file__).parent.parent
 # Pages whose Python stands on its own, with the results of expressions in comments.
-SELF_CONTAINED = ("docs/aggregation.md", "docs/device.md", "docs/handlers.md")
+SELF_CONTAINED = (
+    "docs/aggregation.md",
+    "docs/alerts.md",
+    "docs/device.md",
+    "docs/handlers.md",
+)
 
 
 # What runs where JAX has four devices.

@@ -34,8 +34,7 @@ class Record:
         alerts: what was found in these metrics, each as JSON objects have it.
         run: in a process's first record what is known of the run, as a JSON object has it.
 
-    The last three are reserved: a sink that knows them not may leave them, and a file that has them
-    is read.
+    A sink that does not know the last three may leave them.
     """
 
     step: int

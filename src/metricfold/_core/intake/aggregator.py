@@ -571,7 +571,8 @@ class MetricsAggregator:
             rules: such as ``NonFinite("*/loss")``, or functions of (snapshot, memory) that return an
                 `Alert`, a text, several of them, or None.
             local: they look at what ranks may see differently, such as a disk. What one finds, its
-                rank logs at once; the others hear of it in the next reduction.
+                rank logs at once; all hear of it in the next reduction, of several findings in several,
+                what is severe first. What these remember is in no checkpoint.
 
         Raises:
             TypeError: one is no rule.
