@@ -29,8 +29,8 @@ def record(step, **metrics):
     return Record(step, 100.5 + step, metrics or {"loss": float(step)})
 
 
-def write(path, *records):
-    sink = JSONLSink(path)
+def write(path, *records, **how):
+    sink = JSONLSink(path, **how)
     for one in records:
         sink.write(one)
     sink.close()
@@ -101,7 +101,8 @@ def test_lines_that_name_no_prefix_are_read(tmp_path):
     assert read_jsonl(path) == [Record(3, 17.25, {"train_a/loss": 1.5})]
 
 
-ARRAYS = {"train/tokens": {"axes": {"layer": 2}, "values": [3.0, "NaN"]}}
+AXES = [["layer", 2], ["parameter", ["bias", "weight"]]]
+ARRAYS = {"train/tokens": {"axes": AXES, "values": np.array([[3.0, math.nan], [-0.0, math.inf]])}}
 ALERTS = [{"rule": "Spike", "key": "train/loss", "value": 7.5}]
 RUN = {"metricfold": "0.2.0", "world_size": 8, "config": {"lr": 1e-3}}
 
@@ -112,8 +113,56 @@ def test_arrays_alerts_and_the_header_of_a_run_come_back_and_stand_where_there_a
     write(path, first, record(2))
     assert read_jsonl(path) == [first, record(2)]
     one, two = strict_lines(path)
-    assert (one["arrays"], one["alerts"], one["run"]) == (ARRAYS, ALERTS, RUN)
+    assert (one["alerts"], one["run"]) == (ALERTS, RUN)
+    assert one["arrays"] == {
+        "train/tokens": {"axes": AXES, "values": [3.0, "NaN", -0.0, "Infinity"]}
+    }
     assert two.keys() == {"step", "wall_time", "prefix", "metrics", "histograms"}
+
+
+def test_arrays_may_be_left_out(tmp_path):
+    write(tmp_path / "run.jsonl", Record(1, 2.0, {"a": 7.5}, arrays=ARRAYS), arrays=False)
+    assert read_jsonl(tmp_path / "run.jsonl") == [Record(1, 2.0, {"a": 7.5})]
+
+
+VALUES = [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        {"axes": [["a", 2]]},
+        {"values": VALUES},
+        {"axes": [], "values": [1.0]},
+        {"axes": {"a": 2}, "values": VALUES},
+        {"axes": [["a", 3]], "values": VALUES},
+        {"axes": [["a", 1]], "values": VALUES},
+        {"axes": [["a", -1], ["b", -2]], "values": VALUES},
+        {"axes": [["a", 0]], "values": []},
+        {"axes": [["a", True], ["b", 2]], "values": VALUES},
+        {"axes": [["a", 2.0]], "values": VALUES},
+        {"axes": [["a", 2**62], ["b", 2**62]], "values": VALUES},
+        {"axes": [["a", 2, 1]], "values": VALUES},
+        {"axes": [["", 2]], "values": VALUES},
+        {"axes": [["a", ["x", "x"]]], "values": VALUES},
+        {"axes": [["a", ["x", "y\x1b[31m"]]], "values": VALUES},
+        {"axes": [["a", ["x", 1]]], "values": VALUES},
+        {"axes": [["a", 2], *([[f"b{i}", 1] for i in range(40)])], "values": VALUES},
+        {"axes": [["a", 2]], "values": [1.0, None]},
+        {"axes": [["a", 2]], "values": [1.0, True]},
+        {"axes": [["a", 2]], "values": [[1.0], [2.0]]},
+        {"axes": [["a", 2]], "values": [1.0, 10**400]},
+        {"axes": [["a", 2]], "values": "NaN"},
+    ],
+    ids=repr,
+)
+def test_an_array_that_does_not_fit_is_refused(tmp_path, array):
+    path = tmp_path / "run.jsonl"
+    write(path, record(1))
+    line = {**strict_lines(path)[0], "arrays": {"train/t": array}}
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=r"run\.jsonl, line 1 is not a record"):
+        read_jsonl(path)
 
 
 def test_a_field_that_a_later_version_adds_is_left_as_it_is(tmp_path):

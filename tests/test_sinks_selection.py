@@ -74,12 +74,13 @@ def test_select_chooses_histograms_too():
 
 def test_select_chooses_arrays_too_and_alerts_go_to_every_sink():
     sink = Collecting(select="b/*", key_format="run7/{key}")
-    arrays = {"a/load": {"values": [1.0]}, "b/load": {"values": [2.0]}}
+    axes = {"axes": [["layer", 1]]}
+    arrays = {"a/load": {**axes, "values": [1.0]}, "b/load": {**axes, "values": [2.0]}}
     alerts = [{"rule": "Spike"}]
     sink.write(Record(7, 1.5, {}, arrays=arrays))
     sink.write(Record(8, 1.5, {"a/loss": 1.0}, alerts=alerts, run={"world_size": 2}))
     assert sink.records == [
-        Record(7, 1.5, {}, arrays={"run7/b/load": {"values": [2.0]}}),
+        Record(7, 1.5, {}, arrays={"run7/b/load": {**axes, "values": [2.0]}}),
         Record(8, 1.5, {}, alerts=alerts, run={"world_size": 2}),
     ]
 

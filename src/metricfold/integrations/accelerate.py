@@ -150,6 +150,8 @@ class TrackerSink(SelectiveSink):
         ValueError: the accelerator was made without ``log_with=``.
     """
 
+    arrays = False
+
     def __init__(
         self,
         accelerator: accelerate.Accelerator,

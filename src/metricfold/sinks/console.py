@@ -50,6 +50,8 @@ class ConsoleSink(SelectiveSink):
         ImportError: the ``rich`` package is not installed.
     """
 
+    arrays = False
+
     def __init__(
         self,
         console: Console | None = None,

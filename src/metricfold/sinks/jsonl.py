@@ -3,8 +3,12 @@
     {"step": 50, "wall_time": 1760000000.0, "prefix": "train", "metrics": {"train/loss": 2.31},
      "histograms": {}}
 
-``"arrays"``, ``"alerts"`` and ``"run"`` stand behind these where a record has them. JSON has no NaN
-and no infinity, so these are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``.
+``"arrays"``, ``"alerts"`` and ``"run"`` stand behind these where a record has them. An array is that of a
+metric with axes, its values flat and in C order:
+
+    {"axes": [["layer", 2], ["parameter", ["bias", "weight"]]], "values": [0.1, 0.2, 0.3, "NaN"]}
+
+JSON has no NaN and no infinity, so these are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``.
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ class JSONLSink(FileSink):
             from the folder that is current when the sink is made.
         select: see `SelectiveSink`.
         key_format: see `SelectiveSink`.
+        arrays: whether to write the cells of metrics with axes, which may be many.
     """
 
     def __init__(
@@ -55,8 +60,10 @@ class JSONLSink(FileSink):
         *,
         select: str | Sequence[str] = "*",
         key_format: str | Callable[[str], str] = "{key}",
+        arrays: bool = True,
     ) -> None:
         super().__init__(select=select, key_format=key_format)
+        self.arrays = arrays
         self.path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
         self._end = 0  # where the file ended when this sink last saw it
 
@@ -241,8 +248,10 @@ def _mend_last_line(file: AppendFile) -> None:
 
 # -- Writing -------------------------------------------------------------------------------------
 
-_OPTIONAL = ("arrays", "alerts", "run")
+_OPTIONAL = ("alerts", "run")
 """Fields of a record that are written where there is something in them."""
+_MOST_AXES = 32
+"""NumPy has no arrays of more dimensions, or not of many more."""
 _SCALARS = ("minimum", "maximum", "total", "total_squares")
 """Fields of a histogram that are numbers."""
 
@@ -255,6 +264,8 @@ def _encoded(record: Record) -> bytes:
         "metrics": {key: _number(value) for key, value in record.metrics.items()},
         "histograms": {key: _histogram(value) for key, value in record.histograms.items()},
     }
+    if record.arrays:
+        line["arrays"] = {key: _cells(value) for key, value in record.arrays.items()}
     line |= {name: found for name in _OPTIONAL if (found := getattr(record, name))}
     return json.dumps(line, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
 
@@ -265,6 +276,14 @@ def _number(value: float) -> float | str:
     if math.isnan(value):
         return "NaN"
     return "Infinity" if value > 0 else "-Infinity"
+
+
+def _cells(array: dict[str, Any]) -> dict[str, object]:
+    values = np.asarray(array["values"], dtype=np.float64).reshape(-1)
+    listed: list[Any] = values.tolist()
+    if not np.isfinite(values).all():
+        listed = [_number(value) for value in listed]
+    return {"axes": array["axes"], "values": listed}
 
 
 def _histogram(histogram: Histogram) -> dict[str, object]:
@@ -306,7 +325,7 @@ def _decoded(record: dict[str, Any], line: _Line, path: Path) -> Record:
             prefix=_to("text", str, record.get("prefix", "")),  # older lines have none
             metrics={key: _to_number(value) for key, value in record["metrics"].items()},
             histograms={key: _to_histogram(value) for key, value in record["histograms"].items()},
-            arrays={key: _to_object(value) for key, value in record.get("arrays", {}).items()},
+            arrays={key: _to_cells(value) for key, value in record.get("arrays", {}).items()},
             alerts=[_to_object(alert) for alert in record.get("alerts", [])],
             run=_to_object(record["run"]) if "run" in record else None,
         )
@@ -339,6 +358,33 @@ def _to_histogram(value: dict[str, Any]) -> Histogram:
     if _finite(histogram.minimum) > _finite(histogram.maximum):
         raise ValueError("the histogram does not fit: its minimum is above its maximum")
     return histogram
+
+
+def _to_cells(array: object) -> dict[str, Any]:
+    known = _to("JSON object", dict, array)
+    axes = [_to_axis(axis) for axis in _to("list", list, known["axes"])]
+    values = [_to_number(value) for value in _to("list", list, known["values"])]
+    shape = [size if isinstance(size, int) else len(size) for _, size in axes]
+    # Before memory is taken: what is there says how much.
+    if not axes or len(axes) > _MOST_AXES or math.prod(shape) != len(values):
+        raise ValueError(
+            f"the array does not fit: {len(values)} values are not one for each cell along its "
+            f"{len(axes)} axes, up to {_MOST_AXES}"
+        )
+    return {"axes": axes, "values": np.array(values, np.float64).reshape(shape)}
+
+
+def _to_axis(axis: object) -> list[Any]:
+    name, size = _to("list", list, axis)
+    check_name("an axis", name)
+    if isinstance(size, list):
+        for label in size:
+            check_name("a label", label)
+        if len(set(size)) < len(size):
+            raise ValueError(f"axis {name!r} has a label twice")
+    elif _to("whole number", int, size) < 1:
+        raise ValueError(f"axis {name!r} has the size {size}")
+    return [name, size]
 
 
 def _to_array(values: object) -> npt.NDArray[np.float64]:

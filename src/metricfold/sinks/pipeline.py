@@ -66,6 +66,7 @@ class Pipeline(Consumer):
             for sink in sinks
             for part in (sink.parts() if isinstance(sink, SelectiveSink) else (sink,))
         ]
+        self._takes_arrays = any(getattr(part, "arrays", True) for part in parts)
         self._workers = [SinkWorker(part, queue_size) for part in parts]
         self._watch = Watch()
         self._own: set[str] = set()  # keys that were logged as extra= or in a dict
@@ -174,12 +175,17 @@ class Pipeline(Consumer):
                 return None
         try:
             extra = _extra(entry)
+            arrays: dict[str, dict[str, Any]] = {}
             self._own |= extra.keys()
             if isinstance(entry.source, Future):
                 snapshot = entry.source.result()
                 if entry.by is not None:
                     snapshot = snapshot.shown_by(entry.by)
                 metrics, histograms = self._aggregated(entry, snapshot)
+                if self._takes_arrays:
+                    found = snapshot.arrays(entry.prefix, entry.window, rollup=entry.rollup)
+                    # Not those of totals that are left out for what is logged under their names.
+                    arrays = {key: one for key, one in found.items() if key in metrics}
             else:
                 metrics, histograms = dict(entry.source), {}
                 self._own |= metrics.keys()
@@ -191,7 +197,7 @@ class Pipeline(Consumer):
             together = metrics | extra | metrics
             said = [alert.to_json() for alert in _alerts_in(entry.source)]
             return Record(
-                entry.step, entry.wall_time, together, histograms, entry.prefix, alerts=said
+                entry.step, entry.wall_time, together, histograms, entry.prefix, arrays, said
             )
         except BaseException:  # noqa: BLE001 - training must not die of it, least of all on one rank
             _log.exception("the metrics of step %d are left out", entry.step)

@@ -30,7 +30,9 @@ class Record:
         histograms: a histogram for each DISTRIBUTION metric, such as ``"train_alpaca/seq_len"``.
         prefix: the ``prefix=`` of `log`, which tells where the dataset's name begins in a key that
             starts with it; empty if there was none.
-        arrays: for each metric that has cells, what JSON says of its axes and of its values.
+        arrays: for each metric with axes ``"axes"``, a list of the name and the size, or the labels, of
+            each axis, and ``"values"``, an array with a dimension for each axis, NaN where a cell has
+            no value. They are there if one of the sinks takes them.
         alerts: what was found in these metrics, each as JSON objects have it.
         run: in a process's first record what is known of the run, as a JSON object has it.
 
@@ -50,9 +52,12 @@ class Record:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Record):
             return NotImplemented
-        plain = [part.name for part in fields(Record) if part.name != "histograms"]
+        apart = ("histograms", "arrays")
+        plain = [part.name for part in fields(Record) if part.name not in apart]
         return (
             all(getattr(self, name) == getattr(other, name) for name in plain)
+            and self.arrays.keys() == other.arrays.keys()
+            and all(_same_cells(one, other.arrays[key]) for key, one in self.arrays.items())
             and self.histograms.keys() == other.histograms.keys()
             and all(_same(one, other.histograms[key]) for key, one in self.histograms.items())
         )
@@ -76,7 +81,8 @@ class Sink(Protocol):
     what becomes of the record: by an `OSError` it is held and offered again, by a `RecordRefused`
     or another error of values it is skipped, and by any other error held until the next record
     shows whether it was at fault. So one that fails should leave nothing half-written. Every rank
-    makes the same sinks and rank 0 alone writes: open files in `write`, not in ``__init__``.
+    makes the same sinks and rank 0 alone writes: open files in `write`, not in ``__init__``. One whose
+    attribute ``arrays`` is False does not take `Record.arrays`, which are left out where none does.
     """
 
     def write(self, record: Record) -> None:
@@ -97,6 +103,11 @@ def _same(one: Histogram, other: Histogram) -> bool:
         np.array_equal(getattr(one, part.name), getattr(other, part.name))
         for part in fields(Histogram)
     )
+
+
+def _same_cells(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    values = np.asarray(one["values"]), np.asarray(other["values"])
+    return one["axes"] == other["axes"] and np.array_equal(*values, equal_nan=True)
 
 
 def checked_numbers(what: str, values: Mapping[str, float]) -> dict[str, float]:

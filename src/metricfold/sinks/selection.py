@@ -32,7 +32,12 @@ class SelectiveSink(ABC):
             as ``"run7/{key}"``, or a function from key to key.
 
     A record of which no key is selected is not written at all.
+
+    Attributes:
+        arrays: whether it takes `Record.arrays`; one that does not gets none.
     """
+
+    arrays = True
 
     def __init__(
         self,
@@ -62,6 +67,8 @@ class SelectiveSink(ABC):
         """
         if record.prefix:
             check_name("the prefix of a record", record.prefix)
+        if record.arrays and not self.arrays:
+            record = replace(record, arrays={})
         given = {name: getattr(record, name) for name in ("metrics", "histograms", "arrays")}
         chosen: dict[str, Any] = {name: self._renamed(values) for name, values in given.items()}
         found = any(chosen.values())

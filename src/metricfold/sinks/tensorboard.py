@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from metricfold.sinks.buckets import coarsened
 from metricfold.sinks.files import AppendFile, FileSink
+from metricfold.sinks.heat_map import HeatMaps, Image, png
 from metricfold.sinks.record import Record
 from metricfold.sinks.selection import require
 
@@ -27,7 +28,7 @@ _MAX_BUCKETS = 512
 
 
 class TensorBoardSink(FileSink):
-    """Writes scalars and histograms to an event file that ``tensorboard --logdir`` shows.
+    """Writes scalars, histograms and heat maps to an event file that ``tensorboard --logdir`` shows.
 
     Alerts are texts: of the prefix ``train`` under ``alerts/train``.
 
@@ -37,6 +38,8 @@ class TensorBoardSink(FileSink):
             the newest file of a folder: give each sink a folder of its own.
         select: see `SelectiveSink`.
         key_format: see `SelectiveSink`.
+        arrays: whether to show the cells of a metric with axes, as a heat map ``{key}/cells``, whose
+            colours go from the smallest value of the step to its largest.
 
     Raises:
         ImportError: the ``tensorboard`` package is not installed.
@@ -49,8 +52,10 @@ class TensorBoardSink(FileSink):
         *,
         select: str | Sequence[str] = "*",
         key_format: str | Callable[[str], str] = "{key}",
+        arrays: bool = True,
     ) -> None:
         super().__init__(select=select, key_format=key_format)
+        self.arrays, self._heat_maps = arrays, HeatMaps()
         if "://" in os.fspath(logdir):
             raise ValueError(
                 f"logdir={os.fspath(logdir)!r} is a URL: give a folder, such as a mounted bucket"
@@ -80,6 +85,10 @@ class TensorBoardSink(FileSink):
                 Summary.Value(tag=key, histo=_proto(one))
                 for key, one in record.histograms.items()
                 if one.counts.any()
+            ),
+            *(
+                Summary.Value(tag=key, image=_image(one))
+                for key, one in self._heat_maps.of(record).items()
             ),
             *([_text(f"alerts/{record.prefix}".rstrip("/"), record)] if record.alerts else ()),
         ]
@@ -129,6 +138,16 @@ def _text(tag: str, record: Record) -> Any:
     )
     metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
     return Summary.Value(tag=tag, tensor=tensor, metadata=metadata)
+
+
+def _image(image: Image) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: PLC0415
+
+    height, width, colours = image.shape
+    encoded = png(image)
+    return Summary.Image(
+        height=height, width=width, colorspace=colours, encoded_image_string=encoded
+    )
 
 
 def _proto(histogram: Histogram) -> Any:

@@ -16,11 +16,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from metricfold.metric import check_name, is_name
 from metricfold.sinks.buckets import coarsened
+from metricfold.sinks.heat_map import HeatMaps
 from metricfold.sinks.loud import mention
 from metricfold.sinks.record import Record, RecordRefused
 from metricfold.sinks.selection import SelectiveSink, require
@@ -34,7 +36,7 @@ _LONGEST_TITLE = 63
 
 
 class WandbSink(SelectiveSink):
-    """Logs scalars and histograms to Weights & Biases, and sends alerts as `wandb.alert` does.
+    """Logs scalars, histograms and heat maps to Weights & Biases, and sends alerts as `wandb.alert` does.
 
     Every row has its step as ``{prefix}/step``, or as ``step`` where there is no prefix. A record
     whose step is behind that of the run joins the run's newest row, or opens the next one where that
@@ -50,6 +52,9 @@ class WandbSink(SelectiveSink):
             then logged without W&B's own step, and none can be behind.
         select: see `SelectiveSink`.
         key_format: see `SelectiveSink`.
+        arrays: whether to show the cells of a metric with axes, as a heat map ``{key}/cells``, whose
+            colours go from the smallest value of the step to its largest. Each is a file; they need
+            the package ``pillow``.
         init: arguments for `wandb.init` of a new run, such as ``project="llm"`` or ``dir="out"``.
 
     Raises:
@@ -64,9 +69,11 @@ class WandbSink(SelectiveSink):
         step_metric: str | None = None,
         select: str | Sequence[str] = "*",
         key_format: str | Callable[[str], str] = "{key}",
+        arrays: bool = True,
         **init: Any,
     ) -> None:
         super().__init__(select=select, key_format=key_format)
+        self.arrays, self._heat_maps = arrays, HeatMaps()
         if run is not None and init:
             raise TypeError(
                 f"WandbSink got run= and {', '.join(f'{name}=' for name in init)}: those are for "
@@ -150,6 +157,7 @@ class WandbSink(SelectiveSink):
         for key, histogram in record.histograms.items():
             if histogram.counts.any():
                 row[key] = wandb.Histogram(np_histogram=coarsened(histogram, _MAX_BUCKETS))
+        row |= self._images(record)
         if row:
             self._log(run, row, axis, record.step)
         # Behind the row, which must not be logged twice should W&B not take one.
@@ -188,6 +196,22 @@ class WandbSink(SelectiveSink):
             run.alert(title[-_LONGEST_TITLE:], text, level)
         except BaseException as error:  # noqa: BLE001 - the row has been written
             mention(f"{self!r} did not take the alert {alert['message']!r}: {error!r}")
+
+    def _images(self, record: Record) -> dict[str, Any]:
+        """Return the heat maps of a record, if they can be made."""
+        if not record.arrays:
+            return {}
+        if find_spec("PIL") is None:
+            self.arrays = False
+            mention(
+                "WandbSink leaves out heat maps of metrics with axes, for which W&B needs the package "
+                "'pillow': pip install pillow, or give arrays=False"
+            )
+            return {}
+        import wandb  # noqa: PLC0415
+        from PIL.Image import fromarray  # noqa: PLC0415
+
+        return {key: wandb.Image(fromarray(one)) for key, one in self._heat_maps.of(record).items()}
 
     def _place_of(self, run: Any, row: dict[str, Any], axis: str, step: int) -> int:
         """Return the step of W&B's own at which a row is logged, so that it is not left out."""

@@ -204,7 +204,11 @@ class Report:
                     keys.setdefault(key, some)
         for key, some in keys.items():
             is_total = self._handlers.of_key[some[0]].is_total
-            of = self._cells.of(some, view_of(window, key[1], is_total=is_total))
+            try:
+                of = self._cells.of(some, view_of(window, key[1], is_total=is_total))
+            except Exception as error:  # noqa: BLE001 - the user's handler
+                self.warn_once(f"cells {key}", f"the cells of {show(key)} are left out: {error!r}")
+                continue
             if of is not None:
                 found[key] = of
         return found
