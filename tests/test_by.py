@@ -166,6 +166,20 @@ def test_arrays_of_a_derived_metric_speak_about_its_window() -> None:
     assert "t/interval" not in later, "nothing came in"
 
 
+@pytest.mark.parametrize("agg", ["sum", "mean", "max"])
+def test_a_cell_that_nothing_came_to_is_zero_of_a_sum_and_no_number_of_others(agg: str) -> None:
+    aggregator = MetricsAggregator()
+    aggregator.record("t", np.array([3.0, 1.0]), agg, axes={"a": 3}, ids={"a": [0, 2]})
+    snapshot = aggregator.reduce()
+    none = 0.0 if agg == "sum" else np.nan
+    np.testing.assert_equal(snapshot.array(None, "t", window="run")[0], [3.0, none, 1.0])
+    # What is printed is what came in.
+    assert sorted(snapshot.as_dict("t", by="a")) == ["t/t", "t/t/a_0", "t/t/a_2"]
+    aggregator.record("other", 1.0)
+    later = aggregator.reduce()
+    np.testing.assert_equal(later.array(None, "t", window="interval")[0], [np.nan] * 3)
+
+
 def test_datasets_whose_axes_differ_have_no_array_together() -> None:
     aggregator = MetricsAggregator()
     aggregator.record("t", np.ones(2), "sum", axes={"a": 2}, dataset="x")
@@ -212,9 +226,10 @@ def test_each_ranks_own_is_an_axis_of_the_interval(route: str, *, per_rank: bool
     assert (values.tolist(), ranks) == ([10.0, 11.0, 12.0], ("0", "1", "2"))
     assert values.tolist() == snapshot.per_rank(None, "loss")
     cells, labels = snapshot.array(None, "t", by=("rank", "a"))
-    np.testing.assert_equal(cells, [[10, 20], [np.nan, np.nan], [30, 60]])
+    np.testing.assert_equal(cells, [[10, 20], [0, 0], [30, 60]])
     assert labels == (("0", "1", "2"), ("0", "1"))
-    np.testing.assert_equal(snapshot.array(None, "t", by="rank")[0], [30, np.nan, 90])
+    np.testing.assert_equal(snapshot.array(None, "t", by="rank")[0], [30, 0, 90])
+    assert snapshot.per_rank(None, "t") == [30.0, None, 90.0]
     with pytest.raises(ValueError, match="about the interval, and not about the run"):
         snapshot.array(None, "t", by="rank", window="run")
     found = snapshot.as_dict("t", "interval", by=by)

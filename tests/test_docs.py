@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 SELF_CONTAINED = (
     "docs/aggregation.md",
     "docs/alerts.md",
+    "docs/axes.md",
     "docs/device.md",
     "docs/handlers.md",
 )
@@ -92,7 +93,10 @@ def blocks(page: str) -> list[str]:
 @pytest.mark.filterwarnings("ignore:the interval is empty:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:the derived metric 'perplexity':RuntimeWarning")
 @pytest.mark.parametrize("page", SELF_CONTAINED)
-def test_the_examples_of_a_page_run_and_give_what_their_comments_say(page: str) -> None:
+def test_the_examples_of_a_page_run_and_give_what_their_comments_say(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert checked_examples(page) > 0
 
 

@@ -31,8 +31,8 @@ class Record:
         prefix: the ``prefix=`` of `log`, which tells where the dataset's name begins in a key that
             starts with it; empty if there was none.
         arrays: for each metric with axes ``"axes"``, a list of the name and the size, or the labels, of
-            each axis, and ``"values"``, an array with a dimension for each axis, NaN where a cell has
-            no value. They are there if one of the sinks takes them.
+            each axis, and ``"values"``, an array with a dimension for each axis, as `Snapshot.array`
+            returns it. They are there if one of the sinks takes them.
         alerts: what was found in these metrics, each as JSON objects have it.
         run: in a process's first record what is known of the run, as a JSON object has it.
 

@@ -532,7 +532,7 @@ class MetricsAggregator:
             name: what it prints as.
             fn: takes one dataset's metrics by name, such as ``m["loss"]`` or
                 ``m["seq_len_stat_p50"]``, and returns a number. A metric with axes is an array of its
-                cells, NaN where they have no value. It is called for each dataset,
+                cells, as `Snapshot.array` returns it. It is called for each dataset,
                 and for datasets together; a dataset that lacks a metric it asks for is passed over.
                 If it raises, that is warned about once and the others are not affected.
             window: ``"interval"`` or ``"run"``: all that `fn` is given speaks about that, whatever

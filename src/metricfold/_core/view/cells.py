@@ -46,7 +46,7 @@ By: TypeAlias = "str | Sequence[str] | Mapping[str, str | Sequence[str]]"
 """Axes that remain: of each metric by name, or of every metric that has them."""
 
 Found: TypeAlias = "tuple[FloatArray, Axes]"
-"""Results of cells, NaN where there are none, and the axes along which they stand."""
+"""Results of cells, NaN where there is none, and the axes along which they stand."""
 
 
 def check_by(by: object) -> By:
@@ -520,14 +520,15 @@ class Cells:
 
 
 def _results(handler: LaneHandler, entry: Entry, lanes: _Lanes, seconds: float) -> FloatArray:
-    """Return the result of each cell, NaN where there is none."""
+    """Return the result of each cell; NaN where there is none, but 0 of a SUM that others have."""
+    counts = lanes.sums[:, COUNT]
+    none = 0.0 if handler.is_total and counts.any() else np.nan
     if folds_as(handler) is not None and _may_be_by_rank(entry):
         states = ReducedStates(lanes.sums, lanes.maxs, np.full(len(lanes.sums), seconds))
         values, there = handler.finalize_all(states)
-        having = there[:, 0] & (lanes.sums[:, COUNT] != 0)
-        return np.where(having, values[:, 0], np.nan)
-    found = np.full(len(lanes.sums), np.nan)
-    for place in np.flatnonzero(lanes.sums[:, COUNT]).tolist():
+        return np.where(counts == 0, none, np.where(there[:, 0], values[:, 0], np.nan))
+    found = np.full(len(counts), none)
+    for place in np.flatnonzero(counts).tolist():
         state = ReducedState(
             tuple(lanes.sums[place].tolist()), tuple(lanes.maxs[place].tolist()), seconds
         )

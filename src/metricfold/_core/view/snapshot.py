@@ -305,8 +305,9 @@ class Snapshot:
             window: as in `as_dict`.
 
         Returns:
-            An array with a dimension for each axis, NaN where a cell has no value; and for each axis
-            the labels along it, or padded numbers.
+            An array with a dimension for each axis, NaN where a cell has no value, but 0 if it is a
+            SUM that others have values of: an expert that got no tokens. And for each axis the labels
+            along it, or padded numbers.
 
         Raises:
             KeyError: there is no such metric.
@@ -362,8 +363,7 @@ class Snapshot:
 
         Returns:
             Of each metric ``"axes"``, a list of the name and the size, or the labels, of each axis, and
-            ``"values"``, an array with a dimension for each, NaN where a cell has no value. Nobody may
-            change these arrays.
+            ``"values"``, what `array` returns. Nobody may change these.
         """
         check_prefix(prefix)
         check_window(window)
