@@ -63,7 +63,7 @@ _MOST_NAMED = 8
 """So many keys a message names."""
 
 
-@internal("not_shown", "shown_by")
+@internal("cells_of_ranks", "not_shown", "shown_by")
 @uncompiled
 class Snapshot:
     """What all ranks had accumulated when they reduced; immutable, and the same on every rank.
