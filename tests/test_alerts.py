@@ -107,6 +107,17 @@ def test_a_level_that_stays_is_soon_the_usual() -> None:
     assert max(step for step in found if step is not None) < 100 + 32
 
 
+def test_where_most_values_are_equal_a_spike_is_found_and_the_next_value_is_none() -> None:
+    """As a loss in bfloat16: the median deviation is 0, which used to mean that nothing was found."""
+    aggregator = aggregator_with(None, Spike("*/loss"))
+    found = []
+    for step in range(100):
+        coarse = 2.0 + (step % 5 == 0) / 128
+        aggregator.record("loss", 2.5 if step == 90 else coarse)
+        found += [alert.step for alert in aggregator.reduce(step).alerts]
+    assert found == [90]
+
+
 def test_the_rank_that_has_the_spike_is_named() -> None:
     def rank(communicator: Any) -> list[int | None]:
         aggregator = aggregator_with(communicator, Spike("*/loss"))
@@ -711,3 +722,114 @@ def test_all_ranks_stop_at_the_same_step() -> None:
         return -1, []
 
     assert run_threads(rank, 4) == [(6, [(5, 1, "code")])] * 4
+
+
+# -- What was reported elsewhere, in a few lines
+
+
+def on_two_ranks(train: Any) -> list[Any]:
+    """Return what `train(aggregator, logger, rank)` returns on each of two ranks, with rules on losses."""
+
+    def rank(communicator: Any) -> Any:
+        aggregator = aggregator_with(communicator, NonFinite("*/loss"), Spike("*/loss", least=5))
+        with MetricsLogger([]) as logger:
+            return train(aggregator, logger, communicator.rank)
+
+    return run_threads(rank, 2)
+
+
+def test_a_rank_that_leaves_its_step_at_a_nan_leaves_nobody_alone() -> None:
+    """pytorch/audio #3749, ai2cm/ace #850: it never came to the gather, and the others waited there."""
+
+    def train(aggregator: MetricsAggregator, logger: MetricsLogger, rank: int) -> tuple[int, Any]:
+        for step in range(20):
+            loss = math.nan if (step, rank) == (3, 1) else 1.0
+            aggregator.record("loss", loss)
+            if math.isfinite(loss):
+                aggregator.record("frames", 100, "sum")
+            if alerts := logger.log(step, aggregator, prefix="train").severe:
+                break
+        return step, [alert.rank for alert in alerts]
+
+    assert on_two_ranks(train) == [(4, [1])] * 2
+
+
+def test_a_spike_that_only_another_rank_has_is_known_to_the_first() -> None:
+    """ecmwf/WeatherGenerator #2724: rank 0 decided alone, and its own loss was fine."""
+
+    def train(aggregator: MetricsAggregator, logger: MetricsLogger, rank: int) -> list[Any]:
+        found = []
+        for step in range(12):
+            own = 1 + random.Random(step).random() / 10
+            aggregator.record("loss", 30.0 if (step, rank) == (9, 1) else own, dataset="web")
+            alerts = logger.log(step, aggregator, prefix="train")
+            found += [(step, alert.step, alert.rank, alert.dataset) for alert in alerts]
+        return found
+
+    assert on_two_ranks(train) == [[(10, 9, 1, "web")]] * 2
+
+
+def test_ranks_leave_out_the_same_steps_whatever_each_of_them_sees() -> None:
+    """facebookresearch/metaseq #521: each worker skipped a number of batches of its own."""
+
+    def train(aggregator: MetricsAggregator, logger: MetricsLogger, rank: int) -> list[int | None]:
+        own, skipped = random.Random(rank), []
+        for step in range(60):
+            spike = 50.0 if step > 20 and own.random() < 0.1 else 0.0
+            aggregator.record("loss", 1 + own.random() / 10 + spike)
+            logger.log(step, aggregator, prefix="train")
+            skipped += [alert.step for alert in logger.alerts()]
+        return skipped
+
+    first, second = on_two_ranks(train)
+    assert first == second
+    assert len(first) > 3
+
+
+def test_no_checkpoint_of_a_model_full_of_nan_takes_the_place_of_a_good_one() -> None:
+    """kyutai-labs/pocket-tts #262: the last good ones were deleted, and a resume loaded NaN."""
+
+    def train(aggregator: MetricsAggregator, logger: MetricsLogger, rank: int) -> list[int]:
+        saved: list[int] = []
+        for step in range(10):
+            aggregator.record("loss", math.nan if (step >= 6 and rank == 1) else 1.0)
+            logger.log(step, aggregator, prefix="train")
+            if step % 2 == 0 and not logger.alerts().severe:
+                saved = [*saved[-1:], step]  # keeps two
+        return saved
+
+    assert on_two_ranks(train) == [[2, 4]] * 2
+
+
+def test_a_rule_that_counts_logs_in_a_row_goes_on_counting_after_a_resume() -> None:
+    """mosaicml/llm-foundry #1473: a loss that stays high for some steps ends the run."""
+
+    def high(snapshot: Snapshot, memory: dict[str, Any]) -> Alert | None:
+        loss = snapshot.value(None, "loss", window="interval") or 0.0
+        memory["times"] = memory.get("times", 0) + 1 if loss > 4 else 0
+        return Alert("the loss stays high", "severe") if memory["times"] == 3 else None
+
+    def train(communicator: Any, losses: list[float], state: Any) -> tuple[int, Any]:
+        aggregator = aggregator_with(communicator, high)
+        if state is not None:
+            aggregator.load_state_dict(state)
+        found = 0
+        for loss in losses:
+            aggregator.record("loss", loss)
+            found += len(aggregator.reduce().alerts)
+        return found, aggregator.state_dict()
+
+    first = run_threads(lambda c: train(c, [2.0, 5.0, 5.0], None), 2)
+    assert [found for found, _ in first] == [0, 0]
+    after = run_threads(lambda c: train(c, [5.0], first[0][1]), 3)
+    assert [found for found, _ in after] == [1, 1, 1]
+
+
+def test_norms_that_differ_by_nature_are_no_spikes() -> None:
+    """Kai-46/minFM #4: a norm of 2.19 was called a spike, for a limit of 2 was in the configuration."""
+    aggregator, norms = aggregator_with(None, Spike("*/grad_norm")), random.Random(0)
+    found = []
+    for step in range(400):
+        aggregator.record("grad_norm", 20.0 if step == 300 else norms.lognormvariate(0.5, 0.25))
+        found += [alert.step for alert in aggregator.reduce(step).alerts]
+    assert found == [300]

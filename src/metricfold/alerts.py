@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -86,7 +86,8 @@ class Spike:
     Far is more than so many median absolute deviations (scaled to the standard deviation of normally
     distributed values) above the median. Up to half of the intervals that it remembers may be spikes
     themselves, which would hide the next one from a mean and a standard deviation; and a level that
-    stays is the usual after half of them.
+    stays is the usual after half of them. Where most values are equal, the deviations of
+    the others count; where all are, there is nothing to judge by.
 
     Args:
         pattern: which metrics, as in `Snapshot.names`; of a DISTRIBUTION its mean counts.
@@ -116,8 +117,7 @@ class Spike:
                 continue
             known = memory.setdefault(f"{dataset or ''}/{name}", [])
             if len(known) >= self.least:
-                middle = median(known)
-                spread = _MAD * median([abs(one - middle) for one in known])
+                middle, spread = _usual(known)
                 if spread > 1e-12 * abs(middle) and value > middle + self.factor * spread:
                     yield self._alert(snapshot, dataset, name, value, (middle, spread))
             known.append(value)
@@ -174,7 +174,9 @@ class Straggler:
         if over <= self.share or timing.slowest_share < self.factor * usual:
             return None
         rank = timing.slowest
-        memory["rank"], memory["times"] = rank, times + 1 if rank == before else 1
+        # After a resume on other ranks that is another machine.
+        memory["rank"] = [rank, snapshot.world_size]
+        memory["times"] = times + 1 if memory["rank"] == before else 1
         if memory["times"] < self.logs:
             return None
         text = (
@@ -213,6 +215,15 @@ class ReplicasDiffer:
             rank = ranks[0] if len(ranks) == 1 else None
             text = f"the ranks hold different bits of {shortened(named)}{where}"
             yield Alert(text, self.severity, dataset, name, number, rank)
+
+
+def _usual(values: Sequence[float]) -> tuple[float, float]:
+    """Return the median of values, and how far from it they usually are; 0 if they are all equal."""
+    middle = median(values)
+    apart = [abs(value - middle) for value in values]
+    # Most are equal where values are coarse, as a loss in bfloat16 or a count.
+    others = [one for one in apart if one] if median(apart) == 0 else apart
+    return middle, _MAD * median(others) if others else 0.0
 
 
 def _own(snapshot: Snapshot, dataset: str | None, name: str) -> Iterator[tuple[int, float]]:
