@@ -13,6 +13,7 @@ from ranks import run_threads
 
 from metricfold import Metric, MetricsAggregator, MetricsCollator, merge_state_dicts
 from metricfold._core.fold.state import State
+from metricfold._core.intake.inbox import Inbox
 from metricfold._core.reduce import announced
 
 AXES = {"layer": 3, "expert": 2}
@@ -251,6 +252,18 @@ def test_cells_one_by_one_take_the_room_of_what_they_hold(monkeypatch: Any) -> N
     values, _ = aggregator.reduce().array(None, "t")
     assert values[:4, 2].tolist()[:3] == [2.0] * 3
     assert np.nansum(values) == 6.0
+
+
+def test_many_keys_are_not_folded_for_each_array_of_cells(monkeypatch: Any) -> None:
+    """Until now they were, since the array filled the room of all that waits."""
+    folds: list[int] = []
+    real = Inbox._fold
+    monkeypatch.setattr(Inbox, "_fold", lambda inbox: (folds.append(1), real(inbox))[1])
+    aggregator = made()
+    for _ in range(32):
+        aggregator.record("t", np.ones((60, 256)), "sum", axes={"layer": 60, "expert": 256})
+    assert 2 <= len(folds) <= 12
+    assert aggregator.reduce().as_dict("n") == {"n/t": 32.0 * 60 * 256}
 
 
 def test_more_lanes_than_ranks_and_checkpoints_take_are_said_and_nothing_is_lost(

@@ -172,8 +172,10 @@ def ending(name: str, way: Way, folder: Path, logged: bool) -> tuple[int | str, 
         os.kill(pid, way.signum)
         end: int | str = ALIVE
         deadline = time.monotonic() + 20
-        patience = time.monotonic() + 3
+        used, patience = 0, 0.0
         while time.monotonic() < deadline and end == ALIVE:
+            if used != (used := cpu_time(pid)) or not patience:
+                patience = time.monotonic() + 3  # it is still at something, be it slow
             code_or_none = process.poll()
             if code_or_none is not None:
                 end = code_or_none
@@ -183,6 +185,15 @@ def ending(name: str, way: Way, folder: Path, logged: bool) -> tuple[int | str, 
         if end == ALIVE:
             os.kill(pid, signal.SIGKILL)
         return end, written(path)
+
+
+def cpu_time(pid: int) -> int:
+    """Return what a process has used so far, in ticks; 0 where that is not told, or it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(fields[11]) + int(fields[12])
 
 
 NOTIFIER = """

@@ -54,7 +54,8 @@ _MOST = 4096
 """So many values pile up, or as many as there are keys if those are more: what a fold takes for each
 key is then little for each value."""
 _BATCH, _PER_ROOM = 16, 16
-"""A collated batch takes the room of so many values, and of one more for each 16 that it was made of."""
+"""A collated batch takes the room of so many values, and of one more for each 16 that it was made of;
+an array of cells that of one for each 16 of these."""
 _MOST_SHAPES = 256
 """Collated batches hold the same keys over and over; of so many sets of keys it is known where they go."""
 
@@ -302,7 +303,8 @@ class Inbox:
             targets += [slot.others] * (1 + len(column.pending))
             items += [column.state, *column.pending]
             elements = sum(one.count for one in column.pending)
-            size += 1 + (len(column.state.sums) if column.axes else int(column.state.count))
+            held = len(column.state.sums) // _PER_ROOM if column.axes else column.state.count
+            size += 1 + int(held)
             size += len(column.pending) + elements // _PER_ROOM_ON_DEVICE
         return targets, items, size
 

@@ -224,15 +224,17 @@ class Folding:
     def reduced(self, reduced: Reduced) -> Reduced:
         """Return a result of plain metrics."""
         whole, schema = self._ways[0], reduced.rows.schema
-        if self._ways[-1].source is not schema:
+        own_way = self._ways[-1]  # another thread may look at another result
+        if own_way.source is not schema:
             plain = Schema(self._known(schema)) if schema is not self.whole else self.schema
-            self._ways[1:] = [_Way(schema, plain, self._parts)]
-        interval, rows = whole.totals(reduced.interval), self._ways[-1].rows(reduced.rows)
+            own_way = _Way(schema, plain, self._parts)
+            self._ways[1:] = [own_way]
+        interval, rows = whole.totals(reduced.interval), own_way.rows(reduced.rows)
         # What is each rank's own.
         for part in self._parts:
             for view in part.views:
                 if view.by_rank and part.entry.key in schema:
-                    own, of_interval = self._ways[-1].places(view), whole.places(view)
+                    own, of_interval = own_way.places(view), whole.places(view)
                     ranks = view.ranks()[:, np.newaxis]
                     interval.sums[of_interval[0]] = rows.sums[ranks, own[0]]
                     interval.maxs[of_interval[1]] = rows.maxs[ranks, own[1]]
