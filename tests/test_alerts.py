@@ -9,6 +9,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from metricfold import (
     merge_state_dicts,
     read_jsonl,
 )
+from metricfold.sinks import RecordRefused, SinkError
 
 
 def aggregator_with(communicator: Any, *rules: Any, **settings: Any) -> MetricsAggregator:
@@ -661,6 +663,27 @@ def test_alerts_are_told_without_a_sink_too_and_no_one_may_close_from_there() ->
         logger.log(0, aggregator, prefix="train")
     assert told == ["loss is nan, on rank 0"]
     assert [alert.message for alert in logger.alerts()] == told  # also when it is closed
+
+
+def test_what_was_found_is_returned_by_the_log_after_one_that_raised() -> None:
+    class Refusing(Kept):
+        def write(self, record: Any) -> None:
+            raise RecordRefused("not this one")
+
+    aggregator = aggregator_with(None, NonFinite("*/loss"))
+    logger = MetricsLogger([Refusing()], on_sink_error="raise")
+    returned: list[Any] = []
+    for step in range(4):
+        aggregator.record("loss", math.nan if step == 1 else 1.0)
+        # The first record is refused, the second log tells all ranks of it, the third raises.
+        try:
+            returned.append([alert.step for alert in logger.log(step, aggregator, prefix="train")])
+        except SinkError:
+            returned.append("raised")
+        logger.flush()
+    with suppress(SinkError):
+        logger.close()
+    assert returned == [[], [], "raised", [1]]
 
 
 def test_a_callback_that_hangs_keeps_no_record_from_its_sink() -> None:

@@ -29,6 +29,8 @@ from metricfold import (
     MetricsCollator,
     MetricsLogger,
     MissingRanksError,
+    NonFinite,
+    Spike,
     read_jsonl,
 )
 from metricfold.communicator import LocalCommunicator
@@ -243,6 +245,24 @@ def within_contexts(rank: int) -> list[dict[str, float]]:
 def test_whatever_jax_is_told_around_the_call_changes_nothing() -> None:
     expected = (math.pi + (1 + math.pi)) / 2
     assert run_processes(within_contexts, 2) == [[expected] * 7] * 2
+
+
+def stop_by_alerts(rank: int) -> tuple[int, list[Any]]:
+    """Return the step after which a process ends its loop, and for what; process 1 has a NaN in step 3."""
+    aggregator = MetricsAggregator()
+    aggregator.alert_on(NonFinite("*/loss"), Spike("*/loss"))
+    with MetricsLogger([]) as logger:
+        for step in range(9):
+            loss = math.nan if (step, rank) == (3, 1) else 1.0
+            aggregator.record("loss", loss, dataset="web")
+            alerts = logger.log(step, aggregator, prefix="train")
+            if alerts.severe:
+                break
+    return step, [(one.step, one.rank, one.dataset) for one in alerts]
+
+
+def test_what_rules_find_ends_the_loops_of_all_processes_at_the_same_step() -> None:
+    assert run_processes(stop_by_alerts, 2) == [(4, [(3, 1, "web")])] * 2
 
 
 def train_and_log(rank: int) -> list[Any]:

@@ -90,7 +90,8 @@ class Spike:
     the others count; where all are, there is nothing to judge by.
 
     Args:
-        pattern: which metrics, as in `Snapshot.names`; of a DISTRIBUTION its mean counts.
+        pattern: which metrics, as in `Snapshot.names`; of a DISTRIBUTION its mean counts,
+            of a CATEGORICAL_COUNT the number of values.
         factor: how many deviations.
         window: how many intervals it remembers.
         least: how many it needs before it judges.
@@ -111,9 +112,8 @@ class Spike:
 
     def __call__(self, snapshot: Snapshot, memory: Memory) -> Iterator[Alert]:
         for dataset, name in snapshot.names(self.pattern):
-            results = snapshot.results(dataset, name)
-            value = results.get("", results.get("_stat_mean", math.nan))
-            if not math.isfinite(value):
+            value = snapshot.level(dataset, name)
+            if value is None or not math.isfinite(value):
                 continue
             known = memory.setdefault(f"{dataset or ''}/{name}", [])
             if len(known) >= self.least:

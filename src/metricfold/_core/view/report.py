@@ -16,7 +16,7 @@ from metricfold._core.fold.custom import Result
 from metricfold._core.fold.handlers import AggregationHandler
 from metricfold._core.fold.names import ANYTHING, Claims, printed, show
 from metricfold._core.fold.sample import FloatArray
-from metricfold._core.fold.state import COUNT, quiet
+from metricfold._core.fold.state import COUNT, ReducedState, quiet
 from metricfold._core.reduce.schema import Key
 from metricfold._core.reduce.totals import Totals
 from metricfold._core.view.cells import By, Cells, Found
@@ -94,6 +94,19 @@ class Report:
         state = self.plan.state(place, lanes)
         with quiet():
             return self.plan.handlers[place].finalize(state) if state.sums[COUNT] else {}
+
+    def level(self, key: Key) -> float | None:
+        """Return what the lanes of a key come to in the interval, as one number; None without values."""
+        lanes, place = self._of_interval, self.plan.places[key]
+        sums, maxs = (
+            tuple(values[own].tolist())
+            for values, own in zip(lanes[:2], self.plan.lanes(place), strict=True)
+        )
+        if not sums[COUNT]:
+            return None
+        with quiet():
+            state = ReducedState(sums, maxs, float(lanes.seconds[place]))
+            return self.plan.handlers[place].finalize_lanes(state).get("")
 
     def suspects(self) -> list[Key]:
         """Return the keys whose results in the interval may not be finite, or that had NaN left out."""

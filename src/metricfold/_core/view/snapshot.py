@@ -253,6 +253,17 @@ class Snapshot:
             if not entry.custom and matched("/".join(entry.key))
         ]
 
+    def level(self, dataset: str | None, name: str) -> float | None:
+        """Return what a metric comes to in the interval, as one number; None without values.
+
+        As of each rank in `per_rank`: of a DISTRIBUTION it is the mean, and no value is looked at.
+
+        Raises:
+            KeyError: there is no such metric.
+            ValueError: its handler has no lanes.
+        """
+        return self._report.level(self._key_with_lanes(dataset, name))
+
     def suspects(self, pattern: str = "*") -> list[tuple[str | None, str]]:
         """Return those of `names` that may not be finite in the interval, or had NaN left out of it.
 
