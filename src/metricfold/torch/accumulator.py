@@ -45,6 +45,7 @@ from metricfold._core.runtime.recomputation import not_given_before, recomputed
 from metricfold._core.runtime.uncompiled import uncompiled
 from metricfold.metric import AggregationType
 from metricfold.torch.folding import (
+    BLOCKS,
     IN_ORDER,
     WEIGHING,
     WITH_EXTREMA,
@@ -52,10 +53,13 @@ from metricfold.torch.folding import (
     Rows,
     Table,
     Where,
+    first_column,
     fold,
     padded,
     read,
+    read_with_axes,
     shapes,
+    shapes_with_axes,
     take_over,
 )
 from metricfold.torch.fused import FOLDS, triton_for
@@ -110,7 +114,7 @@ class AccumulatorMark:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Block:
-    """Metrics that stand together: all without axes, or those of one aggregation with the same axes.
+    """Metrics that stand together: all without axes, or one with axes.
 
     Args:
         axes: of all of them.
@@ -223,7 +227,7 @@ class DeviceAccumulator:
     device: torch.device
     tensors: tuple[Tensor, ...]
     """`Rows` of metrics without axes: plain, weighed, extrema and, if there are DISTRIBUTIONs, the grid;
-    then those of metrics with the same axes and aggregation, as far as that needs them."""
+    then those of each metric with axes, as far as it needs them."""
 
     def __init__(
         self,
@@ -541,18 +545,17 @@ class DeviceAccumulator:
         with torch.inference_mode(mode=False):
             return tuple(torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
 
-    def _standing_together(
-        self,
-    ) -> Iterator[tuple[Axes, dict[str, AggregationType], list[tuple[int, ...] | None]]]:
-        """Yield for each block its axes, the aggregations of its metrics, in order, and the shapes of its parts."""
+    def _standing_together(self) -> Iterator[tuple[list[str], Axes, list[tuple[int, ...] | None]]]:
+        """Yield for each block its metrics, in the order of their rows, their axes, and the shapes of its parts."""
         layout = self.layout
-        blocks: dict[tuple[Axes, AggregationType | None], dict[str, AggregationType]] = {}
-        for agg_type in IN_ORDER:
-            for name, one, axes in zip(layout.names, layout.types, layout.axes, strict=True):
-                if one is agg_type:
-                    blocks.setdefault((axes, agg_type if axes else None), {})[name] = one
-        for (axes, _), types in sorted(blocks.items(), key=lambda block: len(block[0][0])):
-            yield axes, types, shapes([*types.values()], layout.datasets, axes)
+        metrics = [*zip(layout.names, layout.types, layout.axes, strict=True)]
+        plain = [name for one in IN_ORDER for name, t, axes in metrics if t is one and not axes]
+        if plain:
+            sizes = shapes(len(plain), len(layout.distributions), len(layout.datasets))
+            yield plain, (), sizes
+        for name, agg_type, axes in metrics:
+            if axes:
+                yield [name], axes, shapes_with_axes(agg_type, padded(layout.datasets, axes))
 
     def _begin(self) -> None:
         self._as_copied: _AsCopied | None = None
@@ -568,21 +571,24 @@ class DeviceAccumulator:
         """Say where each metric is."""
         self._blocks: list[_Block] = []
         self._places: dict[str, _Place] = {}
+        types = dict(zip(self.layout.names, self.layout.types, strict=True))
         tensors = iter(range(len(self.tensors)))
-        for axes, types, sizes in self._standing_together():
+        for names, axes, sizes in self._standing_together():
             parts = tuple(None if size is None else next(tensors) for size in sizes)
             columns = padded(self.layout.datasets, axes)
             strides = tuple(math.prod(columns[place + 1 :]) for place in range(len(columns)))
-            column, steps = self._table.column, []
+            column = self._table.column
             if axes:
-                column = torch.tensor([1 + sum(strides)], device=self.device)
-                for axis, stride in zip(axes, strides[-len(axes) :], strict=True):
-                    steps.append(torch.arange(axis.length, device=self.device) * stride)
-            block = _Block(axes, parts, column, strides, tuple(steps))
+                column = torch.tensor([first_column(strides)], device=self.device)
+            steps = tuple(
+                torch.arange(axis.length, device=self.device) * stride
+                for axis, stride in zip(axes, strides[len(strides) - len(axes) :], strict=True)
+            )
+            block = _Block(axes, parts, column, strides, steps)
             self._blocks.append(block)
-            first = len(types) - (sizes[3][0] if sizes[3] else 0)  # DISTRIBUTIONs come last
-            for row, (name, agg_type) in enumerate(types.items()):
-                self._places[name] = _Place(row, agg_type, row - first, block)
+            first = len(names) - (0 if sizes[3] is None else sizes[3][0])  # DISTRIBUTIONs come last
+            for row, name in enumerate(names):
+                self._places[name] = _Place(row, types[name], row - first, block)
 
     def _pass_over(self, values: Mapping[str, Any]) -> None:
         """Leave out what a repeated forward gives; what its first has not given is lost, so say so."""
@@ -592,13 +598,17 @@ class DeviceAccumulator:
             _logger.warning("%s", not_given_before([_named(lost)]))
 
     def _clear(self) -> None:
-        extrema = {block.parts[2] for block in self._blocks}
-        for part, tensor in enumerate(self.tensors):
-            if part in extrema:
-                tensor[:, 0].fill_(-math.inf)
-                tensor[:, 1].fill_(math.inf)
+        for tensor in self.tensors:
+            tensor.zero_()
+        for place in self._places.values():
+            if place.block.parts[2] is None:
+                continue
+            extrema = self._part(place.block, 2)
+            if place.block.axes:
+                extrema.fill_(math.inf if place.agg_type is AggregationType.MIN else -math.inf)
             else:
-                tensor.zero_()
+                extrema[:, 0].fill_(-math.inf)
+                extrema[:, 1].fill_(math.inf)
 
     def _part(self, block: _Block, which: int) -> Tensor:
         """Return one of a block's `Rows`, which it has."""
@@ -608,10 +618,12 @@ class DeviceAccumulator:
 
     def _rows(self, start: _Place, number: int, weighs: bool) -> Rows:
         """Return the part that belongs to a number of metrics side by side, from `start` on."""
-        agg_type = start.agg_type
+        agg_type, alone = start.agg_type, bool(start.block.axes)
 
         def part(which: int, first: int) -> Tensor:
             tensor = self._part(start.block, which)
+            if alone:
+                return tensor
             return tensor[first] if number == 1 else tensor[first : first + number]
 
         return Rows(
@@ -619,6 +631,7 @@ class DeviceAccumulator:
             part(1, start.row) if weighs and agg_type in WEIGHING else None,
             part(2, start.row) if agg_type in WITH_EXTREMA else None,
             part(3, start.grid) if agg_type is AggregationType.DISTRIBUTION else None,
+            1 if alone else BLOCKS,
         )
 
     def _where(
@@ -767,13 +780,15 @@ class DeviceAccumulator:
             part.reshape(tensor.shape)
             for part, tensor in zip(np.split(flat, ends[:-1]), self.tensors, strict=True)
         ]
-        found = [
-            read(
-                [None if part is None else parts[part] for part in block.parts],
-                padded(self.layout.datasets, block.axes),
+        types = dict(zip(self.layout.names, self.layout.types, strict=True))
+        found = []
+        for block, (names, axes, _) in zip(self._blocks, self._standing_together(), strict=True):
+            own = [None if part is None else parts[part] for part in block.parts]
+            found.append(
+                read_with_axes(own, padded(self.layout.datasets, axes), types[names[0]])
+                if axes
+                else read(own)
             )
-            for block in self._blocks
-        ]
         places = [self._places[name] for name in self.layout.names]
         of_each = [(found[self._blocks.index(place.block)], place.row) for place in places]
         for name, (one, row) in zip(self.layout.names, of_each, strict=True):

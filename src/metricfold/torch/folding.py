@@ -8,14 +8,20 @@ which asks the device for a number:
     cell = column + columns · (region + 4 · block)
 
     columns   0 what does not count, then one for each dataset, with one more on either side: ids below
-              and above. Of a metric with axes one for each dataset and cell, each axis padded likewise,
-              in C order; without datasets those have no dimension
+              and above
     regions   of an aggregation: 0 integers too small for float64, 1 numbers, 2 NaN, 3 too large
               of a DISTRIBUTION: 0 -inf, 1 numbers, 2 +inf, 3 NaN
     blocks    weights that are 0 negative, 1 zero, 2 right (or none is given), 3 infinite or NaN
 
-So a column is a constant plus the sum of stride · id, an id that is the place of nothing being -1 or the
-size. Metrics of like shape, type and aggregation are folded together.
+A metric with axes has many columns, so it has but one block, and its own place in memory, of which nothing
+else is part: a compiler would copy all of it to change a part. There
+
+    columns   0 what does not count, 1 weights that are wrong, then one for each dataset and cell, in C
+              order, the datasets and each axis with one more on either side, as above; datasets that
+              nobody gives an id of have no dimension
+
+So a column is a constant plus the sum of stride · id, where an id that is the place of nothing is -1 or the
+size. Metrics without axes that have like shape, type and aggregation are folded together.
 """
 
 from __future__ import annotations
@@ -43,6 +49,7 @@ from metricfold._core.fold.axes import Axes
 from metricfold.metric import AggregationType
 
 __all__ = [
+    "BLOCKS",
     "IN_ORDER",
     "WEIGHING",
     "WITH_EXTREMA",
@@ -50,18 +57,23 @@ __all__ = [
     "Rows",
     "Table",
     "Where",
+    "first_column",
     "fold",
     "padded",
     "read",
+    "read_with_axes",
     "shapes",
+    "shapes_with_axes",
     "take_over",
 ]
 
 PLAIN, WEIGHED = 2, 4
 """Lanes of a cell: sums of x and of 1 over values without weights; and of w·x, w, 1 and w²."""
-_REGIONS, _BLOCKS = 4, 4
-_NUMBERS, _RIGHT = 1, 2
-"""The region and the block of what is as it should be."""
+_REGIONS, BLOCKS = 4, 4
+_NUMBERS, _ZERO, _RIGHT = 1, 1, 2
+"""The region of numbers, and the blocks of what is left out, and of what is as it should be."""
+_UNWEIGHABLE, _FIRST = 1, 2
+"""Of metrics with axes, the column of weights that are wrong, and the first of the others."""
 _TOO_SMALL, _NAN, _TOO_LARGE = 0, 2, 3
 _DOWN, _UP, _NAN_OF_DISTRIBUTION = 0, 2, 3
 _EXACT = 2**53
@@ -92,13 +104,20 @@ class Rows(NamedTuple):
     Of one metric they lack the first dimension: each view that is not made saves the host some time.
     The grid holds sums of w, w·u and w·u². The raw cell of a float32 is its bits but for those of the
     fraction u, as a number with a sign, from the middle of the part of its dataset on; the first part
-    is of what is in none.
+    is of what is in none. A metric with axes has only those of its extrema that it needs, shape
+    (columns,).
     """
 
     plain: Tensor  # shape (metrics, cells, PLAIN)
     weighed: Tensor | None  # shape (metrics, cells, WEIGHED)
     extrema: Tensor | None  # shape (metrics, EXTREMA, columns): the largest and the smallest x
     grid: Tensor | None  # shape (metrics, raw cells, MOMENTS)
+    blocks: int
+
+    @property
+    def width(self) -> int:
+        """How many columns there are."""
+        return self.plain.shape[-2] // (_REGIONS * self.blocks)
 
 
 def padded(datasets: Sequence[str], axes: Axes) -> tuple[int, ...]:
@@ -110,22 +129,27 @@ def padded(datasets: Sequence[str], axes: Axes) -> tuple[int, ...]:
     return tuple(size + 2 for size in (sizes[1:] if axes and datasets == ("",) else sizes))
 
 
-def shapes(
-    types: Sequence[AggregationType], datasets: Sequence[str], axes: Axes
-) -> list[tuple[int, ...] | None]:
-    """Return the shapes of `Rows` of metrics that stand together; None: they need none.
+def shapes(rows: int, distributions: int, datasets: int) -> list[tuple[int, ...] | None]:
+    """Return the shapes of `Rows` of all metrics without axes; None: they need none."""
+    columns = datasets + 3
+    cells = _REGIONS * BLOCKS * columns
+    grid = (distributions, (datasets + 1) * 2 * _HALF, MOMENTS) if distributions else None
+    return [(rows, cells, PLAIN), (rows, cells, WEIGHED), (rows, EXTREMA, columns), grid]
 
-    Metrics without axes have all but a grid, whatever they need.
-    """
-    rows, columns = len(types), 1 + math.prod(padded(datasets, axes))
-    cells = _REGIONS * _BLOCKS * columns
-    distributions = types.count(DISTRIBUTION)
-    return [
-        (rows, cells, PLAIN),
-        (rows, cells, WEIGHED) if not axes or types[0] in WEIGHING else None,
-        (rows, EXTREMA, columns) if not axes or types[0] in WITH_EXTREMA else None,
-        (distributions, (len(datasets) + 1) * 2 * _HALF, MOMENTS) if distributions else None,
-    ]
+
+def shapes_with_axes(
+    agg_type: AggregationType, sizes: tuple[int, ...]
+) -> list[tuple[int, ...] | None]:
+    """Return the shapes of `Rows` of a metric with axes, by `padded` sizes; None: it needs none."""
+    columns = _FIRST + math.prod(sizes)
+    weighed = (_REGIONS * columns, WEIGHED) if agg_type in WEIGHING else None
+    extrema = (columns,) if agg_type in WITH_EXTREMA else None
+    return [(_REGIONS * columns, PLAIN), weighed, extrema, None]
+
+
+def first_column(strides: Sequence[int]) -> int:
+    """Return the column of a metric with axes to which each id is added, times its stride."""
+    return _FIRST + sum(strides)
 
 
 class Table(NamedTuple):
@@ -248,7 +272,7 @@ def fold(
             None if weights is None else _aligned(weights, shape),
             None if block is None else _aligned(block, shape),
             columns,
-            rows.plain.shape[-2] // (_REGIONS * _BLOCKS),
+            rows,
         )
         if rows.weighed is None:
             batch.add_plain(rows.plain, sums=agg_type not in (MAX, MIN))
@@ -273,7 +297,7 @@ class _Batch:
     """The values of some metrics, and where each of them belongs.
 
     `x` and `places` have the shape (metrics, values...), or (values...) of one metric; `columns`,
-    `inside`, `weights` and `kept` broadcast with (values...). There are `width` columns.
+    `inside`, `weights` and `kept` broadcast with (values...).
     """
 
     def __init__(
@@ -284,7 +308,7 @@ class _Batch:
         weights: Tensor | None,
         block: Tensor | None,
         columns: Tensor,
-        width: int,
+        rows: Rows,
     ) -> None:
         self.table, self.agg_type, self.metrics = table, agg_type, len(values)
         self.dim = 0 if self.metrics == 1 else 1
@@ -296,14 +320,18 @@ class _Batch:
             x = x.double()
         # Of what is stored as its negative, such as the imaginary part of a conjugate, no bits are seen.
         self.x = x = x.float().resolve_neg() if agg_type is DISTRIBUTION else x
-        self.columns = columns
         self.weights = None if block is None else weights
         self.kept: Tensor | None = None if block is not None else weights
         self._inside: Tensor | None = None
-        if block is not None and agg_type in WITH_EXTREMA:
+        width, self.first = rows.width, 0
+        if rows.blocks == 1:
+            if block is not None:  # which is told by the column
+                columns = torch.where(block == _RIGHT, columns, block != _ZERO)
+        elif block is None:
+            self.first = width * _REGIONS * _RIGHT
+        elif agg_type in WITH_EXTREMA:
             self.kept = block == _RIGHT
-
-        self.first = 0 if block is not None else width * _REGIONS * _RIGHT
+        self.columns = columns
         places = self.inside if block is None else columns
         if agg_type is DISTRIBUTION:
             region = torch.bucketize(x.contiguous(), table.float32s)
@@ -317,7 +345,7 @@ class _Batch:
                 places = torch.add(places, x >= _EXACT, alpha=width * (_TOO_LARGE - _NUMBERS))
             elif x.is_floating_point():
                 places = torch.add(places, x.isnan(), alpha=width)
-        if block is not None:
+        if block is not None and rows.blocks > 1:
             places = torch.add(places, block, alpha=width * _REGIONS)
         self.places = self._flat(places, x.shape)
 
@@ -352,10 +380,13 @@ class _Batch:
     def enlarge(self, extrema: Tensor) -> None:
         """Let the first of `extrema` be at least, and the second at most, what comes in."""
         table, x, inf = self.table, self.x, math.inf
+        alone = extrema.ndim == 1
         if self.agg_type is MAX:
-            self._enlarge(extrema[..., 0, :], torch.fmax(x, table.smallest), "amax")
+            lane = extrema if alone else extrema[..., 0, :]
+            self._enlarge(lane, torch.fmax(x, table.smallest), "amax")
         elif self.agg_type is MIN:
-            self._enlarge(extrema[..., 1, :], torch.fmin(x, table.largest), "amin")
+            lane = extrema if alone else extrema[..., 1, :]
+            self._enlarge(lane, torch.fmin(x, table.largest), "amin")
         else:
             above = x.nan_to_num(nan=-inf, posinf=-inf, neginf=-inf).double()
             self._enlarge(extrema[..., 0, :], above, "amax")
@@ -442,7 +473,7 @@ def take_over(old: Sequence[Tensor], new: Sequence[Tensor], distributions: int) 
     w², +inf and -inf; the largest x and -x, likewise; and the grid, shape (distributions, 3, cells).
     """
     sums, extrema, *grids = (tensor.double() for tensor in old)
-    weighed = new[1].view(len(sums), _BLOCKS, _REGIONS, -1, WEIGHED)[..., 1:, :]
+    weighed = new[1].view(len(sums), BLOCKS, _REGIONS, -1, WEIGHED)[..., 1:, :]
     unweighable, count, nans, wx, w, w2, up, down = sums.unbind(1)
     weighed[:, 0, _NUMBERS, :, 2] = unweighable
     right, first = weighed[:, _RIGHT], len(sums) - distributions
@@ -476,16 +507,66 @@ class Found(NamedTuple):
     rounded: Array  # shape (metrics,), how many integers were
 
 
-def read(parts: Sequence[Array | None], sizes: tuple[int, ...]) -> Found:
-    """Return what `Rows` of metrics that stand together say, whose columns are of `padded` sizes."""
+def read(parts: Sequence[Array | None]) -> Found:
+    """Return what `Rows` of all metrics without axes say."""
     plain, weighed, extrema, grid = parts
     assert plain is not None
-    number, columns = len(plain), 1 + math.prod(sizes)
+    assert weighed is not None
+    assert extrema is not None
+    number = len(plain)
     # The last rows are those of DISTRIBUTIONs.
     first = number - (0 if grid is None else len(grid))
-    right, plain, weighed, refused = _right(plain, weighed, sizes)
-    sums = np.zeros((number, right.shape[-1], SUMS))
-    counts = np.zeros((number, right.shape[-1], COUNTS), np.int64)
+    # Shape (metrics, blocks, regions, columns, lanes).
+    cells = (number, BLOCKS, _REGIONS, -1)
+    plain, weighed = plain.reshape(*cells, PLAIN), weighed.reshape(*cells, WEIGHED)
+    taken = plain[..., 1] + weighed[..., 2]
+    outside, inside = [1, -1], slice(2, -1)
+    strangers = taken[:, [0, _RIGHT, 3]][..., outside].sum((1, 2, 3))
+    unweighable = taken[:, [0, 3], :, inside].sum((1, 2, 3))
+    right, plain = taken[:, _RIGHT, :, inside], plain[:, _RIGHT, :, inside]
+    sums, counts = _numbers(right, plain, weighed[:, _RIGHT, :, inside], first)
+
+    # The largest x and the largest -x; subnormals of a histogram are zeros.
+    tops = extrema[..., inside].swapaxes(1, 2) * [1.0, -1.0]
+    tops[first:][np.abs(tops[first:]) < _SMALLEST32] = 0.0
+    found = None if grid is None else _read_grid(grid).reshape(-1, MOMENTS, 1)
+    refused = np.stack([strangers, unweighable], axis=-1).astype(np.int64)
+    return Found(counts, sums, tops, found, refused, _rounded(right, first))
+
+
+def read_with_axes(
+    parts: Sequence[Array | None], sizes: tuple[int, ...], agg_type: AggregationType
+) -> Found:
+    """Return what `Rows` of a metric with axes say, whose columns are of `padded` sizes."""
+    plain, weighed, extrema, _ = parts
+    assert plain is not None
+    # Shape (regions, columns, lanes).
+    plain = plain.reshape(_REGIONS, -1, PLAIN)
+    taken = plain[..., 1]
+    columns = np.arange(_FIRST, _FIRST + math.prod(sizes)).reshape(sizes)
+    inside = columns[(slice(1, -1),) * len(sizes)].reshape(-1)
+    if weighed is not None:
+        weighed = weighed.reshape(_REGIONS, -1, WEIGHED)
+        taken = taken + weighed[..., 2]
+        weighed = weighed[np.newaxis, :, inside]
+    right = taken[np.newaxis, :, inside]
+    sums, counts = _numbers(right, plain[np.newaxis, :, inside], weighed, 1)
+    tops = np.full((1, len(inside), EXTREMA), -np.inf)
+    if extrema is not None:
+        sign, lane = (1.0, 0) if agg_type is MAX else (-1.0, 1)
+        tops[0, :, lane] = sign * extrema[inside]
+    strangers = taken[:, _FIRST:].sum() - right.sum()
+    refused = np.array([[strangers, taken[:, _UNWEIGHABLE].sum()]], np.int64)
+    return Found(counts, sums, tops, None, refused, _rounded(right, 1))
+
+
+def _numbers(right: Array, plain: Array, weighed: Array | None, first: int) -> tuple[Array, Array]:
+    """Return sums and counts of what counts: the lanes, and the number of values, of each region.
+
+    These have the shape (metrics, regions, columns, ...). From `first` on, metrics are DISTRIBUTIONs.
+    """
+    sums = np.zeros((len(right), right.shape[-1], SUMS))
+    counts = np.zeros((len(right), right.shape[-1], COUNTS), np.int64)
     counts[..., 0] = right.sum(1)
     for rows, numbers, kinds in (
         (slice(0, first), [_TOO_SMALL, _NUMBERS, _TOO_LARGE], [_NAN]),
@@ -495,47 +576,14 @@ def read(parts: Sequence[Array | None], sizes: tuple[int, ...]) -> Found:
         sums[rows] = plain[rows, numbers].sum(1)[..., [0, 1, 1]]
         if weighed is not None:
             sums[rows] += weighed[rows, numbers].sum(1)[..., [0, 1, 3]]
-    rounded = right[:, [_TOO_SMALL, _TOO_LARGE]].sum((1, 2))
+    return sums, counts
+
+
+def _rounded(right: Array, first: int) -> Array:
+    """Return how many integers float64 does not hold."""
+    rounded: Array = right[:, [_TOO_SMALL, _TOO_LARGE]].sum((1, 2))
     rounded[first:] = 0
-
-    tops = np.full((number, right.shape[-1], EXTREMA), -np.inf)
-    if extrema is not None:
-        # The largest x and the largest -x; subnormals of a histogram are zeros.
-        tops = extrema.reshape(number, EXTREMA, columns)[..., _inside(sizes)].swapaxes(1, 2)
-        tops = tops * [1.0, -1.0]
-        tops[first:][np.abs(tops[first:]) < _SMALLEST32] = 0.0
-    cells = None if grid is None else _read_grid(grid).reshape(-1, MOMENTS, 1)
-    return Found(counts, sums, tops, cells, refused, rounded)
-
-
-def _right(
-    plain: Array, weighed: Array | None, sizes: tuple[int, ...]
-) -> tuple[Array, Array, Array | None, Array]:
-    """Return what has right weights, of datasets and cells that there are, and how much there is besides.
-
-    That is the number of values of each region, shape (metrics, regions, columns), the lanes of plain and
-    of weighed ones, and how many values of each metric were refused.
-    """
-    shape = (len(plain), _BLOCKS, _REGIONS, -1)
-    plain = plain.reshape(*shape, PLAIN)
-    taken, inside = plain[..., 1], _inside(sizes)
-    if weighed is not None:
-        weighed = weighed.reshape(*shape, WEIGHED)
-        taken = taken + weighed[..., 2]
-        weighed = weighed[:, _RIGHT][:, :, inside]
-    # Padding, which weighs nothing, may have any id.
-    columns = taken.sum(2)
-    strangers = columns[:, [0, _RIGHT, 3], 1:].sum((1, 2))
-    strangers -= columns[:, [0, _RIGHT, 3]][..., inside].sum((1, 2))
-    unweighable = columns[:, [0, 3]][..., inside].sum((1, 2))
-    refused = np.stack([strangers, unweighable], axis=-1).astype(np.int64)
-    return taken[:, _RIGHT][..., inside], plain[:, _RIGHT][:, :, inside], weighed, refused
-
-
-def _inside(sizes: tuple[int, ...]) -> Array:
-    """Return the columns of datasets and cells that there are, in C order."""
-    columns = np.arange(1, 1 + math.prod(sizes)).reshape(sizes)
-    return columns[(slice(1, -1),) * len(sizes)].reshape(-1)
+    return rounded
 
 
 def _read_grid(grid: Array) -> Array:

@@ -81,7 +81,9 @@ def _kind(parts: list[Part], weights: Tensor | None, where: Where) -> Hashable:
     def of(tensor: Tensor | None) -> Hashable:
         return None if tensor is None else (tensor.ndim, tensor.dtype)
 
-    folded = tuple((part.agg_type, len(part.values), of(part.values[0])) for part in parts)
+    folded = tuple(
+        (part.agg_type, part.rows.blocks, len(part.values), of(part.values[0])) for part in parts
+    )
     along = tuple((of(ids), size, stride) for ids, size, stride in where.along)
     return folded, of(weights), of(where.datasets), along, tuple(map(of, where.last))
 
