@@ -136,7 +136,7 @@ def test_wire_vectors_come_to_what_the_states_on_the_host_come_to(case: Any, joi
     vectors = []
     for rank, state in enumerate(states):
         vector, lacking = wire.pack(
-            Outgoing({KEY: state}, {KEY: state.window()} if state.sample else {}), rank
+            Outgoing({KEY: state}, {KEY: state.sample.window()} if state.sample else {}), rank
         )
         assert not lacking
         vectors.append(vector)

@@ -244,9 +244,10 @@ class Reducer:
     def _windows_with(self, states: dict[Key, State], registry: Registry) -> dict[Key, Window]:
         windows = dict(self.windows)
         for key, state in states.items():
-            if (newer := state.window()) is not None:
+            if state.sample is not None:
                 limit = registry.handler(key).laned().sample_limit
-                windows[key] = windows.get(key, _NO_WINDOW).followed_by(newer, limit)
+                known = windows.get(key, _NO_WINDOW)
+                windows[key] = known.followed_by(state.sample.window(), limit)
         return windows
 
     def _packed(self, mine: Contribution, registry: Registry) -> tuple[FloatArray, set[Key]]:

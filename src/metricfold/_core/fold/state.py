@@ -197,10 +197,6 @@ class State:
             for part in parts:
                 self._count(part)
 
-    def window(self) -> Window | None:
-        """Return the values that are kept as they are and those before them, if any are kept."""
-        return None if self.sample is None else self.sample.window()
-
     def kept(self, part: Any = None) -> tuple[FloatArray, FloatArray | None]:
         """Return the values, with weights, that are kept here, or in the third of a `plain`."""
         part = self.plain()[2] if part is None else part

@@ -138,8 +138,8 @@ class Restored:
             for state in states
         ]
         admission = keys.check_saved(saved.run.schema.entries.values(), labels)
-        handlers = keys.by_key()
-        handlers.update((key, known.handler) for key, known in admission.new.items())
+        new = {key: known.handler for key, known in admission.new.items()}
+        handlers = {**keys.by_key(), **new}
         custom = {
             view: [_revived(state, handlers, keys) for state in states]
             for view, states in saved.custom.items()

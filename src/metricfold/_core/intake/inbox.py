@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import partial
-from itertools import chain, groupby
+from itertools import accumulate, chain, groupby
 from operator import sub
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -461,11 +461,13 @@ class Inbox:
         for shape in self._shapes.values():
             shape.spread()
         for slot in self._slots.values():
-            if slot.others or slot.lanes:
+            if slot.others or (slot.lanes and (slot.values or len(slot.lanes) > 1)):
                 state, behind = slot.folded(queued)
                 trim(state, self._keys.records[slot.key])
                 states[slot.key] = state
                 pending += behind
+            elif slot.lanes:
+                (states[slot.key],) = slot.lanes
             elif slot.values:
                 states[slot.key] = slot.fold(slot.values, None)
         folded = Layer(states, pending, [*self._waiting], [*self._accumulators])
@@ -730,10 +732,14 @@ class Shape:
         targets: of these, all together, and of what else each column may hold.
     """
 
-    __slots__ = ("_slots", "lanes", "targets")
+    __slots__ = ("_places", "lanes", "targets")
 
     def __init__(self, slots: Sequence[Slot]) -> None:
-        self._slots = slots
+        widths = (
+            [one.handler.sum_width for one in slots],
+            [one.handler.max_width for one in slots],
+        )
+        self._places = [*zip(slots, *map(_stretches, widths), strict=True)]
         self.lanes: Items = []
         self.targets = (self.lanes, *(one.others for one in slots if one.others is one.values))
 
@@ -743,12 +749,15 @@ class Shape:
             return
         all_sums, all_maxs = zip(*self.lanes, strict=True)
         with quiet():
-            sums = _rows(all_sums).sum(axis=0).tolist()
-        maxs = _rows(all_maxs).max(axis=0).tolist()
-        for slot in self._slots:
-            width, height = slot.handler.sum_width, slot.handler.max_width
-            slot.lanes += (State(tuple(sums[:width]), tuple(maxs[:height])),)
-            del sums[:width], maxs[:height]
+            sums = tuple(_rows(all_sums).sum(axis=0, initial=0.0).tolist())
+        maxs = tuple(_rows(all_maxs).max(axis=0).tolist())
+        for slot, own, tops in self._places:
+            slot.lanes += (State(sums[own], maxs[tops]),)
+
+
+def _stretches(widths: Sequence[int]) -> list[slice]:
+    ends = [*accumulate(widths, initial=0)]
+    return [*map(slice, ends, ends[1:])]
 
 
 def _rows(lanes: Sequence[bytes]) -> FloatArray:

@@ -49,7 +49,7 @@ class Admission(NamedTuple):
     claims: Claimed | None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class KeyRecord:
     """What one rank knows of a key.
 
@@ -100,6 +100,7 @@ class KeyTable:
         self.plans = Plans()
         self._claims = Claims()
         self._agreed: Schema | None = None
+        self._handled: tuple[list[object], Mapping[Key, AggregationHandler]] = [], {}
         # Thousands of keys are alike but for their names.
         self._usual: dict[tuple[int, TypeLike, str], tuple[AggregationHandler, Entry]] = {}
         # Types of agreed keys that lack a handler here, by their labels.
@@ -170,10 +171,13 @@ class KeyTable:
     def type_of_label(self, label: str) -> TypeLike:
         return self._of_label[label]
 
-    def by_key(self) -> dict[Key, AggregationHandler]:
-        """Return the handler of each key; in a loop that Python does not run."""
-        handlers = map(attrgetter("handler"), self.records.values())
-        return dict(zip(self.records, handlers, strict=True))
+    def by_key(self) -> Mapping[Key, AggregationHandler]:
+        """Return the handler of each key: the same mapping, until the records are others."""
+        records = [*self.records, *self.records.values()]
+        if records != self._handled[0]:
+            handlers = map(attrgetter("handler"), self.records.values())
+            self._handled = records, dict(zip(self.records, handlers, strict=True))
+        return self._handled[1]
 
     # -- Taking columns in
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
-from operator import is_
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -80,7 +79,7 @@ class Plan:
     """
 
     def __init__(self, schema: Schema, handlers: Mapping[Key, AggregationHandler]) -> None:
-        self.schema = schema
+        self.schema, self._handled = schema, handlers
         self.checked: set[str] = set()
         self._views: dict[str, Views] = {}
         self.entries = [entry for entry in schema if not entry.custom]
@@ -144,7 +143,7 @@ class Plan:
 
     def fits(self, handlers: Mapping[Key, AggregationHandler]) -> bool:
         """Return whether these are still the handlers, and are asked at once if they were."""
-        return all(map(is_, map(handlers.get, self.places), self.handlers)) and all(
+        return handlers is self._handled and all(
             (folds_as(block.handler) is None) == (block.results is None) for block in self._blocks
         )
 
