@@ -353,3 +353,30 @@ def test_an_interval_of_many_ranks_is_exact_without_a_window_size_too() -> None:
     values = np.concatenate([np.random.default_rng(r).lognormal(5, 1, 400) for r in range(4)])
     found = [statistic(logged, suffix) for suffix in SUFFIXES]
     assert found == pytest.approx(np.percentile(values, PERCENTILES).tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("per_rank", [8, 16, 1024])
+def test_windows_that_ranks_have_filled_are_what_each_view_of_them_says(per_rank: int) -> None:
+    def live(communicator: Communicator) -> None:
+        aggregator = MetricsAggregator(dist_window_size=per_rank, communicator=communicator)
+        for dataset in ("a", "b"):
+            mine = np.random.default_rng((communicator.rank, ord(dataset))).normal(size=per_rank)
+            aggregator.record("x", mine, "distribution", dataset=dataset, each=True)
+        snapshot = aggregator.reduce()
+        both = [
+            np.random.default_rng((rank, ord(dataset))).normal(size=per_rank)
+            for dataset in ("a", "b")
+            for rank in range(3)
+        ]
+        found = snapshot.as_dict("train", rollup=True)
+        for which, values in (("train_a", both[:3]), ("train_b", both[3:]), ("train", both)):
+            quantiles = np.quantile(np.concatenate(values), (0.05, 0.5, 0.95))
+            assert [found[f"{which}/x_stat_p{one}"] for one in ("05", "50", "95")] == [*quantiles]
+            assert found[f"{which}/x_stat_mean"] == pytest.approx(np.mean(values), rel=1e-12)
+            assert found[f"{which}/x_stat_std"] == pytest.approx(np.std(values, ddof=1), rel=1e-12)
+        drawn = snapshot.histogram("a", "x")
+        assert drawn.counts.sum() == 3 * per_rank
+        assert drawn.total == pytest.approx(np.sum(both[:3]), rel=1e-9)
+        assert aggregator.state_dict()
+
+    run_threads(live, 3)

@@ -304,9 +304,9 @@ class DistributionAggHandler(LaneHandler):
         full = [place for place, pool in enumerate(states.pools) if pool.count]
         if full:
             found = Pools.of([states.pools[place] for place in full], self.percentiles)
-            for column, statistic in enumerate(table.values()):
-                values[full, column] = statistic.of(found)
-                there[full, column] = found.count >= statistic.least
+            least = [one.least for one in table.values()]
+            values[full, :-2] = np.stack([one.of(found) for one in table.values()], axis=1)
+            there[full, :-2] = found.count[:, np.newaxis] >= least
         return values, there
 
 

@@ -59,7 +59,8 @@ def histogram_from(state: Mapping[str, Any]) -> LogLinearHistogram:
 class Pool:
     """Finite values of positive weight: all of them exact, or all in a histogram.
 
-    Weights are None if all are 1; a histogram is settled, so that several threads may read it.
+    Values may have the shape in which they came from the ranks. Weights are None if all are 1; a
+    histogram is settled, so that several threads may read it.
     """
 
     values: FloatArray = field(default_factory=lambda: _NOTHING)
@@ -196,7 +197,7 @@ def _moments(values: FloatArray, weights: FloatArray | None) -> tuple[float, flo
     # Scale to 1, by a power of two so that nothing is rounded: squares of huge values stay finite.
     scale = math.ldexp(1.0, min(math.frexp(float(np.abs(values).max()))[1], 1023))
     scaled = values / scale
-    weights = np.ones(values.size) if weights is None else weights / weights.max()
+    weights = np.ones(values.shape) if weights is None else weights / weights.max()
     total = weights.sum()
     mean = (weights * scaled).sum() / total
     freedom = total - (weights**2).sum() / total
@@ -207,7 +208,7 @@ def _moments(values: FloatArray, weights: FloatArray | None) -> tuple[float, flo
 def _drawn(values: FloatArray, weights: FloatArray | None) -> Histogram:
     low, high = float(values.min()), float(values.max())
     edges = _edges(low, high)
-    ones = np.ones(values.size) if weights is None else weights
+    ones = np.ones(values.shape) if weights is None else weights
     counts = np.histogram(values, edges, weights=ones)[0]
     with np.errstate(over="ignore", invalid="ignore"):
         total, squares = (values * ones).sum(), (values * values * ones).sum()

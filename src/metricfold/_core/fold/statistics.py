@@ -9,6 +9,7 @@ greatest, the mean, the deviation and the percentiles of each pool stand in arra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,9 +20,9 @@ import numpy.typing as npt
 
 from metricfold._core.fold.sample import FloatArray, Pool
 
-_AT_ONCE = 1 << 16
-"""So many values of pools of equal size at once: they stay in the cache, and take little memory."""
-_MANY = 1_500
+_AT_ONCE = 1 << 17
+"""So many values of pools of equal size at once: fewer take more calls, and more of them memory."""
+_MANY = 750
 """Values from which on those alone are sorted that share a cell with what is asked for."""
 
 
@@ -80,24 +81,24 @@ class Pools:
         q = np.array(percentiles) / 100.0
         count, low, high, mean, deviation = np.empty((5, len(pools)))
         found = cls(count, low, high, mean, deviation, np.empty((len(pools), q.size)))
-        alike: dict[int, list[int]] = {}
+        alike: dict[tuple[int, ...], list[int]] = {}
         for place, pool in enumerate(pools):
             if pool.histogram is None and pool.weights is None:
-                alike.setdefault(pool.values.size, []).append(place)
+                alike.setdefault(pool.values.shape, []).append(place)
                 continue
             count[place] = pool.count
             low[place], high[place], mean[place], deviation[place], found.percentiles[place] = (
                 pool.summary(q)
             )
-        for size, places in alike.items():
-            count[places] = size
+        for shape, places in alike.items():
+            count[places] = size = math.prod(shape)
             step = min(max(_AT_ONCE // size, 1), len(places))
             # Memory that is taken once is also in the cache.
             room = np.empty((2, step, size))
             for first in range(0, len(places), step):
                 some = places[first : first + step]
                 values, scratch = room[:, : len(some)]
-                np.stack([pools[place].values for place in some], out=values)
+                np.stack([pools[one].values for one in some], out=values.reshape(-1, *shape))
                 low[some], high[some] = extremes = values.min(axis=1), values.max(axis=1)
                 mean[some], deviation[some] = _moments(values, *extremes, scratch)
                 if q.size:
@@ -118,13 +119,13 @@ def _moments(
 ) -> tuple[FloatArray, FloatArray]:
     """Return mean and sample standard deviation of each row."""
     # Scale to 1, by a power of two so that nothing is rounded: squares of huge values stay finite.
-    scale = np.ldexp(1.0, np.minimum(np.frexp(np.maximum(-low, high))[1], 1023))
-    scaled = np.divide(values, scale[:, np.newaxis], out=scratch)
+    power = np.clip(np.frexp(np.maximum(-low, high))[1], -1021, 1023)
+    scaled = np.multiply(values, np.ldexp(1.0, -power)[:, np.newaxis], out=scratch)
     mean = scaled.mean(axis=1)
     scaled -= mean[:, np.newaxis]
     np.multiply(scaled, scaled, out=scaled)
     square = scaled.sum(axis=1) / max(values.shape[1] - 1, 1)
-    return mean * scale, np.sqrt(square) * scale
+    return np.ldexp(mean, power), np.ldexp(np.sqrt(square), power)
 
 
 def _quantiles(
@@ -158,7 +159,7 @@ def _order_statistics(
     Only those are sorted that share one of many cells with a rank that is asked for.
     """
     count, size = values.shape
-    bits = size.bit_length() - 2
+    bits = size.bit_length() - 3
     # One cell at each end is for what rounding puts there. The cells of a row follow the last one's.
     width = (1 << bits) + 2
     cells = _cells(values, low, high, scratch, bits)
@@ -168,19 +169,20 @@ def _order_statistics(
     inside = np.bincount(cells.ravel(), minlength=count * width)
     through = inside.cumsum()
     asked = (np.arange(count) * size)[:, np.newaxis] + ranks
-    where = through.searchsorted(asked.ravel(), side="right").reshape(asked.shape)
+    where = through.searchsorted(asked, side="right")
     wanted = np.zeros(inside.size, dtype=np.bool_)
     wanted[where] = True
     some = values[wanted[cells]]
     inside[~wanted] = 0
     taken = inside.cumsum()
-    ends = taken[width - 1 :: width]
-    starts = np.append(0, ends[:-1])
+    ends = taken[width - 1 :: width, np.newaxis]
+    sizes = np.diff(ends, axis=0, prepend=0)
     # As many are not taken below a rank's cell as are taken less there.
-    places = asked - through[where] + taken[where] - starts[:, np.newaxis]
-    found = np.empty(asked.shape)
-    for i, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
-        found[i] = np.partition(some[start:end], places[i])[places[i]]
+    places = asked - through[where] + taken[where] - (ends - sizes)
+    beside = np.full((count, sizes.max()), np.inf)
+    beside[np.arange(beside.shape[1]) < sizes] = some
+    beside.sort(axis=1)
+    found: FloatArray = np.take_along_axis(beside, places, axis=1)
     return found
 
 
@@ -194,12 +196,12 @@ def _cells(
     cells = scratch.view(np.int64)
     if (low >= 0.0).all():
         # The bits of positive floats are in order, and as fine as the values are; -0 is 0.
-        np.add(values, 0.0, out=scratch)
+        bits_of = (values if (low > 0.0).all() else np.add(values, 0.0, out=scratch)).view(np.int64)
         least, most = (low + 0.0).view(np.int64), high.view(np.int64)
         shift = np.maximum(np.frexp((most - least).astype(np.float64))[1] - bits, 0).astype(
             np.int64
         )
-        cells >>= shift[:, np.newaxis]
+        np.right_shift(bits_of, shift[:, np.newaxis], out=cells)
         cells -= (least >> shift)[:, np.newaxis]
         return cells
     # Of both signs most bits lie unused around 0: cut the range into equal parts.

@@ -163,8 +163,8 @@ class Windows(Values):
             windows = self.windows(rows, key)
             return Pool.joined([w.interval() if of_interval else w.recent() for w in windows])
         places, which = rows[:, self._places[key]], _FRESH if of_interval else _SIZE
-        if (places[:, which] == entry.capacity).all():
-            return Pool(places[:, _COUNTS:].ravel())
+        if entry.bounded and (places[:, which] == entry.capacity).all():
+            return Pool(places[:, _COUNTS:])
         ends = _COUNTS + places[:, _SIZE].astype(np.intp)
         starts = ends - places[:, which].astype(np.intp)
         slices = map(slice, starts.tolist(), ends.tolist())

@@ -47,7 +47,7 @@ def concatenated(
     """Return all values, and their weights if any part has some."""
     if len(parts) < 2:
         return parts[0] if parts else (np.empty(0), None)
-    values = np.concatenate([values for values, _ in parts])
+    values = np.concatenate([values for values, _ in parts], axis=None)
     if all(weights is None for _, weights in parts):
         return values, None
     weighing = [np.ones(v.size) if w is None else w for v, w in parts]

@@ -28,7 +28,7 @@ __all__ = ["Found", "Lanes", "Plan"]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 _NO_VALUES = Pool()
-_SAMPLES = 16
+_SAMPLES = 64
 """Distributions of a block: the values of so many are put side by side at a time."""
 _SQUARED = 1e150
 """The square of what is below, and the sum of many such squares, is finite."""
