@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,15 @@ def test_nan_on_one_rank_is_found_on_all_with_dataset_and_rank(world_size: int, 
     assert math.isnan(alert.value or 0.0)
     # On a tree no rank's own values are known.
     assert alert.rank == (world_size - 1 if route == "gather" or world_size == 1 else None)
+
+
+def test_all_ranks_that_have_it_are_named() -> None:
+    def rank(communicator: Any) -> list[tuple[str, int | None]]:
+        aggregator = aggregator_with(communicator, NonFinite("*/loss"))
+        aggregator.record("loss", math.nan if communicator.rank in (1, 2) else 1.0)
+        return [(alert.message, alert.rank) for alert in aggregator.reduce().alerts]
+
+    assert run_threads(rank, 4) == [[("loss is nan, on ranks 1-2", 1)]] * 4
 
 
 def test_a_pattern_means_metrics_without_a_dataset_too() -> None:
@@ -133,22 +142,30 @@ def test_the_rank_that_has_the_spike_is_named() -> None:
     assert run_threads(rank, 4) == [[(30, 2)]] * 4
 
 
+def watched(communicator: Any, steps: range, state: Any) -> tuple[list[Any], Any]:
+    aggregator = aggregator_with(communicator, Spike("*/loss"), NonFinite("*/loss"))
+    if state is not None:
+        aggregator.load_state_dict(json.loads(json.dumps(state)))
+    found = []
+    for step in steps:
+        aggregator.record("loss", spiky(step), dataset="web")
+        alerts = aggregator.reduce(step).alerts
+        found += [(alert.step, alert.rule, alert.message.split(", most")[0]) for alert in alerts]
+    return found, aggregator.state_dict()
+
+
+@cache
+def before() -> tuple[list[Any], list[Any], Any]:
+    """Return what two ranks find in all steps, and in the first, and their state then."""
+    (whole, _), *_ = run_threads(lambda c: watched(c, range(300), None), 2)
+    (first, state), *_ = run_threads(lambda c: watched(c, range(103), None), 2)
+    return whole, first, state
+
+
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_verdicts_after_a_resume_on_other_ranks_are_the_same(after: int) -> None:
-    def train(communicator: Any, steps: range, state: Any) -> tuple[list[Any], Any]:
-        aggregator = aggregator_with(communicator, Spike("*/loss"), NonFinite("*/loss"))
-        if state is not None:
-            aggregator.load_state_dict(json.loads(json.dumps(state)))
-        found = []
-        for step in steps:
-            aggregator.record("loss", spiky(step), dataset="web")
-            alerts = aggregator.reduce(step).alerts
-            found += [(alert.step, alert.rule, alert.message.split(", on")[0]) for alert in alerts]
-        return found, aggregator.state_dict()
-
-    (whole, _), *_ = run_threads(lambda c: train(c, range(300), None), 2)
-    (first, state), *_ = run_threads(lambda c: train(c, range(103), None), 2)
-    (second, _), *_ = run_threads(lambda c: train(c, range(103, 300), state), after)
+    whole, first, state = before()
+    (second, _), *_ = run_threads(lambda c: watched(c, range(103, 300), state), after)
     assert first + second == whole
     assert {step for step, *_ in whole} == SPIKES
 
@@ -469,6 +486,20 @@ def test_a_rule_that_ends_the_program_ends_no_reduction(caplog: pytest.LogCaptur
     assert [alert.message for alert in snapshot.alerts] == ["before"]
     assert snapshot.as_dict("train") == {"train/loss": 1.0}
     assert "SystemExit" in caplog.text
+
+
+@pytest.mark.parametrize("call", ["reduce", "reduce_async", "state_dict", "reset"])
+def test_a_rule_that_would_wait_for_its_own_reduction_is_told_so(
+    call: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def rule(snapshot: Snapshot, memory: dict[str, Any]) -> None:
+        getattr(aggregator, call)()
+
+    aggregator = aggregator_with(None, rule)
+    aggregator.record("loss", 1.0)
+    assert aggregator.reduce_async(0).result(20).as_dict("train") == {"train/loss": 1.0}
+    assert f"{call}() was called by a rule" in caplog.text
+    aggregator.state_dict()
 
 
 def test_a_rule_remembers_plain_data_of_all_kinds_nan_too() -> None:

@@ -581,6 +581,11 @@ class MetricsAggregator:
         with self._held.lock:
             self._held.rules.add(rules, local=local)
 
+    def _check_call(self, name: str) -> None:
+        """Refuse a call that all ranks make where it cannot be."""
+        refuse_while_traced(name)
+        self._held.rules.refuse_within(name)
+
     # -- Results
 
     def reduce(self, step: int | None = None) -> Snapshot:
@@ -596,7 +601,7 @@ class MetricsAggregator:
                 raised on all alike, and nothing is lost.
             ValueError: ranks hold one key with different types; raised on all, once.
         """
-        refuse_while_traced("reduce")
+        self._check_call("reduce")
         return self._link.run(Reduction(self._held, Kind.REDUCE, step))
 
     def reduce_async(
@@ -612,7 +617,7 @@ class MetricsAggregator:
             step: as in `reduce`.
             sink_failed: what `Snapshot.sink_failed` is to be on all ranks; a `MetricsLogger`'s.
         """
-        refuse_while_traced("reduce_async")
+        self._check_call("reduce_async")
         return self._link.start(Reduction(self._held, Kind.REDUCE, step, sink_failed=sink_failed))
 
     def get_metrics_for_logging(
@@ -646,7 +651,7 @@ class MetricsAggregator:
             next log speaks about what came in before the save too.
         """
         if sync:
-            refuse_while_traced("state_dict")
+            self._check_call("state_dict")
             with self._link.alone():
                 self._link.run(Reduction(self._held, Kind.STATE_DICT, None))
                 return self._saved()
@@ -669,6 +674,7 @@ class MetricsAggregator:
             ValueError: the state is foreign, newer, truncated or damaged, or holds a metric whose
                 handler is not registered; then nothing has changed.
         """
+        self._held.rules.refuse_within("load_state_dict")
         saved = decode(state_dict)
         with self._link.alone(), self._held.lock:
             self._link.check_replaceable()
@@ -678,7 +684,7 @@ class MetricsAggregator:
 
     def reset(self) -> None:
         """Forget every value; call it on every rank. Keys keep their aggregation types."""
-        refuse_while_traced("reset")
+        self._check_call("reset")
         with self._link.alone(), self._held.lock, self._link.replacing():
             self._held.begin_anew(None)
 

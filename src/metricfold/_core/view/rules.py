@@ -91,6 +91,7 @@ class Rules:
         # What the other ranks have yet to hear of, and whether it has had to wait: a reduction tells
         # of one finding, the most urgent of all ranks.
         self._untold: dict[_Finding, bool] = {}
+        self._thread: int | None = None  # that runs a rule
         self.lock = threading.RLock()
 
     def add(self, rules: Iterable[Rule], *, local: bool) -> None:
@@ -170,6 +171,7 @@ class Rules:
         """Return what a rule finds; what it had found before it failed counts."""
         alerts: list[Alert] = []
         try:
+            self._thread = threading.get_ident()
             found = rule(snapshot, self._memories.setdefault(name, {}))
             some = [found] if isinstance(found, Alert | str) else found
             for one in () if some is None else some:
@@ -180,7 +182,17 @@ class Rules:
             if name not in self._failed:
                 self._failed.add(name)
                 _log.warning("the rule %s failed, and says no more: %r", name, error)
+        finally:
+            self._thread = None
         return alerts
+
+    def refuse_within(self, call: str) -> None:
+        """Raise RuntimeError in a rule, which would wait for the reduction that runs it."""
+        if self._thread == threading.get_ident():
+            raise RuntimeError(
+                f"{call}() was called by a rule, within a reduction: a rule has the snapshot, and "
+                "state_dict(sync=False)"
+            )
 
     def _heard(self, chosen: Chosen, heard: float, rank: int) -> Iterator[Alert]:
         """Yield what a local rule has found on whatever rank; all others wait for the next time."""
