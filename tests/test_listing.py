@@ -76,7 +76,7 @@ def test_a_shell_completes_public_names_of_accumulators() -> None:
     from metricfold.torch import DeviceAccumulator
 
     acc = DeviceAccumulator({"loss": "mean"})
-    public = {"update", "update_all", "token_loss", "mark", "rollback", "empty", "device"}
+    public = {"update", "update_all", "at", "token_loss", "mark", "rollback", "empty", "device"}
     assert completed(acc) == public
     assert completed(acc.mark()) == set()
     assert "tensor(" not in repr(acc.mark())
@@ -89,7 +89,7 @@ def test_a_shell_completes_public_names_of_accumulators_of_jax() -> None:
     from metricfold.jax import DeviceAccumulator
 
     acc = DeviceAccumulator({"loss": "mean"})
-    assert completed(acc) == {"update", "update_all", "merge", "reduce", "empty", "from_0_1"}
+    assert completed(acc) == {"update", "update_all", "at", "merge", "reduce", "empty", "from_0_1"}
 
 
 def test_a_shell_completes_public_names_of_callbacks() -> None:

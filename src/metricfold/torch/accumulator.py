@@ -321,6 +321,7 @@ class DeviceAccumulator:
         Raises:
             ValueError: there is no such metric, axis or cell.
 
+        >>> from metricfold import MetricsAggregator
         >>> acc = DeviceAccumulator({"tokens": ("sum", "layer", "expert")}, axes={"layer": 2, "expert": 4})
         >>> layer = acc.at("tokens", layer=1)
         >>> layer.update(torch.ones(3), ids={"expert": torch.tensor([0, 3, 3])})
