@@ -215,7 +215,10 @@ _COMPLAINTS: dict[Field, tuple[str, Callable[[float], str], str]] = {
     Field.RULES: (
         "the ranks look for different alerts",
         lambda number: f"with rules {int(number):x}" if number else "without a rule",
-        "Nothing was reduced and nothing is lost; call alert_on() alike on every rank",
+        (
+            "Nothing was reduced and nothing is lost; call alert_on() alike on every rank: the same rules "
+            "with the same settings, and functions of the same name"
+        ),
     ),
 }
 
