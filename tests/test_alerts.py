@@ -502,6 +502,16 @@ def test_a_rule_that_would_wait_for_its_own_reduction_is_told_so(
     aggregator.state_dict()
 
 
+def test_what_is_found_everywhere_is_told_of_some_and_counted() -> None:
+    aggregator = aggregator_with(None, NonFinite("*"))
+    for number in range(60):
+        aggregator.record(f"norm {number:02}", math.nan)
+    alerts = aggregator.reduce().alerts
+    assert [alert.name for alert in alerts[:50]] == [f"norm {number:02}" for number in range(50)]
+    assert [alert.message for alert in alerts[50:]] == [f"{NonFinite('*')!r} has found 10 more"]
+    assert len(alerts.severe) == 51
+
+
 def test_a_rule_remembers_plain_data_of_all_kinds_nan_too() -> None:
     def keeping(snapshot: Snapshot, memory: dict[str, Any]) -> None:
         memory["last"], memory[3], memory["pair"] = math.nan, (1, 2), deque([1.0], 5)

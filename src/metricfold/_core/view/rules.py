@@ -31,6 +31,8 @@ _log = logging.getLogger("metricfold")
 _RANKS = 2**26
 """More ranks than there are; a number of the header says which rule has found something, and where."""
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_MOST = 50
+"""So many alerts of one rule are told one by one."""
 _PATIENCE = 3
 """A pattern that has matched nothing in so many intervals is likely misspelled."""
 
@@ -184,7 +186,14 @@ class Rules:
                 _log.warning("the rule %s failed, and says no more: %r", name, error)
         finally:
             self._thread = None
-        return alerts
+        if len(alerts) <= _MOST:
+            return alerts
+        # Where all is NaN, a backend that takes each alert by itself would have thousands at each log.
+        rest = Alerts(alerts[_MOST:])
+        return [
+            *alerts[:_MOST],
+            Alert(f"{name} has found {len(rest)} more", "severe" if rest.severe else "warning"),
+        ]
 
     def refuse_within(self, call: str) -> None:
         """Raise RuntimeError in a rule, which would wait for the reduction that runs it."""
