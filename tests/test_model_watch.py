@@ -11,6 +11,9 @@ import pytest
 import torch
 from ranks import preload, run_ranks
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 from watched_trainings import LAYOUTS, all_layouts
 
 from metricfold import MetricsAggregator
@@ -225,6 +228,120 @@ def test_activations_are_looked_at_when_due_and_in_training() -> None:
     }
     octaves, _ = snapshot.array(None, "activation/octaves", by=("module",))
     assert octaves[0] == float((y != 0).sum())
+
+
+class Checkpointed(nn.Module):
+    """Two blocks whose forward runs a second time in the backward pass, unless `reentrant` is None."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(2))
+        self.reentrant = reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            again = self.reentrant
+            x = block(x) if again is None else checkpoint(block, x, use_reentrant=again)
+        return x
+
+
+@pytest.fixture(scope="module")
+def eager() -> list[list[float]]:
+    return activations_of(None, None)[0]
+
+
+def activations_of(
+    reentrant: bool | None, backend: str | None
+) -> tuple[list[list[float]], int, int]:
+    """Return what two of four steps report, how many graphs there are, and how many breaks."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = Checkpointed(reentrant)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    aggregator = MetricsAggregator()
+    watch = ModelWatch(model, optimizer, every=2, activations="*.1", octaves=True)
+    graphs = CompileCounterWithBackend(backend) if backend else None
+    forward = torch.compile(model, backend=graphs, fullgraph=True) if graphs else model
+    found = []
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    for step in range(4):
+        forward(x).pow(2).sum().backward()
+        optimizer.step()
+        aggregator.drain(watch)
+        snapshot = aggregator.reduce()
+        assert snapshot.empty == (step % 2 == 0)
+        if not snapshot.empty:
+            values = snapshot.array(None, "activation/rms")[0].tolist()
+            values += snapshot.array(None, "activation/octaves", by=("module",))[0].tolist()
+            found.append(values)
+    return found, graphs.frame_count if graphs else 0, sum(counters["graph_break"].values())
+
+
+@pytest.mark.parametrize(
+    ("reentrant", "backend"),
+    [(None, None), (False, None), (True, None), (None, "aot_eager"), (False, "aot_eager")],
+)
+def test_a_forward_that_is_repeated_or_compiled_counts_once(
+    eager: list[list[float]], reentrant: bool | None, backend: str | None
+) -> None:
+    found, graphs, breaks = activations_of(reentrant, backend)
+    np.testing.assert_allclose(found, eager, rtol=1e-6)
+    # One for the steps that are due, one without anything of it for the others.
+    assert (graphs, breaks) == ((2, 0) if backend else (0, 0))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_a_compiled_optimizer_has_no_graph_more() -> None:
+    graphs, norms = [], []
+    for watched_too in (False, True):
+        torch._dynamo.reset()
+        model = Checkpointed(None)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        aggregator = MetricsAggregator()
+        watch = ModelWatch(model, optimizer, every=2, updates=True) if watched_too else None
+        counted = CompileCounterWithBackend("aot_eager")
+        step = torch.compile(optimizer.step, backend=counted)
+        for _ in range(4):
+            model(torch.ones(2, 6)).sum().backward()
+            wanted = torch.nn.utils.get_total_norm(
+                [one.grad for one in model.parameters() if one.grad is not None]
+            )
+            step()
+            optimizer.zero_grad(set_to_none=False)
+            if watch is not None:
+                aggregator.drain(watch)
+                snapshot = aggregator.reduce()
+                found = None if snapshot.empty else snapshot.value(None, "grad/norm")
+                norms.append((found, float(wanted)))
+        graphs.append(counted.frame_count)
+    assert graphs[0] == graphs[1]
+    assert [found is None for found, _ in norms] == [True, False] * 2
+    for found, wanted in norms[1::2]:
+        assert found == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_compiled_code_reports_the_same() -> None:
+    arrays = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = Checkpointed(None)
+        watch = ModelWatch(model, activations="*.1", octaves=True, compiled=compiled)
+        aggregator = MetricsAggregator()
+        forward = torch.compile(model) if compiled else model
+        with torch.no_grad():
+            forward(torch.linspace(-1, 1, 12).reshape(2, 6))
+        for place, one in enumerate(model.parameters()):
+            one.grad = torch.linspace(-1, 2.0**place, one.numel()).reshape(one.shape)
+        watch.grads()
+        aggregator.drain(watch)
+        snapshot = aggregator.reduce()
+        names = [name for _, name in snapshot.names()]
+        arrays.append({name: snapshot.array(None, name)[0] for name in names})
+    assert len(arrays[0]) == 12
+    for name, found in arrays[0].items():
+        np.testing.assert_allclose(arrays[1][name], found, rtol=1e-6, err_msg=name)
 
 
 def test_copies_and_pickles_of_a_watched_model_run_by_themselves() -> None:

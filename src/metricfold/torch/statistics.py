@@ -265,7 +265,8 @@ def add_of_one(state: Tensor, row: int, x: Tensor, counts: Tensor | None = None)
     top = state[row, SQUARES + 1 : SQUARES + 2]
     top.copy_(torch.maximum(top, largest.to(state.device)))
     if state.shape[1] > SQUARES + 2:
-        octave = (torch.frexp(y)[1] + (64 - 1)).clamp(0, OCTAVES - 1).long().reshape(-1)
+        exponent = (y.reshape(-1).view(torch.int64) >> 52) & 2047  # the sign is the bit above
+        octave = (exponent - (1023 - 64)).clamp(0, OCTAVES - 1)
         cells = torch.zeros(OCTAVES, dtype=torch.float64, device=x.device)
         cells.index_add_(0, octave, counted.double().reshape(-1))
         state[row, SQUARES + 2 :].add_(cells.to(state.device))
