@@ -33,6 +33,7 @@ SUBJECTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "log": {"bare all_reduce": ()},
     "sketches": {},
     "waits": {},
+    "watch": {},
     "on_jax": {"an nnx Average": _JAX, "a bare lax.psum": _JAX},
     "peers": {
         "bare all_reduce": (),

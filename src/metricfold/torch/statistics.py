@@ -50,14 +50,14 @@ class Group(NamedTuple):
     """Tensors, or parts of long ones, that fill one buffer.
 
     Args:
-        pieces: which elements of which tensors: place, first, end.
+        pieces: which elements of which tensors: place, and the part, or None for all.
         views: where each goes in the buffer.
         buffer: shape (blocks, 256), float32; of what lies in it nothing stays there.
         rows: of each block, shape (blocks,).
         starts: which element of its tensor a block begins with, shape (blocks,).
     """
 
-    pieces: Sequence[tuple[int, int, int]]
+    pieces: Sequence[tuple[int, slice | None]]
     views: list[Tensor]
     buffer: Tensor
     rows: Tensor
@@ -68,7 +68,9 @@ class Group(NamedTuple):
         self.buffer.zero_()
         same = dtype == torch.float32
         views = self.views if same else [one.view(dtype) for one in self.views]
-        torch._foreach_copy_(views, [flat[at][first:end] for at, first, end in self.pieces])
+        torch._foreach_copy_(
+            views, [flat[at] if part is None else flat[at][part] for at, part in self.pieces]
+        )
 
 
 class Grouped(NamedTuple):
@@ -128,18 +130,19 @@ class Scratch:
         blocks = most if len(cut) > 1 else most - room if cut else 0
         known = torch.zeros(number, SQUARES + 1, dtype=torch.float64)
         with torch.inference_mode(mode=False):
-            groups = [self._group(rows, pieces, blocks, known, device) for pieces in cut]
+            buffer = self.buffer(device, blocks)
+            groups = [self._group(rows, sizes, pieces, buffer, known) for pieces in cut]
             return Grouped((*rows, *sizes), groups, known.to(device))
 
     def _group(
         self,
         rows: Sequence[int],
+        sizes: Sequence[int],
         pieces: Sequence[tuple[int, int, int]],
-        blocks: int,
+        buffer: Tensor,
         known: Tensor,
-        device: torch.device,
     ) -> Group:
-        buffer, views, at = self.buffer(device, blocks), [], 0
+        blocks, device, views, at = len(buffer), buffer.device, [], 0
         of_blocks, starts = torch.zeros(2, blocks, dtype=torch.int64)
         for place, first, end in pieces:
             views.append(buffer.view(-1)[at * BLOCK : at * BLOCK + end - first])
@@ -151,7 +154,11 @@ class Scratch:
             known[row, FINITE] += end - first
             known[row, ZEROS] -= height * BLOCK - (end - first)
         known[0, ZEROS] -= (blocks - at) * BLOCK
-        return Group(pieces, views, buffer, of_blocks.to(device), starts.to(device))
+        parts = [
+            (place, None if end - first == sizes[place] else slice(first, end))
+            for place, first, end in pieces
+        ]
+        return Group(parts, views, buffer, of_blocks.to(device), starts.to(device))
 
 
 class Statistics:
@@ -213,8 +220,8 @@ class Statistics:
                 self._add_wide(rows[place], tensors[place], scale)
             narrow = sorted({*range(len(tensors))} - {*wide})
             rows, tensors = [rows[place] for place in narrow], [tensors[place] for place in narrow]
-        flat = [one.detach().reshape(-1) for one in tensors]
-        grouped = self._in_groups(rows, [len(one) for one in flat])
+        flat = [one if one.dim() == 1 else one.reshape(-1) for one in tensors]
+        grouped = self._in_groups(rows, [one.numel() for one in flat])
         for group in grouped.groups:
             group.fill(flat)
             if scale is not None:

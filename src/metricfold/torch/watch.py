@@ -28,7 +28,7 @@ from metricfold._core.fold.elements import EVERY_ELEMENT, checksum_lanes
 from metricfold._core.fold.names import Key
 from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import COUNT, State
-from metricfold._core.runtime.imported import is_of
+from metricfold._core.runtime.imported import is_of, kinds
 from metricfold._core.runtime.listing import internal, shortened
 from metricfold._core.runtime.uncompiled import uncompiled
 from metricfold.metric import AggregationType, TypeLike, check_name
@@ -87,9 +87,8 @@ class Part(NamedTuple):
     place: int = 0
     of: int = 1
 
-    def take(self, tensor: Tensor) -> Tensor:
-        flat: Tensor = (tensor.to_local() if of_mesh(tensor) else tensor).detach()  # type: ignore[attr-defined]
-        flat = (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(-1)
+    def take(self, flat: Tensor) -> Tensor:
+        """Return this part of a flat tensor."""
         if self.of == 1:
             return flat
         first, end = (len(flat) * place // self.of for place in (self.place, self.place + 1))
@@ -103,7 +102,8 @@ class _Place(NamedTuple):
     attribute: str
 
     def parameter(self) -> Tensor | None:
-        return getattr(self.module, self.attribute, None)
+        found: Tensor | None = vars(self.module)["_parameters"].get(self.attribute)
+        return found
 
 
 class Collected(NamedTuple):
@@ -289,7 +289,7 @@ class ModelWatch:
         self._statistics: dict[tuple[str, torch.device], Statistics] = {}
         self._before: dict[str, Tensor] | None = None
         self._counts: Tensor | None = None
-        self._parts: dict[Any, Part] = {}
+        self._parts: dict[tuple[Any, ...], Part | None] = {}
         self._told: set[tuple[str, str]] = set()
         self._sizes: dict[str, int] = {}
         self._checksums: dict[torch.device, Checksums] = {}
@@ -323,6 +323,7 @@ class ModelWatch:
         if self.due:
             self._add_grads(name)
 
+    @torch.no_grad()
     def _begin_step(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.due:
             return
@@ -339,6 +340,7 @@ class ModelWatch:
             trained = ((name, one) for name, one in self._parameters() if one.requires_grad)
             self._before = {name: part.clone() for name, part in self._shares("update", trained)}
 
+    @torch.no_grad()
     def _end_step(self, _: object) -> None:
         if self._before is not None:
             now = dict(self._shares("update", self._parameters()))
@@ -370,16 +372,25 @@ class ModelWatch:
     def _shares(
         self, name: str, tensors: Iterable[tuple[str, Tensor]]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield what this rank works on of tensors; say once which are left out."""
+        """Yield what this rank works on of tensors, flat; say once which are left out."""
         left_out: dict[str, list[str]] = {}
+        on_meshes = kinds("torch.distributed.tensor", "DTensor")
+        plain = self._part()
         for key, tensor in tensors:
-            why = _unusable(tensor)
-            if why:
+            here, part = tensor, plain
+            if isinstance(tensor, on_meshes):
+                part = self._part(tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+                here = tensor.to_local()  # type: ignore[attr-defined]
+            why = _unusable(here) if part is not None else _IN_PARTS
+            if part is None or why:
                 if (key, why) not in self._told:
                     left_out.setdefault(why, []).append(key)
                 continue
-            self._sizes[key] = tensor.numel() * (2 if tensor.is_complex() else 1)
-            yield key, self._part(tensor).take(tensor)
+            size, flat = tensor.numel(), here if here.dim() == 1 else here.reshape(-1)
+            if here.is_complex():
+                size, flat = 2 * size, torch.view_as_real(flat).reshape(-1)
+            self._sizes[key] = size
+            yield key, flat if part.of == 1 else part.take(flat)
         for why, keys in left_out.items():
             self._told.update((key, why) for key in keys)
             _logger.warning(
@@ -390,19 +401,16 @@ class ModelWatch:
                 why,
             )
 
-    def _part(self, tensor: Tensor) -> Part:
+    def _part(self, *of_mesh: Any) -> Part | None:
         """Return a rank's part of the work for a tensor, as far as its mesh tells who holds the same.
 
         It need not tell all: a parameter on a sub-mesh has replicas that the mesh does not name. Nobody's
-        work is missing then, for those do it too.
+        work is missing then, for those do it too. None: each rank holds a part of a sum.
         """
-        if not of_mesh(tensor):
-            key: Any = None
-        else:
-            key = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-        if key not in self._parts:
-            self._parts[key] = _part_of_group(self._group) if key is None else _part_of_mesh(*key)
-        return self._parts[key]
+        if of_mesh not in self._parts:
+            known = _part_of_mesh(*of_mesh) if of_mesh else _part_of_group(self._group)
+            self._parts[of_mesh] = known
+        return self._parts[of_mesh]
 
     @torch.no_grad()
     def _take(
@@ -437,9 +445,9 @@ class ModelWatch:
         by_device: dict[torch.device, dict[str, Tensor]] = {}
         for name, parameter in self._parameters():
             shard = shard_of(name, parameter, world_size)
-            if shard is not None and not _unusable(parameter):
-                tensor = Part().take(parameter)
-                by_device.setdefault(tensor.device, {})[shard] = tensor
+            here = parameter.to_local() if of_mesh(parameter) else parameter  # type: ignore[attr-defined]
+            if shard is not None and here.layout == torch.strided:
+                by_device.setdefault(here.device, {})[shard] = here
         if not by_device and ("", "replicas") not in self._told:
             self._told.add(("", "replicas"))
             _logger.warning("replicas=True has nothing to compare: no parameter is on two ranks")
@@ -575,8 +583,6 @@ def _parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, _Place]:
 
 def _unusable(tensor: Tensor) -> str:
     """Return why a tensor cannot be looked at; nothing if it can."""
-    if of_mesh(tensor) and any(one.is_partial() for one in tensor.placements):  # type: ignore[attr-defined]
-        return _IN_PARTS
     if tensor.layout != torch.strided:
         return _SPARSE
     return "" if tensor.is_floating_point() or tensor.is_complex() else _NO_REALS
@@ -588,7 +594,9 @@ def _part_of_group(group: Any) -> Part:
     return Part(dist.get_rank(group), dist.get_world_size(group))
 
 
-def _part_of_mesh(mesh: Any, placements: Sequence[Any]) -> Part:
+def _part_of_mesh(mesh: Any, placements: Sequence[Any]) -> Part | None:
+    if any(placement.is_partial() for placement in placements):
+        return None
     place, of = 0, 1
     coordinate = mesh.get_coordinate() or ()
     for dimension, placement in enumerate(placements):
