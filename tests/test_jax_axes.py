@@ -155,7 +155,9 @@ def test_arrays_with_axes_are_kept_and_those_of_other_axes_refused() -> None:
         np.testing.assert_array_equal(np.nan_to_num(values), [[0, 0, 0], [0, 0, 2]])
         assert labels == (("0", "1"), ("e0", "e1", "e2"))
     other = DeviceAccumulator(METRICS, NAMES, axes=AXES | {"expert": ["e0", "e2", "e1"]})
-    with pytest.raises(ValueError, match="axes or datasets, or with the same in another order"):
+    with pytest.raises(
+        ValueError, match="axes, datasets or trees, or with the same in another order"
+    ):
         serialization.from_state_dict(other, saved)
     with pytest.raises(ValueError, match="only accumulators of the same metrics merge"):
         acc.merge(other)

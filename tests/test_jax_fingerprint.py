@@ -183,7 +183,7 @@ def test_arrays_of_other_names_are_refused(tmp_path: Path) -> None:
             restored = checkpointer.restore(tmp_path / "acc", other)
             for use in (MetricsAggregator().drain, other.merge):
                 with pytest.raises(
-                    ValueError, match=r"other metrics, aggregations, axes or datasets"
+                    ValueError, match=r"other metrics, aggregations, axes, datasets or trees"
                 ):
                     use(restored)
         same = checkpointer.restore(tmp_path / "acc", acc.empty())

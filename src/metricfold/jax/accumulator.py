@@ -53,6 +53,7 @@ from metricfold.jax.lanes import LANES, LOWEST, Lanes, floats, nothing, of_host,
 from metricfold.jax.mesh import only_mesh
 from metricfold.jax.trees import Leaf, flatten, weights_of
 from metricfold.jax.values import Parts, as_array, as_parts, is_readable, put, refuse_masked
+from metricfold.jax.watching import Laid, check_stacked, laid, leaves_of, statistics, watched
 from metricfold.metric import AggregationType
 
 __all__ = ["DeviceAccumulator"]
@@ -94,6 +95,10 @@ class DeviceAccumulator:
         datasets: their names; `update` says by ``dataset_ids`` which of them a value belongs to.
             None for metrics of a step, which belong to no dataset.
         axes: the size of each axis that a metric names, or a list of labels.
+        trees: by name, such as ``"grad"``, a pytree of what `watch_tree` is to be given: arrays, or what has
+            their shapes and types.
+        stacked: patterns of the leaves of trees in which layers are stacked along the first dimension,
+            such as ``"layers/*"``, as of a ``scan`` over layers: of those each layer counts apart.
         mesh: of the step that it is for. What a step on a mesh returns is on that, and what it is first
             given, if it is elsewhere, is compiled for apart. By default that of ``jax.set_mesh``; else, in
             a program of one process, the one mesh of all devices that `DeviceMeshManager` has made, if it
@@ -126,9 +131,11 @@ class DeviceAccumulator:
         datasets: Iterable[str] = (),
         *,
         axes: Mapping[str, int | Sequence[str]] | None = None,
+        trees: Mapping[str, Any] | None = None,
+        stacked: str | Sequence[str] = (),
         mesh: Mesh | None = None,
     ) -> None:
-        layout = Layout.of(metrics, datasets, axes)
+        layout = Layout.of(metrics, datasets, axes, watched(trees or {}, stacked))
         place = _usual_place() if mesh is None else NamedSharding(mesh, PartitionSpec())
         self._set(layout, _nothing(layout, (), [place] * len(_NAMES)))
 
@@ -299,9 +306,72 @@ class DeviceAccumulator:
         if not groups:
             return self
         laid_out = _over_explicit_axes(groups)
-        fold = _updated if laid_out is None else _updated_over(laid_out)
+        fold = _updated if laid_out is None else _over(laid_out, _fold)
         updated: DeviceAccumulator = fold(_beside(self, groups), groups)
         return updated
+
+    def watch_tree(
+        self,
+        name: str,
+        tree: Any,
+        *,
+        stacked: str | Sequence[str] | None = None,
+        specs: Any = None,
+        axes: AxisName = None,
+    ) -> DeviceAccumulator:
+        """Return an accumulator that has also collected statistics of each leaf of `tree`.
+
+        Of ``"grad"`` they are ``grad/norm``, ``grad/mean``, ``grad/abs_max``, ``grad/zeros`` (the share of
+        zeros) and ``grad/nonfinite`` (how many elements are NaN or infinite), metrics with the axis
+        ``parameter``, and ``layer`` where layers are stacked. So ``grad/norm`` is the norm over all
+        leaves, and ``by={"grad/norm": "parameter"}`` prints that of each. A norm or mean is NaN where an
+        element is not finite, or with ``on_nan="skip"`` that of the others. Of several collections between
+        two drains it is the mean (root of the mean of squares, for a norm).
+
+        Under `jax.jit` arrays are whole, however they are sharded, and replicas count once. Inside of
+        `jax.shard_map`, where they are parts, `specs` say how these lie; that takes one psum and one pmax for
+        all leaves. Call it under a condition that is known when the step is traced: steps that do not
+        collect then have nothing of it.
+
+        Args:
+            name: of the tree, as in ``trees=``.
+            tree: with leaves that were there; those that are missing are left out, as are those that hold
+                no floating-point numbers.
+            stacked: if given, the patterns that the accumulator was made with.
+            specs: inside of ``shard_map``, a `PartitionSpec` for each leaf, as in its ``in_specs``.
+            axes: of the mesh over which parts and replicas join. By default all that are bound.
+
+        Raises:
+            TypeError, ValueError: there is no such tree, a leaf is unknown or has another shape, or is not
+                reduced yet over an axis of which its spec says nothing.
+            NameError: an axis is not bound.
+
+        >>> params = {"w": jnp.array([[3.0, 0.0], [0.0, 4.0]]), "b": jnp.array([12.0])}
+        >>> acc = DeviceAccumulator({"loss": "mean"}, trees={"grad": params})
+        >>> acc = acc.watch_tree("grad", params)
+        >>> from metricfold import MetricsAggregator
+        >>> aggregator = MetricsAggregator()
+        >>> acc = aggregator.drain(acc)
+        >>> snapshot = aggregator.reduce()
+        >>> snapshot.value(None, "grad/norm"), snapshot.array(None, "grad/norm")
+        (13.0, (array([12.,  5.]), (('b', 'w'),)))
+        """
+        self._check_whole()
+        place = self.layout.tree(name)
+        declared = self.layout.trees[place]
+        if stacked is not None:
+            check_stacked(declared, stacked)
+        where = laid(declared, tree, specs, axes)
+        leaves = leaves_of(declared, tree, where)
+        if not leaves:
+            return self
+        here, laid_out = _beside(self, leaves), _over_explicit_axes(leaves)
+        collected: DeviceAccumulator = (
+            _watched(here, leaves, place, where)
+            if laid_out is None
+            else _over(laid_out, _watch, place)(here, leaves)
+        )
+        return collected
 
     def merge(self, other: DeviceAccumulator) -> DeviceAccumulator:
         """Return an accumulator that has seen what both have.
@@ -578,6 +648,20 @@ def _indices(
     return found
 
 
+def _watch(
+    accumulator: DeviceAccumulator,
+    leaves: Mapping[str, jax.Array],
+    place: int,
+    where: Laid | None = None,
+) -> DeviceAccumulator:
+    layout, lanes, mark = accumulator.layout, accumulator.lanes, _unsealed(accumulator)
+    rows = layout.rows_of_trees[place]
+    new = statistics(layout.trees[place], leaves, where)
+    lanes = lanes.at[rows].set(Lanes.of(lanes[rows]).merged(new).words())
+    rest = [lanes, accumulator.refused, accumulator.grid]
+    return _sealed(layout, mark, lanes[:, :COUNTS], rest)
+
+
 def _merge(one: DeviceAccumulator, other: DeviceAccumulator) -> DeviceAccumulator:
     lanes = Lanes.of(one.lanes).merged(Lanes.of(other.lanes))
     mark = _unsealed(one)
@@ -610,17 +694,22 @@ def _checksum(counts: jax.Array) -> jax.Array:
 
 
 _updated: Any = jax.jit(_fold)
+_watched: Any = jax.jit(_watch, static_argnums=(2, 3))
 _merged: Any = jax.jit(_merge)
 
 
 @cache
-def _updated_over(laid_out: AbstractMesh) -> Any:
-    """Return what folds values that are laid out over explicit axes.
+def _over(laid_out: AbstractMesh, fold: Callable[..., DeviceAccumulator], *static: Any) -> Any:
+    """Return what folds arrays that are laid out over explicit axes, compiled.
 
     There JAX asks for the layout of each step on the way; XLA needs none.
     """
     replicated = NamedSharding(laid_out, PartitionSpec())
-    return jax.jit(auto_axes(_fold, axes=laid_out.explicit_axes, out_sharding=replicated))
+
+    def folded(accumulator: DeviceAccumulator, given: Any) -> DeviceAccumulator:
+        return fold(accumulator, given, *static)
+
+    return jax.jit(auto_axes(folded, axes=laid_out.explicit_axes, out_sharding=replicated))
 
 
 def _spread(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -702,7 +791,7 @@ def _by_name(layout: Layout, values: Any) -> list[Leaf]:
         if len(leaf.keys) != 1:
             raise TypeError(
                 f"{leaf.path('values')} is not the values of one metric: give them by name, as in "
-                f'{{"{layout.names[0]}": values}}'
+                '{"loss": values}'
             )
         layout.place(leaf.keys[0])
     return leaves

@@ -21,6 +21,7 @@ __all__ = [
     "is_bound",
     "knows_what_varies",
     "resolve_axes",
+    "varying",
 ]
 
 AxisName: TypeAlias = "str | tuple[str, ...] | None"
@@ -80,10 +81,15 @@ def is_bound(name: str) -> bool:
 
 def knows_what_varies(axes: Axes) -> bool:
     """Return whether JAX tells apart what is the same over bound `axes`: `shard_map` with `check_vma`."""
-    kind: Any = jax.typeof(lax.axis_index(axes))
+    return bool(varying(lax.axis_index(axes)))
+
+
+def varying(array: jax.Array) -> frozenset[str]:
+    """Return the bound axes over which an array is known to differ: none where JAX does not tell."""
+    kind: Any = jax.typeof(array)
     # Releases of JAX call it differently.
     told = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
-    return bool(told)
+    return frozenset(told)
 
 
 def _not_bound(name: str, bound: Axes) -> str:

@@ -31,12 +31,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Reversible, S
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise, starmap
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from metricfold._core.device.watched import Watched
 from metricfold._core.fold import hints
 from metricfold._core.fold.axes import Axes, Axis, axes_of, cells, described, moved, place_on
 from metricfold._core.fold.names import Key
@@ -119,6 +120,8 @@ class Layout:
     """One empty name stands for metrics without a dataset."""
     axes: tuple[Axes, ...] = ()
     """Of each metric; labels in the order in which they were given, which device ids count."""
+    trees: tuple[Watched, ...] = ()
+    """Whose leaves are watched; their rows follow on those of the metrics."""
 
     @classmethod
     def of(
@@ -126,6 +129,7 @@ class Layout:
         metrics: Mapping[str, object],
         datasets: Iterable[str],
         axes: Mapping[str, int | Sequence[str]] | None = None,
+        trees: Sequence[Watched] = (),
     ) -> Layout:
         """Return the layout of `metrics`, by name, in each of `datasets`.
 
@@ -133,16 +137,17 @@ class Layout:
             metrics: the aggregation of each, or a tuple of it and the names of the metric's axes.
             datasets: their names.
             axes: the size of each axis, or its labels.
+            trees: whose leaves are watched.
 
         Raises:
-            TypeError, ValueError: there is no metric, one has an aggregation that accumulators do
-                not know, or axes that are none, or a name is no name.
+            TypeError, ValueError: there is no metric and no tree, one has an aggregation that accumulators
+                do not know, or axes that are none, or a name is no name.
 
         >>> layout = Layout.of({"loss": "mean", "tokens": ("sum", "expert")}, ("web", "code"), {"expert": 4})
         >>> layout.widths
         (2, 8)
         """
-        if not isinstance(metrics, Mapping) or not metrics:
+        if not isinstance(metrics, Mapping) or not (metrics or trees):
             raise TypeError(
                 f'metrics={metrics!r}: give each metric\'s aggregation by name, as in {{"loss": '
                 '"mean"}'
@@ -175,17 +180,27 @@ class Layout:
                 f"axes= declares {unused[0]!r}, which no metric has: name it with the aggregation of "
                 f'those that do, as in {{"expert_tokens": ("sum", {unused[0]!r})}}'
             )
-        return cls(tuple(metrics), tuple(types), given or ("",), tuple(own))
+        for (_, name), *_ in chain.from_iterable(map(Watched.keys, trees)):
+            if name in metrics:
+                raise ValueError(
+                    f"metric {name!r} is what a watched tree reports, too: rename one of them"
+                )
+        return cls(tuple(metrics), tuple(types), given or ("",), tuple(own), tuple(trees))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Pickles of versions without axes say nothing of them.
-        vars(self).update({"axes": ((),) * len(state["names"])} | state)
+        # Pickles of versions without axes or trees say nothing of them.
+        vars(self).update({"axes": ((),) * len(state["names"]), "trees": ()} | state)
+
+    def __hash__(self) -> int:
+        # Asked for at each call of a compiled step.
+        return self.fingerprint
 
     def as_json(self) -> str:
         types = [agg_type.value for agg_type in self.types]
         said = {"names": self.names, "types": types, "datasets": self.datasets}
         # Without axes as before there were any: what has been saved carries a fingerprint of it.
-        return json.dumps(said | ({"axes": self.axes} if any(self.axes) else {}))
+        later = {"axes": self.axes if any(self.axes) else (), "trees": self.trees}
+        return json.dumps(said | {what: said for what, said in later.items() if said})
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
@@ -195,7 +210,11 @@ class Layout:
             tuple(Axis(name, size, tuple(labels)) for name, size, labels in own)
             for own in said.get("axes", [()] * len(names))
         )
-        return cls(names, types, tuple(said["datasets"]), axes)
+        trees = tuple(
+            Watched(name, tuple(labels), tuple(map(tuple, shapes)), tuple(layers))
+            for name, labels, shapes, layers in said.get("trees", ())
+        )
+        return cls(names, types, tuple(said["datasets"]), axes, trees)
 
     @cached_property
     def fingerprint(self) -> int:
@@ -216,10 +235,11 @@ class Layout:
             for name, one, own in zip(self.names, self.types, self.axes, strict=True)
         )
         holds += f"; datasets {self.datasets!r:.300}" if self.datasets != ("",) else ""
+        holds += "".join(f"; tree {t.name!r} of {len(t.labels)} leaves" for t in self.trees)
         if found == _marked(found >> 11 & 0xFFFFF):
             raise ValueError(
                 f"the arrays in this accumulator ({holds}) are of one with other metrics, aggregations, "
-                "axes or datasets, or with the same in another order: such as from a checkpoint that was "
+                "axes, datasets or trees, or with the same in another order: such as from a checkpoint that was "
                 "saved before they were changed. Restore it into an accumulator that is made as that "
                 "was, drain it, and go on with a new one"
             )
@@ -238,11 +258,11 @@ class Layout:
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """The first row of each metric."""
-        return tuple(accumulate(self.widths[:-1], initial=0))
+        return tuple(accumulate(self.widths, initial=0))[:-1]
 
     @property
     def rows(self) -> int:
-        return sum(self.widths)
+        return sum(self.widths) + sum(tree.rows for tree in self.trees)
 
     def rows_of(self, places: Sequence[int]) -> slice | npt.NDArray[np.intp]:
         """Return the rows of metrics, given by their places, which ascend."""
@@ -251,6 +271,23 @@ class Layout:
             return slice(first, end)
         each = [self.starts[place] + np.arange(self.widths[place]) for place in places]
         return np.concatenate(each)
+
+    @cached_property
+    def rows_of_trees(self) -> tuple[slice, ...]:
+        """The rows of each tree."""
+        ends = accumulate((tree.rows for tree in self.trees), initial=sum(self.widths))
+        return tuple(starmap(slice, pairwise(ends)))
+
+    def tree(self, name: str) -> int:
+        """Return which of the trees `name` is; raises ValueError if it is none."""
+        names = [tree.name for tree in self.trees]
+        if name not in names:
+            known = ", ".join(map(repr, names)) or "none"
+            raise ValueError(
+                f"this accumulator watches no tree {name!r}, but {known}: name them all when it is made, as "
+                f"in trees={{{name!r}: params}}"
+            )
+        return names.index(name)
 
     @cached_property
     def distributions(self) -> tuple[str, ...]:
@@ -339,15 +376,20 @@ class Layout:
             for name, one, own in zip(self.names, self.types, self.axes, strict=True)
         }
         axes = {axis.name: axis.size or axis.labels for own in self.axes for axis in own}
-        return f"{types}, datasets={tuple(filter(None, self.datasets))}" + (
+        said = f"{types}, datasets={tuple(filter(None, self.datasets))}" + (
             f", axes={axes!r:.300}" if axes else ""
         )
+        if self.trees:
+            said += f", trees={ {tree.name: len(tree.labels) for tree in self.trees} }"
+        return said
 
-    def keys(self) -> Iterator[tuple[Key, AggregationType, str]]:
+    def keys(self) -> Iterator[tuple[Key, TypeLike, str]]:
         """Yield the key of each metric in each dataset, in order, its aggregation and its axes."""
         for name, agg_type, axes in zip(self.names, self.types, self.axes, strict=True):
             for dataset in self.datasets:
                 yield (dataset, name), agg_type, described(axes)
+        for tree in self.trees:
+            yield from tree.keys()
 
     def states(self, arrays: HostArrays) -> Iterator[tuple[Key, State]]:
         """Yield what `arrays` say of each key that has received anything."""
@@ -376,6 +418,8 @@ class Layout:
                 else:
                     state = State(tuple(own_sums[place].tolist()), tuple(own_maxs[place].tolist()))
                 yield (dataset, name), state
+        for tree, rows in zip(self.trees, self.rows_of_trees, strict=True):
+            yield from tree.states(arrays.counts[rows], sums[rows], extrema[rows])
 
     def complaints(self, refused: Array) -> Iterator[str]:
         """Yield what to tell the user about values that were left out."""
