@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from ranks import run_threads
 from test_torch_accumulator import VIEWS, WAITING, Calls, Watch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -437,3 +438,114 @@ def test_the_kernels_of_an_update_are_few_and_none_asks_the_device() -> None:
         assert not calls.seen
         assert not {op for op in watch.seen if op in WAITING}
     assert not any(tensor.ndim == 0 for tensor in acc.tensors)  # of which torch loses additions
+
+
+# -- On ranks --------------------------------------------------------------------------------------
+
+
+def staged(stage: int, turn: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return which experts the tokens of a stage choose in each of its two layers, with datasets."""
+    rng = np.random.default_rng(10 * stage + turn)
+    top = torch.from_numpy(rng.integers(0, 4, (2, 20 + stage, 2)))
+    p = torch.from_numpy(rng.random(top.shape))
+    return top, p, torch.from_numpy(rng.integers(0, 2, 20 + stage))
+
+
+def take_stage(acc: DeviceAccumulator, stage: int, turn: int) -> None:
+    """Take in what a pipeline stage of two layers sees in a turn."""
+    top, p, datasets = staged(stage, turn)
+    for number in range(2):
+        layer = acc.at("tokens", layer=2 * stage + number), acc.at("p", layer=2 * stage + number)
+        ids = {"expert": top[number]}
+        layer[0].update(torch.ones_like(p[number]), ids=ids, dataset_ids=datasets)
+        layer[1].update(p[number], ids=ids, dataset_ids=datasets, weights=p[number])
+
+
+def wanted_of(stages: int, turns: int) -> dict[tuple[str, str], np.ndarray[Any, Any]]:
+    """Return tokens and probabilities of each layer and expert, by dataset."""
+    sums = {(name, what): np.zeros((2 * stages, 4)) for name in NAMES for what in ("n", "w", "wp")}
+    for stage, turn in product(range(stages), range(turns)):
+        top, p, datasets = staged(stage, turn)
+        for number, token, choice in product(range(2), range(top.shape[1]), range(2)):
+            cell = 2 * stage + number, int(top[number, token, choice])
+            name, w = NAMES[int(datasets[token])], float(p[number, token, choice])
+            for what, term in (("n", 1.0), ("w", w), ("wp", w * w)):
+                sums[name, what][cell] += term
+    return {
+        (name, what): sums[name, "n"] if what == "tokens" else sums[name, "wp"] / sums[name, "w"]
+        for name, what in product(NAMES, ("tokens", "p"))
+    }
+
+
+@pytest.mark.parametrize("route", ["gather", "tree"])
+def test_stages_of_a_pipeline_hold_their_layers_and_resume_on_other_ranks(route: str) -> None:
+    """Each rank has other layers, drains and logs; the run goes on with other numbers of ranks."""
+    stages = 6
+    metrics = {"tokens": ("sum", "layer", "expert"), "p": ("mean", "layer", "expert")}
+    axes = {"layer": 2 * stages, "expert": 4}
+
+    def rank(communicator: Any, state: Any, turn: int) -> tuple[Any, Any]:
+        aggregator = MetricsAggregator(communicator=communicator, route=route)
+        if state is not None:
+            aggregator.load_state_dict(state)
+        acc = DeviceAccumulator(metrics, NAMES, axes=axes)
+        mine = range(communicator.rank, stages, communicator.world_size)
+        for stage in mine:
+            take_stage(acc, stage, turn)
+        aggregator.drain(acc)
+        aggregator.reduce()
+        for stage in mine:
+            take_stage(acc, stage, turn + 1)
+        aggregator.drain(acc)
+        snapshot = aggregator.reduce()
+        return aggregator.state_dict(), {
+            (name, what): snapshot.array(name, what, window="run")[0]
+            for name, what in product(NAMES, ("tokens", "p"))
+        }
+
+    state = None
+    for turn, ranks in ((0, 2), (2, 3), (4, 1)):
+        results = run_threads(lambda c, s=state, t=turn: rank(c, s, t), ranks)
+        state, found = results[0]
+        wanted = wanted_of(stages, turn + 2)
+        for _, other in results:
+            for key, values in other.items():
+                np.testing.assert_array_equal(values, found[key])
+                np.testing.assert_allclose(values, wanted[key], rtol=1e-12)
+
+
+def test_an_expert_that_no_rank_chose_is_dead_and_has_no_tokens() -> None:
+    """Of ranks that each miss other experts, the mean of what they find says that more are dead."""
+
+    def rank(communicator: Any) -> tuple[dict[str, float], Any]:
+        aggregator = MetricsAggregator(communicator=communicator)
+        aggregator.derive("dead", lambda m: (m["tokens"] == 0).sum())
+        aggregator.derive("imbalance", lambda m: (m["tokens"].max(-1) / m["tokens"].mean(-1)).max())
+        acc = DeviceAccumulator({"tokens": ("sum", "expert")}, axes={"expert": 4})
+        top = torch.tensor([[0, 0, 1], [1, 3, 3]])[communicator.rank]
+        acc.update("tokens", torch.ones(3), ids={"expert": top})
+        aggregator.drain(acc)
+        snapshot = aggregator.reduce()
+        return snapshot.as_dict("t"), snapshot.array(None, "tokens", by=("rank", "expert"))[0]
+
+    for logged, ranks in run_threads(rank, 2):
+        assert (logged["t/dead"], logged["t/imbalance"]) == (1.0, 2 / 1.5)
+        own = np.nan_to_num(ranks)
+        assert np.mean((own == 0).sum(-1)) == 2.0
+        assert np.mean(own.max(-1) / own.mean(-1)) == pytest.approx(2 / 0.75)
+
+
+def test_ranks_with_other_sizes_of_an_axis_are_told_on_all_of_them() -> None:
+    def rank(communicator: Any) -> str:
+        aggregator = MetricsAggregator(communicator=communicator)
+        acc = DeviceAccumulator({"t": ("sum", "expert")}, axes={"expert": 4 + communicator.rank})
+        acc.update("t", torch.ones(4), ids={"expert": torch.arange(4)})
+        aggregator.drain(acc)
+        with pytest.raises(Exception, match="expert=") as caught:
+            aggregator.reduce()
+        return str(caught.value)
+
+    first, second = run_threads(rank, 2)
+    assert first == second
+    assert "expert=4" in first
+    assert "expert=5" in first
