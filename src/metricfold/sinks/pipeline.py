@@ -182,7 +182,8 @@ class Pipeline(Consumer):
                 if entry.by is not None:
                     snapshot = snapshot.shown_by(entry.by)
                 metrics, histograms = self._aggregated(entry, snapshot)
-                if self._takes_arrays:
+                # What an aggregator of the user's own making returns need not have any.
+                if self._takes_arrays and hasattr(snapshot, "arrays"):
                     found = snapshot.arrays(entry.prefix, entry.window, rollup=entry.rollup)
                     # Not those of totals that are left out for what is logged under their names.
                     arrays = {key: one for key, one in found.items() if key in metrics}
