@@ -203,7 +203,7 @@ def compared(snapshot, what):
         ranks = snapshot.array(
             dataset, "expert_tokens", by=("rank", "layer", "expert"), window="interval"
         )[0]
-        found[dataset] = what(everyone), np.mean([what(own) for own in ranks], axis=0)
+        found[dataset] = what(everyone), np.nanmean([what(own) for own in ranks], axis=0)
     return found
 
 

@@ -31,7 +31,7 @@ def train_on_rank(rank: int, folder: Path) -> dict[str, Any]:
     from torch.nn.modules.module import register_module_forward_pre_hook
 
     module = example()
-    module.STEPS, module.EVERY, module.SAMPLES = 4, 2, 6
+    module.STEPS, module.EVERY, module.SAMPLES = 4, 2, 12
     truth = torch.zeros(module.LAYERS, 2, module.EXPERTS, dtype=torch.int64)
     places: dict[Any, int] = {}
 
