@@ -1,6 +1,6 @@
 """What metricfold costs: every module that `python -m benchmarks` takes by name measures one subject.
 
-imports, update, samples, log, sketches          what our own code costs
+imports, update, samples, log, axes, sketches    what our own code costs
 waits, watch, on_jax                             metrics on devices, and inside of a model
 peers                                            the same logs through other libraries
 scale                                            more ranks than a machine has

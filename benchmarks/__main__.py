@@ -31,6 +31,7 @@ SUBJECTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "update": {"a handler call each": ()},
     "samples": {"3 frozen dataclasses": ()},
     "log": {"bare all_reduce": ()},
+    "axes": {},
     "sketches": {},
     "waits": {},
     "watch": {},

@@ -92,7 +92,7 @@ class JSONLSink(FileSink):
 
     def _write(self, record: Record) -> None:
         with self._held() as file:
-            file.write(_encoded(record))
+            file.write(encoded(record))
 
     @contextmanager
     def _held(self) -> Iterator[AppendFile]:
@@ -256,7 +256,8 @@ _SCALARS = ("minimum", "maximum", "total", "total_squares")
 """Fields of a histogram that are numbers."""
 
 
-def _encoded(record: Record) -> bytes:
+def encoded(record: Record) -> bytes:
+    """Return the line of a record."""
     line = {
         "step": record.step,
         "wall_time": record.wall_time,

@@ -34,10 +34,10 @@ IntArray = npt.NDArray[np.int64]
 Owned = tuple[FloatArray, IntArray, IntArray]
 
 
-def added(lower: FloatArray, upper: FloatArray) -> FloatArray:
-    """Return the sums of two blocks of ranks."""
+def added(lower: FloatArray, upper: FloatArray, out: FloatArray | None = None) -> FloatArray:
+    """Return the sums of two blocks of ranks, in `out` if there is one: large ones are written once."""
     with np.errstate(all="ignore"):
-        return _one_nan(lower + upper)
+        return _one_nan(np.add(lower, upper, out=out))
 
 
 def added_later(

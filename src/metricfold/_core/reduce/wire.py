@@ -181,7 +181,7 @@ class Wire:
         """
         out = np.empty(lower.shape)
         out[:, self._larger] = larger(lower[:, self._larger], upper[:, self._larger])
-        out[:, self._added] = added(lower[:, self._added], upper[:, self._added])
+        added(lower[:, self._added], upper[:, self._added], out[:, self._added])
         if self.schema.max_width:
             three = (len(lower), 3, self.schema.max_width)
             one, other = lower[:, self._owned].reshape(three), upper[:, self._owned].reshape(three)

@@ -128,6 +128,7 @@ class Snapshot:
 
     def shown_by(self, by: By) -> Snapshot:
         """Return the same result, of which these axes remain unless others are asked for."""
+        by = check_by(by)
         if by == self._handlers.by:
             return self
         return Snapshot(self._whole, replace(self._handlers, by=by), self.alerts)
@@ -173,7 +174,7 @@ class Snapshot:
         check_window(window)
         check_rollup(rollup)
         if by is not None:
-            other = self.shown_by(check_by(by))
+            other = self.shown_by(by)
             if wrong := other.not_shown():
                 raise ValueError(wrong[0])
             return other.as_dict(prefix, window, rollup=rollup, macro=macro)
