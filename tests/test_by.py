@@ -341,3 +341,19 @@ def test_rules_see_metrics_alone_whatever_a_rank_prints() -> None:
 
     one, other = run_threads(rank, 2)
     assert one == other == [[("code", "tokens"), ("web", "tokens")]]
+
+
+def test_a_ranks_own_minimum_of_zero_has_one_sign_on_both_exchanges() -> None:
+    """On the tree it was -0.0."""
+
+    def rank(communicator: Any, route: str) -> bytes:
+        aggregator = MetricsAggregator(communicator=communicator, route=route)
+        if communicator.rank == 0:
+            aggregator.record("low", 0.0, "min", per_rank=True)
+            aggregator.record("high", -0.0, "max", per_rank=True)
+        snapshot = aggregator.reduce()
+        return b"".join(
+            snapshot.array(None, one, by="rank")[0].tobytes() for one in ("low", "high")
+        )
+
+    assert run_threads(rank, 2, "gather") == run_threads(rank, 2, "tree")

@@ -128,6 +128,7 @@ class Wire:
         vector[self._larger] = -np.inf
         owned = vector[self._owned].reshape(3, -1)
         owned[0], owned[1] = -np.inf, NOBODY
+        vector[self._rows] = -0.0  # to which each number may be added, -0.0 too: a MIN of 0
         return vector
 
     def pack(self, outgoing: Outgoing, rank: int) -> tuple[FloatArray, set[Key]]:
