@@ -27,6 +27,7 @@ SELF_CONTAINED = (
     "docs/axes.md",
     "docs/device.md",
     "docs/handlers.md",
+    "docs/inside-the-model.md",
 )
 
 

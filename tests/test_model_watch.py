@@ -291,6 +291,27 @@ def test_a_forward_that_is_repeated_or_compiled_counts_once(
     assert (graphs, breaks) == ((2, 0) if backend else (0, 0))
 
 
+def test_what_is_watched_after_a_model_was_compiled_is_seen() -> None:
+    # pytorch/pytorch 117758: a forward hook that comes then never runs. wandb/wandb 10221: names.
+    torch._dynamo.reset()
+    model = Checkpointed(None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    compiled = torch.compile(model, backend="aot_eager")
+    stepped(compiled, optimizer, torch.ones(2, 6))
+    watch, aggregator = (
+        ModelWatch(compiled, optimizer, activations="blocks.*.1"),
+        MetricsAggregator(),
+    )
+    stepped(compiled, optimizer, torch.ones(2, 6))
+    aggregator.drain(watch)
+    snapshot = aggregator.reduce()
+    values, (modules,) = snapshot.array(None, "activation/rms")
+    assert modules == ("blocks.0.1", "blocks.1.1")
+    assert (values > 0).all()
+    _, (parameters,) = snapshot.array(None, "grad/norm")
+    assert parameters[0] == "blocks.0.0.bias"
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 def test_a_compiled_optimizer_has_no_graph_more() -> None:
     graphs, norms = [], []
@@ -407,3 +428,53 @@ def test_a_complex_parameter_has_the_norm_of_its_magnitudes() -> None:
     watch.grads()
     aggregator.drain(watch)
     assert aggregator.reduce().value(None, "grad/norm") == pytest.approx(10.0)
+
+
+def test_accumulated_gradients_are_looked_at_once_they_are_whole() -> None:
+    # wandb/wandb 10100: a hook of each backward pass sees parts.
+    model, optimizer, watch = linear(params=False)
+    aggregator = MetricsAggregator()
+    for _ in range(3):
+        model(X).sum().backward()
+    optimizer.step()
+    aggregator.drain(watch)
+    assert aggregator.reduce().value(None, "grad/norm") == pytest.approx(3 * 5**0.5)
+
+
+def test_a_watch_that_is_closed_is_gone_and_another_takes_its_place() -> None:
+    # Of a cell in a notebook that runs again.
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = ModelWatch(model, optimizer, activations="act")
+    first.close()
+    second = ModelWatch(model, optimizer, activations="act")
+    aggregator = MetricsAggregator()
+    stepped(model, optimizer, torch.randn(3, 4))
+    aggregator.drain(first)
+    assert aggregator.reduce().empty
+    aggregator.drain(second)
+    assert not aggregator.reduce().empty
+    second.close()
+    assert "forward" not in vars(model.act)
+
+
+def test_a_parameter_that_was_put_in_the_place_of_another_is_watched() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    watch, aggregator = ModelWatch(model), MetricsAggregator()
+    model.weight = nn.Parameter(torch.ones(1, 2))
+    model(torch.tensor([[3.0, 4.0]])).sum().backward()
+    watch.grads()
+    aggregator.drain(watch)
+    assert aggregator.reduce().value(None, "grad/norm") == pytest.approx(5.0)
+
+
+def test_parameters_that_a_wrapper_holds_have_their_own_names() -> None:
+    model = nn.DataParallel(nn.Linear(2, 1))
+    watch, aggregator = ModelWatch(model), MetricsAggregator()
+    for one in model.parameters():
+        one.grad = torch.ones_like(one)
+    watch.grads()
+    aggregator.drain(watch)
+    assert aggregator.reduce().array(None, "grad/norm")[1] == (("bias", "weight"),)
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        ModelWatch(model, activations="*")

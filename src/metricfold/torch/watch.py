@@ -275,7 +275,7 @@ class ModelWatch:
                 f"optimizer={type(optimizer).__name__} has no hooks for its step: give the "
                 "torch.optim.Optimizer that it wraps, or none, and call grads() before each step"
             )
-        group, model = _unwrapped(model)
+        given, (group, model) = model, _unwrapped(model)
         self._held = _parameters(model, [only] if isinstance(only, str) else [*only])
         self._group = group
         self._every, self._step = every, 0
@@ -295,15 +295,23 @@ class ModelWatch:
         self._checksums: dict[torch.device, Checksums] = {}
         self._checks, self._unsent = 0, False
         self._new = False
+        self._hooks: tuple[Any, ...] = ()
         self.layout = _Keys(self)
         self._activations = None
         if activations is not None:
+            if isinstance(given, nn.DataParallel):
+                raise ValueError(
+                    "activations= cannot be watched in the copies that DataParallel makes for each "
+                    "forward: use DistributedDataParallel"
+                )
             chosen = [activations] if isinstance(activations, str) else [*activations]
             self._activations = Activations(model, chosen, octaves=octaves)
             self._activations.look(self.due)
         if optimizer is not None:
-            optimizer.register_step_pre_hook(_uncompiled_hook(self._begin_step))
-            optimizer.register_step_post_hook(_uncompiled_hook(self._end_step))
+            self._hooks = (
+                optimizer.register_step_pre_hook(_uncompiled_hook(self._begin_step)),
+                optimizer.register_step_post_hook(_uncompiled_hook(self._end_step)),
+            )
 
     @property
     def due(self) -> bool:
@@ -461,7 +469,9 @@ class ModelWatch:
             self._new = self._unsent = True
 
     def close(self) -> None:
-        """Let modules whose activations are watched be as they were."""
+        """Let the optimizer and the modules be as they were; what has been collected may be drained yet."""
+        for hook in self._hooks:
+            hook.remove()
         if self._activations is not None:
             self._activations.close()
 
@@ -541,6 +551,8 @@ def _unwrapped(model: nn.Module) -> tuple[Any, nn.Module]:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             # Of parameters that it leaves alone each rank may have its own.
             group = None if model.parameters_to_ignore else model.process_group
+            model = model.module
+        elif isinstance(model, nn.DataParallel):
             model = model.module
         elif is_of(model, "torch._dynamo.eval_frame", "OptimizedModule"):
             model = model.get_submodule("_orig_mod")
