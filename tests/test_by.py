@@ -97,6 +97,8 @@ def test_a_logger_leaves_out_an_axis_that_is_not_there_and_says_so_once(
         (("layer", "layer"), ValueError, "twice"),
         (3, TypeError, "name an axis"),
         ({"tokens": 3}, TypeError, "name an axis"),
+        ({3: "layer"}, TypeError, "3 is no name"),
+        (b"layer", TypeError, "name an axis"),
         ([("tokens", "layer")], TypeError, "name an axis"),
     ],
 )
@@ -108,6 +110,54 @@ def test_what_are_no_axes_is_refused_in_words(by: Any, error: type[Exception], s
     if error is TypeError or "twice" in says:
         with pytest.raises(error, match=says):
             MetricsAggregator(by=by)
+
+
+@pytest.mark.parametrize(
+    ("by", "says"),
+    [
+        ({"tokns": "layer"}, "'tokns', which no metric so far is called"),
+        ("layr", "'layr', which no metric so far has as an axis"),
+    ],
+)
+def test_what_by_names_and_never_comes_is_said_once_and_not_at_first(by: Any, says: str) -> None:
+    aggregator = made(by=by)
+    for _ in range(3):
+        aggregator.record("loss", 1.0, dataset="web")
+        aggregator.get_metrics_for_logging("t")
+    aggregator.record("loss", 1.0, dataset="web")
+    with pytest.warns(RuntimeWarning, match=says):
+        aggregator.get_metrics_for_logging("t")
+    aggregator.record("loss", 1.0, dataset="web")
+    aggregator.get_metrics_for_logging("t")
+
+
+def test_labels_that_do_not_go_with_values_are_refused_as_in_torchmetrics_3472_they_were_not() -> (
+    None
+):
+    for labels, says in ((["cat", "dog"], r"\(3,\).*\(2,\)"), (["cat", "cat", "dog"], "twice")):
+        with pytest.raises(ValueError, match=says):
+            MetricsAggregator().record("acc", np.ones(3), axes={"class": labels})
+
+
+def test_a_class_that_no_batch_had_is_no_zero_as_in_torchmetrics_174() -> None:
+    aggregator = MetricsAggregator(by="class")
+    classes = {"class": ["a", "b", "c"]}
+    for recalls, counts in (([1.0, 0.0, np.nan], [3, 0, 0]), ([0.0, 1.0, np.nan], [1, 2, 0])):
+        aggregator.record("recall", np.array(recalls), axes=classes, weight=np.array(counts))
+    snapshot = aggregator.reduce()
+    found = snapshot.as_dict("t")
+    assert found == {"t/recall": 5 / 6, "t/recall/class_a": 0.75, "t/recall/class_b": 1.0}
+    np.testing.assert_equal(snapshot.array(None, "recall", window="run")[0], [0.75, 1.0, np.nan])
+
+
+def test_a_balance_is_of_each_layer_as_in_vllm_39178_it_was_not() -> None:
+    aggregator = MetricsAggregator()
+    tokens = np.array([[8, 0], [0, 8]])  # over the layers, each expert got as many
+    aggregator.record("tokens", tokens, "sum", axes={"layer": 2, "expert": 2})
+    aggregator.derive("balance", lambda m: (m["tokens"].max(-1) / m["tokens"].mean(-1)).mean())
+    aggregator.derive("dead", lambda m: (m["tokens"] == 0).sum())
+    found = aggregator.reduce().as_dict("t")
+    assert (found["t/balance"], found["t/dead"]) == (2.0, 2.0)
 
 
 def test_names_are_padded_and_labels_are_printed_as_they_are() -> None:

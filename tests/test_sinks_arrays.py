@@ -165,6 +165,12 @@ def test_any_array_is_an_image_that_other_programs_read(values: Any) -> None:
     assert max(image.shape[:2]) <= 1024
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-8, 1e8, 1e300])
+def test_an_image_is_the_same_at_any_scale_as_in_wandb_6287_it_was_not(scale: float) -> None:
+    values = np.random.default_rng(0).random((10, 20))
+    assert np.array_equal(heat_map.heat_map(values * scale), heat_map.heat_map(values))
+
+
 def test_of_many_cells_neighbours_are_shown_by_their_mean() -> None:
     values = np.zeros(4096)
     values[4:8], values[8], values[12] = 8.0, math.nan, math.inf

@@ -167,7 +167,7 @@ class MetricsLogger(OneInUse):
                 ``lambda s: {"train/grad_rank": s.owner(None, "grad_norm")}``, called on a thread
                 of the logger; what it gives as None is left out. Only rank 0's are looked at.
             by: which axes of metrics remain, as in `Snapshot.as_dict`; what a metric does not have is
-                left out, with a warning. None: what the aggregator was made with.
+                left out, with a warning. None: what the aggregator was made with; a dict has none.
 
         Returns:
             What the rules of `MetricsAggregator.alert_on` found in the log before of the same

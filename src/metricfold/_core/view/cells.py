@@ -57,6 +57,9 @@ def check_by(by: object) -> By:
         ValueError: it names one twice.
     """
     of_name = by if isinstance(by, Mapping) else {"": by}
+    for name in of_name:
+        if not isinstance(name, str):
+            raise TypeError(f"by={by!r:.80}: {name!r} is no name of a metric")
     known = {name: check_axes(names, by) for name, names in of_name.items()}
     return known if isinstance(by, Mapping) else known[""]
 
@@ -160,6 +163,7 @@ class Folding:
         schema: the plain one.
         of_key: the handler of each of its keys.
         wrong: what `by` asks for and cannot be, in words.
+        unmatched: what it names that is not there: metrics, or axes that none has.
     """
 
     def __init__(
@@ -182,6 +186,10 @@ class Folding:
                 self.of_key.update(dict.fromkeys(view.keys, of_key[entry.key]))
             self._parts.append(_Part(entry, of_key[entry.key].laned(), views))
         self.schema = Schema(entries)
+        there = {axis.name for entry in schema for axis in entry.axes} | {RANK}
+        if isinstance(by, Mapping):
+            there = {entry.key[1] for entry in schema}
+        self.unmatched = [name for name in by if name not in there]
         self._ways = [_Way(schema, self.schema, self._parts)]
 
     def _views(self, entry: Entry) -> tuple[_View, ...]:

@@ -59,6 +59,8 @@ _FORMS = ("_stat_{}", "_count_{}", "_{}")
 _NO_ALERTS = Alerts()
 _BESIDE = "_nan_count"
 """What may come beside a value, also where there is none."""
+_PATIENCE = 3
+"""After so many reductions what has not come is likely misspelled."""
 _MOST_NAMED = 8
 """So many keys a message names."""
 
@@ -180,6 +182,7 @@ class Snapshot:
             return other.as_dict(prefix, window, rollup=rollup, macro=macro)
         for one in self.not_shown():
             self._report.warn_once(one, f"{one}. It is left out")
+        self._warn_of_unmatched()
         self._warn_of_repeated(prefix)
         if window != "run":
             self._warn_if_empty()
@@ -762,6 +765,17 @@ class Snapshot:
                 "",
                 "the interval is empty: nothing came in since the reduction before. For two views "
                 "of one interval, take both from one snapshot = aggregator.reduce()",
+            )
+
+    def _warn_of_unmatched(self) -> None:
+        """Say what `by` names that is not there, once it has had time to come."""
+        if self._folding is None or self._whole.reductions <= _PATIENCE:
+            return
+        for name in self._folding.unmatched:
+            self._report.warn_once(
+                f"by {name}",
+                f"by= names {name!r}, which no metric so far "
+                + ("is called" if isinstance(self._handlers.by, Mapping) else "has as an axis"),
             )
 
     def _warn_of_repeated(self, prefix: str) -> None:
