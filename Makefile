@@ -69,7 +69,7 @@ bench: $(BENCH_STAMP)  ## BENCH_ARGS="--quick" shows in a minute that everything
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 gpu-check: $(STAMP)  ## what only a GPU can show; GPU_ARGS="--only steps" and the like pass through
-	@echo "==> waits, kernels, steps, a trace, ranks and JAX on the GPU: ratios measured side by side"
+	@echo "==> waits, kernels, steps, a watched model, a trace, ranks and JAX on the GPU: ratios measured side by side"
 	@PYTHONPATH=tests $(BIN)/python -m gpu_check $(GPU_ARGS)
 
 clean:

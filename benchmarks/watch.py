@@ -26,12 +26,12 @@ def measure(*, quick: bool) -> list[Section]:
 class Trained:
     """A small transformer, whose step is about its parameters' number rather than their size."""
 
-    def __init__(self, layers: int, width: int = 16) -> None:
+    def __init__(self, layers: int, width: int = 16, device: str = "cpu") -> None:
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True, dropout=0.0)
-        self.model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), foreach=True)
-        self.x = torch.randn(2, 16, width)
+        self.x = torch.randn(2, 16, width).to(device)
 
     def step(self) -> None:
         self.model(self.x).pow(2).mean().backward()

@@ -27,17 +27,18 @@ from typing import Any
 import torch
 from benchmarks.table import Section, amount, cost
 from benchmarks.timing import interleaved
+from benchmarks.watch import Trained
 from torch import Tensor
 
 from metricfold import MetricsAggregator
-from metricfold.torch import DeviceAccumulator
+from metricfold.torch import DeviceAccumulator, ModelWatch
 from metricfold.torch.fused import triton_for
 
 __all__ = ["PARTS", "Place", "main"]
 
 _DATASETS = tuple(f"dataset_{number}" for number in range(8))
-_MOST_SECONDS = 95
-"""Of each of the six parts: ten minutes do for them all."""
+_MOST_SECONDS = 85
+"""Of each of the seven parts: ten minutes do for them all."""
 _KINDS = ("mean", "sum", "max", "min", "distribution")
 
 
@@ -398,10 +399,75 @@ def jax(place: Place) -> Section:
     return section
 
 
+def watch(place: Place) -> Section:
+    """Train with a ModelWatch that nothing waits for, whose numbers are those of a CPU; and compare steps."""
+    found = {device: _watched(device) for device in dict.fromkeys((place.device, "cpu"))}
+    agree(found[place.device], found["cpu"], 1e-3)
+    section = Section(f"{place.device}: a step of a watched transformer, AdamW")
+    settings: dict[str, dict[str, Any]] = {
+        "not due": {"every": 10**9},
+        "due": {},
+        "due, octaves": {"octaves": True},
+        "due, updates": {"updates": True},
+        "due, replicas alone": {"grads": False, "params": False, "replicas": True},
+    }
+    if place.device == "cuda":
+        settings["due, compiled"] = {"compiled": True}
+        settings["due, octaves, compiled"] = {"compiled": True, "octaves": True}
+    layers = 84 if place.device == "cuda" else 2
+    ways = {"the step alone": Trained(layers, 64, place.device).step}
+    for name, given in settings.items():
+        trained = Trained(layers, 64, place.device)
+        ModelWatch(trained.model, trained.optimizer, **given)
+        ways[name] = trained.step
+
+    def finished(way: Callable[[], object]) -> Callable[[], None]:
+        def one_step() -> None:
+            way()
+            place.wait()
+
+        return one_step
+
+    for way in ways.values():
+        finished(way)()
+    calls = {name: finished(way) for name, way in ways.items()}
+    times = interleaved(calls, place.rounds, calls_per_turn=1)
+    bare = times["the step alone"]
+    section.rows = [
+        cost(name, taken, "the step alone", bare)
+        for name, taken in times.items()
+        if taken is not bare
+    ]
+    return section
+
+
+def _watched(device: str) -> dict[str, float]:
+    """Return what is logged of three steps during which nothing may wait for the device."""
+    trained, aggregator = Trained(2, 16, device), MetricsAggregator(None)
+    watch = ModelWatch(
+        trained.model,
+        trained.optimizer,
+        updates=True,
+        octaves=True,
+        replicas=True,
+        activations="layers.*.linear1",
+    )
+    trained.step()  # makes what is made once
+    with forbidden_to_wait(device):
+        for _ in range(2):
+            watch.grads("grad_raw")
+            trained.step()
+        aggregator.drain(watch)
+    logged = aggregator.get_metrics_for_logging("t")
+    # What rounding decides: which of many sums is nearly 0, and in which octave a number is.
+    return {name: value for name, value in logged.items() if "mean" not in name}
+
+
 PARTS: dict[str, Callable[[Place], Section]] = {
     "syncs": syncs,
     "kernels": kernels,
     "steps": steps,
+    "watch": watch,
     "trace": trace,
     "ranks": ranks,
     "jax": jax,

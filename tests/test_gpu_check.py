@@ -16,7 +16,7 @@ def small(folder: Path) -> Place:
     return Place("cpu", step=1e-4, rounds=2, folder=folder)
 
 
-@pytest.mark.parametrize("part", ["syncs", "kernels", "steps", "trace"])
+@pytest.mark.parametrize("part", ["syncs", "kernels", "steps", "watch", "trace"])
 def test_each_part_finds_finite_figures(part: str, tmp_path: Path) -> None:
     section = PARTS[part](small(tmp_path))
     assert section.rows or section.notes

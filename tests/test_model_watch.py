@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import preload, run_ranks
+from ranks import preload, run_ranks, run_threads
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 from watched_trainings import LAYOUTS, all_layouts
 
-from metricfold import MetricsAggregator
+from metricfold import MetricsAggregator, ReplicasDiffer
 from metricfold.torch import DeviceAccumulator, ModelWatch
 
 preload("torch.distributed.fsdp", "torch.distributed.pipelining", "metricfold.torch")
@@ -59,6 +59,35 @@ def test_one_flipped_bit_is_named_with_its_rank(watched: list[dict[str, Any]]) -
     named |= {"hsdp": hsdp, "fsdp x tp": two, "fsdp": []}
     for rank in watched:
         assert rank["flipped"] == {how: [[], [], alerts] for how, alerts in named.items()}
+
+
+@pytest.mark.parametrize("route", ["gather", "tree"])
+def test_ranks_that_watch_nothing_merge_what_others_do(route: str) -> None:
+    def rank(communicator: Any) -> tuple[list[tuple[str, int | None]], dict[str, float]]:
+        aggregator = MetricsAggregator(communicator=communicator, route=route)
+        aggregator.alert_on(ReplicasDiffer())
+        if communicator.rank:  # the first has no model, as a rank that evaluates
+            model = nn.Linear(2, 1, bias=False)
+            model.weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            watch = ModelWatch(model, optimizer, grads=False, replicas=True)
+            if communicator.rank == 2:
+                model.weight.data.view(torch.int32)[0, 0] ^= 1
+            optimizer.step()
+            aggregator.drain(watch)
+        snapshot = aggregator.reduce()
+        saved = aggregator.state_dict()
+        other = MetricsAggregator()
+        other.load_state_dict(saved)
+        run = other.get_metrics_for_logging("t")
+        return [(one.message, one.rank) for one in snapshot.alerts], run
+
+    everyone = run_threads(rank, 4)
+    where = ", on rank 2" if route == "gather" else ""
+    for alerts, run in everyone:
+        assert alerts == [("the ranks hold different bits of weight" + where, 2 if where else None)]
+        assert run["t/param/norm"] == pytest.approx(5.0, rel=1e-6)
+        assert run["t/param/replicas"] == 1.0
 
 
 # -- On one rank

@@ -15,24 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "BLOCK",
-    "FINITE",
-    "NONFINITE",
-    "OCTAVES",
-    "SEEN",
-    "SQUARES",
-    "TOTAL",
-    "ZEROS",
-    "Group",
-    "Grouped",
-    "Scratch",
-    "Statistics",
-    "add_of_one",
-]
+from metricfold._core.device.watched import FINITE, NONFINITE, SEEN, SQUARES, ZEROS
 
-SEEN, NONFINITE, ZEROS, FINITE, TOTAL, SQUARES = range(6)
-"""Sums of a row: elements, those that are NaN or infinite, that are 0, that are finite; their sum, and that of squares."""
+__all__ = ["BLOCK", "OCTAVES", "Group", "Grouped", "Scratch", "Statistics", "add_of_one"]
 
 OCTAVES = 128
 """Octave k holds magnitudes from 2^(k - 64) on; the first all that are smaller, the last all that are larger."""
@@ -132,7 +117,7 @@ class Scratch:
         with torch.inference_mode(mode=False):
             buffer = self.buffer(device, blocks)
             groups = [self._group(rows, sizes, pieces, buffer, known) for pieces in cut]
-            return Grouped((*rows, *sizes), groups, known.to(device))
+            return Grouped((*rows, *sizes), groups, _sent(known, device))
 
     def _group(
         self,
@@ -158,7 +143,12 @@ class Scratch:
             (place, None if end - first == sizes[place] else slice(first, end))
             for place, first, end in pieces
         ]
-        return Group(parts, views, buffer, of_blocks.to(device), starts.to(device))
+        return Group(parts, views, buffer, _sent(of_blocks, device), _sent(starts, device))
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a copy on a device, for which the host does not wait."""
+    return tensor.to(device, non_blocking=True)
 
 
 class Statistics:
@@ -173,7 +163,7 @@ class Statistics:
 
     Attributes:
         state: all of it, shape (rows, n), float64.
-        sums: shape (rows, 6).
+        sums: shape (rows, 6), as `element_states` takes them.
         largest: of magnitudes, shape (rows,).
         octaves: shape (rows, OCTAVES); (rows, 0) if they are not counted.
     """

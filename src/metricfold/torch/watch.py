@@ -23,6 +23,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from metricfold._core.device.arrays import of_mesh
+from metricfold._core.device.watched import (
+    OF_PARAMETERS,
+    PARAMETER,
+    SEEN,
+    SQUARES,
+    element_states,
+)
 from metricfold._core.fold.axes import Axes, Axis, described
 from metricfold._core.fold.elements import EVERY_ELEMENT, checksum_lanes
 from metricfold._core.fold.names import Key
@@ -31,43 +38,22 @@ from metricfold._core.fold.state import COUNT, State
 from metricfold._core.runtime.imported import is_of, kinds
 from metricfold._core.runtime.listing import internal, shortened
 from metricfold._core.runtime.uncompiled import uncompiled
-from metricfold.metric import AggregationType, TypeLike, check_name
+from metricfold.metric import TypeLike, check_name
 from metricfold.torch.activations import Activations, matches, named
 from metricfold.torch.replicas import Checksums, shard_of
-from metricfold.torch.statistics import (
-    FINITE,
-    NONFINITE,
-    OCTAVES,
-    SEEN,
-    SQUARES,
-    TOTAL,
-    ZEROS,
-    Scratch,
-    Statistics,
-)
+from metricfold.torch.statistics import OCTAVES, Scratch, Statistics
 
 __all__ = ["ModelWatch"]
 
 _logger = logging.getLogger("metricfold")
 
-PARAMETER, MODULE, OCTAVE = "parameter", "module", "octave"
-"""The axes of what is collected."""
+MODULE, OCTAVE = "module", "octave"
+"""Axes besides `PARAMETER`."""
 
-_OF_PARAMETERS: Mapping[str, TypeLike] = {
-    "norm": "tensor_norm",
-    "mean": "tensor_mean",
-    "abs_max": AggregationType.MAX,
-    "zeros": "tensor_mean",
-    "nonfinite": "tensor_number",
-    "octaves": "tensor_number",
-}
+_OF_PARAMETERS: Mapping[str, TypeLike] = {**OF_PARAMETERS, "octaves": "tensor_number"}
 _OF_ACTIVATIONS: Mapping[str, TypeLike] = {
     "rms": "tensor_rms",
-    "mean": "tensor_mean",
-    "abs_max": AggregationType.MAX,
-    "zeros": "tensor_mean",
-    "nonfinite": "tensor_number",
-    "octaves": "tensor_number",
+    **{end: agg_type for end, agg_type in _OF_PARAMETERS.items() if end != "norm"},
 }
 """What is reported, and its type. An activation has no size, so no norm that could be told from how often it came."""
 
@@ -132,30 +118,17 @@ class Collected(NamedTuple):
     def states(self, read: FloatArray) -> Iterable[tuple[Key, State]]:
         """Yield the state of each metric that has something, of what lies on the host now."""
         sums, largest, octaves = np.split(read, (SQUARES + 1, SQUARES + 2), axis=1)
-        seen, bad, zero = sums[:, SEEN], sums[:, NONFINITE], np.zeros(len(sums))
-        has = seen > 0
-        if not has.any():
+        seen, sizes = sums[:, SEEN], np.array(self.sizes)
+        if not seen.any():
             return
-        size = np.where(has, self.sizes, -np.inf)[:, np.newaxis]
-        lanes = {
-            "norm": (bad, SQUARES),
-            "rms": (bad, SQUARES, FINITE),
-            "mean": (bad, TOTAL, FINITE),
-            "abs_max": (bad,),
-            "zeros": (zero, ZEROS, SEEN),
-            "nonfinite": (zero, NONFINITE),
-        }
-        for end in self.types:
-            if end in lanes:
-                nans, *others = lanes[end]
-                maxs = np.where(has[:, np.newaxis], largest, -np.inf) if end == "abs_max" else size
-                of_cells = np.stack([seen, nans, *(sums[:, lane] for lane in others)], axis=1)
-                yield self._key(end), State.of_cells(of_cells, maxs, self._axes(end))
-            elif octaves.shape[1]:
-                parts = np.broadcast_arrays(seen[:, np.newaxis], 0.0, octaves)
-                of_cells = np.stack(parts, axis=-1).reshape(-1, len(parts))
-                maxs = np.repeat(size, OCTAVES, axis=0)
-                yield self._key(end), State.of_cells(of_cells, maxs, self._axes(end))
+        types = {end: agg_type for end, agg_type in self.types.items() if end != "octaves"}
+        for end, state in element_states(types, sums, largest[:, 0], sizes, self._axes("")):
+            yield self._key(end), state
+        if octaves.shape[1]:
+            parts = np.broadcast_arrays(seen[:, np.newaxis], 0.0, octaves)
+            of_cells = np.stack(parts, axis=-1).reshape(-1, len(parts))
+            size = np.repeat(np.where(seen > 0, sizes, -np.inf)[:, np.newaxis], OCTAVES, axis=0)
+            yield self._key("octaves"), State.of_cells(of_cells, size, self._axes("octaves"))
 
     def _key(self, end: str) -> Key:
         return "", f"{self.name}/{end}"
