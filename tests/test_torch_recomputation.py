@@ -629,3 +629,46 @@ def test_what_is_said_to_count_in_a_repeated_forward_does(
     backward(again(layer, True))
     assert aggregator.get_metrics_for_logging("t") == {"t/aux_loss": 2.0}
     assert not warned()
+
+
+# -- Selective checkpoints -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["plain", "at", "recorded"])
+def test_a_selective_checkpoint_gives_a_layer_none_of_our_results(how: str) -> None:
+    """It numbers operations; ours were in the first forward alone, so that what followed got their results.
+
+    Reported of expert loads that a gate counts: "encountered during backward but not found in storage".
+    """
+    aggregator, ids = MetricsAggregator(), torch.tensor([0, 1, 1])
+    acc = DeviceAccumulator(
+        {"n": "sum", "t": ("sum", "layer", "expert")}, axes={"layer": 2, "expert": 4}
+    )
+    at = acc.at("t", layer=1)
+    gate = torch.nn.Linear(4, 4, bias=False)
+
+    def layer(x: torch.Tensor, counted: bool) -> torch.Tensor:
+        y = torch.add(x, 0.5).clamp(-1, 1)
+        if counted and how == "plain":
+            acc.update("n", y, weights=y > 0)
+        elif counted and how == "at":
+            at.update(y.detach().abs(), ids={"expert": ids})
+        elif counted:
+            aggregator.record("r", y[0, 0])
+        z = torch.add(y, gate(y).clone()).clamp(-2, 2)
+        return torch.add(z, z * z.clone()).sum()
+
+    def gradient(counted: bool) -> torch.Tensor:
+        x = torch.linspace(-1, 1, 12).view(3, 4).requires_grad_()
+        context = selective(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
+        checkpoint(layer, x, counted, use_reentrant=False, **context).backward()
+        assert x.grad is not None
+        return x.grad
+
+    assert torch.equal(gradient(counted=True), gradient(counted=False))
+    aggregator.drain(acc)
+    x = torch.linspace(-1, 1, 12).view(3, 4).add(0.5).clamp(-1, 1)
+    wanted = {"plain": x[x > 0].sum(), "at": x.abs().sum(), "recorded": x[0, 0]}[how].item()
+    found = aggregator.get_metrics_for_logging("t")
+    name = {"plain": "t/n", "at": "t/t", "recorded": "t/r"}[how]
+    assert found == pytest.approx({name: wanted})

@@ -41,7 +41,7 @@ from metricfold._core.fold.axes import Axes
 from metricfold._core.runtime.copies import copied_plainly
 from metricfold._core.runtime.listing import internal
 from metricfold._core.runtime.processes import watch_forks
-from metricfold._core.runtime.recomputation import not_given_before, recomputed
+from metricfold._core.runtime.recomputation import not_given_before, recomputed, unseen
 from metricfold._core.runtime.uncompiled import uncompiled
 from metricfold.metric import AggregationType
 from metricfold.torch.folding import (
@@ -343,12 +343,11 @@ class DeviceAccumulator:
         dataset_ids: Tensor | None,
         placed: PlacedMetric | None = None,
     ) -> None:
-        flag = None
         if torch.compiler.is_compiling():
             flag = counts(self._nothing)
+            self._take_counted(values, weights, ids, dataset_ids, placed, flag)
         elif recomputed():
             self._pass_over(values)
-            return
         else:
             if peek_interpreter_stack() is not None:
                 raise RuntimeError(
@@ -357,6 +356,17 @@ class DeviceAccumulator:
                     "has_aux=True, and update() with them where the transform has returned"
                 )
             self._given.update(values)
+            unseen(self._take_counted, values, weights, ids, dataset_ids, placed, None)
+
+    def _take_counted(
+        self,
+        values: Mapping[str, Any],
+        weights: Any,
+        ids: Mapping[str, Any] | None,
+        dataset_ids: Tensor | None,
+        placed: PlacedMetric | None,
+        flag: Tensor | None,
+    ) -> None:
         taken = {}
         for name, given in values.items():
             self.layout.place(name)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metricfold._core.runtime.imported import is_of
+from metricfold._core.runtime.recomputation import unseen
 from metricfold._core.runtime.staging import NO_NUMBER, is_traced
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class TorchArrays(ArrayBackend):
 
     def kept(self, value: Any) -> Any:
         contiguous = sys.modules["torch"].contiguous_format
-        return value.detach().clone(memory_format=contiguous).reshape(-1)
+        return unseen(lambda: value.detach().clone(memory_format=contiguous).reshape(-1))
 
     def start(self, values: Sequence[Any]) -> Callable[[], list[Any]]:
         torch = sys.modules["torch"]

@@ -21,8 +21,11 @@ import threading
 from collections.abc import Callable, Iterable
 from inspect import currentframe
 from types import FrameType
+from typing import Any, TypeVar
 
-__all__ = ["not_given_before", "open_blocks", "recomputed", "said"]
+__all__ = ["not_given_before", "open_blocks", "recomputed", "said", "unseen"]
+
+T = TypeVar("T")
 
 
 class _Said(threading.local):
@@ -59,6 +62,34 @@ def not_given_before(metrics: Iterable[str]) -> str:
         "(activation checkpointing), where nothing counts, so it is lost: give it in the first forward "
         "as well, or in a hook, or inside of `with metricfold.torch.recomputing(False):`"
     )
+
+
+def unseen(call: Callable[..., T], *args: Any) -> T:
+    """Return what `call` returns, of whose operations no selective checkpoint knows.
+
+    One counts the operations of a forward, to give the repeated one what it has saved. That one lacks
+    ours, and would get their results for those of the layer.
+    """
+    torch = sys.modules["torch"]
+    if not torch._C._len_torch_dispatch_stack():  # noqa: SLF001
+        return call(*args)
+    from torch.utils import _python_dispatch as dispatch  # noqa: PLC0415 - loaded with torch
+    from torch.utils import checkpoint  # noqa: PLC0415
+
+    names = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+    selective = tuple(getattr(checkpoint, name) for name in names if hasattr(checkpoint, name))
+    modes = dispatch._get_current_dispatch_mode_stack()  # noqa: SLF001
+    others = [mode for mode in modes if not isinstance(mode, selective)]
+    if len(others) == len(modes):
+        return call(*args)
+    with dispatch._disable_current_modes():  # noqa: SLF001
+        for mode in others:
+            dispatch._push_mode(mode)  # noqa: SLF001
+        try:
+            return call(*args)
+        finally:
+            for _ in others:
+                dispatch._pop_mode()  # noqa: SLF001
 
 
 def _task_of_torch() -> int:
