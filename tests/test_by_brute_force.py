@@ -142,6 +142,7 @@ def run(
 
 
 @pytest.mark.filterwarnings("ignore:the interval is empty:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:by= names:RuntimeWarning")
 @given(st.data())
 @examples(60)
 def test_dicts_and_arrays_are_what_came_in(data: Any) -> None:

@@ -190,32 +190,35 @@ class Report:
                 tables[view] = shown if same else self._recorded(view, rollup=rollup, macro=macro)
         if self._cells.there:
             for of, table in tables.items():
-                table.arrays = self._arrays_of(table, window if of is None else of)
+                table.arrays = self._arrays_of(table, window if of is None else of, rollup=rollup)
         add_derived(
             self._handlers.derived, tables, self._may_print, self._cells.names, self.warn_once
         )
 
-    def _arrays_of(self, table: Table, window: WindowLike) -> dict[Key, FloatArray | None]:
-        """Return what functions get of metrics with axes in the place of a number."""
-        found: dict[Key, FloatArray | None] = dict.fromkeys(self._cells.there)
-        for (level, name), members in self.over_datasets(levels=True).members.items():
-            if any(entry.key in found for entry in members):
-                found.setdefault((level, name), None)
-        for key, (values, _) in self.arrays(window, rollup="levels").items():
+    def _arrays_of(
+        self, table: Table, window: WindowLike, *, rollup: Rollup
+    ) -> dict[Key, FloatArray | None]:
+        """Return what functions get of metrics with axes in the place of a number; None: nothing."""
+        found: dict[Key, FloatArray | None] = dict.fromkeys(self._with_cells(rollup=rollup))
+        for key, (values, _) in self.arrays(window, rollup=rollup).items():
             found[key] = values
         return {key: one for key, one in found.items() if printed(key) in table.values}
 
-    def arrays(self, window: WindowLike, *, rollup: Rollup) -> dict[Key, Found]:
-        """Return the cells of each metric with axes that has values, and of totals over datasets."""
-        found: dict[Key, Found] = {}
-        keys = {key: [key] for key in self._cells.there}
+    def _with_cells(self, *, rollup: Rollup) -> dict[Key, list[Key]]:
+        """Return the metrics that have axes, and totals over such, each with what it is made of."""
+        found = {key: [key] for key in self._cells.there}
         if rollup:
             totals = self.over_datasets(levels=rollup == "levels").members
             for key, members in totals.items():
                 some = [entry.key for entry in members]
-                if not keys.keys().isdisjoint(some):
-                    keys.setdefault(key, some)
-        for key, some in keys.items():
+                if not found.keys().isdisjoint(some):
+                    found.setdefault(key, some)
+        return found
+
+    def arrays(self, window: WindowLike, *, rollup: Rollup) -> dict[Key, Found]:
+        """Return the cells of each metric with axes that has values, and of totals over datasets."""
+        found: dict[Key, Found] = {}
+        for key, some in self._with_cells(rollup=rollup).items():
             is_total = self._handlers.of_key[some[0]].is_total
             try:
                 of = self._cells.of(some, view_of(window, key[1], is_total=is_total))
