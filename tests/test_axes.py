@@ -254,6 +254,33 @@ def test_cells_one_by_one_take_the_room_of_what_they_hold(monkeypatch: Any) -> N
     assert np.nansum(values) == 6.0
 
 
+class OnlySmall(LaneRMS):
+    def sums_of(self, values: Any, weights: Any) -> tuple[float, ...]:
+        if values.max(initial=0.0) > 100:
+            raise self.error("too large for me")
+        return super().sums_of(values, weights)
+
+    error: type[Exception] = ValueError
+
+
+@pytest.mark.parametrize("error", [ValueError, ZeroDivisionError])
+def test_a_handler_that_fails_on_a_cell_names_the_metric_once(error: type[Exception]) -> None:
+    torch = pytest.importorskip("torch")
+    aggregator = MetricsAggregator()
+    handler = OnlySmall()
+    handler.error = error
+    aggregator.register_handler("rms", handler)
+    aggregator.record("t", np.array([3.0, 4.0]), "rms", axes={"a": 2})
+    with pytest.raises(error, match=r"too large") as raised:
+        aggregator.record("t", np.array([3.0, 400.0]), "rms", axes={"a": 2})
+    assert error is not ValueError or str(raised.value) == "metric 't': too large for me"
+    aggregator.record("t", torch.tensor([3.0, 400.0]), "rms", axes={"a": 2})
+    with pytest.raises(RuntimeError, match="too large for me") as given_up:
+        aggregator.reduce()
+    assert str(given_up.value).count("metric 't'") == 1
+    assert aggregator.reduce().array(None, "t")[0].tolist() == [3.0, 4.0]
+
+
 def test_many_keys_are_not_folded_for_each_array_of_cells(monkeypatch: Any) -> None:
     """Until now they were, since the array filled the room of all that waits."""
     folds: list[int] = []

@@ -278,8 +278,12 @@ def fold_cells(key: Key, handler: LaneHandler, block: Block, values: Any, weight
     given = np.ma.getdata(values)
     if given.dtype.kind in "iu" and not weighing.all():
         given = np.where(weighing != 0, given, 0)  # what does not count may be too large
-    with quiet():
-        sums, maxs = handler.fold_cells(floats(key, "a value", given), weighing)
+    numbers = floats(key, "a value", given)
+    try:
+        with quiet():
+            sums, maxs = handler.fold_cells(numbers, weighing)
+    except ValueError as error:
+        raise ValueError(f"{show(key)}: {error}") from error
     return State.of_cells(sums, maxs, block.axes, block.places)
 
 

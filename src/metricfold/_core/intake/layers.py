@@ -97,30 +97,28 @@ class Layer:
         by_key: dict[Key, list[tuple[Any, Any]]] = {}
         found: dict[Key, list[State]] = {}
 
-        def keep(key: Key, state: State) -> None:
-            found.setdefault(key, []).append(state)
+        def keep(key: Key, folded: Callable[[], State]) -> None:
+            try:
+                state = folded()
+                found.setdefault(key, []).append(state)
+            except ValueError as error:  # which names the metric
+                errors.append(str(error))
+            except Exception as error:  # noqa: BLE001 - the user's; raised on all ranks
+                errors.append(f"{show(key)}: the handler failed: {error!r}")
 
         for one, value, weight in pending(errors):
             if one.block is None:
                 by_key.setdefault(one.key, []).append((value, weight))
                 continue
-            try:
-                handler = records[one.key].handler.laned()
-                keep(one.key, fold_cells(one.key, handler, one.block, value, weight))
-            except Exception as error:  # noqa: BLE001 - the user's; raised on all ranks
-                errors.append(f"{show(one.key)}: {error}")
+            handler = records[one.key].handler.laned()
+            keep(one.key, partial(fold_cells, one.key, handler, one.block, value, weight))
         for key, arrived in by_key.items():
             for values, weights in _in_runs(arrived):
-                try:
-                    keep(key, fold_read(key, records[key].handler.laned(), values, weights))
-                except ValueError as error:  # which names the metric
-                    errors.append(str(error))
-                except Exception as error:  # noqa: BLE001 - the user's; raised on all ranks
-                    errors.append(f"{show(key)}: the handler failed: {error!r}")
+                keep(key, partial(fold_read, key, records[key].handler.laned(), values, weights))
         for drained in self.drained:
             try:
                 for key, state in drained.arrive():
-                    keep(key, state)
+                    found.setdefault(key, []).append(state)
             except Exception as error:  # noqa: BLE001 - such as an error of the device
                 errors.append(f"an accumulator could not be read from its device: {error!r}")
         states = {**self.states}
