@@ -930,7 +930,14 @@ def test_the_callers_buffer_is_not_kept():
     assert (large == np.arange(1.0, 20_001.0)).all()
 
 
-@pytest.mark.parametrize("batch", [1, 3, 100, 4096, 8192, 10_000])
+def test_the_part_below_a_value_of_a_constant_stream_is_known_whatever_rounding_left():
+    for number in (5_000, 20_000, 100_000):
+        for value in np.random.default_rng(0).lognormal(0.0, 2.0, 30):
+            asked = [0.9 * value, value, 1.1 * value]
+            assert histogram_of(np.full(number, value)).cdf(asked).tolist() == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100, 4096, 16_384, 20_000])
 def test_batches_of_any_size_add_up(batch):
     values = WIDE["normal around 0"][:30_000]
     whole, parts = histogram_of(values), LogLinearHistogram()

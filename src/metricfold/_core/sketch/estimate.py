@@ -78,6 +78,7 @@ class Profile:
             ]
         weights, means, deviations, lows, highs = columns
         lows, highs = np.maximum(lows, minimum), np.minimum(highs, maximum)
+        deviations[lows == highs] = 0.0
         return cls(weights, np.minimum(np.maximum(means, lows), highs), deviations, lows, highs)
 
 

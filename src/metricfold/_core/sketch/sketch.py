@@ -27,7 +27,7 @@ from metricfold._core.sketch.weights import LARGEST_WEIGHT, Waiting, only
 
 __all__ = ["LogLinearHistogram"]
 
-_CHUNK = 8192
+_CHUNK = 16_384
 """Values are folded so many at a time."""
 _LEAST_WITHIN_REACH = 4
 _STRAYING = 32
