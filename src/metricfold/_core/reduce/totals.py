@@ -5,6 +5,7 @@ All are values: adding to one gives a new one, so a `Snapshot` may keep what it 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -138,10 +139,11 @@ class Totals:
         return self.sums + self.lost
 
     def hash(self) -> int:
-        arrays = (self.sums, self.lost, self.maxs, np.float64(self.seconds))
-        schema = self.schema.hash.to_bytes(8, "little")
+        lanes = 0
+        for part in (self.sums, self.lost, self.maxs, np.float64(self.seconds)):
+            lanes = zlib.crc32(np.ascontiguousarray(part).data, lanes)
         pools = [pool.fingerprint() for _, pool in sorted(self.pools.items())]
-        return digest(schema + b"".join([*(array.tobytes() for array in arrays), *pools]))
+        return digest(b"".join([f"{self.schema.hash} {lanes} ".encode(), *pools]))
 
 
 def _having(schema: Schema, sums: FloatArray) -> npt.NDArray[np.bool_]:

@@ -227,12 +227,10 @@ class Wire:
 
     def agreed(self, vector: FloatArray) -> bool:
         """Return whether all ranks of a merged vector agree, and none has news or has failed."""
-        head = vector[self._head]
-        same = (head[:AGREED] == -head[HEADER_SIZE:]).all() and not head[_OBJECTIONS].any()
-        seconds, failed = head[Field.SECONDS], head[Field.SINK_FAILED]
-        found = head[Field.ALERTS]
-        known = 0 <= seconds < np.inf and failed in (0.0, 1.0) and bool(countable(found))
-        return bool(same and known)
+        head = vector[self._head].tolist()
+        same = head[:AGREED] == [-one for one in head[HEADER_SIZE:]] and not any(head[_OBJECTIONS])
+        seconds, failed, found = head[Field.SECONDS], head[Field.SINK_FAILED], head[Field.ALERTS]
+        return same and 0 <= seconds < np.inf and failed in (0.0, 1.0) and bool(countable(found))
 
     def wrong(self, rows: FloatArray) -> BoolArray:
         """Return which vectors, shape (k, size), hold what no ranks' come to.
