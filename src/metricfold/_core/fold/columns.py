@@ -289,10 +289,7 @@ def fold_cells(key: Key, handler: LaneHandler, block: Block, values: Any, weight
 
 def fold_read(key: Key, handler: LaneHandler, values: Numbers, weights: Numbers) -> State:
     """Fold what lies on the host, whose weights have been checked and are not 0."""
-    if isinstance(weights, np.ndarray):
-        ones = bool((weights == 1).all())
-    else:
-        ones = weights.count(1.0) == len(weights)
+    ones = bool((weights == 1).all()) if isinstance(weights, np.ndarray) else _all_one(weights)
     weighing: Any = None if ones else weights
     texts = handler.takes is str
     given: Any = [*map(str, listed(values))] if texts else values
@@ -327,15 +324,15 @@ def _by_key(metrics: Sequence[Metric]) -> Iterator[tuple[Key, Any, Any, Any]]:
         raise
     # Samples mostly bring the same metrics in the same order.
     step = len(names) // names.count(names[0]) if _TEXT.issuperset(map(type, texts)) else 0
-    turns = [slice(place, None, step) for place in range(step)]
     keys = [*zip(datasets[:step], names[:step], strict=True)]
+    samples = len(names) // max(step, 1)
     if (
-        step
-        and len({*keys}) == step
-        and all(_alike(one[turn]) for one in (datasets, names) for turn in turns)
+        len({*keys}) == step > 0
+        and datasets == datasets[:step] * samples
+        and names == names[:step] * samples
     ):
-        for key, turn in zip(keys, turns, strict=True):
-            yield key, values[turn], types[turn], weights[turn]
+        for place, key in enumerate(keys):
+            yield key, values[place::step], types[place::step], weights[place::step]
         return
     groups: defaultdict[Key, list[Metric]] = defaultdict(list)
     for key, metric in zip(zip(datasets, names, strict=True), metrics, strict=True):
@@ -347,6 +344,11 @@ def _by_key(metrics: Sequence[Metric]) -> Iterator[tuple[Key, Any, Any, Any]]:
 
 def _alike(items: Sequence[Any]) -> bool:
     return items.count(items[0]) == len(items)
+
+
+def _all_one(weights: Sequence[float]) -> bool:
+    # Mostly the very same object, which is soon seen.
+    return not weights or (weights[0] == 1.0 and _alike(weights))
 
 
 _METRIC = {Metric}
@@ -417,7 +419,7 @@ def _fold_group(
                 held(key, value)  # refused on all processes, if on one
         values, weights = [*compress(values, here)], [*compress(weights, here)]
     conflicting = None
-    if not weighing or weights.count(1.0) < len(weights):
+    if not weighing or not _all_one(weights):
         weighted = handler is None or handler.weighted
         weights = [weight_of(key, one, weighted=weighted, in_worker=in_worker) for one in weights]
         host = [weight for weight in weights if type(weight) in NUMBERS]
