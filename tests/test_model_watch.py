@@ -507,3 +507,44 @@ def test_parameters_that_a_wrapper_holds_have_their_own_names() -> None:
     assert aggregator.reduce().array(None, "grad/norm")[1] == (("bias", "weight"),)
     with pytest.raises(ValueError, match="DistributedDataParallel"):
         ModelWatch(model, activations="*")
+
+
+def test_two_models_have_names_of_their_own() -> None:
+    aggregator = MetricsAggregator()
+    watches = []
+    for name, size in (("generator", 3.0), ("critic", 4.0)):
+        model = nn.Linear(1, 1, bias=False)
+        model.weight.grad = torch.tensor([[size]])
+        watches.append(ModelWatch(model, name=name))
+        watches[-1].grads()
+        with pytest.raises(ValueError, match="is no gradient"):
+            watches[-1].grads("param")
+    aggregator.drain(*watches)
+    logged = aggregator.get_metrics_for_logging("t")
+    assert (logged["t/generator/grad/norm"], logged["t/critic/grad/norm"]) == (3.0, 4.0)
+
+
+def test_an_optimizer_that_a_framework_has_wrapped_is_found() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    watch, aggregator = ModelWatch(model, optimizer), MetricsAggregator()
+    for _ in range(2):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(X).sum())
+            optimizer.step()
+    aggregator.drain(watch)
+    assert aggregator.reduce().value(None, "grad/norm") == pytest.approx(5**0.5)
+
+
+def test_what_has_no_numbers_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(2, 1, device="meta")
+    model.bias = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([model.bias], lr=0.1)
+    watch, aggregator = ModelWatch(model, optimizer), MetricsAggregator()
+    optimizer.step()
+    aggregator.drain(watch)
+    assert aggregator.reduce().value(None, "param/norm") == 1.0
+    assert "weight: it lies on the meta device" in caplog.text

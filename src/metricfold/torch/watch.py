@@ -57,13 +57,12 @@ _OF_ACTIVATIONS: Mapping[str, TypeLike] = {
 }
 """What is reported, and its type. An activation has no size, so no norm that could be told from how often it came."""
 
-_REPLICAS: Key = ("", "param/replicas")
-
 _IN_PARTS = (
     "each rank holds a part of a sum (Partial), whose norm no rank knows: let the gradient be reduced, as by "
     "redistribute(), if it is wanted"
 )
 _SPARSE = "it is sparse, and holds no element for most"
+_NO_NUMBERS = "it lies on the meta device, and has no numbers"
 _NO_REALS = "its elements are no floating-point numbers"
 
 
@@ -141,18 +140,20 @@ class Checked(NamedTuple):
     """The newest checksums of one device.
 
     Args:
+        name: ``"param"``, and what comes before.
         number: of the check; 0: there is none that has not been sent.
         axis: what has been checked.
         state: of `Checksums`.
     """
 
+    name: str
     number: int
     axis: Axis
     state: Tensor
 
     def keys(self) -> Iterable[tuple[Key, TypeLike, str]]:
         """Yield the metric, its aggregation and its axis."""
-        yield _REPLICAS, "tensor_replicas", described((self.axis,))
+        yield self._key, "tensor_replicas", described((self.axis,))
 
     def states(self, read: npt.NDArray[np.int64]) -> Iterable[tuple[Key, State]]:
         """Yield the state of the metric, of what lies on the host now."""
@@ -161,7 +162,11 @@ class Checked(NamedTuple):
         maxs = checksum_lanes(read.tolist(), self.number)
         sums = np.zeros((len(maxs), 3))
         sums[:, COUNT] = 1.0
-        yield _REPLICAS, State.of_cells(sums, maxs, (self.axis,))
+        yield self._key, State.of_cells(sums, maxs, (self.axis,))
+
+    @property
+    def _key(self) -> Key:
+        return "", f"{self.name}/replicas"
 
 
 class _Read(NamedTuple):
@@ -209,6 +214,7 @@ class ModelWatch:
             ``param/replicas`` is how many tensors (or shards of them) differ, and the rule
             `metricfold.ReplicasDiffer` names them. Costs some reads of all parameters.
         compiled: whether the reduction is compiled, in some seconds when it first runs.
+        name: of the model, if there are several: ``generator/grad/norm``.
 
     Raises:
         TypeError, ValueError: `model` has no parameter that is watched, or is sharded in a way that does
@@ -240,14 +246,14 @@ class ModelWatch:
         octaves: bool = False,
         replicas: bool = False,
         compiled: bool = False,
+        name: str = "",
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}: give a number of steps, 1 or more")
-        if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
-            raise TypeError(
-                f"optimizer={type(optimizer).__name__} has no hooks for its step: give the "
-                "torch.optim.Optimizer that it wraps, or none, and call grads() before each step"
-            )
+        optimizer = _stepping(optimizer)
+        if name:
+            check_name("the name of a ModelWatch", name)
+        self._prefix = f"{name}/" if name else ""
         given, (group, model) = model, _unwrapped(model)
         self._held = _parameters(model, [only] if isinstance(only, str) else [*only])
         self._group = group
@@ -301,6 +307,10 @@ class ModelWatch:
             name: what their statistics are called.
         """
         check_name("the name of what is collected", name)
+        if name in ("param", "update", "activation"):
+            raise ValueError(
+                f"{name!r} names what is no gradient: give another, such as 'grad_raw'"
+            )
         if self.due:
             self._add_grads(name)
 
@@ -427,7 +437,7 @@ class ModelWatch:
         for name, parameter in self._parameters():
             shard = shard_of(name, parameter, world_size)
             here = parameter.to_local() if of_mesh(parameter) else parameter  # type: ignore[attr-defined]
-            if shard is not None and here.layout == torch.strided:
+            if shard is not None and here.layout == torch.strided and not here.is_meta:
                 by_device.setdefault(here.device, {})[shard] = here
         if not by_device and ("", "replicas") not in self._told:
             self._told.add(("", "replicas"))
@@ -458,17 +468,18 @@ class ModelWatch:
         sizes = [float(self._sizes.get(name, 0)) for name in self._held]
         axis = Axis(PARAMETER, 0, tuple(self._held))
         found: list[Collected | Checked] = [
-            Collected(name, axis, sizes, _OF_PARAMETERS, statistics.state)
+            Collected(self._prefix + name, axis, sizes, _OF_PARAMETERS, statistics.state)
             for (name, _), statistics in self._statistics.items()
         ]
         if self._activations is not None:
             names, state = self._activations.names, self._activations.statistics.state
             every = [EVERY_ELEMENT] * len(names)
             axis = Axis(MODULE, 0, names)
-            found.append(Collected("activation", axis, every, _OF_ACTIVATIONS, state))
+            name = f"{self._prefix}activation"
+            found.append(Collected(name, axis, every, _OF_ACTIVATIONS, state))
         number = self._checks if self._unsent else 0
         return found + [
-            Checked(number, Axis(PARAMETER, 0, tuple(one.names)), one.state)
+            Checked(f"{self._prefix}param", number, Axis(PARAMETER, 0, tuple(one.names)), one.state)
             for one in self._checksums.values()
         ]
 
@@ -513,6 +524,18 @@ class _Keys:
 
 
 # -- Models and their parameters ----------------------------------------------------------------
+
+
+def _stepping(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
+    """Return the optimizer that steps, inside of those that frameworks wrap around it."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer  # type: ignore[union-attr]
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer={type(optimizer).__name__} has no hooks for its step: give the "
+            "torch.optim.Optimizer that it wraps, or none, and call grads() before each step"
+        )
+    return optimizer
 
 
 def _unwrapped(model: nn.Module) -> tuple[Any, nn.Module]:
@@ -570,6 +593,8 @@ def _unusable(tensor: Tensor) -> str:
     """Return why a tensor cannot be looked at; nothing if it can."""
     if tensor.layout != torch.strided:
         return _SPARSE
+    if tensor.is_meta:
+        return _NO_NUMBERS
     return "" if tensor.is_floating_point() or tensor.is_complex() else _NO_REALS
 
 
