@@ -47,7 +47,7 @@ from metricfold import (
     NonFinite,
 )
 from metricfold.integrations.lightning import MetricfoldCallback
-from metricfold.torch import DeviceAccumulator
+from metricfold.torch import DeviceAccumulator, ModelWatch
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")
@@ -421,6 +421,20 @@ def check_beside(folder: Path, monitored: dict[str, float], said: list[str]) -> 
     assert len(said) == 2
     assert "'train/loss' is logged by the module too" in said[0]
     assert "'val/loss' is logged by the module too" in said[1]
+
+
+def test_a_watch_of_the_model_is_drained_with_the_accumulators(tmp_path: Path) -> None:
+    class Watched(Classifier):
+        def on_train_start(self) -> None:
+            self.watch = ModelWatch(self, self.optimizers(), every=2)
+            self.metrics.accumulators.append(self.watch)
+
+    callback = MetricfoldCallback()
+    trainer = make(tmp_path, callback, max_steps=4, log_every_n_steps=2)
+    trainer.fit(Watched(callback), train_loader())
+    found = callback.aggregator.get_metrics_for_logging("train", window="run")
+    assert found["train/grad/norm"] > 0
+    assert found["train/param/norm"] > 0
 
 
 def test_a_key_that_the_module_logs_stays_its_own_and_an_evaluation_is_a_pause(

@@ -33,8 +33,8 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
 
 if TYPE_CHECKING:
+    from metricfold._core.device.rows import Accumulator
     from metricfold._core.intake.aggregator import MetricsAggregator
-    from metricfold.torch import DeviceAccumulator
 
 __all__ = ["TrackerSink", "register", "sample_weights"]
 
@@ -44,7 +44,7 @@ _log = logging.getLogger("metricfold")
 def register(
     accelerator: accelerate.Accelerator,
     aggregator: MetricsAggregator,
-    *accumulators: DeviceAccumulator,
+    *accumulators: Accumulator,
 ) -> None:
     """Let `accelerator.save_state` and `load_state` save and load `aggregator`.
 
@@ -82,9 +82,7 @@ def register(
 class _Checkpointed(Phases):
     """What Accelerate saves and loads, on every rank."""
 
-    def __init__(
-        self, aggregator: MetricsAggregator, accumulators: Sequence[DeviceAccumulator]
-    ) -> None:
+    def __init__(self, aggregator: MetricsAggregator, accumulators: Sequence[Accumulator]) -> None:
         self.aggregator = aggregator
         self.accumulators = [*accumulators]
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import Callback
 
+    from metricfold._core.device.rows import Accumulator
     from metricfold._core.intake.aggregator import MetricsAggregator
-    from metricfold.torch import DeviceAccumulator
 else:
     # One library by two names, and each Trainer takes callbacks of its own.
     _found = [name for name in ("lightning", "pytorch_lightning") if find_spec(name) is not None]
@@ -87,7 +87,7 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
         *,
         aggregator: MetricsAggregator | None = None,
         eval_aggregator: MetricsAggregator | None = None,
-        accumulators: Iterable[DeviceAccumulator] = (),
+        accumulators: Iterable[Accumulator] = (),
         window: WindowLike = "auto",
         rollup: Rollup = True,
         stop_on: Severity | None = None,

@@ -15,7 +15,7 @@ from metricfold._core.view.alert import Alerts, Severity
 from metricfold._core.view.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from metricfold.torch import DeviceAccumulator
+    from metricfold._core.device.rows import Accumulator
 
 __all__ = ["Phases"]
 
@@ -31,7 +31,7 @@ class Phases:
         alerts: what rules have found, in the last log in which they found something.
     """
 
-    accumulators: list[DeviceAccumulator]
+    accumulators: list[Accumulator]
     alerts = Alerts()
     _stop_on: Severity | None = None
     _framework: str
@@ -56,7 +56,7 @@ class Phases:
         return self.eval_aggregator if self._evaluating else self.aggregator
 
     @property
-    def _all_accumulators(self) -> list[DeviceAccumulator]:
+    def _all_accumulators(self) -> list[Accumulator]:
         return self.accumulators
 
     def _drain(self) -> None:

@@ -38,6 +38,7 @@ for _package in ("transformers", "accelerate", "torch"):
 
 import torch
 
+from metricfold._core.device.rows import Accumulator
 from metricfold.torch import DeviceAccumulator
 
 __all__ = ["CHECKPOINT_FILE", "MetricfoldMixin"]
@@ -211,7 +212,7 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
         return loss
 
     @property
-    def _all_accumulators(self) -> list[DeviceAccumulator]:
+    def _all_accumulators(self) -> list[Accumulator]:
         return [*self.accumulators, *([] if self._loss is None else self._loss.accumulators)]
 
     # -- Logs
