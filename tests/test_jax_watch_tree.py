@@ -329,3 +329,59 @@ def test_what_cannot_be_watched_is_said_when_the_step_is_traced() -> None:
         ValueError, match=r"'b' of the tree 'grad' differs over the axis 'data'.*psum"
     ):
         jax.eval_shape(run, acc, jnp.arange(4.0))
+
+
+@on_devices(4)
+def test_what_others_have_reported_is_right_here() -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+    from jax.sharding import Mesh
+    from jax.sharding import PartitionSpec as P
+
+    from metricfold import MetricsAggregator
+    from metricfold.jax import DeviceAccumulator
+
+    def drained(acc: Any) -> Any:
+        aggregator = MetricsAggregator()
+        aggregator.drain(acc)
+        return aggregator.reduce()
+
+    def watched(tree: Any, **how: Any) -> Any:
+        return drained(DeviceAccumulator({}, trees={"g": tree}, **how).watch_tree("g", tree))
+
+    # jax #39899: of float16 the norm was infinite; e3x #32: 5e-20 was 0.
+    half = {"x": jnp.full((3, 3), 100, jnp.float16)}
+    assert watched(half).value(None, "g/norm") == 300
+    far = {"large": jnp.array([3e30, 4e30]), "small": jnp.array([3e-20, 4e-20])}
+    np.testing.assert_allclose(watched(far).array(None, "g/norm")[0], [5e30, 5e-20], rtol=1e-6)
+    # numba #10647, jax #23236: beyond 2^24 elements their number was rounded.
+    many = np.zeros(2**24 + 1, np.float32)
+    many[0] = 2**24 - 1
+    snapshot = watched({"x": many})
+    assert snapshot.value(None, "g/zeros") == 2**24 / many.size
+    assert snapshot.value(None, "g/mean") == (2**24 - 1) / many.size
+    # Megatron-LM #7227: a tied weight counted twice.
+
+    class Tied(nnx.Module):
+        def __init__(self) -> None:
+            self.embed = nnx.Param(jnp.full(4, 10.0))
+            self.head = self.embed
+
+    values, labels = watched(Tied()).array(None, "g/norm")
+    assert (values.tolist(), labels) == ([20.0], (("embed",),))
+    # marin #8688: scanned layers had one norm, and no layer could be told.
+    stack = {"blocks": {"w": jnp.stack([jnp.full(4, float(layer)) for layer in range(12)])}}
+    printed = watched(stack, stacked="blocks/*").as_dict("t", by={"g/norm": "layer"})
+    assert [printed[f"t/g/norm/layer_{layer:02}"] for layer in (0, 1, 11)] == [0, 2, 22]
+    # NeMo-RL #3788: what tensor parallelism leaves replicated counted once on each device.
+    tree, cut = {"norm": np.full(5, 3.0), "w": np.full((8, 2), 2.0)}, {"norm": P(), "w": P("model")}
+    mesh = Mesh(np.array(jax.devices()), ("model",))
+
+    @jax.shard_map(mesh=mesh, in_specs=(P(), cut), out_specs=P())
+    def sharded(acc: Any, tree: Any) -> Any:
+        return acc.watch_tree("g", tree, specs=cut)
+
+    found = drained(sharded(DeviceAccumulator({}, trees={"g": tree}, mesh=mesh), tree))
+    assert found.value(None, "g/norm") == pytest.approx(np.sqrt(16 * 4 + 5 * 9), rel=1e-6)

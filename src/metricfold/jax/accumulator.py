@@ -324,8 +324,8 @@ class DeviceAccumulator:
         Of ``"grad"`` they are ``grad/norm``, ``grad/mean``, ``grad/abs_max``, ``grad/zeros`` (the share of
         zeros) and ``grad/nonfinite`` (how many elements are NaN or infinite), metrics with the axis
         ``parameter``, and ``layer`` where layers are stacked. So ``grad/norm`` is the norm over all
-        leaves, and ``by={"grad/norm": "parameter"}`` prints that of each. A norm or mean is NaN where an
-        element is not finite, or with ``on_nan="skip"`` that of the others. Of several collections between
+        leaves, and ``by={"grad/norm": "parameter"}`` prints that of each. Norm, mean and maximum are NaN where
+        an element is not finite, or with ``on_nan="skip"`` those of the others. Of several collections between
         two drains it is the mean (root of the mean of squares, for a norm).
 
         Under `jax.jit` arrays are whole, however they are sharded, and replicas count once. Inside of

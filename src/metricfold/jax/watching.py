@@ -102,9 +102,14 @@ def _shapes(name: str, tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _labelled(name: str, tree: Any) -> dict[str, Leaf]:
-    """Return the leaves of a tree that hold floating-point numbers, by label."""
+    """Return the leaves of a tree that hold floating-point numbers, by label; a tied one under its first."""
     found: dict[str, Leaf] = {}
+    variables: set[int] = set()
     for leaf in flatten(tree, whole=True)[0]:
+        if hasattr(type(leaf.value), "__jax_array__"):
+            if id(leaf.value) in variables:
+                continue
+            variables.add(id(leaf.value))
         dtype = getattr(leaf.value, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
             continue
