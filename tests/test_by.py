@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranks import run_threads
+from handlers_of_users import RMSHandler
+from ranks import run_ranks, run_threads
 
 from metricfold import JSONLSink, MetricsAggregator, MetricsLogger, read_jsonl
 
@@ -407,3 +408,56 @@ def test_a_ranks_own_minimum_of_zero_has_one_sign_on_both_exchanges() -> None:
         )
 
     assert run_threads(rank, 2, "gather") == run_threads(rank, 2, "tree")
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "says"),
+    [
+        ({"name": "loss"}, ValueError, "'loss' of dataset 'web' has no axes: value"),
+        ({"name": "loss", "by": "layer"}, ValueError, "has the axes none, but not 'layer'"),
+        ({"name": "tokens", "by": ("layer", "layr")}, ValueError, "layer, expert, but not 'layr'"),
+        ({"name": "tokens", "by": ("layer", "layer")}, ValueError, "twice"),
+        ({"name": "tokens", "by": 3}, TypeError, "name an axis"),
+        ({"name": "tokns"}, KeyError, "tokens"),
+        ({"name": "tokens", "window": "later"}, ValueError, "window"),
+        ({"name": "own"}, ValueError, "handler without lanes"),
+    ],
+)
+def test_an_array_that_cannot_be_is_refused_in_words(
+    how: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    aggregator = made()
+    aggregator.register_handler("custom", RMSHandler())
+    aggregator.record("own", 1.0, "custom", dataset="web")
+    with pytest.raises(error, match=says):
+        aggregator.reduce().array("web", **how)
+
+
+def over_processes(rank: int, path: str) -> None:
+    for route in ("gather", "tree"):
+        aggregator = MetricsAggregator(route=route, by={"tokens": "layer", "loss": "rank"})
+        aggregator.derive("most", lambda m: m["tokens"].max())
+        sinks = [JSONLSink(f"{path}/{route}.jsonl")]
+        with MetricsLogger(sinks) as logger:
+            for step in (1, 2):
+                mine = np.array([[1.0, 2.0, 3.0]]) * 10**rank
+                aggregator.record(
+                    "tokens", mine, "sum", axes=AXES, ids={"layer": [rank]}, dataset="web"
+                )
+                aggregator.record("loss", float(rank), per_rank=True)
+                logger.log(step, aggregator, prefix="t")
+
+
+def test_processes_that_hold_parts_of_an_axis_write_the_same_on_both_exchanges(
+    tmp_path: Any,
+) -> None:
+    run_ranks(over_processes, 2, str(tmp_path))
+    gather, tree = (read_jsonl(tmp_path / f"{route}.jsonl") for route in ("gather", "tree"))
+    assert [one.metrics for one in gather] == [one.metrics for one in tree]
+    assert [one.arrays.keys() for one in gather] == [{"t/tokens", "t_web/tokens"}] * 2
+    last = gather[1].metrics
+    assert (last["t_web/tokens/layer_0"], last["t_web/tokens/layer_1"]) == (12.0, 120.0)
+    assert (last["t/loss/rank_0"], last["t/loss/rank_1"], last["t_web/most"]) == (0.0, 1.0, 60.0)
+    for one, other in zip(gather, tree, strict=True):
+        for key, array in one.arrays.items():
+            np.testing.assert_equal(array, other.arrays[key])
