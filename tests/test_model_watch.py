@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,12 @@ from ranks import preload, run_ranks, run_threads
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from torch.utils.checkpoint import checkpoint
+from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from watched_trainings import LAYOUTS, all_layouts
 
 from metricfold import MetricsAggregator, ReplicasDiffer
@@ -548,3 +554,75 @@ def test_what_has_no_numbers_is_left_out(caplog: pytest.LogCaptureFixture) -> No
     aggregator.drain(watch)
     assert aggregator.reduce().value(None, "param/norm") == 1.0
     assert "weight: it lies on the meta device" in caplog.text
+
+
+def test_activations_inside_of_transforms_are_left_out_and_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Two()
+    watch, aggregator = ModelWatch(model, activations="act"), MetricsAggregator()
+
+    def loss_of(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = functional_call(model, parameters, (x,)).sum()
+        return out
+
+    for _ in range(2):
+        grads = vmap(grad(loss_of), in_dims=(None, 0))(
+            dict(model.named_parameters()), X.repeat(3, 2)
+        )
+        assert grads["up.weight"].shape == (3, 8, 4)
+    (said,) = caplog.records
+    assert "transform of torch.func" in said.message
+    model(X.repeat(3, 2))
+    aggregator.drain(watch)
+    assert aggregator.reduce().value(None, "activation/rms") is not None
+
+
+def test_outputs_that_are_nested_or_no_tensors_are_no_error() -> None:
+    class Nested(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, Any]:
+            return {"first": (x * 2,), "second": 1}
+
+    class Nothing(nn.Module):
+        def forward(self, x: torch.Tensor) -> None:
+            return None
+
+    model = nn.ModuleDict({"nested": Nested(), "nothing": Nothing(), "head": nn.Linear(1, 1)})
+    watch = ModelWatch(model, activations=("nested", "nothing"))
+    assert model["nested"](torch.ones(2))["second"] == 1
+    assert model["nothing"](torch.ones(2)) is None
+    aggregator = MetricsAggregator()
+    aggregator.drain(watch)
+    values, (names,) = aggregator.reduce().array(None, "activation/rms")
+    assert names == ("nested", "nothing")
+    np.testing.assert_equal(values, [2.0, np.nan])
+
+
+def test_selective_checkpoints_keep_to_the_operations_of_the_layer() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Two()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.inner(x).sum() * x
+            return out
+
+    def saved(_: object, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = operation in (torch.ops.aten.sum.default, torch.ops.aten.stack.default)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def gradients(watched_too: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(Layer(), Layer())
+        watch = ModelWatch(model, activations="*.act") if watched_too else None
+        x = torch.randn(3, 4, requires_grad=True)
+        contexts = partial(create_selective_checkpoint_contexts, saved)
+        for layer in model:
+            x = checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
+        x.square().sum().backward()
+        assert watch is None or watch.collected()
+        return [one.grad for one in model.parameters() if one.grad is not None]
+
+    for with_watch, without in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(with_watch, without)

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 
 from metricfold._core.device.arrays import of_mesh
-from metricfold._core.runtime.recomputation import recomputed
+from metricfold._core.runtime.recomputation import recomputed, unseen
 from metricfold.metric import escaped
 from metricfold.torch.recomputing import counts
 from metricfold.torch.statistics import Statistics, add_of_one
 
 __all__ = ["Activations", "matches", "named"]
+
+_logger = logging.getLogger("metricfold")
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 """Parts of a name that only say how the model is wrapped."""
@@ -58,7 +62,7 @@ class Activations:
         device = next((one.device for one in model.parameters()), torch.device("cpu"))
         self.statistics = Statistics(len(chosen), device, octaves=octaves)
         self._like = self.statistics.state.new_empty(0)
-        self.due = self.seen = False
+        self.due = self.seen = self._told = False
         self._watched = [_Watched(self, row, module) for row, module in enumerate(chosen.values())]
 
     def look(self, due: bool) -> None:
@@ -84,13 +88,24 @@ class Activations:
             output = output.to_local()
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
-        flag = None
+        state, x = self.statistics.state, output.detach()
         if torch.compiler.is_compiling():
             # A compiled module inside of an eager checkpoint runs twice.
-            flag = counts(self._like)
+            add_of_one(state, row, x, counts(self._like))
         elif recomputed():
             return
-        add_of_one(self.statistics.state, row, output.detach(), flag)
+        elif peek_interpreter_stack() is not None:
+            self._say_transformed()
+        else:
+            unseen(add_of_one, state, row, x)
+
+    def _say_transformed(self) -> None:
+        if not self._told:
+            self._told = True
+            _logger.warning(
+                "ModelWatch leaves out activations inside of a transform of torch.func, such as vmap or "
+                "grad, which allows no change of what lies outside of it"
+            )
 
 
 class _Watched:
