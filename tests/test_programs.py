@@ -35,6 +35,8 @@ WEIGHTED = ("mean", "contract", "distribution")
 TYPES = (*WEIGHTED, "sum", "max", "min", "categorical_count", "lanes")
 TOTALS = ("sum", "categorical_count")
 WITHOUT_LANES = ("contract",)
+WITH_AXES = ("mean", "sum", "max", "min", "lanes")
+BY = ("layer", "part")
 DATASETS = ("code/python", "code/rust", "web", "")
 NUMBERS = (0.0, 1.0, -3.0, 1000.0, 0.5, -1.25, 7.75, math.nan, math.inf)
 CATEGORIES = ("a", "b c", "é")
@@ -47,11 +49,12 @@ class Value(NamedTuple):
     agg: str
     value: Any
     weight: float
+    cell: str = ""  # what is printed of it with all axes, behind the name
 
     @property
     def name(self) -> str:
         # A metric without a dataset has a name of its own, for totals over datasets have the other.
-        return f"{'m' if self.dataset else 'lone'} {self.agg}"
+        return f"{'m' if self.dataset else 'lone'} {self.agg}" + " cells" * bool(self.cell)
 
 
 class ByContract(MeanAggHandler):
@@ -124,7 +127,7 @@ class Job:
         """Let something happen on some rank."""
         rank = self.chance.choice(self.ranks)
         ways = (self.record, self.each, self.together, self.listed, self.batch, self.go_back)
-        way = self.chance.choice((*ways, self.mistake))
+        way = self.chance.choice((*ways, self.cells, self.mistake))
         way(rank, self.aggregators[rank])
 
     def some(self, most: int = 4, *, datasets: tuple[str, ...] = DATASETS) -> list[Value]:
@@ -185,6 +188,33 @@ class Job:
         aggregator.record(f"m {agg}", given[0], agg, dataset="web", weight=given[1], each=True)
         masked = choice in ("values", "weights")
         self.put(rank, [v for v, out in zip(values, mask, strict=True) if not (masked and out)])
+
+    def cells(self, rank: int, aggregator: MetricsAggregator) -> None:
+        agg, dataset = self.chance.choice(WITH_AXES), self.chance.choice(DATASETS)
+        parts = self.chance.sample("abc", self.chance.randint(0, 3))
+        layers: list[int] = self.chance.choice(([0, 1], [1, 0], [1]))
+        values = [
+            self.one(dataset, agg)._replace(cell=f"/layer_{layer}/part_{part}")
+            for layer in layers
+            for part in parts
+        ]
+        shape = len(layers), len(parts)
+        numbers = np.array([one.value for one in values], dtype=np.float64).reshape(shape)
+        weights = np.array([one.weight for one in values], dtype=np.float64).reshape(shape)
+        masked = self.chance.random() < 0.3
+        mask = np.array([masked and self.chance.random() < 0.5 for _ in values]).reshape(shape)
+        aggregator.record(
+            f"{'m' if dataset else 'lone'} {agg} cells",
+            np.ma.MaskedArray(numbers, mask=mask)
+            if masked
+            else self.chance.choice((numbers, torch.tensor(numbers))),
+            agg,
+            dataset=dataset or None,
+            weight=weights,
+            axes={"layer": 2, "part": parts},
+            ids={"layer": layers},
+        )
+        self.put(rank, [v for v, out in zip(values, mask.flat, strict=True) if not out])
 
     def together(self, rank: int, aggregator: MetricsAggregator) -> None:
         dataset, weight = self.chance.choice(DATASETS), self.chance.choice((1.0, 0.0, 0.5, 3.0))
@@ -300,7 +330,7 @@ class Job:
             expected = self.expected(window)
             for snapshot in given:
                 assert isinstance(snapshot, Snapshot), snapshot
-                printed = snapshot.as_dict("t", window, rollup="levels")
+                printed = snapshot.as_dict("t", window, rollup="levels", by=BY)
                 # What percentiles and std are, and how well they are known, is told elsewhere.
                 found = {k: v for k, v in printed.items() if not k.endswith(("std", "5", "50"))}
                 assert found == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True), window
@@ -315,7 +345,8 @@ class Job:
                 )
                 if chosen == view:
                     for level in self.levels(one):
-                        groups.setdefault((level, one.name, one.agg), []).append(one)
+                        for name in dict.fromkeys((one.name, one.name + one.cell)):
+                            groups.setdefault((level, name, one.agg), []).append(one)
         return {
             (f"t_{level}/" if level else "t/") + name + suffix: value
             for (level, name, agg), values in groups.items()
@@ -336,6 +367,7 @@ def answers(futures: list[Future[Any]]) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:the interval is empty:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:by= names:RuntimeWarning")
 @pytest.mark.parametrize("seed", range(20))
 def test_a_program_comes_to_what_its_values_say(seed: int) -> None:
     chance = random.Random(seed)
