@@ -56,7 +56,8 @@ def test_a_shell_completes_public_names_of_an_aggregator() -> None:
             "empty",
             "sink_failed",
         ),
-        *("alerts", "names", "results", "nan_rank", "array", "arrays", "suspects", "bad_cells"),
+        *("alerts", "names", "results", "nan_rank", "array", "arrays"),
+        *("level", "suspects", "bad_cells"),
     }
     # What is left out is there all the same.
     assert aggregator.leave_parent_behind is not None
@@ -89,7 +90,8 @@ def test_a_shell_completes_public_names_of_accumulators_of_jax() -> None:
     from metricfold.jax import DeviceAccumulator
 
     acc = DeviceAccumulator({"loss": "mean"})
-    assert completed(acc) == {"update", "update_all", "at", "merge", "reduce", "empty", "from_0_1"}
+    public = {"update", "update_all", "watch_tree", "at", "merge", "reduce", "empty", "from_0_1"}
+    assert completed(acc) == public
 
 
 def test_a_shell_completes_public_names_of_callbacks() -> None:
@@ -97,7 +99,9 @@ def test_a_shell_completes_public_names_of_callbacks() -> None:
     from metricfold.integrations.lightning import MetricfoldCallback
 
     ours = completed(MetricfoldCallback()) - set(dir(lightning.Callback))
-    assert ours == {"aggregator", "eval_aggregator", "accumulators", "window", "rollup"}
+    assert ours == {
+        *("aggregator", "eval_aggregator", "accumulators", "window", "rollup", "alerts"),
+    }
 
 
 # -- One line ---------------------------------------------------------------------------------------

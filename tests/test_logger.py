@@ -236,6 +236,14 @@ def test_records_keep_their_order_although_a_reduction_takes_longer():
     assert [record.step for record in sink.records] == [1, 2]
 
 
+def test_an_aggregator_of_the_users_own_making_need_not_know_of_axes():
+    sink, source = Memory(), Source()
+    with MetricsLogger([sink]) as logger:
+        logger.log(1, source, prefix="p", by="layer")
+        source.futures[0].set_result(Result(x=1.0))
+    assert [(record.metrics, record.arrays) for record in sink.records] == [({"p/x": 1.0}, {})]
+
+
 def test_an_extra_that_a_metric_has_already_is_left_out_with_one_warning(caplog):
     sink = Memory()
     with MetricsLogger([sink]) as logger:

@@ -179,10 +179,10 @@ class Pipeline(Consumer):
             self._own |= extra.keys()
             if isinstance(entry.source, Future):
                 snapshot = entry.source.result()
-                if entry.by is not None:
+                # What an aggregator of the user's own making returns need not know of axes.
+                if entry.by is not None and hasattr(snapshot, "shown_by"):
                     snapshot = snapshot.shown_by(entry.by)
                 metrics, histograms = self._aggregated(entry, snapshot)
-                # What an aggregator of the user's own making returns need not have any.
                 if self._takes_arrays and hasattr(snapshot, "arrays"):
                     found = snapshot.arrays(entry.prefix, entry.window, rollup=entry.rollup)
                     # Not those of totals that are left out for what is logged under their names.
