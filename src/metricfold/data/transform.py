@@ -107,12 +107,9 @@ class DefaultTrainingMetricTransform(MetricTransform):
                 f"keys are {sorted(map(str, sample))}"
             )
         # Nearly always, so that is worth a look before all the others.
-        plain = type(tokens) in _PLAIN and (not tokens or type(tokens[0]) is int)
+        plain = type(tokens) in (list, tuple) and (not tokens or type(tokens[0]) is int)
         length = len(tokens) if plain else _length(dataset_name, tokens)
         return [*_counts(dataset_name, length)]
-
-
-_PLAIN = {list, tuple}
 
 
 # Metrics are immutable and lengths recur, so most samples can share theirs.

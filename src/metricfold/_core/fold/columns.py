@@ -326,11 +326,8 @@ def _by_key(metrics: Sequence[Metric]) -> Iterator[tuple[Key, Any, Any, Any]]:
     step = len(names) // names.count(names[0]) if _TEXT.issuperset(map(type, texts)) else 0
     keys = [*zip(datasets[:step], names[:step], strict=True)]
     samples = len(names) // max(step, 1)
-    if (
-        len({*keys}) == step > 0
-        and datasets == datasets[:step] * samples
-        and names == names[:step] * samples
-    ):
+    recurring = (datasets[:step] * samples, names[:step] * samples)
+    if len({*keys}) == step > 0 and (datasets, names) == recurring:
         for place, key in enumerate(keys):
             yield key, values[place::step], types[place::step], weights[place::step]
         return

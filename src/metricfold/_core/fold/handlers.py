@@ -283,7 +283,7 @@ class LaneHandler(AggregationHandler):
     def fold_listed(self, values: Sequence[Any], weights: Sequence[float] | None) -> State:
         """Return the state of a list of what the handler `takes`; as `fold`."""
         with quiet():
-            return self.fold(_array(values), None if weights is None else _array(weights))
+            return self.fold(as_array(values), None if weights is None else as_array(weights))
 
     def tell(self, key: Key, replaced: str) -> None:
         """Warn of what `State.replaced` says of values of `key`, once for each key."""
@@ -437,7 +437,7 @@ def reported(handler: AggregationHandler, result: MetricState, seconds: float) -
     return handler.report(result)
 
 
-def _array(numbers: Sequence[float]) -> FloatArray:
+def as_array(numbers: Sequence[float]) -> FloatArray:
     # Of a copy: a signal's handler that folds would empty the list, which NumPy does not survive.
     copied = tuple(numbers)
     try:

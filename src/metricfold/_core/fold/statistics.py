@@ -198,9 +198,7 @@ def _cells(
         # The bits of positive floats are in order, and as fine as the values are; -0 is 0.
         bits_of = (values if (low > 0.0).all() else np.add(values, 0.0, out=scratch)).view(np.int64)
         least, most = (low + 0.0).view(np.int64), high.view(np.int64)
-        shift = np.maximum(np.frexp((most - least).astype(np.float64))[1] - bits, 0).astype(
-            np.int64
-        )
+        shift = np.maximum(np.frexp((most - least).astype(float))[1] - bits, 0).astype(np.int64)
         np.right_shift(bits_of, shift[:, np.newaxis], out=cells)
         cells -= (least >> shift)[:, np.newaxis]
         return cells

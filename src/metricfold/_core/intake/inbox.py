@@ -35,7 +35,7 @@ from metricfold._core.fold.batch import MetricBatch, folded_keys
 from metricfold._core.fold.builtin import built_in_handlers, folds_as
 from metricfold._core.fold.columns import Column, Pending
 from metricfold._core.fold.custom import CustomStates
-from metricfold._core.fold.handlers import AggregationHandler, LaneHandler
+from metricfold._core.fold.handlers import AggregationHandler, LaneHandler, as_array
 from metricfold._core.fold.names import Key, show
 from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import State, quiet
@@ -703,8 +703,8 @@ class Slot:
         if queue is None:
             state.merge(self.fold(values, weights))
         else:
-            weighing = 1.0 if weights is None else _array(weights)
-            queue.append(Pending(self.key, self.agg_type, _array(values), weighing))
+            weighing = 1.0 if weights is None else as_array(weights)
+            queue.append(Pending(self.key, self.agg_type, as_array(values), weighing))
 
     def _runs(self) -> Iterator[tuple[type, list[Any]]]:
         """Yield what is of one kind; where order matters, what came in a row."""
@@ -762,12 +762,6 @@ def _stretches(widths: Sequence[int]) -> list[slice]:
 
 def _rows(lanes: Sequence[bytes]) -> FloatArray:
     return np.frombuffer(b"".join(lanes)).reshape(len(lanes), len(lanes[0]) // 8)
-
-
-def _array(numbers: Any) -> FloatArray:
-    # Of a copy: a signal's handler that folds would empty the list, which NumPy does not survive.
-    copied = tuple(numbers)
-    return np.fromiter(copied, dtype=np.float64, count=len(copied))
 
 
 def _kind(item: object) -> type:

@@ -69,18 +69,14 @@ def owned(lower: FloatArray, upper: FloatArray) -> FloatArray:
         lower: maxima, owners and numbers of ranks, shape (..., 3, n).
         upper: those of the higher ranks.
     """
-    out = np.empty(np.broadcast_shapes(lower.shape, upper.shape))
-    (a, owner_a, tied_a), (b, owner_b, tied_b) = (
-        np.moveaxis(lower, -2, 0),
-        np.moveaxis(upper, -2, 0),
-    )
-    first = is_first(a, b)
-    out[..., 0, :] = _one_nan(np.where(first, a, b))
+    a, b = lower[..., 0, :], upper[..., 0, :]
+    out = np.where(is_first(a, b)[..., np.newaxis, :], lower, upper)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     # Who has nothing never owns, though the maximum be -inf itself.
-    of_equals = np.where(owner_a == NOBODY, owner_b, owner_a)
-    out[..., 1, :] = np.where(same, of_equals, np.where(first, owner_a, owner_b))
-    out[..., 2, :] = np.where(same, tied_a + tied_b, np.where(first, tied_a, tied_b))
+    nobody = lower[..., 1, :] == NOBODY
+    np.copyto(out[..., 1, :], np.where(nobody, upper[..., 1, :], lower[..., 1, :]), where=same)
+    np.copyto(out[..., 2, :], lower[..., 2, :] + upper[..., 2, :], where=same)
+    _one_nan(out[..., 0, :])
     return out
 
 
