@@ -912,7 +912,8 @@ def test_a_tensor_that_a_collective_still_works_on_and_a_replicated_one_count(
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        acc = DeviceAccumulator({"loss": "mean", "n": "sum"}, ("a", "b"))
+        metrics = {"loss": "mean", "n": "sum", "t": ("sum", "expert")}
+        acc = DeviceAccumulator(metrics, ("a", "b"), axes={"expert": 2})
         x, ids = torch.arange(3.0), torch.tensor([0, 1, 1])
         acc.update("loss", functional.all_reduce(x, "sum", (mesh, 0)), dataset_ids=ids)
 
@@ -921,6 +922,8 @@ def test_a_tensor_that_a_collective_still_works_on_and_a_replicated_one_count(
 
         whole = placed(x, Replicate())
         acc.update("loss", whole, weights=whole, dataset_ids=placed(ids, Replicate()))
+        for experts in (placed(ids, Replicate()), functional.all_reduce(ids, "sum", (mesh, 0))):
+            acc.update("t", whole, ids={"expert": experts}, dataset_ids=placed(ids, Replicate()))
         # As the last layer of a model under tensor parallelism gives them, beside labels from a loader.
         logits, labels = torch.randn(3, 4, requires_grad=True), torch.tensor([0, 3, -100])
         losses = DeviceAccumulator({"loss": "mean"})
@@ -943,9 +946,16 @@ def test_a_tensor_that_a_collective_still_works_on_and_a_replicated_one_count(
                 ) as caught:
                     acc.update("n", values, **options)
                 assert "to_local()" in str(caught.value)
+            with pytest.raises(ValueError, match=r"ids of axis 'expert' .*full_tensor"):
+                acc.update("t", x, ids={"expert": placed(ids, placement)}, dataset_ids=ids)
     finally:
         dist.destroy_process_group()
-    assert logged(acc) == {"t_a/loss": 0.0, "t_b/loss": (1 + 2 + 1 + 4) / 5}
+    assert logged(acc) == {
+        "t_a/loss": 0.0,
+        "t_b/loss": (1 + 2 + 1 + 4) / 5,
+        "t_a/t": 0.0,
+        "t_b/t": 6.0,
+    }
 
 
 def test_what_is_copied_and_unpickled_in_inference_mode_goes_on_outside_of_it() -> None:

@@ -386,8 +386,9 @@ class Layout:
     def keys(self) -> Iterator[tuple[Key, TypeLike, str]]:
         """Yield the key of each metric in each dataset, in order, its aggregation and its axes."""
         for name, agg_type, axes in zip(self.names, self.types, self.axes, strict=True):
+            described_axes = described(axes)
             for dataset in self.datasets:
-                yield (dataset, name), agg_type, described(axes)
+                yield (dataset, name), agg_type, described_axes
         for tree in self.trees:
             yield from tree.keys()
 
@@ -405,18 +406,22 @@ class Layout:
             rows = slice(start, start + size * len(self.datasets))
             counts = arrays.counts[rows]
             own_sums, own_maxs = _lanes(agg_type, counts, sums[rows], extrema[rows])
+            # As lists once: a thousand metrics without axes are read in half of the time.
+            lists = [] if axes else [*zip(own_sums.tolist(), own_maxs.tolist(), strict=True)]
+            received = counts[:, 0].reshape(-1, size).sum(axis=1).tolist()
             for place, dataset in enumerate(self.datasets):
-                own = slice(place * size, (place + 1) * size)
                 grid = next(grids) if agg_type is AggregationType.DISTRIBUTION else None
-                if not counts[own, 0].any():
+                if not received[place]:
                     continue
                 if grid is not None:
                     row = start + place
                     state = _window_state(arrays.counts[row], sums[row], extrema[row], grid)
                 elif axes:
+                    own = slice(place * size, (place + 1) * size)
                     state = _cells_state(own_sums[own], own_maxs[own], axes)
                 else:
-                    state = State(tuple(own_sums[place].tolist()), tuple(own_maxs[place].tolist()))
+                    row_sums, row_maxs = lists[place]
+                    state = State(tuple(row_sums), tuple(row_maxs))
                 yield (dataset, name), state
         for tree, rows in zip(self.trees, self.rows_of_trees, strict=True):
             yield from tree.states(arrays.counts[rows], sums[rows], extrema[rows])
