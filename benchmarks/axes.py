@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.table import Section, at_most, seconds_of
+from benchmarks.table import Section, at_most, cost, seconds_of
+from benchmarks.timing import interleaved
 from metricfold import MetricsAggregator
 from metricfold._core.fold.state import State
 from metricfold._core.reduce.wire import Outgoing, Wire
@@ -75,8 +76,49 @@ def measure(*, quick: bool) -> list[Section]:
                 seconds_of("line of JSON", times["line"], "ms"),
                 seconds_of("heat map", times["image"], "ms"),
             ],
-        )
+        ),
+        _on_device(64 if quick else 4096, rounds),
     ]
+
+
+def _on_device(tokens: int, rounds: int) -> Section:
+    """Return what an accumulator takes for the experts of one layer's tokens, on a CPU."""
+    import torch
+
+    from metricfold.torch import DeviceAccumulator
+
+    top, ones = torch.randint(0, 64, (tokens, 8)), torch.ones(tokens, 8)
+    datasets = torch.randint(0, 4, (tokens,))
+    metrics = {"expert_tokens": ("sum", "layer", "expert")}
+    alone, several = (
+        DeviceAccumulator(metrics, names, axes={"layer": 24, "expert": 64})
+        for names in ((), ("a", "b", "c", "d"))
+    )
+    layer, of_several = (one.at("expert_tokens", layer=3) for one in (alone, several))
+
+    def counted() -> torch.Tensor:
+        return torch.bincount(top.reshape(-1), minlength=64)
+
+    times = interleaved(
+        {
+            "bincount": counted,
+            "update": lambda: layer.update(ones, ids={"expert": top}),
+            "of datasets": lambda: of_several.update(
+                ones, ids={"expert": top}, dataset_ids=datasets
+            ),
+            "of counts": lambda: layer.update(counted()),
+        },
+        rounds,
+    )
+    bare = times["bincount"]
+    return Section(
+        f"An accumulator takes in which of 64 experts {tokens:,} tokens choose, 8 each (CPU)",
+        [
+            cost("update, ids of experts", times["update"], "bincount", bare),
+            cost("the same with ids of datasets", times["of datasets"], "bincount", bare),
+            cost("bincount, and update with that", times["of counts"], "bincount", bare),
+        ],
+    )
 
 
 def _cpu(function: Callable[[], object], rounds: int) -> list[float]:

@@ -9,6 +9,7 @@ installed, all of the module's tests are skipped. Others ask where they need one
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import re
 import sys
@@ -150,3 +151,18 @@ def _close_loggers_left_open() -> Iterator[None]:
     if ends := sys.modules.get("metricfold.sinks.ends"):
         for logger in [*ends._watch.watched]:
             logger.close()
+
+
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    """Yield what metricfold warns of."""
+    texts: list[str] = []
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    heard = Heard()
+    logging.getLogger("metricfold").addHandler(heard)
+    yield texts
+    logging.getLogger("metricfold").removeHandler(heard)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import math
 import pickle
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +44,6 @@ def fold(acc: DeviceAccumulator, x: Any, w: Any, ids: Any) -> DeviceAccumulator:
     for name in acc.layout.names:
         acc.update(name, x, weights=w if name in WEIGHTED else None, dataset_ids=ids)
     return acc
-
-
-@pytest.fixture
-def warned() -> Iterator[list[str]]:
-    """Yield what metricfold warns of."""
-    texts: list[str] = []
-
-    class Heard(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            texts.append(record.getMessage())
-
-    heard = Heard()
-    logging.getLogger("metricfold").addHandler(heard)
-    yield texts
-    logging.getLogger("metricfold").removeHandler(heard)
 
 
 # -- Against values that were recorded -------------------------------------------------------------

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import pickle
 import threading
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -29,21 +27,6 @@ AXES = {"layer": 3, "expert": 4}
 NAMES = ("web", "code")
 KINDS = ("sum", "mean", "max", "min")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8)
-
-
-@pytest.fixture
-def warned() -> Iterator[list[str]]:
-    """Yield what metricfold warns of."""
-    texts: list[str] = []
-
-    class Heard(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            texts.append(record.getMessage())
-
-    heard = Heard()
-    logging.getLogger("metricfold").addHandler(heard)
-    yield texts
-    logging.getLogger("metricfold").removeHandler(heard)
 
 
 def drained(*accumulators: DeviceAccumulator) -> Snapshot:
