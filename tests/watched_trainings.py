@@ -102,6 +102,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def truths_of(tensors: Mapping[str, Tensor | None], due: bool) -> dict[str, Truth]:
+    """Return what plain code says of each; it gathers them, so not where nobody asks."""
+    there = {name: one for name, one in tensors.items() if one is not None and due}
+    return {name: truth_of(one) for name, one in there.items()}
+
+
 def truth_of(tensor: Tensor) -> Truth:
     """Return what plain code says of a whole tensor."""
     x = whole(tensor).double().reshape(-1)
@@ -203,7 +209,8 @@ def watched(how: str, rank: int, aggregator: MetricsAggregator) -> dict[str, Any
         loss_of(how, model, rank, step).backward()
         if step == STEPS:
             spoil(parameters)
-        raw = {name: truth_of(one.grad) for name, one in parameters.items() if one.grad is not None}
+        due = step % EVERY == 0
+        raw = truths_of({name: one.grad for name, one in parameters.items()}, due)
         with CommDebugMode() as communication:
             watch.grads("grad_raw")
         collectives += communication.get_total_counts()
@@ -213,10 +220,8 @@ def watched(how: str, rank: int, aggregator: MetricsAggregator) -> dict[str, Any
                     local(one.grad).mul_(0.37)
         elif step < STEPS:
             torch.nn.utils.clip_grad_norm_(trained, 0.1)
-        grads = {
-            name: truth_of(one.grad) for name, one in parameters.items() if one.grad is not None
-        }
-        before = {name: whole(one) for name, one in parameters.items()}
+        grads = truths_of({name: one.grad for name, one in parameters.items()}, due)
+        before = {name: whole(one) for name, one in parameters.items() if due}
         with CommDebugMode() as communication:
             optimizer.step()
         collectives += communication.get_total_counts()
@@ -225,7 +230,7 @@ def watched(how: str, rank: int, aggregator: MetricsAggregator) -> dict[str, Any
         issued = aggregator.collectives
         snapshot = aggregator.reduce()
         logs.append(aggregator.collectives - issued)
-        if step % EVERY:
+        if not due:
             assert snapshot.empty
             continue
         updates = {
