@@ -85,6 +85,15 @@ def test_a_shell_completes_public_names_of_accumulators() -> None:
         assert completed(other) == public
 
 
+def test_a_shell_completes_public_names_of_a_watch() -> None:
+    torch = pytest.importorskip("torch")
+    from metricfold.torch import ModelWatch
+
+    watch = ModelWatch(torch.nn.Linear(2, 1), every=5)
+    assert completed(watch) == {"grads", "due", "empty", "close"}
+    assert repr(watch) == "ModelWatch(2 parameters, every=5)"
+
+
 def test_a_shell_completes_public_names_of_accumulators_of_jax() -> None:
     pytest.importorskip("jax")
     from metricfold.jax import DeviceAccumulator

@@ -181,7 +181,7 @@ class _Read(NamedTuple):
     refused: None = None
 
 
-@internal("layout", "start_read", "empty")
+@internal("collected", "layout", "start_read")
 class ModelWatch:
     """Collects statistics of gradients, parameters, updates and activations, every so many steps.
 
