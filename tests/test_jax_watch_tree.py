@@ -72,6 +72,15 @@ def truth(values: Any) -> dict[str, float]:
     }
 
 
+def octaves(values: Any) -> Any:
+    """Return how many magnitudes lie in each octave."""
+    import numpy as np
+
+    x = np.abs(np.asarray(values).astype(np.float64).ravel())
+    x = x[np.isfinite(x) & (x > 0)]
+    return np.bincount(np.clip(np.floor(np.log2(x)) + 64, 0, 127).astype(int), minlength=128)
+
+
 def check(acc: Any, tree: Any, name: str = "grad") -> None:
     """Check what is logged of each leaf and layer, and of all."""
     import jax
@@ -99,6 +108,11 @@ def check(acc: Any, tree: Any, name: str = "grad") -> None:
             # A mean may be near 0, where it is right to 1e-6 of the values.
             room = {"norm": 1e-6 * cell["norm"], "mean": 1e-6 * cell["norm"]}.get(end, 0)
             assert found == pytest.approx(cell[end], rel=0, abs=room), (end, parameters[row])
+    if acc.layout.trees[0].octaves:
+        found, labels = snapshot.array(None, f"{name}/octaves", by=("parameter", "octave"))
+        for row, label in enumerate(labels[0]):
+            leaf = functools.reduce(lambda part, key: part[key], label.split("/"), tree)
+            np.testing.assert_array_equal(found[row], octaves(leaf))
     said = snapshot.as_dict("t")
     whole = truth(
         np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)[:-1]])
@@ -124,7 +138,8 @@ def test_statistics_are_those_of_the_whole_arrays_however_they_are_cut() -> None
 
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
     tree, cut = grads(), specs()
-    empty = DeviceAccumulator({}, trees={"grad": tree}, stacked="layers/*", mesh=mesh)
+    how: Any = {"trees": {"grad": tree}, "stacked": "layers/*", "octaves": True}
+    empty = DeviceAccumulator({}, **how, mesh=mesh)
     check(empty.watch_tree("grad", tree), tree)
 
     placed = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, cut)

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from metricfold._core.device.watched import FINITE, NONFINITE, SEEN, SQUARES, TOTAL, ZEROS
-from metricfold.torch.statistics import OCTAVES, Statistics
+from metricfold._core.device.watched import FINITE, NONFINITE, OCTAVES, SEEN, SQUARES, TOTAL, ZEROS
+from metricfold.torch.statistics import Statistics
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from metricfold import MetricsAggregator, ReplicasDiffer
+from metricfold._core.device.watched import OCTAVES
 from metricfold.torch import ModelWatch
-from metricfold.torch.statistics import OCTAVES
 
 WIDTH, WORDS, STEPS, EVERY = 10, 13, 4, 2
 """10, 13 and 42 do not divide by 4, so shards are uneven."""

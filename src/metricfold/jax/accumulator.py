@@ -99,6 +99,8 @@ class DeviceAccumulator:
             their shapes and types.
         stacked: patterns of the leaves of trees in which layers are stacked along the first dimension,
             such as ``"layers/*"``, as of a ``scan`` over layers: of those each layer counts apart.
+        octaves: whether the magnitudes in trees are counted by power of two, too, which takes 2.4 kB for
+            each leaf or layer.
         mesh: of the step that it is for. What a step on a mesh returns is on that, and what it is first
             given, if it is elsewhere, is compiled for apart. By default that of ``jax.set_mesh``; else, in
             a program of one process, the one mesh of all devices that `DeviceMeshManager` has made, if it
@@ -133,9 +135,10 @@ class DeviceAccumulator:
         axes: Mapping[str, int | Sequence[str]] | None = None,
         trees: Mapping[str, Any] | None = None,
         stacked: str | Sequence[str] = (),
+        octaves: bool = False,
         mesh: Mesh | None = None,
     ) -> None:
-        layout = Layout.of(metrics, datasets, axes, watched(trees or {}, stacked))
+        layout = Layout.of(metrics, datasets, axes, watched(trees or {}, stacked, octaves=octaves))
         place = _usual_place() if mesh is None else NamedSharding(mesh, PartitionSpec())
         self._set(layout, _nothing(layout, (), [place] * len(_NAMES)))
 
@@ -323,7 +326,8 @@ class DeviceAccumulator:
 
         Of ``"grad"`` they are ``grad/norm``, ``grad/mean``, ``grad/abs_max``, ``grad/zeros`` (the share of
         zeros) and ``grad/nonfinite`` (how many elements are NaN or infinite), metrics with the axis
-        ``parameter``, and ``layer`` where layers are stacked. So ``grad/norm`` is the norm over all
+        ``parameter``, and ``layer`` where layers are stacked; and ``grad/octaves``, if those are asked for.
+        So ``grad/norm`` is the norm over all
         leaves, and ``by={"grad/norm": "parameter"}`` prints that of each. Norm, mean and maximum are NaN where
         an element is not finite, or with ``on_nan="skip"`` those of the others. Of several collections between
         two drains it is the mean (root of the mean of squares, for a norm).

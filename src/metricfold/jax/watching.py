@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from metricfold._core.device.arrays import unwrapped
 from metricfold._core.device.rows import COUNTS, EXTREMA, SUMS
-from metricfold._core.device.watched import HUGE, SCALE, TINY, Watched
+from metricfold._core.device.watched import HUGE, OCTAVES, SCALE, TINY, Watched
 from metricfold.jax.axes import Axes, AxisName, resolve_axes, varying
 from metricfold.jax.collectives import combine
 from metricfold.jax.exact_sums import add_pairs
@@ -32,8 +32,9 @@ __all__ = ["Laid", "check_stacked", "laid", "leaves_of", "statistics", "watched"
 
 Patterns: TypeAlias = "str | Sequence[str]"
 
-_SUMS, _COLUMNS = 4, 8
-"""Of a leaf: squares of tiny, usual and huge elements, and all elements; and as pairs how many are 0, and not finite."""
+_SUMS, _NUMBERS = 4, 2
+"""Of a leaf: squares of tiny, usual and huge elements, and all elements; and as pairs how many are 0, how many not
+finite, and how many magnitudes lie in each octave, if that is asked for."""
 _LIMBS = (1 << 24, 1 << 12, 1)
 """A number travels as multiples of these, which are so small that a sum of them over devices is exact."""
 _MOST_IN_FLOAT, _MOST_IN_INT = 1 << 24, (1 << 31) - 1
@@ -56,7 +57,7 @@ class Laid(NamedTuple):
 # -- What is declared, and what is given -----------------------------------------------------------
 
 
-def watched(trees: Mapping[str, Any], stacked: Patterns) -> tuple[Watched, ...]:
+def watched(trees: Mapping[str, Any], stacked: Patterns, *, octaves: bool) -> tuple[Watched, ...]:
     """Return the trees that are to be watched, given by name as arrays, or what has their shapes and types.
 
     Raises:
@@ -77,12 +78,11 @@ def watched(trees: Mapping[str, Any], stacked: Patterns) -> tuple[Watched, ...]:
                 f"{labels[0] if labels else 'params'!r}: give patterns of the leaves in which layers are "
                 "stacked along the first dimension"
             )
-    return tuple(
-        Watched.of(
-            name, of_tree, [one for one in of_tree if any(fnmatchcase(one, p) for p in patterns)]
-        )
-        for name, of_tree in shapes.items()
-    )
+    declared = []
+    for name, of_tree in shapes.items():
+        layered = [one for one in of_tree if any(fnmatchcase(one, p) for p in patterns)]
+        declared.append(Watched.of(name, of_tree, layered, octaves=octaves))
+    return tuple(declared)
 
 
 def check_stacked(tree: Watched, stacked: Patterns) -> None:
@@ -250,9 +250,9 @@ def statistics(tree: Watched, leaves: Mapping[str, jax.Array], where: Laid | Non
     specs = dict(where.specs if where else ())
     for place, (label, layers) in enumerate(zip(tree.labels, tree.layers, strict=True)):
         if label not in leaves:
-            found.append(_nothing(layers or 1))
+            found.append(_nothing(layers or 1, tree.octaves))
             continue
-        sums, largest = _of_leaf(leaves[label], bool(layers))
+        sums, largest = _of_leaf(leaves[label], bool(layers), tree.octaves)
         if where:
             sums = sums * _takes_its_turn(where.axes, specs[label], place)
             sums, largest = _among_all_layers(sums, largest, layers or 1, specs[label])
@@ -262,12 +262,13 @@ def statistics(tree: Watched, leaves: Mapping[str, jax.Array], where: Laid | Non
     return _rows(*(_joined(sums, largest, where.axes) if where else (sums, largest)), there)
 
 
-def _nothing(cells: int) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros((cells, _COLUMNS), jnp.float32), jnp.full(cells, NOTHING)
+def _nothing(cells: int, octaves: bool) -> tuple[jax.Array, jax.Array]:
+    columns = _SUMS + 2 * (_NUMBERS + (OCTAVES if octaves else 0))
+    return jnp.zeros((cells, columns), jnp.float32), jnp.full(cells, NOTHING)
 
 
-@partial(jax.jit, static_argnums=1)
-def _of_leaf(x: jax.Array, layered: bool) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnums=(1, 2))
+def _of_leaf(x: jax.Array, layered: bool, octaves: bool) -> tuple[jax.Array, jax.Array]:
     """Return the columns of a leaf, or of each of its layers, shape (cells, columns), and the largest magnitudes.
 
     Compiled apart, so that leaves of one shape are traced once.
@@ -285,16 +286,24 @@ def _of_leaf(x: jax.Array, layered: bool) -> tuple[jax.Array, jax.Array]:
 
     most_tiny, most_usual = np.float32(TINY), np.float32(HUGE)
     tiny, huge = size < most_tiny, size > most_usual
+    zero = _zeros(x)
     columns = [
         squares(tiny, jnp.minimum(size, most_tiny), SCALE),
         squares(~tiny & ~huge, jnp.minimum(size, most_usual), 1.0),
         squares(huge, size, 1.0 / SCALE),
         y.sum(over),
-        *_number(_zeros(x) * finite, over),
+        *_number(zero * finite, over),
         *_number(~finite, over),
     ]
-    top = lax.bitcast_convert_type(y, jnp.int32) & _EXPONENT_AND_FRACTION
-    return jnp.stack(columns, axis=-1), top.max(over, initial=0)
+    bits = lax.bitcast_convert_type(y, jnp.int32) & _EXPONENT_AND_FRACTION
+    sums, largest = jnp.stack(columns, axis=-1), bits.max(over, initial=0)
+    if not octaves:
+        return sums, largest
+    octave = jnp.clip((bits >> 23) - (127 - OCTAVES // 2), 0, OCTAVES - 1)
+    octave = jnp.where(finite & (zero == 0), octave, OCTAVES)
+    layer = lax.broadcasted_iota(np.int32, x.shape, 0)
+    numbers = jnp.zeros((len(x), OCTAVES), _counting(x, over)).at[layer, octave].add(1, mode="drop")
+    return jnp.concatenate([sums, jnp.stack(_pair(numbers), -1).reshape(len(x), -1)], 1), largest
 
 
 def _zeros(x: jax.Array) -> jax.Array:
@@ -303,16 +312,26 @@ def _zeros(x: jax.Array) -> jax.Array:
     unsigned: Any = np.dtype(f"uint{width}").type
     size = lax.bitcast_convert_type(x, unsigned) & unsigned((1 << (width - 1)) - 1)
     # Not by a comparison with 0: LLVM makes one of floats of it.
-    zeros: jax.Array = (size - unsigned(1)) >> unsigned(width - 1)
+    zeros: jax.Array = ((size - unsigned(1)) >> unsigned(width - 1)).astype(jnp.int32)
     return zeros
 
 
 def _number(flags: jax.Array, over: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Return how many flags are set, as a pair; beyond 2^31 of them to 1e-6."""
-    exact = _MOST_IN_FLOAT < math.prod(flags.shape[1:]) <= _MOST_IN_INT
-    number = flags.sum(over, dtype=jnp.int32 if exact else jnp.float32)
+    """Return how many flags are set, as a pair."""
+    return _pair(flags.sum(over, dtype=_counting(flags, over)))
+
+
+def _counting(x: jax.Array, over: tuple[int, ...]) -> Any:
+    """Return the type in which elements are counted: exactly, up to 2^31 of them, and beyond to 1e-6."""
+    most = math.prod(x.shape[axis] for axis in over)
+    return np.dtype(np.int32 if _MOST_IN_FLOAT < most <= _MOST_IN_INT else np.float32)
+
+
+def _pair(number: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return two float32 that add up to a number."""
     high = number.astype(jnp.float32)
-    return high, (number - high.astype(jnp.int32)).astype(jnp.float32) if exact else high * 0
+    whole = number.dtype == np.int32
+    return high, (number - high.astype(jnp.int32)).astype(jnp.float32) if whole else high * 0
 
 
 def _takes_its_turn(axes: Axes, spec: Sequence[Axes], place: int) -> jax.Array:
@@ -337,8 +356,8 @@ def _among_all_layers(
         whole = lax.pcast(whole, differing, to="varying") if differing else whole
         return lax.dynamic_update_slice_in_dim(whole, part, first, 0)
 
-    no_sums, no_largest = _nothing(cells)
-    return put(sums, no_sums), put(largest, no_largest)
+    nothing = jnp.zeros((cells, sums.shape[1]), jnp.float32), jnp.full(cells, NOTHING)
+    return put(sums, nothing[0]), put(largest, nothing[1])
 
 
 def _joined(sums: jax.Array, largest: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
@@ -350,7 +369,7 @@ def _joined(sums: jax.Array, largest: jax.Array, axes: Axes) -> tuple[jax.Array,
         high = high - limbs[-1]
     sent = jnp.concatenate([sums[:, :_SUMS], *limbs[:-1], limbs[-1] + low], axis=1)
     added, compared = combine([("sum", sent), ("max", largest)], axes)
-    pairs = jnp.zeros((len(sums), 2, 2), jnp.float32)
+    pairs = jnp.zeros((*low.shape, 2), jnp.float32)
     for limb in jnp.split(added[:, _SUMS:], len(_LIMBS), axis=1):
         pairs = add_pairs(pairs, _as_pairs(limb))
     return jnp.concatenate([added[:, :_SUMS], pairs.reshape(len(sums), -1)], axis=1), compared
@@ -362,10 +381,13 @@ def _as_pairs(sums: jax.Array) -> jax.Array:
 
 def _rows(sums: jax.Array, largest: jax.Array, there: np.ndarray[Any, Any]) -> Lanes:
     number = len(there)
-    counts = np.zeros((2 * number, COUNTS), np.int32)
-    counts[:, 0] = np.tile(there, 2)
-    plain, numbers = _as_pairs(sums[:, :_SUMS]), sums[:, _SUMS:].reshape(number, 2, 2)
-    second = jnp.concatenate([plain[:, SUMS:], numbers], axis=1)
-    high = jnp.full((2 * number, EXTREMA), NOTHING).at[:number, 0].set(largest)
-    extrema = jnp.stack([high, jnp.zeros_like(high)], axis=-1)
-    return Lanes(jnp.asarray(counts), jnp.concatenate([plain[:, :SUMS], second]), extrema)
+    plain, numbers = _as_pairs(sums[:, :_SUMS]), sums[:, _SUMS:].reshape(number, -1, 2)
+    second = jnp.concatenate([plain[:, SUMS:], numbers[:, :_NUMBERS]], axis=1)
+    octaves = numbers[:, _NUMBERS:]
+    filled = jnp.pad(octaves, ((0, 0), (0, -octaves.shape[1] % SUMS), (0, 0)))
+    of_rows = jnp.concatenate([plain[:, :SUMS], second, filled.reshape(-1, SUMS, 2)])
+    rows = len(of_rows)
+    counts = np.zeros((rows, COUNTS), np.int32)
+    counts[: 2 * number, 0] = np.tile(there, 2)
+    high = jnp.full((rows, EXTREMA), NOTHING).at[:number, 0].set(largest)
+    return Lanes(jnp.asarray(counts), of_rows, jnp.stack([high, jnp.zeros_like(high)], axis=-1))

@@ -15,12 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metricfold._core.device.watched import FINITE, NONFINITE, SEEN, SQUARES, ZEROS
+from metricfold._core.device.watched import FINITE, NONFINITE, OCTAVES, SEEN, SQUARES, ZEROS
 
-__all__ = ["BLOCK", "OCTAVES", "Group", "Grouped", "Scratch", "Statistics", "add_of_one"]
-
-OCTAVES = 128
-"""Octave k holds magnitudes from 2^(k - 64) on; the first all that are smaller, the last all that are larger."""
+__all__ = ["BLOCK", "Group", "Grouped", "Scratch", "Statistics", "add_of_one"]
 
 BLOCK = 256
 _GROUP = {"cpu": 1 << 20}

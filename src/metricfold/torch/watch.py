@@ -24,11 +24,14 @@ from torch import Tensor, nn
 
 from metricfold._core.device.arrays import of_mesh
 from metricfold._core.device.watched import (
+    OCTAVE,
+    OCTAVES,
     OF_PARAMETERS,
     PARAMETER,
     SEEN,
     SQUARES,
     element_states,
+    octave_state,
 )
 from metricfold._core.fold.axes import Axes, Axis, described
 from metricfold._core.fold.elements import EVERY_ELEMENT, checksum_lanes
@@ -41,14 +44,14 @@ from metricfold._core.runtime.uncompiled import uncompiled
 from metricfold.metric import TypeLike, check_name
 from metricfold.torch.activations import Activations, matches, named
 from metricfold.torch.replicas import Checksums, shard_of
-from metricfold.torch.statistics import OCTAVES, Scratch, Statistics
+from metricfold.torch.statistics import Scratch, Statistics
 
 __all__ = ["ModelWatch"]
 
 _logger = logging.getLogger("metricfold")
 
-MODULE, OCTAVE = "module", "octave"
-"""Axes besides `PARAMETER`."""
+MODULE = "module"
+"""The axis of activations."""
 
 _OF_PARAMETERS: Mapping[str, TypeLike] = {**OF_PARAMETERS, "octaves": "tensor_number"}
 _OF_ACTIVATIONS: Mapping[str, TypeLike] = {
@@ -124,10 +127,7 @@ class Collected(NamedTuple):
         for end, state in element_states(types, sums, largest[:, 0], sizes, self._axes("")):
             yield self._key(end), state
         if octaves.shape[1]:
-            parts = np.broadcast_arrays(seen[:, np.newaxis], 0.0, octaves)
-            of_cells = np.stack(parts, axis=-1).reshape(-1, len(parts))
-            size = np.repeat(np.where(seen > 0, sizes, -np.inf)[:, np.newaxis], OCTAVES, axis=0)
-            yield self._key("octaves"), State.of_cells(of_cells, size, self._axes("octaves"))
+            yield self._key("octaves"), octave_state(octaves, seen, sizes, (self.axis,))
 
     def _key(self, end: str) -> Key:
         return "", f"{self.name}/{end}"

@@ -211,8 +211,8 @@ class Layout:
             for own in said.get("axes", [()] * len(names))
         )
         trees = tuple(
-            Watched(name, tuple(labels), tuple(map(tuple, shapes)), tuple(layers))
-            for name, labels, shapes, layers in said.get("trees", ())
+            Watched(name, tuple(labels), tuple(map(tuple, shapes)), tuple(layers), octaves)
+            for name, labels, shapes, layers, octaves in said.get("trees", ())
         )
         return cls(names, types, tuple(said["datasets"]), axes, trees)
 

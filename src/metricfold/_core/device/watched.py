@@ -9,6 +9,8 @@ does not hold the square of each float32:
 
     first    counts: collections, -, -, -    sums: squares of tiny · SCALE², usual, huge / SCALE²    extrema: |x|, -
     second   the same counts                 sums: x, number of zeros, number of NaN and infinities  extrema: -, -
+
+and, where octaves are counted, 43 more, whose sums are the numbers of magnitudes in each, three to a row.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from metricfold.metric import AggregationType, TypeLike, check_name
 __all__ = [
     "HUGE",
     "LAYER",
+    "OCTAVE",
+    "OCTAVES",
     "OF_PARAMETERS",
     "OUTSIDE",
     "PARAMETER",
@@ -35,11 +39,15 @@ __all__ = [
     "TINY",
     "Watched",
     "element_states",
+    "octave_state",
 ]
 
 Array = npt.NDArray[Any]
 
-PARAMETER, LAYER = "parameter", "layer"
+PARAMETER, LAYER, OCTAVE = "parameter", "layer", "octave"
+OCTAVES = 128
+"""Octave k holds magnitudes from 2^(k - 64) on; the first all that are smaller, the last all that are larger."""
+_OCTAVE_ROWS = -(-OCTAVES // 3)
 OUTSIDE = "outside"
 """As a label of the axis `LAYER`: leaves in which no layers are stacked."""
 
@@ -87,6 +95,14 @@ def element_states(
         yield name, State.of_cells(of_cells, tops[:, np.newaxis], axes)
 
 
+def octave_state(octaves: Array, seen: Array, sizes: Array, axes: Axes) -> State:
+    """Return the state of how many magnitudes lie in each octave, shape (cells, OCTAVES), from as many elements."""
+    of_cells = np.stack(np.broadcast_arrays(seen[:, np.newaxis], 0.0, octaves), axis=-1)
+    tops = np.repeat(np.where(seen > 0, sizes, -np.inf), OCTAVES)
+    whole = (*axes, Axis(OCTAVE, OCTAVES))
+    return State.of_cells(of_cells.reshape(len(tops), -1), tops[:, np.newaxis], whole)
+
+
 class Watched(NamedTuple):
     """A tree of arrays.
 
@@ -95,12 +111,14 @@ class Watched(NamedTuple):
         labels: the way to each leaf, as ``"layers/mlp/kernel"``.
         shapes: of each leaf.
         layers: how many layers are stacked in each, along its first dimension; 0: none are.
+        octaves: whether magnitudes are counted by power of two.
     """
 
     name: str
     labels: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     layers: tuple[int, ...]
+    octaves: bool = False
 
     @classmethod
     def of(
@@ -108,6 +126,8 @@ class Watched(NamedTuple):
         name: str,
         shapes: Mapping[str, tuple[int, ...]],
         stacked: Sequence[str],
+        *,
+        octaves: bool = False,
     ) -> Watched:
         """Return the tree of leaves with these labels and shapes, of which `stacked` have layers in them.
 
@@ -128,7 +148,7 @@ class Watched(NamedTuple):
                     "no layers along its first dimension: name those that have, as in stacked='layers/*'"
                 )
         layers = tuple(shape[0] if label in stacked else 0 for label, shape in shapes.items())
-        return cls(name, tuple(shapes), tuple(shapes.values()), layers)
+        return cls(name, tuple(shapes), tuple(shapes.values()), layers, octaves)
 
     @property
     def cells(self) -> tuple[int, ...]:
@@ -137,7 +157,7 @@ class Watched(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return 2 * sum(self.cells)
+        return (2 + (_OCTAVE_ROWS if self.octaves else 0)) * sum(self.cells)
 
     @property
     def axes(self) -> Axes:
@@ -151,8 +171,12 @@ class Watched(NamedTuple):
 
     def keys(self) -> Iterator[tuple[Key, TypeLike, str]]:
         """Yield the key of each of its metrics, the type and the axes."""
+        axes = self.axes
         for end, agg_type in OF_PARAMETERS.items():
-            yield ("", f"{self.name}/{end}"), agg_type, described(self.axes)
+            yield ("", f"{self.name}/{end}"), agg_type, described(axes)
+        if self.octaves:
+            whole = (*axes, Axis(OCTAVE, OCTAVES))
+            yield ("", f"{self.name}/octaves"), "tensor_number", described(whole)
 
     def states(self, counts: Array, sums: Array, extrema: Array) -> Iterator[tuple[Key, State]]:
         """Yield the state of each metric, if anything was collected, from the rows of this tree."""
@@ -165,23 +189,33 @@ class Watched(NamedTuple):
         ]
         sizes = np.repeat(elements, self.cells)
         tiny, usual, huge = sums[:number].T
-        total, zeros, bad = sums[number:].T
+        total, zeros, bad = sums[number : 2 * number].T
         seen = collections * sizes
         squares = tiny / SCALE**2 + usual + huge * SCALE**2
         of_rows = np.stack([seen, bad, zeros, seen - bad, total, squares], axis=1)
         axes, places = self.axes, self._places()
-        everywhere = math.prod(axis.length for axis in axes)
-        of_cells, largest, of_sizes = np.zeros((everywhere, 6)), *np.zeros((2, everywhere))
-        of_cells[places], largest[places], of_sizes[places] = of_rows, extrema[:number, 0], sizes
+
+        def among_all(rows: Array) -> Array:
+            cells = np.zeros((math.prod(axis.length for axis in axes), *rows.shape[1:]))
+            cells[places] = rows
+            return cells
+
+        of_cells, of_sizes = among_all(of_rows), among_all(sizes)
+        largest = among_all(extrema[:number, 0])
         for end, state in element_states(OF_PARAMETERS, of_cells, largest, of_sizes, axes):
             yield ("", f"{self.name}/{end}"), state
+        if self.octaves:
+            octaves = among_all(sums[2 * number :].reshape(number, -1)[:, :OCTAVES])
+            state = octave_state(octaves, of_cells[:, SEEN], of_sizes, axes)
+            yield ("", f"{self.name}/octaves"), state
 
     def _places(self) -> Array:
         """Return the cell of each of the first rows."""
         parameters, *layers = self.axes
         width = layers[0].length if layers else 1
+        first_of = {label: place * width for place, label in enumerate(parameters.labels)}
         found = []
         for label, stacked in zip(self.labels, self.layers, strict=True):
-            first = parameters.labels.index(label) * width
+            first = first_of[label]
             found.append(first + (np.arange(stacked) if stacked else np.array([width - 1])))
         return np.concatenate(found)
