@@ -7,5 +7,5 @@ scale                                            more ranks than a machine has
 
 Each has `measure(quick)`, which returns sections of the table. The rest serves them: `table` prints,
 `timing` lets contenders take turns, `ranks` starts worlds (for the tests too), `workloads` says what
-there is to log and `contenders` log it.
+there is to log and `contenders` log it. Names that begin with no underscore are for other modules.
 """

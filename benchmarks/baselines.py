@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["PERCENTILES", "Aggregation", "FrozenMetric", "MetricStates", "percentiles"]
-
 PERCENTILES = (5, 50, 95)
 
 

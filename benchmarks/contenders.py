@@ -21,8 +21,6 @@ from metricfold._core.fold.sample import FloatArray
 from metricfold.communicator import Communicator, connect
 from metricfold.communicator.tree import Merge
 
-__all__ = ["BareAllReduce", "Contender", "Metricfold", "MetricfoldEverywhere", "Watched"]
-
 
 class Contender(ABC):
     """Something that reduces metrics over ranks.

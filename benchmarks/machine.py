@@ -8,8 +8,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["load", "machine"]
-
 
 def machine() -> str:
     """Return the machine and what matters of its software, in words."""

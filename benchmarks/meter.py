@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.memory import peak
 from benchmarks.traffic import Traffic
-
-__all__ = ["Meter", "walls"]
 
 
 def walls(turns: list[list[tuple[float, float]]]) -> list[float]:
@@ -99,3 +97,30 @@ class Meter:
             del self._traffic
         elif self._logs > 1:
             self.turns.append((self._began, ended))
+
+
+# -- Memory of this process, by the kernel's account: Python's, torch's and all other -------------
+
+_STATUS = Path("/proc/self/status")
+
+
+def held() -> int:
+    """Return the bytes that the process holds now."""
+    return _read("VmRSS")
+
+
+def peak() -> int:
+    """Return the most bytes that the process has ever held, or has since `forget_peak`."""
+    return _read("VmHWM")
+
+
+def forget_peak() -> None:
+    """Let the peak begin anew, at what is held now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _read(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{_STATUS} has no {field}: memory is read from the Linux kernel's account")

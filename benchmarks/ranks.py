@@ -25,8 +25,6 @@ from typing import Any
 
 from metricfold.communicator.threads import thread_world
 
-__all__ = ["RankError", "collected", "preload", "run_ranks", "run_threads"]
-
 _context = multiprocessing.get_context("forkserver")
 _preloaded = ["torch", "torch.distributed", "metricfold"]
 _context.set_forkserver_preload(_preloaded)

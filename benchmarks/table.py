@@ -4,21 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-
-__all__ = [
-    "Budget",
-    "Row",
-    "Section",
-    "amount",
-    "at_least",
-    "at_most",
-    "bytes_text",
-    "cost",
-    "seconds",
-    "seconds_of",
-    "speedup",
-]
+from dataclasses import dataclass, field, replace
 
 _HEAD = ("what", "ours", "against", "figure", "quartiles", "budget", "")
 
@@ -109,18 +95,22 @@ def cost(
     what: str, ours: list[float], against: str, theirs: list[float], budget: Budget | None = None
 ) -> Row:
     """Return how many times `theirs` ours costs; seconds of the same rounds, paired."""
-    ratio, spread = _ratio(ours, theirs)
-    return Row(what, _median(ours), f"{against}: {_median(theirs)}", ratio, "x", spread, budget)
+    pairs = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    quarter = len(pairs) // 4
+    mine, other = statistics.median(ours), statistics.median(theirs)
+    spread = pairs[quarter], pairs[-1 - quarter]
+    beside = f"{against}: {seconds(other)}"
+    return Row(what, seconds(mine), beside, mine / other, "x", spread, budget)
 
 
 def speedup(
     what: str, ours: list[float], against: str, theirs: list[float], budget: Budget | None = None
 ) -> Row:
-    """Return how many times faster ours is; seconds of the same rounds, paired."""
-    ratio, spread = _ratio(theirs, ours)
-    return Row(
-        what, _median(ours), f"{against}: {_median(theirs)}", ratio, "x faster", spread, budget
-    )
+    """Return how many times faster ours is, as `cost` does how many times it costs."""
+    row = cost(what, ours, against, theirs)
+    low, high = row.spread or ()
+    figure, spread = 1 / row.figure, (1 / high, 1 / low)
+    return replace(row, figure=figure, unit="x faster", spread=spread, budget=budget)
 
 
 def amount(
@@ -155,14 +145,3 @@ def _with_unit(number: float, units: Iterable[tuple[str, float]]) -> str:
     listed = list(units)
     unit, size = next((one for one in listed if number >= one[1]), listed[-1])
     return f"{number / size:.3g} {unit}"
-
-
-def _median(times: list[float]) -> str:
-    return seconds(statistics.median(times))
-
-
-def _ratio(one: list[float], other: list[float]) -> tuple[float, tuple[float, float]]:
-    """Return the ratio of the medians, and the quartiles of the ratios round by round."""
-    pairs = sorted(a / b for a, b in zip(one, other, strict=True))
-    quarter = len(pairs) // 4
-    return statistics.median(one) / statistics.median(other), (pairs[quarter], pairs[-1 - quarter])

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-__all__ = ["interleaved"]
-
 
 def interleaved(
     contenders: Mapping[str, Callable[[], object]],
@@ -16,6 +14,7 @@ def interleaved(
     *,
     calls_per_turn: int = 0,
     afterwards: Mapping[str, Callable[[], object]] = MappingProxyType({}),
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Return the seconds per call of each contender, one number a round.
 
@@ -24,26 +23,28 @@ def interleaved(
         rounds: how often each has a turn; every round in another order.
         calls_per_turn: 0: as many as take 10 ms, about.
         afterwards: what to call after a contender's turn, by its name; not timed.
+        clock: `time.process_time` for what is long beside the time slices of a busy machine.
     """
     names = list(contenders)
-    calls = {name: calls_per_turn or _calls_in(contenders[name], 0.01) for name in names}
+    calls = dict.fromkeys(names, calls_per_turn)
+    if not calls_per_turn:
+        for name, function in contenders.items():
+            function()
+            calls[name] = max(1, int(0.01 / max(taken(function, 1, clock), 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in random.Random(turn).sample(names, len(names)):
-            times[name].append(_time(contenders[name], calls[name]) / calls[name])
+            times[name].append(taken(contenders[name], calls[name], clock) / calls[name])
             if name in afterwards:
                 afterwards[name]()
     return times
 
 
-def _calls_in(function: Callable[[], object], seconds: float) -> int:
-    function()
-    once = max(_time(function, 1), 1e-7)
-    return max(1, int(seconds / once))
-
-
-def _time(function: Callable[[], object], calls: int) -> float:
-    started = time.perf_counter()
+def taken(
+    function: Callable[[], object], calls: int = 1, clock: Callable[[], float] = time.process_time
+) -> float:
+    """Return the seconds of so many calls, of CPU time if nothing else is asked for."""
+    started = clock()
     for _ in range(calls):
         function()
-    return time.perf_counter() - started
+    return clock() - started

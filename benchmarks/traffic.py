@@ -17,8 +17,6 @@ from pathlib import Path
 from torch._C._profiler import _ExperimentalConfig
 from torch.autograd.profiler import profile
 
-__all__ = ["Traffic", "bytes_sent"]
-
 _PREFIX = "gloo:"
 _SETTLE = 0.05
 """After so many seconds the kernel has sent what it was given."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
@@ -75,14 +76,14 @@ def _values(samples: int) -> Iterator[tuple[str, str, int, str]]:
 
 def _record(rounds: int) -> Row:
     aggregator = MetricsAggregator()
-    times = []
-    for _ in range(rounds):
-        began = time.process_time()
-        for _ in range(_VALUES):
-            aggregator.record("loss", 2.5)
-        times.append((time.process_time() - began) / _VALUES)
-        aggregator.reduce()
-    return seconds_of("record of a float", times, "µs", at_most(1.5))
+    times = interleaved(
+        {"": partial(aggregator.record, "loss", 2.5)},
+        rounds,
+        calls_per_turn=_VALUES,
+        afterwards={"": aggregator.reduce},
+        clock=time.process_time,
+    )
+    return seconds_of("record of a float", times[""], "µs", at_most(1.5))
 
 
 def _keys(many: int) -> list[Row]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from benchmarks.table import Budget, Row, Section, at_most, cost
+from benchmarks.timing import interleaved
 from metricfold import MetricsAggregator
 from metricfold.torch import ModelWatch
 
@@ -16,7 +17,7 @@ _NEVER = 10**9
 
 
 def measure(*, quick: bool) -> list[Section]:
-    """Return how long a step takes with a watch, and a log of it, against a step alone."""
+    """Return how long a step takes with a watch, and a log of it, against a step alone: CPU time."""
     layers, rounds = (4, 3) if quick else (84, 15)
     section = Section(f"a watched step: {12 * layers:,} parameters of a transformer, AdamW")
     section.rows = [*_steps(layers, rounds, compiled=not quick), *_log(layers, rounds)]
@@ -59,7 +60,7 @@ def _steps(layers: int, rounds: int, *, compiled: bool) -> list[Row]:
         steps[name] = trained.step
     for step in steps.values():
         step()
-    times = _in_turns(steps, rounds)
+    times = interleaved(steps, rounds, calls_per_turn=1, clock=time.process_time)
     return [
         cost(name, times[name], "the step alone", times["alone"], budget)
         for name, (_, budget) in ways.items()
@@ -77,16 +78,6 @@ def _log(layers: int, rounds: int) -> list[Row]:
         aggregator.reduce().as_dict("train", "auto")
 
     log()
-    times = _in_turns({"watched": trained.step, "logged": log}, rounds)
+    ways = {"watched": trained.step, "logged": log}
+    times = interleaved(ways, rounds, calls_per_turn=1, clock=time.process_time)
     return [cost("a due step with its log", times["logged"], "without", times["watched"])]
-
-
-def _in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of CPU time of each, one number a round: a step is long, and machines are busy."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            began = time.process_time()
-            way()
-            times[name].append(time.process_time() - began)
-    return times

@@ -13,18 +13,6 @@ import numpy.typing as npt
 
 from metricfold import Metric, MetricBatch
 
-__all__ = [
-    "INTERVALS",
-    "Column",
-    "Kind",
-    "Mixture",
-    "Workload",
-    "batches",
-    "large",
-    "mixed",
-    "small",
-]
-
 INTERVALS = 3
 """So many different intervals are prepared, and fed in turn."""
 

@@ -11,10 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.baselines import percentiles
-from benchmarks.peers.contender import Peer, Running
-from benchmarks.workloads import Column, Workload
-
-__all__ = ["GatherForMetrics"]
+from benchmarks.peers.contender import ByHand, Running
+from benchmarks.workloads import Workload
 
 _COMBINE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sum": torch.sum,
@@ -24,19 +22,12 @@ _COMBINE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class GatherForMetrics(Peer):
+class GatherForMetrics(ByHand):
     """One `gather_for_metrics` of a dict."""
 
     def __init__(self, workload: Workload, rank: int, floats: int) -> None:
         super().__init__(workload, rank, floats)
         self._accelerator = Accelerator(cpu=True)
-        self._running: dict[str, Running] = {}
-
-    def _add(self, column: Column, values: torch.Tensor) -> None:
-        key = column.key
-        if key not in self._running:
-            self._running[key] = Running(column.aggregation)
-        self._running[key].add(values)
 
     def log(self) -> Mapping[str, float]:
         running = self._running

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from benchmarks.baselines import percentiles
 from benchmarks.contenders import Contender
 from benchmarks.workloads import INTERVALS, Column, Workload
 
-__all__ = ["Modules", "Peer", "Running"]
+AGGREGATIONS = ("sum", "mean", "max", "min", "distribution")
 
 
 class Peer(Contender):
@@ -48,20 +48,29 @@ class Peer(Contender):
 
 
 class Modules(Peer):
-    """A library that has a class for each aggregation, and for a distribution one that keeps all."""
+    """A library that has a class for each aggregation, and for a distribution one that keeps all.
 
-    kinds: ClassVar[Mapping[str, Callable[[], Any]]]
-    metrics: Any
+    Attributes:
+        kinds: these classes, in the order of `AGGREGATIONS`.
+        collection: makes what holds metrics by key.
+    """
+
+    kinds: ClassVar[Sequence[Callable[[], Any]]]
+    collection: ClassVar[Callable[[], Any]] = dict
+
+    def __init__(self, workload: Workload, rank: int, floats: int) -> None:
+        super().__init__(workload, rank, floats)
+        self.metrics = self.collection()
 
     def _add(self, column: Column, values: torch.Tensor) -> None:
         if column.key not in self.metrics:
-            self.metrics.update({column.key: self.kinds[column.aggregation]()})
+            self.metrics[column.key] = self.kinds[AGGREGATIONS.index(column.aggregation)]()
         self.metrics[column.key].update(values)
 
     def log(self) -> Mapping[str, float]:
         logged: dict[str, float] = {}
         for key, value in self.computed().items():
-            if isinstance(self.metrics[key], self.kinds["distribution"]):
+            if isinstance(self.metrics[key], self.kinds[-1]):
                 logged |= percentiles(key, value.numpy())
             else:
                 logged[key] = value.item()
@@ -99,3 +108,23 @@ class Running:
         else:
             self.total = self.total + values.sum(dtype=torch.float64)
         self.count += values.numel()
+
+
+class ByHand(Peer):
+    """A library that moves numbers alone, which each rank has folded since the last log.
+
+    Attributes:
+        keeps_recent: whether a distribution keeps the workload's window, or else all.
+    """
+
+    keeps_recent = False
+
+    def __init__(self, workload: Workload, rank: int, floats: int) -> None:
+        super().__init__(workload, rank, floats)
+        self._running: dict[str, Running] = {}
+
+    def _add(self, column: Column, values: torch.Tensor) -> None:
+        if column.key not in self._running:
+            keep = self._window if self.keeps_recent else None
+            self._running[column.key] = Running(column.aggregation, keep)
+        self._running[column.key].add(values)

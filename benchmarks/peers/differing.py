@@ -22,8 +22,6 @@ from benchmarks.peers.run import as_launched
 from benchmarks.ranks import RankError, run_ranks
 from benchmarks.workloads import Column, Workload
 
-__all__ = ["CASES", "Case", "outcome"]
-
 _PATIENCE = 5.0
 """So many seconds a rank waits for the others before that is called hanging."""
 _TOLERANCE = 1e-3
@@ -68,32 +66,23 @@ def _lengths(first: float, last: float, count: int) -> Column:
 _FEW, _MANY = _lengths(1000, 3000, 100), _lengths(50, 150, 900)
 _P50, _P95 = np.percentile(np.append(_FEW.values, _MANY.values), (50, 95)).tolist()
 
+_MEAN = {"train_alpaca/loss": 2.8}
+_ONE = {"train_alpaca/loss": 1.0}
+_LOSS, _LENGTHS = [_loss(1.0, 1)], ([_MANY], [_FEW])
 CASES = (
-    Case(
-        "mean loss: 10 values of 1 and 90 of 3",
-        ([_loss(1.0, 10)], [_loss(3.0, 90)]),
-        {"train_alpaca/loss": 2.8},
-    ),
+    Case("mean loss: 10 values of 1 and 90 of 3", ([_loss(1.0, 10)], [_loss(3.0, 90)]), _MEAN),
     Case(
         "median length: 900 around 100 and 100 around 2000",
-        ([_MANY], [_FEW]),
+        _LENGTHS,
         {"train_alpaca/length_stat_p50": _P50},
     ),
-    Case(
-        "95th percentile of these",
-        ([_MANY], [_FEW]),
-        {"train_alpaca/length_stat_p95": _P95},
-    ),
+    Case("95th percentile of these", _LENGTHS, {"train_alpaca/length_stat_p95": _P95}),
     Case(
         "loss: alpaca's on one, orca's on the other",
-        ([_loss(1.0, 1)], [_loss(3.0, 1, "orca")]),
-        {"train_alpaca/loss": 1.0, "train_orca/loss": 3.0},
+        (_LOSS, [_loss(3.0, 1, "orca")]),
+        {**_ONE, "train_orca/loss": 3.0},
     ),
-    Case(
-        "loss: on one rank only",
-        ([_loss(1.0, 1)], []),
-        {"train_alpaca/loss": 1.0},
-    ),
+    Case("loss: on one rank only", (_LOSS, []), _ONE),
 )
 
 

@@ -8,8 +8,6 @@ from importlib.util import find_spec
 
 from benchmarks.contenders import Contender
 
-__all__ = ["BARE", "LIBRARIES", "OURS", "Library"]
-
 
 @dataclass(frozen=True, slots=True)
 class Library:

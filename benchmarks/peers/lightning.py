@@ -19,27 +19,17 @@ from torch import nn
 
 from benchmarks.baselines import percentiles
 from benchmarks.meter import Meter
-from benchmarks.peers.contender import Peer, Running
-from benchmarks.workloads import Column, Workload
-
-__all__ = ["SelfLog"]
+from benchmarks.peers.contender import ByHand
+from benchmarks.workloads import Column
 
 _WIDTH = 8
 
 
-class SelfLog(Peer):
+class SelfLog(ByHand):
     """`self.log` of each metric."""
 
-    def __init__(self, workload: Workload, rank: int, floats: int) -> None:
-        super().__init__(workload, rank, floats)
-        self._running: dict[str, Running] = {}
-        self._module: LightningModule | None = None
-
-    def _add(self, column: Column, values: torch.Tensor) -> None:
-        key = column.key
-        if key not in self._running:
-            self._running[key] = Running(column.aggregation, self._window)
-        self._running[key].add(values)
+    keeps_recent = True
+    _module: LightningModule
 
     def run(self, meter: Meter) -> None:
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -58,7 +48,6 @@ class SelfLog(Peer):
 
     def log(self) -> Mapping[str, float]:
         """Call `self.log` for each metric, from a hook of the module."""
-        assert self._module is not None
         for key, metric in self._running.items():
             if metric.aggregation == "distribution":
                 for name, value in percentiles(key, metric.values.numpy()).items():
@@ -72,7 +61,6 @@ class SelfLog(Peer):
         return {key: value.item() for key, value in metrics.items()}
 
     def _log(self, name: str, value: float | torch.Tensor, reduction: str) -> None:
-        assert self._module is not None
         self._module.log(
             name, value, reduce_fx=reduction, sync_dist=True, on_step=True, logger=False
         )

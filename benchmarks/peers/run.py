@@ -15,13 +15,10 @@ import numpy as np
 import torch.distributed as dist
 
 from benchmarks.baselines import percentiles
-from benchmarks.memory import forget_peak, held
-from benchmarks.meter import Meter, walls
+from benchmarks.meter import Meter, forget_peak, held, walls
 from benchmarks.peers.libraries import Library
 from benchmarks.ranks import run_ranks
 from benchmarks.workloads import INTERVALS, Workload, mixed
-
-__all__ = ["Measured", "Point", "as_launched", "run"]
 
 _WINDOW = 1000
 """Recent values that a distribution keeps where a library lets one choose."""
@@ -71,11 +68,7 @@ class Measured:
 def run(library: Library, point: Point, floats: int, span: tuple[float, int]) -> Measured:
     """Return what a log takes; raises RankError with the reason if the library fails.
 
-    Args:
-        library: whose contender logs.
-        point: what it has to log.
-        floats: size of our own vector at this point.
-        span: how many seconds its logs take in all, and how many are timed at most.
+    `floats` is the size of our own vector at this point, and `span` what its `Meter` gets.
     """
     workload = mixed(point.metrics, point.distributions, point.samples, _WINDOW)
     tiny = mixed(4, min(point.distributions, 1), 10, _WINDOW)

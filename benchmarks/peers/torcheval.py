@@ -10,19 +10,12 @@ from torcheval.metrics import Cat, Max, Mean, Min, Sum
 from torcheval.metrics.toolkit import sync_and_compute_collection
 
 from benchmarks.peers.contender import Modules
-from benchmarks.workloads import Workload
-
-__all__ = ["SyncAndCompute"]
 
 
 class SyncAndCompute(Modules):
     """`sync_and_compute_collection` on a dict of metrics."""
 
-    kinds: ClassVar = {"sum": Sum, "mean": Mean, "max": Max, "min": Min, "distribution": Cat}
-
-    def __init__(self, workload: Workload, rank: int, floats: int) -> None:
-        super().__init__(workload, rank, floats)
-        self.metrics = {}
+    kinds: ClassVar = (Sum, Mean, Max, Min, Cat)
 
     def computed(self) -> Mapping[str, torch.Tensor]:
         return sync_and_compute_collection(self.metrics)

@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torchmetrics import CatMetric, MaxMetric, MeanMetric, MetricCollection, MinMetric, SumMetric
 
 from benchmarks.peers.contender import Modules
-from benchmarks.workloads import Column, Workload
-
-__all__ = ["MetricCollections"]
 
 
 class MetricCollections(Modules):
     """`MetricCollection.compute`, which synchronises first."""
 
-    kinds: ClassVar = {
-        "sum": SumMetric,
-        "mean": MeanMetric,
-        "max": MaxMetric,
-        "min": MinMetric,
-        "distribution": CatMetric,
-    }
-
-    def __init__(self, workload: Workload, rank: int, floats: int) -> None:
-        super().__init__(workload, rank, floats)
-        # Groups are for metrics that are all updated with the same values.
-        self.metrics = MetricCollection({}, compute_groups=False)
-
-    def _add(self, column: Column, values: torch.Tensor) -> None:
-        if column.key not in self.metrics:
-            self.metrics.add_metrics({column.key: self.kinds[column.aggregation]()})
-        super()._add(column, values)
+    kinds: ClassVar = (SumMetric, MeanMetric, MaxMetric, MinMetric, CatMetric)
+    # Groups are for metrics that are all updated with the same values.
+    collection: ClassVar = partial(MetricCollection, {}, compute_groups=False)
 
     def computed(self) -> Mapping[str, torch.Tensor]:
         return self.metrics.compute()

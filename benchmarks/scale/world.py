@@ -29,8 +29,6 @@ from metricfold._core.fold.sample import FloatArray
 from metricfold.communicator import Communicator
 from metricfold.communicator.tree import Merge, rounds_of
 
-__all__ = ["BANDWIDTH", "LATENCY", "Exchange", "Log", "SimulatedCommunicator", "logs_of"]
-
 LATENCY, BANDWIDTH = 30e-6, 25e9 / 8
 """Seconds of a message however short, and bytes a second: TCP between nodes."""
 
