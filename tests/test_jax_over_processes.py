@@ -103,7 +103,12 @@ def held_by_all(rank: int) -> Any:
     from jax.sharding import PartitionSpec as P
 
     from metricfold import Metric, MetricsAggregator
-    from metricfold.jax import DataParallel, DeviceMeshManager, DistributedMetrics
+    from metricfold.jax import (
+        DataParallel,
+        DeviceAccumulator,
+        DeviceMeshManager,
+        DistributedMetrics,
+    )
 
     dm, dp = DistributedMetrics(), DataParallel()
     mesh = DeviceMeshManager().create_data_parallel_mesh()
@@ -112,14 +117,18 @@ def held_by_all(rank: int) -> Any:
     whole = NamedSharding(mesh, P())
 
     @jax.jit
-    def step(x: Any) -> Any:
+    def step(x: Any, acc: Any) -> Any:
         rows = jax.lax.with_sharding_constraint(x.sum(axis=1), whole)
         packed = dm.reduce_sum({"tokens": x.sum()}, axis_name=None, packed=True)
-        return x.mean(), x.sum(), rows, packed
+        acc = acc.update("cells", x, ids={"row": jnp.arange(2)}).watch_tree("grad", {"w": x})
+        return x.mean(), x.sum(), rows, packed, acc
 
     aggregator = MetricsAggregator()
+    how: Any = {"axes": {"row": 2, "column": 2}, "trees": {"grad": {"w": batch}}}
+    acc = DeviceAccumulator({"cells": ("sum", "row", "column")}, **how, mesh=mesh)
     for _ in range(3):
-        mean, total, rows, packed = step(batch)
+        mean, total, rows, packed, acc = step(batch, acc)
+    aggregator.drain(acc)
     aggregator.record("mean", mean, weight=rank + 1)
     aggregator.record("sum", total, "sum")
     aggregator.record("each", rows, "sum", each=True)
@@ -133,13 +142,24 @@ def held_by_all(rank: int) -> Any:
     aggregator.record("first", total, "sum") if not rank else None
     with pytest.raises(ValueError, match=r"'bad': a JAX array of shape \(2,\) is not one value"):
         aggregator.record("bad", rows)
-    logged = aggregator.get_metrics_for_logging("t")
-    return logged, packed.unpack(), step._cache_size()
+    snapshot = aggregator.reduce()
+    cells = snapshot.array(None, "cells")[0].tolist()
+    return snapshot.as_dict("t"), cells, packed.unpack(), step._cache_size()
 
 
 def test_a_value_that_several_processes_hold_counts_once_on_the_lowest() -> None:
     """Each process counted it, so that a sum was as many times too large."""
-    for logged, unpacked, compiled in run_processes(held_by_all, PROCESSES):
+    for logged, cells, unpacked, compiled in run_processes(held_by_all, PROCESSES):
+        assert cells == [[3, 6], [9, 18]]
+        assert logged.pop("t/cells") == 36
+        tree = {name: logged.pop(name) for name in list(logged) if name.startswith("t/grad/")}
+        assert tree.pop("t/grad/norm") == pytest.approx(50**0.5, rel=1e-6)
+        assert tree == {
+            "t/grad/abs_max": 6,
+            "t/grad/mean": 3,
+            "t/grad/nonfinite": 0,
+            "t/grad/zeros": 0,
+        }
         lengths = {name: logged.pop(name) for name in list(logged) if name.startswith("t/len")}
         assert lengths["t/len_stat_mean"] == 6.0
         assert logged == {
