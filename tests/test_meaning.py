@@ -139,6 +139,14 @@ def in_rows(metrics: Sequence[Metric], *datasets: str) -> tuple[tuple[str, ...],
     return datasets, values, weights
 
 
+def in_cells(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
+    """A cell for each value: what is printed is all of them in one."""
+    datasets, values, weights = in_rows(metrics)
+    for dataset, row, weight in zip(datasets, values, weights, strict=True):
+        name, agg = metrics[0].name, metrics[0].agg_type
+        aggregator.record(name, row, agg, axes={"cell": 8}, weight=weight, dataset=dataset)
+
+
 def by_a_torch_accumulator(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
     """One value after another, with an id and a weight each; without weights if all are 1."""
     torch = pytest.importorskip("torch")
@@ -178,6 +186,28 @@ def by_a_torch_accumulator_in_rows(aggregator: MetricsAggregator, metrics: list[
     aggregator.drain(accumulator)
 
 
+def by_a_torch_accumulator_in_cells(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
+    """In rows, whose values belong to three cells in turn, or of one of them to none, by its weight."""
+    torch = pytest.importorskip("torch")
+    from metricfold.torch import DeviceAccumulator
+
+    if not metrics:
+        return
+    datasets, values, weights = in_rows(metrics)
+    name, agg = metrics[0].name, metrics[0].agg_type
+    accumulator = DeviceAccumulator({name: (agg, "cell")}, datasets, axes={"cell": 3})
+    mask = bool(np.isin(weights, (0, 1)).all())
+    cells = np.where(weights != 0, np.arange(8) % 3, 7)
+    accumulator.update(
+        name,
+        torch.from_numpy(values),
+        weights=torch.from_numpy(weights > 0 if mask else weights),
+        ids={"cell": torch.from_numpy(cells)},
+        dataset_ids=torch.arange(len(datasets)),
+    )
+    aggregator.drain(accumulator)
+
+
 def by_a_jax_accumulator(aggregator: MetricsAggregator, metrics: list[Metric]) -> None:
     """As in rows, by one compiled program for each aggregation; of masks where weights do not count."""
     if not metrics:
@@ -212,7 +242,8 @@ ARRAYS_ON_DEVICES: list[Take] = [
     in_a_torch_array_weighed_here,
 ]
 ACCUMULATORS: list[Take] = [by_a_torch_accumulator, by_a_torch_accumulator_in_rows]
-WAYS_IN = [*ON_THE_HOST, *IN_ARRAYS, *ON_DEVICES, *ARRAYS_ON_DEVICES, *ACCUMULATORS]
+IN_CELLS: list[Take] = [in_cells, by_a_torch_accumulator_in_cells]
+WAYS_IN = [*ON_THE_HOST, *IN_ARRAYS, *ON_DEVICES, *ARRAYS_ON_DEVICES, *ACCUMULATORS, *IN_CELLS]
 every_host_way_in = pytest.mark.parametrize("way_in", ON_THE_HOST, ids=lambda way: way.__name__)
 
 # -- The ways out --------------------------------------------------------------------------------
@@ -386,24 +417,37 @@ def check_cases(agg: Any, way_in: Take, way_out: WayOut, **options: Any) -> None
             raise AssertionError(f"{name}, {options}: {error}\nfound {found}") from error
 
 
+def types_of(way_in: Take) -> Sequence[Any]:
+    """Return the types that a way in has."""
+    types = ACCUMULATED if way_in in (*ACCUMULATORS, by_a_torch_accumulator_in_cells) else TYPES
+    without_cells = (DISTRIBUTION, "state mean") if way_in in IN_CELLS else ()
+    return [agg for agg in types if agg not in without_cells]
+
+
 @pytest.mark.parametrize("on_nan", ["propagate", "skip"])
 @pytest.mark.parametrize(
     ("agg", "way_in"),
-    [(agg, way) for way in WAYS_IN for agg in (ACCUMULATED if way in ACCUMULATORS else TYPES)],
+    [(agg, way) for way in WAYS_IN for agg in types_of(way)],
     ids=lambda one: getattr(one, "__name__", str(one)),
 )
 def test_every_way_in_means_the_same(agg: Any, on_nan: str, way_in: Take) -> None:
     check_cases(agg, way_in, alone, on_nan=on_nan)
 
 
-WAYS_THROUGH: list[Take] = [as_batch, in_a_torch_array, by_a_torch_accumulator_in_rows]
+WAYS_THROUGH: list[Take] = [
+    as_batch,
+    in_a_torch_array,
+    by_a_torch_accumulator_in_rows,
+    by_a_torch_accumulator_in_cells,
+]
 """Besides a list, one of each kind of state that leaves by a checkpoint or to other ranks."""
 
 
 @pytest.mark.parametrize("way_out", [from_a_checkpoint, over_two_ranks], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     ("agg", "way_in"),
-    [(agg, as_list) for agg in TYPES] + [(agg, way) for way in WAYS_THROUGH for agg in ACCUMULATED],
+    [(agg, as_list) for agg in TYPES]
+    + [(agg, way) for way in WAYS_THROUGH for agg in ACCUMULATED if agg in types_of(way)],
     ids=lambda one: getattr(one, "__name__", str(one)),
 )
 def test_every_way_out_means_the_same(agg: Any, way_in: Take, way_out: WayOut) -> None:

@@ -109,9 +109,11 @@ class _Lanes(NamedTuple):
         same = (maxs == top[..., np.newaxis, :]) | np.isnan(maxs)
         owned = same & (owners != NOBODY)
         first = np.where(owned, owners, np.iinfo(np.int64).max).min(axis=-2, initial=2**62)
-        return _Lanes(
+        with quiet():
             # Along the last axis, and so pairwise: rounding hardly grows with their number.
-            np.ascontiguousarray(sums.swapaxes(-1, -2)).sum(axis=-1),
+            added = np.ascontiguousarray(sums.swapaxes(-1, -2)).sum(axis=-1)
+        return _Lanes(
+            added,
             top,
             np.where(owned.any(axis=-2), first, NOBODY),
             np.where(owned, tied, 0).max(axis=-2, initial=0),
