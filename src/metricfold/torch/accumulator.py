@@ -64,6 +64,7 @@ from metricfold.torch.folding import (
 )
 from metricfold.torch.fused import FOLDS, triton_for
 from metricfold.torch.recomputing import asked, counts
+from metricfold.torch.transfer import started
 
 __all__ = ["AccumulatorMark", "DeviceAccumulator", "PlacedMetric"]
 
@@ -498,19 +499,8 @@ class DeviceAccumulator:
             raise ValueError(
                 f"this accumulator lies {kind}, and has no numbers: make one on a real device to drain"
             )
-        together = torch.cat([tensor.reshape(-1) for tensor in self.tensors])
-        ready = None
-        if self.device.type == "cuda":
-            together = together.to("cpu", non_blocking=True)
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record(torch.cuda.current_stream(self.device))
-
-        def finish() -> HostArrays:
-            if ready is not None:
-                ready.synchronize()
-            return self._host_arrays(together.cpu().numpy())
-
-        return finish
+        read = started(torch.cat([tensor.reshape(-1) for tensor in self.tensors]))
+        return lambda: self._host_arrays(read())
 
     @uncompiled
     def empty(self) -> DeviceAccumulator:

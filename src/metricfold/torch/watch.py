@@ -13,172 +13,48 @@ the same, each does its share of the work.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from metricfold._core.device.arrays import of_mesh
-from metricfold._core.device.watched import (
-    OCTAVE,
-    OCTAVES,
-    OF_PARAMETERS,
-    PARAMETER,
-    SEEN,
-    SQUARES,
-    element_states,
-    octave_state,
-)
-from metricfold._core.fold.axes import Axes, Axis, described
-from metricfold._core.fold.elements import EVERY_ELEMENT, checksum_lanes
-from metricfold._core.fold.names import Key
-from metricfold._core.fold.sample import FloatArray
-from metricfold._core.fold.state import COUNT, State
-from metricfold._core.runtime.imported import is_of, kinds
+from metricfold._core.device.watched import PARAMETER
+from metricfold._core.fold.axes import Axis
+from metricfold._core.fold.elements import EVERY_ELEMENT
+from metricfold._core.runtime.imported import kinds
 from metricfold._core.runtime.listing import internal, shortened
 from metricfold._core.runtime.uncompiled import uncompiled
-from metricfold.metric import TypeLike, check_name
-from metricfold.torch.activations import Activations, matches, named
+from metricfold.metric import check_name
+from metricfold.torch.activations import Activations
+from metricfold.torch.collected import (
+    MODULE,
+    OF_ACTIVATIONS,
+    OF_PARAMETERS_AND_OCTAVES,
+    Checked,
+    Collected,
+    Keys,
+    Read,
+)
+from metricfold.torch.placed import (
+    IN_PARTS,
+    Part,
+    part_of_group,
+    part_of_mesh,
+    places_of,
+    stepping,
+    unusable,
+    unwrapped,
+)
 from metricfold.torch.replicas import Checksums, shard_of
 from metricfold.torch.statistics import Scratch, Statistics
+from metricfold.torch.transfer import started
 
 __all__ = ["ModelWatch"]
 
 _logger = logging.getLogger("metricfold")
-
-MODULE = "module"
-"""The axis of activations."""
-
-_OF_PARAMETERS: Mapping[str, TypeLike] = {**OF_PARAMETERS, "octaves": "tensor_number"}
-_OF_ACTIVATIONS: Mapping[str, TypeLike] = {
-    "rms": "tensor_rms",
-    **{end: agg_type for end, agg_type in _OF_PARAMETERS.items() if end != "norm"},
-}
-"""What is reported, and its type. An activation has no size, so no norm that could be told from how often it came."""
-
-_IN_PARTS = (
-    "each rank holds a part of a sum (Partial), whose norm no rank knows: let the gradient be reduced, as by "
-    "redistribute(), if it is wanted"
-)
-_SPARSE = "it is sparse, and holds no element for most"
-_NO_NUMBERS = "it lies on the meta device, and has no numbers"
-_NO_REALS = "its elements are no floating-point numbers"
-
-
-class Part(NamedTuple):
-    """Which of the elements that a rank holds it works on: one of so many parts."""
-
-    place: int = 0
-    of: int = 1
-
-    def take(self, flat: Tensor) -> Tensor:
-        """Return this part of a flat tensor."""
-        if self.of == 1:
-            return flat
-        first, end = (len(flat) * place // self.of for place in (self.place, self.place + 1))
-        return flat[first:end]
-
-
-class _Place(NamedTuple):
-    """Where a parameter is found: frameworks put another one there when they shard or move it."""
-
-    module: nn.Module
-    attribute: str
-
-    def parameter(self) -> Tensor | None:
-        found: Tensor | None = vars(self.module)["_parameters"].get(self.attribute)
-        return found
-
-
-class Collected(NamedTuple):
-    """What has been collected under one name, on one device.
-
-    Args:
-        name: such as ``"grad"``.
-        axis: parameters, or modules.
-        sizes: how many elements each has.
-        types: what is reported of it, and the types of that.
-        state: of `Statistics`.
-    """
-
-    name: str
-    axis: Axis
-    sizes: Sequence[float]
-    types: Mapping[str, TypeLike]
-    state: Tensor
-
-    def keys(self) -> Iterable[tuple[Key, TypeLike, str]]:
-        """Yield each metric, its aggregation and its axes."""
-        for end, agg_type in self.types.items():
-            if end != "octaves" or self.state.shape[1] > SQUARES + 2:
-                yield self._key(end), agg_type, described(self._axes(end))
-
-    def states(self, read: FloatArray) -> Iterable[tuple[Key, State]]:
-        """Yield the state of each metric that has something, of what lies on the host now."""
-        sums, largest, octaves = np.split(read, (SQUARES + 1, SQUARES + 2), axis=1)
-        seen, sizes = sums[:, SEEN], np.array(self.sizes)
-        if not seen.any():
-            return
-        types = {end: agg_type for end, agg_type in self.types.items() if end != "octaves"}
-        for end, state in element_states(types, sums, largest[:, 0], sizes, self._axes("")):
-            yield self._key(end), state
-        if octaves.shape[1]:
-            yield self._key("octaves"), octave_state(octaves, seen, sizes, (self.axis,))
-
-    def _key(self, end: str) -> Key:
-        return "", f"{self.name}/{end}"
-
-    def _axes(self, end: str) -> Axes:
-        return (self.axis, Axis(OCTAVE, OCTAVES)) if end == "octaves" else (self.axis,)
-
-
-class Checked(NamedTuple):
-    """The newest checksums of one device.
-
-    Args:
-        name: ``"param"``, and what comes before.
-        number: of the check; 0: there is none that has not been sent.
-        axis: what has been checked.
-        state: of `Checksums`.
-    """
-
-    name: str
-    number: int
-    axis: Axis
-    state: Tensor
-
-    def keys(self) -> Iterable[tuple[Key, TypeLike, str]]:
-        """Yield the metric, its aggregation and its axis."""
-        yield self._key, "tensor_replicas", described((self.axis,))
-
-    def states(self, read: npt.NDArray[np.int64]) -> Iterable[tuple[Key, State]]:
-        """Yield the state of the metric, of what lies on the host now."""
-        if not self.number:
-            return
-        maxs = checksum_lanes(read.tolist(), self.number)
-        sums = np.zeros((len(maxs), 3))
-        sums[:, COUNT] = 1.0
-        yield self._key, State.of_cells(sums, maxs, (self.axis,))
-
-    @property
-    def _key(self) -> Key:
-        return "", f"{self.name}/replicas"
-
-
-class _Read(NamedTuple):
-    """What has been read from the devices, each with what it is.
-
-    Args:
-        parts: in order.
-        refused: nothing: what is left out is said where it is.
-    """
-
-    parts: Sequence[tuple[Collected | Checked, Any]]
-    refused: None = None
 
 
 @internal("collected", "layout", "start_read")
@@ -250,12 +126,12 @@ class ModelWatch:
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}: give a number of steps, 1 or more")
-        optimizer = _stepping(optimizer)
+        optimizer = stepping(optimizer)
         if name:
             check_name("the name of a ModelWatch", name)
         self._prefix = f"{name}/" if name else ""
-        given, (group, model) = model, _unwrapped(model)
-        self._held = _parameters(model, [only] if isinstance(only, str) else [*only])
+        given, (group, model) = model, unwrapped(model)
+        self._held = places_of(model, [only] if isinstance(only, str) else [*only])
         self._group = group
         self._every, self._step = every, 0
         self._collects = {
@@ -275,7 +151,7 @@ class ModelWatch:
         self._checks, self._unsent = 0, False
         self._new = False
         self._hooks: tuple[Any, ...] = ()
-        self.layout = _Keys(self)
+        self.layout = Keys(self.collected)
         self._activations = None
         if activations is not None:
             if isinstance(given, nn.DataParallel):
@@ -372,7 +248,7 @@ class ModelWatch:
             if isinstance(tensor, on_meshes):
                 part = self._part(tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
                 here = tensor.to_local()  # type: ignore[attr-defined]
-            why = _unusable(here) if part is not None else _IN_PARTS
+            why = unusable(here) if part is not None else IN_PARTS
             if part is None or why:
                 if (key, why) not in self._told:
                     left_out.setdefault(why, []).append(key)
@@ -399,7 +275,7 @@ class ModelWatch:
         work is missing then, for those do it too. None: each rank holds a part of a sum.
         """
         if of_mesh not in self._parts:
-            known = _part_of_mesh(*of_mesh) if of_mesh else _part_of_group(self._group)
+            known = part_of_mesh(*of_mesh) if of_mesh else part_of_group(self._group)
             self._parts[of_mesh] = known
         return self._parts[of_mesh]
 
@@ -468,7 +344,7 @@ class ModelWatch:
         sizes = [float(self._sizes.get(name, 0)) for name in self._held]
         axis = Axis(PARAMETER, 0, tuple(self._held))
         found: list[Collected | Checked] = [
-            Collected(self._prefix + name, axis, sizes, _OF_PARAMETERS, statistics.state)
+            Collected(self._prefix + name, axis, sizes, OF_PARAMETERS_AND_OCTAVES, statistics.state)
             for (name, _), statistics in self._statistics.items()
         ]
         if self._activations is not None:
@@ -476,7 +352,7 @@ class ModelWatch:
             every = [EVERY_ELEMENT] * len(names)
             axis = Axis(MODULE, 0, names)
             name = f"{self._prefix}activation"
-            found.append(Collected(name, axis, every, _OF_ACTIVATIONS, state))
+            found.append(Collected(name, axis, every, OF_ACTIVATIONS, state))
         number = self._checks if self._unsent else 0
         return found + [
             Checked(f"{self._prefix}param", number, Axis(PARAMETER, 0, tuple(one.names)), one.state)
@@ -484,12 +360,12 @@ class ModelWatch:
         ]
 
     @uncompiled
-    def start_read(self) -> Callable[[], _Read | None]:
+    def start_read(self) -> Callable[[], Read | None]:
         """Begin the transfer to the host; what is returned waits for it, on any thread."""
         if not self._new and (self._activations is None or not self._activations.seen):
             return lambda: None
-        reads = [(one, _started(one.state)) for one in self.collected()]
-        return lambda: _Read([(one, read()) for one, read in reads])
+        reads = [(one, started(one.state.detach().clone())) for one in self.collected()]
+        return lambda: Read([(one, read()) for one, read in reads])
 
     @uncompiled
     def empty(self) -> ModelWatch:
@@ -500,120 +376,6 @@ class ModelWatch:
         if self._activations is not None:
             self._activations.clear()
         return self
-
-
-class _Keys:
-    """What a watch says of itself to an aggregator."""
-
-    def __init__(self, watch: ModelWatch) -> None:
-        self._watch = watch
-
-    def keys(self) -> Iterable[tuple[Key, TypeLike, str]]:
-        """Yield each metric of which something may have come, its aggregation and its axes."""
-        for one in self._watch.collected():
-            yield from one.keys()
-
-    def states(self, arrays: _Read) -> Iterable[tuple[Key, State]]:
-        """Yield the state of each metric that has something."""
-        for one, read in arrays.parts:
-            yield from one.states(read)
-
-    def complaints(self, _: object) -> Iterable[str]:
-        """Return nothing: what is left out is said where it is."""
-        return ()
-
-
-# -- Models and their parameters ----------------------------------------------------------------
-
-
-def _stepping(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
-    """Return the optimizer that steps, inside of those that frameworks wrap around it."""
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer  # type: ignore[union-attr]
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer={type(optimizer).__name__} has no hooks for its step: give the "
-            "torch.optim.Optimizer that it wraps, or none, and call grads() before each step"
-        )
-    return optimizer
-
-
-def _unwrapped(model: nn.Module) -> tuple[Any, nn.Module]:
-    """Return the group over which parameters are replicated, if one is known, and the model inside."""
-    group = None
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"ModelWatch takes a module, not {type(model).__name__}")
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            # Of parameters that it leaves alone each rank may have its own.
-            group = None if model.parameters_to_ignore else model.process_group
-            model = model.module
-        elif isinstance(model, nn.DataParallel):
-            model = model.module
-        elif is_of(model, "torch._dynamo.eval_frame", "OptimizedModule"):
-            model = model.get_submodule("_orig_mod")
-        else:
-            return group, model
-
-
-def _parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, _Place]:
-    """Return where each parameter is that one of the patterns matches, tied ones once."""
-    places: dict[str, _Place] = {}
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        if is_of(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
-            raise TypeError(
-                "the parameters of FullyShardedDataParallel (FSDP1) do not say which part of the whole a "
-                "rank holds: shard the model by torch.distributed.fsdp.fully_shard"
-            )
-        for attribute, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            name = f"{prefix}.{attribute}" if prefix else attribute
-            if nn.parameter.is_lazy(parameter):
-                raise ValueError(f"parameter {name!r} has no shape yet: run the model once before")
-            if hasattr(parameter, "ds_id"):
-                raise TypeError(
-                    f"parameter {name!r} is sharded by DeepSpeed's ZeRO-3, which does not say which part "
-                    "of it a rank holds"
-                )
-            places[name] = _Place(module, attribute)
-    found = named(places.items())
-    held = {name: place for name, place in found.items() if matches(name, patterns)}
-    if not held:
-        raise ValueError(
-            f"only={patterns!r} matches no parameter of the model, which has: "
-            f"{', '.join(found)[:300] or 'none'}"
-        )
-    return held
-
-
-def _unusable(tensor: Tensor) -> str:
-    """Return why a tensor cannot be looked at; nothing if it can."""
-    if tensor.layout != torch.strided:
-        return _SPARSE
-    if tensor.is_meta:
-        return _NO_NUMBERS
-    return "" if tensor.is_floating_point() or tensor.is_complex() else _NO_REALS
-
-
-def _part_of_group(group: Any) -> Part:
-    if group is None:
-        return Part()
-    return Part(dist.get_rank(group), dist.get_world_size(group))
-
-
-def _part_of_mesh(mesh: Any, placements: Sequence[Any]) -> Part | None:
-    if any(placement.is_partial() for placement in placements):
-        return None
-    place, of = 0, 1
-    coordinate = mesh.get_coordinate() or ()
-    for dimension, placement in enumerate(placements):
-        if placement.is_replicate() and coordinate:
-            size = mesh.size(dimension)
-            place, of = place * size + coordinate[dimension], of * size
-    return Part(place, of)
 
 
 def _difference(now: Tensor, before: Tensor) -> Tensor:
@@ -633,19 +395,3 @@ def _uncompiled_hook(collect: Callable[[Any], None]) -> Hook:
         collect(optimizer)
 
     return hook
-
-
-def _started(tensor: Tensor) -> Callable[[], Any]:
-    """Begin to copy a tensor to the host; what is returned waits for it."""
-    if tensor.device.type != "cuda":
-        held = tensor.detach().clone()
-        return lambda: held.cpu().numpy()
-    copied = tensor.detach().to("cpu", non_blocking=True)
-    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    ready.record(torch.cuda.current_stream(tensor.device))
-
-    def finish() -> Any:
-        ready.synchronize()
-        return copied.numpy()
-
-    return finish
