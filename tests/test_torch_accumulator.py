@@ -425,6 +425,13 @@ def test_no_step_synchronises_a_gpu_and_neither_does_a_drain() -> None:
     acc, plain = (
         DeviceAccumulator({"loss": "mean", **KINDS}, NAMES, device=d) for d in ("cuda", "cpu")
     )
+    experts, of_experts = (
+        DeviceAccumulator(
+            {"t": ("sum", "layer", "expert")}, NAMES, axes={"layer": 2, "expert": 8}, device=d
+        )
+        for d in ("cuda", "cpu")
+    )
+    layer, plain_layer = experts.at("t", layer=1), of_experts.at("t", layer=1)
     aggregator, reference = MetricsAggregator(), MetricsAggregator()
     batches = []
     for seed in range(100):
@@ -439,14 +446,16 @@ def test_no_step_synchronises_a_gpu_and_neither_does_a_drain() -> None:
             mark = acc.mark()
             fold(acc, x[:, 0], w, ids)
             acc.rollback(mark, where=loss.isnan())
-        aggregator.drain(acc)
+            layer.update(w, ids={"expert": x.argmax(1)}, dataset_ids=ids)
+        aggregator.drain(acc, experts)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     model.cpu()
     for x, w, ids, labels in batches:
         plain.token_loss(model(x), labels, ids)
         fold(plain, x[:, 0], w, ids)
-    reference.drain(plain)
+        plain_layer.update(w, ids={"expert": x.argmax(1)}, dataset_ids=ids)
+    reference.drain(plain, of_experts)
     found, wanted = (one.get_metrics_for_logging("t") for one in (aggregator, reference))
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import pickle
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accumulated import check_equal, logged
+from torch._dynamo.utils import counters
 from torch._functorch import config as aot_config
 from torch._inductor import config, metrics
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -104,3 +106,36 @@ def test_without_a_gpu_nothing_is_compiled_unasked(folds: FusedFolds) -> None:
     acc = DeviceAccumulator({"n": "sum"}, device="cpu")
     acc.update("n", torch.ones(3))
     assert not folds.compiled
+
+
+def test_all_layers_and_sizes_are_one_kind_of_update(
+    folds: FusedFolds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels come from another compiler here, which is quicker; what is compiled is the same."""
+    quick = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr("metricfold.torch.fused.torch.compile", quick)
+    metrics = {
+        "n": ("sum", "layer", "expert"),
+        "p": ("mean", "layer", "expert"),
+        "top": ("max", "expert"),
+    }
+    fused, plain = (
+        DeviceAccumulator(metrics, NAMES, axes={"layer": 9, "expert": 5}, fused=by)
+        for by in (True, False)
+    )
+    kinds = []
+    counters.clear()
+    for layer, n in enumerate((13, 7, 20, 5, 9, 2)):
+        torch.manual_seed(n)
+        x, ids = torch.randn(n, 2), {"expert": torch.randint(-1, 6, (n, 2))}
+        x[0], datasets = float("nan"), torch.randint(-1, 4, (n,))
+        for acc in (fused, plain):
+            acc.at("n", layer=layer).update(x, ids=ids, dataset_ids=datasets)
+            acc.update("n", x, ids={"layer": layer, **ids}, dataset_ids=datasets)
+            acc.at("p", layer=layer).update(x, ids=ids, dataset_ids=datasets, weights=x)
+            acc.update("top", x[:, :1].expand(n, 5), dataset_ids=datasets)
+        kinds.append((len(folds.compiled), counters["stats"]["unique_graphs"]))
+    assert not folds.failed
+    assert kinds == [(3, 3)] * 6
+    for found, wanted in zip(fused.tensors, plain.tensors, strict=True):
+        torch.testing.assert_close(found, wanted, equal_nan=True)
