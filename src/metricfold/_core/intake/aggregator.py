@@ -411,7 +411,9 @@ class MetricsAggregator:
 
         Args:
             accumulators: one, such as a `metricfold.jax.DeviceAccumulator` or a
-                `metricfold.torch.ModelWatch`, or several, of which all are taken in or none. One that
+                `metricfold.torch.ModelWatch`, or several, of which all are taken in or none: whatever says
+                its metrics (``layout``), begins a transfer (``start_read``) and empties itself (``empty``),
+                as `metricfold._core.device.rows.Accumulator` has it. One that
                 several processes hold together, as of a jitted step over all of them, is to be drained
                 on each of them, and counts once.
 
