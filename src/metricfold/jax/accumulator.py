@@ -617,7 +617,10 @@ def _fold(accumulator: DeviceAccumulator, groups: Sequence[Group]) -> DeviceAccu
             None if weights is None else Numbers.of([_spread(w, shape) for w in weights]),
             _indices(layout, next(iter(given)), ids, cells, shape),
         )
-        rows, places = layout.rows_of(batch.places), np.asarray(batch.places)  # they ascend
+        first, last = batch.places[0], batch.places[-1]  # they ascend
+        adjoining = last - first == len(batch.places) - 1
+        places = slice(first, last + 1) if adjoining else np.asarray(batch.places)
+        rows = layout.rows_of(batch.places)
         new: Lanes = jax.tree.map(_by_metric, batch.fold())
         lanes = lanes.at[rows].set(Lanes.of(lanes[rows]).merged(new).words())
         refused = refused.at[places].add(batch.refused())
