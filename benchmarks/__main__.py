@@ -11,10 +11,14 @@ import argparse
 import importlib
 import math
 import os
+import platform
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 
 # Read by every library with threads of its own when it is imported: before anything else.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -22,7 +26,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from benchmarks.machine import load, machine
 from benchmarks.table import Section
 
 _JAX = ("jax", "flax")
@@ -59,7 +62,7 @@ def main() -> int:
     unknown = set(chosen.subjects) - SUBJECTS.keys()
     if unknown:
         parser.error(f"no subject {min(unknown)!r}: give some of {', '.join(SUBJECTS)}")
-    print(machine(), flush=True)
+    print(_machine(), flush=True)
     budgets = missed = 0
     wrong: list[str] = []
     for subject in chosen.subjects or SUBJECTS:
@@ -67,7 +70,7 @@ def main() -> int:
         began = time.monotonic()
         sections = importlib.import_module(f"benchmarks.{subject}").measure(quick=chosen.quick)
         print(*(f"\n{section}" for section in sections), sep="\n")
-        print(f"\n{subject}: {time.monotonic() - began:.0f} s, load {load()}", flush=True)
+        print(f"\n{subject}: {time.monotonic() - began:.0f} s, load {_load()}", flush=True)
         verdicts = [row.verdict for section in sections for row in section.rows if row.verdict]
         budgets, missed = budgets + len(verdicts), missed + verdicts.count("MISS")
         wrong += complaints(SUBJECTS[subject], sections)
@@ -92,6 +95,31 @@ def complaints(contenders: Mapping[str, Sequence[str]], sections: Sequence[Secti
         if all(map(find_spec, packages)) and contender not in text:
             found.append(f"{contender}: not measured")
     return found
+
+
+def _machine() -> str:
+    """Return what figures are measured on: the machine and what matters of its software, in words."""
+    return (
+        f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} cores, "
+        f"load {_load()}; Python {platform.python_version()}, NumPy {_version('numpy')}, "
+        f"torch {_version('torch')} (gloo, 1 thread a rank), jax {_version('jax')}"
+    )
+
+
+def _load() -> str:
+    """Return how many processes wanted to run in the last minute."""
+    return f"{os.getloadavg()[0]:.1f}"
+
+
+def _version(package: str) -> str:
+    # Not imported: a process that holds JAX must not fork, and ranks are about to be.
+    return version(package) if find_spec(package) else "none"
+
+
+def _processor() -> str:
+    about = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", about.read_text() if about.exists() else "")
+    return model[1] if model else platform.processor()
 
 
 if __name__ == "__main__":

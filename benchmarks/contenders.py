@@ -53,8 +53,7 @@ class Contender(ABC):
         """Log as often as `meter` wants; who owns the training loop does so from inside it."""
         while meter.wants_more():
             self.feed()
-            meter.begin()
-            meter.end(self.log())
+            meter.take(self.log)
 
 
 class Metricfold(Contender):

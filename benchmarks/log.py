@@ -13,7 +13,8 @@ from benchmarks.contenders import BareAllReduce, Metricfold
 from benchmarks.meter import walls
 from benchmarks.ranks import run_ranks
 from benchmarks.table import Budget, Section, amount, at_most, cost, seconds_of
-from benchmarks.traffic import Traffic
+from benchmarks.timing import taken
+from benchmarks.traffic import traffic_of
 from benchmarks.workloads import Workload, large, small
 from metricfold.communicator.tree import rounds_of
 
@@ -111,16 +112,10 @@ def _log(rank: int, workload: Workload, rounds: int, route: str) -> _Seen:
             contender.log()
             turns.append((began, time.monotonic()))
             if contender is ours and rank == 0:
-                began = time.process_time()
-                ours.snapshot.as_dict("train")
-                seen.dicts.append(time.process_time() - began)
+                seen.dicts.append(taken(lambda: ours.snapshot.as_dict("train")))
     seen.own = ours.own.copy()
     ours.feed()
     dist.barrier()
-    traffic = Traffic()
-    traffic.begin()
-    ours.log()
-    traffic.end()
-    seen.issued = traffic.kinds
+    seen.issued, _ = traffic_of(ours.log)
     dist.barrier()
     return seen

@@ -2,9 +2,7 @@
 
     while meter.wants_more():
         ...                    # an interval of training, which nobody times
-        meter.begin()
-        values = ...           # the log
-        meter.end(values)
+        meter.take(log)        # a function that returns the values
 
 The first log warms up. Then come as many timed ones as fit into the time, at least one and the same
 number on all ranks, and at last one that is not timed, whose traffic is counted.
@@ -13,13 +11,13 @@ number on all ranks, and at last one that is not timed, whose traffic is counted
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.traffic import Traffic
+from benchmarks.traffic import traffic_of
 
 
 def walls(turns: list[list[tuple[float, float]]]) -> list[float]:
@@ -53,7 +51,7 @@ class Meter:
     def __init__(self, seconds: float, most: int) -> None:
         self._seconds, self._most = seconds, most
         self._logs = 0
-        self._began = self._warm_at = 0.0
+        self._warm_at = 0.0
         self._counting = False
         self.turns: list[tuple[float, float]] = []
         self.peak = self.collectives = self.sent = 0
@@ -79,24 +77,20 @@ class Meter:
         dist.all_reduce(enough, dist.ReduceOp.MAX)
         return bool(enough)
 
-    def begin(self) -> None:
-        """Call right before the log; all ranks begin together."""
+    def take(self, log: Callable[[], Mapping[str, float]]) -> None:
+        """Log; all ranks begin together."""
         dist.barrier()
         if self._counting:
-            self._traffic = Traffic()
-            self._traffic.begin()
-        self._began = time.monotonic()
+            kinds, self.sent = traffic_of(lambda: self._logged(log))
+            self.collectives = len(kinds)
+            return
+        began = time.monotonic()
+        self._logged(log)
+        if self._logs > 1:
+            self.turns.append((began, time.monotonic()))
 
-    def end(self, values: Mapping[str, float]) -> None:
-        """Call right after the log, with what it returned."""
-        ended = time.monotonic()
-        self.values = values
-        if self._counting:
-            self._traffic.end()
-            self.collectives, self.sent = len(self._traffic.kinds), self._traffic.sent
-            del self._traffic
-        elif self._logs > 1:
-            self.turns.append((self._began, ended))
+    def _logged(self, log: Callable[[], Mapping[str, float]]) -> None:
+        self.values = log()
 
 
 # -- Memory of this process, by the kernel's account: Python's, torch's and all other -------------

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -88,46 +87,32 @@ def _update(rounds: int) -> tuple[float, dict[str, list[float]]]:
 def _steps(number: int, rounds: int) -> dict[str, list[float]]:
     """Return the seconds of a step of so many metrics, for each way to give them back."""
     import jax
+    from jax import lax
+    from jax.sharding import PartitionSpec as P
 
-    from metricfold.jax import DataParallel, DeviceMeshManager
+    from metricfold.jax import DataParallel, DeviceMeshManager, DistributedMetrics
 
     mesh = DeviceMeshManager().create_data_parallel_mesh()
     sharding = DataParallel().create_data_parallel_sharding(mesh)
     values = jax.device_put(jax.numpy.ones((_DEVICES, number)), sharding)
-    steps = {way: _compiled(reduce, mesh, values) for way, reduce in _ways().items()}
-
-    def finished(step: Any) -> None:
-        jax.block_until_ready(step(values))
-
-    return interleaved({way: partial(finished, step) for way, step in steps.items()}, rounds)
-
-
-def _ways() -> dict[str, Callable[[Any], Any]]:
-    """Return what each way makes, on each device, of the vector of its values."""
-    import jax
-    from jax import lax
-
-    from metricfold.jax import DistributedMetrics
-
     mean = DistributedMetrics.reduce_mean_static
 
-    def named(values: Any) -> dict[str, Any]:
-        return {f"metric_{i}": values[i] for i in range(len(values))}
+    def named(mine: Any) -> dict[str, Any]:
+        return {f"metric_{i}": mine[i] for i in range(number)}
 
-    return {
-        _BARE: lambda values: lax.psum(values, "data"),
-        _PACKED: lambda values: mean(named(values), "data", packed=True),
-        _DICT: lambda values: mean(named(values), "data"),
-        _LEAVES: lambda values: jax.tree.map(lambda x: lax.pmean(x, "data"), named(values)),
+    def step(reduce: Callable[[Any], Any]) -> Callable[[], object]:
+        """Return a step that reduces the vector of each device's values."""
+        step = jax.shard_map(lambda x: reduce(x[0]), mesh=mesh, in_specs=P("data"), out_specs=P())
+        compiled = jax.jit(step).lower(values).compile()
+        return lambda: jax.block_until_ready(compiled(values))
+
+    ways: dict[str, Callable[[Any], Any]] = {
+        _BARE: lambda mine: lax.psum(mine, "data"),
+        _PACKED: lambda mine: mean(named(mine), "data", packed=True),
+        _DICT: lambda mine: mean(named(mine), "data"),
+        _LEAVES: lambda mine: jax.tree.map(lambda x: lax.pmean(x, "data"), named(mine)),
     }
-
-
-def _compiled(reduce: Callable[[Any], Any], mesh: Any, values: Any) -> Any:
-    import jax
-    from jax.sharding import PartitionSpec as P
-
-    step = jax.shard_map(lambda mine: reduce(mine[0]), mesh=mesh, in_specs=P("data"), out_specs=P())
-    return jax.jit(step).lower(values).compile()
+    return interleaved({way: step(reduce) for way, reduce in ways.items()}, rounds)
 
 
 def _main(*, quick: bool) -> None:

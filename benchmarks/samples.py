@@ -6,7 +6,7 @@ import pickle
 from typing import Any
 
 from benchmarks.baselines import Aggregation, FrozenMetric
-from benchmarks.table import Section, at_most, cost
+from benchmarks.table import Row, Section, at_most, cost
 from benchmarks.timing import interleaved
 from metricfold import DefaultTrainingMetricTransform, MetricsCollator
 
@@ -17,33 +17,23 @@ _BUDGETS = {64: at_most(0.35)}
 def measure(*, quick: bool) -> list[Section]:
     """Return the cost per sample of 3 metrics, for batches of several sizes."""
     section = Section("transform + collate + pickling both ways, per sample of 3 metrics")
-    for samples in (8, 64, 512):
-        times = _taken(samples, 3 if quick else 25)
-        per_sample = {name: [t / samples for t in found] for name, found in times.items()}
-        section.rows.append(
-            cost(
-                f"batches of {samples} samples",
-                per_sample["ours"],
-                "3 frozen dataclasses",
-                per_sample["dataclasses"],
-                _BUDGETS.get(samples),
-            )
-        )
+    section.rows = [_row(samples, 3 if quick else 25) for samples in (8, 64, 512)]
     return [section]
 
 
-def _taken(samples: int, rounds: int) -> dict[str, list[float]]:
+def _row(samples: int, rounds: int) -> Row:
     transform = DefaultTrainingMetricTransform()
     transform.set_dataset_name("alpaca")
     collate = MetricsCollator(_no_tensors)
     bare = [{"tokens": [0] * (16 + index % 100)} for index in range(samples)]
-    return interleaved(
-        {
-            "ours": lambda: _sent(collate([transform(sample) for sample in bare])),
-            "dataclasses": lambda: _sent([_frozen(sample) for sample in bare]),
-        },
-        rounds,
-    )
+    ways = {
+        "ours": lambda: _sent(collate([transform(sample) for sample in bare])),
+        "theirs": lambda: _sent([_frozen(sample) for sample in bare]),
+    }
+    found = interleaved(ways, rounds)
+    ours, theirs = ([t / samples for t in found[name]] for name in ways)
+    what, against = f"batches of {samples} samples", "3 frozen dataclasses"
+    return cost(what, ours, against, theirs, _BUDGETS.get(samples))
 
 
 def _sent(batch: Any) -> Any:

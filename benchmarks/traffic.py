@@ -12,6 +12,7 @@ import socket
 import stat
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from torch._C._profiler import _ExperimentalConfig
@@ -24,38 +25,20 @@ _BYTES_SENT = 200
 """Where `struct tcp_info` has `tcpi_bytes_sent`, a 64-bit number."""
 
 
-class Traffic:
-    """Counts what this rank does between `begin` and `end`.
-
-    Attributes:
-        kinds: name of each collective, in order.
-        sent: bytes sent.
-    """
-
-    def __init__(self) -> None:
-        self.kinds: list[str] = []
-        self.sent = 0
-        self._profile = profile(
-            use_kineto=True, experimental_config=_ExperimentalConfig(profile_all_threads=True)
-        )
-
-    def begin(self) -> None:
-        time.sleep(_SETTLE)
-        self._sent_before = bytes_sent()
-        self._profile.__enter__()
-
-    def end(self) -> None:
-        self._profile.__exit__(None, None, None)
-        time.sleep(_SETTLE)
-        self.sent = bytes_sent() - self._sent_before
-        self.kinds = [
-            event.name.removeprefix(_PREFIX)
-            for event in self._profile.function_events
-            if event.name.startswith(_PREFIX)
-        ]
+def traffic_of(call: Callable[[], object]) -> tuple[list[str], int]:
+    """Return the name of each collective that `call` issues on this rank, in order, and bytes sent."""
+    config = _ExperimentalConfig(profile_all_threads=True)
+    time.sleep(_SETTLE)
+    before = _bytes_sent()
+    with profile(use_kineto=True, experimental_config=config) as profiled:
+        call()
+    time.sleep(_SETTLE)
+    sent = _bytes_sent() - before
+    names = [event.name for event in profiled.function_events]
+    return [name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX)], sent
 
 
-def bytes_sent() -> int:
+def _bytes_sent() -> int:
     """Return how many bytes this process has sent on the TCP sockets that are open now."""
     return sum(_sent_on(int(entry.name)) for entry in Path("/proc/self/fd").iterdir())
 

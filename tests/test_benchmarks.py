@@ -22,7 +22,7 @@ from benchmarks.peers.differing import CASES, outcome
 from benchmarks.peers.libraries import BARE, OURS, Library
 from benchmarks.peers.run import Measured, Point, run
 from benchmarks.table import Row, Section, at_most
-from benchmarks.traffic import Traffic
+from benchmarks.traffic import traffic_of
 from benchmarks.workloads import mixed, small
 from ranks import preload, run_ranks
 
@@ -140,11 +140,7 @@ def _issue(rank: int) -> dict[str, tuple[list[str], int]]:
     counted = {}
     for name, issue in ways.items():
         dist.barrier()
-        traffic = Traffic()
-        traffic.begin()
-        issue()
-        traffic.end()
-        counted[name] = (traffic.kinds, traffic.sent)
+        counted[name] = traffic_of(issue)
     return counted
 
 

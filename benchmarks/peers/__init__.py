@@ -17,13 +17,17 @@ from benchmarks.peers.run import Measured, Point, run
 from benchmarks.ranks import RankError, preload
 from benchmarks.table import Section, amount, at_most, bytes_text, seconds
 
-AXES = {
-    "metrics": "Number of metrics",
-    "ranks": "Number of ranks",
-    "distributions": "Number of distributions",
-    "samples": "Samples on each rank between two logs",
+_AXES: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
+    "metrics": ("Number of metrics", (8,), (10, 100, 1000)),
+    "ranks": ("Number of ranks", (1, 2), (1, 2, 4, 8)),
+    "distributions": ("Number of distributions", (0, 2), (0, 10, 50)),
+    "samples": (
+        "Samples on each rank between two logs",
+        (10**2,),
+        (10**3, 10**4, 10**5, 10**6, 10**7),
+    ),
 }
-"""How a heading calls each axis."""
+"""How a heading calls each axis, and the points on it of a quick run and of another."""
 
 _CENTRE, _QUICK = Point(metrics=100, ranks=4, samples=1000), Point(metrics=8, ranks=2, samples=100)
 # Libraries that keep every value of every metric would need a machine of its own at the centre.
@@ -58,15 +62,14 @@ def measure(*, quick: bool) -> list[Section]:
 
 def _axes(quick: bool) -> dict[str, list[Point]]:
     """Return where libraries are measured: a centre, and one axis at a time around it."""
-    values: dict[str, tuple[int, ...]] = {
-        "metrics": (8,) if quick else (10, 100, 1000),
-        "ranks": (1, 2) if quick else (1, 2, 4, 8),
-        "distributions": (0, 2) if quick else (0, 10, 50),
-        "samples": (10**2,) if quick else (10**3, 10**4, 10**5, 10**6, 10**7),
-    }
     centre = _QUICK if quick else _CENTRE
-    around = {axis: _MANY_SAMPLES if axis == "samples" else centre for axis in values}
-    return {axis: [replace(around[axis], **{axis: one}) for one in values[axis]] for axis in values}
+    return {
+        axis: [
+            replace(_MANY_SAMPLES if axis == "samples" else centre, **{axis: value})
+            for value in (few if quick else many)
+        ]
+        for axis, (_, few, many) in _AXES.items()
+    }
 
 
 def tried(library: Library, point: Point, floats: int, span: Any) -> Measured | str:
@@ -89,7 +92,7 @@ def axis_table(
         *(f"{getattr(point, axis):,}" for point in points),
         *("collectives", "bytes sent", "memory", "off by"),
     ]
-    section = Section(AXES[axis], head=head)
+    section = Section(_AXES[axis][0], head=head)
     for library, results in found.items():
         ran = [one for one in results if isinstance(one, Measured)]
         times = [one if isinstance(one, str) else seconds(one.seconds) for one in results]

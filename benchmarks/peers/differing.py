@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -93,10 +93,8 @@ class _Once(Meter):
         first, self._logs = self._logs == 0, 1
         return first
 
-    def begin(self) -> None: ...
-
-    def end(self, values: Mapping[str, float]) -> None:
-        self.values = values
+    def take(self, log: Callable[[], Mapping[str, float]]) -> None:
+        self.values = log()
 
 
 def outcome(library: Library, case: Case) -> str:

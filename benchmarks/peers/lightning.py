@@ -91,8 +91,7 @@ class _Module(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: torch.Tensor, batch_idx: int) -> None:
         if self._steps == 0:
-            self._meter.begin()
-            self._meter.end(self._contender.log())
+            self._meter.take(self._contender.log)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.01)
