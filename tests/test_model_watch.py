@@ -56,6 +56,15 @@ def test_gradients_that_are_parts_of_sums_are_named_once(watched: list[dict[str,
         assert "leaves 2 out of 'grad', such as bias, weight: each rank holds a part" in said
 
 
+def test_shards_that_do_not_say_so_are_refused(watched: list[dict[str, Any]]) -> None:
+    for rank in watched:
+        assert "FSDP1" in rank["hidden"]
+    model = nn.Linear(2, 1)
+    model.weight.ds_id = 7  # as DeepSpeed's ZeRO-3 marks what it has sharded
+    with pytest.raises(TypeError, match="ZeRO-3"):
+        ModelWatch(model)
+
+
 def test_one_flipped_bit_is_named_with_its_rank(watched: list[dict[str, Any]]) -> None:
     bias = "the ranks hold different bits of layers.1.down.bias"
     two = [(f"{bias}[dp=1], on ranks 2-3", None)]

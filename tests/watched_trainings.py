@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -283,6 +283,16 @@ def partial_gradients(rank: int, aggregator: MetricsAggregator) -> list[str]:
     return said
 
 
+def hidden_shards(rank: int, aggregator: MetricsAggregator) -> str:
+    """Return what is said of a model whose parameters do not tell how they are sharded."""
+    sharded = FullyShardedDataParallel(nn.Linear(WIDTH, WIDTH), device_id=torch.device("cpu"))
+    try:
+        ModelWatch(sharded)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
 def flipped_bit(rank: int, aggregator: MetricsAggregator) -> dict[str, Any]:
     """Return the alerts of logs before and after a bit of one rank's parameters flips, by layout."""
     found = {}
@@ -315,5 +325,6 @@ def all_layouts(rank: int) -> dict[str, Any]:
     others: dict[str, Callable[[int, MetricsAggregator], Any]] = {
         "partial": partial_gradients,
         "flipped": flipped_bit,
+        "hidden": hidden_shards,
     }
     return found | {name: work(rank, aggregator) for name, work in others.items()}
