@@ -23,12 +23,7 @@ from metricfold.communicator.tree import Merge
 
 
 class Contender(ABC):
-    """Something that reduces metrics over ranks.
-
-    Args:
-        workload: what there is to log.
-        rank: this rank.
-        floats: size of metricfold's vector for this workload in float64.
+    """Something that reduces metrics over ranks; told of `floats`, the size of our vector in float64.
 
     Attributes:
         fed: how many intervals it has taken in; they come round after `INTERVALS`.

@@ -10,6 +10,7 @@ number on all ranks, and at last one that is not timed, whose traffic is counted
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,7 +43,8 @@ class Meter:
     Attributes:
         turns: when each timed log began and ended on this rank; the clock is the machine's, so that
             ranks can be compared.
-        peak: the most memory that the process ever held up to the last timed log, in bytes.
+        memory: the most bytes that the process held up to the last timed log, beyond what it held
+            when this was made.
         collectives: issued by this rank during the last log.
         sent: bytes that this rank sent during the last log.
         values: what the last log returned.
@@ -54,8 +56,11 @@ class Meter:
         self._warm_at = 0.0
         self._counting = False
         self.turns: list[tuple[float, float]] = []
-        self.peak = self.collectives = self.sent = 0
+        self.memory = self.collectives = self.sent = 0
         self.values: Mapping[str, float] = {}
+        self._held = _memory("VmRSS")
+        # The peak begins anew, at what is held now.
+        Path("/proc/self/clear_refs").write_text("5")
 
     def wants_more(self) -> bool:
         """Return whether there is another log to measure."""
@@ -65,7 +70,7 @@ class Meter:
         if self._logs == 2:
             self._warm_at = time.monotonic()
         elif self._logs > 2 and self._enough():
-            self.peak = peak()
+            self.memory = max(_memory("VmHWM") - self._held, 0)
             self._counting = True
         return True
 
@@ -93,28 +98,10 @@ class Meter:
         self.values = log()
 
 
-# -- Memory of this process, by the kernel's account: Python's, torch's and all other -------------
-
-_STATUS = Path("/proc/self/status")
-
-
-def held() -> int:
-    """Return the bytes that the process holds now."""
-    return _read("VmRSS")
-
-
-def peak() -> int:
-    """Return the most bytes that the process has ever held, or has since `forget_peak`."""
-    return _read("VmHWM")
-
-
-def forget_peak() -> None:
-    """Let the peak begin anew, at what is held now."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _read(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS} has no {field}: memory is read from the Linux kernel's account")
+def _memory(field: str) -> int:
+    """Return bytes of this process by the kernel's account: Python's, torch's and all other."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"^{field}:\s*(\d+) kB$", status, re.MULTILINE)
+    if not found:
+        raise RuntimeError(f"no {field}: memory is read from the Linux kernel's account")
+    return int(found[1]) * 1024

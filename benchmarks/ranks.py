@@ -88,13 +88,9 @@ def run_ranks(
 def collected(pipes: list[Connection], deadline: float, dies: tuple[int, ...] = ()) -> list[Any]:
     """Return what each rank sends by its pipe: a pair of "result" or "error" and what that is.
 
-    Args:
-        pipes: of each rank.
-        deadline: on the monotonic clock.
-        dies: ranks that are meant to end without a result.
-
     Raises:
-        RankError: a rank has sent an error, has died, or sends nothing until the deadline.
+        RankError: a rank has sent an error, has died though it is not of those that `dies` names, or
+            sends nothing until the deadline on the monotonic clock.
     """
     results: dict[int, Any] = {}
     errors: dict[int, str] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -35,13 +34,14 @@ def measure(*, quick: bool) -> list[Section]:
 
 
 def _update(samples: int, rounds: int) -> list[Row]:
-    rows = list(_values(samples))
-    metrics = [
-        Metric(dataset, name, value, AggregationType(agg)) for dataset, name, value, agg in rows
+    lengths = np.random.default_rng(0).integers(16, 2048, samples).tolist()
+    rows = [
+        (_DATASETS[index % len(_DATASETS)], name, value, agg)
+        for index, length in enumerate(lengths)
+        for (name, agg), value in zip(_METRICS, (1, length, length), strict=True)
     ]
-    frozen = [
-        FrozenMetric(dataset, name, value, Aggregation(agg)) for dataset, name, value, agg in rows
-    ]
+    metrics = [Metric(*row[:3], AggregationType(row[3])) for row in rows]
+    frozen = [FrozenMetric(*row[:3], Aggregation(row[3])) for row in rows]
     # As it comes out of a data worker.
     batch = pickle.loads(pickle.dumps(MetricBatch.from_metrics(metrics)))
     of_lists, of_batches = MetricsAggregator(_WINDOW), MetricsAggregator(_WINDOW)
@@ -63,15 +63,6 @@ def _update(samples: int, rounds: int) -> list[Row]:
         speedup(f"collated batch of {samples} samples", each["batch"], *theirs, budgets[0]),
         cost(f"list of {samples} samples", each["list"], *theirs, budgets[1]),
     ]
-
-
-def _values(samples: int) -> Iterator[tuple[str, str, int, str]]:
-    random = np.random.default_rng(0)
-    lengths = random.integers(16, 2048, samples).tolist()
-    for index, length in enumerate(lengths):
-        dataset = _DATASETS[index % len(_DATASETS)]
-        for (name, agg), value in zip(_METRICS, (1, length, length), strict=True):
-            yield dataset, name, value, agg
 
 
 def _record(rounds: int) -> Row:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.table import Budget, Row, Section, at_most, cost
+from benchmarks.table import Row, Section, at_most, cost
 from benchmarks.timing import interleaved
 from metricfold import MetricsAggregator
 from metricfold.torch import ModelWatch
 
 _NEVER = 10**9
+_BUDGETS = {
+    "not due": at_most(1.02),
+    "gradients, compiled": at_most(1.1),
+    "gradients, octaves, compiled": at_most(1.15),
+}
 
 
 def measure(*, quick: bool) -> list[Section]:
@@ -41,30 +47,29 @@ class Trained:
 
 
 def _steps(layers: int, rounds: int, *, compiled: bool) -> list[Row]:
-    ways: dict[str, tuple[dict[str, object], Budget | None]] = {
-        "not due": ({"every": _NEVER}, at_most(1.02)),
-        "gradients": ({"params": False}, None),
-        "gradients, octaves": ({"params": False, "octaves": True}, None),
-        "gradients, parameters and updates": ({"updates": True}, None),
-        "replicas alone": ({"params": False, "grads": False, "replicas": True}, None),
+    ways: dict[str, dict[str, Any]] = {
+        "not due": {"every": _NEVER},
+        "gradients": {"params": False},
+        "gradients, octaves": {"params": False, "octaves": True},
+        "gradients, parameters and updates": {"updates": True},
+        "replicas alone": {"params": False, "grads": False, "replicas": True},
     }
     if compiled:
-        ways["gradients, compiled"] = ({"params": False, "compiled": True}, at_most(1.1))
-        settings = {"params": False, "octaves": True, "compiled": True}
-        ways["gradients, octaves, compiled"] = (settings, at_most(1.15))
-        ways["gradients and parameters, compiled"] = ({"compiled": True}, None)
+        ways |= {
+            f"{name}, compiled": {**ways[name], "compiled": True}
+            for name in ("gradients", "gradients, octaves")
+        }
+        ways["gradients and parameters, compiled"] = {"compiled": True}
     steps: dict[str, Callable[[], object]] = {"alone": Trained(layers).step}
-    for name, (settings, _) in ways.items():
+    for name, settings in ways.items():
         trained = Trained(layers)
-        ModelWatch(trained.model, trained.optimizer, **settings)  # type: ignore[arg-type]
+        ModelWatch(trained.model, trained.optimizer, **settings)
         steps[name] = trained.step
     for step in steps.values():
         step()
     times = interleaved(steps, rounds, calls_per_turn=1, clock=time.process_time)
-    return [
-        cost(name, times[name], "the step alone", times["alone"], budget)
-        for name, (_, budget) in ways.items()
-    ]
+    alone = "the step alone", times["alone"]
+    return [cost(name, times[name], *alone, _BUDGETS.get(name)) for name in ways]
 
 
 def _log(layers: int, rounds: int) -> list[Row]:

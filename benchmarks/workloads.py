@@ -33,9 +33,6 @@ class Column:
         """How a log calls the metric."""
         return f"train_{self.dataset}/{self.name}"
 
-    def plain(self) -> list[float] | list[str]:
-        return self.values if isinstance(self.values, list) else self.values.tolist()
-
 
 class Workload(ABC):
     """What the ranks have to say.
@@ -66,7 +63,7 @@ def _prepared(workload: Workload, rank: int, number: int) -> list[MetricBatch]:
         MetricBatch.from_metrics(
             Metric(column.dataset, column.name, value, column.aggregation)
             for column in columns
-            for value in column.plain()
+            for value in np.asarray(column.values).tolist()
         )
         for columns in workload.interval(rank, number)
     ] * workload.repeats
@@ -74,13 +71,9 @@ def _prepared(workload: Workload, rank: int, number: int) -> list[MetricBatch]:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A metric that each dataset has.
+    """A metric that each dataset has, `size` values in a batch, or so many categories.
 
-    Args:
-        name: of the metric.
-        aggregation: of the metric.
-        size: its values in a batch; for categories, how many there are.
-        signed: whether a distribution is of any sign; else it is of lengths.
+    A distribution is of any sign if it is `signed`, or else of lengths.
     """
 
     name: str

@@ -23,8 +23,6 @@ _COMBINE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class GatherForMetrics(ByHand):
-    """One `gather_for_metrics` of a dict."""
-
     def __init__(self, workload: Workload, rank: int, floats: int) -> None:
         super().__init__(workload, rank, floats)
         self._accelerator = Accelerator(cpu=True)

@@ -85,12 +85,7 @@ class Modules(Peer):
 
 @dataclass(slots=True)
 class Running:
-    """One metric on this rank since the last log, kept by hand where a library only moves numbers.
-
-    Args:
-        aggregation: of the metric.
-        keep: of a distribution, how many recent values; None: all.
-    """
+    """One metric on this rank since the last log; a distribution keeps so many recent values, or all."""
 
     aggregation: str
     keep: int | None = None

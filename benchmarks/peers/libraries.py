@@ -11,13 +11,7 @@ from benchmarks.contenders import Contender
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A library as a user would log with it.
-
-    Args:
-        name: how the tables call it.
-        package: what has to be installed.
-        contender: its class, as ``module:name``.
-    """
+    """A library as a user would log with it; its contender is a class, as ``module:name``."""
 
     name: str
     package: str

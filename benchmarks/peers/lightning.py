@@ -26,8 +26,6 @@ _WIDTH = 8
 
 
 class SelfLog(ByHand):
-    """`self.log` of each metric."""
-
     keeps_recent = True
     _module: LightningModule
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch.distributed as dist
 
 from benchmarks.baselines import percentiles
-from benchmarks.meter import Meter, forget_peak, held, walls
+from benchmarks.meter import Meter, walls
 from benchmarks.peers.libraries import Library
 from benchmarks.ranks import run_ranks
 from benchmarks.workloads import INTERVALS, Workload, mixed
@@ -75,13 +75,13 @@ def run(library: Library, point: Point, floats: int, span: tuple[float, int]) ->
     seen = run_ranks(
         _logged, point.ranks, library, workload, tiny, floats, span, timeout=240, group_timeout=240
     )
-    meters = [meter for meter, _, _, _ in seen]
-    first, _, number, ours = seen[0]
+    meters = [meter for meter, _, _ in seen]
+    first, number, ours = seen[0]
     return Measured(
         seconds=statistics.median(walls([meter.turns for meter in meters])),
         collectives=first.collectives,
         sent=max(meter.sent for meter in meters),
-        memory=max(memory for _, memory, _, _ in seen),
+        memory=max(meter.memory for meter in meters),
         error=_worst(first.values, _truth(workload, point.ranks, number)),
         floats=ours,
     )
@@ -89,8 +89,8 @@ def run(library: Library, point: Point, floats: int, span: tuple[float, int]) ->
 
 def _logged(
     rank: int, library: Library, workload: Workload, tiny: Workload, floats: int, span: Any
-) -> tuple[Meter, int, int, int]:
-    """Run on each rank: return what was measured, memory, the last interval and our floats."""
+) -> tuple[Meter, int, int]:
+    """Run on each rank: return what was measured, the last interval and our floats."""
     as_launched(rank)
     logging.disable(logging.WARNING)
     make = library.load()
@@ -99,13 +99,11 @@ def _logged(
     contender = make(workload, rank, floats)
     # It has the values that it will be fed with, and nothing of them in its metrics yet.
     gc.collect()
-    before = held()
-    forget_peak()
     meter = Meter(*span)
     contender.run(meter)
     dist.barrier()
     number = (contender.fed - 1) % INTERVALS
-    return meter, max(meter.peak - before, 0), number, contender.floats
+    return meter, number, contender.floats
 
 
 def as_launched(rank: int) -> None:

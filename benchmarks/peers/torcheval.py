@@ -13,8 +13,6 @@ from benchmarks.peers.contender import Modules
 
 
 class SyncAndCompute(Modules):
-    """`sync_and_compute_collection` on a dict of metrics."""
-
     kinds: ClassVar = (Sum, Mean, Max, Min, Cat)
 
     def computed(self) -> Mapping[str, torch.Tensor]:

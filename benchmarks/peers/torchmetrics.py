@@ -13,8 +13,6 @@ from benchmarks.peers.contender import Modules
 
 
 class MetricCollections(Modules):
-    """`MetricCollection.compute`, which synchronises first."""
-
     kinds: ClassVar = (SumMetric, MeanMetric, MaxMetric, MinMetric, CatMetric)
     # Groups are for metrics that are all updated with the same values.
     collection: ClassVar = partial(MetricCollection, {}, compute_groups=False)

@@ -37,7 +37,10 @@ def measure(*, quick: bool) -> list[Section]:
         for ranks in worlds:
             for route in ("gather", "tree") if ranks <= _MOST_GATHERED else ("tree",):
                 log = in_steady_state(workload, route, ranks, 1 if quick else 5)
-                table.lines.append(_line(ranks, route, log))
+                one = log.exchange
+                sizes = bytes_text(one.size), bytes_text(one.received)
+                times = map(seconds, (log.cpu, log.dict, one.seconds, log.seconds))
+                table.lines.append([f"{ranks:,}", route, f"{one.rounds:,}", *sizes, *times])
         rounds, fewest = log.exchange.rounds, at_most(len(rounds_of(most)))
         budget.rows += [
             amount(workload.title, log.seconds * 1e3, "ms", budget=at_most(100)),
@@ -58,11 +61,3 @@ def in_steady_state(workload: Workload, route: str, ranks: int, logs: int) -> Lo
         raise AssertionError("the keys still change: this is not the steady state")
     medians = {what: median(getattr(log, what) for log in steady) for what in ("cpu", "dict")}
     return replace(steady[-1], **medians)
-
-
-def _line(ranks: int, route: str, log: Log) -> list[str]:
-    one = log.exchange
-    return [
-        *(f"{ranks:,}", route, f"{one.rounds:,}", bytes_text(one.size), bytes_text(one.received)),
-        *map(seconds, (log.cpu, log.dict, one.seconds, log.seconds)),
-    ]

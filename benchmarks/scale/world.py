@@ -94,12 +94,7 @@ def logs_of(
 
 
 class SimulatedCommunicator(Watched):
-    """A real rank of a simulated world.
-
-    Args:
-        inner: connects the real ranks.
-        size: of the world.
-        turn: held by the rank that runs.
+    """A real rank of a simulated world of `size`; `inner` connects these, and who runs holds `turn`.
 
     Attributes:
         taken: the exchanges that it has taken part in since `begin`.
