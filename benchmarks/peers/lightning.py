@@ -48,20 +48,18 @@ class SelfLog(ByHand):
         """Call `self.log` for each metric, from a hook of the module."""
         for key, metric in self._running.items():
             if metric.aggregation == "distribution":
-                for name, value in percentiles(key, metric.values.numpy()).items():
-                    self._log(name, value, "mean")
+                values, by = percentiles(key, metric.values.numpy()), "mean"
             else:
                 mean = metric.aggregation == "mean"
-                value = metric.total / metric.count if mean else metric.total
-                self._log(key, value, metric.aggregation)
+                values = {key: metric.total / metric.count if mean else metric.total}
+                by = metric.aggregation
+            for name, value in values.items():
+                self._module.log(
+                    name, value, reduce_fx=by, sync_dist=True, on_step=True, logger=False
+                )
         self._running = {}
         metrics = self._module.trainer.callback_metrics
         return {key: value.item() for key, value in metrics.items()}
-
-    def _log(self, name: str, value: float | torch.Tensor, reduction: str) -> None:
-        self._module.log(
-            name, value, reduce_fx=reduction, sync_dist=True, on_step=True, logger=False
-        )
 
 
 class _Module(LightningModule):
