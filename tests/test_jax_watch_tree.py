@@ -270,7 +270,8 @@ def test_trees_in_an_accumulator_are_merged_reduced_kept_and_guarded_like_metric
     assert type(acc.layout).from_json(acc.layout.as_json()) == acc.layout
 
     # Each device of a pmap has collected the same: it counts once.
-    many = jax.tree.map(lambda x: jnp.broadcast_to(x, (4, *np.shape(x))), (acc.empty(), tree))
+    one = jax.device_get((acc.empty(), tree))  # a mesh that other tests have made is not asked for
+    many = jax.tree.map(lambda x: jnp.broadcast_to(x, (4, *np.shape(x))), one)
     together = jax.pmap(lambda acc, tree: acc.watch_tree("grad", tree).reduce())(*many)
     check(jax.tree.map(lambda x: x[0], together), tree)
 

@@ -395,7 +395,7 @@ class MetricsLogger(OneInUse):
             mention(text)
         return {f"{prefix}/{key}": value for key, value in numbers.items()}
 
-    def _reduced(self, source: MetricsAggregator, step: int) -> Future[Snapshot]:
+    def _raise_error_of(self, source: object) -> None:
         # Waits for its reduction before, as the aggregator would: only so do all ranks raise in the
         # same call, and none is alone in the next reduction.
         for future, owner in list(self._reductions.items()):
@@ -404,6 +404,9 @@ class MetricsLogger(OneInUse):
                 self._reductions.pop(future, None)
                 if error is not None:
                     raise error
+
+    def _reduced(self, source: MetricsAggregator, step: int) -> Future[Snapshot]:
+        self._raise_error_of(source)
         self._reduces = True
         if self._raises and self._new_failures():
             future = source.reduce_async(step=step, sink_failed=True)

@@ -412,10 +412,9 @@ class MetricsAggregator:
         Args:
             accumulators: one, such as a `metricfold.jax.DeviceAccumulator` or a
                 `metricfold.torch.ModelWatch`, or several, of which all are taken in or none: whatever says
-                its metrics (``layout``), begins a transfer (``start_read``) and empties itself (``empty``),
-                as `metricfold._core.device.rows.Accumulator` has it. One that
-                several processes hold together, as of a jitted step over all of them, is to be drained
-                on each of them, and counts once.
+                its metrics (``layout``), begins a transfer (``start_read``) and empties itself
+                (``empty``). One that several processes hold together, as of a jitted step over all of
+                them, is to be drained on each of them, and counts once.
 
         Returns:
             One that is empty, in the place of one, and a tuple of them for several. Those of torch are
