@@ -135,7 +135,7 @@ def unusable(tensor: Tensor) -> str:
 
 
 def part_of_group(group: Any) -> Part:
-    """Return a rank's part of what all ranks of a group hold; None: it is not known that others do."""
+    """Return a rank's part of what all ranks of a group hold; all of it if no group is known."""
     if group is None:
         return Part()
     return Part(dist.get_rank(group), dist.get_world_size(group))

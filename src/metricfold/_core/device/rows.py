@@ -10,6 +10,8 @@ a handful of arrays however many metrics there are:
     grid     (rows · CELLS, 3, parts) of DISTRIBUTIONs: sums of w, w·u and w·u² in each bucket
     refused  (metrics, 2)         values with a dataset, a cell or a weight that cannot be
 
+Behind those of metrics stand the rows of trees (`watched`), which use the same lanes for sums over elements.
+
 A sum is what its parts come to: one float64, or two float32, of which the second holds what the first
 has rounded away.
 

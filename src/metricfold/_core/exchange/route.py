@@ -37,7 +37,7 @@ class Arrived(NamedTuple):
 
     Args:
         headers: everyone's, shape (world_size, HEADER_SIZE), if they have been gathered.
-        merged: what has been merged; None if some rank objects or has news.
+        merged: what has been merged; None if some rank has failed or has new entries, or they do not agree.
         wrong: what no rank sends among what has arrived, which all ranks see alike.
     """
 

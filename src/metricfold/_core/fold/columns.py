@@ -3,6 +3,7 @@
     update(list)              fold_metrics     a column for each key of the list
     record                    fold_value       one value
     record of an array        fold_each        a value for each element
+    record with axes          fold_block       a value for each cell
     record_all                fold_together    several metrics of one step, which share a weight
     MetricsCollator           fold_metrics     in a data worker, where a batch of 64 samples shrinks
                                                to a few numbers before it crosses to the training

@@ -140,9 +140,9 @@ def check_whole(headers: FloatArray) -> None:
         for rank, place in reversed(np.argwhere(~fitting).tolist())  # of each rank the first stays
     }
     size, failed, pending = given[:, [Field.BLOB_SIZE, Field.ERROR, Field.PENDING]].T
-    odd = (size > 0) != ((failed == 1.0) | (pending == 1.0))
-    odd |= (failed == 1.0) & ((size > MOST_ERROR) | (pending == 1.0))
-    for rank in np.flatnonzero(odd).tolist():
+    conflicting = (size > 0) != ((failed == 1.0) | (pending == 1.0))
+    conflicting |= (failed == 1.0) & ((size > MOST_ERROR) | (pending == 1.0))
+    for rank in np.flatnonzero(conflicting).tolist():
         wrong.setdefault(rank, f"its header announces {size[rank]:g} bytes of neither kind")
     if wrong:
         raise RuntimeError(

@@ -42,7 +42,7 @@ __all__ = ["Attendance", "Merged", "Outgoing", "Wire"]
 BoolArray = npt.NDArray[np.bool_]
 
 _OBJECTIONS = slice(Field.PENDING, Field.ERROR + 1)
-"""What is 0 of a rank that has neither news nor failed."""
+"""What is 0 of a rank that has no new entries and has not failed."""
 _BITS = 52
 """Ranks that one number tells apart: each is a bit, and a float64 holds so many exactly."""
 
@@ -226,7 +226,7 @@ class Wire:
     # -- What has arrived
 
     def agreed(self, vector: FloatArray) -> bool:
-        """Return whether all ranks of a merged vector agree, and none has news or has failed."""
+        """Return whether all ranks of a merged vector agree, and none has new entries or has failed."""
         head = vector[self._head].tolist()
         same = head[:AGREED] == [-one for one in head[HEADER_SIZE:]] and not any(head[_OBJECTIONS])
         seconds, failed, found = head[Field.SECONDS], head[Field.SINK_FAILED], head[Field.ALERTS]
