@@ -15,7 +15,7 @@ WORKERS ?= $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + 1,
 # What pytest knows of the tests that failed and have not passed since.
 FAILED := .pytest_cache/v/cache/lastfailed
 
-.PHONY: demo test campaign lint bench clean
+.PHONY: demo test campaign lint bench gpu-check clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt

@@ -58,7 +58,7 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
     Args:
         aggregator: of what training brings; default: a new one.
         eval_aggregator: of what a validation or test brings; default: a new one.
-        accumulators: accumulators on the device that your steps fill; they are read when there is a
+        accumulators: accumulators on the device that your steps fill, and `ModelWatch`es; they are read when there is a
             log or a checkpoint. The list `accumulators` may also be filled later, as in a module's
             `on_fit_start`.
         window: what a log of training speaks about, as in `Snapshot.as_dict`; ``"auto"``: totals

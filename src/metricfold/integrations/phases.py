@@ -26,7 +26,7 @@ class Phases:
     """Metrics of a training, and of the evaluation under way; part of what a trainer knows.
 
     Attributes:
-        accumulators: accumulators on the device of your own, to be read when there is a log, a
+        accumulators: accumulators on the device, and `ModelWatch`es, of your own, to be read when there is a log, a
             checkpoint or the end of an evaluation.
         alerts: what rules have found, in the last log in which they found something.
     """

@@ -76,7 +76,7 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
         aggregator: what training has brought. Add to it as you like, such as
             ``trainer.aggregator.record("lr_scale", 0.5)``, or replace it before ``train()``.
         eval_aggregator: what the evaluation under way has brought; each starts with none.
-        accumulators: accumulators on the device of your own, to be read when the Trainer logs,
+        accumulators: accumulators on the device, and `ModelWatch`es, of your own, to be read when the Trainer logs,
             saves or ends an evaluation.
         alerts: what rules have found, in the last log or evaluation in which they found something.
 

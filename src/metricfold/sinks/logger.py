@@ -176,7 +176,7 @@ class MetricsLogger(OneInUse):
 
         Raises:
             TypeError: an argument of the wrong kind, such as a value that is not a number.
-            ValueError: a negative step, an empty prefix, an unknown window or rollup.
+            ValueError: a negative step, an empty prefix, an unknown window or rollup, an axis twice in `by`.
             SinkError: a sink has failed, and this logger raises such errors.
             Exception: what this aggregator's reduction before has raised, on every rank alike.
         """

@@ -31,7 +31,7 @@ class SelectiveSink(ABC):
         key_format: what a key is called in this backend: a format string that holds ``{key}``, such
             as ``"run7/{key}"``, or a function from key to key.
 
-    A record of which no key is selected is not written at all.
+    A record of which no key is selected is written only if it has alerts, which no glob leaves out.
 
     Attributes:
         arrays: whether it takes `Record.arrays`; one that does not gets none.

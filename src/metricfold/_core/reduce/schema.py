@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from metricfold._core.fold.axes import Axes, cells, described, moved, united
+from metricfold._core.fold.axes import Axes, IndexArray, cells, described, moved, united
 from metricfold._core.fold.kinds import Parts, parts_of
 from metricfold._core.fold.names import Key
 from metricfold._core.fold.sample import FloatArray, Window
@@ -27,7 +27,6 @@ from metricfold._core.fold.state import COUNT, NANS, OTHER, State
 
 __all__ = ["Entry", "IndexArray", "Key", "Schema", "digest", "places"]
 
-IndexArray = npt.NDArray[np.intp]
 BoolArray = npt.NDArray[np.bool_]
 
 _HASH_BITS = 2**52 - 1
