@@ -139,11 +139,13 @@ class Totals:
         return self.sums + self.lost
 
     def hash(self) -> int:
-        lanes = 0
+        # Two checksums, which read them where they lie, and together tell as many apart as the digest.
+        lanes, more = 0, 1
         for part in (self.sums, self.lost, self.maxs, np.float64(self.seconds)):
-            lanes = zlib.crc32(np.ascontiguousarray(part).data, lanes)
+            held = np.ascontiguousarray(part).data
+            lanes, more = zlib.crc32(held, lanes), zlib.adler32(held, more)
         pools = [pool.fingerprint() for _, pool in sorted(self.pools.items())]
-        return digest(b"".join([f"{self.schema.hash} {lanes} ".encode(), *pools]))
+        return digest(b"".join([f"{self.schema.hash} {lanes} {more} ".encode(), *pools]))
 
 
 def _having(schema: Schema, sums: FloatArray) -> npt.NDArray[np.bool_]:
