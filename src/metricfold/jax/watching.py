@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from metricfold._core.device.arrays import unwrapped
 from metricfold._core.device.rows import COUNTS, EXTREMA, SUMS
-from metricfold._core.device.watched import HUGE, OCTAVES, SCALE, TINY, Watched
+from metricfold._core.device.watched import HUGE, OCTAVES, SCALE, TINY, Watched, matches
 from metricfold.jax.axes import Axes, AxisName, resolve_axes, varying
 from metricfold.jax.collectives import combine
 from metricfold.jax.exact_sums import add_pairs
@@ -69,10 +68,10 @@ def watched(trees: Mapping[str, Any], stacked: Patterns, *, octaves: bool) -> tu
             f"trees={trees!r:.80}: give pytrees by name, as in trees={{'grad': params}}"
         )
     shapes = {name: _shapes(name, tree) for name, tree in trees.items()}
-    patterns = (stacked,) if isinstance(stacked, str) else tuple(stacked)
+    patterns = _listed(stacked)
     labels = [label for of_tree in shapes.values() for label in of_tree]
     for pattern in patterns:
-        if not any(fnmatchcase(label, pattern) for label in labels):
+        if not any(matches(label, (pattern,)) for label in labels):
             raise ValueError(
                 f"stacked={pattern!r} is no leaf of {', '.join(map(repr, trees)) or 'any tree'}, such as "
                 f"{labels[0] if labels else 'params'!r}: give patterns of the leaves in which layers are "
@@ -80,21 +79,25 @@ def watched(trees: Mapping[str, Any], stacked: Patterns, *, octaves: bool) -> tu
             )
     declared = []
     for name, of_tree in shapes.items():
-        layered = [one for one in of_tree if any(fnmatchcase(one, p) for p in patterns)]
+        layered = [one for one in of_tree if matches(one, patterns)]
         declared.append(Watched.of(name, of_tree, layered, octaves=octaves))
     return tuple(declared)
 
 
 def check_stacked(tree: Watched, stacked: Patterns) -> None:
     """Raise ValueError if the leaves that patterns name are not those in which layers are stacked."""
-    patterns = (stacked,) if isinstance(stacked, str) else tuple(stacked)
+    patterns = _listed(stacked)
     for label, layers in zip(tree.labels, tree.layers, strict=True):
-        if bool(layers) != any(fnmatchcase(label, pattern) for pattern in patterns):
+        if bool(layers) != matches(label, patterns):
             raise ValueError(
                 f"stacked={stacked!r} says otherwise of leaf {label!r} of the tree {tree.name!r} than the "
                 "accumulator, whose arrays have a place for each layer: say it where that is made, "
                 f"DeviceAccumulator(..., trees={{{tree.name!r}: ...}}, stacked={stacked!r})"
             )
+
+
+def _listed(patterns: Patterns) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def _shapes(name: str, tree: Any) -> dict[str, tuple[int, ...]]:

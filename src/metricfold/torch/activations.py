@@ -8,7 +8,6 @@ of this in it.
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,12 +18,13 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
 from metricfold._core.device.arrays import of_mesh
+from metricfold._core.device.watched import matches
 from metricfold._core.runtime.recomputation import recomputed, unseen
 from metricfold.metric import escaped
 from metricfold.torch.recomputing import counts
 from metricfold.torch.statistics import Statistics, add_of_one
 
-__all__ = ["Activations", "matches", "named"]
+__all__ = ["Activations", "named"]
 
 _logger = logging.getLogger("metricfold")
 
@@ -159,8 +159,3 @@ def _bare(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether one of the patterns, as a shell has them, matches a name."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -18,7 +18,6 @@ from metricfold._core.device.watched import (
     OCTAVES,
     OF_PARAMETERS,
     SEEN,
-    SQUARES,
     element_states,
     octave_state,
 )
@@ -28,6 +27,7 @@ from metricfold._core.fold.names import Key
 from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import COUNT, State
 from metricfold.metric import TypeLike
+from metricfold.torch.statistics import LARGEST, WIDTH
 
 __all__ = [
     "MODULE",
@@ -70,12 +70,12 @@ class Collected(NamedTuple):
     def keys(self) -> Iterable[tuple[Key, TypeLike, str]]:
         """Yield each metric, its aggregation and its axes."""
         for end, agg_type in self.types.items():
-            if end != "octaves" or self.state.shape[1] > SQUARES + 2:
+            if end != "octaves" or self.state.shape[1] > WIDTH:
                 yield self._key(end), agg_type, described(self._axes(end))
 
     def states(self, read: FloatArray) -> Iterable[tuple[Key, State]]:
         """Yield the state of each metric that has something, of what lies on the host now."""
-        sums, largest, octaves = np.split(read, (SQUARES + 1, SQUARES + 2), axis=1)
+        sums, largest, octaves = np.split(read, (LARGEST, WIDTH), axis=1)
         seen, sizes = sums[:, SEEN], np.array(self.sizes)
         if not seen.any():
             return

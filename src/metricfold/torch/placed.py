@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from metricfold._core.device.watched import matches
 from metricfold._core.runtime.imported import is_of
-from metricfold.torch.activations import matches, named
+from metricfold.torch.activations import named
 
 __all__ = [
     "IN_PARTS",

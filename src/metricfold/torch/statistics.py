@@ -17,13 +17,24 @@ from torch import Tensor
 
 from metricfold._core.device.watched import FINITE, NONFINITE, OCTAVES, SEEN, SQUARES, ZEROS
 
-__all__ = ["BLOCK", "Group", "Grouped", "Scratch", "Statistics", "add_of_one"]
+__all__ = [
+    "BLOCK",
+    "LARGEST",
+    "WIDTH",
+    "Group",
+    "Grouped",
+    "Scratch",
+    "Statistics",
+    "add_of_one",
+]
 
 BLOCK = 256
 _GROUP = {"cpu": 1 << 20}
 """Elements of a buffer: on a CPU as many as its cache holds."""
 _GROUP_OF_OTHERS = 1 << 24
 """On other devices, where it is the number of kernels that matters. A float32 counts so far, too."""
+LARGEST, WIDTH = SQUARES + 1, SQUARES + 2
+"""Where a row has the largest magnitude, and where octaves begin, if they are counted."""
 _LOWEST = 127 - 64
 """The exponent of a float32 in the first octave but the one for all that are smaller."""
 
@@ -110,7 +121,7 @@ class Scratch:
                 first = end
         # If there are several, all are as long, for one shape is compiled once.
         blocks = most if len(cut) > 1 else most - room if cut else 0
-        known = torch.zeros(number, SQUARES + 1, dtype=torch.float64)
+        known = torch.zeros(number, LARGEST, dtype=torch.float64)
         with torch.inference_mode(mode=False):
             buffer = self.buffer(device, blocks)
             groups = [self._group(rows, sizes, pieces, buffer, known) for pieces in cut]
@@ -174,12 +185,12 @@ class Statistics:
         compiled: bool = False,
         scratch: Scratch | None = None,
     ) -> None:
-        width = SQUARES + 2 + (OCTAVES if octaves else 0)
+        width = WIDTH + (OCTAVES if octaves else 0)
         with torch.inference_mode(mode=False):
             # One tensor, so that it is read by one transfer.
             self.state = torch.zeros(rows, width, dtype=torch.float64, device=device)
-        self.sums, self.largest = self.state[:, : SQUARES + 1], self.state[:, SQUARES + 1]
-        self.octaves = self.state[:, SQUARES + 2 :]
+        self.sums, self.largest = self.state[:, :LARGEST], self.state[:, LARGEST]
+        self.octaves = self.state[:, WIDTH:]
         self._device, self._scratch = device, scratch or Scratch()
         self._grouped: Grouped | None = None
         self._reduce = _compiled() if compiled else _reduce
@@ -255,15 +266,15 @@ def add_of_one(state: Tensor, row: int, x: Tensor, counts: Tensor | None = None)
         sums, largest = torch.where(counts, sums, 0.0), torch.where(counts, largest, 0.0)
         counted = counted & counts
     # Numbers alone cross to another device, if the state lies on one.
-    state[row, : SQUARES + 1].add_(sums.to(state.device))
-    top = state[row, SQUARES + 1 : SQUARES + 2]
+    state[row, :LARGEST].add_(sums.to(state.device))
+    top = state[row, LARGEST:WIDTH]
     top.copy_(torch.maximum(top, largest.to(state.device)))
-    if state.shape[1] > SQUARES + 2:
+    if state.shape[1] > WIDTH:
         exponent = (y.reshape(-1).view(torch.int64) >> 52) & 2047  # the sign is the bit above
         octave = (exponent - (1023 - 64)).clamp(0, OCTAVES - 1)
         cells = torch.zeros(OCTAVES, dtype=torch.float64, device=x.device)
         cells.index_add_(0, octave, counted.double().reshape(-1))
-        state[row, SQUARES + 2 :].add_(cells.to(state.device))
+        state[row, WIDTH:].add_(cells.to(state.device))
 
 
 def _reduce(buffer: Tensor, rows: Tensor, state: Tensor) -> None:
@@ -273,9 +284,9 @@ def _reduce(buffer: Tensor, rows: Tensor, state: Tensor) -> None:
     bad = (~finite).sum(1, dtype=torch.float64)
     zeros = (buffer == 0).sum(1, dtype=torch.float64)
     block = torch.stack([bad, zeros, -bad, x.sum(1), (x * x).sum(1)], 1)
-    state[:, NONFINITE : SQUARES + 1].index_add_(0, rows, block)
-    state[:, SQUARES + 1].scatter_reduce_(0, rows, x.abs().amax(1), "amax")
-    if state.shape[1] > SQUARES + 2:
+    state[:, NONFINITE:LARGEST].index_add_(0, rows, block)
+    state[:, LARGEST].scatter_reduce_(0, rows, x.abs().amax(1), "amax")
+    if state.shape[1] > WIDTH:
         exponent = (buffer.view(torch.int32) >> 23) & 255
         octave = (exponent - _LOWEST).clamp(0, OCTAVES - 1)
         # Subnormals have the exponent 0, and zero is none of them.
@@ -284,7 +295,7 @@ def _reduce(buffer: Tensor, rows: Tensor, state: Tensor) -> None:
         # In float32, for no more than 2^24 are in a group.
         cells = torch.zeros(state.shape[0] * OCTAVES, device=buffer.device)
         cells.scatter_add_(0, where, counted)
-        state[:, SQUARES + 2 :].add_(cells.view(-1, OCTAVES))
+        state[:, WIDTH:].add_(cells.view(-1, OCTAVES))
 
 
 @functools.cache

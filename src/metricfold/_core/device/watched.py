@@ -16,7 +16,8 @@ and, where octaves are counted, 43 more, whose sums are the numbers of magnitude
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ __all__ = [
     "TINY",
     "Watched",
     "element_states",
+    "matches",
     "octave_state",
 ]
 
@@ -219,3 +221,8 @@ class Watched(NamedTuple):
             first = first_of[label]
             found.append(first + (np.arange(stacked) if stacked else np.array([width - 1])))
         return np.concatenate(found)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether one of the patterns, as a shell has them, matches a name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
