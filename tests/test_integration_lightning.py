@@ -35,6 +35,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.tuner import Tuner
 
 import metricfold.integrations.lightning
 from metricfold import (
@@ -531,6 +532,125 @@ def test_weight_averaging_copies_a_module_that_keeps_the_callback(
     assert second.callback_metrics["train/samples_seen"] == 2 * seen
     assert copy.deepcopy(metrics) is metrics
     assert copy.copy(module).metrics is metrics
+
+
+class Normed(Classifier):
+    """Has batch norms, whose statistics averaged weights need anew: a pass over all batches."""
+
+    def __init__(self, metrics: MetricfoldCallback) -> None:
+        super().__init__(metrics)
+        self.layer = torch.nn.Sequential(torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 10))
+
+
+def test_a_pass_that_only_makes_batch_norms_anew_counts_nothing(tmp_path: Path) -> None:
+    """It counted as a third epoch: 150 samples, of which no step has learned from 50."""
+    metrics = MetricfoldCallback()
+    model = Normed(metrics)
+    averaging = StochasticWeightAveraging(0.01, swa_epoch_start=1)
+    trainer = make(tmp_path, averaging, metrics)
+    trainer.fit(model, train_loader(), val_loader())
+    assert len(model.ledger) == 3 * TRAINED
+    check_training(tmp_path, [model.ledger[: 2 * TRAINED]], [3, 6, 7, 9, 12, 14])
+    totals = metrics.aggregator.reduce().as_dict("t", "run")
+    assert totals["t/batches"] == 2 * 13
+    assert totals["t_low/samples_seen"] + totals["t_high/samples_seen"] == 2 * TRAINED
+    evaluations = [*read(tmp_path, "val/samples_seen").values()]
+    rows = model.evaluated[-EVALUATED:]
+    agree(evaluations[-1], truth("val", rows, [index for index, _ in rows]))
+    assert len(evaluations) == 3
+
+
+def test_an_evaluation_with_averaged_weights_is_that_of_the_averaged_model(tmp_path: Path) -> None:
+    model = Classifier(MetricfoldCallback())
+    trainer = make(tmp_path, EMAWeightAveraging(decay=0.5, update_every_n_steps=1), model.metrics)
+    trainer.fit(model, train_loader(), val_loader())
+    check_training(tmp_path, [model.ledger], [3, 6, 7, 9, 12, 14])
+    evaluations = read(tmp_path, "val/loss")
+    for number, step in enumerate((7, 14)):
+        rows = model.evaluated[number * EVALUATED :][:EVALUATED]
+        agree(evaluations[step], truth("val", rows, [index for index, _ in rows]))
+
+
+class Tuned(Classifier):
+    def __init__(self, metrics: MetricfoldCallback) -> None:
+        super().__init__(metrics)
+        self.lr, self.batch_size = 0.1, 4
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return train_loader(batch_size=self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return val_loader(batch_size=self.batch_size)
+
+
+def find_rate(tuner: Tuner, model: Tuned) -> None:
+    tuner.lr_find(model, num_training=5, update_attr=False)
+
+
+def scale_batches(tuner: Tuner, model: Tuned) -> None:
+    tuner.scale_batch_size(model, max_trials=2, steps_per_trial=2, init_val=4)
+    model.batch_size = 4
+
+
+def scale_batches_of_evaluations(tuner: Tuner, model: Tuned) -> None:
+    tuner.scale_batch_size(model, method="validate", max_trials=2, steps_per_trial=2, init_val=4)
+    model.batch_size = 4
+
+
+@pytest.mark.parametrize("tune", [find_rate, scale_batches, scale_batches_of_evaluations])
+def test_what_the_tuner_tries_out_counts_nothing_and_sees_no_metrics(
+    tmp_path: Path, tune: Callable[[Tuner, Tuned], None]
+) -> None:
+    """Its steps saw 'metrics' in their batches, since it sets callbacks aside."""
+    metrics = MetricfoldCallback()
+    model = Tuned(metrics)
+    first = make(tmp_path / "first", metrics, max_epochs=1, num_sanity_val_steps=0)
+    first.fit(model)
+    before = metrics.aggregator.reduce()
+    evaluation = dict(first.callback_metrics)
+    trained, evaluated = [*model.ledger], [*model.evaluated]
+
+    second = make(tmp_path / "second", metrics, max_epochs=1, num_sanity_val_steps=0)
+    tune(Tuner(second), model)
+    assert model.ledger + model.evaluated != trained + evaluated
+    after = metrics.aggregator.reduce()
+    assert after.as_dict("t", "run") == before.as_dict("t", "run")
+
+    model.ledger[:], model.evaluated[:] = [], []
+    model.train()  # trials of evaluations leave it in the other mode
+    second.fit(model)
+    assert len(model.ledger) == TRAINED
+    logged = read(tmp_path / "second", "train/samples_seen")
+    again = [(step, index, loss) for step, index, loss in model.ledger if step > 6]
+    agree(
+        logged[7],
+        truth(
+            "train",
+            [(index, loss) for _, index, loss in again],
+            [index for _, index, _ in trained + model.ledger],
+        ),
+    )
+    rows = model.evaluated
+    agree(
+        read(tmp_path / "second", "val/loss")[7], truth("val", rows, [index for index, _ in rows])
+    )
+    assert evaluation["val/samples_seen"] == EVALUATED
+
+
+def test_trials_that_fail_leave_nothing_behind(tmp_path: Path) -> None:
+    """A Trainer whose trial has failed keeps callbacks aside for good; the next one goes on."""
+    metrics = MetricfoldCallback()
+    model = Tuned(metrics)
+    model.fails_at = 3
+    with pytest.raises(ArithmeticError):
+        find_rate(Tuner(make(tmp_path / "first", metrics)), model)
+    model.ledger.clear()
+    trainer = make(tmp_path / "second", metrics, max_epochs=1)
+    trainer.fit(model)
+    assert trainer.callback_metrics["train/samples_seen"] == TRAINED
+    assert trainer.callback_metrics["train/batches"] == 13
+    losses = [loss for step, _, loss in model.ledger if step == 7]
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(np.mean(losses), rel=1e-6)
 
 
 def test_a_callback_that_is_not_in_use_yet_is_copied_plainly() -> None:

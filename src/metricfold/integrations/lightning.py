@@ -108,6 +108,8 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
         self._trainer: Trainer | None = None  # the one that has called setup
         self._taken: list[MetricBatch] = []  # of the step under way
         self._phase = contextlib.ExitStack()  # an evaluation, while there is one
+        self._trial: contextlib.ExitStack | None = None  # of the Tuner, while there is one
+        self._unlearned = contextlib.ExitStack()  # a batch that no step learns from
         self._logged_step = 0
         self._monitored: dict[str, torch.Tensor] = {}  # what callback_metrics has from here
 
@@ -126,29 +128,64 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
                 "ranks that share a batch (tensor parallel) would each count its metrics: "
                 "MetricfoldCallback works with data parallel ranks only"
             )
+        self._end()  # what another Trainer has left
         self._trainer = trainer
+        self._look_out_for_trials(trainer)
         self._leave_hyperparameters(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._phase.close()
+        self._end()
+        vars(trainer.strategy).pop("batch_to_device", None)
         self._trainer = None
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         with contextlib.suppress(RuntimeError):  # of a device that has failed, too
-            self._phase.close()
+            self._end()
+
+    def _end(self) -> None:
+        """Leave whatever is under way."""
+        self._unlearned.close()
+        self._end_trial()
+        self._phase.close()
+
+    def _end_trial(self) -> None:
+        trial, self._trial = self._trial, None
+        if trial is not None:
+            trial.close()
+
+    def _look_out_for_trials(self, trainer: Trainer) -> None:
+        """Take the metrics out of the Tuner's batches, and let nothing of them count.
+
+        For its trials the Tuner sets all callbacks aside: no hook of ours is called. Batches come by
+        the strategy all the same. Before, it saves a checkpoint, and after, it restores that.
+        """
+        strategy = trainer.strategy
+        move = strategy.batch_to_device
+
+        def moved(*args: Any, **kwargs: Any) -> Any:
+            batch = move(*args, **kwargs)
+            if self in trainer.callbacks:  # type: ignore[attr-defined]
+                self._end_trial()
+                return batch
+            if self._trial is None:
+                self._trial = contextlib.ExitStack()
+                self._trial.enter_context(self._uncounted())
+            self._take(batch)
+            return batch
+
+        vars(strategy)["batch_to_device"] = moved
 
     # -- Batches
 
-    def on_train_batch_start(
+    def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any, **__: Any
     ) -> None:
         self._taken = self._take(batch)
 
     # The step of a prediction need not know of them either; there nothing counts.
-    on_validation_batch_start = on_test_batch_start = on_train_batch_start
-    on_predict_batch_start = on_train_batch_start
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -162,9 +199,21 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._logged_step = trainer.global_step
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._unlearned.close()
+        self._taken = self._take(batch)
+        if _passes_over(trainer):
+            self._unlearned.enter_context(self._uncounted())
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
+        if _passes_over(trainer):
+            self._take(batch)
+            self._unlearned.close()
+            return
         self._count(batch)
         # Several batches may make one step (accumulated gradients), or one several (optimizers).
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -221,6 +270,7 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict` in a fit; an evaluation of a checkpoint leaves the metrics alone."""
+        self._end_trial()
         if self._resumes(self._trainer):
             self._load(state_dict)
 
@@ -305,6 +355,14 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
     @staticmethod
     def _resumes(trainer: Trainer | None) -> bool:
         return trainer is None or trainer.state.fn == "fit"
+
+
+def _passes_over(trainer: Trainer) -> bool:
+    """Return whether no step learns from the batches, as where only batch norms are made anew.
+
+    `StochasticWeightAveraging` reads the data once more for them, after the last epoch.
+    """
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
 
 
 def _logged_by(trainer: Trainer) -> Iterator[str]:

@@ -105,6 +105,23 @@ class Phases:
             finally:
                 self._evaluating = False
 
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """Let nothing that comes in count, nor its time: of steps that nobody learns from."""
+        self._drain()
+        marks = [(one, one.mark()) for one in (self.aggregator, self.eval_aggregator)]
+        try:
+            with self.aggregator.pause():
+                yield
+        finally:
+            for accumulator in self._all_accumulators:
+                accumulator.empty()
+            for one, mark in marks:
+                try:
+                    one.rollback(mark)
+                except ValueError as error:
+                    self._warn(f"steps that are only tried out count, too: {error}", "tried out")
+
     def _state(self) -> dict[str, Any]:
         """Return the state of the run's metrics; on every rank."""
         self._drain()
