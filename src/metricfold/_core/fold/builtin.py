@@ -3,6 +3,8 @@
                     SUM lanes                          MAX lanes     besides
     SUM, RATE       sum
     MEAN            weighted_sum, weight
+    MEAN, spread    weighted_sum, weight, and of the values that came one by one: each_sum,
+                    each_weight, squares, weight_squares
     MAX                                                max
     MIN                                                negative_min
     LAST                                               last
@@ -19,6 +21,7 @@ import logging
 import math
 import reprlib
 from copy import copy
+from dataclasses import replace
 from functools import cached_property
 from numbers import Real
 from operator import mul
@@ -26,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from metricfold._core.fold.contract import CountsWriting, MeanWriting, SampleWriting
+from metricfold._core.fold.contract import CountsWriting, MeanWriting, SampleWriting, Writing
 from metricfold._core.fold.elements import ELEMENT_TYPES
 from metricfold._core.fold.handlers import AggregationHandler, LaneHandler, check_choice
 from metricfold._core.fold.names import ANYTHING, show
@@ -114,10 +117,13 @@ class RateAggHandler(SumAggHandler):
 class MeanAggHandler(LaneHandler):
     """Weighted mean: sum(w * x) / sum(w) over the values of all ranks."""
 
-    sum_lanes = ("weighted_sum", "weight")
+    sum_lanes: ClassVar[tuple[str, ...]] = ("weighted_sum", "weight")
     weighted = True
     is_mean = True
-    writing = MeanWriting()
+    writing: ClassVar[Writing] = MeanWriting()
+
+    def goes_on_from(self, sums: int) -> bool:
+        return sums in _MEAN_WIDTHS
 
     def sums_of(self, values: FloatArray, weights: FloatArray | None) -> tuple[float, ...]:
         if weights is None:
@@ -141,6 +147,76 @@ class MeanAggHandler(LaneHandler):
 
     def results(self, lanes: Mapping[str, Any]) -> FloatArray:
         return np.where(lanes["weight"] == 0, math.nan, lanes["weighted_sum"] / lanes["weight"])
+
+
+class SpreadMeanAggHandler(MeanAggHandler):
+    """Weighted mean, and its standard error: of the values that came one by one, as if drawn at random.
+
+    What has been folded without squares (on a device, by a data worker, in an earlier checkpoint) is in
+    the mean, but says nothing of its error.
+    """
+
+    sum_lanes = (
+        *MeanAggHandler.sum_lanes,
+        *("each_sum", "each_weight", "squares", "weight_squares"),
+    )
+    writing = Writing()
+
+    def sums_of(self, values: FloatArray, weights: FloatArray | None) -> tuple[float, ...]:
+        total, weight = super().sums_of(values, weights)
+        weighing = np.ones_like(values) if weights is None else weights
+        squares = float(weighing @ values**2), float(weighing @ weighing)
+        return total, weight, total, weight, *squares
+
+    def lanes_of_each(self, values: FloatArray, weights: FloatArray) -> OfEach:
+        total = values * weights
+        return (total, weights, total, weights, total * values, weights**2), ()
+
+    def fold_listed(self, values: Sequence[float], weights: Sequence[float] | None) -> State:
+        state = super().fold_listed(values, weights)
+        if len(state.sums) == self.sum_width:  # something is not finite
+            return state
+        weighing = (1.0,) * len(values) if weights is None else weights
+        squares = sum(map(mul, weighing, map(mul, values, values)))
+        lanes = (*state.sums, *state.sums[-2:], squares, sum(map(mul, weighing, weighing)))
+        return replace(state, sums=tuple(map(float, lanes)))
+
+    def fitted(self, state: State) -> State:
+        if not state.axes:
+            return replace(state, sums=(*state.sums, *(0.0,) * (self.sum_width - len(state.sums))))
+        sums = np.zeros((len(state.sums), self.sum_width))
+        sums[:, : len(COMMON_LANES) + len(MeanAggHandler.sum_lanes)] = state.sums
+        return State.of_cells(sums, np.asarray(state.maxs), state.axes, state.places)
+
+    def suffixes(self) -> tuple[str, ...]:
+        return *super().suffixes(), "_weight", "_stderr"
+
+    def finalize(self, state: ReducedState) -> dict[str, float]:
+        return self._finalized(state)
+
+    def columns(self, categories: tuple[str, ...]) -> tuple[str, ...]:
+        return *super().columns(categories), "_weight", "_stderr"
+
+    def finalize_all(self, states: ReducedStates) -> Results:
+        values, there = super().finalize_all(states)
+        weight = states.sums[:, self.lane_names.index("weight")]
+        each_sum, each_weight, squares, weight_squares = states.sums[:, -4:].T
+        with np.errstate(all="ignore"):
+            # So many values of equal weights would say as much (Kish).
+            number = each_weight**2 / weight_squares
+            variance = np.maximum(squares / each_weight - (each_sum / each_weight) ** 2, 0.0)
+            errors = np.sqrt(variance / (number - 1))
+            known = there[:, 0] & np.isfinite(values[:, 0]) & (number > 1 + _ROUNDED)
+        more = np.stack([weight, np.where(known, errors, math.nan)], axis=1)
+        return np.hstack([values, more]), np.hstack([there, there[:, :1], known[:, np.newaxis]])
+
+
+_ROUNDED = 1e-9
+"""A number of values that exceeds 1 by no more is 1."""
+
+_MEAN_WIDTHS = {
+    len(COMMON_LANES) + len(kind.sum_lanes) for kind in (MeanAggHandler, SpreadMeanAggHandler)
+}
 
 
 class _ExtremeAggHandler(LaneHandler):
@@ -397,11 +473,14 @@ def built_in_handlers(
     on_nan: str = "propagate",
     max_categories: int = 1000,
     on_bad_name: str = "replace",
+    *,
+    spread: bool = False,
 ) -> dict[TypeLike, AggregationHandler]:
     """Return a handler for every type that has one from the start."""
+    mean = SpreadMeanAggHandler if spread else MeanAggHandler
     return {
         AggregationType.SUM: SumAggHandler(on_nan=on_nan),
-        AggregationType.MEAN: MeanAggHandler(on_nan=on_nan),
+        AggregationType.MEAN: mean(on_nan=on_nan),
         AggregationType.MAX: MaxAggHandler(on_nan=on_nan),
         AggregationType.MIN: MinAggHandler(on_nan=on_nan),
         AggregationType.LAST: LastAggHandler(on_nan=on_nan),
@@ -472,7 +551,11 @@ def check_on_bad_name(on_bad_name: str) -> str:
     return check_choice("on_bad_name", on_bad_name, "replace", "refuse")
 
 
-_BUILT_IN = {*map(type, built_in_handlers().values()), *ELEMENT_TYPES.values()}
+_BUILT_IN = {
+    *map(type, built_in_handlers().values()),
+    SpreadMeanAggHandler,
+    *ELEMENT_TYPES.values(),
+}
 _REPLACEABLE = {
     name
     for kind in _BUILT_IN

@@ -280,6 +280,14 @@ class LaneHandler(AggregationHandler):
         """
         return sums, maxs
 
+    def goes_on_from(self, sums: int) -> bool:
+        """Whether a saved state may have so many SUM lanes, of which the first are the same as here."""
+        return sums == self.sum_width
+
+    def fitted(self, state: State) -> State:
+        """Return a state that was folded elsewhere, by the built-in handler of its type, in the lanes here."""
+        return state
+
     def fold_listed(self, values: Sequence[Any], weights: Sequence[float] | None) -> State:
         """Return the state of a list of what the handler `takes`; as `fold`."""
         with quiet():

@@ -92,6 +92,10 @@ class MetricsAggregator:
             ``"auto"``: the tree where a gather would move more than 4 MiB in all.
         by: which axes of metrics remain in what is logged, as in `Snapshot.as_dict`, such as
             ``{"expert_tokens": "layer"}``.
+        spread: let each MEAN report ``{name}_weight``, the sum of its weights, and ``{name}_stderr``, the
+            standard error of the mean as if its values had been drawn at random, once there are two. It
+            is about the values that came one by one: what a device or a data worker has folded is in the
+            mean alone, and so is what a checkpoint without it brings.
         communicator: moves vectors between ranks; default: found by what is initialised.
 
     `update` and `record` never wait for a device. The calls that talk to other ranks (`reduce`,
@@ -118,11 +122,12 @@ class MetricsAggregator:
         on_bad_name: str = "replace",
         route: str = "auto",
         by: By = (),
+        spread: bool = False,
         communicator: Communicator | None = None,
     ) -> None:
         guard_default_collate()
         built_in = built_in_handlers(
-            dist_window_size, percentiles, on_nan, max_categories, on_bad_name
+            dist_window_size, percentiles, on_nan, max_categories, on_bad_name, spread=spread
         )
         keys = KeyTable({**built_in, **element_handlers(on_nan)})
         if name is not None:

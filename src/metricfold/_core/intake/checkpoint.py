@@ -22,7 +22,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import index
 from typing import Any, TypeAlias
 
@@ -109,6 +109,16 @@ class Saved:
         custom = {"run": custom["run"], "interval": []}
         return cls(reduced.run, Totals.empty(reduced.schema), windows, custom, reduced.reductions)
 
+    def fitted(self, keys: KeyTable) -> Saved:
+        """Return the same with the SUM lanes that the handlers here have, where these go on from others."""
+        schema = self.run.schema
+        changed = [*filter(None, map(keys.fitted, schema))]
+        if not changed:
+            return self
+        schema = schema.grown(changed)
+        run, interval = (one.fitted(schema) for one in (self.run, self.interval))
+        return replace(self, run=run, interval=interval)
+
 
 @dataclass(frozen=True, slots=True)
 class Restored:
@@ -132,6 +142,7 @@ class Restored:
             ValueError: a metric's handler is missing or is another one, or a state is such that later
                 calls would fail on it.
         """
+        saved = saved.fitted(keys)
         labels = [
             ((state["dataset"], state["name"]), state["type"])
             for states in saved.custom.values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import compress
 from operator import attrgetter
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from metricfold._core.fold import hints
 from metricfold._core.fold.axes import described
 from metricfold._core.fold.batch import MetricBatch
-from metricfold._core.fold.builtin import built_in_handlers, folds_as
+from metricfold._core.fold.builtin import SpreadMeanAggHandler, built_in_handlers, folds_as
 from metricfold._core.fold.columns import Column, check_same_type, fold_metrics
 from metricfold._core.fold.elements import ELEMENT_TYPES
 from metricfold._core.fold.handlers import AggregationHandler
@@ -188,7 +188,8 @@ class KeyTable:
             if column.state is not None:
                 handler = self.handler_of(column.key, column.agg_type)
                 _check_built_in(column.key, column.agg_type, handler, "by MetricsCollator")
-                columns.append(column)
+                assert handler is not None
+                columns.append(replace(column, state=handler.laned().fitted(column.state)))
             elif column.metrics:
                 with quiet():
                     columns += fold_metrics(column.metrics, self.handler_of, in_worker=False)
@@ -439,6 +440,18 @@ class KeyTable:
                 )
         return admission
 
+    def fitted(self, entry: Entry) -> Entry | None:
+        """Return how a saved key travels here, if with more or fewer lanes than it was saved with."""
+        label = self._of_label.get(entry.type)
+        known = self.records.get(entry.key)
+        handler = self.handlers.get(label) if known is None else known.handler  # type: ignore[arg-type]
+        if handler is None or not handler.has_lanes or not entry.sums:
+            return None
+        usual = _usual_entry(handler, entry.type, described(entry.axes))
+        if usual.sums == entry.sums or not handler.laned().goes_on_from(entry.sums):
+            return None
+        return entry._replace(kind=usual.kind, suffixes=usual.suffixes)
+
     def commit_saved(self, entries: Iterable[Entry], admission: Admission) -> None:
         self.commit(admission)
         for entry in entries:
@@ -450,7 +463,8 @@ def _check_built_in(
     key: Key, agg_type: TypeLike, handler: AggregationHandler | None, where: str
 ) -> None:
     """Raise ValueError if what was folded elsewhere is not folded alike here."""
-    if folds_as(handler) is not _BUILT_IN[agg_type]:
+    folded = folds_as(handler)
+    if folded is not _BUILT_IN[agg_type] and folded is not SpreadMeanAggHandler:
         raise ValueError(
             f"{show(key)} was folded {where}, which knows the built-in handlers only, but this "
             f"aggregator has another handler for {type_label(agg_type)!r}: {INSTEAD}"

@@ -118,7 +118,8 @@ class Layer:
         for drained in self.drained:
             try:
                 for key, state in drained.arrive():
-                    found.setdefault(key, []).append(state)
+                    fitted = records[key].handler.laned().fitted(state)
+                    found.setdefault(key, []).append(fitted)
             except Exception as error:  # noqa: BLE001 - such as an error of the device
                 errors.append(f"an accumulator could not be read from its device: {error!r}")
         states = {**self.states}

@@ -100,6 +100,24 @@ class Totals:
         moved.owners[max_lanes], moved.tied[max_lanes] = self.owners, self.tied
         return replace(moved, seconds=self.seconds, pools=self.pools)
 
+    def fitted(self, schema: Schema) -> Totals:
+        """Return the same where keys have more SUM lanes than before, or fewer: the first remain."""
+        if schema is self.schema:
+            return self
+        fitted = Totals.empty(schema)
+        for key, entry in schema.entries.items():
+            known = self.schema.entries[key]
+            here, there = schema.sums[key], self.schema.sums[key]
+            for new, old in ((fitted.sums, self.sums), (fitted.lost, self.lost)):
+                if entry.sums == known.sums:
+                    new[here] = old[there]
+                    continue
+                width = min(entry.sums, known.sums)
+                cells = (one.reshape(entry.cells, -1) for one in (new[here], old[there]))
+                into, given = cells
+                into[:, :width] = given[:, :width]
+        return replace(self, schema=schema, sums=fitted.sums, lost=fitted.lost)
+
     def plus(self, newer: Totals) -> Totals:
         """Add what came after: what one reduction has merged, or another job."""
         sums, lost = added_later(self.sums, self.lost + newer.lost, newer.sums)
