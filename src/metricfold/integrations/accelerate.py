@@ -15,14 +15,12 @@ rank to the others, is out of the question; `register` refuses it.
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from metricfold.integrations.phases import Phases
-from metricfold.sinks.loud import mention
+from metricfold.sinks.keywise import KeywiseSink
 from metricfold.sinks.record import Record
 from metricfold.sinks.selection import SelectiveSink, require
 
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
     from metricfold._core.intake.aggregator import MetricsAggregator
 
 __all__ = ["TrackerSink", "register", "sample_weights"]
-
-_log = logging.getLogger("metricfold")
 
 
 def register(
@@ -131,7 +127,7 @@ def sample_weights(accelerator: accelerate.Accelerator, samples: int) -> torch.T
     return weights
 
 
-class TrackerSink(SelectiveSink):
+class TrackerSink(KeywiseSink):
     """Hands scalars to the accelerator's trackers, as `accelerator.log` does, each by itself.
 
     Trackers take numbers and texts: histograms go to sinks of metricfold's own. Each tracker has a
@@ -176,16 +172,7 @@ class TrackerSink(SelectiveSink):
     def close(self) -> None:
         """Do nothing: `accelerator.end_training` ends the trackers."""
 
-    def rewind(self, step: int) -> None:
-        """Say in the log that trackers cannot take back what they were given."""
-        _log.warning(
-            "Accelerate's trackers cannot take back steps: what they hold after step %d is shown next "
-            "to what comes now. JSONLSink, TensorBoardSink and WandbSink can, as far as their backends "
-            "do",
-            step,
-        )
-
-    def _write(self, record: Record) -> None:
+    def _log(self, record: Record, values: dict[str, Any]) -> None:
         raise RuntimeError(
             "the accelerator's trackers were not there yet at the first log: call "
             "accelerator.init_trackers() before it"
@@ -201,51 +188,9 @@ class _Tracker(TrackerSink):
         # MLflow's active run belongs to the thread that has started it: on any other one,
         # mlflow.log_metrics starts another run.
         self._where = {"run_id": tracker.tracker.info.run_id} if tracker.name == "mlflow" else {}
-        self._refused: set[str] = set()  # keys, for good
-        self._at_hand = (-1, 0.0)  # step and time of a record that may have been taken in part
-        self._taken: set[str] = set()  # its keys that have been
 
     def __repr__(self) -> str:
         return f"TrackerSink({self._tracker.name!r})"
 
-    def _write(self, record: Record) -> None:
-        if self._at_hand != (record.step, record.wall_time):
-            self._at_hand, self._taken = (record.step, record.wall_time), set()
-        left_out = self._refused | self._taken
-        metrics = {key: one for key, one in record.metrics.items() if key not in left_out}
-        if not metrics:
-            return
-        try:
-            self._log(metrics)
-        except OSError:
-            raise
-        except BaseException as error:  # noqa: BLE001 - a package's own may be of any kind
-            self._log_each(metrics, error)
-
-    def _log(self, metrics: dict[str, float]) -> None:
-        self._tracker.log(metrics, step=self._at_hand[0], **self._where)
-
-    def _log_each(self, metrics: dict[str, float], error: BaseException) -> None:
-        """Log key by key, so that one that the tracker refuses costs the others nothing."""
-        left = list(metrics)
-        # Twice, for the tracker may only just have come back.
-        for _ in range(2):
-            left = [key for key in left if not self._takes(key, metrics[key])]
-        if not self._taken:
-            raise error
-        self._refused.update(key for key in left if math.isfinite(metrics[key]))
-        if left:
-            mention(
-                f"{self!r} does not take {', '.join(map(repr, left))}: {error!r}. Its other keys "
-                "are written"
-            )
-
-    def _takes(self, key: str, value: float) -> bool:
-        try:
-            self._log({key: value})
-        except OSError:
-            raise  # what is left of the record is tried again later
-        except BaseException:  # noqa: BLE001 - as above
-            return False
-        self._taken.add(key)
-        return True
+    def _log(self, record: Record, values: dict[str, Any]) -> None:
+        self._tracker.log(values, step=record.step, **self._where)

@@ -10,18 +10,26 @@ A backend's own package is imported when its sink first writes, so that the rank
 and the users who want none of it never pay for it.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from metricfold._core.runtime.published import publish
 from metricfold.sinks.console import ConsoleSink
 from metricfold.sinks.jsonl import JSONLSink, read_jsonl
 from metricfold.sinks.logger import MetricsLogger, SinkError
-from metricfold.sinks.record import Record, RecordRefused, Sink
+from metricfold.sinks.record import KeysRefused, Record, RecordRefused, Sink
 from metricfold.sinks.selection import SelectiveSink
 from metricfold.sinks.tensorboard import TensorBoardSink
 from metricfold.sinks.wandb import WandbSink
 
+if TYPE_CHECKING:
+    from metricfold.sinks.mlflow import MLflowSink
+
 __all__ = [
     "ConsoleSink",
     "JSONLSink",
+    "KeysRefused",
+    "MLflowSink",
     "MetricsLogger",
     "Record",
     "RecordRefused",
@@ -33,3 +41,14 @@ __all__ = [
     "read_jsonl",
 ]
 publish(globals())
+
+# By module; each is loaded when it is asked for.
+_LAZY = {"MLflowSink": "mlflow"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    publish({"__name__": __name__, "__all__": [name], name: found})
+    return found

@@ -16,7 +16,7 @@ from metricfold._core.fold import hints
 from metricfold._core.sketch import Histogram
 from metricfold.metric import check_name
 
-__all__ = ["Record", "RecordRefused", "Sink", "checked_numbers"]
+__all__ = ["KeysRefused", "Record", "RecordRefused", "Sink", "checked_numbers"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,13 +73,25 @@ class RecordRefused(ValueError):  # noqa: N818 - it says what becomes of the rec
     """
 
 
+class KeysRefused(RecordRefused):
+    """A sink's word that it has taken a record but for some of its keys, which are counted.
+
+    Args:
+        refused: why, for each key that is left out.
+    """
+
+    def __init__(self, refused: Mapping[str, BaseException]) -> None:
+        self.refused = dict(refused)
+        super().__init__(f"left out are {', '.join(map(repr, self.refused))}")
+
+
 @runtime_checkable
 class Sink(Protocol):
     """Anything with these four methods; subclass `SelectiveSink` for ``select=`` and ``key_format=``.
 
     All four are called from one thread, which belongs to this sink alone. What `write` raises says
     what becomes of the record: by an `OSError` it is held and offered again, by a `RecordRefused`
-    or another error of values it is skipped, and by any other error held until the next record
+    or another error of values it is skipped (by a `KeysRefused` but some of its keys), and by any other error held until the next record
     shows whether it was at fault. So one that fails should leave nothing half-written. Every rank
     makes the same sinks and rank 0 alone writes: open files in `write`, not in ``__init__``. One whose
     attribute ``arrays`` is False does not take `Record.arrays`, which are left out where none does.

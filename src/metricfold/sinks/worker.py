@@ -6,6 +6,7 @@ What a sink raises says what becomes of the record that it was given:
                                 wait as long as the queue has room
     RecordRefused, ValueError,  this record never: it is skipped, counted, and said once per cause
     TypeError, LookupError, ...
+    KeysRefused                 all but these keys have been written
     anything else               not now, unless the record after it is taken: then it was at fault
 
 The operating system and networks raise OSError, whatever else their errors are; what a package of
@@ -28,9 +29,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from metricfold._core.runtime.processes import start_thread
 from metricfold.sinks.loud import mention, say
-from metricfold.sinks.record import Record, Sink
+from metricfold.sinks.record import KeysRefused, Record, Sink
 
-__all__ = ["Consumer", "Patience", "Rewind", "SinkWorker", "error_of", "name_of"]
+__all__ = ["THIS_RECORD", "Consumer", "Patience", "Rewind", "SinkWorker", "error_of", "name_of"]
 
 FLUSH_SECONDS = 1.0
 _PAUSES = (0.1, 0.4, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
@@ -41,9 +42,10 @@ _LOUD_AT_FIRST = 0.5  # seconds of failing after which it is said that nothing h
 _LOUD_LATER = 60.0
 _FAILING_SECONDS = 5.0
 """How long a sink that fails is waited for in the end; one that is slow has the caller's patience."""
+_MOST_KEYS = 10  # are named one by one
 _IN_A_ROW = 3  # so many records must fail in the last pass for the rest to be given up
 
-_THIS_RECORD = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
+THIS_RECORD = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
 _CANNOT_BE = (
     *(ImportError, PermissionError, FileNotFoundError, FileExistsError),
     *(NotADirectoryError, IsADirectoryError),
@@ -109,8 +111,10 @@ class SinkWorker(Consumer):
         self._written = 0  # this and the rest belong to this worker's thread
         self._skipped = 0
         self._lost = 0
+        self._partly = 0  # how many of the written ones lack keys
         self._missed = 0  # how many were missing at the flush before
         self._causes: dict[tuple[str, type], _Cause] = {}
+        self._keys: dict[str, _Cause] = {}  # that are left out of records
         self._said: set[str] = set()
         self._pending: deque[_Item] = deque()
         self._flushes: list[Flush] = []  # those of `_pending` that have no answer yet
@@ -170,7 +174,7 @@ class SinkWorker(Consumer):
         return self._closed
 
     def failures(self) -> int:
-        return self._missing() + len(self._said)
+        return self._missing() + self._partly + len(self._said)
 
     def failure(self) -> str:
         """Return what is missing, or why nothing is written; nothing as long as all is well."""
@@ -182,12 +186,15 @@ class SinkWorker(Consumer):
     def report(self, *, closed: bool) -> list[str]:
         """Return lines about what this sink, which is `closed` or hangs, has not got; none if all."""
         lost = self._missing() - self._skipped + self._waiting()
-        if not self._skipped and not lost and not self._causes:
+        if not self._skipped and not lost and not self._causes and not self._keys:
             return []
+        keys = [*self._keys.values()]
         lines = [
             f"{self._name}: {self._written} written, {self._skipped} skipped, {lost} lost",
-            *(f"    {cause}" for cause in self._causes.values()),
+            *(f"    {cause}" for cause in (*self._causes.values(), *keys[:_MOST_KEYS])),
         ]
+        if keys[_MOST_KEYS:]:
+            lines.append(f"    and {len(keys) - _MOST_KEYS} more keys")
         if self._refused:
             lines.append(f"    {self._refused} x left out, for too many waited already")
         if self._unmade:
@@ -280,7 +287,10 @@ class SinkWorker(Consumer):
         # Asked for first: a network's errors may be ValueErrors, too.
         if isinstance(error, OSError):
             return error
-        if isinstance(error, _THIS_RECORD):
+        if isinstance(error, KeysRefused):
+            self._leave_out(error, item.step)
+            error = None
+        if isinstance(error, THIS_RECORD):
             self._skip(item, error)
         elif error is None:
             trouble, first = self._trouble, item is self._pending[0]
@@ -289,7 +299,7 @@ class SinkWorker(Consumer):
             self._written += is_record
             if self._flush_due == math.inf:
                 self._flush_due = time.monotonic() + FLUSH_SECONDS * is_record
-        return None if isinstance(error, _THIS_RECORD) else error
+        return None if isinstance(error, THIS_RECORD) else error
 
     def _ask_next(self, trouble: _Trouble) -> None:
         """Offer the record behind those that fail: if it is taken, they were at fault."""
@@ -331,7 +341,7 @@ class SinkWorker(Consumer):
         return True
 
     def _answer(self, flush: Flush, *, well: bool) -> None:
-        missing = self._missing()
+        missing = self._missing() + self._partly
         flush.well = well and missing == self._missed
         self._missed = missing
         self._flushes.remove(flush)
@@ -366,6 +376,20 @@ class SinkWorker(Consumer):
     def _skip(self, item: Record | Rewind, error: BaseException) -> None:
         self._note(_method(item), error, item.step)
         self._skipped += isinstance(item, Record)
+
+    def _leave_out(self, error: KeysRefused, step: int) -> None:
+        """Count the keys that are left out of a record, and say it the first time."""
+        self._partly += 1
+        new = [repr(key) for key in error.refused if key not in self._keys]
+        for key, why in error.refused.items():
+            self._keys.setdefault(key, _Cause(f"without {key!r}", why, step)).add(why, step)
+        if new and self._closing_since == math.inf:
+            more = f" and {len(new) - _MOST_KEYS} more" if new[_MOST_KEYS:] else ""
+            why = next(iter(error.refused.values()))
+            mention(
+                f"{self._name} does not take {', '.join(new[:_MOST_KEYS])}{more}: {why!r}. Other keys "
+                "are written, and how often these are left out is said in the end"
+            )
 
     def _note(self, method: str, error: BaseException, step: int | None = None) -> None:
         """Count what is left out for `error`, and say it the first time."""
