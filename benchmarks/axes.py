@@ -16,7 +16,7 @@ from metricfold._core.fold.state import State
 from metricfold._core.reduce.wire import Outgoing, Wire
 from metricfold.sinks import Record
 from metricfold.sinks.heat_map import heat_map, png
-from metricfold.sinks.jsonl import encoded
+from metricfold.sinks.lines import encoded
 from metricfold.torch import DeviceAccumulator
 
 _LAYERS, _EXPERTS, _RANKS = 60, 256, 8

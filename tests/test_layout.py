@@ -31,7 +31,18 @@ ORDER = (
         "_core.fold",
     ),
     *("_core.device", "_core.reduce", "communicator", "_core.exchange", "_core.view"),
-    *("_core.intake", "alerts", "data", "torch", "jax", "sinks", "integrations", "demo", "cli"),
+    *(
+        "_core.intake",
+        "alerts",
+        "data",
+        "torch",
+        "jax",
+        "sinks",
+        "integrations",
+        "look",
+        "demo",
+        "cli",
+    ),
 )
 """Folders and modules, the lowest first. Of a folder's module that stands here itself, that counts."""
 
@@ -133,6 +144,7 @@ PUBLIC = (
     "metricfold.data",
     "metricfold.histogram",
     "metricfold.jax",
+    "metricfold.look",
     "metricfold.sinks",
     "metricfold.torch",
 )

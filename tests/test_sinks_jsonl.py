@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from metricfold._core.sketch import Histogram
 from metricfold.metric import is_name
 from metricfold.sinks import JSONLSink, MetricsLogger, Record, read_jsonl, worker
-from metricfold.sinks.jsonl import _LONGEST
+from metricfold.sinks.lines import LONGEST
 
 
 def record(step, **metrics):
@@ -326,7 +326,7 @@ def test_a_line_longer_than_any_record_is_refused_before_it_is_in_memory(tmp_pat
     path = tmp_path / "run.jsonl"
     write(path, record(1))
     with path.open("ab") as file:
-        file.truncate(2 * _LONGEST)  # of NULs, which take no room on the disk
+        file.truncate(2 * LONGEST)  # of NULs, which take no room on the disk
     with pytest.raises(ValueError, match=r"run\.jsonl, line 2 is longer than"):
         read_jsonl(path)
 

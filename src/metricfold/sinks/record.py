@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from numbers import Real
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,7 +16,24 @@ from metricfold._core.fold import hints
 from metricfold._core.sketch import Histogram
 from metricfold.metric import check_name
 
-__all__ = ["KeysRefused", "Record", "RecordRefused", "Sink", "checked_numbers"]
+__all__ = ["KeysRefused", "Meaning", "Record", "RecordRefused", "Sink", "checked_numbers"]
+
+
+class Meaning(NamedTuple):
+    """What a key stands for, which its text alone does not tell: names may hold ``_`` and ``/``.
+
+    Args:
+        dataset: empty: of a metric without one, or of all of them together.
+        name: of the metric.
+        statistic: what `Snapshot.value` calls it, such as ``"p50"`` or a category; empty if the metric
+            is one number.
+        aggregation: the type, such as ``"mean"``, or ``"derived"``; None where that is not known.
+    """
+
+    dataset: str
+    name: str
+    statistic: str = ""
+    aggregation: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,9 +51,11 @@ class Record:
             each axis, and ``"values"``, an array with a dimension for each axis, as `Snapshot.array`
             returns it. They are there if one of the sinks takes them.
         alerts: what was found in these metrics, each as JSON objects have it.
-        run: in a process's first record what is known of the run, as a JSON object has it.
+        run: in a process's first record, and in the first one after a `rewind`, what is known of the
+            run, as a JSON object has it.
+        keys: what keys stand for, of those that an aggregator or a snapshot has printed.
 
-    A sink that does not know the last three may leave them.
+    A sink that does not know the last four may leave them.
     """
 
     step: int
@@ -47,6 +66,7 @@ class Record:
     arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     run: dict[str, Any] | None = None
+    keys: dict[str, Meaning] = field(default_factory=dict)
 
     # The comparison that a dataclass has by itself fails on the arrays of a histogram.
     def __eq__(self, other: object) -> bool:
