@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from metricfold.integrations.phases import Phases
+from metricfold.integrations.phases import Saved
 from metricfold.sinks.keywise import KeywiseSink
 from metricfold.sinks.record import Record
 from metricfold.sinks.selection import SelectiveSink, require
@@ -75,14 +75,16 @@ def register(
     accelerator.register_for_checkpointing(_Checkpointed(aggregator, accumulators))
 
 
-class _Checkpointed(Phases):
+class _Checkpointed(Saved):
     """What Accelerate saves and loads, on every rank."""
+
+    _framework = "accelerate"
 
     def __init__(self, aggregator: MetricsAggregator, accumulators: Sequence[Accumulator]) -> None:
         self.aggregator = aggregator
         self.accumulators = [*accumulators]
 
-    state_dict, load_state_dict = Phases._state, Phases._load  # noqa: SLF001 - of its own base
+    state_dict, load_state_dict = Saved._state, Saved._load  # noqa: SLF001 - of its own base
 
 
 def sample_weights(accelerator: accelerate.Accelerator, samples: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
@@ -17,26 +18,16 @@ from metricfold._core.view.snapshot import Snapshot
 if TYPE_CHECKING:
     from metricfold._core.device.rows import Accumulator
 
-__all__ = ["Phases"]
+__all__ = ["Phases", "Saved"]
 
 _log = logging.getLogger("metricfold")
 
 
-class Phases:
-    """Metrics of a training, and of the evaluation under way; part of what a trainer knows.
-
-    Attributes:
-        accumulators: accumulators on the device, and `ModelWatch`es, of your own, to be read when there is a log, a
-            checkpoint or the end of an evaluation.
-        alerts: what rules have found, in the last log in which they found something.
-    """
+class Saved:
+    """An aggregator and the accumulators that are drained into it, saved and loaded as one."""
 
     accumulators: list[Accumulator]
-    alerts = Alerts()
-    _stop_on: Severity | None = None
     _framework: str
-    _so_that_they_count = ""
-    _evaluating = False
 
     # An aggregator belongs to its process. Made when it is first asked for, it is made by the
     # processes that Lightning's `strategy="ddp_spawn"` and those of notebooks start.
@@ -46,14 +37,9 @@ class Phases:
         """What training has brought: add to it as you like, such as by `record` in a step."""
         return MetricsAggregator(name=f"{self._framework}-train")
 
-    @cached_property
-    def eval_aggregator(self) -> MetricsAggregator:
-        """What the evaluation under way has brought; each starts with none."""
-        return MetricsAggregator(name=f"{self._framework}-eval")
-
     @property
     def _into(self) -> MetricsAggregator:
-        return self.eval_aggregator if self._evaluating else self.aggregator
+        return self.aggregator
 
     @property
     def _all_accumulators(self) -> list[Accumulator]:
@@ -62,6 +48,51 @@ class Phases:
     def _drain(self) -> None:
         for accumulator in self._all_accumulators:
             self._into.drain(accumulator)
+
+    def _state(self) -> dict[str, Any]:
+        """Return the state of the run's metrics; on every rank."""
+        self._drain()
+        return self.aggregator.state_dict()
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self._drain()  # which is then replaced, like all that has come in
+        self.aggregator.load_state_dict(state)
+
+
+class Phases(Saved, ABC):
+    """Metrics of a training, and of the evaluation under way; part of what a trainer knows.
+
+    Attributes:
+        accumulators: accumulators on the device, and `ModelWatch`es, of your own, to be read when there is a log, a
+            checkpoint or the end of an evaluation.
+        alerts: what rules have found, in the last log in which they found something.
+    """
+
+    alerts = Alerts()
+    _stop_on: Severity | None = None
+    _so_that_they_count = ""
+    _evaluating = False
+
+    # -- What a trainer has to say
+
+    @abstractmethod
+    def _stop(self) -> None:
+        """Let the trainer end the training after this step."""
+
+    @abstractmethod
+    def _is_first(self) -> bool:
+        """Whether this rank warns for all."""
+
+    # -- Phases
+
+    @cached_property
+    def eval_aggregator(self) -> MetricsAggregator:
+        """What the evaluation under way has brought; each starts with none."""
+        return MetricsAggregator(name=f"{self._framework}-eval")
+
+    @property
+    def _into(self) -> MetricsAggregator:
+        return self.eval_aggregator if self._evaluating else self.aggregator
 
     def _reduced(self, step: int) -> Snapshot:
         """Reduce what the phase under way has brought; on every rank."""
@@ -85,10 +116,6 @@ class Phases:
         if self._stop_on and (alerts if self._stop_on == "warning" else alerts.severe):
             self._warn(f"training stops at step {step}, for stop_on={self._stop_on!r}")
             self._stop()
-
-    def _stop(self) -> None:
-        """Let the trainer end the training after this step."""
-        raise NotImplementedError
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
@@ -122,15 +149,6 @@ class Phases:
                 except ValueError as error:
                     self._warn(f"steps that are only tried out count, too: {error}", "tried out")
 
-    def _state(self) -> dict[str, Any]:
-        """Return the state of the run's metrics; on every rank."""
-        self._drain()
-        return self.aggregator.state_dict()
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self._drain()  # which is then replaced, like all that has come in
-        self.aggregator.load_state_dict(state)
-
     # -- What is said
 
     def _without_theirs(
@@ -149,10 +167,6 @@ class Phases:
     @cached_property
     def _said(self) -> set[str]:
         return set()
-
-    def _is_first(self) -> bool:
-        """Whether this rank warns for all."""
-        raise NotImplementedError
 
     def _warn(self, message: str, *about: str) -> None:
         """Warn on the first rank; once, if all that it is about has been said before."""
