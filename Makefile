@@ -15,7 +15,7 @@ WORKERS ?= $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + 1,
 # What pytest knows of the tests that failed and have not passed since.
 FAILED := .pytest_cache/v/cache/lastfailed
 
-.PHONY: demo test campaign lint bench gpu-check clean
+.PHONY: demo test campaign lint bench gpu-check check-minimums clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -71,6 +71,10 @@ bench: $(BENCH_STAMP)  ## BENCH_ARGS="--quick" shows in a minute that everything
 gpu-check: $(STAMP)  ## what only a GPU can show; GPU_ARGS="--only steps" and the like pass through
 	@echo "==> waits, kernels, steps, a watched model, a trace, ranks and JAX on the GPU: ratios measured side by side"
 	@PYTHONPATH=tests $(BIN)/python -m gpu_check $(GPU_ARGS)
+
+check-minimums: $(STAMP)  ## the tests of each extra at its oldest versions, in environments of their own; MINIMUMS_ARGS="datasets" and the like pass through
+	@echo "==> the oldest versions that pyproject.toml claims: a table"
+	@PYTHONPATH=tests $(BIN)/python -m check_minimums $(MINIMUMS_ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs
