@@ -17,7 +17,7 @@ from metricfold._core.runtime.published import publish
 from metricfold.sinks.console import ConsoleSink
 from metricfold.sinks.jsonl import JSONLSink, read_jsonl
 from metricfold.sinks.logger import MetricsLogger, SinkError
-from metricfold.sinks.record import KeysRefused, Record, RecordRefused, Sink
+from metricfold.sinks.record import KeysRefused, Meaning, Record, RecordRefused, Sink
 from metricfold.sinks.selection import SelectiveSink
 from metricfold.sinks.tensorboard import TensorBoardSink
 from metricfold.sinks.wandb import WandbSink
@@ -30,6 +30,7 @@ __all__ = [
     "JSONLSink",
     "KeysRefused",
     "MLflowSink",
+    "Meaning",
     "MetricsLogger",
     "Record",
     "RecordRefused",

@@ -12,7 +12,9 @@ import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from metricfold.sinks.files import AppendFile, FileSink
 from metricfold.sinks.lines import (
@@ -26,7 +28,7 @@ from metricfold.sinks.lines import (
     parsed,
 )
 from metricfold.sinks.loud import mention
-from metricfold.sinks.record import Record
+from metricfold.sinks.record import Meaning, Record
 
 __all__ = ["JSONLSink", "read_jsonl"]
 
@@ -60,6 +62,8 @@ class JSONLSink(FileSink):
         self.arrays = arrays
         self.path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
         self._end = 0  # where the file ended when this sink last saw it
+        self._header: dict[str, Any] | None = None  # what is known of the run
+        self._begin_telling()
 
     def __repr__(self) -> str:
         return f"JSONLSink({str(self.path)!r})"
@@ -68,6 +72,7 @@ class JSONLSink(FileSink):
         """Cut the lines of the steps after `step` out of the file."""
         if not self.path.exists():
             return
+        self._begin_telling()
         with self._held() as file:
             if not file.regular:
                 raise ValueError(f"{self.path} is a terminal or a pipe, which cannot be rewound")
@@ -86,7 +91,20 @@ class JSONLSink(FileSink):
 
     def _write(self, record: Record) -> None:
         with self._held() as file:
-            file.write(encoded(record))
+            if record.run is not None:
+                self._header, self._headed = record.run, False
+            # Each once, and again in another file and after a `rewind`, which may have cut them.
+            told = self._told.setdefault(record.prefix, set())
+            keys = {key: said for key, said in record.keys.items() if key not in told}
+            run = None if self._headed else self._header
+            file.write(encoded(replace(record, keys=keys, run=run)))
+            told.update(keys)
+            self._headed = True
+
+    def _begin_telling(self) -> None:
+        """Take it that the file has been told nothing: it is new, or what told it may have been cut."""
+        self._told: dict[str, set[str]] = {}  # the keys whose meaning it knows, by prefix
+        self._headed = False  # whether it knows what is known of the run
 
     @contextmanager
     def _held(self) -> Iterator[AppendFile]:
@@ -94,6 +112,8 @@ class JSONLSink(FileSink):
         file = self._opened()
         with file.guard:
             if file.size != self._end and file.regular:  # somebody has cut it, or written to it
+                if file.size < self._end:
+                    self._begin_telling()
                 _mend_last_line(file)
             yield file
             self._end = file.size
@@ -113,6 +133,7 @@ class JSONLSink(FileSink):
                 )
             undo.pop_all()
         self._end = -1
+        self._begin_telling()
         return file
 
 
@@ -128,11 +149,12 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
     path = Path(path)
     records: list[Record] = []
     torn: list[int] = []
+    meanings: dict[str, dict[str, Meaning]] = {}  # of keys, by prefix; each is said once
     for line in lines_of(path):
         if line.text.isspace():
             continue
         if line.record is not None:
-            records.append(decoded(line.record, line, path))
+            records.append(decoded(line.record, line, path, meanings))
         elif not line.torn:
             raise no_record(line, path, "it has no whole number 'step', or no 'metrics'")
         elif line.text.endswith(b"\n"):

@@ -207,18 +207,25 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def decoded(record: dict[str, Any], line: Line, path: Path) -> Record:
-    """Return the record of a line of a file; raises ValueError where a part of it is none."""
+def decoded(
+    record: dict[str, Any], line: Line, path: Path, meanings: dict[str, dict[str, Meaning]]
+) -> Record:
+    """Return the record of a line of a file; raises ValueError where a part of it is none.
+
+    What keys stand for, by prefix, is said once in a file: it is taken from `meanings`, and put there.
+    """
     try:
+        prefix = _to("text", str, record.get("prefix", ""))  # older lines have none
+        known = meanings.setdefault(prefix, {})
+        known |= {key: to_meaning(said) for key, said in record.get("keys", {}).items()}
         read = Record(
             step=record["step"],
             wall_time=_finite(to_number(record["wall_time"])),
-            prefix=_to("text", str, record.get("prefix", "")),  # older lines have none
+            prefix=prefix,
             metrics={key: to_number(value) for key, value in record["metrics"].items()},
             histograms={key: to_histogram(value) for key, value in record["histograms"].items()},
             arrays={key: to_cells(value) for key, value in record.get("arrays", {}).items()},
             alerts=[_to_object(alert) for alert in record.get("alerts", [])],
-            keys={key: to_meaning(said) for key, said in record.get("keys", {}).items()},
             run=_to_object(record["run"]) if "run" in record else None,
         )
         # Refuse what no log has: it may be shown on a terminal next.
@@ -226,6 +233,8 @@ def decoded(record: dict[str, Any], line: Line, path: Path) -> Record:
             check_name("its prefix", read.prefix)
         for key in (*read.metrics, *read.histograms, *read.arrays):
             check_name("a key", key)
+            if key in known:
+                read.keys[key] = known[key]
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise no_record(line, path, f"{type(error).__name__}: {error}") from error
     return read

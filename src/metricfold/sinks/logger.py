@@ -25,6 +25,7 @@ from metricfold._core.view.snapshot import Snapshot
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.windows import WindowLike, check_window
 from metricfold.sinks.ends import SECONDS, look_after, unwatch, watch
+from metricfold.sinks.header import Header
 from metricfold.sinks.loud import mention
 from metricfold.sinks.pipeline import Entry, Extra, Pipeline
 from metricfold.sinks.record import Sink, checked_numbers
@@ -72,10 +73,19 @@ class MetricsLogger(OneInUse):
             same aggregator; where only dicts and snapshots are logged, rank 0 raises it.
         on_alert: called with each `Alert` that the rules of an aggregator find, on rank 0, on a thread
             of the logger; for what training itself is to do, look at what `log` returns.
+        config: the settings of the run, which sinks write with its first record, and `compare` and
+            trackers show: a dict, a dataclass, a namespace of argparse, or an object with ``to_dict``,
+            as it is now. It is written as it is: leave out what is secret.
+        name: what the run is called where runs are shown.
+        total_steps: how many steps there will be, so that what shows the run can say when it ends.
+        better: for names of metrics whether ``"higher"`` or ``"lower"`` is better, such as
+            ``{"accuracy": "higher"}``, for display alone. ``loss``, names that end in ``_loss``, and
+            ``perplexity`` are lower without it.
 
     Raises:
-        TypeError: something is not a sink.
-        ValueError: a `queue_size` below 1, or an unknown `on_sink_error`.
+        TypeError: something is not a sink, or `config` no configuration.
+        ValueError: a `queue_size` below 1, an unknown `on_sink_error`, an empty name, a number of steps
+            below 1, or what is neither ``"higher"`` nor ``"lower"``.
     """
 
     def __init__(
@@ -85,6 +95,10 @@ class MetricsLogger(OneInUse):
         queue_size: int = 1000,
         on_sink_error: str = "report",
         on_alert: Callable[[Alert], object] | None = None,
+        config: object = None,
+        name: str | None = None,
+        total_steps: SupportsIndex | None = None,
+        better: Mapping[str, str] | None = None,
     ) -> None:
         is_path = isinstance(sinks, str | os.PathLike)
         if is_path or not isinstance(sinks, Sequence):
@@ -102,6 +116,7 @@ class MetricsLogger(OneInUse):
         if on_alert is not None and not callable(on_alert):
             raise TypeError(f"on_alert={on_alert!r}: give a function of an Alert")
         self._on_alert = on_alert
+        self._header = Header.checked(config, name, total_steps, better)
         self._start()
 
     def _start(self) -> None:
@@ -462,7 +477,8 @@ class MetricsLogger(OneInUse):
 
     def _opened(self) -> Pipeline:
         if self._pipeline is None:
-            self._pipeline = Pipeline(self._sinks, self._queue_size, self._on_alert)
+            run = self._header.of_process()
+            self._pipeline = Pipeline(self._sinks, self._queue_size, self._on_alert, run)
         return self._pipeline
 
     def _in_use(self) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Set as AbstractSet
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, NamedTuple, TypeAlias, cast
 
+from metricfold._core.fold.names import Meaning
 from metricfold._core.runtime.processes import start_thread
 from metricfold._core.sketch import Histogram
 from metricfold._core.view.alert import Alert, Alerts
@@ -57,8 +58,12 @@ class Pipeline(Consumer):
         sinks: Sequence[Sink],
         queue_size: int,
         on_alert: Callable[[Alert], object] | None = None,
+        run: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self._header = None if run is None else dict(run)
+        self._headed = False  # whether the sinks have been told, and no rewind has taken it back
+        self._meanings: dict[str, dict[str, Meaning]] = {}  # of keys, by prefix
         self._on_alert = on_alert
         self._queue_size = queue_size
         parts = [
@@ -139,6 +144,7 @@ class Pipeline(Consumer):
             match item:
                 case Rewind(step):
                     self._watch.rewind(step)
+                    self._headed = False
                     for worker in self._workers:
                         worker.put(item)
                 case threading.Event():
@@ -176,6 +182,7 @@ class Pipeline(Consumer):
         try:
             extra = _extra(entry)
             arrays: dict[str, dict[str, Any]] = {}
+            meanings: dict[str, Meaning] = {}
             self._own |= extra.keys()
             if isinstance(entry.source, Future):
                 snapshot = entry.source.result()
@@ -187,6 +194,7 @@ class Pipeline(Consumer):
                     found = snapshot.arrays(entry.prefix, entry.window, rollup=entry.rollup)
                     # Not those of totals that are left out for what is logged under their names.
                     arrays = {key: one for key, one in found.items() if key in metrics}
+                meanings = self._told(entry.prefix, snapshot, [*metrics, *histograms, *arrays])
             else:
                 metrics, histograms = dict(entry.source), {}
                 self._own |= metrics.keys()
@@ -197,12 +205,30 @@ class Pipeline(Consumer):
             )
             together = metrics | extra | metrics
             said = [alert.to_json() for alert in _alerts_in(entry.source)]
+            run = None if self._headed else self._header
+            self._headed = True
             return Record(
-                entry.step, entry.wall_time, together, histograms, entry.prefix, arrays, said
+                entry.step,
+                entry.wall_time,
+                together,
+                histograms,
+                entry.prefix,
+                arrays,
+                said,
+                run,
+                meanings,
             )
         except BaseException:  # noqa: BLE001 - training must not die of it, least of all on one rank
             _log.exception("the metrics of step %d are left out", entry.step)
             return None
+
+    def _told(self, prefix: str, snapshot: Snapshot, keys: Sequence[str]) -> dict[str, Meaning]:
+        """Return what these keys stand for; each is looked into once."""
+        known = self._meanings.setdefault(prefix, {})
+        # Of an aggregator of the user's own making nothing is known.
+        if hasattr(snapshot, "meanings") and (new := [key for key in keys if key not in known]):
+            known |= snapshot.meanings(prefix, new)
+        return {key: known[key] for key in keys if key in known}
 
     def _tell(self, alerts: Alerts) -> None:
         if self._on_alert is None:

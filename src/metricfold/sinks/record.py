@@ -7,33 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from numbers import Real
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from metricfold._core.device.arrays import unwrapped
 from metricfold._core.fold import hints
+from metricfold._core.fold.names import Meaning
 from metricfold._core.sketch import Histogram
 from metricfold.metric import check_name
 
 __all__ = ["KeysRefused", "Meaning", "Record", "RecordRefused", "Sink", "checked_numbers"]
-
-
-class Meaning(NamedTuple):
-    """What a key stands for, which its text alone does not tell: names may hold ``_`` and ``/``.
-
-    Args:
-        dataset: empty: of a metric without one, or of all of them together.
-        name: of the metric.
-        statistic: what `Snapshot.value` calls it, such as ``"p50"`` or a category; empty if the metric
-            is one number.
-        aggregation: the type, such as ``"mean"``, or ``"derived"``; None where that is not known.
-    """
-
-    dataset: str
-    name: str
-    statistic: str = ""
-    aggregation: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

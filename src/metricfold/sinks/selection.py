@@ -55,6 +55,7 @@ class SelectiveSink(ABC):
         self._globs = globs
         # How many records had no key for us; None once one has, or a mistake has been said.
         self._unmatched: int | None = 0
+        self._run: dict[str, Any] | None = None
         self._format = key_format if callable(key_format) else _formatter(key_format)
         # key -> its name here and the place of the pattern that selects it, or None: not selected
         self._names: dict[str, tuple[str, int] | None] = {}
@@ -69,6 +70,8 @@ class SelectiveSink(ABC):
             check_name("the prefix of a record", record.prefix)
         if record.arrays and not self.arrays:
             record = replace(record, arrays={})
+        if record.run is not None:
+            self._run = record.run
         given = {name: getattr(record, name) for name in ("metrics", "histograms", "arrays")}
         chosen: dict[str, Any] = {name: self._renamed(values) for name, values in given.items()}
         found = any(chosen.values())
@@ -78,7 +81,10 @@ class SelectiveSink(ABC):
             if found or said_unmatched(self, self._globs, keys, self._unmatched):
                 self._unmatched = None
         if found or record.alerts:
-            self._write(replace(record, **chosen))
+            # What is known of the run goes with the first record that is written.
+            said = self._renamed(record.keys)
+            self._write(replace(record, keys=said, run=self._run, **chosen))
+            self._run = None
 
     def parts(self) -> Sequence[SelectiveSink]:
         """Return the sinks that this one stands for, each of which gets a thread of its own.

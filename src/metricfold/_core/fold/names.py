@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from metricfold.metric import check_name
 
@@ -13,6 +13,41 @@ ANYTHING = "\x00"
 
 Key: TypeAlias = tuple[str, str]
 """(dataset name, metric name); the dataset of a step's metric is empty."""
+
+
+class Meaning(NamedTuple):
+    """What a printed key stands for, which its text alone does not tell: names may hold ``_`` and ``/``.
+
+    Args:
+        dataset: empty: of a metric without one, or of all of them together.
+        name: of the metric.
+        statistic: what `Snapshot.value` calls it, such as ``"p50"`` or a category; empty if the metric
+            is one number.
+        aggregation: the type, such as ``"mean"``, or ``"derived"``; None where that is not known.
+    """
+
+    dataset: str
+    name: str
+    statistic: str = ""
+    aggregation: str | None = None
+
+
+_FORMS = ("_stat_{}", "_count_{}", "_{}")
+"""How a statistic is printed behind the name of its metric."""
+
+
+def suffixes_of(statistic: str) -> list[str]:
+    """Return what a statistic may be printed as behind the name of its metric."""
+    return [form.format(statistic) for form in _FORMS]
+
+
+def statistic_of(suffix: str) -> str:
+    """Return what `Snapshot.value` calls a statistic whose value is printed with `suffix`."""
+    for form in _FORMS:
+        beginning = form.format("")
+        if suffix.startswith(beginning):
+            return suffix.removeprefix(beginning).replace(ANYTHING, "")
+    return suffix
 
 
 def printed(key: Key) -> str:
@@ -106,6 +141,11 @@ class Claims:
     def owner(self, key: Key, suffix: str) -> Key | None:
         """Return another key that has claimed what `key` would print with `suffix`, if one has."""
         clash = self._claimed.clash(printed(key) + suffix, key)
+        return None if clash is None else clash[1]
+
+    def owner_of(self, text: str) -> Key | None:
+        """Return whose claim `text` is, after the prefix; a total's dataset is `ANYTHING`."""
+        clash = self._claimed.clash(text, ("", ""))
         return None if clash is None else clash[1]
 
     def derive(self, name: str) -> None:

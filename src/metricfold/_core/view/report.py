@@ -14,7 +14,7 @@ import numpy as np
 from metricfold._core.exchange.reducer import Reduced
 from metricfold._core.fold.custom import Result
 from metricfold._core.fold.handlers import AggregationHandler
-from metricfold._core.fold.names import ANYTHING, Claims, printed, show
+from metricfold._core.fold.names import ANYTHING, Claims, Meaning, printed, show, statistic_of
 from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import COUNT, ReducedState, quiet
 from metricfold._core.reduce.schema import Key
@@ -23,7 +23,7 @@ from metricfold._core.view.cells import By, Cells, Found
 from metricfold._core.view.derived import DerivedMetric, add_derived
 from metricfold._core.view.plan import Lanes, Plan
 from metricfold._core.view.rollup import DatasetTotals, Plans
-from metricfold._core.view.tables import Origin, Rollup, Table
+from metricfold._core.view.tables import Origin, Rollup, Table, levels_of
 from metricfold._core.view.windows import View, WindowLike, view_of
 from metricfold.metric import check_key, check_name
 
@@ -177,6 +177,43 @@ class Report:
         claims = Claims()
         claims.add((entry.key, entry.suffixes) for entry in self._reduced.schema)
         return claims
+
+    def meaning(self, text: str) -> Meaning:
+        """Return what something stands for that is printed, after the prefix."""
+        known = self._claimed(text)
+        if known is not None:
+            return known
+        place = (one for one in self._groups if text.startswith(printed((one, ""))))
+        dataset = next(place, "")
+        rest = text[len(printed((dataset, ""))) :]
+        if rest in self._handlers.derived:
+            return Meaning(dataset, rest, "", "derived")
+        if (dataset, rest) in self._types:  # which prints statistics alone
+            return Meaning(dataset, rest, "", self._types[dataset, rest])
+        # A total over some datasets is called as that over all, or a handler has named a result.
+        total = self._claimed(printed(("", rest)))
+        return Meaning(dataset, rest) if total is None else total._replace(dataset=dataset)
+
+    def _claimed(self, text: str) -> Meaning | None:
+        owner = self.claims.owner_of(text)
+        if owner is None:
+            return None
+        name = owner[1]
+        dataset = "" if owner[0] == ANYTHING else owner[0]
+        statistic = statistic_of(text.removeprefix(printed((dataset, name))))
+        return Meaning(dataset, name, statistic, self._types.get(owner) or self._types["", name])
+
+    @cached_property
+    def _types(self) -> dict[Key, str]:
+        """The type of each key, and of each name the first one."""
+        first = {("", entry.key[1]): entry.type for entry in reversed([*self._reduced.schema])}
+        return first | {entry.key: entry.type for entry in self._reduced.schema}
+
+    @cached_property
+    def _groups(self) -> list[str]:
+        """What may stand for a dataset in keys; what begins with another one comes before that."""
+        datasets = {entry.key[0] for entry in self._reduced.schema}
+        return sorted(datasets.union(*map(levels_of, datasets)), key=len, reverse=True)
 
     def _add_derived(
         self, shown: Table, window: WindowLike, *, rollup: Rollup, macro: bool

@@ -15,7 +15,7 @@ import fnmatch
 import logging
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar, overload
@@ -25,7 +25,15 @@ import numpy as np
 from metricfold._core.exchange.reducer import Reduced
 from metricfold._core.fold.axes import RANK
 from metricfold._core.fold.handlers import LaneHandler
-from metricfold._core.fold.names import ANYTHING, check_prefix, printed, repeated, show
+from metricfold._core.fold.names import (
+    Meaning,
+    check_prefix,
+    printed,
+    repeated,
+    show,
+    statistic_of,
+    suffixes_of,
+)
 from metricfold._core.fold.sample import FloatArray
 from metricfold._core.fold.state import COUNT, NANS, ReducedState
 from metricfold._core.reduce.schema import Key
@@ -54,8 +62,6 @@ _logger = logging.getLogger("metricfold")
 
 T = TypeVar("T")
 
-_FORMS = ("_stat_{}", "_count_{}", "_{}")
-"""How a statistic is printed behind the name of its metric."""
 _NO_ALERTS = Alerts()
 _BESIDE = "_nan_count"
 """What may come beside a value, also where there is none."""
@@ -65,7 +71,7 @@ _MOST_NAMED = 8
 """So many keys a message names."""
 
 
-@internal("cells_of_ranks", "not_shown", "shown_by")
+@internal("cells_of_ranks", "meanings", "not_shown", "shown_by")
 @uncompiled
 class Snapshot:
     """What all ranks had accumulated when they reduced; immutable, and the same on every rank.
@@ -223,7 +229,7 @@ class Snapshot:
         """
         check_window(window)
         suffixes, found = self._results((dataset or "", name), window)
-        wanted = [""] if stat is None else [form.format(stat) for form in _FORMS]
+        wanted = [""] if stat is None else suffixes_of(stat)
         for suffix in wanted:
             if suffix in found:
                 return found[suffix]
@@ -231,11 +237,11 @@ class Snapshot:
         if stat is None and "" not in printable and any(one != _BESIDE for one in printable):
             raise ValueError(
                 f"{show((dataset or '', name))} is more than one number: say which, such as "
-                f"stat={_stat_of(printable[0]) or 'a category'!r}"
+                f"stat={statistic_of(printable[0]) or 'a category'!r}"
             )
         known = (any(matches(one, suffix) for one in wanted) for suffix in printable)
         if stat is not None and printable and not any(known):
-            there = list(dict.fromkeys(_stat_of(suffix) for suffix in printable if suffix))
+            there = list(dict.fromkeys(statistic_of(suffix) for suffix in printable if suffix))
             near = difflib.get_close_matches(str(stat), there, n=len(there) or 1, cutoff=0.0)
             raise KeyError(
                 f"{show((dataset or '', name))} has no {stat!r}"
@@ -673,6 +679,10 @@ class Snapshot:
         cells = ["/".join(cell) for cell in cells_along(kept)]
         return {cell: ask(other, f"{name}/{cell}") for cell in cells}
 
+    def meanings(self, prefix: str, keys: Iterable[str]) -> dict[str, Meaning]:
+        """Return what keys that `as_dict`, `histograms` or `arrays` has given stand for."""
+        return {key: self._report.meaning(key.removeprefix(prefix)) for key in keys}
+
     def not_shown(self) -> list[str]:
         """Return what is asked for by axes, and cannot be, in words."""
         return [] if self._folding is None else self._folding.said(self._whole.rows)
@@ -788,12 +798,3 @@ class Snapshot:
         if text:
             self._handlers.warned.add(about)
             _logger.warning(text)
-
-
-def _stat_of(suffix: str) -> str:
-    """Return what `Snapshot.value` calls a statistic whose value is printed with `suffix`."""
-    for form in _FORMS:
-        beginning = form.format("")
-        if suffix.startswith(beginning):
-            return suffix.removeprefix(beginning).replace(ANYTHING, "")
-    return suffix
