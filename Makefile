@@ -15,7 +15,7 @@ WORKERS ?= $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + 1,
 # What pytest knows of the tests that failed and have not passed since.
 FAILED := .pytest_cache/v/cache/lastfailed
 
-.PHONY: demo test campaign lint bench gpu-check check-minimums clean
+.PHONY: demo test engines campaign lint bench gpu-check check-minimums clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -48,6 +48,9 @@ test: $(STAMP)  ## PYTEST_ARGS="tests/test_metric.py -x" and the like pass throu
 	! grep '\.py":' $(FAILED) || exit 1; \
 	echo "==> the tests that failed, once more: one at a time, with nothing beside them"; \
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -n 0 -m "" --last-failed --last-failed-no-failures=none && ! grep :: $(FAILED)
+
+engines: $(STAMP)  ## trainings by engines that take long to start
+	@METRICFOLD_ENGINES=1 $(BIN)/python -m pytest -p no:randomly -rs tests/test_engines.py $(PYTEST_ARGS)
 
 campaign: $(STAMP)  ## faults by the thousand, in a quarter of an hour; CAMPAIGN_ARGS="--seed 3 --quick ranks" and the like pass through
 	@echo "==> a campaign of faults: ranks, the store, signals, sinks, files, checkpoints"

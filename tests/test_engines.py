@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import run_ranks
+
+from metricfold import read_jsonl
 
 pytest.importorskip("torch")
 
@@ -18,7 +22,13 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples/engines"
 # The page's sections, the example of each, and what it needs.
 ON_RANKS = {"fabric_mixture": "lightning", "ignite_mixture": "ignite"}
-SECTIONS = {"Lightning Fabric": "fabric_mixture", "PyTorch Ignite": "ignite_mixture"}
+SECTIONS = {
+    "Lightning Fabric": "fabric_mixture",
+    "PyTorch Ignite": "ignite_mixture",
+    "Ray Train": "ray_train",
+}
+# Those that start a cluster, or whose packages change what others do: `make engines` runs them.
+by_request = pytest.mark.skipif("METRICFOLD_ENGINES" not in os.environ, reason="make engines")
 
 
 def train_on_rank(rank: int, folder: Path) -> dict[str, Any]:
@@ -51,6 +61,43 @@ def test_ours_is_the_truth_where_the_engine_has_a_mean_of_means(trained: Any, na
     for metric, value in theirs.items():
         assert value == pytest.approx(truth[metric], rel=0.1)
         assert value != pytest.approx(truth[metric], rel=1e-3)
+
+
+@by_request
+@pytest.mark.alone
+def test_a_worker_that_is_killed_under_ray_train_costs_no_total(tmp_path: Path) -> None:
+    """Ray starts all workers again, from its last checkpoint, which is not that of the last log."""
+    pytest.importorskip("ray.train")
+    with tempfile.TemporaryDirectory(
+        prefix="ray", dir="/tmp"
+    ) as folder:  # sockets' names are short
+        settings = {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled"}
+        said = run("ray_train", tmp_path, **settings)
+    assert "all went on after step 6" in said
+    theirs, ours, truth = columns(said)
+    assert ours == truth
+    assert theirs["all/loss"] != truth["all/loss"]
+    assert [record.step for record in read_jsonl(tmp_path / "log.jsonl")] == [4, 8]
+
+
+def run(name: str, folder: Path, **settings: str) -> str:
+    """Return what an example prints."""
+    ended = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), str(folder)],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def columns(said: str) -> list[dict[str, str]]:
+    """Return theirs, ours and the truth out of the table that an example prints."""
+    rows = re.findall(r"^(\w+/\w+) +(\S+) +(\S+) +(\S+)$", said, re.MULTILINE)
+    return [{row[0]: row[column] for row in rows} for column in (1, 2, 3)]
 
 
 def code(text: str) -> str:
