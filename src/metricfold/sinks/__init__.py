@@ -23,9 +23,12 @@ from metricfold.sinks.tensorboard import TensorBoardSink
 from metricfold.sinks.wandb import WandbSink
 
 if TYPE_CHECKING:
+    from metricfold.sinks.comet import CometSink
     from metricfold.sinks.mlflow import MLflowSink
+    from metricfold.sinks.trackio import TrackioSink
 
 __all__ = [
+    "CometSink",
     "ConsoleSink",
     "JSONLSink",
     "KeysRefused",
@@ -38,13 +41,14 @@ __all__ = [
     "Sink",
     "SinkError",
     "TensorBoardSink",
+    "TrackioSink",
     "WandbSink",
     "read_jsonl",
 ]
 publish(globals())
 
 # By module; each is loaded when it is asked for.
-_LAZY = {"MLflowSink": "mlflow"}
+_LAZY = {"CometSink": "comet", "MLflowSink": "mlflow", "TrackioSink": "trackio"}
 
 
 def __getattr__(name: str) -> Any:

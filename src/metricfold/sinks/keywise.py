@@ -77,6 +77,10 @@ class KeywiseSink(SelectiveSink):
         return True if isinstance(error, THIS_RECORD) else None
 
     def _write(self, record: Record) -> None:
+        if not -(2**63) <= record.step < 2**63:
+            raise RecordRefused(
+                f"step {record.step} is beyond the 64 bits that trackers have for it"
+            )
         name = record.step, record.wall_time, record.prefix
         taken = self._taken.setdefault(name, set())
         while len(self._taken) > _MOST_AT_HAND:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from metricfold.sinks.alert_text import key_of, text_of
 from metricfold.sinks.config import flattened
 from metricfold.sinks.keywise import KeywiseSink
 from metricfold.sinks.loud import mention
-from metricfold.sinks.record import Record, RecordRefused
+from metricfold.sinks.record import Record
 from metricfold.sinks.selection import require
 
 __all__ = ["MLflowSink"]
@@ -85,8 +86,6 @@ class MLflowSink(KeywiseSink):
         self._client = None
 
     def _write(self, record: Record) -> None:
-        if not -(2**63) <= record.step < 2**63:
-            raise RecordRefused(f"step {record.step} is beyond the 64 bits that MLflow has for it")
         if self._client is None:
             self._client = self._connected()
         super()._write(record)
@@ -106,10 +105,10 @@ class MLflowSink(KeywiseSink):
         for start in range(0, len(params), _MOST_PARAMS):
             yield partial(self._log_params, params[start : start + _MOST_PARAMS])
         for alert in record.alerts:
-            about = "/".join(alert[name] for name in ("dataset", "name") if name in alert)
-            tag = ".".join(filter(None, ("alert", record.prefix, about or alert["rule"])))
-            text = f"{alert['severity']}, step {alert.get('step', record.step)}: {alert['message']}"
-            yield partial(self._client.set_tag, self.run_id, tag, text[:_LONGEST_TAG])
+            text = f"{alert['severity']}, {text_of(alert, record)}"
+            yield partial(
+                self._client.set_tag, self.run_id, key_of(alert, record), text[:_LONGEST_TAG]
+            )
 
     def _log_params(self, params: list[Any]) -> None:
         """Log parameters, each by itself if MLflow does not take all of them, such as other values."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from metricfold.metric import check_name, is_name
+from metricfold.sinks.alert_text import text_of, title_of
 from metricfold.sinks.buckets import coarsened
 from metricfold.sinks.heat_map import HeatMaps
 from metricfold.sinks.loud import mention
@@ -187,10 +188,7 @@ class WandbSink(SelectiveSink):
 
         It leaves out those with the title of one that is less than a minute old.
         """
-        of = f" of {alert['dataset']}" if "dataset" in alert else ""
-        about = f"{alert['name']}{of}" if "name" in alert else alert["rule"]
-        title = f"{record.prefix} {about}: {alert['severity']}".strip()
-        text = f"step {alert.get('step', record.step)}: {alert['message']}"
+        title, text = title_of(alert, record), text_of(alert, record)
         level = "ERROR" if alert["severity"] == "severe" else "WARN"
         try:
             run.alert(title[-_LONGEST_TITLE:], text, level)
