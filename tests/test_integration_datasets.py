@@ -1,4 +1,4 @@
-"""Samples of Hugging Face datasets come with metrics, and each counts for its own dataset."""
+"""Samples of Hugging Face datasets know their dataset through all that is done to them, and count for it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -23,6 +24,7 @@ from metricfold import (
     MetricsCollator,
     MetricTransform,
 )
+from metricfold.data import metrics_of
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports Datasets
 pytest.importorskip("datasets")
@@ -79,7 +81,7 @@ def tagged(name: str, kind: str, transform: MetricTransform | None = None) -> An
 
 
 def pad(samples: list[Any]) -> dict[str, Any]:
-    tokens = [torch.as_tensor(sample["tokens"]) for sample in samples]
+    tokens = [torch.tensor(np.asarray(sample["tokens"])) for sample in samples]
     return {"tokens": torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)}
 
 
@@ -105,18 +107,18 @@ def truth(*names: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_samples_come_with_what_the_transform_makes_of_them(kind: str) -> None:
+def test_a_sample_carries_a_plain_number_and_its_metrics_are_made_of_it(kind: str) -> None:
+    """Before, `dataset[0]["metrics"]` was the list of them, made by a format or a map of metricfold's."""
+    import datasets
+
     dataset = tagged("short", kind, Words())
+    assert dataset.features["metrics"] == datasets.Value("int64")
     sample = next(iter(dataset))
-    words = len(texts("short")[0].split())
-    assert sample == {
-        "text": texts("short")[0],
-        "tokens": list(texts("short")[0].encode()),
-        "metrics": [
-            Metric("short", "words", words, AggregationType.SUM),
-            Metric("short", "longest", words, AggregationType.MAX),
-        ],
-    }
+    assert type(sample["metrics"]) is int
+    assert metrics_of(sample) == [
+        Metric("short", "words", len(sample["text"].split()), AggregationType.SUM),
+        Metric("short", "longest", len(sample["text"].split()), AggregationType.MAX),
+    ]
     # The dataset that came in, and a second pass over what came out, are as they were.
     assert list(next(iter(plain("short", kind)))) == ["text", "tokens"]
     assert next(iter(dataset)) == sample
@@ -162,7 +164,7 @@ def test_each_dataset_of_a_mixture_has_its_own_kind_of_metrics() -> None:
         mixture = datasets.interleave_datasets(
             [tagged("short", kind, Words()), tagged("long", kind)]
         )
-        names = [{metric.name for metric in sample["metrics"]} for sample in mixture]
+        names = [{metric.name for metric in metrics_of(sample)} for sample in mixture]
         assert names[:2] == [{"words", "longest"}, {"samples_seen", "tokens_seen", "seq_len"}]
 
 
@@ -173,19 +175,76 @@ def test_rows_keep_their_dataset_through_whatever_picks_and_orders_them() -> Non
         [tagged("short", "map").shuffle(seed=0).select(range(40)), tagged("long", "map")]
     )
     mixture = mixture.train_test_split(0.5, seed=2)["test"].shard(2, 1).sort("text").repeat(2)
-    mixture = mixture.filter(lambda sample: len(sample["metrics"]) == 3)
+    mixture = mixture.filter(lambda sample: len(metrics_of(sample)) == 3)
     assert len(mixture) == 32
     for sample in mixture:
         name = "short" if sample["text"] in texts("short") else "long"
-        assert {metric.dataset_name for metric in sample["metrics"]} == {name}
-        assert sample["metrics"][1].value == len(sample["tokens"])
+        assert {metric.dataset_name for metric in metrics_of(sample)} == {name}
+        assert metrics_of(sample)[1].value == len(sample["tokens"])
 
 
-def test_a_map_after_it_keeps_the_metrics_of_what_it_did_not_touch() -> None:
-    for kind in KINDS:
-        dataset = tagged("short", kind).map(lambda sample: {"size": len(sample["tokens"])})
-        sample = next(iter(dataset))
-        assert sample["metrics"][1].value == sample["size"] == len(sample["tokens"])
+def cut(sample: dict[str, Any]) -> dict[str, Any]:
+    return {"tokens": sample["tokens"][:10]}
+
+
+def cut_all(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {"tokens": [tokens[:10] for tokens in batch["tokens"]]}
+
+
+def whole(sample: dict[str, Any]) -> dict[str, Any]:
+    return {**sample, "tokens": sample["tokens"][:10]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_counted_is_what_maps_have_made_of_a_sample(kind: str) -> None:
+    """Before, a stream counted what came before the maps, and a map of whole samples was Arrow's error."""
+    import datasets
+
+    ten = {
+        **{f"{name}/samples_seen": float(SIZES[name]) for name in SIZES},
+        **{f"{name}/tokens_seen": 10.0 * SIZES[name] for name in SIZES},
+    }
+    both = [tagged(name, kind) for name in SIZES]
+    cut_first = datasets.concatenate_datasets([dataset.map(cut) for dataset in both])
+    assert counted(cut_first) == ten
+    mixture = datasets.interleave_datasets(
+        both, stopping_strategy="all_exhausted_without_replacement"
+    )
+    assert counted(mixture.map(cut)) == ten
+    assert counted(mixture.map(whole)) == ten
+    assert counted(mixture.map(cut_all, batched=True, batch_size=7)) == ten
+    kept = mixture.map(cut_all, batched=True, remove_columns=["text"])
+    assert counted(kept.filter(lambda sample: len(sample["tokens"]) == 10)) == ten
+    if kind == "map":
+        assert counted(mixture.map(cut, num_proc=2), num_workers=1) == ten
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_format_that_is_set_afterwards_changes_nothing(kind: str) -> None:
+    """Before, it replaced the metrics, and the first batch was an error."""
+    dataset = tagged("short", kind).select_columns(["tokens", "metrics"])
+    for format_type in ("numpy", "torch"):
+        assert counted(dataset.with_format(format_type)) == truth("short")
+    # JAX makes int32 of integers.
+    pytest.importorskip("jax")
+    sample = next(iter(dataset.with_format("jax")))
+    assert metrics_of(sample) == metrics_of(next(iter(dataset)))
+
+
+def test_a_dataset_that_is_saved_and_loaded_counts_as_before(tmp_path: Path) -> None:
+    """Before, it could not be saved: the transform was part of its format."""
+    import datasets
+
+    mixture = datasets.concatenate_datasets([tagged(name, "map") for name in SIZES])
+    mixture.map(cut).save_to_disk(tmp_path / "cut")
+    mixture.to_parquet(tmp_path / "whole.parquet")
+    loaded = datasets.load_from_disk(tmp_path / "cut").shuffle(seed=1).flatten_indices()
+    assert counted(loaded)["short/tokens_seen"] == 10.0 * SIZES["short"]
+    stream = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "whole.parquet"), split="train", streaming=True
+    )
+    assert counted(stream) == truth(*SIZES)
+    assert counted(mixture.to_iterable_dataset(num_shards=3), num_workers=2) == truth(*SIZES)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,10 +261,11 @@ def test_samples_keep_the_format_that_the_dataset_had(kind: str) -> None:
         )
         for name in SIZES
     ]
-    sample = next(iter(datasets.interleave_datasets(both)))
+    # Streams that are put together lose their format, with metrics or without.
+    sample = next(iter(datasets.interleave_datasets(both) if kind == "map" else both[0]))
     assert sample["tokens"].tolist() == list(texts("short")[0].encode())
     assert isinstance(sample["tokens"], torch.Tensor)
-    assert sample["metrics"][1] == Metric(
+    assert metrics_of(sample)[1] == Metric(
         "short", "tokens_seen", len(sample["tokens"]), AggregationType.SUM
     )
     assert counted(datasets.concatenate_datasets(both)) == truth(*SIZES)
@@ -240,7 +300,7 @@ def test_columns_that_a_format_leaves_out_stay_out() -> None:
     dataset = with_metrics(dataset, DefaultTrainingMetricTransform(), "short")
     assert list(dataset[0]) == ["tokens", "metrics"]
     assert list(dataset[:2]) == ["tokens", "metrics"]
-    assert dataset.remove_columns("metrics")[0].keys() == {"tokens"}
+    assert dataset[0]["tokens"].tolist() == list(texts("short")[0].encode())
 
 
 def test_a_mixture_is_read_by_workers_that_inherit_nothing() -> None:
@@ -264,7 +324,7 @@ def test_a_stream_goes_on_where_it_was_saved_and_counts_each_sample_once() -> No
 
     stream, aggregator = new(), MetricsAggregator()
     for index, sample in enumerate(stream):
-        aggregator.update(sample["metrics"])
+        aggregator.update(metrics_of(sample))
         if index == 30:
             saved = stream.state_dict(), aggregator.state_dict()
             break
@@ -272,7 +332,7 @@ def test_a_stream_goes_on_where_it_was_saved_and_counts_each_sample_once() -> No
     stream.load_state_dict(saved[0])
     aggregator.load_state_dict(saved[1])
     for sample in stream:
-        aggregator.update(sample["metrics"])
+        aggregator.update(metrics_of(sample))
     assert totals(aggregator) == truth(*SIZES)
 
 
@@ -301,18 +361,18 @@ def test_a_generator_of_unknown_features_has_metrics_too(tmp_path: Path) -> None
     assert stream.features is None
     stream = with_metrics(stream, DefaultTrainingMetricTransform(), "short")
     mixture = datasets.interleave_datasets([stream, tagged("long", "iterable")])
-    assert next(iter(mixture))["metrics"][0].dataset_name == "short"
+    assert metrics_of(next(iter(mixture)))[0].dataset_name == "short"
     assert counted(stream) == truth("short")
     stored = datasets.Dataset.from_generator(generate, cache_dir=str(tmp_path))
     stored = with_metrics(stored, Words(), "short")
-    assert [len(sample["metrics"]) for sample in stored] == [2] * 60
+    assert [len(metrics_of(sample)) for sample in stored] == [2] * 60
 
 
 def test_the_examples_of_the_page_run() -> None:
     page = (Path(__file__).parent.parent / "docs/datasets.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert len(examples) == 1
-    exec(examples[0], {})
+    assert len(examples) == 3
+    exec("\n".join(examples), {})
 
 
 # -- Training
@@ -365,7 +425,7 @@ def test_one_instance_serves_several_datasets_unless_it_has_a_name() -> None:
 
     transform = DefaultTrainingMetricTransform()
     both = [with_metrics(plain(name, "map"), transform, name) for name in SIZES]
-    assert [dataset[0]["metrics"][0].dataset_name for dataset in both] == list(SIZES)
+    assert [metrics_of(dataset[0])[0].dataset_name for dataset in both] == list(SIZES)
     assert transform.dataset_name is None
     transform.set_dataset_name("short")
     with pytest.raises(ValueError, match="already belongs to dataset 'short'"):
@@ -382,43 +442,71 @@ def test_what_cannot_have_metrics_is_refused() -> None:
         taken = plain("short", kind).rename_column("text", "metrics")
         with pytest.raises(ValueError, match="has a column 'metrics'"):
             with_metrics(taken, transform, "short")
-        with pytest.raises(TypeError, match="whose samples are tables"):
-            with_metrics(plain("short", kind).with_format("arrow"), transform, "short")
         with pytest.raises(ValueError, match="is empty"):
             with_metrics(plain("short", kind), transform, "")
         with pytest.raises(TypeError, match="takes a MetricTransform"):
             with_metrics(plain("short", kind), len, "short")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="come with metrics already"):
-        with_metrics(tagged("short", "map"), transform, "short")
+        with pytest.raises(ValueError, match="once for each dataset"):
+            with_metrics(tagged("short", kind), transform, "short")
     with pytest.raises(TypeError, match=r"pick one of \['train'\]"):
         with_metrics(datasets.DatasetDict(train=plain("short", "map")), transform, "short")
 
 
-def test_a_format_that_replaces_the_metrics_is_found_at_the_first_batch() -> None:
+@pytest.mark.parametrize(("kind", "workers"), [("map", 0), ("iterable", 0), ("map", 1)])
+def test_a_map_that_drops_the_column_is_named_with_the_dataset(kind: str, workers: int) -> None:
     import datasets
 
-    from metricfold.integrations.datasets import with_metrics
+    dropped = tagged("short", kind).map(cut, remove_columns=["text", "tokens", "metrics"])
+    with pytest.raises(
+        ValueError, match=r"without the column 'metrics'.* for 'short'.*remove_columns"
+    ):
+        counted(dropped, num_workers=workers)
+    # Other samples without metrics are welcome, whatever this process knows.
+    assert counted(plain("short", kind), num_workers=workers) == {}
+    if kind == "map":
+        hidden = tagged("short", kind).with_format("numpy", columns=["tokens"])
+        with pytest.raises(ValueError, match=r"for 'short'.*columns="):
+            counted(torch.utils.data.Subset(hidden, range(8)), num_workers=workers)
+        untagged = datasets.concatenate_datasets([plain("long", kind), tagged("short", kind)])
+        with pytest.raises(
+            ValueError, match=r"without the column 'metrics'|have nothing in the column"
+        ):
+            counted(untagged)
 
-    with pytest.raises(TypeError, match=r"let with_format.* come before"):
-        counted(tagged("short", "map").with_format("torch"))
-    # Datasets forgets formats that differ.
-    formatted = with_metrics(
-        plain("long", "map").with_format("torch"), DefaultTrainingMetricTransform(), "long"
-    )
-    with pytest.raises(TypeError, match="the same for all datasets"):
-        counted(datasets.concatenate_datasets([tagged("short", "map"), formatted]))
+
+def test_rows_without_a_number_beside_others_are_refused() -> None:
+    import datasets
+
+    mixture = datasets.interleave_datasets([tagged("short", "map"), plain("long", "map")])
+    with pytest.raises(ValueError, match=r"2 of the 4 samples .* others are of dataset 'short'"):
+        counted(mixture)
 
 
-def test_metrics_do_not_go_into_arrow() -> None:
-    import pyarrow as pa
+def test_a_number_that_nobody_knows_is_refused_and_can_be_made_known() -> None:
+    from metricfold.data.origin import ORIGINS
+    from metricfold.integrations.datasets import remember
 
-    mapped = tagged("short", "map")
-    with pytest.raises(pa.ArrowException):
-        mapped.map(lambda sample: {**sample, "more": 1})
-    with pytest.raises(TypeError, match="JSON serializable"):
-        mapped.save_to_disk("unused")
-    with pytest.raises(TypeError, match="cannot be read without them"):
-        mapped["metrics"][:2]
+    dataset = tagged("short", "map", Words())
+    number = dataset[0]["metrics"]
+    known = ORIGINS._transforms.pop(number)
+    with pytest.raises(ValueError, match=rf"holds {number}, .* remember\(transform, name\)"):
+        metrics_of(dataset[0])
+    remember(Words(), "short")
+    assert metrics_of(dataset[0]) == known(dataset[0] | {"metrics": []})["metrics"]
+
+
+def test_a_format_that_rounds_numbers_is_refused() -> None:
+    dataset = tagged("short", "map").with_format("torch", dtype=torch.float32)
+    with pytest.raises(TypeError, match="came as float32, in which numbers are rounded"):
+        counted(dataset)
+
+
+def test_a_transform_whose_column_is_gone_says_which() -> None:
+    dataset = tagged("short", "map", Words()).remove_columns("text")
+    with pytest.raises(
+        ValueError, match=r"'short' \(Words\) asks for the column 'text'.* \['tokens'\]"
+    ):
+        counted(dataset)
 
 
 def test_rows_made_of_several_samples_are_refused() -> None:
@@ -430,3 +518,32 @@ def test_rows_made_of_several_samples_are_refused() -> None:
     dataset = with_metrics(doubled, DefaultTrainingMetricTransform(), "short")
     with pytest.raises(ValueError, match=r"belongs into map\(\), before with_metrics"):
         dataset[:3]
+
+
+# -- Packed rows
+
+
+def group(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Put samples end to end and cut them, as most scripts of language models do."""
+    joined = {name: [one for row in rows for one in row] for name, rows in batch.items()}
+    size = len(joined["tokens"]) // 64 * 64 + 64
+    return {name: [all_[i : i + 64] for i in range(0, size, 64)] for name, all_ in joined.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_count_each_token_for_its_dataset(kind: str) -> None:
+    import datasets
+
+    from metricfold.integrations.datasets import metrics_per_token
+
+    mixture = datasets.concatenate_datasets([tagged(name, kind) for name in SIZES])
+    mixture = metrics_per_token(mixture.select_columns(["tokens", "metrics"]), "tokens")
+    packed = mixture.map(group, batched=True)
+    # A piece of a sample counts as one: all samples, and those that go over the end of a row.
+    expected, at = truth(*SIZES), 0
+    for name in SIZES:
+        for text in texts(name):
+            end = at + len(text.encode())
+            expected[f"{name}/samples_seen"] += (end - 1) // 64 - at // 64
+            at = end
+    assert counted(packed) == expected

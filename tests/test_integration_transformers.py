@@ -24,8 +24,10 @@ if not all(map(find_spec, ("transformers", "accelerate", "datasets"))):  # to im
 
 from metricfold import (
     DefaultTrainingMetricTransform,
+    Metric,
     MetricsAggregator,
     MetricsCollator,
+    MetricTransform,
     NonFinite,
 )
 from metricfold.integrations.transformers import CHECKPOINT_FILE, MetricfoldMixin
@@ -560,8 +562,11 @@ def test_gpt2_which_has_no_loss_type_is_a_causal_language_model_too(tmp_path: Pa
 
 
 def test_what_would_lose_metrics_is_refused_with_what_to_set(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"set TrainingArguments\(remove_unused_columns=False\)"):
-        make(tmp_path, remove_unused_columns=True)
+    lost = arrow_mixture().select_columns(["input_ids"])
+    with pytest.raises(
+        ValueError, match=r"train_dataset has lost the column 'metrics'.*'docs', 'code'"
+    ):
+        make(tmp_path, train_dataset=lost)
     set_it = r'accelerator_config={"dispatch_batches": False}'
     with pytest.raises(ValueError, match=set_it):
         make(tmp_path, accelerator_config={"dispatch_batches": True})
@@ -569,6 +574,42 @@ def test_what_would_lose_metrics_is_refused_with_what_to_set(tmp_path: Path) -> 
         make(tmp_path, train_dataset=Stream())
     with pytest.raises(ValueError, match=set_it):
         make(tmp_path).evaluate(Stream())
+
+
+def test_columns_that_the_model_does_not_take_are_removed_after_metrics_are_made(
+    tmp_path: Path,
+) -> None:
+    """`remove_unused_columns=True`, the default, was refused, for it would have removed them as well."""
+    from datasets import Dataset
+
+    from metricfold.integrations.datasets import with_metrics
+
+    class Letters(MetricTransform):
+        def _generate_metrics(self, sample: Any) -> list[Metric]:
+            return [Metric(self.dataset_name, "letters", len(sample["text"]), "sum")]
+
+    class Trainer(plain_class()):  # type: ignore[misc]
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            assert inputs.keys() == {"input_ids", "attention_mask", "labels", "metrics"}
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 8, "text": ["four"] * 8})
+    for train in (
+        with_metrics(rows, Letters(), "docs"),
+        with_metrics(rows.to_iterable_dataset(), Letters(), "docs"),
+        [{**row, "metrics": [Metric("docs", "letters", 4, "sum")]} for row in rows],
+    ):
+        trainer = make(
+            tmp_path,
+            of=Trainer,
+            train_dataset=train,
+            remove_unused_columns=True,
+            max_steps=1,
+            logging_steps=1,
+            accelerator_config={"dispatch_batches": False},
+        )
+        trainer.train()
+        assert trainer.state.log_history[0]["docs/letters"] == 4 * 4
 
 
 def test_what_does_not_say_the_loss_of_each_dataset_is_refused(tmp_path: Path) -> None:
@@ -582,11 +623,11 @@ def test_what_does_not_say_the_loss_of_each_dataset_is_refused(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"a sample carries metrics of 'code', 'docs'"):
         make(tmp_path, train_dataset=mixed).train()
 
-    def packed(given: list[dict[str, Any]]) -> dict[str, Any]:
-        return pad([{"input_ids": [id_ for one in given for id_ in one["input_ids"]]}])
+    def cut(given: list[dict[str, Any]]) -> dict[str, Any]:
+        return pad([{"input_ids": [id_ for one in given for id_ in one["input_ids"][:5]]}])
 
-    with pytest.raises(ValueError, match="batch of 2 samples has labels of 1 rows"):
-        make(tmp_path, of=plain_class(), data_collator=packed).train()
+    with pytest.raises(ValueError, match=r"2 samples of \d+ tokens were collated to .* \(1, 10\)"):
+        make(tmp_path, of=plain_class(), data_collator=cut).train()
 
 
 def test_the_mixin_stands_before_the_trainer() -> None:

@@ -3,6 +3,8 @@
 from metricfold._core.fold.batch import MetricBatch
 from metricfold._core.runtime.published import publish
 from metricfold.data.collator import MetricsCollator
+from metricfold.data.ids import DatasetIds
+from metricfold.data.sample import metrics_of
 
-__all__ = ["MetricBatch", "MetricsCollator"]
+__all__ = ["DatasetIds", "MetricBatch", "MetricsCollator", "metrics_of"]
 publish(globals())

@@ -1,15 +1,20 @@
-"""Where metrics travel: in a list under ``"metrics"`` of each sample, up to a `MetricsCollator`."""
+"""Where metrics travel: under ``"metrics"`` of each sample, up to a `MetricsCollator`.
+
+There is a list of `Metric`, or the number of an origin, of which metrics are made when they are taken: see
+`metricfold.data.origin`.
+"""
 
 from __future__ import annotations
 
 import copy
 import sys
 from collections.abc import Mapping, MutableMapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
+from metricfold.data.origin import ORIGINS, Segment, measured, segments, tokens_of
 from metricfold.metric import METRICS, Metric
 
-__all__ = ["METRICS", "guard_default_collate", "take_metrics", "with_metrics"]
+__all__ = ["METRICS", "Taken", "guard_default_collate", "metrics_of", "take", "with_metrics"]
 
 Sample = TypeVar("Sample", bound=Mapping[str, Any])
 
@@ -27,24 +32,81 @@ def with_metrics(sample: Sample, metrics: list[Metric]) -> Sample:
     if type(sample) is dict and METRICS not in sample:  # nearly always
         tagged = tagged.copy()
     else:
-        earlier: list[Metric] = []
-        tagged = take_metrics(sample, earlier)
+        tagged, earlier, _ = take(sample)
         own = earlier + own
     tagged[METRICS] = own
     result: Sample = tagged
     return result
 
 
-def take_metrics(sample: Mapping[str, Any], into: list[Metric]) -> MutableMapping[str, Any]:
-    """Return a shallow copy of `sample` that carries no metrics; those that it had join a list.
+def metrics_of(sample: Mapping[str, Any]) -> list[Metric]:
+    """Return the metrics of a sample, as they would count in a batch.
+
+    Args:
+        sample: with a list of `Metric` under ``"metrics"``, as a `MetricTransform` leaves it, or with
+            what `metricfold.integrations.datasets.with_metrics` puts there, of which they are made.
 
     Raises:
         TypeError: what it has under ``"metrics"`` is something else.
+        ValueError: this process does not know what the number there stands for.
+
+    >>> from metricfold import DefaultTrainingMetricTransform
+    >>> transform = DefaultTrainingMetricTransform()
+    >>> transform.set_dataset_name("alpaca")
+    >>> [metric.value for metric in metrics_of(transform({"tokens": [1, 2, 3]}))]
+    [1, 3, 3]
+    """
+    return take(sample).metrics
+
+
+class Taken(NamedTuple):
+    """A sample and its metrics, apart from each other.
+
+    Args:
+        bare: a shallow copy of the sample, without metrics.
+        metrics: those that it had, or that have been made of it.
+        segments: of what it is made, if a number has said so.
+    """
+
+    bare: MutableMapping[str, Any]
+    metrics: list[Metric]
+    segments: list[Segment] | None
+
+    @property
+    def parts(self) -> list[tuple[str, int | None]]:
+        """The dataset of each segment, and its length in tokens.
+
+        Raises:
+            ValueError: the sample is of no dataset, or its metrics are of several.
+        """
+        if self.segments is not None:
+            return [(str(ORIGINS[one.number].dataset_name), one.length) for one in self.segments]
+        names = {metric.dataset_name for metric in self.metrics}
+        if len(names) != 1:
+            found = f"metrics of {', '.join(sorted(map(repr, names)))}" if names else "no metrics"
+            raise ValueError(
+                f"a sample carries {found}, so it does not say which dataset its tokens are of: give each "
+                "sample the metrics of one dataset by a MetricTransform; a packed one needs a number per "
+                "token, as of metricfold.integrations.datasets.metrics_per_token"
+            )
+        return [(names.pop(), tokens_of(self.bare))]
+
+
+def take(sample: Mapping[str, Any]) -> Taken:
+    """Take a sample and its metrics apart; the sample stays as it is.
+
+    Raises:
+        TypeError: what it has under ``"metrics"`` is something else.
+        ValueError: nobody knows what the number there stands for.
     """
     copied = sample.copy() if type(sample) is dict else _copy(sample)
-    metrics = copied.pop(METRICS, None)
-    into += metrics if type(metrics) is list else _listed(metrics)
-    return copied
+    given = copied.pop(METRICS, None)
+    if type(given) is list and (not given or type(given[0]) is Metric):  # nearly always
+        return Taken(copied, [*given], None)
+    found = segments(given, copied)
+    if found is None:
+        return Taken(copied, _listed(given), None)
+    return Taken(copied, [metric for one in found for metric in measured(one)], found)
 
 
 def _copy(sample: Mapping[str, Any]) -> MutableMapping[str, Any]:
@@ -67,9 +129,8 @@ def _listed(metrics: object) -> list[Metric]:
         return list(metrics)
     raise TypeError(
         f"the entry 'metrics' of a sample is a {type(metrics).__name__}, but that name belongs to "
-        "the list of Metric that a MetricTransform adds: rename what the dataset has there; or, if "
-        "it came from with_metrics() of metricfold.integrations.datasets, let with_format() and "
-        "with_transform() come before it, the same for all datasets that are put together"
+        "the list of Metric that a MetricTransform adds, and to the number that with_metrics() of "
+        "metricfold.integrations.datasets puts there: rename what the dataset has there"
     )
 
 

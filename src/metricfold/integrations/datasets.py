@@ -1,4 +1,4 @@
-"""Metrics through Hugging Face Datasets: samples that come with the metrics of their dataset.
+"""Metrics through Hugging Face Datasets: samples that know which dataset they are of.
 
     from metricfold.integrations.datasets import with_metrics
 
@@ -6,26 +6,23 @@
         with_metrics(alpaca, DefaultTrainingMetricTransform(), "alpaca"),
         with_metrics(orca, DefaultTrainingMetricTransform(), "orca"),
     ])
+    mixture = mixture.map(tokenize, batched=True)
     loader = DataLoader(mixture, batch_size=8, collate_fn=MetricsCollator(pad))
 
-Metrics are made when a sample is read, not when the dataset is made: nothing is written to Arrow,
-which knows no `Metric`.
-
-The format of a map-style dataset is one for all rows, and datasets of different formats lose theirs
-when they are concatenated. So the rows carry a number under ``"metrics"``, which the same format for
-all turns into metrics; selecting, shuffling and interleaving rows need know nothing of it. An iterable
-dataset maps its samples when they are read, and hands on what Python objects it is given.
+Each row carries a number, in a column ``"metrics"`` of plain integers, which is treated like any other by
+whatever maps, cuts, mixes, formats or stores rows. Metrics are made of it where the batch is made, by
+`MetricsCollator` and what is built on it, of the sample as it is by then.
 """
 
 from __future__ import annotations
 
 import copy
-import secrets
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from metricfold.data.sample import METRICS
+from metricfold.data.origin import LARGEST, ORIGINS, note
+from metricfold.data.sample import METRICS, metrics_of
 from metricfold.data.transform import MetricTransform
-from metricfold.metric import Metric
 from metricfold.sinks.selection import require
 
 require("datasets", sink=__name__, extra="datasets")
@@ -34,39 +31,33 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from datasets.fingerprint import Hasher
-from datasets.formatting import (
-    Formatter,
-    TableFormatter,
-    _register_formatter,
-    format_table,
-    get_formatter,
-)
 from datasets.table import InMemoryTable, concat_tables
 
-__all__ = ["with_metrics"]
+__all__ = ["metrics_of", "metrics_per_token", "remember", "with_metrics"]
 
 AnyDataset = TypeVar("AnyDataset", datasets.Dataset, datasets.IterableDataset)
 
-_FORMAT = "metricfold"
-_ROWS = 2**16  # of one block of row numbers, which all of a dataset's rows share
+_NUMBER = datasets.Value("int64")
+_ROWS = 2**16  # of one block of numbers, which all of a dataset's rows share
 
 
 def with_metrics(dataset: AnyDataset, transform: MetricTransform, name: str) -> AnyDataset:
-    """Return a dataset whose samples come with their metrics, under ``"metrics"``.
+    """Return a dataset whose samples count for it, wherever they are mixed, mapped and cut.
 
     Args:
-        dataset: a `datasets.Dataset` or `datasets.IterableDataset`; it stays as it is. The
-            transform sees samples as it formats them, so call `map`, `with_format` and
-            `with_transform` before.
-        transform: what to emit. A copy of it takes the name: one instance serves several datasets.
+        dataset: a `datasets.Dataset` or `datasets.IterableDataset`; it stays as it is.
+        transform: what to emit, of each sample as it is where its batch is made. A copy of it takes the
+            name: one instance serves several datasets.
         name: the name of the dataset in metrics.
 
-    What it returns can be selected, shuffled, split, interleaved and concatenated with others, and
-    read by the workers of a `DataLoader`; each sample counts for its own dataset.
+    What it returns has a column ``"metrics"`` of integers, one number for all rows, which stands for the
+    transform and the name. `MetricsCollator` makes the metrics of it, in the process that makes the batch;
+    `metrics_of` by hand. Call it before datasets are put together; maps, filters, formats and files may
+    come before or after it, as long as they keep the column.
 
     Raises:
-        TypeError: `dataset` is something else, such as a dict of splits, or is formatted as tables,
-            or `transform` is no `MetricTransform`.
+        TypeError: `dataset` is something else, such as a dict of splits, or `transform` is no
+            `MetricTransform`.
         ValueError: the name is empty, the transform belongs to another dataset already, or
             the dataset has a column ``"metrics"``.
 
@@ -74,118 +65,117 @@ def with_metrics(dataset: AnyDataset, transform: MetricTransform, name: str) -> 
     >>> from metricfold import DefaultTrainingMetricTransform
     >>> alpaca = Dataset.from_dict({"tokens": [[1, 2, 3], [4]]})
     >>> alpaca = with_metrics(alpaca, DefaultTrainingMetricTransform(), "alpaca")
-    >>> [metric.value for metric in alpaca[1]["metrics"]]
-    [1, 1, 1]
+    >>> alpaca = alpaca.map(lambda sample: {"tokens": sample["tokens"][:2]})
+    >>> [metric.value for metric in metrics_of(alpaca[0])]
+    [1, 2, 2]
     """
     if not isinstance(transform, MetricTransform):
         raise TypeError(f"with_metrics() takes a MetricTransform, not {transform!r}")
+    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        pick = f": pick one of {list(dataset)}" if isinstance(dataset, dict) else ""
+        raise TypeError(
+            "with_metrics() takes a datasets.Dataset or IterableDataset, but got a "
+            f"{type(dataset).__name__}{pick}"
+        )
     named = copy.copy(transform)
     named.set_dataset_name(name)
+    _check_column(dataset.column_names or (), name)
+    number = _number(named)
     if isinstance(dataset, datasets.Dataset):
-        return _tagged(dataset, named, name)
-    if isinstance(dataset, datasets.IterableDataset):
-        return _mapped(dataset, named, name)
-    pick = f": pick one of {list(dataset)}" if isinstance(dataset, dict) else ""
-    raise TypeError(
-        "with_metrics() takes a datasets.Dataset or IterableDataset, but got a "
-        f"{type(dataset).__name__}{pick}"
+        numbered = _with_column(dataset, number)
+    else:
+        numbered = _with_number(dataset, number, name)
+    ORIGINS.add(number, named)
+    info = numbered._info  # noqa: SLF001 - of its own by now
+    if note(name) not in info.description:
+        info.description = "\n\n".join(filter(None, (info.description, note(name))))
+    return numbered
+
+
+def remember(transform: MetricTransform, name: str) -> None:
+    """Let this process know what rows carry that another process has given to `with_metrics`, and saved.
+
+    Call it where such a dataset is loaded, before the workers of a loader start, with a transform of the same class
+    and settings. Its code may have changed: metrics are made anew.
+
+    >>> from metricfold import DefaultTrainingMetricTransform
+    >>> remember(DefaultTrainingMetricTransform(), "alpaca")
+    """
+    named = copy.copy(transform)
+    named.set_dataset_name(name)
+    ORIGINS.add(_number(named), named)
+
+
+def metrics_per_token(
+    dataset: AnyDataset, column: str = "input_ids", **map_kwargs: Any
+) -> AnyDataset:
+    """Return a dataset in which each token has the number of its sample's row, so that rows can be packed.
+
+    Call it just before a packer that treats all columns of lists alike, such as TRL's `pack_dataset` or the
+    ``group_texts`` of many scripts. What it makes of samples, the packed row then counts for each of them.
+
+    Args:
+        dataset: which `with_metrics` has returned, or what has become of it.
+        column: of the tokens.
+        map_kwargs: of the dataset's `map`, such as ``num_proc``.
+
+    Raises:
+        ValueError: the dataset has no column ``"metrics"``, or none of the tokens.
+
+    >>> from datasets import Dataset
+    >>> from metricfold import DefaultTrainingMetricTransform
+    >>> docs = Dataset.from_dict({"input_ids": [[1, 2, 3], [4]]})
+    >>> docs = metrics_per_token(with_metrics(docs, DefaultTrainingMetricTransform(), "docs"))
+    >>> packed = {name: docs[0][name] + docs[1][name] for name in docs.column_names}
+    >>> [metric.value for metric in metrics_of(packed) if metric.name == "tokens_seen"]
+    [3, 1]
+    """
+    there = dataset.column_names
+    if there is not None and (missing := [one for one in (METRICS, column) if one not in there]):
+        raise ValueError(
+            f"metrics_per_token() finds no column {missing[0]!r} among {there}: call with_metrics() for each "
+            "dataset and tokenize, and then metrics_per_token(), just before packing"
+        )
+    if dataset.features is not None and isinstance(dataset.features, dict):
+        features = {**dataset.features, METRICS: datasets.Sequence(datasets.Value("int32"))}
+        map_kwargs = {"features": datasets.Features(features), **map_kwargs}
+    return _unformatted(
+        dataset,
+        lambda plain: plain.map(
+            _per_token, batched=True, input_columns=[METRICS, column], **map_kwargs
+        ),
     )
 
 
-# -- Iterable datasets
+def _per_token(numbers: list[int], tokens: list[Any]) -> dict[str, list[Any]]:
+    spread = []
+    for number, of_row in zip(numbers, tokens, strict=True):
+        each = np.full(len(of_row), number, np.int32)
+        each[:1] = ~each[:1]  # the first of a sample
+        spread.append(each)
+    return {METRICS: spread}
 
 
-def _mapped(
-    dataset: datasets.IterableDataset, transform: MetricTransform, name: str
-) -> datasets.IterableDataset:
-    # Features that are not known would be guessed from the first samples when datasets are
-    # interleaved, and no guess fits a Metric: so that is done without the metrics, and what is
-    # said of them is never looked at, since typed samples are passed on as they are.
-    resolved = dataset._resolve_features()  # noqa: SLF001
-    features = datasets.Features(resolved.features)
-    if features.get(METRICS, _METRICS_IN_PYTHON) != _METRICS_IN_PYTHON:
-        _refuse_column(name)
-    formatting = resolved._formatting  # noqa: SLF001
-    if formatting is not None and formatting.is_table:
-        _refuse_tables(name, formatting.format_type)
-    features[METRICS] = _METRICS_IN_PYTHON
-    mapped = resolved.map(transform, features=features)
-    # What comes in has its format; what goes out would be formatted once more, metrics and all.
-    return mapped if formatting is None else mapped.with_format(None)
+# -- The column ------------------------------------------------------------------------------------
 
 
-_METRICS_IN_PYTHON = datasets.Value("null")
-
-
-# -- Map-style datasets
-
-
-class _Transforms:
-    """The one table of a process: its transforms by the number that their rows carry.
-
-    It travels with every dataset to the processes that unpickle it, where it joins theirs, so that any
-    two formats are equal and concatenated datasets keep them.
-    """
-
-    def __init__(self) -> None:
-        self._by_number: dict[int, MetricTransform] = {}
-
-    def __getitem__(self, number: int) -> MetricTransform:
-        return self._by_number[number]
-
-    def __reduce__(self) -> Any:
-        return _joined, (self._by_number,)
-
-    def __deepcopy__(self, memo: Any) -> _Transforms:
-        return self
-
-    def number(self, transform: MetricTransform) -> int:
-        """Return the number of `transform`: the same in every run, as cached rows must have it."""
-        try:
-            number = int(Hasher.hash(transform), 16) & (2**63 - 1)
-        except Exception:  # noqa: BLE001 - what pickling raises depends on what it meets
-            number = secrets.randbits(63)
-        self._by_number.setdefault(number, transform)
-        return number
-
-
-_transforms = _Transforms()
-
-
-def _joined(transforms: dict[int, MetricTransform]) -> _Transforms:
-    known = _transforms._by_number  # noqa: SLF001 - it is ours
-    known.update({**transforms, **known})
-    return _transforms
-
-
-def _tagged(dataset: datasets.Dataset, transform: MetricTransform, name: str) -> datasets.Dataset:
-    if METRICS in dataset.column_names:
-        if dataset.format["type"] == _FORMAT:
-            raise ValueError(
-                f"the samples of dataset {name!r} come with metrics already: call with_metrics() "
-                "once for each dataset, with a transform that emits all of its metrics, before "
-                "datasets are interleaved or concatenated"
-            )
-        _refuse_column(name)
-    had = dataset.format
-    if isinstance(get_formatter(had["type"], **had["format_kwargs"]), TableFormatter):
-        _refuse_tables(name, had["type"])
-    everything = set(had["columns"]) == set(dataset.column_names)
-    samples = {**had, "columns": None if everything else had["columns"]}
-    number = _transforms.number(transform)
+def _with_column(dataset: datasets.Dataset, number: int) -> datasets.Dataset:
     info = dataset.info.copy()
-    info.features = datasets.Features({**dataset.features, METRICS: datasets.Value("int64")})
-    tagged = datasets.Dataset(
+    info.features = datasets.Features({**dataset.features, METRICS: _NUMBER})
+    numbered = datasets.Dataset(
         concat_tables([dataset.data, _column(number, dataset.data.num_rows)], axis=1),
         info=info,
         split=dataset.split,
         indices_table=dataset._indices,  # noqa: SLF001 - add_column would write all rows anew
         fingerprint=Hasher.hash([dataset._fingerprint, number]),  # noqa: SLF001
     )
-    tagged.set_format(_FORMAT, samples=samples)
-    # Added afterwards: a dataset's fingerprint must not depend on what others there are.
-    tagged._format_kwargs["transforms"] = _transforms  # noqa: SLF001
-    return tagged
+    had = dataset.format
+    if had["type"] == "custom":
+        had["format_kwargs"] = {"transform": _Keeping(had["format_kwargs"]["transform"])}
+    everything = set(had["columns"]) == set(dataset.column_names)
+    columns = None if everything else [*had["columns"], METRICS]
+    numbered.set_format(had["type"], columns, had["output_all_columns"], **had["format_kwargs"])
+    return numbered
 
 
 def _column(number: int, rows: int) -> InMemoryTable:
@@ -194,81 +184,100 @@ def _column(number: int, rows: int) -> InMemoryTable:
     return InMemoryTable(pa.table({METRICS: pa.chunked_array(blocks, type=pa.int64())}))
 
 
-class MetricsFormatter(Formatter):  # type: ignore[misc]
-    """Formats rows as their dataset did before, and adds the metrics that their numbers stand for."""
+class _Keeping:
+    """What `with_transform` was given, which need not know of the column."""
 
-    def __init__(
-        self,
-        samples: dict[str, Any],
-        transforms: _Transforms = _transforms,
-        features: datasets.Features | None = None,
-        **tokens: Any,
-    ) -> None:
-        super().__init__(features=features, **tokens)
-        if features is not None:
-            features = datasets.Features({k: v for k, v in features.items() if k != METRICS})
-        self._samples = samples
-        self._transforms = transforms
-        kwargs = {**tokens, **samples["format_kwargs"]}
-        self._formatter = get_formatter(samples["type"], features=features, **kwargs)
+    def __init__(self, function: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+        self._function = function
 
-    def format_row(self, pa_table: pa.Table) -> Any:
-        sample = self._formatted(pa_table, 0)
-        if METRICS not in pa_table.column_names:
-            return sample
-        return self._measured(pa_table[METRICS][0].as_py(), sample)
+    def __eq__(self, other: object) -> bool:
+        # Datasets that are put together keep a format that is the same.
+        return isinstance(other, _Keeping) and other._function == self._function
 
-    def format_column(self, pa_table: pa.Table) -> Any:
-        return self._formatted(pa_table, pa_table.column_names[0])
+    def __hash__(self) -> int:
+        return hash(self._function)
 
-    def format_batch(self, pa_table: pa.Table) -> Any:
-        batch = self._formatted(pa_table, range(pa_table.num_rows))
-        if METRICS not in pa_table.column_names:
-            return batch
-        numbers = pa_table[METRICS].to_pylist()
-        wrong = {column: len(values) for column, values in batch.items()}
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        rest = dict(batch)
+        numbers = rest.pop(METRICS, None)
+        made = dict(self._function(rest))
+        if numbers is None:
+            return made
+        wrong = {column: len(values) for column, values in made.items()}
         if any(length != len(numbers) for length in wrong.values()):
             raise ValueError(
                 f"{len(numbers)} rows were formatted as columns of the lengths {wrong}: what makes "
                 "several samples of one, or one of several, belongs into map(), before "
                 "with_metrics()"
             )
-        metrics: list[list[Metric]] = []
-        for row, number in enumerate(numbers):
-            sample = {column: values[row] for column, values in batch.items()}
-            metrics.append(self._measured(number, sample).get(METRICS, []))
-        return {**batch, METRICS: metrics}
-
-    def _formatted(self, pa_table: pa.Table, key: int | str | range) -> Any:
-        if pa_table.column_names == [METRICS]:
-            raise TypeError(
-                "metrics are made from samples, so they cannot be read without them: read "
-                "dataset[0]['metrics'] or dataset[:8]['metrics'], not dataset['metrics']"
-            )
-        if METRICS in pa_table.column_names:
-            pa_table = pa_table.drop_columns([METRICS])
-        columns = self._samples["columns"]
-        if columns is not None:
-            columns = [column for column in columns if column in pa_table.column_names]
-        hand_on = self._samples["output_all_columns"]
-        return format_table(pa_table, key, self._formatter, columns, hand_on)
-
-    def _measured(self, number: int | None, sample: Any) -> Any:
-        return sample if number is None else self._transforms[number](sample)
+        return {**made, METRICS: numbers}
 
 
-_register_formatter(MetricsFormatter, _FORMAT)
-
-
-def _refuse_column(name: str) -> None:
-    raise ValueError(
-        f"dataset {name!r} has a column 'metrics', and that name belongs to the list of Metric "
-        "that a MetricTransform adds: rename the column"
+def _with_number(
+    dataset: datasets.IterableDataset, number: int, name: str
+) -> datasets.IterableDataset:
+    features = dataset.features
+    if features is not None:
+        features = datasets.Features({**features, METRICS: _NUMBER})
+    return _unformatted(
+        dataset, lambda plain: plain.map(_Numbering(number, name), features=features)
     )
 
 
-def _refuse_tables(name: str, format_type: str) -> None:
-    raise TypeError(
-        f"dataset {name!r} has the format {format_type!r}, whose samples are tables: metrics are "
-        "made from samples that are mappings, so call with_format(None) before with_metrics()"
-    )
+class _Numbering:
+    """Adds the number to the samples of a stream, as they are read."""
+
+    def __init__(self, number: int, name: str) -> None:
+        self._number, self._name = number, name
+
+    def __call__(self, sample: Mapping[str, Any]) -> dict[str, int]:
+        _check_column(sample, self._name)
+        return {METRICS: self._number}
+
+
+def _unformatted(dataset: Any, change: Callable[[Any], Any]) -> Any:
+    """Change a dataset as if it had no format, which it has afterwards as before."""
+    if isinstance(dataset, datasets.Dataset):
+        had = dataset.format
+        everything = set(had["columns"]) == set(dataset.column_names)
+        changed = change(dataset.with_format(None))
+        columns = None if everything else had["columns"]
+        return changed.with_format(
+            had["type"], columns, had["output_all_columns"], **had["format_kwargs"]
+        )
+    formatting = dataset._formatting  # noqa: SLF001
+    if formatting is None:
+        return change(dataset)
+    return change(dataset.with_format(None)).with_format(formatting.format_type)
+
+
+def _check_column(columns: Any, name: str) -> None:
+    if METRICS in columns:
+        raise ValueError(
+            f"dataset {name!r} has a column 'metrics' already, and that name belongs to metricfold: call "
+            "with_metrics() once for each dataset, with a transform that emits all of its metrics, before "
+            "datasets are put together; a column of your own has to be renamed; and of a dataset that was "
+            "saved with the column, let remember(transform, name) make known what it stands for"
+        )
+
+
+# -- Numbers ---------------------------------------------------------------------------------------
+
+
+def _number(transform: MetricTransform) -> int:
+    """Return the number of `transform`: the same in every run, as cached and saved rows have it.
+
+    It is of the class, the name and the state. The code is left out: who changes what a transform emits
+    does not have to map the dataset anew.
+    """
+    cls = type(transform)
+    own = [transform.dataset_name, cls.__module__, cls.__qualname__]
+    try:
+        own.append(Hasher.hash(transform.__reduce_ex__(2)[2:]))
+    except Exception:  # noqa: BLE001 - what pickling raises depends on what it meets
+        # Told apart from others by when they come, which is the same in every run.
+        own.append(str(_unhashable.setdefault(id(transform), len(_unhashable))))
+    return int(Hasher.hash(own), 16) & LARGEST
+
+
+_unhashable: dict[int, int] = {}

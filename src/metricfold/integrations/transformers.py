@@ -3,20 +3,20 @@
     class Trainer(MetricfoldMixin, transformers.Trainer):
         pass
 
-    args = TrainingArguments(..., remove_unused_columns=False)
     trainer = Trainer(model, args, data_collator=pad, train_dataset=mixture, loss_per_dataset=True)
     trainer.train()        # the log, TensorBoard, ...: docs/loss, code/loss, docs/tokens_seen, ...
 
-The samples carry their metrics under ``"metrics"``, as a `MetricTransform` leaves them there; they
-count when a step has consumed them. A `TrainerCallback` could not do this: it never sees a batch, trackers
+The samples carry their metrics under ``"metrics"``, as a `MetricTransform` or `with_metrics` leaves them
+there; they count when a step has consumed them. A `TrainerCallback` could not do this: it never sees a batch, trackers
 that ran before it miss what it adds in ``on_log``, and only the saving rank is asked for its state.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,10 @@ from metricfold._core.intake.aggregator import MetricsAggregator
 from metricfold._core.view.alert import Severity, check_severity
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.windows import WindowLike
-from metricfold.data.collator import MetricsCollator
-from metricfold.data.sample import METRICS, take_metrics
+from metricfold.data.collator import DATASET_IDS, MetricsCollator, mapping_of
+from metricfold.data.ids import DatasetIds
+from metricfold.data.origin import check_origins, noted
+from metricfold.data.sample import METRICS
 from metricfold.integrations.phases import Phases
 from metricfold.metric import Metric
 from metricfold.sinks.selection import require
@@ -118,8 +120,8 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
         _ = self.aggregator, self.eval_aggregator  # now, in the same order on all ranks
         self.accumulators = []
         self._loss: _DatasetLoss | None = None
-        self._datasets: tuple[str, ...] | None = None  # of the rows of the batch at hand
-        self._real = 0  # how many of them do not fill it up
+        self._carried: _Carried | None = None  # by the batch at hand
+        self._real = 0  # how many of its samples do not fill it up
         self._state_to_save: dict[str, Any] | None = None
         self._has_trained = False
         super().__init__(*args, **kwargs)
@@ -144,14 +146,34 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
         self, make: Callable[..., Any], *args: Any, keep_samples: bool = True, **kwargs: Any
     ) -> Any:
         """Make a loader that collates metrics too, with whatever collator there is."""
-        self._check_dispatch((*args, *kwargs.values()))
+        given = (*args, *kwargs.values())
+        self._check_dispatch(given)
+        self._check_columns(given)
         own = self.data_collator
         folding = own if isinstance(own, MetricsCollator) else MetricsCollator(own)
+        if self.args.remove_unused_columns:
+            # Of what the model does not take, metrics may be made: so it goes when they have been.
+            folding = copy.copy(folding)
+            inner = super()._get_collator_with_removed_columns(folding.collate_fn)
+            folding.collate_fn = inner
         self.data_collator = partial(_collated, folding, keep_samples, self._loss is not None)
         try:
             return make(*args, **kwargs)
         finally:
             self.data_collator = own
+
+    def _remove_unused_columns(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        columns = getattr(dataset, "column_names", None) or ()
+        if METRICS in columns or noted(dataset):
+            return dataset
+        return super()._remove_unused_columns(dataset, *args, **kwargs)
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(data_collator, partial) and data_collator.func is _collated:
+            return data_collator  # which does it
+        return super()._get_collator_with_removed_columns(data_collator, *args, **kwargs)
 
     # -- Steps
 
@@ -167,13 +189,14 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
         self.eval_aggregator.update(metrics)
         return outputs
 
-    def _take(self, inputs: MutableMapping[str, Any]) -> Sequence[Metric] | MetricBatch:
+    def _take(self, inputs: Any) -> Sequence[Metric] | MetricBatch:
         """Take the metrics out of a batch, and note where its rows are from."""
-        carried = inputs.pop(METRICS, None)
-        self._datasets = None
+        target = mapping_of(inputs)
+        carried = target.pop(METRICS, None)
+        self._carried = None
         if not isinstance(carried, _Carried):  # of a loader that the user has made
             return [] if carried is None else carried
-        self._datasets, self._real = carried.datasets, self._not_padded(carried.size)
+        self._carried, self._real = carried, self._not_padded(carried.size)
         if isinstance(carried.metrics, MetricBatch):
             return carried.metrics
         return [metric for metrics in carried.metrics[: self._real] for metric in metrics]
@@ -193,22 +216,27 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
 
     def _loss_of_batch(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         """Return the loss that the model would, and take in that of each dataset."""
-        if self._loss is None or self._datasets is None:
+        carried = self._carried
+        if self._loss is None or carried is None or carried.ids is None:
             raise ValueError(
                 "loss_per_dataset=True, but this batch does not say which datasets its samples are "
                 "from: let the Trainer make its own data loaders, and give it a data_collator"
             )
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        accumulator = self._loss.prepared(self._datasets, len(labels), self._into)
-        ids = self._loss.ids(self._datasets).to(logits.device, non_blocking=True)
         # The labels move, not the logits, which are far larger.
         targets = torch.nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:].to(logits.device)
-        mark = accumulator.mark() if self._real < len(labels) else None
+        accumulator = self._loss.prepared(carried.ids, tuple(labels.shape), self._into)
+        ids = self._loss.ids(carried.ids).to(logits.device, non_blocking=True)
+        mark = accumulator.mark() if self._real < carried.size else None
         loss = accumulator.token_loss(logits, targets, ids, num_items=num_items_in_batch)
         if mark is not None:
             accumulator.rollback(mark)
-            count = slice(self._real)
-            accumulator.token_loss(logits[count], targets[count], ids[count])
+            real = targets.clone()
+            if len(real) == carried.size:
+                real[self._real :] = _IGNORED
+            else:  # all samples in one row, of which a place predicts the next
+                real[..., max(sum(carried.lengths[: self._real]) - 1, 0) :] = _IGNORED
+            accumulator.token_loss(logits, real, ids)
         return loss
 
     @property
@@ -332,12 +360,9 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
     # -- What cannot work
 
     def _check_setup(self) -> None:
-        if self.args.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns=True removes the samples' metrics with every other column "
-                "that the model does not take: set TrainingArguments(remove_unused_columns=False)"
-            )
-        self._check_dispatch((self.train_dataset, self.eval_dataset))
+        given = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        self._check_dispatch(given.values())
+        self._check_columns(given.values())
         sizes = ("get_tp_size", "get_cp_size", "get_sp_size")
         if any(getattr(self, size)() > 1 for size in sizes if hasattr(self, size)):
             raise ValueError(
@@ -345,11 +370,16 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
                 "its metrics: MetricfoldMixin works with data parallel ranks only"
             )
 
+    def _check_columns(self, given: Iterable[Any]) -> None:
+        """Refuse datasets that had metrics, and have lost them."""
+        for one in _each(given):
+            where = "train_dataset" if one is self.train_dataset else "a dataset of evaluation"
+            check_origins(one, where)
+
     def _check_dispatch(self, given: Iterable[Any]) -> None:
         """Refuse loaders that read on one rank and send tensors to the others."""
         dispatch = self.args.accelerator_config.dispatch_batches
-        each = [one for x in given for one in (x.values() if isinstance(x, dict) else (x,))]
-        iterable = any(isinstance(one, torch.utils.data.IterableDataset) for one in each)
+        iterable = any(isinstance(one, torch.utils.data.IterableDataset) for one in _each(given))
         if dispatch or (dispatch is None and iterable):
             default = "" if dispatch else ", the default for iterable datasets,"
             raise ValueError(
@@ -357,6 +387,11 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
                 "their tensors, without metrics: set "
                 'TrainingArguments(accelerator_config={"dispatch_batches": False})'
             )
+
+
+def _each(given: Iterable[Any]) -> list[Any]:
+    """Return datasets, also those of a dict of them."""
+    return [one for x in given for one in (x.values() if isinstance(x, dict) else (x,))]
 
 
 # -- What a batch carries --------------------------------------------------------------------------
@@ -371,7 +406,8 @@ class _Carried:
 
     size: int  # how many samples there are
     metrics: MetricBatch | list[list[Metric]]  # of all, or of each where some may be repetitions
-    datasets: tuple[str, ...] | None  # of each, if that was asked for
+    ids: DatasetIds | None  # if they were asked for
+    lengths: list[int]  # of each sample, in tokens; likewise
 
     def to(self, *args: object, **kwargs: object) -> _Carried:
         return self
@@ -383,26 +419,15 @@ class _Carried:
 def _collated(
     collator: MetricsCollator, keep_samples: bool, want_datasets: bool, samples: Sequence[Any]
 ) -> Any:
-    batch = collator([*samples])
-    wanted = keep_samples or want_datasets
-    each: list[list[Metric]] = [[] for _ in samples] if wanted else []
-    for sample, own in zip(samples, each, strict=wanted):
-        take_metrics(sample, own)
-    datasets = tuple(map(_dataset_of, each)) if want_datasets else None
-    batch[METRICS] = _Carried(len(samples), each if keep_samples else batch[METRICS], datasets)
+    wanted = want_datasets or collator.dataset_ids
+    batch, taken, ids = collator.collate([*samples], dataset_ids=wanted)
+    lengths = [sum(length or 0 for _, length in one.parts) for one in taken] if wanted else []
+    metrics = [one.metrics for one in taken] if keep_samples else collator.fold(taken)
+    target = mapping_of(batch)
+    if collator.dataset_ids:
+        target[DATASET_IDS] = ids
+    target[METRICS] = _Carried(len(taken), metrics, ids, lengths)
     return batch
-
-
-def _dataset_of(metrics: list[Metric]) -> str:
-    names = {metric.dataset_name for metric in metrics}
-    if len(names) != 1:
-        found = f"metrics of {', '.join(sorted(map(repr, names)))}" if names else "no metrics"
-        raise ValueError(
-            f"loss_per_dataset=True, but a sample carries {found}, so it does not say which "
-            "dataset its loss is of: give each sample the metrics of one dataset by a "
-            "MetricTransform, or write a compute_loss with a DeviceAccumulator of your own"
-        )
-    return str(names.pop())
 
 
 # -- Loss per dataset ------------------------------------------------------------------------------
@@ -417,16 +442,16 @@ class _DatasetLoss:
         self.accumulators: list[DeviceAccumulator] = []  # one, once there is a dataset
 
     def prepared(
-        self, datasets: tuple[str, ...], rows: int, into: MetricsAggregator
+        self, ids: DatasetIds, shape: tuple[int, ...], into: MetricsAggregator
     ) -> DeviceAccumulator:
-        """Return an accumulator that knows `datasets`; what one without them held is drained."""
-        if len(datasets) != rows:
+        """Return an accumulator that knows the datasets; what one without them held is drained."""
+        if ids.shape != shape[: len(ids.shape)]:
             raise ValueError(
-                f"loss_per_dataset=True, but a batch of {len(datasets)} samples has labels of {rows} "
+                f"loss_per_dataset=True, but a batch of {len(ids)} samples has labels of {shape[0]} "
                 "rows: collate one row per sample, or write a compute_loss with a DeviceAccumulator "
                 "of your own, and dataset_ids per token"
             )
-        if new := [name for name in dict.fromkeys(datasets) if name not in self._places]:
+        if new := [name for name in ids.names if name not in self._places]:
             for accumulator in self.accumulators:
                 into.drain(accumulator)
             for name in new:
@@ -435,8 +460,10 @@ class _DatasetLoss:
             self.accumulators = [DeviceAccumulator({"loss": "mean"}, known, device=self._device)]
         return self.accumulators[0]
 
-    def ids(self, datasets: tuple[str, ...]) -> torch.Tensor:
-        return torch.tensor([self._places[name] for name in datasets])
+    def ids(self, ids: DatasetIds) -> torch.Tensor:
+        """Return the ids of what each place predicts."""
+        places = torch.from_numpy(ids.places(tuple(self._places)))
+        return places if places.ndim == 1 else places.roll(-1, dims=-1)
 
 
 def _check_loss(trainer: _Trainer) -> None:
