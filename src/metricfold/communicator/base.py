@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,11 +28,16 @@ class MissingRanksError(RuntimeError):
 
     Attributes:
         missing: the ranks that did not come, ascending.
+        hosts: the names of the hosts on which they run, as far as they have said so; empty where all
+            ranks that are known of run on one.
     """
 
-    def __init__(self, message: str, missing: Sequence[int] = ()) -> None:
+    def __init__(
+        self, message: str, missing: Sequence[int] = (), hosts: Mapping[int, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.missing = tuple(missing)
+        self.hosts = dict(hosts or {})
 
 
 class Communicator(ABC):

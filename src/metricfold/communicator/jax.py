@@ -25,7 +25,7 @@ import numpy as np
 from metricfold._core.fold.sample import FloatArray
 from metricfold._core.runtime.processes import DeferredInterrupt
 from metricfold.communicator.base import Communicator, MissingRanksError, jax_job
-from metricfold.communicator.roll_call import RollCall, Words, first_line
+from metricfold.communicator.roll_call import ANSWER, RollCall, Words, first_line
 from metricfold.communicator.tree import Merge, senders, steps
 
 __all__ = ["JaxCommunicator"]
@@ -180,6 +180,7 @@ class JaxCommunicator(Communicator):
         jax = sys.modules["jax"]
         # Each says which is its own: the backend may count the processes in another order.
         mine = jax.local_devices()[0]
+        self._roll.note_place("", ANSWER)
         self._client.key_value_set(f"{self._prefix}/device/{self.rank}", str(mine.id))
         self._meet()
         entries = self._client.key_value_dir_get(f"{self._prefix}/device/")

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple, Protocol, TypeAlias
 
 from metricfold._core.runtime.processes import start_thread
@@ -42,7 +44,7 @@ _IDLE = 2
 _SAID = {
     "closed": "had closed its aggregator",
     "ended": "has ended",
-    "waits": "has stopped: it was in the call, and has given no sign of life since",
+    "waits": "has stopped, or is cut off: it was in the call, and has given no sign of life since",
 }
 
 
@@ -111,6 +113,13 @@ class _Sign(NamedTuple):
     round: int = -1
 
 
+class Place(NamedTuple):
+    """Where a rank runs, as it says once it has come for the first time."""
+
+    host: str
+    address: str = ""  # by which it reaches the store
+
+
 _Signs: TypeAlias = Mapping[int, _Sign | None]
 
 
@@ -176,6 +185,10 @@ class RollCall:
         self._over = True
         if self.call and len(self.ranks) > 1:
             self._note("end", _Sign(self.call, state, 0.0))
+
+    def note_place(self, address: str, seconds: float) -> None:
+        place = Place(socket.gethostname(), address)
+        self.board.set(f"met/{self.rank}", json.dumps(place), seconds=seconds)
 
     def note_here(self) -> None:
         self._is_here = True
@@ -273,6 +286,33 @@ class RollCall:
             )
         return suspects if nothing_sent else {r: s for r, s in suspects.items() if r in waited}
 
+    def place(self, rank: int, seconds: float = ANSWER) -> Place | None:
+        """Return where `rank` runs; None if it has not come yet."""
+        said = self.board.get(f"met/{rank}", seconds=seconds)
+        return None if said is None else Place(*json.loads(said))
+
+    def _hosts(self, missing: Collection[int]) -> tuple[dict[int, str], list[str]]:
+        """Return the hosts of those missing, and which hosts have no other ranks; nothing if all have one.
+
+        Who is asked first are those missing: of a large job far away not all can be asked in time.
+        """
+        found: dict[int, str] = {}
+        until, everyone = time.monotonic() + ANSWER, range(len(self.ranks))
+        with suppress(
+            Exception
+        ):  # the store is gone, or a coordinator: a name is not worth an error
+            for rank in (*missing, *(rank for rank in everyone if rank not in missing)):
+                if (place := self.place(rank)) is not None:
+                    found[rank] = place.host
+                if time.monotonic() > until:
+                    break
+        if len(set(found.values())) < 2:
+            return {}, []
+        of_missing = {rank: found[rank] for rank in missing if rank in found}
+        others = {host for rank, host in found.items() if rank not in of_missing}
+        whole = set(of_missing.values()) - others if len(found) == len(self.ranks) else set()
+        return of_missing, sorted(whole)
+
     # -- The verdict
 
     def verdict(
@@ -333,7 +373,14 @@ class RollCall:
 
     def given_up(self, missing: Mapping[int, str], how: str) -> MissingRanksError:
         """Record the verdict, the first rank's for all, and return it as an error."""
-        verdict = json.dumps({"missing": list(missing.items()), "how": how})
+        hosts, whole = self._hosts(missing) if missing else ({}, [])
+        said = {
+            "missing": list(missing.items()),
+            "how": how,
+            "hosts": list(hosts.items()),
+            "whole": whole,
+        }
+        verdict = json.dumps(said)
         return self._from_verdict(self.board.set_first("poison", verdict, seconds=ANSWER))
 
     def abandon(self, why: str) -> None:
@@ -354,13 +401,26 @@ class RollCall:
         words = self.words
         if not missing:
             return MissingRanksError(f"aggregator {self.name!r}: {how}. {words.recovery}")
-        who = ", ".join(str(self.ranks[rank]) for rank in missing)
+        hosts = dict(content["hosts"])
+        listed = []
+        for host, ranks in groupby(missing, hosts.get):
+            listed.append(", ".join(str(self.ranks[rank]) for rank in ranks))
+            listed[-1] += f" (on {host})" if host else ""
+        who = ", ".join(listed)
+        cause = words.cause(how)
         for rank, said in missing.items():
             how += f"; {words.rank} {self.ranks[rank]} {said}" if said else ""
+        if content["whole"] and not how.startswith("it left"):
+            gone = " and ".join(content["whole"])
+            cause = (
+                f"No {words.rank} of {gone} is there: look first whether {gone} and the network to it are "
+                f"up. {cause}"
+            )
         return MissingRanksError(
             f"aggregator {self.name!r}: missing from a collective call: {words.ranks} {who} of "
-            f"{len(self.ranks)}; {how}. {words.cause(how)}. {words.recovery}",
+            f"{len(self.ranks)}; {how}. {cause}. {words.recovery}",
             [self.ranks[rank] for rank in missing],
+            {self.ranks[rank]: host for rank, host in hosts.items()},
         )
 
     def judged(self, how: str, find: Callable[[], MissingRanksError]) -> MissingRanksError:
@@ -402,5 +462,6 @@ def first_line(error: BaseException) -> str:
 def _untold(how: str) -> str:
     return (
         f"a collective call failed, and who is missing cannot be told: {how}. Most likely the process "
-        "or host that serves the store has stopped or ended, or has too much to do"
+        "or host that serves the store has stopped or ended, or has too much to do, or the network to it "
+        "is down"
     )

@@ -85,6 +85,11 @@ class StoreClient:
                 connection.slow_at = time.monotonic()
 
     @property
+    def address(self) -> str:
+        """The address of this host by which the store's is reached; "" of a store without a host."""
+        return "" if self._connection is None else self._connection.address
+
+    @property
     def stuck(self) -> bool:
         """Whether somebody in this process has waited in vain, and would still."""
         asked = None if self._connection is None else self._connection.unanswered
@@ -206,6 +211,13 @@ class _Connection:
             self._give_up(opened)
             raise TimeoutError from None
         self._sockets += opened().values()
+
+    @property
+    def address(self) -> str:
+        with suppress(OSError):  # its host has closed it
+            for one in self._sockets:
+                return str(one.getsockname()[0]).removeprefix("::ffff:")  # of IPv4 over IPv6
+        return ""
 
     def ask(self, question: Callable[..., Any], prefix: str, *args: Any) -> Future[Any]:
         def answer() -> Any:

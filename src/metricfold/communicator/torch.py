@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import ipaddress
+import os
 import re
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -26,7 +28,15 @@ from torch.distributed import distributed_c10d as c10d
 from metricfold._core.fold.sample import FloatArray
 from metricfold._core.runtime.processes import TaskThread, release_at_exit
 from metricfold.communicator.base import Communicator, MissingRanksError
-from metricfold.communicator.roll_call import ANSWER, EVERYWHERE, LATE, RollCall, Words, first_line
+from metricfold.communicator.roll_call import (
+    ANSWER,
+    BEAT,
+    EVERYWHERE,
+    LATE,
+    RollCall,
+    Words,
+    first_line,
+)
 from metricfold.communicator.store import PolledStore, StoreClient, StoreGoneError, polled
 from metricfold.communicator.tree import Merge, Step, steps
 
@@ -193,17 +203,51 @@ class TorchCommunicator(Communicator):
             # gloo tries five times to connect to each.
             once = max((until - time.monotonic()) / 5, _CONNECT)
             self._polled = PolledStore(self._store, until, ANSWER, self._roll.raise_if_poisoned)
-            start = partial(c10d.ProcessGroupGloo, self._polled, self.rank, self.world_size)
-            group = TaskThread("metricfold-connects").submit(
-                partial(start, timedelta(seconds=once))
-            )
-            return group.result(5 * once + 2 * ANSWER)
+            thread = TaskThread("metricfold-connects")
+            group = thread.submit(partial(self._start, timedelta(seconds=once)))
+            until = time.monotonic() + 5 * once + 2 * ANSWER
+            # gloo waits for a rank that has failed as long as for any.
+            while not wait([group], BEAT).done and time.monotonic() < until:
+                self._roll.raise_if_poisoned(until - time.monotonic())
+            return group.result(0.001)
         except StoreGoneError as gone:
             raise self._roll.nobody_named(str(gone)) from None
         except MissingRanksError:
             raise
         except (RuntimeError, TimeoutError, concurrent.futures.TimeoutError) as error:
-            raise self._unconnected(error) from error
+            known = self._unconnected(error)
+            time.sleep(
+                2 * BEAT
+            )  # the others look as they wait, and the store may end with this rank
+            raise known from error
+
+    def _start(self, once: timedelta) -> Any:
+        """Let gloo connect all pairs."""
+        options: Any = once
+        if address := self._address_for_others():
+            options = vars(c10d.ProcessGroupGloo)["_Options"]()
+            options._devices = [c10d.ProcessGroupGloo.create_device(hostname=address)]
+            options._timeout = once
+        return c10d.ProcessGroupGloo(self._polled, self.rank, self.world_size, options)
+
+    def _address_for_others(self) -> str:
+        """Return where to listen; "" where that is gloo's to choose.
+
+        It listens on the interface that its variable names, else where this host's name leads: many
+        a system lets that be a loopback address, which is right where all ranks have one host alone.
+        """
+        if os.environ.get("GLOO_SOCKET_IFNAME") or not _is_loopback_by_name():
+            return ""
+        mine = self._store.address
+        if mine and not ipaddress.ip_address(mine).is_loopback:
+            return mine
+        # The store is on this host. Ranks of one host follow each other, so if there is another
+        # host, it has the first or the last.
+        for rank in {0, self.world_size - 1} - {self.rank}:
+            place = self._roll.place(rank)
+            if place is not None and place.host != socket.gethostname() and place.address:
+                return _facing(place.address)
+        return ""
 
     def _meet(self, until: float) -> None:
         warn_at = until - self._roll.seconds + self._roll.patience
@@ -227,7 +271,7 @@ class TorchCommunicator(Communicator):
         if self._store.add("met", 1, seconds=left()) >= self.world_size:
             self._store.set("all met", "here", seconds=left())
         # Last, so that whoever stops in between is seen not to have come.
-        self._store.set(f"met/{self.rank}", socket.gethostname(), seconds=left())
+        self._roll.note_place(self._store.address, left())
         polled(lambda: self._store.get("all met", seconds=left()), until + ANSWER, look)
 
     def _without(self, key: str, said: str = "") -> dict[int, str]:
@@ -253,20 +297,33 @@ class TorchCommunicator(Communicator):
 
     def _interface_hint(self, error: str) -> str:
         """Return which addresses the ranks listen on, and what to do if others cannot reach them."""
-        everyone = range(self.world_size)
-        hosts = {self._store.get(f"met/{rank}", seconds=ANSWER) for rank in everyone} - {None}
-        addresses = [_address(self._store.get(f"0/{r}", seconds=ANSWER) or b"") for r in everyone]
+        found: dict[_Address, set[str]] = {}  # and the hosts of those who listen there
+        hosts = set()
+        for rank in range(self.world_size):
+            place = self._roll.place(rank)
+            address = _address(self._store.get(f"0/{rank}", seconds=ANSWER) or b"")
+            if place is not None:
+                hosts.add(place.host)
+                if address is not None:
+                    found.setdefault(address, set()).add(place.host)
         for text in re.findall(r"\[([0-9a-fA-F.:]+)\]:\d+", error):
             with suppress(ValueError):
-                addresses.append(ipaddress.ip_address(text))
-        found = {getattr(one, "ipv4_mapped", None) or one for one in addresses if one is not None}
-        local = next((address for address in found if address.is_loopback), None)
-        if local is not None and len(hosts) > 1:
-            return (
-                f"The ranks are on {len(hosts)} hosts, and {local} is a loopback address, which no "
-                "other host can reach: set GLOO_SOCKET_IFNAME on every host to the network interface "
-                "that leads to the others, such as eth0"
-            )
+                found.setdefault(_plain(ipaddress.ip_address(text)), set())
+        set_it = (
+            "set GLOO_SOCKET_IFNAME on every host to the network interface that leads to the others, "
+            "such as eth0"
+        )
+        if len(hosts) > 1:
+            if (local := next((one for one in found if one.is_loopback), None)) is not None:
+                return (
+                    f"The ranks are on {len(hosts)} hosts, and {local} is a loopback address, which no "
+                    f"other host can reach: {set_it}"
+                )
+            if (same := next((one for one in found if len(found[one]) > 1), None)) is not None:
+                return (
+                    f"{same} is an address of {' and of '.join(sorted(found[same])[:5])}, each of which "
+                    f"means itself by it, as by that of a bridge between containers: {set_it}"
+                )
         some = ", ".join(sorted(map(str, found))[:5]) or "addresses that are not known"
         return (
             f"They listen on {some}. Look at the network between their hosts, and whether "
@@ -322,8 +379,36 @@ def _address(published: bytes) -> _Address | None:
     content = published[16 + int.from_bytes(published[:8], "little") :]
     family = int.from_bytes(content[:2], "little")
     with suppress(ValueError):
-        return ipaddress.ip_address(content[4:8] if family == socket.AF_INET else content[8:24])
+        one = ipaddress.ip_address(content[4:8] if family == socket.AF_INET else content[8:24])
+        return _plain(one)
     return None
+
+
+def _plain(address: _Address) -> _Address:
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _is_loopback_by_name() -> bool:
+    """Return whether gloo, left to itself, listens where no other host can reach it.
+
+    It takes the first address of this host's name on which it can listen, and else a loopback address.
+    """
+    with suppress(OSError):
+        known = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+        for family, _, _, _, where in known:
+            with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.bind(where)
+                return ipaddress.ip_address(where[0]).is_loopback
+    return True
+
+
+def _facing(address: str) -> str:
+    """Return the address of this host from which it would send to that one."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # sends nothing
+        return str(probe.getsockname()[0])
+    return ""
 
 
 def _as_group(process_group: Any) -> Any:
