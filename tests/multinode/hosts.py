@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ADDRESSES", "Host", "Hosts", "why_not"]
+__all__ = ["ADDRESSES", "NAMES", "Host", "Hosts", "why_not"]
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 NAMES = ("node-1", "node-2")
@@ -39,7 +39,7 @@ def why_not() -> str:
         return "needs root, to make network namespaces"
     if lacking := [tool for tool in _TOOLS if shutil.which(tool) is None]:
         return f"needs {' and '.join(lacking)} (Debian packages iproute2 and util-linux)"
-    link = ["ip", "link", "add", "a", "type", "veth", "peer", "name", "b"]
+    link = ["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]
     tried = subprocess.run(
         ["unshare", *_NAMESPACES, *link], capture_output=True, text=True, check=False
     )
@@ -64,8 +64,9 @@ class Host:
             ["unshare", *_NAMESPACES, "sh", "-c", setup], stdout=subprocess.PIPE, text=True
         )
         assert self._first.stdout is not None
-        if self._first.stdout.readline() != "ready\n":
-            raise RuntimeError(f"{NAMES[number]} cannot be set up")
+        with self._first.stdout as said:
+            if said.readline() != "ready\n":
+                raise RuntimeError(f"{NAMES[number]} cannot be set up")
         children = Path(f"/proc/{self._first.pid}/task/{self._first.pid}/children")
         self.pid = int(children.read_text("ascii").split()[0])
 
@@ -83,6 +84,12 @@ class Host:
         if job.returncode:
             raise RuntimeError(f"{NAMES[self.number]}: {' '.join(command)} has failed")
         return said
+
+    def bridge(self, name: str, address: str) -> None:
+        """Add an interface that leads nowhere."""
+        self.run("ip", "link", "add", name, "type", "bridge")
+        self.run("ip", "address", "add", address, "dev", name)
+        self.run("ip", "link", "set", name, "up")
 
     def kill(self) -> None:
         """Take the host away, with all that runs there."""

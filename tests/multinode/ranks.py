@@ -10,7 +10,7 @@ from typing import Any
 
 from ranks import run_ranks
 
-from multinode.hosts import ADDRESSES, Hosts
+from multinode.hosts import NAMES, Hosts
 
 __all__ = ["enter", "run_on"]
 
@@ -22,7 +22,10 @@ _BIND, _ALL_PRIVATE = 0x1000, 0x44000  # MS_BIND, MS_REC | MS_PRIVATE
 def run_on(
     hosts: Hosts, function: Callable[..., Any], per_host: int, *args: Any, **limits: Any
 ) -> list[Any]:
-    """Return what ``function(rank, *args)`` returned on each rank, of which each host has so many."""
+    """Return what ``function(rank, *args)`` returned on each rank, of which each host has so many.
+
+    The job itself has been told which interface to take, and nobody else, as where NCCL joins it.
+    """
     places = [(host.pid, host.names) for host in hosts for _ in range(per_host)]
     return run_ranks(_there, len(places), function, places, *args, **limits)
 
@@ -34,8 +37,10 @@ def _there(
 
     dist.destroy_process_group()
     enter(*places[rank])
-    at = f"tcp://{ADDRESSES[0]}:{_PORT}"
+    os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
+    at = f"tcp://{NAMES[0]}:{_PORT}"
     dist.init_process_group("gloo", init_method=at, rank=rank, world_size=len(places))
+    del os.environ["GLOO_SOCKET_IFNAME"]
     return function(rank, *args)
 
 

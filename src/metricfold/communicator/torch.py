@@ -238,15 +238,14 @@ class TorchCommunicator(Communicator):
         """
         if os.environ.get("GLOO_SOCKET_IFNAME") or not _is_loopback_by_name():
             return ""
-        mine = self._store.address
-        if mine and not ipaddress.ip_address(mine).is_loopback:
+        if _leads_elsewhere(mine := self._store.address):
             return mine
         # The store is on this host. Ranks of one host follow each other, so if there is another
         # host, it has the first or the last.
         for rank in {0, self.world_size - 1} - {self.rank}:
             place = self._roll.place(rank)
-            if place is not None and place.host != socket.gethostname() and place.address:
-                return _facing(place.address)
+            if place is not None and place.host != socket.gethostname():
+                return _facing(place.address) if _leads_elsewhere(place.address) else ""
         return ""
 
     def _meet(self, until: float) -> None:
@@ -398,8 +397,12 @@ def _is_loopback_by_name() -> bool:
         for family, _, _, _, where in known:
             with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
                 probe.bind(where)
-                return ipaddress.ip_address(where[0]).is_loopback
+                return not _leads_elsewhere(str(where[0]))
     return True
+
+
+def _leads_elsewhere(address: str) -> bool:
+    return bool(address) and not ipaddress.ip_address(address).is_loopback
 
 
 def _facing(address: str) -> str:
