@@ -21,11 +21,16 @@ pytest.importorskip("torch")
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples/engines"
 # The page's sections, the example of each, and what it needs.
-ON_RANKS = {"fabric_mixture": "lightning", "ignite_mixture": "ignite"}
+ON_RANKS = {
+    "fabric_mixture": "lightning",
+    "ignite_mixture": "ignite",
+    "deepspeed_zero": "deepspeed",
+}
 SECTIONS = {
     "Lightning Fabric": "fabric_mixture",
     "PyTorch Ignite": "ignite_mixture",
     "Ray Train": "ray_train",
+    "DeepSpeed": "deepspeed_zero",
 }
 # Those that start a cluster, or whose packages change what others do: `make engines` runs them.
 by_request = pytest.mark.skipif("METRICFOLD_ENGINES" not in os.environ, reason="make engines")
@@ -36,6 +41,11 @@ def train_on_rank(rank: int, folder: Path) -> dict[str, Any]:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for, though we have a group
     sys.path.insert(0, str(EXAMPLES))
+    if importlib.util.find_spec("deepspeed"):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed.ops  # which else compiles its own all-reduce of CPUs, for a minute
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     found = {}
     for name, needed in ON_RANKS.items():
         if importlib.util.find_spec(needed):

@@ -99,10 +99,10 @@ class Ledger:
         }
 
 
-def counted(steps, ranks):
+def counted(steps, ranks, *, without=()):
     """Return the samples and tokens of the first steps of all ranks, counted from the data."""
     totals = {}
-    for step in range(1, steps + 1):
+    for step in {*range(1, steps + 1)}.difference(without):
         for rank in range(ranks):
             for dataset, tokens in drawn(step, rank):
                 for name in ("all", dataset):
