@@ -24,10 +24,13 @@ from metricfold.sinks.wandb import WandbSink
 
 if TYPE_CHECKING:
     from metricfold.sinks.comet import CometSink
+    from metricfold.sinks.csv import CSVSink
     from metricfold.sinks.mlflow import MLflowSink
+    from metricfold.sinks.parquet import ParquetSink
     from metricfold.sinks.trackio import TrackioSink
 
 __all__ = [
+    "CSVSink",
     "CometSink",
     "ConsoleSink",
     "JSONLSink",
@@ -35,6 +38,7 @@ __all__ = [
     "MLflowSink",
     "Meaning",
     "MetricsLogger",
+    "ParquetSink",
     "Record",
     "RecordRefused",
     "SelectiveSink",
@@ -48,7 +52,13 @@ __all__ = [
 publish(globals())
 
 # By module; each is loaded when it is asked for.
-_LAZY = {"CometSink": "comet", "MLflowSink": "mlflow", "TrackioSink": "trackio"}
+_LAZY = {
+    "CSVSink": "csv",
+    "CometSink": "comet",
+    "MLflowSink": "mlflow",
+    "ParquetSink": "parquet",
+    "TrackioSink": "trackio",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import stat
 import threading
 import weakref
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from metricfold.sinks.loud import mention
@@ -20,8 +20,10 @@ try:
 except ImportError:  # not POSIX
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["AppendFile", "FileSink"]
+__all__ = ["HEAD", "AppendFile", "FileSink", "LinesSink"]
 
+HEAD = 1 << 20
+"""So many bytes of a file show whose it is."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 """What file systems without locks answer, such as some of networks."""
 
@@ -187,6 +189,104 @@ class FileSink(SelectiveSink):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+class LinesSink(FileSink):
+    """A sink that appends lines to a file, and cuts those of later steps out of it.
+
+    An existing file of its own lines is continued, any other is left as it is. One process at a time
+    writes to a file; sinks of one process share it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        select: str | Sequence[str] = "*",
+        key_format: str | Callable[[str], str] = "{key}",
+    ) -> None:
+        super().__init__(select=select, key_format=key_format)
+        self.path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
+        self._end = 0  # where the file ended when this sink last saw it
+        self._forget(cut=True)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+    @abstractmethod
+    def _is_ours(self, start: bytes) -> bool:
+        """Return whether a file that starts like this is one of this sink, or was to become one."""
+
+    @abstractmethod
+    def _is_half(self, last: bytes) -> bool:
+        """Return whether `last`, behind which no line ends, is what a crash has left of a line."""
+
+    @abstractmethod
+    def _lines(self) -> Iterator[tuple[int, bytes, int | None]]:
+        """Yield where each line starts, its text with its line break, and the step of its record."""
+
+    @abstractmethod
+    def _forget(self, *, cut: bool) -> None:
+        """Forget what the file said: others have added lines to it, or it is new or was `cut`."""
+
+    def rewind(self, step: int) -> None:
+        """Cut the lines of the steps after `step` out of the file."""
+        if not self.path.exists():
+            return
+        self._forget(cut=True)
+        with self._held() as file:
+            if not file.regular:
+                raise ValueError(f"{self.path} is a terminal or a pipe, which cannot be rewound")
+            cut, scattered = None, False  # where the first line to take away starts
+            for start, _, at in self._lines():
+                if at is not None and at > step:
+                    cut = start if cut is None else cut
+                elif cut is not None:
+                    scattered = True
+            if scattered:  # someone logged steps out of order
+                lines = self._lines()
+                file.replace(text for _, text, at in lines if at is None or at <= step)
+            elif cut is not None:
+                # At once, and without room on the disk.
+                file.truncate(cut)
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[AppendFile]:
+        """Keep those away who share the file, whose last line is whole, until all is done."""
+        file = self._opened()
+        with file.guard:
+            if file.size != self._end and file.regular:  # somebody has cut it, or written to it
+                self._forget(cut=file.size < self._end)
+                self._mend_last_line(file)
+            yield file
+            self._end = file.size
+
+    def _mend_last_line(self, file: AppendFile) -> None:
+        """Give the file an end that a line can follow: a broken last line would swallow the next."""
+        last = file.last_line()
+        # Without a lock it may be what another process is about to finish.
+        if last and file.locked and self._is_half(last):
+            file.truncate(file.size - len(last))
+        elif last:
+            file.write(b"\n")
+
+    def _new_file(self) -> AppendFile:
+        file = AppendFile.shared(self.path)
+        with contextlib.ExitStack() as undo:
+            undo.callback(file.close)
+            start = file.read(HEAD, 0) if file.regular else b""
+            if start and not self._is_ours(start):
+                first = start.partition(b"\n")[0][:40]
+                raise FileExistsError(
+                    errno.EEXIST,
+                    f"holds something else than records of {type(self).__name__} ({first!r}), and is "
+                    "left as it is: give another path, or move the file away",
+                    str(self.path),
+                )
+            undo.pop_all()
+        self._end = -1
+        self._forget(cut=True)
+        return file
 
 
 _shared: weakref.WeakSet[AppendFile] = weakref.WeakSet()

@@ -8,17 +8,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metricfold.sinks.files import AppendFile, FileSink
+from metricfold.sinks.files import LinesSink
 from metricfold.sinks.lines import (
-    HEAD,
     began,
     decoded,
     encoded,
@@ -33,7 +30,7 @@ from metricfold.sinks.record import Meaning, Record
 __all__ = ["JSONLSink", "read_jsonl"]
 
 
-class JSONLSink(FileSink):
+class JSONLSink(LinesSink):
     """Appends each record to a file as one line of JSON.
 
     A line is in the file, whole, as soon as it is written: a process that is killed loses none.
@@ -58,36 +55,9 @@ class JSONLSink(FileSink):
         key_format: str | Callable[[str], str] = "{key}",
         arrays: bool = True,
     ) -> None:
-        super().__init__(select=select, key_format=key_format)
+        super().__init__(path, select=select, key_format=key_format)
         self.arrays = arrays
-        self.path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
-        self._end = 0  # where the file ended when this sink last saw it
         self._header: dict[str, Any] | None = None  # what is known of the run
-        self._begin_telling()
-
-    def __repr__(self) -> str:
-        return f"JSONLSink({str(self.path)!r})"
-
-    def rewind(self, step: int) -> None:
-        """Cut the lines of the steps after `step` out of the file."""
-        if not self.path.exists():
-            return
-        self._begin_telling()
-        with self._held() as file:
-            if not file.regular:
-                raise ValueError(f"{self.path} is a terminal or a pipe, which cannot be rewound")
-            cut, scattered = None, False  # where the first line to take away starts
-            for line in lines_of(self.path):
-                if line.is_later(step):
-                    cut = line.start if cut is None else cut
-                elif cut is not None:
-                    scattered = True
-            if scattered:  # someone logged steps out of order
-                lines = lines_of(self.path)
-                file.replace(line.text for line in lines if not line.is_later(step))
-            elif cut is not None:
-                # At once, and without room on the disk.
-                file.truncate(cut)
 
     def _write(self, record: Record) -> None:
         with self._held() as file:
@@ -101,40 +71,20 @@ class JSONLSink(FileSink):
             told.update(keys)
             self._headed = True
 
-    def _begin_telling(self) -> None:
-        """Take it that the file has been told nothing: it is new, or what told it may have been cut."""
-        self._told: dict[str, set[str]] = {}  # the keys whose meaning it knows, by prefix
-        self._headed = False  # whether it knows what is known of the run
+    def _forget(self, *, cut: bool) -> None:
+        if cut:
+            self._told: dict[str, set[str]] = {}  # the keys whose meaning it knows, by prefix
+            self._headed = False  # whether it knows what is known of the run
 
-    @contextmanager
-    def _held(self) -> Iterator[AppendFile]:
-        """Keep those away who share the file, whose last line is whole, until all is done."""
-        file = self._opened()
-        with file.guard:
-            if file.size != self._end and file.regular:  # somebody has cut it, or written to it
-                if file.size < self._end:
-                    self._begin_telling()
-                _mend_last_line(file)
-            yield file
-            self._end = file.size
+    def _is_ours(self, start: bytes) -> bool:
+        return is_ours(start)
 
-    def _new_file(self) -> AppendFile:
-        file = AppendFile.shared(self.path)
-        with ExitStack() as undo:
-            undo.callback(file.close)
-            start = file.read(HEAD, 0) if file.regular else b""
-            if start and not is_ours(start):
-                first = start.partition(b"\n")[0][:40]
-                raise FileExistsError(
-                    errno.EEXIST,
-                    f"holds something else than records of JSONLSink ({first!r}), and is left as it "
-                    "is: give another path, or move the file away",
-                    str(self.path),
-                )
-            undo.pop_all()
-        self._end = -1
-        self._begin_telling()
-        return file
+    def _is_half(self, last: bytes) -> bool:
+        return began(last) and parsed(last) is None
+
+    def _lines(self) -> Iterator[tuple[int, bytes, int | None]]:
+        for line in lines_of(self.path):
+            yield line.start, line.text, None if line.record is None else line.record["step"]
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
@@ -165,13 +115,3 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
             f"is line {torn[0]}"
         )
     return records
-
-
-def _mend_last_line(file: AppendFile) -> None:
-    """Give the file an end that a line can follow: a broken last line would swallow the next."""
-    last = file.last_line()
-    # Without a lock it may be what another process is about to finish.
-    if last and file.locked and began(last) and parsed(last) is None:
-        file.truncate(file.size - len(last))
-    elif last:
-        file.write(b"\n")

@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from metricfold._core.sketch import Histogram
 from metricfold.metric import check_name
+from metricfold.sinks.files import HEAD
 from metricfold.sinks.record import Meaning, Record
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "HEAD",
     "LONGEST",
     "Line",
+    "as_number",
     "began",
     "decoded",
     "encoded",
@@ -53,7 +55,6 @@ __all__ = [
 
 BEGINNING = b'{"step": '
 _AFTER_STEP = b', "wall_time": '
-HEAD = 1 << 20  # so much of a file shows whose it is
 LONGEST = 1 << 28  # bytes of a line; no record comes near
 
 
@@ -65,9 +66,6 @@ class Line(NamedTuple):
     text: bytes  # with its line break, if it has one
     record: dict[str, Any] | None  # which may stand behind a torn one that nothing had closed
     torn: bool  # whether a crash has left this, or the beginning of this, of a record
-
-    def is_later(self, step: int) -> bool:
-        return self.record is not None and self.record["step"] > step
 
 
 def lines_of(path: Path) -> Iterator[Line]:
@@ -151,7 +149,7 @@ def encoded(record: Record) -> bytes:
         "step": record.step,
         "wall_time": record.wall_time,
         "prefix": record.prefix,
-        "metrics": {key: _number(value) for key, value in record.metrics.items()},
+        "metrics": {key: as_number(value) for key, value in record.metrics.items()},
         "histograms": {key: _histogram(value) for key, value in record.histograms.items()},
     }
     if record.arrays:
@@ -160,7 +158,8 @@ def encoded(record: Record) -> bytes:
     return json.dumps(line, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
 
 
-def _number(value: float) -> float | str:
+def as_number(value: float) -> float | str:
+    """Return a number as JSON has it, or as the text that stands for what JSON has not."""
     if math.isfinite(value):
         return float(value)
     if math.isnan(value):
@@ -172,7 +171,7 @@ def _cells(array: dict[str, Any]) -> dict[str, object]:
     values = np.asarray(array["values"], dtype=np.float64).reshape(-1)
     listed: list[Any] = values.tolist()
     if not np.isfinite(values).all():
-        listed = [_number(value) for value in listed]
+        listed = [as_number(value) for value in listed]
     return {"axes": array["axes"], "values": listed}
 
 
@@ -180,7 +179,7 @@ def _histogram(histogram: Histogram) -> dict[str, object]:
     return {
         "edges": histogram.edges.tolist(),
         "counts": histogram.counts.tolist(),
-        **{name: _number(getattr(histogram, name)) for name in _SCALARS},
+        **{name: as_number(getattr(histogram, name)) for name in _SCALARS},
     }
 
 
