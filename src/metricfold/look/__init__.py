@@ -12,6 +12,8 @@ Nothing of torch or JAX is imported, and a run may still be going on while it is
 from metricfold._core.runtime.published import publish
 from metricfold.look.place import LookError, find
 from metricfold.look.reading import Arrays, Column, Histograms, Key, RunFile, Update, read
+from metricfold.look.report import report
+from metricfold.look.view import View, view
 
 __all__ = [
     "Arrays",
@@ -21,7 +23,10 @@ __all__ = [
     "LookError",
     "RunFile",
     "Update",
+    "View",
     "find",
     "read",
+    "report",
+    "view",
 ]
 publish(globals())
