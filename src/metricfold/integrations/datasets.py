@@ -120,7 +120,7 @@ def metrics_per_token(
         map_kwargs: of the dataset's `map`, such as ``num_proc``.
 
     Raises:
-        ValueError: the dataset has no column ``"metrics"``, or none of the tokens.
+        ValueError: the dataset has no column ``"metrics"``, or none of the tokens, or rows without a number.
 
     >>> from datasets import Dataset
     >>> from metricfold import DefaultTrainingMetricTransform
@@ -147,9 +147,14 @@ def metrics_per_token(
     )
 
 
-def _per_token(numbers: list[int], tokens: list[Any]) -> dict[str, list[Any]]:
+def _per_token(numbers: list[int | None], tokens: list[Any]) -> dict[str, list[Any]]:
     spread = []
     for number, of_row in zip(numbers, tokens, strict=True):
+        if number is None:
+            raise ValueError(
+                "metrics_per_token() finds rows that have nothing in the column 'metrics', where others have a "
+                "number: call with_metrics() for each of the datasets that are put together"
+            )
         each = np.full(len(of_row), number, np.int32)
         each[:1] = ~each[:1]  # the first of a sample
         spread.append(each)

@@ -28,10 +28,11 @@ from metricfold._core.view.alert import Severity, check_severity
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.windows import WindowLike
 from metricfold.data.collator import DATASET_IDS, MetricsCollator, mapping_of
-from metricfold.data.ids import DatasetIds
+from metricfold.data.ids import DatasetIds, dataset_ids
 from metricfold.data.origin import check_origins, noted
 from metricfold.data.sample import METRICS
 from metricfold.integrations.phases import Phases
+from metricfold.integrations.trl import InTRL
 from metricfold.metric import Metric
 from metricfold.sinks.selection import require
 
@@ -57,7 +58,7 @@ _CAUSAL_BY_DEFAULT = {"GPT2LMHeadModel"}
 _Trainer: Any = object  # in the end a `transformers.Trainer`, from 4.50 on
 
 
-class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
+class MetricfoldMixin(InTRL, Phases, _Trainer):  # type: ignore[misc]
     """Makes a Trainer take in, reduce, log and save the metrics that its samples carry.
 
     Name it before the Trainer: ``class Trainer(MetricfoldMixin, transformers.Trainer)``. It takes
@@ -127,9 +128,12 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._check_setup()
         if loss_per_dataset:
-            _check_loss(self)
+            if self._trl_trainer is None:
+                _check_loss(self)
+                self.compute_loss_func = self._loss_of_batch
+            else:
+                self._check_loss_of_trl()
             self._loss = _DatasetLoss(self.args.device)
-            self.compute_loss_func = self._loss_of_batch
 
     # -- Batches
 
@@ -149,6 +153,8 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
         given = (*args, *kwargs.values())
         self._check_dispatch(given)
         self._check_columns(given)
+        if self._generates:  # of its samples, which stay apart until then
+            return make(*args, **kwargs)
         own = self.data_collator
         folding = own if isinstance(own, MetricsCollator) else MetricsCollator(own)
         if self.args.remove_unused_columns:
@@ -156,7 +162,8 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
             folding = copy.copy(folding)
             inner = super()._get_collator_with_removed_columns(folding.collate_fn)
             folding.collate_fn = inner
-        self.data_collator = partial(_collated, folding, keep_samples, self._loss is not None)
+        wanted = None if self._loss is None else self._wanted_ids
+        self.data_collator = partial(_collated, folding, keep_samples, wanted, self._as_seen())
         try:
             return make(*args, **kwargs)
         finally:
@@ -191,9 +198,11 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
 
     def _take(self, inputs: Any) -> Sequence[Metric] | MetricBatch:
         """Take the metrics out of a batch, and note where its rows are from."""
+        self._carried = None
+        if self._generates:
+            return []
         target = mapping_of(inputs)
         carried = target.pop(METRICS, None)
-        self._carried = None
         if not isinstance(carried, _Carried):  # of a loader that the user has made
             return [] if carried is None else carried
         self._carried, self._real = carried, self._not_padded(carried.size)
@@ -231,13 +240,20 @@ class MetricfoldMixin(Phases, _Trainer):  # type: ignore[misc]
         loss = accumulator.token_loss(logits, targets, ids, num_items=num_items_in_batch)
         if mark is not None:
             accumulator.rollback(mark)
-            real = targets.clone()
-            if len(real) == carried.size:
-                real[self._real :] = _IGNORED
-            else:  # all samples in one row, of which a place predicts the next
-                real[..., max(sum(carried.lengths[: self._real]) - 1, 0) :] = _IGNORED
-            accumulator.token_loss(logits, real, ids)
+            accumulator.token_loss(logits, self._of_real(targets), ids)
         return loss
+
+    def _of_real(self, targets: torch.Tensor) -> torch.Tensor:
+        """Return what places have to predict, but for samples that fill the batch up."""
+        assert self._carried is not None
+        if self._real >= self._carried.size:
+            return targets
+        real = targets.clone()
+        if len(real) == self._carried.size:
+            real[self._real :] = _IGNORED
+        else:  # all samples in one row, of which a place predicts the next
+            real[..., max(sum(self._carried.lengths[: self._real]) - 1, 0) :] = _IGNORED
+        return real
 
     @property
     def _all_accumulators(self) -> list[Accumulator]:
@@ -417,15 +433,31 @@ class _Carried:
 
 
 def _collated(
-    collator: MetricsCollator, keep_samples: bool, want_datasets: bool, samples: Sequence[Any]
+    collator: MetricsCollator,
+    keep_samples: bool,
+    wanted: str | None,
+    as_seen: Callable[[Any], Any] | None,
+    samples: Sequence[Any],
 ) -> Any:
-    wanted = want_datasets or collator.dataset_ids
-    batch, taken, ids = collator.collate([*samples], dataset_ids=wanted)
-    lengths = [sum(length or 0 for _, length in one.parts) for one in taken] if wanted else []
+    """Collate a batch that carries metrics.
+
+    Args:
+        collator: of batch and metrics.
+        keep_samples: keep the metrics of each sample apart.
+        wanted: the ids of the ``"batch"``, as it is collated, or of ``"samples"``, whatever they become.
+        as_seen: makes of a sample what its metrics are made of, if that is another.
+        samples: of the batch.
+    """
+    seen = [*samples] if as_seen is None else [*map(as_seen, samples)]
+    of_batch = collator.dataset_ids or wanted == "batch"
+    batch, taken, ids = collator.collate(seen, dataset_ids=of_batch)
+    parts = [one.parts for one in taken] if wanted else []
+    lengths = [sum(length or 0 for _, length in one) for one in parts]
     metrics = [one.metrics for one in taken] if keep_samples else collator.fold(taken)
     target = mapping_of(batch)
     if collator.dataset_ids:
         target[DATASET_IDS] = ids
+    ids = dataset_ids(parts, {}) if wanted == "samples" else ids
     target[METRICS] = _Carried(len(taken), metrics, ids, lengths)
     return batch
 
