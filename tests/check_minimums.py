@@ -81,6 +81,7 @@ CHECKS = {
         ("test_integration_accelerate.py",), extras=("torch", "datasets", "tensorboard")
     ),
     "datasets": Check(("test_integration_datasets.py",), extras=("torch",)),
+    "trl": Check(("test_integration_trl.py",), extras=("torch",)),
 }
 
 
