@@ -78,7 +78,8 @@ CHECKS = {
         ("test_integration_transformers.py",), extras=("torch", "datasets", "tensorboard")
     ),
     "accelerate": Check(
-        ("test_integration_accelerate.py",), extras=("torch", "datasets", "tensorboard")
+        ("test_integration_accelerate.py",),
+        extras=("torch", "datasets", "tensorboard", "console"),
     ),
     "datasets": Check(("test_integration_datasets.py",), extras=("torch",)),
     "trl": Check(("test_integration_trl.py",), extras=("torch",)),

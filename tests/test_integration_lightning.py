@@ -27,9 +27,10 @@ pytest.importorskip("lightning")
 if importlib.util.find_spec("sklearn") is None:
     pytest.skip("the digits are scikit-learn's", allow_module_level=True)
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import callbacks as theirs
 from lightning.pytorch.callbacks import (
+    Callback,
     EarlyStopping,
-    EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
@@ -169,6 +170,12 @@ def train_loader(**changes: Any) -> DataLoader[Any]:
 
 def val_loader(**changes: Any) -> DataLoader[Any]:
     return loader(digits()[TRAINED:], **changes)
+
+
+def moving_average() -> Any:
+    if not hasattr(theirs, "EMAWeightAveraging"):
+        pytest.skip("this Lightning has no EMAWeightAveraging: it came with 2.6")
+    return theirs.EMAWeightAveraging(decay=0.5, update_every_n_steps=1)
 
 
 def make(folder: Path, *callbacks: Any, **changes: Any) -> Trainer:
@@ -512,7 +519,7 @@ def test_a_collator_that_is_missing_is_warned_about_once(tmp_path: Path) -> None
     "averaging",
     [
         lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1),
-        lambda: EMAWeightAveraging(update_every_n_steps=1),
+        moving_average,
     ],
     ids=["SWA", "EMA"],
 )
@@ -532,6 +539,44 @@ def test_weight_averaging_copies_a_module_that_keeps_the_callback(
     assert second.callback_metrics["train/samples_seen"] == 2 * seen
     assert copy.deepcopy(metrics) is metrics
     assert copy.copy(module).metrics is metrics
+
+
+class Reader(Callback):
+    """Looks at what is logged when an epoch has ended."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seen.append(float(trainer.callback_metrics["train/samples_seen"]))
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["metrics last", "metrics first"])
+def test_whoever_looks_at_the_end_of_an_epoch_finds_its_values_in_any_order(
+    tmp_path: Path, last: bool
+) -> None:
+    """A callback that stood before ours saw none in the first epoch, and later those of the one before."""
+    model = Classifier(MetricfoldCallback())
+    stops, reader = EarlyStopping("train/loss", patience=9), Reader()
+    saves = ModelCheckpoint(tmp_path, monitor="train/loss", save_on_train_epoch_end=True)
+    order = [stops, saves, reader, model.metrics]
+    trainer = make(tmp_path, *(order if last else reversed(order)))
+    trainer.fit(model, train_loader())
+    assert reader.seen == [TRAINED, 2 * TRAINED]
+    logged = read(tmp_path, "train/loss")
+    assert stops.best_score in [logged[step]["train/loss"] for step in (7, 14)]
+    assert saves.best_model_score == stops.best_score
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_processes_that_a_trainer_starts_make_aggregators_of_their_own(tmp_path: Path) -> None:
+    """As `ddp_notebook` and `ddp_spawn` do; what they have counted is in the Trainer afterwards."""
+    model = Classifier(MetricfoldCallback())
+    started: dict[str, Any] = {"devices": 2, "strategy": "ddp_fork", "logger": False}
+    trainer = make(tmp_path, model.metrics, max_epochs=1, **started)
+    trainer.fit(model, train_loader(), val_loader(batch_size=1))
+    assert trainer.callback_metrics["train/samples_seen"] == TRAINED
+    assert trainer.callback_metrics["val/samples_seen"] == EVALUATED + 1  # one fills up
 
 
 class Normed(Classifier):
@@ -562,7 +607,7 @@ def test_a_pass_that_only_makes_batch_norms_anew_counts_nothing(tmp_path: Path) 
 
 def test_an_evaluation_with_averaged_weights_is_that_of_the_averaged_model(tmp_path: Path) -> None:
     model = Classifier(MetricfoldCallback())
-    trainer = make(tmp_path, EMAWeightAveraging(decay=0.5, update_every_n_steps=1), model.metrics)
+    trainer = make(tmp_path, moving_average(), model.metrics)
     trainer.fit(model, train_loader(), val_loader())
     check_training(tmp_path, [model.ledger], [3, 6, 7, 9, 12, 14])
     evaluations = read(tmp_path, "val/loss")

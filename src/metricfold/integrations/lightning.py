@@ -215,9 +215,12 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
             self._unlearned.close()
             return
         self._count(batch)
-        # Several batches may make one step (accumulated gradients), or one several (optimizers).
+        # Several batches may make one step (accumulated gradients), or one several (optimizers). The
+        # last batch of an epoch is one to log, so that whoever looks when it has ended, in whatever
+        # order callbacks stand, finds its values.
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and trainer.global_step // every > self._logged_step // every:
+        due = bool(every) and trainer.global_step // every > self._logged_step // every
+        if due or (trainer.is_last_batch and trainer.global_step > self._logged_step):
             self._log(trainer, "train", self.window)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

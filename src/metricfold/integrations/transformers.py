@@ -125,8 +125,10 @@ class MetricfoldMixin(InTRL, Phases, _Trainer):  # type: ignore[misc]
         self._real = 0  # how many of its samples do not fill it up
         self._state_to_save: dict[str, Any] | None = None
         self._has_trained = False
+        self._training_has_metrics = False
         super().__init__(*args, **kwargs)
         self._check_setup()
+        self._check_phases(loss_per_dataset)
         if loss_per_dataset:
             if self._trl_trainer is None:
                 _check_loss(self)
@@ -297,7 +299,14 @@ class MetricfoldMixin(InTRL, Phases, _Trainer):  # type: ignore[misc]
         """
         snapshot = self._reduced(self.state.global_step)
         if self._evaluating and snapshot.empty:
+            if self._training_has_metrics:
+                self._warn(
+                    f"an evaluation has brought no metrics, while training does ({prefix}...): let its "
+                    "samples carry some too, as by with_metrics() or a MetricTransform",
+                    "eval_dataset",
+                )
             return
+        self._training_has_metrics |= not self._evaluating and not snapshot.empty
         named: dict[str, float] = {}
         phase = "eval" if self._evaluating else "train"
         for key, value in snapshot.as_dict(phase, window, rollup=self._rollup).items():
@@ -392,6 +401,25 @@ class MetricfoldMixin(InTRL, Phases, _Trainer):  # type: ignore[misc]
             where = "train_dataset" if one is self.train_dataset else "a dataset of evaluation"
             check_origins(one, where)
 
+    def _check_phases(self, loss_per_dataset: bool) -> None:
+        """Say where samples of training carry metrics and those of an evaluation none, or the reverse."""
+        trained = _carries_metrics(self.train_dataset)
+        given = self.eval_dataset
+        named = given.items() if isinstance(given, dict) else [("", given)]
+        for name, dataset in named:
+            evaluated = _carries_metrics(dataset)
+            if trained is None or evaluated is None or trained == evaluated:
+                continue
+            which = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+            without, others = (which, "train_dataset") if trained else ("train_dataset", which)
+            message = (
+                f"the samples of {without} carry no metrics, while those of {others} do: let them carry some "
+                "too, as by with_metrics() or a MetricTransform"
+            )
+            if loss_per_dataset:
+                raise ValueError(f"loss_per_dataset=True, but {message}")
+            self._warn(f"{message}, or nothing of them is reported", without)
+
     def _check_dispatch(self, given: Iterable[Any]) -> None:
         """Refuse loaders that read on one rank and send tensors to the others."""
         dispatch = self.args.accelerator_config.dispatch_batches
@@ -408,6 +436,19 @@ class MetricfoldMixin(InTRL, Phases, _Trainer):  # type: ignore[misc]
 def _each(given: Iterable[Any]) -> list[Any]:
     """Return datasets, also those of a dict of them."""
     return [one for x in given for one in (x.values() if isinstance(x, dict) else (x,))]
+
+
+def _carries_metrics(dataset: Any) -> bool | None:
+    """Return whether samples carry metrics; None where that is not known without reading one.
+
+    To read one may cost much, and draw random numbers.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None:
+        return METRICS in columns
+    if isinstance(dataset, list | tuple) and dataset and isinstance(dataset[0], Mapping):
+        return METRICS in dataset[0]
+    return None
 
 
 # -- What a batch carries --------------------------------------------------------------------------
