@@ -189,6 +189,23 @@ def test_the_configuration_becomes_parameters_and_costs_no_metrics(caplog):
     assert "did not take what goes beside the values" in caplog.text
 
 
+def test_the_configuration_goes_once_though_keys_are_refused(monkeypatch):
+    """It went with every record until one was taken whole."""
+    run_id = mlflow.start_run().info.run_id
+    sent, log_batch = [], mlflow.MlflowClient.log_batch
+
+    def counting(self, run, metrics=(), params=(), **named):
+        sent.extend(params)
+        return log_batch(self, run, metrics=metrics, params=params, **named)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", counting)
+    with MetricsLogger([MLflowSink()], config={"seed": 7}) as logger:
+        for step in (1, 2, 3):
+            logger.log(step, {"a@b": 1.0, "loss": 1.0})
+    assert runs()[run_id].data.params == {"seed": "7"}
+    assert len(sent) == 1
+
+
 def test_the_newest_alert_about_a_metric_is_a_tag():
     sink = MLflowSink(mlflow.start_run().info.run_id)
     alert = {"rule": "Spike", "severity": "warning", "message": "high", "dataset": "a", "name": "x"}

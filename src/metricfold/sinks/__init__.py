@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from metricfold.sinks.comet import CometSink
     from metricfold.sinks.csv import CSVSink
     from metricfold.sinks.mlflow import MLflowSink
+    from metricfold.sinks.otel import OTelSink
     from metricfold.sinks.parquet import ParquetSink
+    from metricfold.sinks.prometheus import PrometheusSink
     from metricfold.sinks.trackio import TrackioSink
 
 __all__ = [
@@ -38,7 +40,9 @@ __all__ = [
     "MLflowSink",
     "Meaning",
     "MetricsLogger",
+    "OTelSink",
     "ParquetSink",
+    "PrometheusSink",
     "Record",
     "RecordRefused",
     "SelectiveSink",
@@ -56,7 +60,9 @@ _LAZY = {
     "CSVSink": "csv",
     "CometSink": "comet",
     "MLflowSink": "mlflow",
+    "OTelSink": "otel",
     "ParquetSink": "parquet",
+    "PrometheusSink": "prometheus",
     "TrackioSink": "trackio",
 }
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from metricfold.metric import check_name
 from metricfold.sinks.early import said_unmatched
-from metricfold.sinks.record import Record
+from metricfold.sinks.record import KeysRefused, Record
 
 __all__ = ["SelectiveSink"]
 
@@ -83,7 +83,11 @@ class SelectiveSink(ABC):
         if found or record.alerts:
             # What is known of the run goes with the first record that is written.
             said = self._renamed(record.keys)
-            self._write(replace(record, keys=said, run=self._run, **chosen))
+            try:
+                self._write(replace(record, keys=said, run=self._run, **chosen))
+            except KeysRefused:  # the rest of it has been written
+                self._run = None
+                raise
             self._run = None
 
     def parts(self) -> Sequence[SelectiveSink]:
