@@ -7,6 +7,7 @@ answered at once, and also where the optional packages are not installed.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from metricfold import __version__
+from metricfold.look.commands import COMMANDS
 
 __all__ = ["main"]
 
@@ -21,11 +23,34 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with `arguments` (default: the process's own) and return its exit code."""
     parser = _parser()
-    chosen = parser.parse_args(arguments)
+    chosen, rest = parser.parse_known_args(arguments)
+    # argparse takes no names behind an option that stands behind others.
+    if rest and hasattr(chosen, "names") and not any(one.startswith("-") for one in rest):
+        chosen.names += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if chosen.command is None:
         parser.print_help()
         return 2
-    return _demo(chosen)
+    if chosen.command == "demo":
+        return _demo(chosen)
+    return _look(chosen)
+
+
+def _look(chosen: argparse.Namespace) -> int:
+    from metricfold.look import LookError  # noqa: PLC0415 - see above
+
+    try:
+        code: int = chosen.run_command(chosen)
+    except LookError as error:
+        return _say(str(error), 2, chosen.command)
+    except BrokenPipeError:
+        # Whoever read it, such as head, has enough. Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    return code
 
 
 def _demo(chosen: argparse.Namespace) -> int:
@@ -64,12 +89,12 @@ def _demo(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _say(message: str, exit_code: int) -> int:
+def _say(message: str, exit_code: int, command: str = "demo") -> int:
     from metricfold.metric import escaped  # noqa: PLC0415 - see above
 
     # Paths and what files hold may be anything, and this goes to a terminal.
     message = "\n".join(map(escaped, message.split("\n")))
-    print(f"metricfold demo: {message}", file=sys.stderr)  # noqa: T201 - what a command does
+    print(f"metricfold {command}: {message}", file=sys.stderr)  # noqa: T201 - what a command does
     return exit_code
 
 
@@ -83,11 +108,20 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="metricfold",
-        description="Fold training metrics over samples, datasets, devices and ranks.",
+        description=(
+            "Look at runs whose metrics were folded over samples, datasets, devices and ranks: while "
+            "they train, and after."
+        ),
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"metricfold {__version__}")
     commands = parser.add_subparsers(dest="command", parser_class=_Parser, metavar="command")
+    for command in COMMANDS:
+        of_command = commands.add_parser(
+            command.name, help=command.help, description=command.description, allow_abbrev=False
+        )
+        command.add_arguments(of_command)
+        of_command.set_defaults(run_command=command.run)
     demo = commands.add_parser(
         "demo",
         help="train a small language model on several ranks or devices and watch its metrics",

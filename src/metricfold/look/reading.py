@@ -224,6 +224,7 @@ class RunFile:
         self._mark = b""  # what stands before the offset
         self._lines = 0
         self._steps, self._times = array("q"), array("d")
+        self._of_block, self._rows = array("q"), array("q")  # where each record's numbers are
         self._blocks: dict[tuple[str, tuple[str, ...]], _Block] = {}
         self._all_blocks: list[_Block] = []
         self._places: dict[Key, list[tuple[_Block, int]]] = {}
@@ -283,6 +284,14 @@ class RunFile:
     def arrays(self) -> Mapping[Key, Arrays]:
         """The cells of metrics with axes by key."""
         return self._arrays
+
+    def record(self, number: int) -> tuple[int, float, str, dict[Key, float]]:
+        """Return the step, the wall time, the prefix and the numbers of one record, from 0 on."""
+        block = self._all_blocks[self._of_block[number]]
+        start = self._rows[number] * block.width
+        values = block.values[start : start + block.width].tolist()
+        numbers = dict(zip(block.keys, values, strict=True))
+        return self._steps[number], self._times[number], block.prefix, numbers
 
     def better(self, key: Key) -> str | None:
         """Return whether ``"lower"`` or ``"higher"`` values of a key are better; None: nobody knows.
@@ -432,6 +441,8 @@ class RunFile:
         row, when = array("d", values), to_number(time)
         if not math.isfinite(when):
             raise ValueError("its time is not finite")
+        self._of_block.append(block.number)
+        self._rows.append(len(block.records))
         self._steps.append(step)
         self._times.append(when)
         block.records.append(len(self._steps) - 1)
@@ -442,11 +453,13 @@ class RunFile:
             check_name("its prefix", prefix)
         for printed in names:
             check_name("a key", printed)
-        block = self._blocks[prefix, names] = _Block(len(names))
+        block = _Block(len(self._all_blocks), prefix, len(names))
+        self._blocks[prefix, names] = block
         self._all_blocks.append(block)
         for place, printed in enumerate(names):
             key, aggregation = self._key(prefix, printed)
             block.printed.append((printed, aggregation))
+            block.keys.append(key)
             self._places.setdefault(key, []).append((block, place))
         return block
 
@@ -546,8 +559,9 @@ _PLAIN = {float, int}
 class _Block:
     """Rows of records that hold the same keys."""
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    def __init__(self, number: int, prefix: str, width: int) -> None:
+        self.number, self.prefix, self.width = number, prefix, width
+        self.keys: list[Key] = []
         self.printed: list[tuple[str, str | None]] = []  # each key, and its aggregation
         self.records = array("q")  # the number of each row's record
         self.values = array("d")
