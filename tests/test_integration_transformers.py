@@ -11,6 +11,7 @@ import textwrap
 import time
 from contextlib import nullcontext
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from metricfold import (
     MetricTransform,
     NonFinite,
 )
+from metricfold.data import metrics_of
 from metricfold.integrations.transformers import CHECKPOINT_FILE, MetricfoldMixin
 from metricfold.torch import DeviceAccumulator
 
@@ -240,6 +242,12 @@ def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     )
     iterable.train()
 
+    from transformers import DataCollatorWithFlattening
+
+    flat = make(folder / "flat", of=plain_class(), data_collator=DataCollatorWithFlattening())
+    flattened: dict[str, float] = {}
+    reference(flat.model, flat.eval_dataset, flattened)
+
     class Spoiled(plain_class()):  # type: ignore[misc]
         """Rank 1 has a NaN in its fourth step."""
 
@@ -264,6 +272,7 @@ def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
         "after": whole.aggregator.reduce().as_dict("train"),
         "evaluated": whole.evaluate(),
         "evaluation": evaluation,
+        "flat": (flat.evaluate(), flattened),
         "predicted": whole.predict(mixture()[:UNEVEN]).metrics,
         "ledger": whole.ledger,
         "seen": whole.seen,
@@ -307,6 +316,12 @@ def test_an_evaluation_counts_each_sample_once_though_ranks_fill_up_their_batche
         at_saves = [log for log in rank["history"] if "eval_docs/loss" in log]
         assert [log["step"] for log in at_saves[:2]] == [4, 8]
         assert at_saves[0]["eval_all/tokens_seen"] == expected["all/tokens_seen"]
+
+
+def test_an_evaluation_in_one_row_leaves_out_the_tokens_that_fill_up(two: Any) -> None:
+    for one in two[1]:
+        evaluated, ledger = one["flat"]
+        agree(evaluated, merged([ledger]), "eval_")
 
 
 def test_a_resumed_run_reports_what_the_uninterrupted_one_does(two: Any) -> None:
@@ -680,6 +695,110 @@ def test_columns_that_the_model_does_not_take_are_removed_after_metrics_are_made
         )
         trainer.train()
         assert trainer.state.log_history[0]["docs/letters"] == 4 * 4
+
+
+class Widths(MetricTransform):
+    def _generate_metrics(self, sample: Any) -> list[Metric]:
+        return [Metric(self.dataset_name, "tokens", len(sample["input_ids"]), "sum")]
+
+
+def three_datasets(*, stream: bool) -> Any:
+    from datasets import Dataset, concatenate_datasets
+
+    from metricfold.integrations.datasets import with_metrics
+
+    random_ = random.Random(0)
+    parts = []
+    for size, name in enumerate(("docs", "code", "chat"), start=3):
+        rows = [
+            {"input_ids": [random_.randrange(PAD) for _ in range(random_.randint(2, 9))]}
+            for _ in range(size)
+        ]
+        part = Dataset.from_list(rows)
+        part = part.to_iterable_dataset() if stream else part
+        parts.append(with_metrics(part, Widths(), name))
+    return concatenate_datasets(parts)
+
+
+def first_log(folder: Path, train: Any, collate: Any, **changes: Any) -> dict[str, float]:
+    """Return what is logged of all of `train`, by a model that stays as it is."""
+    trainer = plain_class()(
+        model().double(),
+        arguments(
+            folder,
+            learning_rate=0.0,
+            max_steps=4,
+            logging_steps=4,
+            gradient_accumulation_steps=1,
+            per_device_train_batch_size=3,
+            remove_unused_columns=True,
+            accelerator_config={"dispatch_batches": False},
+            **changes,
+        ),
+        data_collator=collate,
+        train_dataset=train,
+        loss_per_dataset=True,
+    )
+    trainer.train()
+    return trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_loss_of_samples_that_stand_in_one_row_is_that_of_each_by_itself(
+    tmp_path: Path, stream: bool
+) -> None:
+    """It was refused, for a batch of one row did not say which samples it was of."""
+    from transformers import DataCollatorWithFlattening
+
+    logged = first_log(tmp_path, three_datasets(stream=stream), DataCollatorWithFlattening())
+    sums: dict[str, list[float]] = {}
+    for sample in three_datasets(stream=stream):
+        ids = torch.tensor(sample["input_ids"])
+        logits = model().double()(input_ids=ids[None]).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").tolist()
+        (own,) = metrics_of(sample)
+        sums.setdefault(own.dataset_name, []).extend(losses)
+        assert own.value == len(ids)
+    for name, losses in {**sums, "all": [*chain.from_iterable(sums.values())]}.items():
+        assert logged[f"{name}/loss"] == pytest.approx(np.mean(losses), rel=1e-6), name
+        tokens = sum(
+            metrics_of(one)[0].value
+            for one in three_datasets(stream=stream)
+            if name in ("all", metrics_of(one)[0].dataset_name)
+        )
+        assert logged[f"{name}/tokens"] == tokens
+
+
+def test_the_loss_of_packed_rows_is_that_of_their_segments(tmp_path: Path) -> None:
+    from metricfold.integrations.datasets import metrics_per_token
+
+    def group(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        joined = {name: [*chain.from_iterable(rows)] for name, rows in batch.items()}
+        return {
+            name: [all_[i : i + 6] for i in range(0, len(joined["input_ids"]), 6)]
+            for name, all_ in joined.items()
+        }
+
+    packed = metrics_per_token(three_datasets(stream=False)).map(group, batched=True)
+    logged = first_log(tmp_path, packed, pad)
+    names = {metric.dataset_name for row in packed for metric in metrics_of(row)}
+    origin = {number: name for name in names for number in numbers_of(name)}
+    sums: dict[str, list[float]] = {}
+    for row in packed:
+        ids = torch.tensor(row["input_ids"])
+        logits = model().double()(input_ids=ids[None]).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").tolist()
+        for number, loss in zip(row["metrics"][1:], losses, strict=True):
+            sums.setdefault(origin[number], []).append(loss)
+    for name, losses in {**sums, "all": [*chain.from_iterable(sums.values())]}.items():
+        assert logged[f"{name}/loss"] == pytest.approx(np.mean(losses), rel=1e-6), name
+
+
+def numbers_of(name: str) -> tuple[int, int]:
+    """Return what the tokens of a dataset carry."""
+    parts = three_datasets(stream=False)
+    (number,) = {one["metrics"] for one in parts if metrics_of(one)[0].dataset_name == name}
+    return number, ~number
 
 
 def test_what_does_not_say_the_loss_of_each_dataset_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from metricfold._core.runtime.listing import shortened
 from metricfold.data.origin import TOKENS
 
-__all__ = ["DatasetIds", "dataset_ids"]
+__all__ = ["DatasetIds", "dataset_ids", "predicted"]
 
 Part = tuple[str, "int | None"]
 """The dataset of a segment of a sample, and its length in tokens."""
@@ -119,6 +119,22 @@ def dataset_ids(rows: Sequence[Sequence[Part]], batch: Mapping[str, Any]) -> Dat
         f"{shape}, which does not say where each is: let the collate function return {TOKENS[0]!r} or "
         "'labels' with one row for each sample, or with all of them in one row, and nothing cut"
     )
+
+
+def predicted(ids: DatasetIds, shape: tuple[int, ...]) -> DatasetIds:
+    """Return the ids of what each place of a batch predicts: the next token, whose labels have this shape.
+
+    Raises:
+        ValueError: the labels do not go with the ids.
+    """
+    if ids.shape != shape[: len(ids.shape)]:
+        raise ValueError(
+            f"loss_per_dataset=True, but a batch whose dataset_ids have the shape {ids.shape} has labels of "
+            f"the shape {shape}: let the collate function return labels of one row per sample, or of all "
+            "samples in one row, or write a compute_loss with a DeviceAccumulator of your own"
+        )
+    # The last place predicts nothing that counts.
+    return ids if len(ids.shape) == 1 else DatasetIds(ids.names, np.roll(ids.index, -1, axis=-1))
 
 
 def _shape(batch: Mapping[str, Any]) -> tuple[int, ...] | None:

@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from metricfold._core.fold.batch import MetricBatch
-from metricfold._core.intake.aggregator import MetricsAggregator
 from metricfold._core.view.alert import Severity, check_severity
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.windows import WindowLike
 from metricfold.data.collator import DATASET_IDS, MetricsCollator, mapping_of
-from metricfold.data.ids import DatasetIds, dataset_ids
+from metricfold.data.ids import DatasetIds, dataset_ids, predicted
 from metricfold.data.origin import check_origins, noted
 from metricfold.data.sample import METRICS
 from metricfold.integrations.phases import Phases
@@ -51,6 +50,9 @@ CHECKPOINT_FILE = "metricfold.json"
 
 _IGNORED = -100
 """The label that the losses of transformers leave out."""
+
+_ROOM = 16
+"""For so many datasets the loss has room at first."""
 
 _CAUSAL_BY_DEFAULT = {"GPT2LMHeadModel"}
 """Models that have no loss type, and take that of causal language models as the default."""
@@ -120,7 +122,7 @@ class MetricfoldMixin(InTRL, Phases, _Trainer):  # type: ignore[misc]
         self._stop_on = stop_on
         _ = self.aggregator, self.eval_aggregator  # now, in the same order on all ranks
         self.accumulators = []
-        self._loss: _DatasetLoss | None = None
+        self._loss: DeviceAccumulator | None = None
         self._carried: _Carried | None = None  # by the batch at hand
         self._real = 0  # how many of its samples do not fill it up
         self._state_to_save: dict[str, Any] | None = None
@@ -135,7 +137,7 @@ class MetricfoldMixin(InTRL, Phases, _Trainer):  # type: ignore[misc]
                 self.compute_loss_func = self._loss_of_batch
             else:
                 self._check_loss_of_trl()
-            self._loss = _DatasetLoss(self.args.device)
+            self._loss = DeviceAccumulator({"loss": "mean"}, _ROOM, device=self.args.device)
 
     # -- Batches
 
@@ -236,8 +238,8 @@ class MetricfoldMixin(InTRL, Phases, _Trainer):  # type: ignore[misc]
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         # The labels move, not the logits, which are far larger.
         targets = torch.nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:].to(logits.device)
-        accumulator = self._loss.prepared(carried.ids, tuple(labels.shape), self._into)
-        ids = self._loss.ids(carried.ids).to(logits.device, non_blocking=True)
+        accumulator = self._loss
+        ids = accumulator.learn(predicted(carried.ids, tuple(labels.shape)))
         mark = accumulator.mark() if self._real < carried.size else None
         loss = accumulator.token_loss(logits, targets, ids, num_items=num_items_in_batch)
         if mark is not None:
@@ -259,7 +261,7 @@ class MetricfoldMixin(InTRL, Phases, _Trainer):  # type: ignore[misc]
 
     @property
     def _all_accumulators(self) -> list[Accumulator]:
-        return [*self.accumulators, *([] if self._loss is None else self._loss.accumulators)]
+        return [*self.accumulators, *([] if self._loss is None else [self._loss])]
 
     # -- Logs
 
@@ -504,39 +506,6 @@ def _collated(
 
 
 # -- Loss per dataset ------------------------------------------------------------------------------
-
-
-class _DatasetLoss:
-    """The loss of each dataset on the device; a dataset is known from its first sample on."""
-
-    def __init__(self, device: Any) -> None:
-        self._device = device
-        self._places: dict[str, int] = {}
-        self.accumulators: list[DeviceAccumulator] = []  # one, once there is a dataset
-
-    def prepared(
-        self, ids: DatasetIds, shape: tuple[int, ...], into: MetricsAggregator
-    ) -> DeviceAccumulator:
-        """Return an accumulator that knows the datasets; what one without them held is drained."""
-        if ids.shape != shape[: len(ids.shape)]:
-            raise ValueError(
-                f"loss_per_dataset=True, but a batch of {len(ids)} samples has labels of {shape[0]} "
-                "rows: collate one row per sample, or write a compute_loss with a DeviceAccumulator "
-                "of your own, and dataset_ids per token"
-            )
-        if new := [name for name in ids.names if name not in self._places]:
-            for accumulator in self.accumulators:
-                into.drain(accumulator)
-            for name in new:
-                self._places[name] = len(self._places)
-            known = tuple(self._places)
-            self.accumulators = [DeviceAccumulator({"loss": "mean"}, known, device=self._device)]
-        return self.accumulators[0]
-
-    def ids(self, ids: DatasetIds) -> torch.Tensor:
-        """Return the ids of what each place predicts."""
-        places = torch.from_numpy(ids.places(tuple(self._places)))
-        return places if places.ndim == 1 else places.roll(-1, dims=-1)
 
 
 def _check_loss(trainer: _Trainer) -> None:

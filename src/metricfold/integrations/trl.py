@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from metricfold.data.ids import predicted
 from metricfold.data.sample import METRICS, take
 from metricfold.metric import Metric
 
@@ -167,11 +168,10 @@ class InTRL(_Trainer):  # type: ignore[misc]
         losses = -output.log_probs[:, -width:]
         if self.args.loss_type == "dft":
             losses = losses * (-losses).exp()
-        accumulator = self._loss.prepared(self._carried.ids, tuple(labels.shape), self._into)
-        ids = self._loss.ids(self._carried.ids).to(losses.device, non_blocking=True)
+        ids = predicted(self._carried.ids, tuple(labels.shape))
         counted = self._of_real(labels[:, 1:]).to(losses.device) != _IGNORED
-        ids = ids if ids.ndim == 1 else ids[:, :-1]
-        accumulator.update("loss", losses, weights=counted, dataset_ids=ids)
+        ids = ids if len(ids.shape) == 1 else ids[:, :-1]
+        self._loss.update("loss", losses, weights=counted, dataset_ids=ids)
 
     def _take_pairs(
         self, inputs: Any, policy: list[Any], inner: list[Any], reference: list[Any]

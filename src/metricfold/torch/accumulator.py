@@ -43,6 +43,7 @@ from metricfold._core.runtime.listing import internal
 from metricfold._core.runtime.processes import watch_forks
 from metricfold._core.runtime.recomputation import not_given_before, recomputed, unseen
 from metricfold._core.runtime.uncompiled import uncompiled
+from metricfold.data.ids import DatasetIds
 from metricfold.metric import AggregationType
 from metricfold.torch.folding import (
     BLOCKS,
@@ -55,6 +56,7 @@ from metricfold.torch.folding import (
     Where,
     first_column,
     fold,
+    move_over,
     padded,
     read,
     read_with_axes,
@@ -145,16 +147,30 @@ class _Place:
 class PlacedMetric:
     """A metric at one place along some of its axes, such as in one layer: see `DeviceAccumulator.at`."""
 
-    __slots__ = ("_accumulator", "_at", "_column", "_name", "_said")
+    __slots__ = ("_accumulator", "_at", "_found", "_name", "_places", "_said")
 
     def __init__(
         self, accumulator: DeviceAccumulator, name: str, places: Mapping[str, object]
     ) -> None:
         self._accumulator, self._name = accumulator, name
         self._at = frozenset(places)
+        self._places = dict(places)
         self._said = ", ".join(f"{axis}={place!r}" for axis, place in places.items())
-        with torch.inference_mode(mode=False):
-            self._column = accumulator._column(name, places)  # noqa: SLF001 - a part of it
+        self._found = (0, torch.empty(0))
+        _ = self._column
+
+    @property
+    def _column(self) -> Tensor:
+        """What ids are added to, which moves when the accumulator has grown."""
+        accumulator = self._accumulator
+        size = len(accumulator.layout.datasets)
+        if self._found[0] != size:
+            if torch.compiler.is_compiling():
+                return accumulator._column(self._name, self._places)  # noqa: SLF001
+            with torch.inference_mode(mode=False):
+                column = accumulator._column(self._name, self._places)  # noqa: SLF001 - a part of it
+            self._found = (size, column)
+        return self._found[1]
 
     def update(
         self,
@@ -162,7 +178,7 @@ class PlacedMetric:
         *,
         weights: Any = None,
         ids: Mapping[str, Any] | None = None,
-        dataset_ids: Tensor | None = None,
+        dataset_ids: Tensor | DatasetIds | None = None,
     ) -> None:
         """Take in values of this place, as `DeviceAccumulator.update` does; `ids` are of the other axes."""
         self._accumulator._take(  # noqa: SLF001
@@ -188,7 +204,9 @@ class DeviceAccumulator:
         metrics: by name, the aggregation of each: ``"mean"``, ``"sum"``, ``"max"``, ``"min"`` or
             ``"distribution"``, or the `AggregationType`.
         datasets: their names; `update` says by ``dataset_ids`` which of them a value belongs to.
-            None for metrics of a step, which belong to no dataset.
+            None for metrics of a step, which belong to no dataset. A number: so many datasets have room,
+            whose names come with the `DatasetIds` of batches; when there are more, it grows to twice the
+            size. Ranks need not know the same ones, nor in one order.
         axes: by name, the size or the labels of each axis. A metric has those that a tuple names after its
             aggregation, as in ``("sum", "layer", "expert")``; a distribution has none.
         device: where it lies; default: where new tensors do. It needs float64, which mps lacks.
@@ -233,13 +251,18 @@ class DeviceAccumulator:
     def __init__(
         self,
         metrics: Mapping[str, object],
-        datasets: Iterable[str] = (),
+        datasets: Iterable[str] | int = (),
         *,
         axes: Mapping[str, int | Sequence[str]] | None = None,
         device: torch.device | str | int | None = None,
         fused: bool | None = None,
     ) -> None:
-        self.layout = Layout.of(metrics, datasets, axes)
+        if isinstance(datasets, int):
+            if datasets < 1:
+                raise ValueError(f"datasets={datasets}: give room for one at least, or names")
+            self.layout = Layout.of(metrics, (), axes, room=datasets + 1)
+        else:
+            self.layout = Layout.of(metrics, datasets, axes)
         self._fused = fused
         try:
             self.tensors = self._new_tensors(device)
@@ -261,7 +284,7 @@ class DeviceAccumulator:
         *,
         weights: Any = None,
         ids: Mapping[str, Any] | None = None,
-        dataset_ids: Tensor | None = None,
+        dataset_ids: Tensor | DatasetIds | None = None,
     ) -> None:
         """Take in `values`, without waiting for them.
 
@@ -276,7 +299,9 @@ class DeviceAccumulator:
                 values. What has an id that is no place is left out, and the next log warns.
             dataset_ids: integers that say which of the datasets each value belongs to, by its
                 place; shaped like weights. May be left out where there is only one. A value whose
-                id is the place of none is left out, and the next log warns of how many there were.
+                id is the place of none is left out, and the next log warns of how many there were. Or
+                the `DatasetIds` of a batch, which say it by name; inside `torch.compile` what `learn`
+                returns for them.
 
         Raises:
             TypeError, ValueError: an unknown name, shapes that do not fit, types that are no
@@ -291,7 +316,7 @@ class DeviceAccumulator:
         *,
         weights: Any = None,
         ids: Mapping[str, Any] | None = None,
-        dataset_ids: Tensor | None = None,
+        dataset_ids: Tensor | DatasetIds | None = None,
     ) -> None:
         """Take in several metrics of the same samples, as `update` does each.
 
@@ -308,6 +333,32 @@ class DeviceAccumulator:
             TypeError, ValueError: as `update`.
         """
         self._take(values, weights, ids, dataset_ids)
+
+    def learn(self, ids: DatasetIds) -> Tensor:
+        """Return the places of the datasets of a batch, on the device, for a compiled step to take as `dataset_ids`.
+
+        Nothing waits. A name that is new gets a place, if the accumulator was made with a number of datasets.
+
+        Args:
+            ids: what `MetricsCollator` has put into the batch.
+
+        Raises:
+            ValueError: a name is not among the datasets that the accumulator was made with.
+
+        >>> from metricfold.data import DatasetIds
+        >>> acc = DeviceAccumulator({"loss": "mean"}, datasets=16)
+        >>> acc.learn(DatasetIds(("docs", "code"), [0, 1, 1]))
+        tensor([0, 1, 1])
+        >>> acc.learn(DatasetIds(("code", "web"), [0, 1]))
+        tensor([1, 2])
+        """
+        if self.layout.learns:
+            layout = self.layout.learn(ids.names)
+            if layout is not self.layout:
+                with _turn.lock:
+                    self._grow(layout)
+        places = torch.from_numpy(ids.places(self.layout.known))
+        return places.to(self.device, non_blocking=True)
 
     def at(self, name: str, **places: int | str) -> PlacedMetric:
         """Return a metric at one place along some of its axes, such as ``at("expert_tokens", layer=3)``.
@@ -341,7 +392,7 @@ class DeviceAccumulator:
         values: Mapping[str, Any],
         weights: Any,
         ids: Mapping[str, Any] | None,
-        dataset_ids: Tensor | None,
+        dataset_ids: Tensor | DatasetIds | None,
         placed: PlacedMetric | None = None,
     ) -> None:
         if torch.compiler.is_compiling():
@@ -357,14 +408,19 @@ class DeviceAccumulator:
                     "has_aux=True, and update() with them where the transform has returned"
                 )
             self._given.update(values)
-            unseen(self._take_counted, values, weights, ids, dataset_ids, placed, None)
+            if not isinstance(dataset_ids, DatasetIds):
+                unseen(self._take_counted, values, weights, ids, dataset_ids, placed, None)
+                return
+            with _turn.lock:  # as another thread may let it grow
+                found = self.learn(dataset_ids)
+                unseen(self._take_counted, values, weights, ids, found, placed, None)
 
     def _take_counted(
         self,
         values: Mapping[str, Any],
         weights: Any,
         ids: Mapping[str, Any] | None,
-        dataset_ids: Tensor | None,
+        dataset_ids: Tensor | DatasetIds | None,
         placed: PlacedMetric | None,
         flag: Tensor | None,
     ) -> None:
@@ -406,7 +462,7 @@ class DeviceAccumulator:
         self,
         logits: Tensor,
         labels: Tensor,
-        dataset_ids: Tensor | None = None,
+        dataset_ids: Tensor | DatasetIds | None = None,
         *,
         ignore_index: int = -100,
         num_items: Tensor | float | None = None,
@@ -422,7 +478,8 @@ class DeviceAccumulator:
             logits: scores of each class, shape (..., classes); computed in float32 at least.
             labels: the right class of each, shape (...), already shifted: ``logits[..., i, :]``
                 predicts ``labels[..., i]``.
-            dataset_ids: as in `update`, one per token or per sample.
+            dataset_ids: as in `update`, one per token or per sample; per token shifted as the labels are,
+                ``ids[:, 1:]``.
             ignore_index: labels of this value do not count.
             num_items: what the sum of the losses is divided by; default: the number of labels that
                 count, or 1 if none does. With gradient accumulation or ranks that hold different
@@ -473,14 +530,15 @@ class DeviceAccumulator:
                 may be dropped without a wait. Default: do.
 
         Raises:
-            ValueError: the mark is of another accumulator, or was made before a drain.
+            ValueError: the mark is of another accumulator, or was made before a drain, or before the
+                accumulator has grown.
         """
         if mark.owner is not self:
             raise ValueError("this mark is of another accumulator: call mark() on this one")
         if mark.fill is not self._fill:
             raise ValueError(
-                "this accumulator has been drained since the mark: mark each step anew, after the "
-                "log"
+                "this accumulator has been drained since the mark, or has grown for new datasets: mark "
+                "each step anew, after the log, and learn() the batch's datasets before"
             )
         for tensor, before in zip(self.tensors, mark.tensors, strict=True):
             tensor.copy_(before if where is None else torch.where(where, before, tensor))
@@ -567,6 +625,23 @@ class DeviceAccumulator:
             self.tensors = tuple(t.clone() if t.is_inference() else t for t in self.tensors)
             self._table = Table.on(self.device, len(self.layout.datasets))
             self._arrange()
+
+    def _grow(self, layout: Layout) -> None:
+        """Take another layout of the same metrics, with more names or more places."""
+        before, blocks, datasets = self.tensors, self._blocks, len(self.layout.datasets)
+        self.layout = layout
+        if len(layout.datasets) == datasets:
+            return
+        self._fill = object()
+        with torch.inference_mode(mode=False), torch.no_grad():
+            self.tensors = self._new_tensors(self.device)
+            self._table = Table.on(self.device, len(layout.datasets))
+            self._arrange()
+            self._clear()
+            for old, new in zip(blocks, self._blocks, strict=True):
+                there = [None if part is None else before[part] for part in old.parts]
+                here = [None if part is None else self.tensors[part] for part in new.parts]
+                move_over(there, here, datasets, new.axes)
 
     def _arrange(self) -> None:
         """Say where each metric is."""
@@ -730,6 +805,11 @@ class DeviceAccumulator:
     def _ids(self, taken: Mapping[str, Tensor], dataset_ids: Any) -> Tensor | None:
         if not self.layout.takes_ids(_named(taken), dataset_ids):
             return None
+        if isinstance(dataset_ids, DatasetIds):
+            raise TypeError(
+                f"dataset_ids of {_named(taken)} are the names of a batch's datasets, which a compiler cannot "
+                "look up: give the compiled step accumulator.learn(batch['dataset_ids'])"
+            )
         ids = self._places_in(f"dataset_ids of {_named(taken)}", dataset_ids)
         for name, x in taken.items():
             check_fits(f"dataset_ids of metric {name!r}", ids.shape, x.shape)

@@ -59,6 +59,7 @@ __all__ = [
     "Where",
     "first_column",
     "fold",
+    "move_over",
     "padded",
     "read",
     "read_with_axes",
@@ -489,6 +490,36 @@ def take_over(old: Sequence[Tensor], new: Sequence[Tensor], distributions: int) 
         raw[:, :, 0, normal] = cells[:, :, :ZERO_CELL].flip(2)
         raw[:, :, 1, normal] = cells[:, :, ZERO_CELL + 1 :]
         raw[:, :, 1, 0] = cells[:, :, ZERO_CELL]
+
+
+def move_over(
+    old: Sequence[Tensor | None], new: Sequence[Tensor | None], datasets: int, axes: Axes
+) -> None:
+    """Put into `new` parts, which hold nothing, what `old` ones for fewer datasets hold.
+
+    Args:
+        old: plain, weighed, extrema and grid of a block; None: it has none.
+        new: those for more datasets.
+        datasets: of the old ones.
+        axes: of the block.
+    """
+    first, rest = (_FIRST, math.prod(axis.length + 2 for axis in axes)) if axes else (1, 1)
+    kept = first + (datasets + 1) * rest
+    for which, (before, after) in enumerate(zip(old, new, strict=True)):
+        if before is None or after is None:
+            continue
+        if which == 3:  # the first of all parts of a grid is of no dataset
+            after[:, : before.shape[1]] = before
+            continue
+        lanes = 1 if which == 2 else before.shape[-1]
+        blocks = 1 if which == 2 else _REGIONS * (1 if axes else BLOCKS)
+        columns = before.shape[-1] if which == 2 else before.shape[-2] // blocks
+        a, b = (
+            before.view(-1, columns, lanes),
+            after.view(len(before.view(-1, columns, lanes)), -1, lanes),
+        )
+        b[:, :kept] = a[:, :kept]
+        b[:, -rest:] = a[:, -rest:]
 
 
 # -- On the host -----------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Reversible, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain, pairwise, starmap
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -91,6 +91,14 @@ _MOST_SQUARES = 1e300
 
 _BELOW_FIRST = (1 << 31) - 1
 
+_SPARE = "\0{}"
+"""Stands for a dataset whose name is to be learnt; no name is like this, since all are printable."""
+
+_UNNAMED = (
+    "came with dataset_ids of places that have no dataset yet, and were left out: give the DatasetIds of the "
+    "batch, or what learn() returns for them"
+)
+
 _AGGREGATIONS = (
     AggregationType.MEAN,
     AggregationType.SUM,
@@ -119,7 +127,7 @@ class Layout:
     names: tuple[str, ...]
     types: tuple[AggregationType, ...]
     datasets: tuple[str, ...]
-    """One empty name stands for metrics without a dataset."""
+    """One empty name stands for metrics without a dataset; a place whose dataset is to be learnt has none."""
     axes: tuple[Axes, ...] = ()
     """Of each metric; labels in the order in which they were given, which device ids count."""
     trees: tuple[Watched, ...] = ()
@@ -132,6 +140,7 @@ class Layout:
         datasets: Iterable[str],
         axes: Mapping[str, int | Sequence[str]] | None = None,
         trees: Sequence[Watched] = (),
+        room: int = 0,
     ) -> Layout:
         """Return the layout of `metrics`, by name, in each of `datasets`.
 
@@ -140,6 +149,7 @@ class Layout:
             datasets: their names.
             axes: the size of each axis, or its labels.
             trees: whose leaves are watched.
+            room: for how many datasets there is room, whose names are to be learnt.
 
         Raises:
             TypeError, ValueError: there is no metric and no tree, one has an aggregation that accumulators
@@ -156,6 +166,11 @@ class Layout:
             )
         if isinstance(datasets, str):
             raise TypeError(f"datasets={datasets!r}: give a list of names, as in ({datasets!r},)")
+        if not isinstance(datasets, Iterable):
+            raise TypeError(
+                f"datasets={datasets!r}: give a list of names; a metricfold.torch.DeviceAccumulator alone "
+                "takes a number of them, and learns the names"
+            )
         if isinstance(datasets, AbstractSet) and not isinstance(datasets, Reversible):
             raise TypeError(
                 f"datasets={datasets!r}: a set has another order in each process, and a value's "
@@ -187,7 +202,35 @@ class Layout:
                 raise ValueError(
                     f"metric {name!r} is what a watched tree reports, too: rename one of them"
                 )
+        given += tuple(map(_SPARE.format, range(len(given), room)))
         return cls(tuple(metrics), tuple(types), given or ("",), tuple(own), tuple(trees))
+
+    @cached_property
+    def known(self) -> tuple[str, ...]:
+        """The datasets that have names."""
+        return tuple(name for name in self.datasets if not name.startswith(_SPARE[0]))
+
+    @property
+    def learns(self) -> bool:
+        """Whether there are places whose dataset is to be learnt."""
+        return self.datasets[-1].startswith(_SPARE[0])
+
+    def learn(self, names: Iterable[str]) -> Layout:
+        """Return this layout with `names` as well, and twice as many places as often as it takes.
+
+        One place at least stays to be learnt: that is what tells it from a layout of given names.
+        """
+        new = [name for name in dict.fromkeys(names) if name not in self.known]
+        if not new:
+            return self
+        for name in new:
+            check_name("the name of a dataset", name)
+        known = (*self.known, *new)
+        room = len(self.datasets)
+        while room <= len(known):
+            room *= 2
+        spare = map(_SPARE.format, range(len(known), room))
+        return replace(self, datasets=(*known, *spare))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles of versions without axes or trees say nothing of them.
@@ -312,6 +355,11 @@ class Layout:
 
     def takes_ids(self, named: str, dataset_ids: object) -> bool:
         """Return whether `dataset_ids` come with values, called `named`; ValueError if they must or must not."""
+        if dataset_ids is None and self.learns:
+            raise ValueError(
+                f"{named} is of a dataset whose name is to be learnt: give dataset_ids, the DatasetIds "
+                "that MetricsCollator(..., dataset_ids=True) puts into a batch"
+            )
         if dataset_ids is None and len(self.datasets) > 1:
             raise ValueError(
                 f"{named} is of one of {len(self.datasets)} datasets: give dataset_ids, the place of "
@@ -378,7 +426,7 @@ class Layout:
             for name, one, own in zip(self.names, self.types, self.axes, strict=True)
         }
         axes = {axis.name: axis.size or axis.labels for own in self.axes for axis in own}
-        said = f"{types}, datasets={tuple(filter(None, self.datasets))}" + (
+        said = f"{types}, datasets={tuple(filter(None, self.known))}" + (
             f", axes={axes!r:.300}" if axes else ""
         )
         if self.trees:
@@ -389,7 +437,7 @@ class Layout:
         """Yield the key of each metric in each dataset, in order, its aggregation and its axes."""
         for name, agg_type, axes in zip(self.names, self.types, self.axes, strict=True):
             described_axes = described(axes)
-            for dataset in self.datasets:
+            for dataset in self.known:
                 yield (dataset, name), agg_type, described_axes
         for tree in self.trees:
             yield from tree.keys()
@@ -414,6 +462,9 @@ class Layout:
             for place, dataset in enumerate(self.datasets):
                 grid = next(grids) if agg_type is AggregationType.DISTRIBUTION else None
                 if not received[place]:
+                    continue
+                if place >= len(self.known):
+                    _logger.warning("%d values of metric %r %s", received[place], name, _UNNAMED)
                     continue
                 if grid is not None:
                     row = start + place
@@ -445,7 +496,7 @@ class Layout:
     def _outside(self, axes: Axes) -> str:
         """Say of values that their ids are the place of no dataset or of no cell."""
         ranges = [f"0..{axis.length - 1} of {axis.name!r}" for axis in axes]
-        name = f"a name in datasets={self.datasets!r:.300}"
+        name = f"a name in datasets={self.known!r:.300}"
         if not axes:
             last = len(self.datasets) - 1
             return f"came with dataset_ids outside of 0..{last} and were left out: each must be the place of {name}"
