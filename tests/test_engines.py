@@ -15,6 +15,7 @@ import pytest
 from ranks import run_ranks
 
 from metricfold import read_jsonl
+from metricfold.torch import DeviceAccumulator
 
 pytest.importorskip("torch")
 
@@ -31,6 +32,7 @@ SECTIONS = {
     "PyTorch Ignite": "ignite_mixture",
     "Ray Train": "ray_train",
     "DeepSpeed": "deepspeed_zero",
+    "Hydra": "hydra_mixture",
 }
 # Those that start a cluster, or whose packages change what others do: `make engines` runs them.
 by_request = pytest.mark.skipif("METRICFOLD_ENGINES" not in os.environ, reason="make engines")
@@ -73,6 +75,41 @@ def test_ours_is_the_truth_where_the_engine_has_a_mean_of_means(trained: Any, na
         assert value != pytest.approx(truth[metric], rel=1e-3)
 
 
+def test_jobs_of_a_hydra_sweep_log_to_files_of_their_own_with_their_configuration(
+    tmp_path: Path,
+) -> None:
+    """Two jobs in one process, each with the sinks and settings that its YAML file says."""
+    pytest.importorskip("hydra")
+    settings = ("--multirun", "lr=0.1,0.5", f"hydra.sweep.dir={tmp_path}/sweep")
+    run("hydra_mixture", *settings, cwd=tmp_path)
+    for job, rate in enumerate((0.1, 0.5)):
+        records = read_jsonl(tmp_path / f"sweep/{job}/run.jsonl")
+        assert [record.step for record in records] == [4, 8]
+        assert records[0].run["config"]["lr"] == rate
+        assert records[0].run["config"]["losses"]["datasets"] == ["docs", "code", "tables"]
+        assert records[1].metrics["train_tables/tokens_seen"] == 26
+        assert "train_code/seq_len_stat_p99" in records[1].metrics
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep"]
+
+
+def test_an_accumulator_takes_axes_out_of_omegaconf() -> None:
+    """A list of OmegaConf's was no list: "is not an aggregation type"."""
+    config = pytest.importorskip("omegaconf").OmegaConf.create(
+        {
+            "metrics": {"loss": "mean", "tokens": ["sum", "layer", "expert"]},
+            "datasets": ["docs", "code"],
+            "axes": {"layer": 2, "expert": ["a", "b"]},
+        }
+    )
+    losses = DeviceAccumulator(config.metrics, config.datasets, axes=config.axes)
+    plain = DeviceAccumulator(
+        {"loss": "mean", "tokens": ("sum", "layer", "expert")},
+        ("docs", "code"),
+        axes={"layer": 2, "expert": ("a", "b")},
+    )
+    assert losses.layout == plain.layout
+
+
 @by_request
 @pytest.mark.alone
 def test_a_worker_that_is_killed_under_ray_train_costs_no_total(tmp_path: Path) -> None:
@@ -82,7 +119,7 @@ def test_a_worker_that_is_killed_under_ray_train_costs_no_total(tmp_path: Path) 
         prefix="ray", dir="/tmp"
     ) as folder:  # sockets' names are short
         settings = {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled"}
-        said = run("ray_train", tmp_path, **settings)
+        said = run("ray_train", str(tmp_path), env=settings)
     assert "all went on after step 6" in said
     theirs, ours, truth = columns(said)
     assert ours == truth
@@ -90,11 +127,12 @@ def test_a_worker_that_is_killed_under_ray_train_costs_no_total(tmp_path: Path) 
     assert [record.step for record in read_jsonl(tmp_path / "log.jsonl")] == [4, 8]
 
 
-def run(name: str, folder: Path, **settings: str) -> str:
+def run(name: str, *args: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> str:
     """Return what an example prints."""
     ended = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), str(folder)],
-        env={**os.environ, **settings},
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *args],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
         timeout=170,

@@ -186,7 +186,9 @@ class Layout:
         declared = _declared(axes)
         types, own = [], []
         for name, spec in metrics.items():
-            agg, *over = spec if isinstance(spec, tuple | list) and spec else (spec,)
+            # Configurations out of files have lists of their own, such as OmegaConf's.
+            is_one = isinstance(spec, str) or not spec
+            agg, *over = spec if isinstance(spec, Sequence) and not is_one else (spec,)
             types.append(_checked_type(name, agg))
             own.append(_axes_of(name, types[-1], over, declared))
         unused = [
