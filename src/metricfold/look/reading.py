@@ -31,6 +31,7 @@ import numpy.typing as npt
 from metricfold._core.sketch import Histogram
 from metricfold.look.place import LookError, find
 from metricfold.metric import check_name, escaped
+from metricfold.sinks.header import better
 from metricfold.sinks.lines import (
     BEGINNING,
     HEAD,
@@ -298,15 +299,7 @@ class RunFile:
         `MetricsLogger(better=)` says so; otherwise ``loss``, names that end in ``_loss``, and
         ``perplexity`` are lower. Counts beside a value, such as ``"nan_count"``, are neither.
         """
-        if key.statistic in ("count", "nan_count", "inf_count", "std"):
-            return None
-        last = key.name.rpartition("/")[2]
-        said = self.header.get("better")
-        for name in (key.name, last):
-            if isinstance(said, Mapping) and said.get(name) in ("lower", "higher"):
-                return str(said[name])
-        lower = last in ("loss", "perplexity") or last.endswith("_loss")
-        return "lower" if lower else None
+        return better(key.name, key.statistic, self.header)
 
     # -- Reading
 

@@ -14,7 +14,7 @@ from metricfold.metric import check_name
 from metricfold.sinks.config import config_as_json
 from metricfold.sinks.loud import mention
 
-__all__ = ["Header"]
+__all__ = ["Header", "better"]
 
 _PACKAGES = ("metricfold", "numpy", "torch", "jax")
 
@@ -71,3 +71,24 @@ class Header:
                 "Give the settings alone, and no data"
             )
         return known | self.said
+
+
+def better(name: str, statistic: str, said: Mapping[str, Any]) -> str | None:
+    """Return whether ``"lower"`` or ``"higher"`` values of a metric are better; None: nobody knows.
+
+    Args:
+        name: of the metric.
+        statistic: of it; counts beside a value are neither.
+        said: what is known of the run; its ``"better"`` says so first.
+    """
+    if statistic in _NEITHER:
+        return None
+    last = name.rpartition("/")[2]
+    chosen = said.get("better")
+    for one in (name, last):
+        if isinstance(chosen, Mapping) and chosen.get(one) in ("lower", "higher"):
+            return str(chosen[one])
+    return "lower" if last in ("loss", "perplexity") or last.endswith("_loss") else None
+
+
+_NEITHER = ("count", "nan_count", "inf_count", "std", "weight", "stderr")
