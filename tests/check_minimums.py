@@ -69,6 +69,12 @@ CHECKS = {
     "console": Check(("test_sinks_console.py",)),
     "tensorboard": Check(("test_sinks_tensorboard.py",)),
     "wandb": Check(("test_sinks_wandb.py",)),
+    "mlflow": Check(("test_sinks_mlflow.py",)),
+    "trackio": Check(("test_sinks_trackio.py",)),
+    "comet": Check(("test_sinks_comet.py",)),
+    "parquet": Check(("test_sinks_parquet.py",)),
+    "prometheus": Check(("test_sinks_labelled.py",), extras=("otel",)),
+    "otel": Check(("test_sinks_labelled.py",), extras=("prometheus",)),
     "lightning": Check(
         ("test_integration_lightning.py",),
         extras=("torch", "tensorboard"),

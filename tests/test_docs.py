@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import doctest
 import importlib
+import importlib.util
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 from functools import partial
@@ -31,6 +34,8 @@ SELF_CONTAINED = (
 )
 
 
+# What runs in a process of its own, offline.
+TRACKERS = "docs/trackers.md"
 # What runs where JAX has four devices.
 ON_DEVICES = "docs/jax.md"
 
@@ -103,6 +108,71 @@ def test_the_examples_of_a_page_run_and_give_what_their_comments_say(
 
 def test_the_examples_of_the_jax_page_run_on_devices() -> None:
     assert run_devices(checked_examples, 4, ON_DEVICES) > 0
+
+
+def test_the_examples_of_the_trackers_run_offline(tmp_path: Path) -> None:
+    for package in (
+        "comet_ml",
+        "mlflow",
+        "opentelemetry",
+        "pandas",
+        "prometheus_client",
+        "trackio",
+    ):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    # In a process of its own: Comet's import patches other packages.
+    code = f"""
+import socket
+import test_docs
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+blocks = test_docs.blocks
+test_docs.blocks = lambda page: [block.replace("9464", port) for block in blocks(page)]
+print("checked", test_docs.checked_examples({TRACKERS!r}))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT), *sys.path]),
+            "MLFLOW_TRACKING_URI": f"file:{tmp_path}/mlruns",
+            "MLFLOW_ALLOW_FILE_STORE": "true",
+            "TRACKIO_DIR": str(tmp_path / "trackio"),
+            "COMET_OFFLINE_DIRECTORY": str(tmp_path / "comet"),
+            "COMET_LOGGING_CONSOLE": "ERROR",
+        },
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "checked 3" in ended.stdout
+    assert "metricfold" not in ended.stderr, "nothing is missing anywhere"
+    assert len([*tmp_path.glob("comet/*.zip")]) == 1
+
+
+def test_the_sinks_of_ones_own_on_the_page_of_logging_work(tmp_path: Path) -> None:
+    page = (ROOT / "docs/logging.md").read_text()
+    namespace: dict[str, Any] = {}
+    for block in re.findall(
+        r"```python\n(.*?)```", page.partition("## Your own sink")[2], re.DOTALL
+    ):
+        exec(block, namespace)
+    path = tmp_path / "run.db"
+    with metricfold.MetricsLogger(
+        [namespace["PrintSink"](), namespace["SQLiteSink"](path, select="*/loss")]
+    ) as logger:
+        for step in (1, 2, 3):
+            logger.log(step, {"loss": step / 4, "other": 0.0}, prefix="train")
+        logger.rewind(2)
+        assert logger.flush()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute("SELECT * FROM metrics").fetchall()
+    assert rows == [(1, "train/loss", 0.25), (2, "train/loss", 0.5)]
 
 
 def checked_examples(page: str) -> int:

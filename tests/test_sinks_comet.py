@@ -110,7 +110,7 @@ def test_without_a_running_experiment_an_offline_one_is_made_and_ended(logged):
 
 
 def test_a_step_stays_its_own_beside_another_thread(logged):
-    """With `log_metrics`, 58 of 800 values got the other thread's step."""
+    """With `log_metrics`, 58 of 800 values got the other thread's step, with `log_metric` a few."""
     found, _ = messages(logged[0] / "shared")
     ours = [(step, name) for step, name, _ in metrics(found) if name.startswith("m")]
     assert sorted(ours) == sorted((s, f"m{n}") for s in range(100, 110) for n in range(20))

@@ -97,9 +97,14 @@ class CometSink(KeywiseSink):
     def _log(self, record: Record, values: dict[str, Any]) -> None:
         if too_long := [key for key in values if len(key) > _LONGEST]:
             raise ValueError(f"Comet would cut the name {too_long[0]!r} to {_LONGEST} characters")
+        from comet_ml.messages import MetricMessage  # noqa: PLC0415
+
+        # What log_metric does but for one thing: it sets the step of the experiment, and takes it from
+        # there again, where another thread that logs may have set its own.
         for key, value in values.items():
-            # Each with the step: it is the experiment's, which others log to on other threads.
-            self.experiment.log_metric(key, value, step=record.step, include_context=False)
+            message = MetricMessage(timestamp=round(record.wall_time * 1000))
+            message.set_metric(key, value, step=record.step)
+            self.experiment._enqueue_message(message)  # noqa: SLF001 - there is no public way
 
     def _beside(self, record: Record) -> Iterator[Callable[[], object]]:
         config = flattened((record.run or {}).get("config") or {})
