@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from metricfold import Alert
+from metricfold import Alert, Metric, MetricsAggregator
 from metricfold._core.sketch import Histogram
 from metricfold.sinks import MetricsLogger, Record, TensorBoardSink
 
@@ -223,3 +225,70 @@ def test_alerts_are_texts_beside_the_scalars(tmp_path):
     ]
     assert [event.step for event in accumulator.Tensors("alerts")] == [4]
     assert steps(tmp_path) == [3]
+
+
+def served(logdir):
+    """Return what TensorBoard's own plugins say of a folder, and whether TensorFlow was needed."""
+    code = """
+import json, sys
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins import base_plugin
+from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
+from tensorboard.plugins.hparams.backend_context import Context
+multiplexer = EventMultiplexer().AddRunsFromDirectory(sys.argv[1])
+multiplexer.Reload()
+provider = MultiplexerDataProvider(multiplexer, sys.argv[1])
+context = base_plugin.TBContext(data_provider=provider, multiplexer=multiplexer, logdir=sys.argv[1])
+layout = CustomScalarsPlugin(context).layout_impl(RequestContext(), "")
+hparams = Context(context)
+run = hparams.hparams_metadata(RequestContext(), "")
+experiment = hparams.experiment_from_metadata(RequestContext(), "", True, run, hparams.hparams_from_data_provider(RequestContext(), "", None))
+print(json.dumps([json.loads(layout), [one.name for one in experiment.hparam_infos], [one.name.tag for one in experiment.metric_infos], "tensorflow" in sys.modules]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(logdir)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_losses_of_all_datasets_are_in_one_chart_and_settings_are_shown(tmp_path):
+    aggregator = MetricsAggregator()
+    config = {"lr": 1e-3, "optimizer": {"name": "adam", "fused": True}}
+    with MetricsLogger([TensorBoardSink(tmp_path)], config=config, name="first") as logger:
+        for step, datasets in enumerate((("web", "a|b"), ("web", "a|b", "late"))):
+            for dataset in datasets:
+                aggregator.record("tokens", 5, "sum", dataset=dataset)
+                aggregator.record("loss", 2.0, dataset=dataset)
+                aggregator.update([Metric(dataset, "len", 3.0, "distribution")])
+            logger.log(step, aggregator, prefix="train")
+    layout, hparams, judged, tensorflow = served(tmp_path)
+    assert not tensorflow
+    (category,) = layout["category"]
+    assert category["title"] == "train"
+    first, second, *bands = category["chart"]
+    assert (first["title"], second["title"]) == ("loss of every dataset", "tokens of every dataset")
+    names = ["train_a|b/loss", "train_web/loss", "train/loss", "train_late/loss"]
+    assert sorted(first["multiline"]["tag"]) == sorted(f"^{re.escape(name)}$" for name in names)
+    assert {one["title"] for one in bands} >= {"len of late: p05, p50, p95"}
+    assert bands[0]["margin"]["series"][0]["value"].endswith("/len_stat_p50")
+    assert sorted(hparams) == ["lr", "optimizer.fused", "optimizer.name"]
+    assert judged == ["train/loss"]
+    tags = read(tmp_path).Tags()["tensors"]
+    assert {"run", "_hparams_/session_end_info"} <= {*tags}
+    (said,) = read(tmp_path).Tensors("run")
+    assert b"| optimizer.name | adam |" in said.tensor_proto.string_val[0]
+
+
+def test_the_layout_is_written_again_after_a_rewind(tmp_path):
+    aggregator = MetricsAggregator()
+    with MetricsLogger([TensorBoardSink(tmp_path)]) as logger:
+        for step in (1, 2):
+            for dataset in ("web", "code"):
+                aggregator.record("loss", 2.0, dataset=dataset)
+            if step == 2:
+                logger.rewind(0)
+            logger.log(step, aggregator, prefix="train")
+    assert read(tmp_path).Tensors("custom_scalars__config__")[-1].step == 2

@@ -16,7 +16,7 @@ import pytest
 import wandb
 from wandb_files import finished, history, run_files
 
-from metricfold import Alert
+from metricfold import Alert, MetricsAggregator
 from metricfold._core.sketch import Histogram
 from metricfold.sinks import MetricsLogger, Record, RecordRefused, WandbSink
 
@@ -453,3 +453,33 @@ def test_an_alert_that_is_not_taken_is_said_and_its_row_is_there_once(
     run.finish()
     assert history(run_files(tmp_path)[0]) == {3: {"loss": 1.0, "step": 3}}
     assert "did not take the alert 'bad'" in caplog.text
+
+
+def test_losses_are_summed_up_by_their_best_and_drawn_over_the_step_of_their_prefix(tmp_path):
+    aggregator = MetricsAggregator()
+    sink = WandbSink(dir=tmp_path)
+    config = {"lr": 0.1, "optimizer": {"name": "adam"}}
+    with MetricsLogger([sink], better={"accuracy": "higher"}, config=config) as logger:
+        for step in (10, 20):
+            aggregator.record("loss", 2.0, dataset="docs")
+            aggregator.record("accuracy", 0.5)
+            aggregator.record("grad_norm", 1.0)
+            logger.log(step, aggregator, prefix="train", extra={"lr": 0.5})
+    records = finished(run_files(tmp_path)[0])
+    defined = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "metric":
+            one = record.metric
+            defined[one.name] = (one.step_metric, one.summary.min, one.summary.max)
+    assert defined == {
+        "train/step": ("", False, False),
+        "train/loss": ("train/step", True, False),
+        "train_docs/loss": ("train/step", True, False),
+        "train/accuracy": ("train/step", False, True),
+        "train/grad_norm": ("train/step", False, False),
+    }
+    said = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "config":
+            said |= {one.key: json.loads(one.value_json) for one in record.config.update}
+    assert {name: said[name] for name in config} == config

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from metricfold.sinks.header import better
 from metricfold.sinks.record import Meaning, Record
 
-__all__ = ["Board", "Reading", "Track", "readings_of", "split"]
+__all__ = ["Board", "Reading", "Track", "rank", "readings_of", "split"]
 
 _MOST = 128  # stretches that a track is kept in
 _MOST_BAD = 256  # steps at which a metric was not finite
@@ -319,12 +319,12 @@ class Board:
 
     def _lead(self) -> None:
         """Choose the leading metric anew; another one's track begins anew."""
-        leading = min(self.names.values(), key=_rank).name if self.names else None
+        leading = min(self.names.values(), key=rank).name if self.names else None
         if leading != self.leading:
             self.leading, self.tracks = leading, {}
 
 
-def _rank(meaning: Meaning) -> int:
+def rank(meaning: Meaning) -> int:
     """Return how much a training is watched by a metric; 0: by that first."""
     if meaning.statistic or meaning.aggregation == "categorical_count":
         return 5

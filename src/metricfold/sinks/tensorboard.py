@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metricfold.sinks.board import rank
 from metricfold.sinks.buckets import coarsened
+from metricfold.sinks.dashboard import Layout, ended, settings, text
 from metricfold.sinks.files import AppendFile, FileSink
 from metricfold.sinks.heat_map import HeatMaps, Image, png
 from metricfold.sinks.record import Record
@@ -30,7 +32,9 @@ _MAX_BUCKETS = 512
 class TensorBoardSink(FileSink):
     """Writes scalars, histograms and heat maps to an event file that ``tensorboard --logdir`` shows.
 
-    Alerts are texts: of the prefix ``train`` under ``alerts/train``.
+    Alerts are texts: of the prefix ``train`` under ``alerts/train``. The tab *Custom scalars* has a chart
+    for each metric that datasets have, the loss first, with all of them in it. ``config=`` of
+    `MetricsLogger` is shown as a text, ``run``, and in the tab *HParams*.
 
     Args:
         logdir: the folder for event files, a local path, made at the first record; a relative one
@@ -61,14 +65,25 @@ class TensorBoardSink(FileSink):
                 f"logdir={os.fspath(logdir)!r} is a URL: give a folder, such as a mounted bucket"
             )
         require("tensorboard", sink="TensorBoardSink", extra="tensorboard")
+        self._layout = Layout()
+        self._in_session = False
         self.logdir = Path(os.path.abspath(logdir))  # noqa: PTH100 - resolve() would follow links
 
     def __repr__(self) -> str:
         return f"TensorBoardSink({str(self.logdir)!r})"
 
+    def close(self) -> None:
+        """Say that the session has ended, if settings began one, and close the file."""
+        if self._in_session:
+            self._in_session = False
+            now = time.time()
+            _append(self._opened(), wall_time=now, summary=_summary([ended(now)]))
+        super().close()
+
     def rewind(self, step: int) -> None:
         """Start a new event file that tells TensorBoard to drop all steps after `step`."""
-        self.close()
+        super().close()
+        self._layout = Layout()  # what was written may be among them
         if not any(self.logdir.glob("events.out.tfevents.*")):
             return
         from tensorboard.compat.proto.event_pb2 import SessionLog  # noqa: PLC0415
@@ -90,10 +105,17 @@ class TensorBoardSink(FileSink):
                 Summary.Value(tag=key, image=_image(one))
                 for key, one in self._heat_maps.of(record).items()
             ),
-            *([_text(f"alerts/{record.prefix}".rstrip("/"), record)] if record.alerts else ()),
         ]
+        if record.alerts:
+            rows = [f"**{alert['severity']}**: {alert['message']}" for alert in record.alerts]
+            values.append(text(f"alerts/{record.prefix}".rstrip("/"), rows))
+        if record.run is not None:
+            values += settings(record.run, record.wall_time, _judged(record))
+            self._in_session = bool(record.run.get("config"))
+        if self._layout.take(record) and (layout := self._layout.value()) is not None:
+            values.append(layout)
         # One event for the whole record: it is written whole or not at all.
-        summary, seconds = Summary(value=values), record.wall_time
+        summary, seconds = _summary(values), record.wall_time
         _append(self._opened(), step=record.step, wall_time=seconds, summary=summary)
 
     def _new_file(self) -> AppendFile:
@@ -109,6 +131,17 @@ def _append(file: AppendFile, **event: Any) -> None:
     RecordWriter(file).write(Event(**event).SerializeToString())
 
 
+def _summary(values: Sequence[Any]) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: PLC0415
+
+    return Summary(value=values)
+
+
+def _judged(record: Record) -> list[str]:
+    """Return the keys that a run is judged by: losses over all datasets."""
+    return [key for key, of in record.keys.items() if not of.dataset and rank(of) < 3]
+
+
 def _next_path(logdir: Path) -> Path:
     """Return a path whose name sorts after those of all event files in `logdir`.
 
@@ -120,24 +153,6 @@ def _next_path(logdir: Path) -> Path:
     second = max([int(time.time()), *(int(one) + 1 for one in made if one.isdecimal())])
     name = f"events.out.tfevents.{second:010d}.{platform.node()}.{os.getpid()}.metricfold"
     return logdir / name
-
-
-def _text(tag: str, record: Record) -> Any:
-    """Return a value that shows a record's alerts, a row for each."""
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata  # noqa: PLC0415
-    from tensorboard.compat.proto.tensor_pb2 import TensorProto  # noqa: PLC0415
-    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto  # noqa: PLC0415
-    from tensorboard.compat.proto.types_pb2 import DT_STRING  # noqa: PLC0415
-
-    rows = [f"**{alert['severity']}**: {alert['message']}" for alert in record.alerts]
-    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=len(rows))])
-    tensor = TensorProto(
-        dtype=DT_STRING,
-        tensor_shape=shape,
-        string_val=[row.encode("utf-8", "backslashreplace") for row in rows],
-    )
-    metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-    return Summary.Value(tag=tag, tensor=tensor, metadata=metadata)
 
 
 def _image(image: Image) -> Any:

@@ -23,6 +23,7 @@ from typing import Any
 from metricfold.metric import check_name, is_name
 from metricfold.sinks.alert_text import text_of, title_of
 from metricfold.sinks.buckets import coarsened
+from metricfold.sinks.header import better
 from metricfold.sinks.heat_map import HeatMaps
 from metricfold.sinks.loud import mention
 from metricfold.sinks.record import Record, RecordRefused
@@ -91,6 +92,9 @@ class WandbSink(SelectiveSink):
         self._init = init
         self._owned = False
         self._axis_names: dict[str, str] = {}  # by prefix
+        self._said: dict[str, Any] = {}  # of the run
+        self._best: dict[str, str] = {}  # by key: which of its values is the best
+        self._ours: set[str] = set()  # keys that an aggregator has printed for its prefix
         self._start()
 
     def _start(self) -> None:
@@ -148,6 +152,7 @@ class WandbSink(SelectiveSink):
         import wandb  # noqa: PLC0415
 
         run = self.run = self._found() or self._started()
+        self._say(run, record)
         axis = self._axis_of(record.prefix)
         if record.step <= self._shown.get(axis, self._shown_before):
             raise RecordRefused(
@@ -165,6 +170,19 @@ class WandbSink(SelectiveSink):
         for alert in record.alerts:
             self._alert(run, alert, record)
 
+    def _say(self, run: Any, record: Record) -> None:
+        """Hand on settings, and note which values are better."""
+        if record.run is not None:
+            self._said = record.run
+            known = run.config
+            config = record.run.get("config") or {}
+            known.update({name: one for name, one in config.items() if name not in known})
+        self._ours.update(record.keys)
+        for key, of in record.keys.items():
+            way = better(of.name, of.statistic, self._said)
+            if way is not None and not of.statistic:
+                self._best[key] = "min" if way == "lower" else "max"
+
     def _log(self, run: Any, row: dict[str, Any], axis: str, step: int) -> None:
         row.setdefault(axis, step)
         if self._step_metric is not None:
@@ -172,11 +190,11 @@ class WandbSink(SelectiveSink):
                 self._defined.add(self._step_metric)
                 run.define_metric(self._step_metric)
                 run.define_metric("*", step_metric=self._step_metric, step_sync=True)
+            self._define(run, row, axis)
             run.log({**row, self._step_metric: step})
         else:
             place = self._place_of(run, row, axis, step)
-            if axis in self._behind:
-                self._define(run, row, axis)
+            self._define(run, row, axis)
             run.log(row, step=place)
             if place != self._open[0]:
                 self._open = place, set()
@@ -242,12 +260,20 @@ class WandbSink(SelectiveSink):
         return self._axis_names[prefix]
 
     def _define(self, run: Any, row: dict[str, Any], axis: str) -> None:
-        """Tell W&B that `axis` is what the keys of `row` are drawn over."""
-        for key in (axis, *row):
+        """Tell W&B over which axis the keys of `row` are drawn, and which of their values is the best."""
+        for key in row:
             # What several prefixes log, such as a learning rate, has no axis of its own.
-            if key not in self._defined and self._axis_of_key.get(key, axis) == axis:
-                self._defined.add(key)
-                run.define_metric(key, step_metric=None if key == axis else axis)
+            if key in self._defined or self._axis_of_key.setdefault(key, axis) != axis:
+                continue
+            ours = axis in self._behind or (key in self._ours and axis != "step")
+            over = axis if ours and self._step_metric is None and key != axis else None
+            if over is None and key not in self._best:
+                continue
+            if over is not None and axis not in self._defined:
+                self._defined.add(axis)
+                run.define_metric(axis)
+            self._defined.add(key)
+            run.define_metric(key, step_metric=over, summary=self._best.get(key))
 
     def _found(self) -> Any:
         import wandb  # noqa: PLC0415
