@@ -5,8 +5,8 @@
     python -m check_minimums datasets --at datasets==2.21.0   # what another version would do
     python -m check_minimums --folder /tmp/minimums     # keeps the environments, for the next time
 
-For each extra the packages that it names are installed at the lower bound that it states, NumPy and
-PyTorch too, and the tests of that part of metricfold are run there. Warnings are no errors: old
+For each extra the packages that it names are installed at the lower bound that it states, PyTorch
+too where its tests use that, and the tests of that part of metricfold are run there. Warnings are no errors: old
 versions give some that nobody will mend.
 
 PyTorch's wheels of those days are built with CUDA, whose libraries are gigabytes. They are not
@@ -59,9 +59,7 @@ CHECKS = {
     "numpy": Check(
         ("test_metric.py", "test_aggregator.py", "test_algebra.py", "test_distribution.py")
     ),
-    "torch": Check(
-        ("test_torch_accumulator.py", "test_model_watch.py", "test_reduction.py", "test_store.py")
-    ),
+    "torch": Check(("test_torch_accumulator.py", "test_model_watch.py", "test_reduction.py")),
     "jax": Check(
         ("test_jax_accumulator.py", "test_jax_spec.py", "test_jax_processes.py"),
         beside=("optax", "orbax-checkpoint", "grain"),
@@ -169,7 +167,7 @@ def make_environment(folder: Path, packages: Sequence[str], torch: Path | None) 
     return python
 
 
-def torch_without_cuda(folder: Path, requirement: str, numpy: str) -> Path:
+def torch_without_cuda(folder: Path, requirement: str) -> Path:
     """Install PyTorch into `folder`, once, with stand-ins for CUDA's libraries; return its packages."""
     packages = folder / requirement
     if (packages / "stand-ins").exists():
@@ -189,7 +187,7 @@ def torch_without_cuda(folder: Path, requirement: str, numpy: str) -> Path:
     about.write_text(
         "".join(x for x in lines if not re.match("Requires-Dist: (nvidia|cuda|tri)", x))
     )
-    install(python, *target, *(text.split(";")[0] for text in needed), numpy)
+    install(python, *target, *(text.split(";")[0] for text in needed), "numpy")
     make_stand_ins(packages / "torch/lib", packages / "stand-ins")
     return packages
 
@@ -231,12 +229,11 @@ def check(extra: str, folder: Path, instead: Sequence[str], chosen: Sequence[str
     """Install the oldest versions that `extra` claims, and run its tests."""
     began, row, what = time.monotonic(), Row(extra), CHECKS[extra]
     try:
-        packages = pinned((extra, *what.extras, "numpy"), instead)
+        packages = pinned((extra, *what.extras), instead)
         row.versions = [one for one in packages if Requirement(one).name != "pillow"]
         of_torch = next((one for one in packages if Requirement(one).name == "torch"), None)
-        numpy = next(one for one in packages if Requirement(one).name == "numpy")
-        torch = None if of_torch is None else torch_without_cuda(folder, of_torch, numpy)
-        others = [one for one in packages if one not in (of_torch, torch and numpy)]
+        torch = None if of_torch is None else torch_without_cuda(folder, of_torch)
+        others = [one for one in packages if one != of_torch]
         where = folder / "-".join((extra, *(Requirement(one).name + one for one in instead)))
         python = make_environment(where, [*others, *what.beside], torch)
         row.result = tested(python, torch, [f"tests/{one}" for one in what.tests], chosen)
