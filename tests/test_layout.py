@@ -42,6 +42,7 @@ ORDER = (
         "look",
         "demo",
         "cli",
+        "__main__",
     ),
 )
 """Folders and modules, the lowest first. Of a folder's module that stands here itself, that counts."""

@@ -44,7 +44,7 @@ def sparkline(x: Any, y: Any, room: int, *, plain: bool = False) -> str:
     means = np.divide(sums, counts, out=np.full(room, np.nan), where=counts > 0)
     levels = _LEVELS_ASCII if plain else _LEVELS
     known = means[np.isfinite(means)]
-    low, high = (known.min(), known.max()) if len(known) else (0.0, 0.0)
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
     scale = (len(levels) - 1e-6) / (high - low) if high > low else 0.0
     shown = []
     for mean, is_bad in zip(means.tolist(), bad.tolist(), strict=True):
@@ -75,6 +75,8 @@ def chart(
     if not shown.any():
         return ["(nothing finite to draw)" if len(y) else "(no values)"]
     drawn = np.log10(y[shown]) if log else y[shown]
+    if len(drawn) and drawn.max() / 4 - drawn.min() / 4 > np.finfo(np.float64).max / 8:
+        return ["(values too far apart to draw)"]
     low, high = float(drawn.min()), float(drawn.max())
     middle = high - (high - low) * (height // 2 + 0.5) / height
     labels = {0: high, height // 2: middle, height - 1: low} if height > 2 else {0: high}

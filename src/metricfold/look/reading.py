@@ -218,6 +218,7 @@ class RunFile:
     def _forget(self) -> None:
         self.headers: list[dict[str, Any]] = []
         self.alerts: list[dict[str, Any]] = []
+        self._alerts: dict[int, list[dict[str, Any]]] = {}  # of each record that has any
         self.torn = 0
         self._identity: tuple[int, int] | None = None
         self._offset = 0
@@ -292,6 +293,10 @@ class RunFile:
         values = block.values[start : start + block.width].tolist()
         numbers = dict(zip(block.keys, values, strict=True))
         return self._steps[number], self._times[number], block.prefix, numbers
+
+    def alerts_of(self, number: int) -> list[dict[str, Any]]:
+        """Return the alerts of one record, from 0 on."""
+        return self._alerts.get(number, [])
 
     def better(self, key: Key) -> str | None:
         """Return whether ``"lower"`` or ``"higher"`` values of a key are better; None: nobody knows.
@@ -425,6 +430,7 @@ class RunFile:
             self._part(self._arrays, Arrays, number, prefix, printed, both)
         for alert in record.get("alerts", []):
             self.alerts.append({**place, "prefix": prefix, **alert})
+            self._alerts.setdefault(number, []).append(self.alerts[-1])
         if "run" in record:
             self.headers.append({**record["run"], **place})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from metricfold.look.choosing import chosen, is_loss, main_statistic
 from metricfold.look.place import LookError
@@ -79,27 +78,22 @@ class _Teller:
         self.run, self.names, self.terminal = run, names, terminal
         self._wanted: set[Key] | None = None
         self._known = 0
-        self._alerts = 0
 
     def told(self, start: int) -> Iterator[str]:
         """Yield the lines of the records from one on."""
         if self.names and len(self.run.columns) != self._known:
             self._known = len(self.run.columns)
             self._wanted = set(chosen([self.run], self.names))
-        alerts: dict[tuple[float, str], list[dict[str, Any]]] = {}
-        for alert in self.run.alerts[self._alerts :]:
-            alerts.setdefault((alert["wall_time"], alert["prefix"]), []).append(alert)
         for number in range(start, self.run.records):
             step, when, prefix, values = self.run.record(number)
             line = self._line(step, when, prefix, values)
             if line is not None:
                 yield line
-            for alert in alerts.get((when, prefix), ()):
+            for alert in self.run.alerts_of(number):
                 said = escaped(" ".join(str(alert.get("message", "")).split()))
                 yield self._fit(
                     f"step {step:,}  ALERT ({alert.get('severity', 'warning')}): {said}", "alarm"
                 )
-        self._alerts = len(self.run.alerts)
 
     def _line(self, step: int, when: float, prefix: str, values: dict[Key, float]) -> str | None:
         if self._wanted is not None:
