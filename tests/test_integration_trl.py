@@ -188,6 +188,30 @@ def assert_scored(one: Found, prefix: str, prompts: int) -> None:
             assert here["rewards/first_word_stat_max"] == max(of_word)
 
 
+def test_rewards_count_as_weighted_and_choose_the_best_model(found: Found) -> None:
+    """huggingface/trl#5352: weights were not logged; #3384: rewards could not be chosen by."""
+    one = found["reported"]["grpo"]
+    rewards = [0.5 * x["brevity"] + 2 * (x["first_word"] or 0) for x in one["scored"]]
+    assert one["logged"] == pytest.approx(sum(rewards) / len(rewards))
+    assert len(one["evaluated"]) == 2
+    assert one["best"] == max(one["evaluated"])
+
+
+def test_other_trainers_that_generate_count_alike(found: Found) -> None:
+    one = found["reported"]["rloo"]
+    assert one["docs/samples_seen"] == 2
+    assert one["docs/reward_stat_count"] == 4
+    assert one["docs/reward_stat_mean"] == pytest.approx(one["reward"])
+    assert one["docs/num_tokens"] == one["num_tokens"]
+
+
+def test_a_name_that_trl_logs_by_itself_is_warned_of(found: Found) -> None:
+    """What TRL adds to a log comes later, and took the place of ours without a word."""
+    reported = found["reported"]
+    assert abs(reported["named"]["rewards/chosen"]) < 100
+    assert len(reported["warned"]) == 1
+
+
 # -- What cannot be, and what need not be ----------------------------------------------------------
 
 
@@ -217,6 +241,16 @@ def test_trainings_without_metrics_go_on_as_without_the_mixin(found: Found) -> N
     grpo = plain["grpo"]
     lengths = [one["length"] for one in grpo["scored"]]
     assert grpo["all/rewards/brevity_stat_mean"] == pytest.approx(-sum(lengths) / len(lengths))
+
+
+def test_what_the_page_says_runs(found: Found) -> None:
+    page = found["page"]
+    assert page["SFT"]["all/tokens_seen"] == page["SFT"]["num_tokens"]
+    assert page["SFT"]["docs/loss"] > 0
+    assert page["GRPO"]["all/reward_stat_count"] == 8
+    # The names of functions of one name are told apart, as TRL's are not.
+    assert page["GRPO"]["all/rewards/<lambda>_stat_max"] < 0
+    assert page["GRPO"]["all/rewards/<lambda>_2_stat_min"] >= 0
 
 
 # -- Two ranks -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import time
@@ -30,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from metricfold import DefaultTrainingMetricTransform
+from metricfold import DefaultTrainingMetricTransform, Metric, MetricTransform
 from metricfold.integrations.datasets import with_metrics
 from metricfold.integrations.transformers import MetricfoldMixin
 
@@ -245,7 +246,8 @@ def sft_formats() -> dict[str, Any]:
 
 
 def sft_dft() -> dict[str, Any]:
-    return compared(sft(of_all(FORMATS["text"]), loss_type="dft"), dft=True)
+    changes = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    return compared(sft(of_all(FORMATS["text"]), loss_type="dft", **changes), dft=True)
 
 
 PACKINGS: dict[str, dict[str, Any]] = {
@@ -499,6 +501,68 @@ def generated() -> dict[str, Any]:
     return found
 
 
+def reported() -> dict[str, Any]:
+    """Rebuild what users of TRL have reported."""
+    found: dict[str, Any] = {}
+    # huggingface/trl#5352 (weights of rewards were not logged), #3384 (rewards choose no best model)
+    trainer, scored = grpo(
+        prompts(),
+        reward_weights=[0.5, 2.0],
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_only_model=True,
+        num_iterations=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_docs/reward_stat_mean",
+    )
+    history = logs(trainer)
+    found["grpo"] = {
+        "scored": scored[:8],
+        "logged": history[0]["all/reward_stat_mean"],
+        "evaluated": [x["eval_docs/reward_stat_mean"] for x in history if "eval_loss" in x],
+        "best": trainer.state.best_metric,
+    }
+    # What is of conversations, and another trainer that generates.
+    chat = Dataset.from_list([{"prompt": said("user", text("docs", 2, i))} for i in range(4)])
+    args = config(trl.RLOOConfig, beta=0.0, num_generations=2, max_completion_length=4, max_steps=1)
+    rloo = RLOO(
+        model=model(),
+        reward_funcs=lambda completion_ids, **_: [float(len(ids)) for ids in completion_ids],
+        args=args,
+        train_dataset=with_metrics(chat, DefaultTrainingMetricTransform(), "docs"),
+        processing_class=tokenizer(),
+    )
+    found["rloo"] = logs(rloo)[0]
+    # A dataset of a name that TRL's own metrics begin with.
+    pairs = Dataset.from_list([PAIRS["text"]("docs", i) for i in range(8)])
+    named = DPO(
+        model=model(),
+        ref_model=model(seed=1),
+        args=config(trl.DPOConfig, max_steps=1),
+        train_dataset=with_metrics(pairs, Chosen(), "rewards"),
+        processing_class=tokenizer(),
+    )
+    with warnings.catch_warnings(record=True) as said_of_it:
+        warnings.simplefilter("always")
+        found["named"] = logs(named)[0]
+    found["warned"] = [
+        str(one.message) for one in said_of_it if "rewards/chosen" in str(one.message)
+    ]
+    return found
+
+
+class RLOO(MetricfoldMixin, trl.RLOOTrainer):
+    pass
+
+
+class Chosen(MetricTransform):
+    def _generate_metrics(self, sample: Any) -> list[Metric]:
+        return [Metric(str(self.dataset_name), "chosen", 1000, "sum")]
+
+
 # -- What cannot be, and what need not be ----------------------------------------------------------
 
 
@@ -598,6 +662,33 @@ def precomputed() -> dict[str, Any]:
     return {**paired(trainer), "evaluation": trainer.evaluate()}
 
 
+# -- The page --------------------------------------------------------------------------------------
+
+
+def page() -> dict[str, Any]:
+    """Run what docs/trl.md says, with what it takes for granted; return what has been trained."""
+    given: dict[str, Any] = {
+        "docs": Dataset.from_list([FORMATS["text"]("docs", i) for i in range(6)]),
+        "code": Dataset.from_list([FORMATS["text"]("code", i) for i in range(6)]),
+        "prompts": prompts(),
+        "brevity": lambda completion_ids, **_: [-float(len(ids)) for ids in completion_ids],
+        "accuracy": lambda completions, **_: [float("docs" in one) for one in completions],
+        "tokenizer": tokenizer(),
+    }
+    small = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"}
+    small |= {"gradient_checkpointing": False, "max_steps": 1, "logging_steps": 1}
+    found = {}
+    text = (Path(__file__).parent.parent / "docs/trl.md").read_text("utf-8")
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        # A short step on a CPU is enough.
+        block = re.sub(r'Config\("run", ', 'Config(str(FOLDER / "run"), **small, ', block)
+        block = block.replace("num_generations=8", "num_generations=8, max_completion_length=5")
+        given |= {"model": model(), "small": small, "FOLDER": FOLDER}
+        exec(block, given)
+        found[type(given["trainer"]).__name__] = given["trainer"].state.log_history[0]
+    return found
+
+
 # -- Two ranks -------------------------------------------------------------------------------------
 
 
@@ -670,9 +761,11 @@ SCENARIOS = (
     reward,
     kto,
     generated,
+    reported,
     refusals,
     without_metrics,
     precomputed,
+    page,
 )
 
 if __name__ == "__main__":

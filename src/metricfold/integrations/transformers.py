@@ -324,7 +324,8 @@ class MetricfoldMixin(InTRL, Phases, _Trainer):  # type: ignore[misc]
             if name not in named or not of_all:
                 named[name] = value
         theirs = "the Trainer's own already, and one of ours"
-        metrics.update(self._without_theirs(named, metrics.keys(), theirs))
+        taken = metrics.keys() | self._keys_of_trl()
+        metrics.update(self._without_theirs(named, taken, theirs))
 
     def _stop(self) -> None:
         self.control.should_training_stop = True

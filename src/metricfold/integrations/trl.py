@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -145,7 +146,9 @@ class InTRL(_Trainer):  # type: ignore[misc]
         kind = self._trl_trainer
         tokens = kind == "SFTTrainer"
         mixed = sorted({"aot", "aot_unpaired", "sft"} & {*getattr(self, "loss_types", ())})
+        fused = hasattr(sys.modules.get("trl.trainer.utils"), "FusedCausalLMOutput")
         obstacles = {
+            "TRL before 1.16, which does not tell the loss of each token": not fused,
             f"the loss of {kind}, which is no mean over tokens, pairs or examples": kind
             not in _LOSSES,
             "compute_loss_func": tokens and self.compute_loss_func is not None,
@@ -246,6 +249,14 @@ class InTRL(_Trainer):  # type: ignore[misc]
         batch = {name: cut(value) for name, value in inputs.items()}
         loss = compute(stand_in, lambda **_: _Rows(own, cut), batch, False)
         return {"loss": float(loss), **{name: values[-1] for name, values in metrics.items()}}
+
+    # -- Logs
+
+    def _keys_of_trl(self) -> set[str]:
+        """Return what TRL's own `log` is about to add, in whose place nothing else can be logged."""
+        mode = "train" if self.model.training else "eval"
+        pending = getattr(self, "_metrics", {}).get(mode, ())
+        return {*pending} if mode == "train" else {f"eval_{key}" for key in pending}
 
     # -- What is generated
 
