@@ -15,7 +15,7 @@ WORKERS ?= $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + 1,
 # What pytest knows of the tests that failed and have not passed since.
 FAILED := .pytest_cache/v/cache/lastfailed
 
-.PHONY: demo test engines campaign lint bench gpu-check check-minimums clean
+.PHONY: demo test engines campaign lint bench gpu-check check-minimums multinode clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -78,6 +78,10 @@ gpu-check: $(STAMP)  ## what only a GPU can show; GPU_ARGS="--only steps" and th
 check-minimums: $(STAMP)  ## the tests of each extra at its oldest versions, in environments of their own; MINIMUMS_ARGS="datasets" and the like pass through
 	@echo "==> the oldest versions that pyproject.toml claims: a table"
 	@PYTHONPATH=tests $(BIN)/python -m check_minimums $(MINIMUMS_ARGS)
+
+multinode: $(STAMP)  ## two hosts on this machine, as root; MULTINODE_ARGS="--only restarts" and the like pass through
+	@echo "==> two network namespaces, torchrun on both: totals, restarts, faults, latency"
+	@PYTHONPATH=tests $(BIN)/python -m multinode $(MULTINODE_ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs

@@ -7,7 +7,9 @@ their tokens. So all of them must log what is counted from the texts, and the lo
 
 from __future__ import annotations
 
+import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -56,6 +58,25 @@ def read_samples(steps: int = STEPS) -> list[dict[str, Any]]:
         tokens = list(text.encode()[: LENGTH + 1])
         samples.append({"tokens": tokens, "dataset": dataset, "kind": kind})
     return samples
+
+
+def counted(steps: Sequence[int]) -> dict[str, float]:
+    """Return what the samples of these steps say, by dataset, by plain Python."""
+    result: dict[str, float] = {}
+    everything = read_samples(max(steps) + 1)
+    samples = [one for step in steps for one in everything[PER_STEP * step : PER_STEP * (step + 1)]]
+    for index, name in enumerate(DATASETS):
+        own = [sample for sample in samples if sample["dataset"] == index]
+        lengths = [len(sample["tokens"]) for sample in own]
+        result[f"{name}/samples_seen"] = len(own)
+        result[f"{name}/tokens_seen"] = sum(lengths)
+        result[f"{name}/seq_len_stat_count"] = len(lengths)
+        result[f"{name}/seq_len_stat_mean"] = statistics.fmean(lengths)
+        result[f"{name}/seq_len_stat_std"] = statistics.stdev(lengths)
+        result[f"{name}/seq_len_stat_p50"] = statistics.median(lengths)
+        for kind, number in Counter(sample["kind"] for sample in own).items():
+            result[f"{name}/kind_count_{kind}"] = number
+    return result
 
 
 def tagged(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
-"""A training to be run by `torchrun --max-restarts`: one of its ranks is killed in step 6.
+"""A training to be run by `torchrun --max-restarts`: the last rank is killed once, in step 6.
 
 torchrun --standalone --nproc-per-node 2 --max-restarts 1 tests/restarted_training.py FOLDER
+
+It kills itself; where there is FOLDER/killed-from-outside, it waits to be.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -24,7 +27,8 @@ STEPS, SAVE_EVERY, KILLED_IN = 8, 4, 6
 
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
-    rank, restarts = dist.get_rank(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
     (folder / f"{os.getpid()}.pid").touch()  # for the test, which leaves none behind
     model = DistributedDataParallel(byte_model())
     optimizer = sgd(model)
@@ -41,14 +45,17 @@ def main(folder: Path) -> None:
 
     with MetricsLogger([JSONLSink(folder / "log.jsonl")]) as logger:
         logger.rewind(start)
-        for step, batch in enumerate(batches(rank, 2, steps=range(start, STEPS)), start + 1):
+        for step, batch in enumerate(batches(rank, ranks, steps=range(start, STEPS)), start + 1):
             aggregator.update(batch.pop("metrics"))
-            num_items = items(batch["labels"], None, 2)
+            num_items = items(batch["labels"], None, ranks)
             loss = acc.token_loss(
                 model(batch["inputs"]), batch["labels"], batch["dataset"], num_items=num_items
             )
             optimizer.zero_grad()
-            if (rank, step, restarts) == (1, KILLED_IN, 0):
+            if (rank, step) == (ranks - 1, KILLED_IN) and not (folder / "killed").exists():
+                (folder / "killed").touch()
+                if (folder / "killed-from-outside").exists():
+                    time.sleep(600)
                 os.kill(os.getpid(), signal.SIGKILL)
             loss.backward()
             optimizer.step()

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,11 +17,10 @@ from parallel_trainings import (
     DATASETS,
     LOG_EVERY,
     OVERFLOWING,
-    PER_STEP,
     STEPS,
     Reference,
     all_layouts,
-    read_samples,
+    counted,
 )
 from ranks import preload, run_ranks
 
@@ -36,25 +32,6 @@ LAYOUTS = (
     *("ddp", "fsdp", "accumulated", "tensor-by group", "tensor-by owner"),
     *("pipeline-ScheduleGPipe-by owner", "pipeline-Schedule1F1B-by owner"),
 )
-
-
-def counted(steps: Sequence[int]) -> dict[str, float]:
-    """Return what the samples of these steps say, by dataset, by plain Python."""
-    result: dict[str, float] = {}
-    everything = read_samples(max(steps) + 1)
-    samples = [one for step in steps for one in everything[PER_STEP * step : PER_STEP * (step + 1)]]
-    for index, name in enumerate(DATASETS):
-        own = [sample for sample in samples if sample["dataset"] == index]
-        lengths = [len(sample["tokens"]) for sample in own]
-        result[f"{name}/samples_seen"] = len(own)
-        result[f"{name}/tokens_seen"] = sum(lengths)
-        result[f"{name}/seq_len_stat_count"] = len(lengths)
-        result[f"{name}/seq_len_stat_mean"] = statistics.fmean(lengths)
-        result[f"{name}/seq_len_stat_std"] = statistics.stdev(lengths)
-        result[f"{name}/seq_len_stat_p50"] = statistics.median(lengths)
-        for kind, number in Counter(sample["kind"] for sample in own).items():
-            result[f"{name}/kind_count_{kind}"] = number
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,10 @@ class Host:
         self.run("ip", "address", "add", address, "dev", name)
         self.run("ip", "link", "set", name, "up")
 
+    def kill_all(self) -> None:
+        """Kill all that runs there, and leave the host itself: it is as new."""
+        self.run("sh", "-c", "kill -9 -1")
+
     def kill(self) -> None:
         """Take the host away, with all that runs there."""
         self._first.kill()
@@ -118,7 +122,7 @@ class Hosts:
                 names.write_text(self._names(number), "ascii")
                 self._hosts.append(Host(number, names))
                 opened.callback(self._hosts[-1].kill)
-            self._link = (
+            self._link: Any = (
                 _Veth(self._hosts) if self._delay is None else _Wire(self._hosts, self._delay)
             )
             opened.callback(self._link.end)
@@ -136,6 +140,10 @@ class Hosts:
 
     def __getitem__(self, number: int) -> Host:
         return self._hosts[number]
+
+    def delay(self, seconds: float) -> None:
+        """Let packets be under way for so long, on a link that has a delay."""
+        self._link.delay(seconds)
 
     def cut(self) -> None:
         self._link.down()
@@ -177,10 +185,10 @@ class _Wire:
     """A process that carries packets."""
 
     def __init__(self, hosts: Sequence[Host], delay: float) -> None:
-        program = os.fspath(Path(__file__).with_name("wire.py"))
+        program, self._seconds = os.fspath(Path(__file__).with_name("wire.py")), delay
         ends = [str(host.pid) for host in hosts]
         self._carrier = subprocess.Popen(
-            [sys.executable, program, str(delay), *ends],
+            [sys.executable, program, *ends],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -189,8 +197,12 @@ class _Wire:
         for host in hosts:
             host.run("ip", "link", "set", "eth0", "up")
 
+    def delay(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.up()
+
     def up(self) -> None:
-        self._ask("carry")
+        self._ask(f"carry {self._seconds}")
 
     def down(self) -> None:
         self._ask("drop")

@@ -1,7 +1,7 @@
-"""Carry packets between the TUN devices of two hosts, each after a delay: `python wire.py DELAY PID PID`.
+"""Carry packets between the TUN devices of two hosts, each after a delay: `python wire.py PID PID`.
 
-It says "ok" once both devices are there, and after each line that it reads: "carry", "drop". It ends with
-whoever wrote those.
+It says "ok" once both devices are there, and after each line that it reads: "carry SECONDS", "drop". It
+ends with whoever wrote those.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def tun_of(pid: int) -> int:
     return device
 
 
-def carry(devices: list[int], delay: float) -> None:
-    carries = False
+def carry(devices: list[int]) -> None:
+    delay, carries = 0.0, False
     under_way: deque[tuple[float, int, bytes]] = deque()  # in order, for all take equally long
     while True:
         wait = max(under_way[0][0] - time.monotonic(), 0.0) if under_way else None
@@ -42,7 +42,8 @@ def carry(devices: list[int], delay: float) -> None:
         if 0 in ready:
             if not (asked := os.read(0, 100)):
                 return
-            carries = asked == b"carry\n"
+            _, carries, seconds = asked.decode("ascii").partition("carry")
+            delay = float(seconds or 0)
             under_way.clear()
             print("ok", flush=True)
         for number, device in enumerate(devices):
@@ -56,6 +57,6 @@ def carry(devices: list[int], delay: float) -> None:
 
 
 if __name__ == "__main__":
-    both = [tun_of(int(pid)) for pid in sys.argv[2:]]
+    both = [tun_of(int(pid)) for pid in sys.argv[1:]]
     print("ok", flush=True)
-    carry(both, float(sys.argv[1]))
+    carry(both)
