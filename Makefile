@@ -80,7 +80,7 @@ check-minimums: $(STAMP)  ## the tests of each extra at its oldest versions, in 
 	@PYTHONPATH=tests $(BIN)/python -m check_minimums $(MINIMUMS_ARGS)
 
 multinode: $(STAMP)  ## two hosts on this machine, as root; MULTINODE_ARGS="--only restarts" and the like pass through
-	@echo "==> two network namespaces, torchrun on both: totals, restarts, faults, latency"
+	@echo "==> two network namespaces, torchrun on both: totals and latency, restarts, faults"
 	@PYTHONPATH=tests $(BIN)/python -m multinode $(MULTINODE_ARGS)
 
 clean:

@@ -17,13 +17,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import restarted_training
-from benchmarks.table import Row, Section, cost
+from benchmarks.table import Section, seconds
 from parallel_trainings import counted
 
 from multinode.hosts import NAMES, Hosts, why_not
@@ -32,6 +31,17 @@ __all__ = ["PARTS", "main"]
 
 _HERE = Path(__file__).parent
 _DELAYS = (0.0, 0.001, 0.01, 0.05)
+_HEAD = (
+    "ranks",
+    "delay",
+    "route",
+    "right",
+    "bare",
+    "a log",
+    "a save",
+    "new group",
+    "the first log",
+)
 _PORT = 29_400
 _MOST_SECONDS = 180
 
@@ -104,53 +114,24 @@ class Job:
             raise RuntimeError(f"the agents ended with {codes}:\n{said[-6000:]}")
 
 
-@contextmanager
-def folder_of_found() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
-def found_in(folder: Path, ranks: int) -> list[Any]:
-    return [json.loads((folder / f"found-{rank}.json").read_text("ascii")) for rank in range(ranks)]
-
-
 # -- The parts -------------------------------------------------------------------------------------
 
 
-def totals() -> Section:
-    """Uneven ranks come to what NumPy says, by both routes, whatever the delay; all say the same."""
-    section = Section(
-        "totals: two hosts, both routes", head=("ranks", "route", "delay", "right numbers")
-    )
+def figures() -> Section:
+    """Totals of uneven ranks are NumPy's; and what logs cost beside bare collectives of their bytes."""
+    section = Section("100 means, two hosts", head=_HEAD)
     for per_host in (2, 4):
-        for delay, route in ((None, "gather"), (None, "tree"), (0.05, "gather"), (0.05, "tree")):
-            with Hosts(delay) as hosts, folder_of_found() as folder:
-                program = [str(_HERE / "job.py"), "totals", str(folder), route]
-                Job(hosts, per_host, folder, program).finish()
-                of_ranks = found_in(folder, 2 * per_host)
-            if any(found != of_ranks[0] for found in of_ranks):
-                raise AssertionError(f"the ranks differ: {of_ranks}")
-            under_way = "0 (veth)" if delay is None else f"{delay * 1e3:g} ms"
-            section.lines.append([f"2 x {per_host}", route, under_way, str(len(of_ranks[0]))])
-    return section
-
-
-def latency() -> Section:
-    """What a log, the first log and a save cost beside bare collectives of their bytes."""
-    section = Section("latency, 100 means: beside one bare collective of as many bytes")
-    for per_host in (2, 4):
-        for route in ("gather", "tree"):
-            with Hosts(0.0) as hosts, folder_of_found() as folder:
-                program = [str(_HERE / "job.py"), "latency", str(folder), route]
-                job = Job(hosts, per_host, folder, program)
-                _take_turns(job, hosts, folder)
-                job.finish()
-                found = found_in(folder, 1)[0]
-            for delay, seen in found.items():
-                section.rows += _rows(f"2 x {per_host}, {route}, {float(delay) * 1e3:g} ms", seen)
+        with Hosts(0.0) as hosts, tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            job = Job(hosts, per_host, folder, [str(_HERE / "job.py"), name])
+            _take_turns(job, hosts, folder)
+            job.finish()
+            for seen in json.loads((folder / "found.json").read_text("ascii")):
+                section.lines.append(_line(f"2 x {per_host}", seen))
     section.notes.append(
-        "The bare collective of a gather is an all-gather, of a tree an all-reduce. Beside the first log "
-        "stands a new gloo group and its first collective. Delays are one way; a packet between ranks of one host has none."
+        "Beside a gather stands an all-gather, beside a tree an all-reduce; beside the first log a new gloo group "
+        "and its first collective. Delays are one way, between the hosts. *right*: totals of uneven ranks as NumPy "
+        "has them, the same on all."
     )
     return section
 
@@ -168,20 +149,22 @@ def _take_turns(job: Job, hosts: Hosts, folder: Path) -> None:
         unfinished.replace(folder / f"delay-{turn}")
 
 
-def _rows(where: str, seen: dict[str, float]) -> list[Row]:
-    bare = [seen["bare"]]
-    return [
-        cost(f"{where}: a log", [seen["log"]], "bare", bare),
-        cost(f"{where}: a save", [seen["save"]], "bare", bare),
-        cost(f"{where}: the first log", [seen["first"]], "new group", [seen["bare_first"]]),
-    ]
+def _line(ranks: str, seen: dict[str, Any]) -> list[str]:
+    def beside(ours: str, bare: str) -> str:
+        return f"{seconds(seen[ours])} ({seen[ours] / seen[bare]:.2g}x)"
+
+    delay = f"{1e3 * float(seen['delay']):g} ms"
+    costs = [beside("log", "bare"), beside("save", "bare")]
+    first = [seconds(seen["bare_first"]), beside("first", "bare_first")]
+    return [ranks, delay, seen["route"], str(seen["right"]), seconds(seen["bare"]), *costs, *first]
 
 
 def restarts() -> Section:
     """A worker is killed, then a whole host: from the last checkpoint on each sample counts once."""
     section = Section("restarts, 2 x 2", head=("killed", "seconds of the job", "totals"))
     for killed in ("worker", "host"):
-        with Hosts() as hosts, folder_of_found() as folder:
+        with Hosts() as hosts, tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
             if killed == "host":
                 (folder / "killed-from-outside").touch()
             began = time.monotonic()
@@ -218,10 +201,9 @@ def faults() -> Section:
 
 
 PARTS: dict[str, Callable[[], Section]] = {
-    "totals": totals,
+    "figures": figures,
     "restarts": restarts,
     "faults": faults,
-    "latency": latency,
 }
 
 

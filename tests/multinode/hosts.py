@@ -5,7 +5,7 @@
         hosts.cut()
 
 A host has interfaces, a name, an `/etc/hosts` and processes of its own. Nothing of it has a name outside,
-and its first process ends with this one, whatever ends that; so there is nothing to clean up.
+and its first process, and so all of them, ends with this one, whatever ends that: nothing is to be cleaned up.
 
 Where there is no delay the link is a veth pair, and to cut it is to take it down. A kernel need not have
 netem, so a link with a delay is a process that carries packets between two TUN devices: to cut it is to
@@ -58,10 +58,13 @@ class Host:
         self.number, self.address, self.names = number, ADDRESSES[number], names
         setup = (
             f"hostname {NAMES[number]} && mount --bind {names} /etc/hosts && ip link set lo up "
-            "&& echo ready && exec sleep infinity"
+            "&& echo ready && exec cat"
         )
         self._first = subprocess.Popen(
-            ["unshare", *_NAMESPACES, "sh", "-c", setup], stdout=subprocess.PIPE, text=True
+            ["unshare", *_NAMESPACES, "sh", "-c", setup],
+            stdin=subprocess.PIPE,  # which closes with this process, and with it the host ends
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self._first.stdout is not None
         with self._first.stdout as said:
@@ -98,7 +101,7 @@ class Host:
     def kill(self) -> None:
         """Take the host away, with all that runs there."""
         self._first.kill()
-        self._first.wait()
+        self._first.communicate()
 
 
 class Hosts:

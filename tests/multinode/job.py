@@ -1,11 +1,13 @@
-"""What `torchrun` starts on both hosts: `job.py PART FOLDER ROUTE`.
+"""What `torchrun` starts on both hosts: `job.py FOLDER`.
 
-Each rank writes what it has found to FOLDER, and ends with an error where a number is wrong.
+For each delay that the other side sets, and on both routes, totals of uneven ranks are held to NumPy's, and
+logs are timed beside bare collectives of their bytes. Rank 0 writes what it has found to FOLDER.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -51,30 +53,27 @@ def truth(ranks: int, logs: int) -> dict[str, float]:
     return said
 
 
-def totals(folder: Path, route: str) -> dict[str, Any]:
-    """Log five times, and hold the run to plain NumPy."""
-    rank, ranks, logs = dist.get_rank(), dist.get_world_size(), 5
+def check_totals(route: str, logs: int = 3) -> int:
+    """Log several times, and return how many numbers of the run are those of plain NumPy: all."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     aggregator = MetricsAggregator(route=route)
     for _ in range(logs):
         uneven(aggregator, rank)
         logged = aggregator.get_metrics_for_logging("run")
+    aggregator.close()
     expected = truth(ranks, logs)
     wrong = {
         name: (logged.get(name), value)
         for name, value in expected.items()
-        if name not in logged or abs(logged[name] - value) > 1e-9 * max(abs(value), 1.0)
+        if not math.isclose(logged.get(name, math.nan), value, rel_tol=1e-9)
     }
     if wrong:
-        raise AssertionError(f"(logged, true): {wrong}")
-    return {name: logged[name] for name in expected}
-
-
-def latency(folder: Path, route: str) -> dict[str, Any]:
-    """Time logs beside bare collectives of their bytes, once for each delay that the other side sets."""
-    found: dict[str, Any] = {}
-    while (delay := _next_delay(folder)) is not None:
-        found[delay] = _timed(route)
-    return found
+        raise AssertionError(f"rank {rank}, (logged, true): {wrong}")
+    of_ranks: list[Any] = [None] * ranks
+    dist.all_gather_object(of_ranks, logged)
+    if any(other != logged for other in of_ranks):
+        raise AssertionError(f"the ranks differ: {of_ranks}")
+    return len(expected)
 
 
 def _next_delay(folder: Path) -> str | None:
@@ -91,7 +90,8 @@ def _next_delay(folder: Path) -> str | None:
     return delay
 
 
-def _timed(route: str) -> dict[str, Any]:
+def timed(route: str) -> dict[str, Any]:
+    """Return the seconds of a log, the first one and a save, and of bare collectives of as many bytes."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     aggregator = MetricsAggregator(route=route)
 
@@ -149,12 +149,17 @@ def _timed(route: str) -> dict[str, Any]:
     }
 
 
-def main(part: str, folder: Path, route: str) -> None:
+def main(folder: Path) -> None:
     dist.init_process_group("gloo")
-    found = {"totals": totals, "latency": latency}[part](folder, route)
-    (folder / f"found-{dist.get_rank()}.json").write_text(json.dumps(found), "ascii")
+    found: list[dict[str, Any]] = []
+    while (delay := _next_delay(folder)) is not None:
+        for route in ("gather", "tree"):
+            right = check_totals(route)
+            found.append({"delay": delay, "route": route, "right": right, **timed(route)})
+    if dist.get_rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found), "ascii")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]))
