@@ -33,6 +33,7 @@ SECTIONS = {
     "Ray Train": "ray_train",
     "DeepSpeed": "deepspeed_zero",
     "Hydra": "hydra_mixture",
+    "Keras": "keras_mixture",
 }
 # Those that start a cluster, or whose packages change what others do: `make engines` runs them.
 by_request = pytest.mark.skipif("METRICFOLD_ENGINES" not in os.environ, reason="make engines")
@@ -73,6 +74,25 @@ def test_ours_is_the_truth_where_the_engine_has_a_mean_of_means(trained: Any, na
     for metric, value in theirs.items():
         assert value == pytest.approx(truth[metric], rel=0.1)
         assert value != pytest.approx(truth[metric], rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=by_request)])
+def test_keras_has_losses_by_token_and_dataset_and_goes_on_from_its_own_backup(
+    backend: str, tmp_path: Path
+) -> None:
+    """Keras' loss divides by padding, too; `BackupAndRestore` carries the totals with the weights."""
+    if importlib.util.find_spec("keras") is None:  # which wants to know its backend to be imported
+        pytest.skip("keras is not installed")
+    said = run("keras_mixture", str(tmp_path), env={"KERAS_BACKEND": backend})
+    theirs, ours, truth = ({key: float(x) for key, x in one.items()} for one in columns(said))
+    assert ours == pytest.approx(truth, rel=1e-5)
+    assert theirs["all/loss"] < truth["all/loss"] / 2
+    logged = [(one.step, one.prefix, one.metrics) for one in read_jsonl(tmp_path / "log.jsonl")]
+    assert [one[:2] for one in logged] == [(4, "train"), (4, "val"), (8, "train"), (8, "val")]
+    before, after = logged[0][2], logged[2][2]  # the second in a process' stead, from the backup
+    assert [before["train/samples_seen"], after["train/samples_seen"]] == [20, 40]
+    assert after["train_docs/tokens_seen"] == 2 * before["train_docs/tokens_seen"]
+    assert logged[3][2]["val/samples_seen"] == 20
 
 
 def test_jobs_of_a_hydra_sweep_log_to_files_of_their_own_with_their_configuration(
@@ -145,7 +165,7 @@ def run(name: str, *args: str, env: dict[str, str] | None = None, cwd: Path = RO
 def columns(said: str) -> list[dict[str, str]]:
     """Return theirs, ours and the truth out of the table that an example prints."""
     rows = re.findall(r"^(\w+/\w+) +(\S+) +(\S+) +(\S+)$", said, re.MULTILINE)
-    return [{row[0]: row[column] for row in rows} for column in (1, 2, 3)]
+    return [{row[0]: row[column] for row in rows if row[column] != "-"} for column in (1, 2, 3)]
 
 
 def code(text: str) -> str:

@@ -111,10 +111,10 @@ def counted(steps, ranks, *, without=()):
     return totals
 
 
-def last_logged(path, names):
+def last_logged(path, names, prefix="train"):
     """Return what the last record of a log says, as "docs/loss" for "train_docs/loss"."""
     metrics = read_jsonl(path)[-1].metrics
-    prefixes = {name: "train" if name == "all" else f"train_{name}" for name in ("all", *NAMES)}
+    prefixes = {name: prefix if name == "all" else f"{prefix}_{name}" for name in ("all", *NAMES)}
     keys = {name: prefixes[name.partition("/")[0]] + "/" + name.partition("/")[2] for name in names}
     return {name: metrics[key] for name, key in keys.items()}
 
