@@ -250,6 +250,10 @@ const letter = (r) => (r < 26 ? "" : letter((r / 26 | 0) - 1)) + String.fromChar
 function ordered(panel, datasets) {
   const rank = (row) => row === "" ? -1 : panel.rows === "dataset" ? datasets.get(row) : panel.order.get(row);
   panel.rowsShown = [...panel.order.keys()].sort((a, b) => rank(a) - rank(b));
+  if (panel.rows === "dataset" && panel.rowsShown.length === 2 && panel.rowsShown[0] === "" && sameAsOverall(panel)) {
+    panel.series = panel.series.filter((one) => one.row !== "");
+    panel.rowsShown.shift();
+  }
   const lone = panel.rowsShown.length === 1;
   const many = state.runs.length > 1;
   for (const one of panel.series) {
@@ -260,6 +264,13 @@ function ordered(panel, datasets) {
     one.width = at < 0 && !lone ? 2.2 : 1.6;
   }
   panel.series.sort((a, b) => a.run - b.run || rank(a.row) - rank(b.row));
+}
+
+/** Whether there is one dataset, which is all there is: then one curve says it. */
+function sameAsOverall(panel) {
+  const [all, own] = ["", panel.rowsShown[1]].map((row) => panel.series.filter((one) => one.row === row));
+  return all.length === own.length && all.every(({ column }, i) => column.y.length === own[i].column.y.length &&
+    column.y.every((value, at) => Object.is(value, own[i].column.y[at])));
 }
 
 function mainPanel() {
@@ -304,7 +315,7 @@ const currentRange = () => state.range ?? state.full;
 function niceTicks(low, high, count) {
   const rough = (high - low) / Math.max(1, count);
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999) ?? 10 * power;
+  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.7);
   const ticks = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) ticks.push(+(i * step).toPrecision(12));
   return ticks;
@@ -326,10 +337,11 @@ for (let power = 0; power < 16; power++) for (const m of [1, 2, 5]) increments.p
 const font = "11px system-ui, sans-serif";
 const widest = (texts) => Math.max(0, ...texts.map((t) => t.length)) * 6.3;
 
-function axes(yAxis) {
+function axes(yAxis, grid = true) {
   const common = {
     stroke: () => colour("dim"), grid: { stroke: () => colour("line"), width: 1 }, ticks: { show: false }, font,
   };
+  common.grid.show = grid;
   return [
     { ...common, size: 24, gap: 4, space: 80, incrs: increments,
       values: (u, values) => values.map((v) => v == null ? "" : Math.abs(v) >= 1e6 ? tick(v) : whole(v)) },
@@ -346,6 +358,7 @@ class Card {
     this.dirty = true;
     const id = "card-" + (Card.made = (Card.made ?? 0) + 1);
     this.title = el("h3", { id }, named(titleOf(panel, panel !== state.main)));
+    if (panel.rowsShown?.length === 1 && panel.rowsShown[0]) this.title.append(el("small", {}, " · ", named(panel.rowsShown[0])));
     if (panel.run !== undefined && state.runs.length > 1) this.title.append(el("small", { text: " · run " + state.runs[panel.run].letter }));
     this.tools = el("span", { class: "now" });
     this.enlarge = el("button", { class: "enlarge", type: "button", "aria-label": "Enlarge", title: "enlarge (e)", "aria-pressed": "false", text: "⤢", onclick: () => this.toggleFull() });
@@ -605,7 +618,7 @@ class Lines extends Card {
       focus: { alpha: 0.12 },
       axes: axes({
         size: (u, values) => Math.max(34, widest(values ?? []) + 10),
-        splits: (u, axis, low, high) => (log ? logTicks : niceTicks)(low, high, Math.max(2, this.height / 55 | 0)),
+        splits: (u, axis, low, high) => (log ? logTicks : niceTicks)(low, high, Math.max(3, this.height / 42 | 0)),
         filter: (u, splits) => splits, values: (u, splits) => splits.map(tick),
       }),
       series,
@@ -917,10 +930,10 @@ class Strip extends Card {
       cursor: { y: true },
       y: { range: () => [0, rows], dir: content.down ? -1 : 1 },
       axes: axes({
-        size: () => clamp(widest(content.ticks.map(([, text]) => text)) + 10, 34, 120), grid: { show: false },
+        size: () => clamp(widest(content.ticks.map(([, text]) => text)) + 10, 34, 120),
         splits: () => content.ticks.map(([place]) => place), filter: (u, splits) => splits,
         values: () => content.ticks.map(([, text]) => text.length > 18 ? text.slice(0, 17) + "…" : text),
-      }),
+      }, false),
       series: [{}, { paths: () => null, points: { show: false } }],
       hooks: { drawClear: [(u) => {
         const { ctx, bbox } = u;
@@ -983,7 +996,7 @@ class Grid extends Card {
   }
 
   get shape() { return this.panel.map.axes.slice(-2).map(([, labels]) => labels.length); }
-  get height() { return this.full ? super.height : clamp(this.shape[0] * 12 + 24, 150, 360); }
+  get height() { return this.full ? super.height : clamp(this.shape[0] * 7 + 24, 190, 300); }
 
   value(i, j) {
     const { map } = this.panel, [rows, columns] = this.shape;
@@ -1012,7 +1025,7 @@ class Grid extends Card {
     ctx.font = font;
     ctx.textBaseline = "middle";
     const high = this.box.height / rows, wide = this.box.width / columns;
-    for (let i = 0, every = Math.ceil(14 / high); i < rows; i += every) ctx.fillText(fitted(ctx, names[i], left - 8), 2, (i + .5) * high);
+    for (let i = 0, every = Math.ceil(14 / high); i < rows; i += every) ctx.fillText(fitted(ctx, names[i], left - 8), 2, Math.max(6, (i + .5) * high));
     ctx.textAlign = "center";
     const need = widest(heads) + 10;
     for (let j = 0, every = Math.ceil(need / wide); j < columns; j += every) {
