@@ -31,6 +31,7 @@ SELF_CONTAINED = (
     "docs/device.md",
     "docs/handlers.md",
     "docs/inside-the-model.md",
+    "docs/report.md",
 )
 
 

@@ -9,7 +9,7 @@ const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
 const RANGE_ALL = null;
 
 const state = {
-  runs: [], panels: [], range: RANGE_ALL, full: [0, 1], smooth: 0.9, log: false, outliers: false, others: true,
+  runs: [], panels: [], range: RANGE_ALL, full: [0, 1], smooth: null, log: false, outliers: false, others: true,
   hidden: new Set(), cursor: null, dark: false, paused: false, filter: "", focused: 0,
 };
 let cards = [];
@@ -1148,13 +1148,14 @@ function trouble() {
   const who = (run) => run.letter ? run.letter + " " : "";
   bad.sort((a, b) => (isLoss(b.c.name) - isLoss(a.c.name)) || (b.c.dataset !== "") - (a.c.dataset !== ""));
   const where = ({ dataset, name }) => [dataset, name].filter(Boolean).join(" ");
-  const lines = bad.slice(0, alerts.length ? 1 : 3).map(({ run, c }) => `${who(run)}${where(c)} not finite at step ${whole(c.bad[1])}` +
-    (c.bad[0] > 1 ? ` and ${whole(c.bad[0] - 1)} more` : ""));
+  const said = ({ run, c }) => `${who(run)}${where(c)}`;
+  const when = ({ c }) => `at step ${whole(c.bad[1])}` + (c.bad[0] > 1 ? ` and ${whole(c.bad[0] - 1)} times more` : "");
+  const also = bad.slice(1, 4).map(said).join(", ") + (bad.length > 4 ? ` and ${bad.length - 4} more` : "");
   if (!alerts.length && !bad.length) return tile("alerts", "none", ["and every value is finite"]);
-  if (!alerts.length) return tile("not finite", who(bad[0].run) + where(bad[0].c), lines, "bad");
+  if (!alerts.length) return tile("not finite", said(bad[0]), [when(bad[0]), also && `also ${also}`], "bad");
   const last = (severe.length ? severe : alerts).at(-1);
   const title = `${alerts.length} ${alerts.length === 1 ? "alert" : "alerts"}` + (severe.length ? `, ${severe.length} severe` : "");
-  return tile(title, who(last.run) + (where(last) || `step ${whole(last.step)}`), [`step ${whole(last.step)}: ${last.message}`, ...lines], severe.length || bad.length ? "bad" : "warn");
+  return tile(title, who(last.run) + (where(last) || `step ${whole(last.step)}`), [`step ${whole(last.step)}: ${last.message}`, bad.length > 0 && `not finite: ${said(bad[0])} ${when(bad[0])}`], severe.length || bad.length ? "bad" : "warn");
 }
 
 function notes() {
@@ -1274,6 +1275,7 @@ function take(payload) {
   modelled(payload);
   const now = signature();
   if (state.range && state.range[0] > state.full[1]) state.range = RANGE_ALL;  // these steps are gone
+  if (state.smooth === null) setSmooth(usualSmoothing());
   heading();
   tiles();
   notes();
@@ -1404,6 +1406,12 @@ function setSmooth(value) {
   refreshSoon();
 }
 
+/** About a hundredth of the run. */
+function usualSmoothing() {
+  const logs = Math.max(0, ...(state.main?.series ?? []).map(({ column }) => column.count));
+  return Math.round(100 * clamp(1 - 100 / Math.max(logs, 1), 0.6, 0.98)) / 100;
+}
+
 let refreshAsked = false;
 function refreshSoon() {
   if (refreshAsked) return;
@@ -1521,7 +1529,6 @@ async function follow(version) {
 
 async function start() {
   setTheme(matchMedia("(prefers-color-scheme: dark)").matches);
-  setSmooth(state.smooth);
   listen();
   window.metricfold = { state, get cards() { return cards; }, KEYS, smoothed, drawAll: () => { for (const card of cards) { card.seen = true; card.drawNow(); } }, take, decoded, embedded };
   if (LIVE) {
