@@ -5,12 +5,17 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
+import urllib.request
 
 import pytest
 from test_look_payload import unpacked
 
 from metricfold import JSONLSink, MetricsLogger, look
+from metricfold.cli import main
 from metricfold.look.view import view
 
 
@@ -178,3 +183,28 @@ def test_closing_twice_is_nothing_new(path):
     server.close()
     with pytest.raises(OSError):
         ask(server)
+
+
+def test_the_command_writes_a_report_and_says_mistakes_in_a_sentence(path, tmp_path, capsys):
+    assert main(["report", str(path), str(tmp_path), "-o", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_bytes().startswith(b"<!doctype html>")
+    assert main(["report", str(tmp_path / "no"), "-o", str(tmp_path / "page.html")]) == 2
+    assert main(["report", str(path), "-o", str(tmp_path / "no" / "page.html")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "does not exist" in said[0]
+    assert "cannot be written" in said[1]
+    with pytest.raises(SystemExit):
+        main(["view", str(path), "--port", "99999"])
+    assert "no port" in capsys.readouterr().err
+
+
+def test_the_command_prints_the_address_and_serves_until_ctrl_c(path):
+    command = [sys.executable, "-m", "metricfold", "view", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        url = process.stdout.readline().decode().strip()
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            assert b"metricfold" in answer.read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+        assert process.stderr.read() == b""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +19,11 @@ from metricfold.look.comparing import Condition, compare
 from metricfold.look.exporting import export
 from metricfold.look.place import LookError
 from metricfold.look.reading import read
+from metricfold.look.report import report
 from metricfold.look.showing import show
 from metricfold.look.tailing import tail
 from metricfold.look.text import Terminal
+from metricfold.look.view import view
 
 __all__ = ["COMMANDS", "Command"]
 
@@ -169,6 +172,48 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+# -- report ----------------------------------------------------------------------------------------
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=_RUN)
+    parser.add_argument(
+        "-o", "--out", type=Path, metavar="FILE", required=True, help="the HTML file to write"
+    )
+
+
+def _report(options: argparse.Namespace) -> int:
+    report(options.runs, options.out)
+    return 0
+
+
+# -- view ------------------------------------------------------------------------------------------
+
+
+def _view_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=_RUN)
+    parser.add_argument(
+        "--port",
+        type=_port,
+        default=0,
+        metavar="N",
+        help="where to listen (default: any free port)",
+    )
+    parser.add_argument("--open", action="store_true", help="open the page in a browser here")
+
+
+def _view(options: argparse.Namespace) -> int:
+    with view(options.runs, port=options.port) as server:
+        _write(f"{server.url}\n")
+        if sys.stderr.isatty():
+            forward = f"ssh -N -L {server.port}:127.0.0.1:{server.port} HOST"
+            sys.stderr.write(f"Ctrl-C ends it. From another machine: {forward}\n")
+        if options.open:
+            webbrowser.open(server.url)
+        server.wait()
+    return 0
+
+
 # -- What they share -------------------------------------------------------------------------------
 
 
@@ -188,6 +233,12 @@ def _step(text: str) -> int:
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: give a number up to 65535")
     return int(text)
 
 
@@ -223,6 +274,22 @@ COMMANDS = [
         "dataset, name, statistic, value. Nothing is sampled or rounded, and NaN and infinities stay.",
         _export_arguments,
         _export,
+    ),
+    Command(
+        "report",
+        "write a page about runs: one HTML file that needs nothing else",
+        "Write a page about one or several runs: one HTML file that opens anywhere and asks for "
+        "nothing. Values have five digits; export has all.",
+        _report_arguments,
+        _report,
+    ),
+    Command(
+        "view",
+        "serve that page to this machine's browser, and follow the runs",
+        "Serve a page that follows one or several runs, on 127.0.0.1 and under an address with a "
+        "secret in it, which is printed. Ctrl-C ends it.",
+        _view_arguments,
+        _view,
     ),
 ]
 """In the order of ``metricfold --help``."""

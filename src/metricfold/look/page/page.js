@@ -1197,9 +1197,9 @@ function flat(value, prefix = "", into = new Map()) {
 
 function settings() {
   const lists = state.runs.map((run) => {
-    const { config, better, ...header } = run.header;
+    const { config, better, step, wall_time: started, ...header } = run.header;
     return new Map([["file", run.path], ["logs", whole(run.records)], ["last step", run.lastStep == null ? "" : whole(run.lastStep)],
-      ["last log", run.lastTime ? moment(run.lastTime) : ""], ...flat(header), ...flat(config ?? {})]);
+      ["began", started ? moment(started) + (step ? ` at step ${whole(step)}` : "") : ""], ["last log", run.lastTime ? moment(run.lastTime) : ""], ...flat(header), ...flat(config ?? {})]);
   });
   const names = [...new Set(lists.flatMap((list) => [...list.keys()]))];
   return el("table", {},
