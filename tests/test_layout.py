@@ -40,6 +40,7 @@ ORDER = (
         "sinks",
         "integrations",
         "look",
+        "run",
         "demo",
         "cli",
         "__main__",

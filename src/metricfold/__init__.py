@@ -22,6 +22,7 @@ from metricfold.communicator import MissingRanksError
 from metricfold.data import MetricBatch, MetricsCollator
 from metricfold.data.transform import DefaultTrainingMetricTransform, MetricTransform
 from metricfold.metric import AggregationType, Metric, MetricState
+from metricfold.run import Run
 from metricfold.sinks import (
     ConsoleSink,
     JSONLSink,
@@ -63,6 +64,7 @@ __all__ = [
     "NonFinite",
     "RateAggHandler",
     "ReplicasDiffer",
+    "Run",
     "Snapshot",
     "Spike",
     "Straggler",

@@ -632,6 +632,8 @@ def line(board: Board) -> str:
             if one in board.tracks and board.tracks[one].step == board.step
         }
         told = ", ".join(f"{one} {value}" for one, value in values.items() if one)
+        if len(rows) == 1:
+            values, told = {"": values.get(rows[0], _MISSING)}, ""
         text = f"{board.leading} {values.get('', '')}".rstrip()
         parts.append(f"{text} ({told})" if told else text)
     parts += [one.text for one in _others(board, set()) if not one.text.startswith("…")]
