@@ -32,6 +32,7 @@ SELF_CONTAINED = (
     "docs/handlers.md",
     "docs/inside-the-model.md",
     "docs/report.md",
+    "docs/look.md",
 )
 
 

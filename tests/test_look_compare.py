@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,3 +254,14 @@ def test_the_final_value_is_that_of_the_last_part(runs):
     column = next(one for one in run.columns.values() if one.printed == "train/loss")
     last = column.values[-tail_of(len(column)) :]
     assert row(compare(run, run)).a == pytest.approx(last.mean())
+
+
+def test_the_page_shows_what_is_printed(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs/look.md").read_text()
+    (block, *_) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (shown,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "110")
+    exec(block, {})
+    assert main(["compare", "runs/1", "runs/2"]) == 0
+    assert capsys.readouterr().out == shown

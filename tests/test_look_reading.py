@@ -216,6 +216,7 @@ def test_what_is_no_run_is_refused_in_one_sentence(tmp_path, text):
         lambda line: line.replace(b"web", b"\\u001b[31m"),
         lambda line: line.replace(b'"step": 2', b'"step": 9223372036854775808'),
         lambda line: b"hello\n",
+        lambda line: b"\xff\xfe\n",
         lambda line: b"[" * 100_000 + b"\n",
     ],
 )

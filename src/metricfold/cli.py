@@ -7,6 +7,7 @@ answered at once, and also where the optional packages are not installed.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -79,6 +80,11 @@ def _demo(chosen: argparse.Namespace) -> int:
             data=dict(chosen.data),
             out=chosen.out,
             resume=chosen.resume,
+            settings={
+                name: one
+                for name, one in (("seed", chosen.seed), ("learning_rate", chosen.lr))
+                if one is not None
+            },
         )
     except DemoError as error:
         return _say(str(error), 1)
@@ -156,6 +162,10 @@ def _parser() -> argparse.ArgumentParser:
         help="steps to train (default: 200; jax: 60, after a longer start)",
     )
     demo.add_argument(
+        "--seed", type=_count, metavar="N", help="of the model's first weights (default: 0)"
+    )
+    demo.add_argument("--lr", type=_rate, metavar="X", help="the learning rate (default: 0.008)")
+    demo.add_argument(
         "--data",
         type=_dataset,
         action="append",
@@ -183,6 +193,22 @@ def _positive(text: str) -> int:
     if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = -1.0
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return rate
 
 
 def _dataset(text: str) -> tuple[str, Path]:

@@ -1,6 +1,6 @@
 """The folder of a run: what it holds, and the checks before anything is written to it.
 
-demo.json       marks the folder as a demo's, and names its datasets and its framework
+demo.json       marks the folder as a demo's, and names its datasets, its framework and its settings
 data/           the texts, as read when the run began: a resumed run reads these
 metrics.jsonl   every record that was logged
 tensorboard/    the same for TensorBoard
@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from metricfold.demo.framework import FRAMEWORKS, Framework
 from metricfold.demo.mixture import Corpus, Mixture
@@ -28,6 +29,8 @@ __all__ = ["RunFolder"]
 
 _MODEL = 2
 """Which model runs are of: one of another model cannot go on with this one's code."""
+DEFAULTS: Mapping[str, float] = MappingProxyType({"seed": 0, "learning_rate": 8e-3})
+"""Settings of a run for which no others were given."""
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 """What reading a file raises that may hold anything."""
 
@@ -86,6 +89,7 @@ class RunFolder:
             raise _no_resuming(f"{self.checkpoint} is damaged or cut short")
         try:
             self.read_mixture()
+            self.settings  # noqa: B018 - is it there
             model = json.loads(self.marker.read_text(encoding="utf-8")).get("model")
         except _UNREADABLE as error:
             raise _no_resuming(f"the texts in {self.data} cannot be read ({error})") from error
@@ -93,8 +97,17 @@ class RunFolder:
             raise _no_resuming(f"the run in {self.path} is of the model of an earlier version")
         self._check_writable()
 
+    @property
+    def settings(self) -> dict[str, float]:
+        """What the run is trained with: the ``"seed"`` of its first weights, and ``"learning_rate"``."""
+        marks = json.loads(self.marker.read_text(encoding="utf-8"))
+        return {name: type(one)(marks.get(name, one)) for name, one in DEFAULTS.items()}
+
     def begin(
-        self, texts: Mapping[str, list[Text]], framework: Framework = FRAMEWORKS["torch"]
+        self,
+        texts: Mapping[str, list[Text]],
+        framework: Framework = FRAMEWORKS["torch"],
+        settings: Mapping[str, float] | None = None,
     ) -> None:
         """Make the folder, or clear it of an earlier run, and keep the texts in it."""
         with self._writing():
@@ -104,7 +117,13 @@ class RunFolder:
             checkpoints = [self.path / one.checkpoint for one in FRAMEWORKS.values()]
             for file in (self.metrics, *checkpoints):
                 file.unlink(missing_ok=True)
-            marks = {"datasets": list(texts), "framework": framework.name, "model": _MODEL}
+            marks = {
+                "datasets": list(texts),
+                "framework": framework.name,
+                "model": _MODEL,
+                **DEFAULTS,
+                **(settings or {}),
+            }
             self.marker.write_text(json.dumps(marks), encoding="utf-8")
             self.data.mkdir()
             for name, samples in texts.items():

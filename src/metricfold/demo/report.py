@@ -86,12 +86,15 @@ def print_resumed(console: Console, folder: RunFolder, proof: Proof, parts: int)
 
 
 def print_where_to_look(console: Console, folder: RunFolder) -> None:
-    """Print the command that opens TensorBoard, and the path of the JSONL file."""
+    """Print the commands that show the run, and the path of the JSONL file."""
     name = folder.framework.name
     chosen = "" if name == "torch" else f" --framework {name}"
     events, run = shlex.quote(str(folder.tensorboard)), shlex.quote(str(folder.path))
+    report = shlex.quote(str(folder.path / "report.html"))
     console.print()
     for label, what in (
+        ("look at it", f"{_command('metricfold')} show {run}"),
+        ("in a browser", f"{_command('metricfold')} report {run} -o {report}"),
         ("TensorBoard", f"{_command('tensorboard')} --logdir {events}"),
         ("every record", str(folder.metrics)),
         ("train on", f"{_command('metricfold')} demo{chosen} --resume --out {run}"),

@@ -29,6 +29,7 @@ def run_demo(
     data: Mapping[str, Path],
     out: Path,
     resume: bool,
+    settings: Mapping[str, float] | None = None,
 ) -> None:
     """Train on `parts` ranks or devices, prove what was logged, and go on with another number.
 
@@ -48,10 +49,14 @@ def run_demo(
             raise DemoError(
                 "--data cannot go with --resume: a run goes on with the texts that it began with"
             )
+        if settings:
+            raise DemoError(
+                "--seed and --lr cannot go with --resume: a run goes on with what it began with"
+            )
         folder.check_resumable(framework)
     else:
         folder.check_new()
-        folder.begin(_read(data), framework)
+        folder.begin(_read(data), framework, settings)
 
     # What follows needs the packages that have just been found.
     from rich.console import Console  # noqa: PLC0415

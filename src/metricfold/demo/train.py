@@ -54,10 +54,13 @@ IGNORED = -100  # the label of what is not to be predicted
 def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
     """Train for `steps` steps, from the beginning or from the last checkpoint."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(0)
+    settings = folder.settings
+    torch.manual_seed(int(settings["seed"]))
     mixture = folder.read_mixture()
     model = DistributedDataParallel(ByteTransformer())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings["learning_rate"], betas=(0.9, 0.95)
+    )
     gradient_norm = LocalGradientNorm(model)
 
     accumulator = DeviceAccumulator({"loss": "mean"}, mixture.names)
@@ -81,7 +84,7 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
     loader = training_batches(mixture, range(start + 1, stop + 1), rank, world_size)
     batches = aggregator.timer("data").over(loader)
     progress = track(batches, "training", total=steps, console=console, disable=rank > 0)
-    with MetricsLogger(sinks) as logger:
+    with MetricsLogger(sinks, config=settings, total_steps=stop) as logger:
         logger.rewind(start)
         for step, batch in enumerate(progress, start + 1):
             aggregator.update(batch.pop("metrics"))

@@ -160,6 +160,8 @@ def figure(value: float | None, digits: int = 5) -> str:
         text = f"{value:.{digits - 2}e}"
         mantissa, _, exponent = text.partition("e")
         return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{exponent}"
+    if size < 0.1 and len(repr(value)) <= digits + 2:  # as it was given, such as a learning rate
+        return repr(value)
     if size < 1e-2:
         return f"{value:.{digits - 1}g}"
     if size < 10**digits:

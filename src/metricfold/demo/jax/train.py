@@ -59,9 +59,9 @@ dm, dp = DistributedMetrics(), DataParallel()
 def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
     """Train for `steps` steps, from the beginning or from the last checkpoint."""
     mesh = DeviceMeshManager().create_data_parallel_mesh()
-    mixture = folder.read_mixture()
-    model = ByteTransformer(rngs=nnx.Rngs(0))
-    adam = optax.adamw(8e-3, b2=0.95, weight_decay=0.01)
+    mixture, settings = folder.read_mixture(), folder.settings
+    model = ByteTransformer(rngs=nnx.Rngs(int(settings["seed"])))
+    adam = optax.adamw(settings["learning_rate"], b2=0.95, weight_decay=0.01)
     optimizer = nnx.Optimizer(
         model, optax.chain(optax.clip_by_global_norm(1.0), adam), wrt=nnx.Param
     )
@@ -92,7 +92,7 @@ def train(folder: RunFolder, steps: int, *, resume: bool) -> None:
     loader = training_batches(mixture, range(start + 1, stop + 1), mesh.size)
     batches = aggregator.timer("data").over(loader)
     progress = track(batches, "training", total=steps, console=console)
-    with MetricsLogger(sinks) as logger:
+    with MetricsLogger(sinks, config=settings, total_steps=stop) as logger:
         logger.rewind(start)
         for step, batch in enumerate(progress, start + 1):
             aggregator.update(batch.pop("metrics"))
