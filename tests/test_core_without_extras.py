@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from importlib.metadata import distribution
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,30 @@ def test_importing_metricfold_brings_nothing_but_numpy_along(tmp_path: Path) -> 
     """
     names = (*EXTRAS, "torchdata", "transformers", "tensorflow", "pandas", "scipy")
     assert run(sys.executable, script, tmp_path, *names) == []
+
+
+def test_sinks_load_their_packages_when_they_write(tmp_path: Path) -> None:
+    """Every rank makes the sinks, and one of them writes."""
+    packages = (
+        "mlflow",
+        "trackio",
+        "comet_ml",
+        "pyarrow",
+        "prometheus_client",
+        "opentelemetry.sdk",
+    )
+    for package in packages:
+        if find_spec(package.partition(".")[0]) is None:
+            pytest.skip(f"needs {package}")
+    script = """
+        import json, sys
+        from metricfold.sinks import *
+        CometSink(), CSVSink("run.csv"), MLflowSink(), OTelSink(), ParquetSink("run"), PrometheusSink()
+        TrackioSink()
+        print(json.dumps([name for name in sys.argv[1:] if name in sys.modules]))
+    """
+    assert run(sys.executable, script, tmp_path, *packages, *EXTRAS) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_accumulators_of_torch_do_not_load_its_compiler(tmp_path: Path) -> None:

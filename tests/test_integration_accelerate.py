@@ -426,7 +426,7 @@ def test_a_name_that_one_tracker_refuses_costs_that_name_there_and_nothing_else(
         assert step is not None
         written.setdefault(step, {}).update(row)
     assert written == {n: {"loss": float(n), "lr": 0.5} for n in range(3)}
-    assert picky.calls == 1 + 3 + 1 + 2, "and what is known is not asked again"
+    assert picky.calls == 1 + 4 + 1 + 2, "and what is known is not asked again"
     (*_, table) = [one.getMessage() for one in caplog.records if one.name == "metricfold"]
     assert "TrackerSink('picky'): 3 written, 0 skipped, 0 lost" in table
     assert f"3 x without 'bad@name', steps 0 to 2: {error!r}" in table

@@ -15,7 +15,14 @@ import time
 import pytest
 
 from metricfold import MetricsAggregator
-from metricfold.sinks import MetricsLogger, RecordRefused, SinkError, read_jsonl, worker
+from metricfold.sinks import (
+    KeysRefused,
+    MetricsLogger,
+    RecordRefused,
+    SinkError,
+    read_jsonl,
+    worker,
+)
 
 WAIT = 30  # seconds that nothing here should take
 
@@ -648,3 +655,41 @@ def test_what_is_loud_is_seen_once_however_logging_is_set_up():
     assert {name: int(count) for name, count in found.items()} == {
         name: int(name not in unseen) for name in SETUPS
     }
+
+
+class Choosy(Remote):
+    """Takes records but for some of their keys, as a tracker does with names."""
+
+    def write(self, record):
+        super().write(record)
+        refused = {key: OfAPackage("no such name") for key in record.metrics if "@" in key}
+        if refused:
+            raise KeysRefused(refused)
+
+
+def test_keys_that_are_refused_are_counted_and_the_record_is_written(caplog):
+    sink = Choosy()
+    with MetricsLogger([sink]) as logger:
+        logger.log(0, {"loss": 1.0})
+        assert logger.flush()
+        for step in (1, 2):
+            logger.log(step, {"loss": 1.0, **{f"k{n}@": 1.0 for n in range(12)}})
+        assert not logger.flush(), "something is missing since the flush before"
+        assert logger.flush()
+    assert sink.got == [0, 1, 2], "and none is offered again"
+    table = caplog.messages[-1]
+    assert "Remote(): 3 written, 0 skipped, 0 lost" in table
+    assert "2 x without 'k0@', steps 1 to 2: OfAPackage('no such name')" in table
+    assert "and 2 more keys" in table
+    said = [text for text in caplog.messages if "does not take" in text]
+    assert len(said) == 1
+    assert "'k9@' and 2 more: OfAPackage('no such name')" in said[0]
+
+
+def test_keys_that_are_refused_are_an_error_where_what_is_missing_is_one():
+    logger = MetricsLogger([Choosy()], on_sink_error="raise")
+    logger.log(1, {"loss": 1.0, "a@": 1.0})
+    logger.flush()
+    with pytest.raises(SinkError, match="without 'a@'"):
+        logger.log(2, {"loss": 1.0})
+    logger.close()

@@ -130,6 +130,34 @@ def test_a_name_that_mlflow_refuses_costs_itself_alone_and_is_counted(caplog):
     assert "3 x without '../up', steps 0 to 2: MlflowException(" in table
 
 
+def test_one_name_among_a_thousand_is_found_by_halves(monkeypatch):
+    sink = MLflowSink(mlflow.start_run().info.run_id)
+    calls, log_batch = [], mlflow.MlflowClient.log_batch
+
+    def counting(self, run, metrics=(), **named):
+        calls.append(len(metrics))
+        return log_batch(self, run, metrics=metrics, **named)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", counting)
+    values = {f"expert_{n}": float(n) for n in range(300)}
+    with pytest.raises(KeysRefused):
+        sink.write(Record(1, 1.0, values | {"a@b": 1.0}))
+    assert len(calls) < 25
+    assert runs()[sink.run_id].data.metrics == values
+
+
+def test_a_run_that_was_deleted_and_restored_gets_all_keys_again():
+    """What it refuses meanwhile says nothing of the keys."""
+    sink = MLflowSink(mlflow.start_run().info.run_id)
+    client = mlflow.MlflowClient()
+    client.delete_run(sink.run_id)
+    with pytest.raises(RecordRefused, match="all of its keys are refused"):
+        sink.write(Record(1, 1.0, {"loss": 1.0, "lr": 1.0}))
+    client.restore_run(sink.run_id)
+    sink.write(Record(2, 1.0, {"loss": 1.0, "lr": 1.0}))
+    assert history(sink.run_id, "loss") == [(2, 1.0)]
+
+
 def test_what_is_refused_is_asked_once(monkeypatch):
     sink = MLflowSink(mlflow.start_run().info.run_id)
     calls = []

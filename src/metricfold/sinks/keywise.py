@@ -1,8 +1,8 @@
 """Sinks for trackers that may refuse a key and take others: such a key costs only itself.
 
 A tracker checks a batch of metrics as a whole: one name with a character that it does not like, and it
-takes none. So what it refuses is offered again key by key, and what it then refuses is left out from
-then on, without asking, and counted.
+takes none. So what it refuses is offered again in halves, down to single keys, and what it refuses of
+these is left out from then on, without asking, and counted.
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ class KeywiseSink(SelectiveSink):
             values = {key: given[key] for key in keys[start : start + self.most]}
             refused |= self._offer(record, values, taken)
         self._taken.pop(name, None)
+        if taken:  # otherwise it may be the record that is refused, or the run
+            self._refused |= {key: why for key, why in refused.items() if not _is_odd(given[key])}
         if given and not taken:
             error = next(iter(refused.values()))
             raise RecordRefused(f"all of its keys are refused, the first one by {error!r}")
@@ -116,30 +118,37 @@ class KeywiseSink(SelectiveSink):
         else:
             refused = {}
             taken.update(values)
-        # One that is not finite may be refused for its value.
-        odd = [
-            key for key, one in values.items() if isinstance(one, float) and not math.isfinite(one)
-        ]
-        self._refused |= {key: why for key, why in refused.items() if key not in odd}
         return refused
 
     def _each(
         self, record: Record, values: dict[str, Any], taken: set[str]
     ) -> dict[str, BaseException]:
-        """Log key by key, and return which the tracker refuses, and why."""
+        """Log in halves, and halves of these, and return which keys the tracker refuses, and why."""
         refused: dict[str, BaseException] = {}
-        left = list(values)
-        # Twice, for the tracker may only just have come back.
-        for _ in range(2):
-            refused = {}
-            for key in left:
-                try:
-                    self._log(record, {key: values[key]})
-                except BaseException as error:
-                    if self._is_refusal(error) is False:
-                        raise  # what is left of the record is tried again later
-                    refused[key] = error
+        parts = [*_halves([*values])]
+        while parts:
+            part = parts.pop(0)
+            try:
+                self._log(record, {key: values[key] for key in part})
+            except BaseException as error:
+                if self._is_refusal(error) is False:
+                    raise  # what is left of the record is tried again later
+                if len(part) > 1:
+                    parts += _halves(part)
                 else:
-                    taken.add(key)
-            left = list(refused)
-        return refused
+                    if part[0] not in refused:
+                        parts.append(part)  # once more: the tracker may only just have come back
+                    refused[part[0]] = error
+            else:
+                taken.update(part)
+        return {key: error for key, error in refused.items() if key not in taken}
+
+
+def _is_odd(value: object) -> bool:
+    """Return whether a value, rather than its key, may be what is refused."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _halves(keys: list[str]) -> list[list[str]]:
+    middle = len(keys) // 2
+    return [part for part in (keys[:middle], keys[middle:]) if part]

@@ -69,8 +69,8 @@ class ParquetSink(SelectiveSink):
         self._begin()
 
     def _begin(self) -> None:
-        self._rows: list[tuple[Any, ...]] = []  # of the newest part
-        self._written = 0  # so many of them are in its file
+        self._new: list[tuple[Any, ...]] = []  # rows of the newest part that its file does not have
+        self._table: Any = None  # the others
 
     def __repr__(self) -> str:
         return f"ParquetSink({str(self.folder)!r})"
@@ -80,11 +80,16 @@ class ParquetSink(SelectiveSink):
 
     def flush(self) -> None:
         """Write the newest part anew, if there is something new."""
-        if self._written < len(self._rows):
-            self._number = self._number or self._next_number()
-            name = f"metrics-{self._number:05d}-{self._token}.parquet"
-            _replace(self.folder / name, _table(self._rows))
-            self._written = len(self._rows)
+        if not self._new:
+            return
+        import pyarrow as pa  # noqa: PLC0415
+
+        self._number = self._number or self._next_number()
+        name = f"metrics-{self._number:05d}-{self._token}.parquet"
+        tables = [one for one in (self._table, _table(self._new)) if one is not None]
+        table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+        _replace(self.folder / name, table)
+        self._table, self._new = table, []
 
     def rewind(self, step: int) -> None:
         """Take the rows of the steps after `step` out of all parts."""
@@ -105,7 +110,7 @@ class ParquetSink(SelectiveSink):
     def _write(self, record: Record) -> None:
         if not -(2**63) <= record.step < 2**63:
             raise OverflowError(f"step {record.step} is beyond the 64 bits that Parquet has for it")
-        if len(self._rows) >= self._most:
+        if len(self._new) + (0 if self._table is None else len(self._table)) >= self._most:
             self.flush()
             self._begin()
             self._number += 1
@@ -114,7 +119,7 @@ class ParquetSink(SelectiveSink):
         for key, value in record.metrics.items():
             meaning = record.keys.get(key, Meaning("", ""))
             of = record.step, record.wall_time, record.prefix, key, *meaning[:3]
-            self._rows.append((*of, value))
+            self._new.append((*of, value))
 
     def _parts(self) -> Iterator[Path]:
         return iter(sorted(self.folder.glob(_PARTS)))
