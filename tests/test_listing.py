@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -177,3 +178,28 @@ def test_every_line_is_one_line() -> None:
     for thing in (aggregator, aggregator.reduce(), batch(*map(str, range(200))), MetricsLogger([])):
         assert "\n" not in repr(thing)
         assert len(repr(thing)) < 160
+
+
+def test_a_notebook_shows_a_snapshot_as_a_table_in_which_names_are_text() -> None:
+    aggregator = MetricsAggregator()
+    aggregator.record("loss", 2.5, dataset="<script>alert(1)</script>")
+    aggregator.record("loss", 3.5, dataset="docs")
+    aggregator.record("lr", 3e-4)
+    aggregator.update([Metric("docs", "len_stat_x", float(n), "distribution") for n in range(3)])
+    html = aggregator.reduce()._repr_html_()
+    assert "<script>" not in html
+    head, *rows = re.findall(r"<tr>(.*?)</tr>", html)
+    assert re.findall(r"<th>(.*?)</th>", head)[1:] == [
+        "all",
+        "&lt;script&gt;alert(1)&lt;/script&gt;",
+        "docs",
+    ]
+    cells = {
+        re.findall(r"<th .*?>(.*?)</th>", row)[0]: re.findall(r"<td>(.*?)</td>", row)
+        for row in rows
+    }
+    assert cells["loss"] == ["3", "2.5", "3.5"]
+    assert cells["lr"] == ["0.0003", "", ""]
+    assert cells["len_stat_x p50"][2] == "1"
+    empty = aggregator.reduce()._repr_html_()
+    assert "2.5" not in empty, "of an interval without values there are totals alone"

@@ -15,6 +15,7 @@ import fnmatch
 import logging
 import re
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -51,6 +52,7 @@ from metricfold._core.view.cells import (
     check_by,
     not_by_rank,
 )
+from metricfold._core.view.html import as_table
 from metricfold._core.view.report import Handlers, Report, matches
 from metricfold._core.view.tables import Rollup, check_rollup
 from metricfold._core.view.timing import TimerKeys, Timing
@@ -649,6 +651,12 @@ class Snapshot:
             f"Snapshot(world_size={self.world_size}, keys={len(self._reduced.schema.entries)}, "
             f"seconds={self.seconds:.4g}, run_seconds={self.run_seconds:.4g})"
         )
+
+    def _repr_html_(self) -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an interval without values is shown as one
+            values = self.as_dict("in", "auto", rollup=True)
+        return as_table(repr(self), values, self.meanings("in", values))
 
     # -- Inside
 
