@@ -575,7 +575,7 @@ def test_a_weight_that_is_refused_ends_no_worker_but_its_batch_alone() -> None:
 def test_the_examples_in_the_documentation_run() -> None:
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "docs/data.md", "exec"), names)

@@ -501,6 +501,73 @@ def test_a_format_that_rounds_numbers_is_refused() -> None:
         counted(dataset)
 
 
+def test_numbers_that_were_collated_as_data_are_refused_with_what_to_set() -> None:
+    """Before, `default_collate` refused the metrics; of plain numbers it makes a tensor."""
+    batch = next(iter(DataLoader(tagged("short", "map").select_columns("metrics"), batch_size=2)))
+    for given in (batch["metrics"], batch["metrics"].tolist()):
+        with pytest.raises(TypeError, match=r"with_metrics\(\).* collate_fn=MetricsCollator"):
+            MetricsAggregator().update(given)
+
+
+def test_a_map_that_makes_several_samples_of_one_hands_the_number_on() -> None:
+    def halves(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        pairs = [
+            (part, number)
+            for tokens, number in zip(batch["tokens"], batch["metrics"], strict=True)
+            for part in (tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :])
+        ]
+        return {"tokens": [part for part, _ in pairs], "metrics": [number for _, number in pairs]}
+
+    for kind in KINDS:
+        halved = tagged("short", kind).map(
+            halves, batched=True, remove_columns=["text", "tokens", "metrics"]
+        )
+        expected = truth("short")
+        expected["short/samples_seen"] *= 2
+        assert counted(halved) == expected
+
+
+class Unsendable(Words):
+    def __init__(self) -> None:
+        self.stream = (one for one in ())
+
+
+def test_a_transform_that_cannot_be_pickled_stops_no_other_ones_worker() -> None:
+    """Before, a dataset's format took all transforms along, and one of them stopped all."""
+    tagged("long", "map", Unsendable())
+    spawned: dict[str, Any] = {
+        "num_workers": 1,
+        "multiprocessing_context": multiprocessing.get_context("forkserver"),
+        "persistent_workers": True,
+    }
+    assert counted(tagged("short", "map"), **spawned) == truth("short")
+    with pytest.raises(ValueError, match=r"transform of dataset 'long' could not be sent "):
+        counted(tagged("long", "map", Unsendable()), **spawned)
+
+
+def test_a_number_depends_on_name_class_and_settings_alone() -> None:
+    """So rows that were cached or saved by an earlier run are right, also where code has changed."""
+
+    class Settled(Words):
+        def __init__(self, *limits: int) -> None:
+            self.limits = limits
+
+    def number(transform: MetricTransform, name: str = "short") -> int:
+        from metricfold.integrations.datasets import with_metrics
+
+        return next(iter(with_metrics(plain("short", "iterable"), transform, name)))["metrics"]
+
+    assert number(Settled(1, 2)) == number(Settled(1, 2))
+    several = [
+        number(Settled(1, 2)),
+        number(Settled(1)),
+        number(Settled(1), "long"),
+        number(Words()),
+    ]
+    assert len({*several, number(Unsendable()), number(Unsendable())}) == 6
+    assert all(0 <= one < 2**31 for one in several)  # so that JAX's int32 holds it
+
+
 def test_a_transform_whose_column_is_gone_says_which() -> None:
     dataset = tagged("short", "map", Words()).remove_columns("text")
     with pytest.raises(

@@ -17,6 +17,7 @@ whatever maps, cuts, mixes, formats or stores rows. Metrics are made of it where
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -281,8 +282,8 @@ def _number(transform: MetricTransform) -> int:
         own.append(Hasher.hash(transform.__reduce_ex__(2)[2:]))
     except Exception:  # noqa: BLE001 - what pickling raises depends on what it meets
         # Told apart from others by when they come, which is the same in every run.
-        own.append(str(_unhashable.setdefault(id(transform), len(_unhashable))))
+        own.append(str(next(_unhashable)))
     return int(Hasher.hash(own), 16) & LARGEST
 
 
-_unhashable: dict[int, int] = {}
+_unhashable = itertools.count()

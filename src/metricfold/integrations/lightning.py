@@ -320,9 +320,9 @@ class MetricfoldCallback(Phases, OneInUse, Callback):
             metrics = carrier.get(METRICS)
             if isinstance(metrics, MetricBatch):
                 taken.append(carrier.pop(METRICS))
-            elif isinstance(metrics, list) and carrier is batch:
+            elif carrier is batch and (isinstance(metrics, list) or _are_numbers(metrics)):
                 self._warn(
-                    f"the batch's 'metrics' are a list of {len(metrics)}, which nobody counts: set "
+                    f"the batch's 'metrics' are a {type(metrics).__name__}, which nobody counts: set "
                     "DataLoader(collate_fn=MetricsCollator(...))",
                     "no metrics",
                 )
@@ -374,6 +374,11 @@ def _logged_by(trainer: Trainer) -> Iterator[str]:
     for result in results.values():
         name = result.meta.name
         yield from (name, f"{name}_step", f"{name}_epoch")
+
+
+def _are_numbers(metrics: object) -> bool:
+    """Return whether these are what rows of datasets carry, collated as if they were data."""
+    return isinstance(metrics, torch.Tensor) and metrics.dtype == torch.int64 and metrics.ndim > 0
 
 
 def _carriers(batch: Any) -> Iterator[MutableMapping[str, Any]]:

@@ -50,6 +50,8 @@ def for_metrics(given: object) -> str:
         return f"; a batch without an entry 'metrics' brings none: {_COLLATE}"
     if given is None:
         return f"; {_COLLATE}, whose batches always have an entry 'metrics'"
+    if isinstance(batch, int) if listed else "int" in str(getattr(given, "dtype", "")):
+        return f"; integers are what with_metrics() puts into the rows of a dataset: {_COLLATE}, which makes metrics of them"
     if listed and all(map(_is_batch, listed)):
         return "; update with one MetricBatch at a time"
     if listed and all(isinstance(one, list) for one in listed):
