@@ -37,7 +37,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-RUNNERS = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100")
+RUNNERS = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "numpy")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ CHECKS = {
     "numpy": Check(
         ("test_metric.py", "test_aggregator.py", "test_algebra.py", "test_distribution.py")
     ),
-    "torch": Check(("test_torch_accumulator.py", "test_model_watch.py", "test_reduction.py")),
+    "torch": Check(("test_torch_accumulator.py", "test_logger_ranks.py", "test_store.py")),
     "jax": Check(
         ("test_jax_accumulator.py", "test_jax_spec.py", "test_jax_processes.py"),
         beside=("optax", "orbax-checkpoint", "grain"),
