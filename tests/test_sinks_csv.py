@@ -115,7 +115,7 @@ def test_pandas_reads_it(tmp_path):
 
 
 def test_a_run_that_goes_on_keeps_what_is_there_and_what_will_be_run_again_goes(tmp_path):
-    """Lightning's CSVLogger deletes the file of the run before."""
+    """rf-detr #1321: Lightning's CSVLogger deletes the file; keras #4426: another header in the middle."""
     path = tmp_path / "run.csv"
     put(path, (1, {"a": 1.0}), (2, {"a": 2.0}), (3, {"a": 3.0}))
     with MetricsLogger([CSVSink(path)]) as logger:

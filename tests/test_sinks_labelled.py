@@ -138,6 +138,7 @@ def exported(reader):
 
 
 def test_opentelemetry_gets_the_newest_values_by_dataset_and_statistic(caplog):
+    """What is not finite its SDK drops (opentelemetry-python #5330), and shows the value before."""
     from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
     reader, aggregator = InMemoryMetricReader(), MetricsAggregator()

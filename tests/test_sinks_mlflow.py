@@ -146,6 +146,25 @@ def test_one_name_among_a_thousand_is_found_by_halves(monkeypatch):
     assert runs()[sink.run_id].data.metrics == values
 
 
+def test_a_server_that_takes_fewer_at_once_gets_all_of_them(monkeypatch):
+    """mlflow#2441: that of Azure takes 200, and says so with the error of a bad name."""
+    sink = MLflowSink(mlflow.start_run().info.run_id)
+    log_batch = mlflow.MlflowClient.log_batch
+
+    def of_azure(self, run, metrics=(), **named):
+        if len(metrics) > 200:
+            text, code = "a field of the entity is over the size limit", 1000
+            raise mlflow.exceptions.MlflowException(text, error_code=code)
+        return log_batch(self, run, metrics=metrics, **named)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", of_azure)
+    values = {f"expert_{n}": float(n) for n in range(500)}
+    for step in (1, 2):
+        sink.write(Record(step, 1.0, values))
+    assert runs()[sink.run_id].data.metrics == values
+    assert history(sink.run_id, "expert_499") == [(1, 499.0), (2, 499.0)]
+
+
 def test_a_run_that_was_deleted_and_restored_gets_all_keys_again():
     """What it refuses meanwhile says nothing of the keys."""
     sink = MLflowSink(mlflow.start_run().info.run_id)

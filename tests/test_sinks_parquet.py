@@ -136,6 +136,7 @@ def full(descriptor):
 
 
 def test_a_process_that_is_killed_leaves_a_table(tmp_path):
+    """axol #154, apache/arrow #3203: a file without its footer cannot be read at all."""
     writing = """
 import sys
 from metricfold.sinks import ParquetSink, Record
