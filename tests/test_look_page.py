@@ -250,20 +250,45 @@ def test_a_logarithm_leaves_out_zeros_and_negatives_and_says_so(page):
     assert min(shown) == 1
 
 
+def test_lone_values_between_gaps_are_points_and_a_constant_is_no_noise(chrome, tmp_path):
+    # tensorflow/tensorboard issues 866, whose single values between NaN cannot be seen, and 786 and 1127, whose
+    # smoothing makes spikes of a constant and bends a line of two points.
+    wanted = [
+        (i, {"train/loss": 1.0 if i % 2 else math.nan, "train/lr": 1e-4, "train/two": i * 1.0})
+        for i in range(200)
+    ]
+    for _, row in wanted[2:]:
+        del row["train/two"]
+    path = write(tmp_path / "run.jsonl", wanted)
+    with chrome.page(report(path, tmp_path / "report.html").as_uri()) as page:
+        page.run("metricfold.drawAll()")
+        chart = "metricfold.cards[0].chart"
+        shown = page.run(f"{chart}.series[1].points.filter({chart}, 1, true)")
+        assert shown == list(range(1, 200, 2))
+        for card in page.run("metricfold.cards.map((c, i) => [c.panel.name, i])"):
+            if card[0] in ("lr", "two"):
+                assert page.run(f"metricfold.cards[{card[1]}].chart.series.length") == 2
+        assert page.errors() == []
+
+
 def test_names_can_be_anything_and_nothing_of_them_runs(chrome, tmp_path):
     path = tmp_path / "run.jsonl"
     with MetricsLogger([JSONLSink(path)]) as logger:
         for step in range(1, 4):
             row = {f"train_{name}/loss": step * 1.0 for name in EVIL}
             logger.log(step, row | {f"{EVIL[1]}/x": 1.0}, prefix="train")
+    arrays = {
+        "train/grid": {"axes": [["a", [*EVIL[:2]]], [EVIL[1], [*EVIL[:3]]]], "values": [1.0] * 6}
+    }
     header = {"name": EVIL[0], "config": {EVIL[0]: EVIL[1], "__proto__": EVIL[2]}}
-    write(path, [(4, {"train/loss": 1.0})], append=True, run=header,
+    write(path, [(4, {"train/loss": 1.0})], append=True, run=header, arrays=arrays,
           alerts=[{"message": EVIL[0], "severity": EVIL[1], "name": EVIL[1]}])  # fmt: skip
     url = report(path, tmp_path / "report.html").as_uri()
     with chrome.page(url) as page:
         page.run("document.querySelectorAll('details').forEach(d => { d.open = true })")
         page.run("metricfold.drawAll()")
         page.move(*middle(page))
+        page.run("metricfold.cards.find(c => c.canvas).point(60, 20)")
         assert page.run("window.PWNED === undefined")
         assert page.run("document.querySelectorAll('img, iframe, a, object').length") == 0
         text = page.run("document.body.textContent")

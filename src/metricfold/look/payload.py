@@ -30,6 +30,8 @@ Floats = npt.NDArray[np.float64]
 
 _CURVES = 12
 """Families of at most so many members are drawn as curves, too."""
+_FEWEST_POINTS, _MOST_POINTS, _POINTS = 1200, 4000, 1_000_000
+"""Points of a curve, and of all together."""
 _CELLS = 1 << 18
 """So many cells of arrays a page holds; of more, fewer logs are shown."""
 _LEAST_LOGS, _MOST_LOGS = 2, 60
@@ -38,9 +40,15 @@ _DRAWN = 1e-37, 3e38
 """What a float32 holds with all its digits."""
 
 
-def packed(runs: Sequence[RunFile], points: int = 6000) -> bytes:
-    """Return the data of a page about `runs`, whose curves have at most about `points` points each."""
+def packed(runs: Sequence[RunFile], points: int | None = None) -> bytes:
+    """Return the data of a page about `runs`.
+
+    Curves have about `points` points each, by default 4,000, and fewer where there are more than 250 of them.
+    """
     blocks = _Blocks()
+    if points is None:
+        curves = sum(len(run.columns) for run in runs)
+        points = max(_FEWEST_POINTS, min(_MOST_POINTS, _POINTS // max(1, curves)))
     room = max(1, _CELLS // max(1, sum(_maps_of(run) for run in runs)))
     header = {
         "format": 1,

@@ -36,7 +36,7 @@ class Thinned:
 
 
 def thinned(values: Floats, most: int) -> Thinned | None:
-    """Return at most about `most` points of `values`; None where there are no more than that.
+    """Return about `most` points of `values`, with half as many means; None where that saves nothing.
 
     >>> import numpy as np
     >>> curve = np.zeros(10_000)
@@ -45,7 +45,7 @@ def thinned(values: Floats, most: int) -> Thinned | None:
     >>> sorted({1234, 777, 5000} - set(kept.tolist())), len(kept) <= 110
     ([], True)
     """
-    if values.size <= most:
+    if 2 * values.size <= 3 * most:
         return None
     length = -(-2 * values.size // most)
     stretches = -(-values.size // length)

@@ -10,7 +10,7 @@ const RANGE_ALL = null;
 
 const state = {
   runs: [], panels: [], range: RANGE_ALL, full: [0, 1], smooth: null, log: false, outliers: false, others: true,
-  hidden: new Set(), cursor: null, dark: false, paused: false, filter: "", focused: 0,
+  hidden: new Set(), enlarged: new Set(), cursor: null, dark: false, paused: false, filter: "", focused: 0,
 };
 let cards = [];
 
@@ -317,7 +317,9 @@ function niceTicks(low, high, count) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.7);
   const ticks = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) ticks.push(+(i * step).toPrecision(12));
+  const first = Math.ceil(low / step - 1e-9);
+  // Counted, as beyond 2 to the 53 one more is the same number.
+  for (let i = 0; i < 50 && (first + i) * step <= high + step * 1e-9; i++) ticks.push(+((first + i) * step).toPrecision(12));
   return ticks;
 }
 
@@ -372,12 +374,20 @@ class Card {
 
   get height() { return this.full ? Math.max(320, innerHeight - 260) : this.size === "large" ? 350 : this.size.startsWith("wide") ? 190 : 150; }
 
+  get full() { return state.enlarged.has(this.panel.id); }
+
   toggleFull() {
-    this.full = !this.full;
-    this.root.classList.toggle("full", this.full);
-    this.enlarge.setAttribute("aria-pressed", String(Boolean(this.full)));
+    if (!state.enlarged.delete(this.panel.id)) state.enlarged.add(this.panel.id);
+    this.mark();
     this.refresh();
     this.root.scrollIntoView({ block: "nearest" });
+  }
+
+  /** Take the room that the chart will need, also before it is drawn. */
+  mark() {
+    this.root.classList.toggle("full", this.full);
+    this.enlarge.setAttribute("aria-pressed", String(this.full));
+    this.plot.style.minHeight = this.height + "px";
   }
 
   /** Draw anew now if it can be seen, else when it can. */
@@ -389,7 +399,6 @@ class Card {
   drawNow() {
     if (!this.dirty || !this.root.isConnected || !this.plot.clientWidth) return;
     this.dirty = false;
-    this.plot.style.minHeight = this.height + "px";
     this.draw();
   }
 
@@ -465,15 +474,13 @@ function laid(x, y, grid, log) {
 /** The places of values that no line reaches, because both sides are gaps or ends. */
 function lonely(values) {
   const found = [];
-  let before = null, last = -1;
-  for (let i = 0; i < values.length; i++) {
-    if (values[i] === undefined) continue;
-    if (values[i] === null) { if (last >= 0 && before === null) found.push(last); before = null; last = -1; continue; }
-    before = last >= 0 ? values[last] : null;
-    if (last >= 0) before = values[last];
-    last = i;
+  let row = 0, last = -1;
+  for (let i = 0; i <= values.length; i++) {
+    if (i < values.length && values[i] === undefined) continue;
+    if (i < values.length && values[i] !== null) { row++; last = i; continue; }
+    if (row === 1) found.push(last);
+    row = 0;
   }
-  if (last >= 0 && before === null) found.push(last);
   return found;
 }
 
@@ -658,7 +665,7 @@ class Lines extends Card {
     ctx.clip();
     ctx.font = `${11 * ratio}px system-ui`;
     ctx.textAlign = "center";
-    const told = [];
+    const told = [], few = this.marks.reduce((sum, { list }) => sum + list.length, 0) <= 12;
     for (const { colour: name, list } of this.marks) {
       ctx.fillStyle = colour(name);
       let last = -1e9;
@@ -671,7 +678,7 @@ class Lines extends Card {
         const way = low ? -1 : 1;
         ctx.moveTo(at, y + way * 7 * ratio); ctx.lineTo(at - 4 * ratio, y); ctx.lineTo(at + 4 * ratio, y);
         ctx.fill();
-        if (labels && !low && !told.some((other) => Math.abs(other - at) < 26 * ratio)) {
+        if (labels && few && !low && !told.some((other) => Math.abs(other - at) < 26 * ratio)) {
           told.push(at);
           ctx.fillText(text, at, bbox.top - 4 * ratio);
         }
@@ -1079,7 +1086,7 @@ function tiles() {
     const now = recent(mine), last = mine.y[mine.y.length - 1];
     const name = [main.prefix, main.name].filter(Boolean).join(" ") + (mine.dataset ? " of " + mine.dataset : "");
     const others = losses.slice(1).map((c, i) => c && `${runs[i + 1].letter} ${shown(recent(c).mean)}`).filter(Boolean);
-    list.push(tile(`${label(0, name)}, last ${now.logs} ${now.logs === 1 ? "log" : "logs"}`, shown(now.mean),
+    list.push(tile(label(0, name) + (now.logs ? `, last ${now.logs} ${now.logs === 1 ? "log" : "logs"}` : ""), shown(now.mean),
       [others.slice(0, 3).join(" · ") || `last log ${shown(last)}`],
       Number.isFinite(last) ? "" : "bad"));
     if (losses[0] && losses[1]) list.push(against(losses[0], losses[1]));
@@ -1244,7 +1251,7 @@ function layOut() {
   const opened = new Set([...document.querySelectorAll("details.more[open]")].map((d) => d.dataset.group));
   for (const card of cards) { watcher.unobserve(card.root); card.destroy(); }
   cards = [];
-  const add = (panel, to, size) => { const card = cardOf(panel, size); cards.push(card); to.append(card.root); };
+  const add = (panel, to, size) => { const card = cardOf(panel, size); card.mark(); cards.push(card); to.append(card.root); };
   const charts = $("charts"), parts = [];
   if (state.main) { const first = el("div", { class: "grid" }); add(state.main, first, "large"); parts.push(first); }
   for (const [prefix, panels] of grouped()) {
