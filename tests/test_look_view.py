@@ -169,11 +169,15 @@ def test_a_broken_file_is_said_and_followed_on(server, path):
     assert "record" in answer.getheader("X-Problem")
 
 
-def test_rubbish_on_the_line_stops_no_server(server):
+def test_rubbish_on_the_line_stops_no_server_and_is_not_printed(server, capfd):
     for rubbish in (b"\x00\xff\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"G" * 70_000):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
             connection.sendall(rubbish)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(f"GET {server.url} HTTP/1.0\r\n".encode())
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset
     assert ask(server).status == 200
+    assert capfd.readouterr().err == ""
 
 
 def test_closing_twice_is_nothing_new(path):

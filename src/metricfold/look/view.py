@@ -15,6 +15,7 @@ import hmac
 import http.server
 import os
 import secrets
+import sys
 import threading
 import time
 import urllib.parse
@@ -82,13 +83,12 @@ class View:
             data = followed
 
         try:
-            self._server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+            self._server = _Server(("127.0.0.1", port), Handler)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise LookError(
                 f"port {port} of 127.0.0.1 cannot be had ({reason}): give another --port, or none"
             ) from error
-        self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}/{token}/"
         self._thread = threading.Thread(
@@ -160,6 +160,16 @@ class _Followed:
             self._data = packed(self.runs)
             self._version += 1
         self._problem = "; ".join(problems)
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    """Says nothing of browsers that hang up, where the address stands."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
