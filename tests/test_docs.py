@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 SELF_CONTAINED = (
     "docs/aggregation.md",
     "docs/alerts.md",
+    "docs/audit.md",
     "docs/axes.md",
     "docs/device.md",
     "docs/handlers.md",
