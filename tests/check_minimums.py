@@ -59,7 +59,7 @@ CHECKS = {
     "numpy": Check(
         ("test_metric.py", "test_aggregator.py", "test_algebra.py", "test_distribution.py")
     ),
-    "torch": Check(("test_torch_accumulator.py", "test_logger_ranks.py", "test_store.py")),
+    "torch": Check(("test_torch_accumulator.py", "test_torch_axes.py", "test_store.py")),
     "jax": Check(
         ("test_jax_accumulator.py", "test_jax_spec.py", "test_jax_processes.py"),
         beside=("optax", "orbax-checkpoint", "grain"),
@@ -234,7 +234,7 @@ def check(extra: str, folder: Path, instead: Sequence[str], chosen: Sequence[str
         of_torch = next((one for one in packages if Requirement(one).name == "torch"), None)
         torch = None if of_torch is None else torch_without_cuda(folder, of_torch)
         others = [one for one in packages if one != of_torch]
-        where = folder / "-".join((extra, *(Requirement(one).name + one for one in instead)))
+        where = folder / "_".join((extra, *packages))
         python = make_environment(where, [*others, *what.beside], torch)
         row.result = tested(python, torch, [f"tests/{one}" for one in what.tests], chosen)
     except Broken as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import importlib.util
+import inspect
 import logging
 import os
 import pickle
@@ -202,8 +203,10 @@ def every_epoch(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder / "saved", "{epoch}", save_top_k=-1)
 
 
-def on_exception(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(folder / "failed", save_on_exception=True, every_n_epochs=9)
+def on_exception(folder: Path) -> Callback:
+    if "save_on_exception" in inspect.signature(ModelCheckpoint).parameters:
+        return ModelCheckpoint(folder / "failed", save_on_exception=True, every_n_epochs=9)
+    return theirs.OnExceptionCheckpoint(folder / "failed")  # before Lightning 2.6
 
 
 def saved_on_exception(folder: Path) -> MetricsAggregator:

@@ -745,7 +745,7 @@ class DeviceAccumulator:
 
     def _numbers(self, what: str, given: Any) -> Tensor:
         """Return `given` as a tensor on this device."""
-        if isinstance(given, numbers.Real | np.bool_):
+        if isinstance(given, (numbers.Real, np.bool_)):
             try:
                 number = float(given)
             except OverflowError as error:
@@ -831,7 +831,7 @@ class DeviceAccumulator:
                 own = [one for one in self._places[name].block.axes if one.name == axis]
                 if own and axis not in found:
                     what = f"ids of axis {axis!r} of metric {name!r}"
-                    host = isinstance(given, str | int | np.integer)
+                    host = isinstance(given, (str, int, np.integer))
                     found[axis] = (
                         self.layout.cell_on(name, own[0], given)
                         if host
