@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
+SITE_STAMP := $(VENV)/.installed-site
 
 export OMP_NUM_THREADS ?= 1
 
@@ -15,7 +16,7 @@ WORKERS ?= $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + 1,
 # What pytest knows of the tests that failed and have not passed since.
 FAILED := .pytest_cache/v/cache/lastfailed
 
-.PHONY: demo test engines campaign lint bench gpu-check check-minimums multinode clean
+.PHONY: docs build demo test engines campaign lint bench gpu-check check-minimums multinode clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -82,6 +83,22 @@ check-minimums: $(STAMP)  ## the tests of each extra at its oldest versions, in 
 multinode: $(STAMP)  ## two hosts on this machine, as root; MULTINODE_ARGS="--only restarts" and the like pass through
 	@echo "==> two network namespaces, torchrun on both: totals and latency, restarts, faults"
 	@PYTHONPATH=tests $(BIN)/python -m multinode $(MULTINODE_ARGS)
+
+$(SITE_STAMP): $(STAMP)
+	@echo "==> installing what makes the site and the packages"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt --group site
+	@touch $@
+
+docs: $(SITE_STAMP)  ## the site of docs/, into build/site; without a network, and warnings are errors
+	@echo "==> the site, into build/site"
+	@$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs build/site
+	@echo "open build/site/index.html"
+
+build: $(SITE_STAMP)  ## the wheel and the source distribution, into dist/, looked over by twine
+	@echo "==> packages, into dist"
+	@rm -rf dist
+	@$(BIN)/python -m build --outdir dist .
+	@$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs

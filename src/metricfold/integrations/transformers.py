@@ -46,7 +46,7 @@ from metricfold.torch import DeviceAccumulator
 __all__ = ["CHECKPOINT_FILE", "MetricfoldMixin"]
 
 CHECKPOINT_FILE = "metricfold.json"
-"""What a checkpoint's folder holds of the metrics: `MetricsAggregator.state_dict` as JSON."""
+"""The file of metrics in a checkpoint's folder, which holds `MetricsAggregator.state_dict` as JSON."""
 
 _IGNORED = -100
 """The label that the losses of transformers leave out."""

@@ -167,7 +167,7 @@ class DistributedMetrics(nnx.Module):
                 no array, stay as they are.
 
         Returns:
-            The same dict with a list for each array: of Python numbers, or of NumPy arrays for
+            The same dict with a list for each array, of Python numbers, or of NumPy arrays for
             metrics with a shape.
 
         Raises:
