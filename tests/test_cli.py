@@ -108,6 +108,14 @@ class TestNumbers:
         said = refused(capsys, "--framework", "jax", "--devices", 17)
         assert "--devices 17 is too many" in said
 
+    @pytest.mark.parametrize("given", ["-1", "0.5", "one", ""])
+    def test_a_seed_is_a_whole_number(self, capsys, given):
+        assert "is not a whole number from 0 on" in refused(capsys, f"--seed={given}")
+
+    @pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "high", ""])
+    def test_a_learning_rate_is_above_zero(self, capsys, given):
+        assert "is not a number above 0" in refused(capsys, f"--lr={given}")
+
     def test_of_the_other_framework(self, capsys):
         said = refused(capsys, "--devices", 4)
         assert "--devices does not go with --framework torch: give --ranks" in said
@@ -233,6 +241,10 @@ class TestResume:
         with zipfile.ZipFile(empty_folder / "checkpoint.pt", "w") as archive:
             archive.writestr("part", "")
         assert "cannot be read" in refused(capsys, "--resume", "--out", ".")
+
+    @pytest.mark.parametrize("setting", ["--seed=1", "--lr=0.1"])
+    def test_with_other_settings(self, capsys, setting):
+        assert "--seed and --lr cannot go with --resume" in refused(capsys, "--resume", setting)
 
     def test_with_other_data(self, capsys):
         said = refused(capsys, "--resume", "--data", "mine=x.txt")

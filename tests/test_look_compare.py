@@ -43,11 +43,11 @@ def test_a_run_against_itself_is_equal_in_everything(runs):
 
 
 def test_equal_runs_of_other_seeds_differ_by_chance_alone(tmp_path):
-    """Of 20 pairs of runs that are equal but for noise with a memory, at most one in ten verdicts."""
+    """Of 20 pairs that are equal but for noise with a memory, at most two have any verdict but equal."""
     paths = [training(tmp_path / f"{seed}.jsonl", seed, logs=300) for seed in range(21)]
-    verdicts = [one.verdict for a, b in itertools.pairwise(paths) for one in compare(a, b).rows]
-    assert len(verdicts) == 20 * (len(DATASETS) + 1)
-    assert sum(verdict != "=" for verdict in verdicts) <= 0.1 * len(verdicts)
+    pairs = [compare(a, b).rows for a, b in itertools.pairwise(paths)]
+    assert {len(rows) for rows in pairs} == {len(DATASETS) + 1}
+    assert sum(any(one.verdict != "=" for one in rows) for rows in pairs) <= 2
 
 
 def test_one_percent_is_found_and_which_of_them_is_better(tmp_path):

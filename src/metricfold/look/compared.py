@@ -48,7 +48,7 @@ def _table(name: str, rows: Sequence[Row], terminal: Terminal) -> list[str]:
             figure(row.a),
             figure(row.b),
             _signed(row.difference),
-            "–" if row.error is None else figure(row.error, 2),
+            _error(row.error),
             row.verdict,
             *([figure(row.best_a), figure(row.best_b)] if directed else []),
             _signed(row.area),
@@ -73,6 +73,12 @@ def _table(name: str, rows: Sequence[Row], terminal: Terminal) -> list[str]:
     lines = columns(cells, left=(0, 5))
     lines[0] = terminal.paint(lines[0], "bold")
     return lines
+
+
+def _error(value: float | None) -> str:
+    if value is None or not 1e-4 <= value < 100:
+        return figure(value, 3)
+    return f"{value:#.2g}".rstrip(".")
 
 
 def _signed(value: float) -> str:

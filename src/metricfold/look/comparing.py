@@ -51,7 +51,8 @@ class Row:
         a: the mean over the last part of those.
         b: the same.
         difference: b − a.
-        error: half the width of the 95 % interval of the difference; None: too few logs to tell.
+        error: half the width of the interval of the difference; those of all rows of a comparison
+            hold together with 95 %. None: too few logs to tell.
         verdict: ``"="``: no difference beyond the error; ``"better"`` or ``"worse"``, of b, where it is
             known which way is better, otherwise ``"+"`` or ``"-"``; ``"?"``: too few logs.
         best_a: the best of a's means over short stretches, where it is known which way is better.
@@ -159,10 +160,10 @@ def compare(
     directed = [key for key in both if main_statistic(key) and (a.better(key) or b.better(key))]
     asked = [key for key in both if key in wanted] if wanted is not None else directed
     keys = [key for some in grouped(asked).values() for key in some]
-    rows = [_row(a, b, key) for key in keys]
+    rows = [_row(a, b, key, len(keys)) for key in keys]
     known = set(keys)
     others = [key for key in both if main_statistic(key) and key not in known and not names]
-    also = [_row(a, b, key) for key in others if _notable(a, b, key, len(others))]
+    also = [_row(a, b, key, len(others)) for key in others if _notable(a, b, key, len(others))]
     also.sort(key=lambda row: -abs(row.difference) / (row.error or 1e-300))
     data, data_differs = _same_data(a, b, both)
     labels = _labels(a, b)
@@ -188,13 +189,13 @@ def _labels(a: RunFile, b: RunFile) -> tuple[str, str]:
     return str(a.path), str(b.path)
 
 
-def _row(a: RunFile, b: RunFile, key: Key) -> Row:
+def _row(a: RunFile, b: RunFile, key: Key, of: int = 1) -> Row:
     of_a, of_b = a.columns[key].ordered(), b.columns[key].ordered()
     steps, values_a, values_b = paired((of_a.steps, of_a.values), (of_b.steps, of_b.values))
     with np.errstate(over="ignore", invalid="ignore"):
         difference = values_b - values_a
         last = tail_of(len(steps))
-        found = final(difference[-last:])
+        found = final(difference[-last:], of)
         ends = [
             math.nan if _ends_badly(column) else float(values[-last:].mean()) if last else math.nan
             for column, values in ((of_a, values_a), (of_b, values_b))
@@ -261,10 +262,7 @@ def _notable(a: RunFile, b: RunFile, key: Key, of: int) -> bool:
         size = max(abs(tail_a.mean()), abs(tail_b.mean()))
         if not abs(tail_b.mean() - tail_a.mean()) >= _NOTABLE * size:
             return False
-        found = final(tail_b - tail_a)
-    # One of very many is far from zero by chance alone.
-    beyond = max(math.sqrt(2 * math.log(of)) / 1.96, 1.0) if of > 1 else 1.0
-    return found.error is not None and abs(found.mean) > beyond * found.error
+        return final(tail_b - tail_a, of).verdict in ("+", "-")
 
 
 # -- Equality --------------------------------------------------------------------------------------
