@@ -266,3 +266,31 @@ def test_two_ranks_without_padding_agree_with_the_truth(found: Found) -> None:
         assert end["eval_all/samples_seen"] == 7
         assert end["eval_all/tokens_seen"] == sum(truth["words"].values())
         assert not math.isclose(end["eval_loss"], truth["loss"]["all"], abs_tol=1e-3)
+
+
+def test_two_ranks_count_pairs_as_one(found: Found) -> None:
+    alone = found["dpo"]["text"]
+    for one in found["two_ranks"]["ranks"]:
+        for key, value in alone["truth"].items():
+            assert one["dpo"]["ours"][key] == pytest.approx(value, abs=1e-6), key
+        for step in one["dpo"]["steps"]:
+            assert step["all/loss"] == pytest.approx(step["loss"], abs=1e-6)
+            assert step["all/tokens_seen"] == step["num_tokens"]
+
+
+def test_prompts_whose_completions_are_on_two_ranks_count_once(found: Found) -> None:
+    """Each has two on each rank; columns that TRL would remove do not reach its functions."""
+    first, second = (one["grpo"] for one in found["two_ranks"]["ranks"])
+    scored = [*first["scored"], *second["scored"]]
+    assert len(scored) == 4 * 4
+    assert [x["prompt"] for x in first["scored"]] == [x["prompt"] for x in second["scored"]]
+    for end in (first["end"], second["end"]):
+        assert end["train_all/samples_seen"] == 4
+        words = sum(len(x["prompt"].split()) for x in scored)
+        assert end["train_all/tokens_seen"] == words / 4
+        assert end["train_all/num_tokens"] == words + sum(x["length"] for x in scored)
+        for name in ("docs", "code"):
+            its = [x["brevity"] for x in scored if x["prompt"].startswith(name)]
+            key = f"train_{name}/rewards/brevity_stat"
+            assert end.get(f"{key}_count", 0) == len(its)
+            assert end.get(f"{key}_mean", 0) == pytest.approx(sum(its) / max(len(its), 1))

@@ -723,11 +723,47 @@ def rank(number: int, port: int) -> None:
         warnings.simplefilter("ignore")
         found = compared(trainer)
         evaluated = trainer.evaluate()
+        found["dpo"] = dpo_of_rank()
+        found["grpo"] = grpo_of_rank()
     trainer.train_dataset = trainer.eval_dataset
-    found["history"] = trainer.state.log_history
     found["evaluation"] = {"end": evaluated, "truth": truth(trainer)}
     (FOLDER / f"rank{number}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
+
+
+def dpo_of_rank() -> dict[str, Any]:
+    """Train on pairs, of which the ranks have unlike numbers of each dataset."""
+    trainer = DPO(
+        model=model(),
+        ref_model=model(seed=1),
+        args=config(
+            trl.DPOConfig,
+            max_length=LONGEST,
+            per_device_train_batch_size=3,
+            ddp_backend="gloo",
+            ddp_find_unused_parameters=False,
+        ),
+        train_dataset=of_all(PAIRS["text"]),
+        processing_class=tokenizer(),
+        loss_per_dataset=True,
+    )
+    return paired(trainer)
+
+
+def grpo_of_rank() -> dict[str, Any]:
+    """Train on prompts each of which has two completions on each rank."""
+    ddp = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+    trainer, scored = grpo(
+        prompts(),
+        per_device_train_batch_size=2,
+        num_generations=4,
+        steps_per_generation=1,
+        remove_unused_columns=True,
+        max_steps=8,
+        **ddp,
+    )
+    history = logs(trainer)
+    return {"scored": scored, "end": history[-1]}
 
 
 def two_ranks(begun: list[Any]) -> dict[str, Any]:

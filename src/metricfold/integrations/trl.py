@@ -275,6 +275,7 @@ class InTRL(_Trainer):  # type: ignore[misc]
         # Columns are kept for the metrics; TRL gets those that it would have.
         unused = {METRICS}
         if self.args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
             unused |= {*inputs[0]} - {*self._signature_columns}
         bare = [{name: x for name, x in sample.items() if name not in unused} for sample in inputs]
         self._scored = None
