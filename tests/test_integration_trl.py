@@ -203,6 +203,18 @@ def test_other_trainers_that_generate_count_alike(found: Found) -> None:
     assert one["docs/reward_stat_count"] == 4
     assert one["docs/reward_stat_mean"] == pytest.approx(one["reward"])
     assert one["docs/num_tokens"] == one["num_tokens"]
+    unscored = found["reported"]["distillation"]
+    assert unscored["all/samples_seen"] == 4
+    assert unscored["all/num_tokens"] == unscored["num_tokens"]
+    assert not [key for key in unscored if "/reward" in key]
+
+
+def test_a_collator_that_hands_on_all_columns_does_not_see_those_of_transforms(
+    found: Found,
+) -> None:
+    one = found["reported"]["orpo"]
+    assert one["all/samples_seen"] == 4
+    assert one["all/tokens_seen"] > 40
 
 
 def test_a_name_that_trl_logs_by_itself_is_warned_of(found: Found) -> None:

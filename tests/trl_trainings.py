@@ -30,6 +30,7 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from metricfold import DefaultTrainingMetricTransform, Metric, MetricTransform
 from metricfold.integrations.datasets import with_metrics
@@ -536,6 +537,20 @@ def reported() -> dict[str, Any]:
         processing_class=tokenizer(),
     )
     found["rloo"] = logs(rloo)[0]
+    # One that scores nothing, and one whose collator hands on any column that there is.
+    for name, cls, settings, data, more in (
+        (
+            "distillation",
+            Distillation,
+            config(trl.DistillationConfig, max_completion_length=4, max_steps=1),
+            prompts(),
+            {"teacher_model": model(seed=1)},
+        ),
+        ("orpo", ORPO, config(ORPOConfig, max_length=64, max_steps=1), of_all(PAIRS["text"]), {}),
+    ):
+        tok = tokenizer()
+        other = cls(model=model(), args=settings, train_dataset=data, processing_class=tok, **more)
+        found[name] = logs(other)[0]
     # A dataset of a name that TRL's own metrics begin with.
     pairs = Dataset.from_list([PAIRS["text"]("docs", i) for i in range(8)])
     named = DPO(
@@ -555,6 +570,14 @@ def reported() -> dict[str, Any]:
 
 
 class RLOO(MetricfoldMixin, trl.RLOOTrainer):
+    pass
+
+
+class Distillation(MetricfoldMixin, trl.DistillationTrainer):
+    pass
+
+
+class ORPO(MetricfoldMixin, ORPOTrainer):
     pass
 
 

@@ -167,7 +167,8 @@ class MetricfoldMixin(InTRL, Phases, _Trainer):  # type: ignore[misc]
             inner = super()._get_collator_with_removed_columns(folding.collate_fn)
             folding.collate_fn = inner
         wanted = None if self._loss is None else self._wanted_ids
-        self.data_collator = partial(_collated, folding, keep_samples, wanted, self._as_seen())
+        folding, as_seen = self._showing_tokens(folding)
+        self.data_collator = partial(_collated, folding, keep_samples, wanted, as_seen)
         try:
             return make(*args, **kwargs)
         finally:

@@ -30,6 +30,7 @@ from metricfold.metric import Metric
 
 if TYPE_CHECKING:
     from metricfold._core.intake.aggregator import MetricsAggregator
+    from metricfold.data.collator import MetricsCollator
 
 __all__ = ["InTRL"]
 
@@ -60,6 +61,12 @@ _OF_COMPLETIONS = {
     "num_tokens": "sum",
 }
 """How what TRL logs of completions aggregates, where that is no distribution."""
+
+_SEQUENCES = ("chosen_ids", "rejected_ids", "completion_ids")
+"""Columns of tokens that follow those of a prompt."""
+
+_WHOLE_SEQUENCES = ("chosen_input_ids", "rejected_input_ids")
+"""Columns of tokens that have the prompt in them."""
 
 _IGNORED = -100
 """The label that TRL's losses leave out."""
@@ -105,13 +112,22 @@ class InTRL(_Trainer):  # type: ignore[misc]
         given["args"].max_length = None  # to cut is for the packer
         return _packed(prepare(*call.args, **call.kwargs), config)
 
-    def _as_seen(self) -> Callable[[Any], Any] | None:
-        """Return what shows transforms, as ``"input_ids"``, the tokens that TRL's collators put together."""
+    def _showing_tokens(
+        self, collator: MetricsCollator
+    ) -> tuple[MetricsCollator, Callable[[Any], Any] | None]:
+        """Return what shows transforms, as ``"input_ids"``, the tokens that TRL's collators put together.
+
+        And a collator whose collate function does not see them.
+        """
         if self._trl_trainer is None:
-            return None
-        most = getattr(self.data_collator, "max_length", None)
-        at_end = getattr(self.data_collator, "truncation_mode", None) == "keep_end"
-        return partial(_with_tokens, slice(-most, None) if most and at_end else slice(most))
+            return collator, None
+        cuts = getattr(self.data_collator, "collate_fn", self.data_collator)
+        most = getattr(cuts, "max_length", None)
+        at_end = getattr(cuts, "truncation_mode", None) == "keep_end"
+        cut = slice(-most, None) if most and at_end else slice(most)
+        blind = copy.copy(collator)
+        blind.collate_fn = partial(_collated_as_given, collator.collate_fn)
+        return blind, partial(_with_tokens, cut)
 
     # -- Losses
 
@@ -280,8 +296,8 @@ class InTRL(_Trainer):  # type: ignore[misc]
         bare = [{name: x for name, x in sample.items() if name not in unused} for sample in inputs]
         self._scored = None
         output = super()._generate_and_score_completions(bare)
-        if self._scored is not None:
-            self._take_generated(inputs, output, *self._scored)
+        completions, rewards = self._scored or (_completions_in(output), None)
+        self._take_generated(inputs, output, completions, rewards)
         return output
 
     def _take_generated(
@@ -289,17 +305,19 @@ class InTRL(_Trainer):  # type: ignore[misc]
         samples: Sequence[Mapping[str, Any]],
         output: Mapping[str, Any],
         completions: Sequence[Sequence[int]],
-        rewards: torch.Tensor,
+        rewards: torch.Tensor | None,
     ) -> None:
         """Take in each prompt, once for all of its completions, and each completion."""
         first = self.accelerator.process_index * len(samples)
-        group = self.num_generations if self.model.training else self.num_generations_eval
+        count = "num_generations" if self.model.training else "num_generations_eval"
+        group = getattr(self, count, 1)
         prompts, mask = output["prompt_ids"].cpu(), output["prompt_mask"].cpu().bool()
         ends = (*self.eos_token_ids, self._tokenizer.pad_token_id)
         columns = _of_completions(completions, output.get("tool_mask"), ends)
         columns["num_tokens"] += mask.sum(1).numpy()
-        worth = _of_rewards(rewards, self.reward_weights, self.reward_func_names, group)
-        columns |= {name: x[first : first + len(samples)] for name, x in worth.items()}
+        if rewards is not None:
+            worth = _of_rewards(rewards, self.reward_weights, self.reward_func_names, group)
+            columns |= {name: x[first : first + len(samples)] for name, x in worth.items()}
         metrics: list[Metric] = []
         names: list[str | None] = []
         for row, sample in enumerate(samples[: self._not_padded(len(samples))]):
@@ -319,6 +337,12 @@ class InTRL(_Trainer):  # type: ignore[misc]
                 if len(values):
                     how = _OF_COMPLETIONS.get(metric, "distribution")
                     self._into.record(metric, values, how, dataset=name, each=True)
+
+
+def _completions_in(output: Mapping[str, Any]) -> list[list[int]]:
+    """Return the tokens that TRL has generated, where nothing scores them."""
+    pairs = zip(output["completion_ids"].cpu(), output["completion_mask"].cpu().bool(), strict=True)
+    return [ids[mask].tolist() for ids, mask in pairs]
 
 
 def _of_completions(
@@ -384,9 +408,21 @@ def _with_tokens(cut: slice, sample: Any) -> Any:
     if "input_ids" in sample:
         return sample
     prompt = sample.get("prompt_ids", [])
-    names = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in sample]
-    tokens = [token for name in names for token in (prompt + sample[name])[cut]]
-    return {**sample, "input_ids": tokens} if names else sample
+    found = [[*prompt, *sample[name]] for name in _SEQUENCES if name in sample]
+    found += [sample[name] for name in _WHOLE_SEQUENCES if name in sample]
+    tokens = [token for sequence in found for token in sequence[cut]]
+    return {**sample, "input_ids": _Shown(tokens)} if found else sample
+
+
+class _Shown(list[Any]):
+    """Tokens that transforms see, and nobody else."""
+
+
+def _collated_as_given(collate: Any, samples: list[Any]) -> Any:
+    for sample in samples:  # copies already
+        if isinstance(sample.get("input_ids"), _Shown):
+            del sample["input_ids"]
+    return collate(samples)
 
 
 # -- Losses ----------------------------------------------------------------------------------------
