@@ -33,8 +33,8 @@ def unpacked(data: bytes):
         return whole if kind == "f" else first + np.cumsum([0, *whole.tolist()])
 
     for run in header["runs"]:
-        means = [column["means"] for column in run["columns"] if "means" in column]
-        for part in [*run["columns"], *means, *run["maps"], *run["heats"]]:
+        inner = [c[name] for c in run["columns"] for name in ("means", "last") if name in c]
+        for part in [*run["columns"], *inner, *run["maps"], *run["heats"]]:
             for name in ("x", "y", "shares"):
                 if name in part:
                     part[name] = numbers(*part[name])
@@ -105,6 +105,22 @@ def test_a_long_curve_is_packed_with_its_means(tmp_path):
     assert column["x"][column["y"].argmax()] == 777
     means, length = column["means"]["y"], column["means"]["length"]
     np.testing.assert_allclose(np.max(means), 1 + 99 / length, rtol=1e-4)
+
+
+def test_the_mean_of_the_last_logs_is_of_the_logs_and_not_of_what_is_drawn(tmp_path):
+    """Of the points that thinning leaves it was: of the extremes."""
+    rows = [(i, {"loss": 100.0 if i % 10 == 0 else 1.0}) for i in range(3000)]
+    column = column_of(packed([logged(tmp_path / "run.jsonl", rows)], points=500), "loss")
+    assert column["last"]["x"].tolist() == list(range(2950, 3000))
+    np.testing.assert_allclose(column["last"]["y"].mean(), 10.9, rtol=1e-4)
+
+
+def test_cells_of_maps_take_no_points_from_curves(tmp_path):
+    """1,536 experts left 1,200 points to the loss."""
+    cells = {f"layer_{i}/expert_{j}": 1.0 for i in range(30) for j in range(40)}
+    rows = [(i, {"loss": float(i)} | (cells if i == 0 else {})) for i in range(5000)]
+    run = logged(tmp_path / "run.jsonl", rows)
+    assert len(column_of(packed([run]), "loss")["y"]) == 5000
 
 
 def test_a_step_that_was_logged_twice_has_its_later_value(tmp_path):

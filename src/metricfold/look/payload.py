@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,16 +47,41 @@ def packed(runs: Sequence[RunFile], points: int | None = None) -> bytes:
     Curves have about `points` points each, by default 4,000, and fewer where there are more than 250 of them.
     """
     blocks = _Blocks()
+    parts = [_Parts.of(run) for run in runs]
     if points is None:
-        curves = sum(len(run.columns) for run in runs)
+        curves = sum(len(part.curves) for part in parts)
         points = max(_FEWEST_POINTS, min(_MOST_POINTS, _POINTS // max(1, curves)))
-    room = max(1, _CELLS // max(1, sum(_maps_of(run) for run in runs)))
-    header = {
-        "format": 1,
-        "runs": [_run(run, blocks, points, room) for run in runs],
-    }
+    room = _CELLS // max(1, sum(len(part.run.arrays) + len(part.families) for part in parts))
+    header = {"format": 1, "runs": [_run(part, blocks, points, room) for part in parts]}
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     return len(text).to_bytes(4, "little") + text + b"".join(blocks.parts)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A run, and which of its columns are drawn as curves and which as cells of a map."""
+
+    run: RunFile
+    columns: dict[Key, Column]
+    families: list[Family[Key]]
+    curves: list[Key]
+    members: dict[Key, tuple[str, int]]  # of the curves: their family, and their place in it
+
+    @classmethod
+    def of(cls, run: RunFile) -> _Parts:
+        columns = {key: column.ordered() for key, column in run.columns.items() if len(column)}
+        found = families(
+            (key, (key.prefix, key.dataset, key.statistic), key.name) for key in columns
+        )
+        large = [family for family in found if len(family.members) > _CURVES]
+        hidden = {key for family in large for key in family.members}
+        members = {
+            key: (family.name, place[0])
+            for family in found
+            if len(family.members) <= _CURVES and len(family.axes) == 1
+            for key, place in family.members.items()
+        }
+        return cls(run, columns, found, [key for key in columns if key not in hidden], members)
 
 
 class _Blocks:
@@ -107,17 +133,9 @@ def _number(value: float) -> float | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _run(run: RunFile, blocks: _Blocks, points: int, room: int) -> dict[str, Any]:
-    columns = {key: column.ordered() for key, column in run.columns.items()}
-    found = families(_named(columns.items()))
-    maps = [_map_of(run, family, columns, blocks, room) for family in found]
-    hidden = {key for family in found if len(family.members) > _CURVES for key in family.members}
-    members = {
-        key: (family.name, place[0])
-        for family in found
-        if len(family.members) <= _CURVES and len(family.axes) == 1
-        for key, place in family.members.items()
-    }
+def _run(part: _Parts, blocks: _Blocks, points: int, room: int) -> dict[str, Any]:
+    run = part.run
+    maps = [_map_of(part, family, blocks, room) for family in part.families]
     return {
         "label": run.label,
         "path": str(run.path),
@@ -125,13 +143,9 @@ def _run(run: RunFile, blocks: _Blocks, points: int, room: int) -> dict[str, Any
         "records": run.records,
         "lastStep": run.last_step,
         "lastTime": run.last_time,
-        "secondsPerStep": _pace(columns.values()),
-        "columns": [
-            _column(run, key, column, blocks, points, members.get(key))
-            for key, column in columns.items()
-            if key not in hidden and column.steps.size
-        ],
-        "maps": [one for one in maps if one is not None] + _arrays(run, blocks, room),
+        "secondsPerStep": _pace(part.columns.values()),
+        "columns": [_column(part, key, blocks, points) for key in part.curves],
+        "maps": maps + _arrays(run, blocks, room),
         "heats": [
             _heat(key, heat, blocks)
             for key, histograms in run.histograms.items()
@@ -152,11 +166,6 @@ def _pace(columns: Iterable[Column]) -> float | None:
     return pace if pace > 0 else None
 
 
-def _named(columns: Iterable[tuple[Key, Column]]) -> Iterable[tuple[Key, Hashable, str]]:
-    for key, _ in columns:
-        yield key, (key.prefix, key.dataset, key.statistic), key.name
-
-
 def _json(value: Any) -> Any:
     """Return `value` as JSON has it: what is not finite as a text."""
     if isinstance(value, dict):
@@ -168,14 +177,8 @@ def _json(value: Any) -> Any:
     return value if isinstance(value, str | int | bool | None) else str(value)
 
 
-def _column(
-    run: RunFile,
-    key: Key,
-    column: Column,
-    blocks: _Blocks,
-    points: int,
-    member: tuple[str, int] | None,
-) -> dict[str, Any]:
+def _column(part: _Parts, key: Key, blocks: _Blocks, points: int) -> dict[str, Any]:
+    column = part.columns[key]
     steps, values = column.steps, column.values
     bad = ~np.isfinite(values)
     fewer = thinned(values, points)
@@ -184,7 +187,7 @@ def _column(
         **_called(key),
         "printed": column.printed,
         "aggregation": column.aggregation,
-        "better": run.better(key),
+        "better": part.run.better(key),
         "count": int(values.size),
         "x": blocks.steps(steps[kept]),
         "y": blocks.numbers(values[kept]),
@@ -195,11 +198,16 @@ def _column(
             "y": blocks.numbers(fewer.means),
             "length": fewer.length,
         }
+        # What is left of a curve is no sample of its values.
+        entry["last"] = {
+            "x": blocks.steps(steps[-_RECENT:]),
+            "y": blocks.numbers(values[-_RECENT:]),
+        }
     if bad.any():
         where = steps[bad]
         entry["bad"] = [int(where.size), int(where[0]), int(where[-1])]
-    if member is not None:
-        entry["family"] = list(member)
+    if key in part.members:
+        entry["family"] = list(part.members[key])
     return entry
 
 
@@ -224,20 +232,12 @@ def _heat(key: Key, heat: Heat, blocks: _Blocks) -> dict[str, Any]:
     }
 
 
-def _maps_of(run: RunFile) -> int:
-    """Return how many arrays there are, those of families as well."""
-    return len(run.arrays) + len(families(_named(run.columns.items())))
-
-
-def _map_of(
-    run: RunFile, family: Family[Key], columns: dict[Key, Column], blocks: _Blocks, room: int
-) -> dict[str, Any] | None:
+def _map_of(part: _Parts, family: Family[Key], blocks: _Blocks, room: int) -> dict[str, Any]:
+    columns = part.columns
     grids = {columns[key].steps.tobytes(): columns[key].steps for key in family.members}
     steps = max(grids.values(), key=len)
     shape = [len(values) for _, values in family.axes]
     chosen = _chosen(len(steps), int(np.prod(shape)), room, flat=len(shape) == 1)
-    if not len(chosen):
-        return None
     cells = np.full([len(chosen), *shape], np.nan)
     for key, place in family.members.items():
         column = columns[key]
@@ -250,7 +250,7 @@ def _map_of(
     key = next(iter(family.members))
     return {
         **_called(key._replace(name=family.name)),
-        "better": run.better(key),
+        "better": part.run.better(key),
         "axes": [[title, [str(value) for value in values]] for title, values in family.axes],
         "x": blocks.steps(steps[chosen]),
         "y": blocks.numbers(cells.reshape(-1)),

@@ -107,7 +107,7 @@ function decoded(buffer) {
     return made;
   };
   for (const run of payload.runs)
-    for (const part of [...run.columns, ...run.columns.map((c) => c.means), ...run.maps, ...run.heats])
+    for (const part of [...run.columns, ...run.columns.flatMap((c) => [c.means, c.last]), ...run.maps, ...run.heats])
       if (part)
         for (const name of ["x", "y", "shares"])
           if (part[name]) {
@@ -187,10 +187,10 @@ function bestOf(column) {
 }
 
 /** The mean of the last finite values, and how many these are. */
-function recent(column, most = RECENT) {
-  const { y } = column.means && column.means.length * 8 < most ? column.means : column;
+function recent(column) {
+  const { y } = column.last ?? column;
   const values = [];
-  for (let i = y.length - 1; i >= 0 && values.length < most; i--) if (Number.isFinite(y[i])) values.push(y[i]);
+  for (let i = y.length - 1; i >= 0 && values.length < RECENT; i--) if (Number.isFinite(y[i])) values.push(y[i]);
   return { mean: values.reduce((a, b) => a + b, 0) / values.length, logs: values.length };
 }
 
@@ -1109,9 +1109,11 @@ function tiles() {
 
 function against(a, b) {
   // The same steps of both, so that one that is further is not called better for it.
+  const logs = a.means && b.means ? a.means.length : 1;
+  if (a.means && b.means) [a, b] = [{ x: a.means.x, y: a.means.y, better: a.better }, b.means];
   const [low, high] = [Math.max(a.x[0], b.x[0]), Math.min(a.x[a.x.length - 1], b.x[b.x.length - 1])];
   const differences = [];
-  for (let i = lastUpTo(a.x, high); i >= 0 && a.x[i] >= low && differences.length < RECENT; i--) {
+  for (let i = lastUpTo(a.x, high); i >= 0 && a.x[i] >= low && differences.length * logs < RECENT; i--) {
     const other = lastUpTo(b.x, a.x[i]);
     if (other >= 0 && b.x[other] === a.x[i] && Number.isFinite(a.y[i]) && Number.isFinite(b.y[other])) differences.push(b.y[other] - a.y[i]);
   }
@@ -1119,7 +1121,7 @@ function against(a, b) {
   if (!differences.length) return tile(`${B.letter} − ${A.letter}`, "–", ["no step in common"]);
   const mean = differences.reduce((sum, d) => sum + d, 0) / differences.length;
   const which = !a.better || mean === 0 ? "" : (mean < 0) === (a.better === "lower") ? `${B.letter} is better` : `${A.letter} is better`;
-  return tile(`${B.letter} − ${A.letter}, last ${differences.length} common logs`, difference(mean), [[which, `up to step ${whole(high)}`].filter(Boolean).join(", "), changedSettings()]);
+  return tile(`${B.letter} − ${A.letter}, last ${differences.length * logs} common logs`, difference(mean), [[which, `up to step ${whole(high)}`].filter(Boolean).join(", "), changedSettings()]);
 }
 
 function change(column) {
