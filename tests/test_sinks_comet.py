@@ -117,5 +117,5 @@ def test_a_step_stays_its_own_beside_another_thread(logged):
 
 
 def test_arguments_for_an_experiment_that_is_there_are_refused():
-    with pytest.raises(TypeError, match="experiment= and a=: those are for a new"):
+    with pytest.raises(TypeError, match="experiment= and a=: those are for comet_ml"):
         CometSink(object(), a=1)

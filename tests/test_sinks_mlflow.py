@@ -266,8 +266,15 @@ def test_the_newest_alert_about_a_metric_is_a_tag():
 
 def test_going_back_is_said(caplog):
     sink = MLflowSink(mlflow.start_run().info.run_id)
-    sink.rewind(3)
+    sink.rewind(3)  # of an earlier process it may hold more
     assert "cannot take back steps: what the tracker holds after step 3" in caplog.text
+    caplog.clear()
+    MLflowSink(run_name="new").rewind(3)
+    sink.write(Record(3, 1.0, {"loss": 1.0}))
+    sink.rewind(3)
+    assert caplog.text == "", "there is nothing to take back"
+    sink.rewind(2)
+    assert "after step 2" in caplog.text
 
 
 def test_the_tracking_server_is_that_of_when_the_sink_was_made(tmp_path):

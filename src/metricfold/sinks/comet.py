@@ -15,7 +15,7 @@ from metricfold.sinks.config import flattened
 from metricfold.sinks.heat_map import HeatMaps, png
 from metricfold.sinks.keywise import KeywiseSink
 from metricfold.sinks.record import Record, RecordRefused
-from metricfold.sinks.selection import require
+from metricfold.sinks.selection import check_one, require
 
 __all__ = ["CometSink"]
 
@@ -57,11 +57,7 @@ class CometSink(KeywiseSink):
     ) -> None:
         super().__init__(select=select, key_format=key_format)
         self.arrays, self._heat_maps = arrays, HeatMaps()
-        if experiment is not None and init:
-            raise TypeError(
-                f"CometSink got experiment= and {', '.join(f'{name}=' for name in init)}: those are "
-                "for a new experiment; leave out one or the other"
-            )
+        check_one("CometSink", "experiment", experiment, init, "comet_ml.OfflineExperiment")
         require("comet_ml", sink="CometSink", extra="comet")
         if init.get("offline_directory"):
             init["offline_directory"] = os.path.abspath(init["offline_directory"])  # noqa: PTH100
@@ -84,9 +80,12 @@ class CometSink(KeywiseSink):
             self.experiment.end()
             self.experiment, self._owned = None, False
 
+    def _is_new(self) -> bool:
+        return self.experiment is None and bool(self._init)
+
     def _write(self, record: Record) -> None:
         if self.experiment is None:
-            self.experiment = _running() or self._started()
+            self.experiment = (None if self._init else _running()) or self._started()
         if not self.experiment.alive:
             raise RecordRefused(
                 f"Comet's experiment {self.experiment.id} has ended, and takes nothing any more: end "

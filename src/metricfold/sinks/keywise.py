@@ -43,14 +43,21 @@ class KeywiseSink(SelectiveSink):
         # The keys that the tracker has taken, for records that may be offered again.
         self._taken: dict[tuple[int, float, str], set[str]] = {}
         self._refused: dict[str, BaseException] = {}  # keys, for good, and why
+        self._newest: int | None = None  # step that was written
 
     def rewind(self, step: int) -> None:
-        """Say in the log that the tracker cannot take back what it was given."""
+        """Say in the log that the tracker cannot take back what it was given, if there is any."""
+        if self._is_new() or (self._newest is not None and self._newest <= step):
+            return
         mention(
             f"{self!r} cannot take back steps: what the tracker holds after step {step} is shown next "
             "to what comes now. JSONLSink, TensorBoardSink and WandbSink can, as far as their backends "
             "do"
         )
+
+    def _is_new(self) -> bool:
+        """Return whether it is known that the tracker holds nothing yet."""
+        return False
 
     @abstractmethod
     def _log(self, record: Record, values: dict[str, Any]) -> None:
@@ -97,6 +104,7 @@ class KeywiseSink(SelectiveSink):
         if given and not taken:
             error = next(iter(refused.values()))
             raise RecordRefused(f"all of its keys are refused, the first one by {error!r}")
+        self._newest = max(record.step, record.step if self._newest is None else self._newest)
         for call in self._beside(record):
             self._attempt(call)
         if refused:

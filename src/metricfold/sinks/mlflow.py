@@ -6,6 +6,7 @@ is made, and metrics go to it by its id.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from metricfold.sinks.config import flattened
 from metricfold.sinks.keywise import KeywiseSink
 from metricfold.sinks.loud import mention
 from metricfold.sinks.record import Record
-from metricfold.sinks.selection import require
+from metricfold.sinks.selection import check_one, require
 
 __all__ = ["MLflowSink"]
 
@@ -58,11 +59,7 @@ class MLflowSink(KeywiseSink):
         **start: Any,
     ) -> None:
         super().__init__(select=select, key_format=key_format)
-        if run_id is not None and start:
-            raise TypeError(
-                f"MLflowSink got run_id= and {', '.join(f'{name}=' for name in start)}: those are for "
-                "mlflow.start_run of a new run; leave out one or the other"
-            )
+        check_one("MLflowSink", "run_id", run_id, start, "mlflow.start_run")
         require("mlflow", sink="MLflowSink", extra="mlflow")
         # One who has started a run has imported it; ranks that write nothing need not.
         mlflow = sys.modules.get("mlflow")
@@ -84,6 +81,9 @@ class MLflowSink(KeywiseSink):
             mlflow.end_run()  # that of this thread
             self.run_id, self._owned = None, False
         self._client = None
+
+    def _is_new(self) -> bool:
+        return self.run_id is None and "MLFLOW_RUN_ID" not in os.environ
 
     def _write(self, record: Record) -> None:
         if self._client is None:

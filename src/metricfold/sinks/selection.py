@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -155,6 +155,15 @@ def _formatter(key_format: str) -> Callable[[str], str]:
 
 def _formatted(key_format: str, key: str) -> str:
     return key_format.format(key=key)
+
+
+def check_one(sink: str, argument: str, given: object, others: Iterable[str], maker: str) -> None:
+    """Raise a `TypeError` where what is made already is `given`, and arguments to make it as well."""
+    if given is not None and (names := ", ".join(f"{name}=" for name in others)):
+        raise TypeError(
+            f"{sink} got {argument}= and {names}: those are for {maker}, which has made yours already; "
+            "leave out one or the other"
+        )
 
 
 def require(package: str, *, sink: str, extra: str) -> None:

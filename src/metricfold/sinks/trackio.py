@@ -13,7 +13,7 @@ from metricfold.sinks.buckets import coarsened
 from metricfold.sinks.heat_map import HeatMaps
 from metricfold.sinks.keywise import KeywiseSink
 from metricfold.sinks.record import Record, RecordRefused
-from metricfold.sinks.selection import require
+from metricfold.sinks.selection import check_one, require
 
 __all__ = ["TrackioSink"]
 
@@ -52,11 +52,7 @@ class TrackioSink(KeywiseSink):
     ) -> None:
         super().__init__(select=select, key_format=key_format)
         self.arrays, self._heat_maps = arrays, HeatMaps()
-        if run is not None and init:
-            raise TypeError(
-                f"TrackioSink got run= and {', '.join(f'{name}=' for name in init)}: those are for "
-                "trackio.init, which has made your run already; leave out one or the other"
-            )
+        check_one("TrackioSink", "run", run, init, "trackio.init")
         require("trackio", sink="TrackioSink", extra="trackio")
         # One who has started a run has imported it; ranks that write nothing need not.
         loaded = "trackio" in sys.modules and not init and run is None
@@ -80,6 +76,9 @@ class TrackioSink(KeywiseSink):
         if self._owned:
             self.run.finish()
             self.run, self._owned = None, False
+
+    def _is_new(self) -> bool:
+        return self.run is None and bool(self._init) and "resume" not in self._init
 
     def _write(self, record: Record) -> None:
         if self.run is None:

@@ -27,7 +27,7 @@ from metricfold.sinks.header import better
 from metricfold.sinks.heat_map import HeatMaps
 from metricfold.sinks.loud import mention
 from metricfold.sinks.record import Record, RecordRefused
-from metricfold.sinks.selection import SelectiveSink, require
+from metricfold.sinks.selection import SelectiveSink, check_one, require
 
 __all__ = ["WandbSink"]
 
@@ -76,11 +76,7 @@ class WandbSink(SelectiveSink):
     ) -> None:
         super().__init__(select=select, key_format=key_format)
         self.arrays, self._heat_maps = arrays, HeatMaps()
-        if run is not None and init:
-            raise TypeError(
-                f"WandbSink got run= and {', '.join(f'{name}=' for name in init)}: those are for "
-                "wandb.init, which has made your run already; leave out one or the other"
-            )
+        check_one("WandbSink", "run", run, init, "wandb.init")
         require("wandb", sink="WandbSink", extra="wandb")
         if step_metric is not None:
             check_name("step_metric", step_metric)
