@@ -293,3 +293,33 @@ def test_what_has_been_learnt_is_copied_and_pickled() -> None:
             "data_docs/loss": 1.0,
             "data_code/loss": 4.0,
         }
+
+
+def test_an_accumulator_of_jax_takes_places_and_says_so() -> None:
+    jax_accumulator = pytest.importorskip("metricfold.jax").DeviceAccumulator
+    acc = jax_accumulator({"loss": "mean"}, datasets=("docs", "code"))
+    ids = DatasetIds(("code", "docs"), [0, 1, 1])
+    with pytest.raises(TypeError, match=r"give it batch\['dataset_ids'\]\.places"):
+        acc.update("loss", np.ones(3), dataset_ids=ids)
+    with pytest.raises(TypeError, match="DeviceAccumulator alone takes a number of them"):
+        jax_accumulator({"loss": "mean"}, datasets=16)
+    acc = acc.update("loss", np.array([1.0, 2.0, 4.0]), dataset_ids=ids.places(acc.layout.datasets))
+    aggregator = MetricsAggregator()
+    aggregator.drain(acc)
+    assert aggregator.get_metrics_for_logging() == {"data_code/loss": 1.0, "data_docs/loss": 3.0}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_name_that_is_new_waits_for_the_gpu() -> None:
+    acc = DeviceAccumulator({"loss": "mean", "len": "distribution"}, 1, device="cuda", fused=False)
+    losses = torch.ones(4, 8, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for place in range(5):
+            acc.update("loss", losses, dataset_ids=DatasetIds(("b", f"a{place}"), [0, 1, 0, 1]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    aggregator = MetricsAggregator()
+    aggregator.drain(acc)
+    logged = aggregator.get_metrics_for_logging()
+    assert [logged[f"data_{name}/loss"] for name in ("b", "a0", "a4")] == [1.0, 1.0, 1.0]

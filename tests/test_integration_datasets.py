@@ -529,6 +529,36 @@ def test_a_map_that_makes_several_samples_of_one_hands_the_number_on() -> None:
         assert counted(halved) == expected
 
 
+def test_a_class_that_nothing_can_import_goes_to_workers_too() -> None:
+    class Local(Words):
+        pass
+
+    spawned = multiprocessing.get_context("forkserver")
+    seen = MetricsAggregator()
+    for batch in DataLoader(
+        tagged("short", "map", Local()),
+        collate_fn=MetricsCollator(pad),
+        batch_size=20,
+        num_workers=1,
+        multiprocessing_context=spawned,
+    ):
+        seen.update(batch["metrics"])
+    words = sum(len(text.split()) for text in texts("short"))
+    assert seen.get_metrics_for_logging()["data_short/words"] == words
+
+
+def test_one_stream_under_two_names_counts_for_each() -> None:
+    """A column that was added to a stream had the last value for all once (datasets#5753)."""
+    import datasets
+
+    from metricfold.integrations.datasets import with_metrics
+
+    stream = plain("short", "iterable")
+    both = [with_metrics(stream, DefaultTrainingMetricTransform(), name) for name in ("a", "b")]
+    seen = counted(datasets.interleave_datasets(both, stopping_strategy="all_exhausted"))
+    assert seen["a/samples_seen"] == seen["b/samples_seen"] == 60.0
+
+
 class Unsendable(Words):
     def __init__(self) -> None:
         self.stream = (one for one in ())

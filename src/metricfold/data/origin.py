@@ -91,8 +91,8 @@ class Origins:
             return transform
         if name:
             raise ValueError(
-                f"the transform of dataset {name!r} could not be sent to this process ({packed}): define "
-                "its class at the top level of a module, and let it hold nothing that cannot be pickled"
+                f"the transform of dataset {name!r} could not be sent to this process ({packed}): let "
+                "it hold nothing that cannot be pickled, and be of a class that stands in a module"
             )
         known = shortened(_described(one) for one in self._transforms.values()) or "none"
         raise ValueError(
@@ -106,11 +106,7 @@ class Origins:
         """Return what `join` takes, in which one that cannot be pickled does not stop the others."""
         found = dict(self._packed)
         for number, transform in self._transforms.items():
-            try:
-                packed: bytes | str = pickle.dumps(transform)
-            except Exception as error:  # noqa: BLE001 - what pickling raises depends on what it meets
-                packed = str(error)
-            found[number] = str(transform.dataset_name), packed
+            found[number] = str(transform.dataset_name), _packed(transform)
         return found
 
     def join(self, packed: Mapping[int, tuple[str, bytes | str]]) -> None:
@@ -118,6 +114,24 @@ class Origins:
 
 
 ORIGINS = Origins()
+
+
+def _packed(transform: MetricTransform) -> bytes | str:
+    """Return `transform` pickled, or why it could not be.
+
+    A class of a script, a notebook or a function is nothing that another process can import. Where Datasets
+    is, there is dill, which takes such a class along.
+    """
+    dill = sys.modules.get("dill")
+    cls = type(transform)
+    own = cls.__module__ == "__main__" or "<locals>" in cls.__qualname__
+    try:
+        if own and dill is not None:
+            packed: bytes = dill.dumps(transform, recurse=True)
+            return packed
+        return pickle.dumps(transform)
+    except Exception as error:  # noqa: BLE001 - what pickling raises depends on what it meets
+        return str(error)
 
 
 def _described(transform: MetricTransform) -> str:

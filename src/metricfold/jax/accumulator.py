@@ -45,6 +45,7 @@ from metricfold._core.device.rows import (
 )
 from metricfold._core.runtime.listing import internal
 from metricfold._core.runtime.staging import is_traced
+from metricfold.data.ids import DatasetIds
 from metricfold.jax.axes import DEFAULT_AXIS, AxisName, resolve_axes
 from metricfold.jax.collectives import Lane, axes_size, combine
 from metricfold.jax.exact_sums import MOST_TERMS, Limbs, add_pairs, exponents, magnitudes
@@ -748,6 +749,11 @@ def _groups(layout: Layout, values: Any, weights: Any, dataset_ids: Any, ids: An
     datasets = None
     if layout.takes_ids(f"metric {named}", dataset_ids):
         where = f"dataset_ids of metric {named}"
+        if isinstance(dataset_ids, DatasetIds):
+            raise TypeError(
+                f"{where} are the names of a batch's datasets, which no compiled step can look up: give it "
+                "batch['dataset_ids'].places(datasets), with the datasets that the accumulator was made with"
+            )
         datasets = _integers(dataset_ids, where, len(layout.datasets))
     groups: dict[Any, Group] = {}
     for leaf, w in zip(leaves, weights_for, strict=True):

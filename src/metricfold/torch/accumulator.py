@@ -60,6 +60,7 @@ from metricfold.torch.folding import (
     padded,
     read,
     read_with_axes,
+    sent,
     shapes,
     shapes_with_axes,
     take_over,
@@ -357,8 +358,7 @@ class DeviceAccumulator:
             if layout is not self.layout:
                 with _turn.lock:
                     self._grow(layout)
-        places = torch.from_numpy(ids.places(self.layout.known))
-        return places.to(self.device, non_blocking=True)
+        return sent(torch.from_numpy(ids.places(self.layout.known)), self.device)
 
     def at(self, name: str, **places: int | str) -> PlacedMetric:
         """Return a metric at one place along some of its axes, such as ``at("expert_tokens", layer=3)``.
@@ -655,7 +655,7 @@ class DeviceAccumulator:
             strides = tuple(math.prod(columns[place + 1 :]) for place in range(len(columns)))
             column = self._table.column
             if axes:
-                column = torch.tensor([first_column(strides)], device=self.device)
+                column = sent(torch.tensor([first_column(strides)]), self.device)
             steps = tuple(
                 torch.arange(axis.length, device=self.device) * stride
                 for axis, stride in zip(axes, strides[len(strides) - len(axes) :], strict=True)

@@ -63,6 +63,7 @@ __all__ = [
     "padded",
     "read",
     "read_with_axes",
+    "sent",
     "shapes",
     "shapes_with_axes",
     "take_over",
@@ -153,6 +154,11 @@ def first_column(strides: Sequence[int]) -> int:
     return _FIRST + sum(strides)
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return what lies on the host on a device, without a wait for what the device has to do first."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 class Table(NamedTuple):
     """Constants of an accumulator, on its device, so that no update has to make them.
 
@@ -175,7 +181,7 @@ class Table(NamedTuple):
     @classmethod
     def on(cls, device: torch.device, datasets: int) -> Table:
         def of(values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
+            return sent(torch.tensor(values, dtype=dtype), device)
 
         inside = [(place + 1) * 2 * _HALF + _HALF for place in range(datasets)]
         return cls(
@@ -185,7 +191,7 @@ class Table(NamedTuple):
             weights=of([-math.ulp(0.0), 0.0, _LARGEST]),
             integers=of([-_EXACT - 1, _EXACT, _EXACT], torch.int64),
             float32s=of([-math.inf, _LARGEST32, math.inf], torch.float32),
-            one_beside=torch.tensor([1j], dtype=torch.complex128, device=device),
+            one_beside=sent(torch.tensor([1j], dtype=torch.complex128), device),
             one=of([1.0]),
             largest=of([math.inf]),
             smallest=of([-math.inf]),
