@@ -116,11 +116,6 @@ class Rows(NamedTuple):
     grid: Tensor | None  # shape (metrics, raw cells, MOMENTS)
     blocks: int
 
-    @property
-    def width(self) -> int:
-        """How many columns there are."""
-        return self.plain.shape[-2] // (_REGIONS * self.blocks)
-
 
 def padded(datasets: Sequence[str], axes: Axes) -> tuple[int, ...]:
     """Return the sizes of what columns are of: the datasets and each axis, with one more on either side.
@@ -330,7 +325,8 @@ class _Batch:
         self.weights = None if block is None else weights
         self.kept: Tensor | None = None if block is not None else weights
         self._inside: Tensor | None = None
-        width, self.first = rows.width, 0
+        # Here, since PyTorch 2.8 compiles no property of a named tuple.
+        width, self.first = rows.plain.shape[-2] // (_REGIONS * rows.blocks), 0
         if rows.blocks == 1:
             if block is not None:  # which is told by the column
                 columns = torch.where(block == _RIGHT, columns, block != _ZERO)
