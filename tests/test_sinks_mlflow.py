@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import math
 import threading
 
@@ -197,23 +199,48 @@ def test_what_is_refused_is_asked_once(monkeypatch):
     assert len(calls) == 6
 
 
-def test_a_server_that_is_away_gets_all_of_it_once_when_it_is_back(monkeypatch, caplog):
-    """Its trouble is an MlflowException, as a refused name is; the keys are not asked one by one."""
-    run_id = mlflow.start_run().info.run_id
-    calls, log_batch = [], mlflow.MlflowClient.log_batch
-    away = mlflow.exceptions.MlflowException("API request failed with exception")
+@pytest.mark.parametrize("status", [429, 502, 503])
+def test_a_server_that_is_away_gets_each_value_once_when_it_is_back(status, monkeypatch):
+    """Its trouble is an MlflowException, as a refused name is; keys are not asked one by one for it."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    batches: list[list[str]] = []
+    got: list[tuple[str, int]] = []
 
-    def failing(self, run, metrics=(), **named):
-        calls.append([one.key for one in metrics])
-        if len(calls) < 3:
-            raise away
-        return log_batch(self, run, metrics=metrics, **named)
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            metrics = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["metrics"]
+            batches.append([one["key"] for one in metrics])
+            if len(batches) < 3:
+                return self.say(status, "TEMPORARILY_UNAVAILABLE")
+            if "of_server" in batches[-1]:
+                return self.say(400, "INVALID_PARAMETER_VALUE")
+            got.extend((one["key"], one["step"]) for one in metrics)
+            return self.say(200)
 
-    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", failing)
-    with MetricsLogger([MLflowSink()]) as logger:
-        logger.log(1, {"a": 1.0, "b": 2.0})
-    assert calls == [["a", "b"]] * 3
-    assert history(run_id, "a") == [(1, 1.0)]
+        def say(self, status, error=""):
+            answer = json.dumps({"error_code": error, "message": error} if error else {}).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    mlflow.set_tracking_uri(f"http://127.0.0.1:{server.server_port}")
+    try:
+        with MetricsLogger([MLflowSink("a" * 32)]) as logger:
+            for step in (1, 2):
+                logger.log(step, {"loss": 1.0, "of_server": 2.0, "lr": 3.0})
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert batches[:3] == [["loss", "of_server", "lr"]] * 3
+    assert sorted(got) == [("loss", 1), ("loss", 2), ("lr", 1), ("lr", 2)]
 
 
 def test_the_configuration_becomes_parameters_and_costs_no_metrics(caplog):
