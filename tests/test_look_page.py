@@ -129,6 +129,11 @@ def test_the_first_tiles_say_how_it_stands(page):
     assert "best train loss" in texts
     assert "1 alert, 1 severe" in texts
     assert "step 3,010: loss of code is nan" in texts
+    assert page.run("metricfold.cards.map(c => c.alerts?.length ?? 0).filter(n => n)") == [1]
+    page.run("document.querySelector('#notes button').click()")
+    low, high = page.run("metricfold.state.range")
+    assert low > 2500
+    assert high == 3010
 
 
 def test_the_loss_of_every_dataset_is_first_and_large_with_a_table(page):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +29,14 @@ def report(runs: Paths | RunFile | Sequence[Paths | RunFile], out: str | os.Path
     """
     data = packed(opened(runs))
     path = Path(out)
+    # Whoever has the old one open sees it until the new one is whole.
+    part = path.parent / f"{path.name}.part"
     try:
-        # Whoever has the old one open sees it until the new one is whole.
-        part = path.with_name(path.name + ".part")
         part.write_bytes(report_html(data))
         part.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise LookError(
             f"the report cannot be written to {path} ({error.strerror or error}): give another file"
         ) from error

@@ -35,8 +35,8 @@ __all__ = ["View", "view"]
 
 _OURS = ("127.0.0.1", "localhost", "[::1]")
 """What this machine may be called by a browser on it, or at the other end of ``ssh -L``."""
-_BUSY = 20
-"""Of so many parts of the time at most one goes into reading and packing."""
+_BUSY = 10
+"""Of so many seconds of a core at most one goes into reading and packing."""
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "frame-ancestors 'none'",
@@ -138,9 +138,9 @@ class _Followed:
         with self._lock:
             now = time.monotonic()
             if now >= self._next:
+                began = time.thread_time()
                 self._read_on()
-                spent = time.monotonic() - now
-                self._wait = max(1.0, _BUSY * spent)
+                self._wait = max(1.0, _BUSY * (time.thread_time() - began))
                 self._next = now + self._wait / 2
             return f"{self._life}-{self._version}", self._data, self._wait, self._problem
 

@@ -5,7 +5,7 @@
 const LIVE = document.documentElement.dataset.live;  // where to ask for newer data
 const SHORT = 50;  // curves of fewer logs are not smoothed
 const RECENT = 50;  // so many logs are "now"
-const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
+const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3], [14, 5], [5, 2, 1, 2, 1, 2], [1, 5], [12, 3, 5, 3]];
 const RANGE_ALL = null;
 
 const state = {
@@ -364,7 +364,7 @@ class Card {
     if (panel.run !== undefined && state.runs.length > 1) this.title.append(el("small", { text: " · run " + state.runs[panel.run].letter }));
     this.tools = el("span", { class: "now" });
     this.enlarge = el("button", { class: "enlarge", type: "button", "aria-label": "Enlarge", title: "enlarge (e)", "aria-pressed": "false", text: "⤢", onclick: () => this.toggleFull() });
-    this.plot = el("div", { class: "plot", role: "img" });
+    this.plot = el("div", { class: "plot", role: "img", "aria-label": titleOf(panel) });
     this.body = el("div", { class: "body" }, this.plot);
     this.note = el("p", { class: "note" });
     this.root = el("section", { class: "card " + size, "aria-labelledby": id },
@@ -615,7 +615,8 @@ class Lines extends Card {
     for (const curve of curves) { this.curveAt[data.length] = curve; add(curve, curve.smooth ?? curve.raw, { width: curve.smooth ? curve.width : Math.min(curve.width, 1.9) }); }
     this.log = log;
     this.marks = curves.map((curve) => ({ colour: curve.colour, list: marksOf(curve.raw, log) })).filter(({ list }) => list.length);
-    this.curves = curves;
+    this.alerts = [...new Set(this.panel.series.flatMap(({ run, row }) => state.runs[run].alerts.filter((alert) =>
+      alert.name === this.panel.name && alert.prefix === this.panel.prefix && (alert.dataset ?? "") === row).map((alert) => alert.step)))].slice(-40);
     const labels = this.size === "large" || this.full;
     this.endLabels = labels && this.many && innerWidth > 620;
     const right = this.endLabels ? clamp(widest(curves.map((c) => this.endName(c))) + 14, 30, 130) : 24;
@@ -656,7 +657,7 @@ class Lines extends Card {
     return [values[values.length * 0.01 | 0], values[Math.min(values.length - 1, values.length * 0.99 | 0)]];
   }
 
-  /** What stands over the curves: marks of what is not finite, alerts, and names at their ends. */
+  /** What stands over the curves: alerts, marks of what is not finite, and names at their ends. */
   over(u) {
     const { ctx, bbox } = u, ratio = devicePixelRatio, labels = this.size === "large" || this.full;
     ctx.save();
@@ -665,6 +666,15 @@ class Lines extends Card {
     ctx.clip();
     ctx.font = `${11 * ratio}px system-ui`;
     ctx.textAlign = "center";
+    ctx.strokeStyle = colour("bad");
+    ctx.lineWidth = ratio;
+    ctx.setLineDash([3 * ratio, 3 * ratio]);
+    for (const step of this.alerts) {
+      const at = Math.round(u.valToPos(step, "x", true));
+      ctx.beginPath();
+      ctx.moveTo(at, bbox.top); ctx.lineTo(at, bbox.top + bbox.height);
+      ctx.stroke();
+    }
     const told = [], few = this.marks.reduce((sum, { list }) => sum + list.length, 0) <= 12;
     for (const { colour: name, list } of this.marks) {
       ctx.fillStyle = colour(name);
@@ -981,8 +991,9 @@ class Grid extends Card {
       this.title.append(" ", pick);
       return pick;
     });
-    this.canvas = el("canvas", { class: "map", tabindex: "0", role: "img" });
+    this.canvas = el("canvas", { class: "map", tabindex: "0", role: "img", "aria-label": titleOf(panel) });
     this.plot.removeAttribute("role");
+    this.plot.removeAttribute("aria-label");
     this.plot.append(this.canvas);
     if (map.x.length > 1) {
       this.slider = el("input", { type: "range", min: 0, max: map.x.length - 1, value: map.x.length - 1, "aria-label": "Step" });
