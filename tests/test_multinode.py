@@ -44,9 +44,14 @@ def both_routes(rank: int) -> list[float]:
     return [total(aggregator) for aggregator in aggregators for _ in range(2)]
 
 
-def test_hosts_whose_own_names_lead_to_loopback_reach_each_other_untold() -> None:
+@pytest.mark.parametrize(
+    "given",
+    [{"resolves": LOOPBACK}, {"own_names": ("copy", "copy")}],
+    ids=["to loopback", "to nothing, and both alike"],
+)
+def test_hosts_whose_own_names_lead_nowhere_reach_each_other_untold(given: dict[str, Any]) -> None:
     """It was an error, which asked for GLOO_SOCKET_IFNAME."""
-    with Hosts(resolves=LOOPBACK) as hosts:
+    with Hosts(**given) as hosts:
         assert run_on(hosts, both_routes, 1) == [[2.0, 4.0, 2.0, 4.0]] * 2
 
 
@@ -74,6 +79,7 @@ def test_an_interface_that_leads_nowhere_is_told_apart_from_a_missing_rank() -> 
             assert missing == (), text
             assert "no rank is missing, but the connection between them failed" in text
             assert f"{cause}: set GLOO_SOCKET_IFNAME on every host" in text
+            assert "such as the one that has 10.77.0." in text
             # The rank that was to be reached heard of it when it gave up itself.
             assert seconds < 15, text
 

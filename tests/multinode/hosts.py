@@ -52,12 +52,13 @@ class Host:
     Args:
         number: 0 or 1.
         names: what its `/etc/hosts` holds.
+        name: its own.
     """
 
-    def __init__(self, number: int, names: Path) -> None:
+    def __init__(self, number: int, names: Path, name: str) -> None:
         self.number, self.address, self.names = number, ADDRESSES[number], names
         setup = (
-            f"hostname {NAMES[number]} && mount --bind {names} /etc/hosts && ip link set lo up "
+            f"hostname {name} && mount --bind {names} /etc/hosts && ip link set lo up "
             "&& echo ready && exec cat"
         )
         self._first = subprocess.Popen(
@@ -110,10 +111,16 @@ class Hosts:
     Args:
         delay: seconds that a packet is under way; None: a link without delay.
         resolves: to which addresses the hosts' own names resolve; Debian writes 127.0.1.1.
+        own_names: what they call themselves; those of copies are alike, and known to no one.
     """
 
-    def __init__(self, delay: float | None = None, resolves: Sequence[str] | None = None) -> None:
-        self._delay, self._resolves = delay, resolves
+    def __init__(
+        self,
+        delay: float | None = None,
+        resolves: Sequence[str] | None = None,
+        own_names: Sequence[str] = NAMES,
+    ) -> None:
+        self._delay, self._resolves, self._own_names = delay, resolves, own_names
         self._open = ExitStack()
 
     def __enter__(self) -> Hosts:  # noqa: PYI034 - Self is of Python 3.11
@@ -123,7 +130,7 @@ class Hosts:
             for number in range(2):
                 names = folder / f"hosts-{number}"
                 names.write_text(self._names(number), "ascii")
-                self._hosts.append(Host(number, names))
+                self._hosts.append(Host(number, names, self._own_names[number]))
                 opened.callback(self._hosts[-1].kill)
             self._link: Any = (
                 _Veth(self._hosts) if self._delay is None else _Wire(self._hosts, self._delay)

@@ -23,7 +23,17 @@ from metricfold._core.runtime.processes import start_thread
 from metricfold.communicator.base import MissingRanksError
 from metricfold.communicator.tree import first_sent
 
-__all__ = ["ANSWER", "BEAT", "EVERYWHERE", "LATE", "Board", "RollCall", "Words", "first_line"]
+__all__ = [
+    "ANSWER",
+    "BEAT",
+    "EVERYWHERE",
+    "LATE",
+    "Board",
+    "Place",
+    "RollCall",
+    "Words",
+    "first_line",
+]
 
 _logger = logging.getLogger("metricfold")
 
@@ -114,10 +124,10 @@ class _Sign(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a rank runs, as it says once it has come for the first time."""
+    """Where a rank runs, as it says once it has come for the first time: the same for all of a host."""
 
     host: str
-    address: str = ""  # by which it reaches the store
+    address: str = ""  # by which it reaches the store: hosts that are copies may have one name
 
 
 _Signs: TypeAlias = Mapping[int, _Sign | None]
@@ -296,20 +306,24 @@ class RollCall:
 
         Who is asked first are those missing: of a large job far away not all can be asked in time.
         """
-        found: dict[int, str] = {}
+        found: dict[int, Place] = {}
         until, everyone = time.monotonic() + ANSWER, range(len(self.ranks))
-        with suppress(
-            Exception
-        ):  # the store is gone, or a coordinator: a name is not worth an error
+        # Where the store is gone, or a coordinator: names are not worth an error.
+        with suppress(Exception):
             for rank in (*missing, *(rank for rank in everyone if rank not in missing)):
                 if (place := self.place(rank)) is not None:
-                    found[rank] = place.host
+                    found[rank] = place
                 if time.monotonic() > until:
                     break
-        if len(set(found.values())) < 2:
+        places = set(found.values())
+        if len(places) < 2:
             return {}, []
-        of_missing = {rank: found[rank] for rank in missing if rank in found}
-        others = {host for rank, host in found.items() if rank not in of_missing}
+        alike = len({place.host for place in places}) < len(places)
+        names = {
+            place: f"{place.host} at {place.address}" if alike else place.host for place in places
+        }
+        of_missing = {rank: names[found[rank]] for rank in missing if rank in found}
+        others = {names[place] for rank, place in found.items() if rank not in of_missing}
         whole = set(of_missing.values()) - others if len(found) == len(self.ranks) else set()
         return of_missing, sorted(whole)
 

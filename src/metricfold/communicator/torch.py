@@ -33,6 +33,7 @@ from metricfold.communicator.roll_call import (
     BEAT,
     EVERYWHERE,
     LATE,
+    Place,
     RollCall,
     Words,
     first_line,
@@ -216,9 +217,8 @@ class TorchCommunicator(Communicator):
             raise
         except (RuntimeError, TimeoutError, concurrent.futures.TimeoutError) as error:
             known = self._unconnected(error)
-            time.sleep(
-                2 * BEAT
-            )  # the others look as they wait, and the store may end with this rank
+            # The others look as they wait, and the store may end with this rank.
+            time.sleep(2 * BEAT)
             raise known from error
 
     def _start(self, once: timedelta) -> Any:
@@ -242,9 +242,10 @@ class TorchCommunicator(Communicator):
             return mine
         # The store is on this host. Ranks of one host follow each other, so if there is another
         # host, it has the first or the last.
+        here = self._roll.place(self.rank)
         for rank in {0, self.world_size - 1} - {self.rank}:
             place = self._roll.place(rank)
-            if place is not None and place.host != socket.gethostname():
+            if place is not None and place != here:
                 return _facing(place.address) if _leads_elsewhere(place.address) else ""
         return ""
 
@@ -296,20 +297,31 @@ class TorchCommunicator(Communicator):
 
     def _interface_hint(self, error: str) -> str:
         """Return which addresses the ranks listen on, and what to do if others cannot reach them."""
-        found: dict[_Address, set[str]] = {}  # and the hosts of those who listen there
+        named = os.environ.get("GLOO_SOCKET_IFNAME")
+        if named and "Unable to find address for" in error:
+            return (
+                f"GLOO_SOCKET_IFNAME={named!r} must name network interfaces of {socket.gethostname()}, as "
+                "they are, with commas between several: there is no exclusion by ^, as in NCCL's variable, "
+                "and no part of a name"
+            )
+        found: dict[_Address, set[Place]] = {}  # and the hosts of those who listen there
         hosts = set()
         for rank in range(self.world_size):
             place = self._roll.place(rank)
             address = _address(self._store.get(f"0/{rank}", seconds=ANSWER) or b"")
             if place is not None:
-                hosts.add(place.host)
+                hosts.add(place)
                 if address is not None:
-                    found.setdefault(address, set()).add(place.host)
+                    found.setdefault(address, set()).add(place)
         for text in re.findall(r"\[([0-9a-fA-F.:]+)\]:\d+", error):
             with suppress(ValueError):
                 found.setdefault(_plain(ipaddress.ip_address(text)), set())
+        mine = self._store.address
         set_it = (
-            "set GLOO_SOCKET_IFNAME on every host to the network interface that leads to the others, "
+            "set GLOO_SOCKET_IFNAME on every host to the network interface that leads to the others, such "
+            f"as the one that has {mine} on {socket.gethostname()}, by which that reaches the store"
+            if _leads_elsewhere(mine)
+            else "set GLOO_SOCKET_IFNAME on every host to the network interface that leads to the others, "
             "such as eth0"
         )
         if len(hosts) > 1:
@@ -319,14 +331,15 @@ class TorchCommunicator(Communicator):
                     f"other host can reach: {set_it}"
                 )
             if (same := next((one for one in found if len(found[one]) > 1), None)) is not None:
+                names = " and of ".join(sorted(place.host for place in found[same])[:5])
                 return (
-                    f"{same} is an address of {' and of '.join(sorted(found[same])[:5])}, each of which "
-                    f"means itself by it, as by that of a bridge between containers: {set_it}"
+                    f"{same} is an address of {names}, each of which means itself by it, as by that of a "
+                    f"bridge between containers: {set_it}"
                 )
         some = ", ".join(sorted(map(str, found))[:5]) or "addresses that are not known"
         return (
-            f"They listen on {some}. Look at the network between their hosts, and whether "
-            "GLOO_SOCKET_IFNAME names an interface that leads to the others"
+            f"They listen on {some}. Look at the network between their hosts, which may let through the "
+            "store's port alone, and whether GLOO_SOCKET_IFNAME names an interface that leads to the others"
         )
 
     # -- Missing ranks
