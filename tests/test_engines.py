@@ -34,6 +34,7 @@ SECTIONS = {
     "DeepSpeed": "deepspeed_zero",
     "Hydra": "hydra_mixture",
     "Keras": "keras_mixture",
+    "torchtitan": "torchtitan_mixture",
 }
 # Those that start a cluster, or whose packages change what others do: `make engines` runs them.
 by_request = pytest.mark.skipif("METRICFOLD_ENGINES" not in os.environ, reason="make engines")
@@ -147,10 +148,28 @@ def test_a_worker_that_is_killed_under_ray_train_costs_no_total(tmp_path: Path) 
     assert [record.step for record in read_jsonl(tmp_path / "log.jsonl")] == [4, 8]
 
 
-def run(name: str, *args: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> str:
-    """Return what an example prints."""
+@by_request
+def test_torchtitan_goes_on_from_its_checkpoint_with_losses_and_totals_of_each_dataset(
+    tmp_path: Path,
+) -> None:
+    """Its Trainer on two ranks, once to step 6 and once more to 8; its loss is of the last step alone."""
+    pytest.importorskip("torchtitan")
+    for last in ("6", "8"):
+        said = run("torchtitan_mixture", str(tmp_path), last, ranks=2)
+    theirs, ours, truth = ({key: float(x) for key, x in one.items()} for one in columns(said))
+    assert ours == pytest.approx(truth, rel=1e-5)
+    assert theirs["all/tokens_seen"] > 3 * truth["all/tokens_seen"]  # with the padding
+    assert theirs["all/loss"] != pytest.approx(truth["all/loss"], rel=1e-4)
+    assert [record.step for record in read_jsonl(tmp_path / "log.jsonl")] == [1, 4, 8]
+
+
+def run(
+    name: str, *args: str, env: dict[str, str] | None = None, cwd: Path = ROOT, ranks: int = 0
+) -> str:
+    """Return what an example prints, which torchrun starts if it has ranks."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
     ended = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), *args],
+        [sys.executable, *launcher[: 4 * bool(ranks)], str(EXAMPLES / f"{name}.py"), *args],
         cwd=cwd,
         env={**os.environ, **(env or {})},
         capture_output=True,
