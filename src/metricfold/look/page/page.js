@@ -630,7 +630,7 @@ class Lines extends Card {
         filter: (u, splits) => splits, values: (u, splits) => splits.map(tick),
       }),
       series,
-      hooks: { draw: [(u) => this.over(u)] },
+      hooks: { drawAxes: [(u) => this.under(u)], draw: [(u) => this.over(u)] },
     }), data, this.plot);
     this.describe(log);
   }
@@ -657,7 +657,20 @@ class Lines extends Card {
     return [values[values.length * 0.01 | 0], values[Math.min(values.length - 1, values.length * 0.99 | 0)]];
   }
 
-  /** What stands over the curves: alerts, marks of what is not finite, and names at their ends. */
+  /** What stands under the curves: at which steps there were alerts. */
+  under(u) {
+    const { ctx, bbox } = u, ratio = devicePixelRatio;
+    ctx.save();
+    ctx.beginPath();
+    ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
+    ctx.clip();
+    ctx.fillStyle = colour("bad");
+    ctx.globalAlpha = 0.22;
+    for (const step of this.alerts) ctx.fillRect(Math.round(u.valToPos(step, "x", true) - 2.5 * ratio), bbox.top, 5 * ratio, bbox.height);
+    ctx.restore();
+  }
+
+  /** What stands over the curves: marks of what is not finite, and names at their ends. */
   over(u) {
     const { ctx, bbox } = u, ratio = devicePixelRatio, labels = this.size === "large" || this.full;
     ctx.save();
@@ -666,15 +679,6 @@ class Lines extends Card {
     ctx.clip();
     ctx.font = `${11 * ratio}px system-ui`;
     ctx.textAlign = "center";
-    ctx.strokeStyle = colour("bad");
-    ctx.lineWidth = ratio;
-    ctx.setLineDash([3 * ratio, 3 * ratio]);
-    for (const step of this.alerts) {
-      const at = Math.round(u.valToPos(step, "x", true));
-      ctx.beginPath();
-      ctx.moveTo(at, bbox.top); ctx.lineTo(at, bbox.top + bbox.height);
-      ctx.stroke();
-    }
     const told = [], few = this.marks.reduce((sum, { list }) => sum + list.length, 0) <= 12;
     for (const { colour: name, list } of this.marks) {
       ctx.fillStyle = colour(name);
