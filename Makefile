@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO_STAMP := $(VENV)/.installed-demo
+JAX_STAMP := $(VENV)/.installed-jax
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 SITE_STAMP := $(VENV)/.installed-site
@@ -19,16 +21,27 @@ FAILED := .pytest_cache/v/cache/lastfailed
 .PHONY: docs build demo test engines campaign lint bench gpu-check check-minimums multinode clean
 .DEFAULT_GOAL := test
 
-$(STAMP): pyproject.toml constraints.txt
-	@echo "==> installing metricfold and its development tools into $(VENV) (first time: a few minutes)"
+$(DEMO_STAMP): pyproject.toml constraints.txt
+	@echo "==> installing metricfold, PyTorch and TensorBoard into $(VENV) (first time: about a minute, 900 MB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	@$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	@$(BIN)/python -m pip install --quiet -c constraints.txt --group dev -e ".[all]"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[torch,console,tensorboard]"
 	@touch $@
 
-demo: $(STAMP)  ## train a small language model on two ranks; DEMO_ARGS="--ranks 4" and the like pass through
-	@echo "==> metricfold demo: two ranks train a small language model"
+$(JAX_STAMP): $(DEMO_STAMP)
+	@echo "==> installing JAX into $(VENV)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[jax]" "optax>=0.2.6"
+	@touch $@
+
+$(STAMP): $(DEMO_STAMP)
+	@echo "==> installing the development tools, and what the tests need, into $(VENV) (first time: a few minutes)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt --group dev -e ".[all]"
+	@touch $@ $(JAX_STAMP)
+
+# Only what is shown is installed, which takes a minute; what the tests need takes several.
+demo: $(if $(findstring jax,$(DEMO_ARGS)),$(JAX_STAMP),$(DEMO_STAMP))  ## train a small language model on two ranks; DEMO_ARGS="--ranks 4" and the like pass through
+	@echo "==> metricfold demo: two ranks train a small language model, for about a minute"
 	@$(BIN)/metricfold demo $(DEMO_ARGS)
 
 # Hundreds of processes import the package: compiled once, that takes them half the time.
