@@ -22,7 +22,7 @@ FAILED := .pytest_cache/v/cache/lastfailed
 .DEFAULT_GOAL := test
 
 $(DEMO_STAMP): pyproject.toml constraints.txt
-	@echo "==> installing metricfold, PyTorch and TensorBoard into $(VENV) (first time: about a minute, 900 MB)"
+	@echo "==> installing metricfold, PyTorch and TensorBoard into $(VENV) (first time: one to two minutes, 1.1 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	@$(BIN)/python -m pip install --quiet -c constraints.txt torch
