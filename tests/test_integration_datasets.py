@@ -493,8 +493,16 @@ def test_a_number_that_nobody_knows_is_refused_and_can_be_made_known() -> None:
     known = ORIGINS._transforms.pop(number)
     with pytest.raises(ValueError, match=rf"holds {number}, .* remember\(transform, name\)"):
         metrics_of(dataset[0])
+    with pytest.raises(ValueError, match=rf"holds {number}, of dataset 'short', for which"):
+        counted(dataset)
     remember(Words(), "short")
     assert metrics_of(dataset[0]) == known(dataset[0] | {"metrics": []})["metrics"]
+    del ORIGINS._transforms[number]
+    remember(DefaultTrainingMetricTransform(), "short", number=number)
+    assert counted(dataset) == truth("short")
+    with pytest.raises(ValueError, match="come to the same number, by chance"):
+        remember(Words(), "long", number=number)
+    ORIGINS._transforms[number] = known
 
 
 def test_a_format_that_rounds_numbers_is_refused() -> None:

@@ -32,6 +32,7 @@ from metricfold import (
     NonFinite,
 )
 from metricfold.data import metrics_of
+from metricfold.data.origin import ORIGINS
 from metricfold.integrations.transformers import CHECKPOINT_FILE, MetricfoldMixin
 from metricfold.torch import DeviceAccumulator
 
@@ -652,6 +653,13 @@ def test_what_would_lose_metrics_is_refused_with_what_to_set(tmp_path: Path) -> 
         ValueError, match=r"train_dataset has lost the column 'metrics'.*'docs', 'code'"
     ):
         make(tmp_path, train_dataset=lost)
+    unknown = arrow_mixture()
+    for number in {row["metrics"] for row in unknown}:
+        del ORIGINS._transforms[number]
+    with pytest.raises(
+        ValueError, match=r"of dataset 'docs', for which .* remember\(transform, name\)"
+    ):
+        make(tmp_path, train_dataset=unknown)
     set_it = r'accelerator_config={"dispatch_batches": False}'
     with pytest.raises(ValueError, match=set_it):
         make(tmp_path, accelerator_config={"dispatch_batches": True})

@@ -19,7 +19,7 @@ from metricfold._core.fold.builtin import check_on_bad_name
 from metricfold._core.runtime.listing import shortened
 from metricfold.data.ids import DatasetIds
 from metricfold.data.ids import dataset_ids as ids_of
-from metricfold.data.origin import ORIGINS, check_bare
+from metricfold.data.origin import ORIGINS, UnknownOriginError, check_bare, named
 from metricfold.data.sample import METRICS, Taken, take
 
 __all__ = ["DATASET_IDS", "Collated", "MetricsCollator", "mapping_of"]
@@ -118,7 +118,10 @@ class MetricsCollator:
         """Return a batch, and apart from it what each sample has said."""
         bare, taken = [], []
         for sample in samples:
-            rest, one = _taken(sample)
+            try:
+                rest, one = _taken(sample)
+            except UnknownOriginError as error:
+                raise named(error, self) from None
             bare.append(rest)
             taken.append(one)
         _check_all_there(taken, self)

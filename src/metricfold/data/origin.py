@@ -31,9 +31,11 @@ __all__ = [
     "ORIGINS",
     "TOKENS",
     "Segment",
+    "UnknownOriginError",
     "check_bare",
     "check_origins",
     "measured",
+    "named",
     "note",
     "noted",
     "segments",
@@ -48,6 +50,25 @@ LARGEST = 2**31 - 1
 
 
 # -- The table -------------------------------------------------------------------------------------
+
+
+class UnknownOriginError(ValueError):
+    """A row carries a number that stands for nothing here."""
+
+    number = -1
+
+
+def _unknown(number: int, name: str = "") -> UnknownOriginError:
+    known = shortened(map(_described, ORIGINS.known)) or "none"
+    of = f", of dataset {name}," if name else ","
+    error = UnknownOriginError(
+        f"the column {METRICS!r} of a sample holds {number}{of} for which this process knows no transform; "
+        f"it knows {known}: call with_metrics() before the workers of the loader start; or, if the "
+        "dataset was saved by another process, remember(transform, name) of "
+        f"metricfold.integrations.datasets, with number={number} where the settings are others"
+    )
+    error.number = number
+    return error
 
 
 class Origins:
@@ -65,14 +86,19 @@ class Origins:
     def __bool__(self) -> bool:
         return bool(self._transforms or self._packed)
 
-    def add(self, number: int, transform: MetricTransform) -> None:
+    @property
+    def known(self) -> list[MetricTransform]:
+        return [*self._transforms.values()]
+
+    def add(self, number: int, transform: MetricTransform, *, of_any_class: bool = False) -> None:
         """Let `number` stand for `transform`; the last one of the same class, name and state does.
 
         Raises:
-            ValueError: it stands for another dataset or class already.
+            ValueError: it stands for another dataset already, or for another class, unless `of_any_class`.
         """
         known = self._transforms.get(number, transform)
-        if _described(known) != _described(transform):
+        same = known.dataset_name == transform.dataset_name
+        if not (same and (of_any_class or _described(known) == _described(transform))):
             raise ValueError(
                 f"{_described(transform)} and {_described(known)} come to the same number, by chance: "
                 "give one of the two datasets another name"
@@ -94,13 +120,10 @@ class Origins:
                 f"the transform of dataset {name!r} could not be sent to this process ({packed}): let "
                 "it hold nothing that cannot be pickled, and be of a class that stands in a module"
             )
-        known = shortened(_described(one) for one in self._transforms.values()) or "none"
-        raise ValueError(
-            f"the column {METRICS!r} of a sample holds {number}, for which this process knows no transform; "
-            f"it knows {known}: call with_metrics() before the workers of the loader start; or, if the "
-            "dataset was saved by another process, remember(transform, name) of "
-            "metricfold.integrations.datasets, with the same class, settings and name"
-        )
+        raise _unknown(number)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._transforms or number in self._packed
 
     def packed(self) -> dict[int, tuple[str, bytes | str]]:
         """Return what `join` takes, in which one that cannot be pickled does not stop the others."""
@@ -262,31 +285,35 @@ def _is_column(value: object) -> bool:
 
 # -- A dataset that has lost them ------------------------------------------------------------------
 
-_NOTE = "metricfold: the column 'metrics' says which samples are of dataset {!r}"
-_NOTED = re.compile(re.escape(_NOTE).replace(r"\{!r\}", "(.+)"))
+_NOTE = "metricfold: the column 'metrics' is {} in samples of dataset {!r}"
+_NOTED = re.compile(r"metricfold: the column 'metrics' is (\d+) in samples of dataset (.+)")
 
 
-def note(name: str) -> str:
+def note(number: int, name: str) -> str:
     """Return what a dataset's description says from `with_metrics` on; it survives what drops the column."""
-    return _NOTE.format(name)
+    return _NOTE.format(number, name)
 
 
-def noted(dataset: object) -> list[str]:
-    """Return the datasets, quoted, whose samples are in `dataset` and have, or had, the column."""
+def noted(dataset: object) -> dict[int, str]:
+    """Return the datasets, quoted, whose samples are in `dataset` and have, or had, the column, by number."""
     description = getattr(getattr(dataset, "info", None), "description", None) or ""
-    return _NOTED.findall(description)
+    return {int(number): name for number, name in _NOTED.findall(description)}
 
 
 def check_origins(dataset: object, where: str) -> None:
-    """Raise ValueError if `dataset` has had the column ``"metrics"``, and has it no more.
+    """Raise ValueError if `dataset` has lost its column ``"metrics"``, or nobody knows what is there.
 
     Args:
         dataset: of any kind.
         where: what it is, such as ``"train_dataset"``.
     """
     columns = getattr(dataset, "column_names", None)
-    if columns is not None and METRICS not in columns and (names := noted(dataset)):
+    names = noted(dataset)
+    if columns is not None and METRICS not in columns and names:
         raise ValueError(f"{where} has lost the column {METRICS!r}: {_lost(names, columns)}")
+    for number, name in names.items():
+        if number not in ORIGINS:
+            raise _unknown(number, name)
 
 
 def check_bare(samples: Sequence[Mapping[str, Any]], collator: object) -> None:
@@ -304,9 +331,14 @@ def check_bare(samples: Sequence[Mapping[str, Any]], collator: object) -> None:
         )
 
 
-def _lost(names: Sequence[str], columns: Sequence[str]) -> str:
+def named(error: UnknownOriginError, collator: object) -> UnknownOriginError:
+    """Return an error that says of which dataset the number is, if that can be known."""
+    return _unknown(error.number, noted(_being_read(collator)).get(error.number, ""))
+
+
+def _lost(names: Mapping[int, str], columns: Sequence[str]) -> str:
     return (
-        f"with_metrics() has put it there for {shortened(names)}, and now there are "
+        f"with_metrics() has put it there for {shortened(names.values())}, and now there are "
         f"{shortened(map(repr, columns), 8)}. A map(..., remove_columns=dataset.column_names), a "
         "select_columns() or a format's columns= has left it out: let them keep it, or call with_metrics() "
         "after them, once for each dataset of the mixture"
@@ -316,8 +348,8 @@ def _lost(names: Sequence[str], columns: Sequence[str]) -> str:
 def _being_read(collator: object) -> object:
     """Return the dataset of the loader that makes a batch at the moment, if it is one of torch's.
 
-    Nobody but the caller of the collate function knows it. That is asked only where no sample of a batch
-    has metrics.
+    Nobody but the caller of the collate function knows it. That is asked only for an error, and where no
+    sample of a batch has metrics.
     """
     found: Any = None
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001

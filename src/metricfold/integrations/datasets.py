@@ -88,23 +88,35 @@ def with_metrics(dataset: AnyDataset, transform: MetricTransform, name: str) -> 
         numbered = _with_number(dataset, number, name)
     ORIGINS.add(number, named)
     info = numbered._info  # noqa: SLF001 - of its own by now
-    if note(name) not in info.description:
-        info.description = "\n\n".join(filter(None, (info.description, note(name))))
+    said = note(number, name)
+    if said not in info.description:
+        info.description = "\n\n".join(filter(None, (info.description, said)))
     return numbered
 
 
-def remember(transform: MetricTransform, name: str) -> None:
+def remember(transform: MetricTransform, name: str, *, number: int | None = None) -> None:
     """Let this process know what rows carry that another process has given to `with_metrics`, and saved.
 
-    Call it where such a dataset is loaded, before the workers of a loader start, with a transform of the same class
-    and settings. Its code may have changed: metrics are made anew.
+    Call it where such a dataset is loaded, before the workers of a loader start. Metrics are made anew.
+
+    Args:
+        transform: of the same class and settings as then; its code may have changed.
+        name: of the dataset, as then.
+        number: what the rows carry, if the class or the settings are others; errors say it, and so does the
+            dataset's ``info.description``.
+
+    Raises:
+        ValueError: the number stands for another dataset here.
 
     >>> from metricfold import DefaultTrainingMetricTransform
     >>> remember(DefaultTrainingMetricTransform(), "alpaca")
     """
-    named = copy.copy(transform)
-    named.set_dataset_name(name)
-    ORIGINS.add(_number(named), named)
+    renamed = copy.copy(transform)
+    renamed.set_dataset_name(name)
+    if number is None:
+        ORIGINS.add(_number(renamed), renamed)
+    else:
+        ORIGINS.add(number, renamed, of_any_class=True)
 
 
 def metrics_per_token(
