@@ -195,7 +195,7 @@ def _row(a: RunFile, b: RunFile, key: Key, of: int = 1) -> Row:
     with np.errstate(over="ignore", invalid="ignore"):
         difference = values_b - values_a
         last = tail_of(len(steps))
-        found = final(difference[-last:], of)
+        found = final(difference, of, last)
         ends = [
             math.nan if _ends_badly(column) else float(values[-last:].mean()) if last else math.nan
             for column, values in ((of_a, values_a), (of_b, values_b))
@@ -262,7 +262,7 @@ def _notable(a: RunFile, b: RunFile, key: Key, of: int) -> bool:
         size = max(abs(tail_a.mean()), abs(tail_b.mean()))
         if not abs(tail_b.mean() - tail_a.mean()) >= _NOTABLE * size:
             return False
-        return final(tail_b - tail_a, of).verdict in ("+", "-")
+        return final(values_b - values_a, of, last).verdict in ("+", "-")
 
 
 # -- Equality --------------------------------------------------------------------------------------

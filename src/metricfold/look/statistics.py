@@ -31,6 +31,8 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 _BLOCKS = (20, 10)
+_REMEMBERED = 100  # logs
+_FEWEST = 3  # degrees of freedom that the mean of even the shortest and slowest noise is given
 _SOUGHT = 1.5  # times the error
 _LEAST = 6  # points from which on an error can be told
 
@@ -60,30 +62,36 @@ def tail_of(count: int) -> int:
     """Return over how many of the last logs a final value is taken: a tenth, but not too few.
 
     >>> [tail_of(count) for count in (4, 10, 40, 200, 5000)]
-    [4, 6, 10, 50, 500]
+    [4, 6, 20, 50, 500]
     """
-    return min(count, max(_LEAST, count // 10, min(count // 4, 50)))
+    return min(count, max(_LEAST, count // 10, min(count // 4, 50), min(count // 2, 20)))
 
 
-def final(difference: FloatArray, of: int = 1) -> Difference:
+def final(difference: FloatArray, of: int = 1, last: int | None = None) -> Difference:
     """Return the mean of the last part of a difference of two curves, and its error.
 
     Args:
-        difference: that part, shape (n,).
+        difference: shape (n,).
         of: so many differences are looked at together, of all of which the intervals are to hold with
             95 %: one of twenty that are equal would lie outside of its own by chance alone.
+        last: how many values the last part has; None: all.
     """
-    if not len(difference):
+    last = len(difference) if last is None else last
+    values = difference[len(difference) - last :]
+    if not last:
         return Difference(math.nan, None)
-    mean = float(difference.mean())
-    if not difference.any():
+    mean = float(values.mean())
+    if not values.any():
         return Difference(0.0, 0.0)
-    if len(difference) < _LEAST:
+    if last < _LEAST:
         return Difference(mean, None)
     level = 1 - 0.025 / max(of, 1)
-    counts = [count for count in _BLOCKS if count <= len(difference) / 2]
-    errors = [_by_blocks(difference, count, level) for count in counts]
-    return Difference(mean, max([*errors, _by_memory(difference, level)]))
+    errors = [_by_blocks(values, count, level) for count in _BLOCKS if count <= last / 2]
+    # How long a short run remembers, and what its beginning has left that still fades, shows in more
+    # than its last part; but not in its first steps, in which all of it changes.
+    start = max(len(difference) - _REMEMBERED, len(difference) // 4)
+    longer = difference[min(start, len(difference) - last) :]
+    return Difference(mean, max([*errors, _by_memory(longer, last, level)]))
 
 
 def _by_blocks(values: FloatArray, count: int, level: float) -> float:
@@ -91,8 +99,8 @@ def _by_blocks(values: FloatArray, count: int, level: float) -> float:
     return t_quantile(level, count - 1) * float(means.std(ddof=1)) / math.sqrt(count)
 
 
-def _by_memory(values: FloatArray, level: float) -> float:
-    """Return the error if each value remembers a part of the one before."""
+def _by_memory(values: FloatArray, last: int, level: float) -> float:
+    """Return the error of the mean of the last values if each remembers a part of the one before."""
     count = len(values)
     rest = values - values.mean()
     power = float(rest @ rest)
@@ -102,8 +110,8 @@ def _by_memory(values: FloatArray, level: float) -> float:
     # The estimate is too low on short series, by about this much (Marriott and Pope 1954).
     memory = min(max(memory + (1 + 4 * memory) / count, 0.0), 1 - 2 / count)
     longer = (1 + memory) / (1 - memory)
-    freedom = max(int(count / longer) - 1, 1)
-    return t_quantile(level, freedom) * math.sqrt(power / (count - 1) / count * longer)
+    freedom = max(int(count / longer) - 1, _FEWEST)
+    return t_quantile(level, freedom) * math.sqrt(power / (count - 1) / last * min(longer, last))
 
 
 def t_quantile(level: float, freedom: int) -> float:
