@@ -92,7 +92,7 @@ def test_an_aggregator_says_where_it_was_found_when_it_is_copied(
     aggregator = MetricsAggregator()
     model = Model(inner=Model(metrics=aggregator))
     trainer = Model(all=[{"train": aggregator}])
-    with pytest.raises(TypeError, match=r"Save its state_dict\(\) instead") as error:
+    with pytest.raises(TypeError, match=r"Make one in each process, .*state_dict\(\)") as error:
         copied(aggregator)
     message = str(error.value)
     assert "attribute 'metrics' of a Model" in message

@@ -56,7 +56,8 @@ class DatasetLosses(keras.metrics.Metric):
         store["metricfold"] = np.frombuffer(state.encode(), np.uint8)
 
     def load_own_variables(self, store):
-        self.aggregator.load_state_dict(json.loads(np.array(store["metricfold"]).tobytes()))
+        if "metricfold" in store:  # not in weights of a model without this metric
+            self.aggregator.load_state_dict(json.loads(np.array(store["metricfold"]).tobytes()))
 
 
 class MetricfoldCallback(keras.callbacks.Callback):
@@ -71,9 +72,12 @@ class MetricfoldCallback(keras.callbacks.Callback):
         self.step = int(self.model.optimizer.iterations)
         self.logger.rewind(self.step)
 
+    def on_train_batch_begin(self, batch, logs=None):
+        self.first = batch
+
     def on_train_batch_end(self, batch, logs=None):
-        self.step += 1
-        if self.step % self.every == 0:
+        before, self.step = self.step, self.step + batch - self.first + 1  # steps_per_execution
+        if self.step // self.every > before // self.every:
             _ = self.model  # with JAX, brings the variables of the step under way
             self.losses.drain()
             self.logger.log(self.step, self.losses.aggregator, prefix="train")

@@ -732,7 +732,8 @@ class MetricsAggregator:
         raise TypeError(
             "a MetricsAggregator cannot be pickled or copied: it is bound to its process. "
             + (f"This one is {found}: keep it out of what is copied or sent. " if found else "")
-            + "Save its state_dict() instead"
+            + "Make one in each process, such as in the function that a worker runs, and save or send its "
+            "state_dict()"
         )
 
 
