@@ -96,6 +96,16 @@ def test_two_names_that_would_become_one_are_not_mixed(sink, caplog):
     assert "2 x without 'step'" in caplog.text
 
 
+def test_two_keys_of_one_metric_are_not_mixed(sink):
+    """`extra=` may name what a total over datasets is called here."""
+    aggregator = MetricsAggregator()
+    aggregator.record("loss", 0.5)
+    with MetricsLogger([sink]) as logger:
+        logger.log(1, aggregator, prefix="train", extra={"loss": 9.0})
+        assert not logger.flush()
+        assert served(sink)["metricfold_loss", "train"] == 0.5
+
+
 def test_a_logger_made_again_shows_its_metrics_and_nothing_is_a_duplicate():
     """client_python#468, turbinia#774: in one registry the second metric of a name is an error."""
     registry = prometheus_client.CollectorRegistry(auto_describe=True)

@@ -132,6 +132,30 @@ def test_a_name_that_mlflow_refuses_costs_itself_alone_and_is_counted(caplog):
     assert "3 x without '../up', steps 0 to 2: MlflowException(" in table
 
 
+def test_a_metric_whose_name_is_a_folder_of_others_costs_them_alone(caplog):
+    """`by=` prints such names. MLflow's file store stops at them, after a part of the batch."""
+    run_id = mlflow.start_run().info.run_id
+    for start in (0, 2):  # another process knows nothing of what is there
+        with MetricsLogger([MLflowSink()]) as logger:
+            for step in (start, start + 1):
+                logger.log(step, {"lr": 0.5, "loss": 1.0, "loss/layer_7": 2.0, "z": 3.0})
+    expected = [(step, 1.0) for step in range(4)]
+    assert history(run_id, "loss") == expected
+    assert [len(history(run_id, key)) for key in ("lr", "z")] == [4, 4]
+    assert runs()[run_id].data.metrics.keys() == {"lr", "loss", "z"}
+    assert "2 x without 'loss/layer_7', steps 0 to 1: ValueError(" in caplog.text
+    assert "names that begin with 'loss/': give one of them another" in caplog.text
+
+
+def test_a_folder_that_another_process_has_made_costs_the_name_alone(caplog):
+    sink = MLflowSink(mlflow.start_run().info.run_id)
+    sink.write(Record(1, 1.0, {"loss/layer_7": 2.0}))
+    other = MLflowSink(sink.run_id)
+    with pytest.raises(KeysRefused, match="left out are 'loss'"):
+        other.write(Record(2, 1.0, {"loss": 1.0, "lr": 0.5}))
+    assert history(sink.run_id, "lr") == [(2, 0.5)]
+
+
 def test_one_name_among_a_thousand_is_found_by_halves(monkeypatch):
     sink = MLflowSink(mlflow.start_run().info.run_id)
     calls, log_batch = [], mlflow.MlflowClient.log_batch

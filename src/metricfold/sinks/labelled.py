@@ -10,7 +10,7 @@ second is refused.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metricfold.sinks.record import Meaning, Record
 
@@ -34,6 +34,7 @@ class Labelled:
 
     def __init__(self) -> None:
         self._taken = dict(_OWN)  # by name here, what it stands for
+        self._keys: dict[tuple[Any, ...], str] = {}  # by name and labels
 
     def of(self, record: Record) -> tuple[list[Series], dict[str, BaseException]]:
         """Return the series of a record, and why keys are not among them."""
@@ -47,15 +48,15 @@ class Labelled:
             plain = Meaning("", key.removeprefix(f"{record.prefix}/"))
             dataset, metric, statistic, _ = record.keys.get(key, plain)
             name = re.sub(r"[^A-Za-z0-9_]", "_", metric)
-            other = self._taken.setdefault(name, metric)
-            if other != metric or len(name) > _LONGEST:
-                refused[key] = ValueError(
-                    f"its name becomes {name!r}, which stands for {other!r} already: give it another"
-                    if other != metric
-                    else f"its name has more than {_LONGEST} characters"
-                )
-                continue
             of = {**prefix, "dataset": dataset, "statistic": statistic}
             labels = {label: text for label, text in of.items() if text}
-            series.append(Series(key, name, labels, value))
+            other = self._taken.setdefault(name, metric)
+            owner = self._keys.setdefault((name, *labels.items()), key)
+            if len(name) > _LONGEST:
+                refused[key] = ValueError(f"its name has more than {_LONGEST} characters")
+            elif other != metric or owner != key:
+                text = f"its name becomes {name!r}, which stands for {other!r} already: give it another"
+                refused[key] = ValueError(text)
+            else:
+                series.append(Series(key, name, labels, value))
         return series, refused

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,6 +69,7 @@ class MLflowSink(KeywiseSink):
         self._start = start
         self._owned = False
         self._client: Any = None
+        self._paths: _Paths | None = None  # in a file store
 
     def __repr__(self) -> str:
         return f"MLflowSink({self.run_id!r})" if self.run_id is not None else "MLflowSink()"
@@ -93,9 +94,13 @@ class MLflowSink(KeywiseSink):
     def _log(self, record: Record, values: dict[str, Any]) -> None:
         from mlflow.entities import Metric  # noqa: PLC0415
 
+        if self._paths is not None:
+            self._paths.check(values)
         milliseconds = round(record.wall_time * 1000)
         metrics = [Metric(key, one, milliseconds, record.step) for key, one in values.items()]
         self._client.log_batch(self.run_id, metrics=metrics, synchronous=True)
+        if self._paths is not None:
+            self._paths.add(values)
 
     def _beside(self, record: Record) -> Iterator[Callable[[], object]]:
         from mlflow.entities import Param  # noqa: PLC0415
@@ -125,12 +130,15 @@ class MLflowSink(KeywiseSink):
         from mlflow.exceptions import MlflowException  # noqa: PLC0415
 
         if isinstance(error, MlflowException):
-            return error.error_code in _REFUSALS
+            # Its file store says so of whatever has happened meanwhile.
+            cannot_be = isinstance(error.__context__, NotADirectoryError | IsADirectoryError)
+            return error.error_code in _REFUSALS or cannot_be
         return super()._is_refusal(error)
 
     def _connected(self) -> Any:
         """Return a client, once there is a run."""
         import mlflow  # noqa: PLC0415
+        from mlflow.utils.uri import is_local_uri  # noqa: PLC0415
 
         if self.run_id is None:
             # In this thread, whose active run is no other's business.
@@ -142,4 +150,40 @@ class MLflowSink(KeywiseSink):
                     f"{self.run_id}. To log to yours, make the sink after mlflow.start_run() and in the "
                     "same thread, or give it run_id="
                 )
-        return mlflow.MlflowClient(tracking_uri=self._uri)
+        client = mlflow.MlflowClient(tracking_uri=self._uri)
+        if is_local_uri(client.tracking_uri):
+            self._paths = _Paths()
+        return client
+
+
+class _Paths:
+    """The names of metrics in MLflow's file store, where each is the path of a file.
+
+    It stops in the middle of a batch, of which it has written a part, at one that is a folder of others.
+    """
+
+    def __init__(self) -> None:
+        self._files: set[str] = set()
+        self._folders: set[str] = set()
+
+    def check(self, keys: Iterable[str]) -> None:
+        """Raise a ValueError if a name would have to be a file and a folder at once."""
+        files = {*keys}
+        folders = {folder for key in files for folder in _folders(key)}
+        clashes = (files | self._files) & (folders | self._folders)
+        if clashes:
+            key = min(clashes)
+            raise ValueError(
+                f"MLflow's file store cannot hold both {key!r} and names that begin with '{key}/': give "
+                "one of them another by key_format=, or let MLflow use a database"
+            )
+
+    def add(self, keys: Iterable[str]) -> None:
+        """Take note of names that it has."""
+        self._files.update(keys)
+        self._folders.update(folder for key in keys for folder in _folders(key))
+
+
+def _folders(key: str) -> list[str]:
+    parts = key.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
