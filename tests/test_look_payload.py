@@ -35,7 +35,7 @@ def unpacked(data: bytes):
     for run in header["runs"]:
         inner = [c[name] for c in run["columns"] for name in ("means", "last") if name in c]
         for part in [*run["columns"], *inner, *run["maps"], *run["heats"]]:
-            for name in ("x", "y", "shares"):
+            for name in ("x", "y", "shares", "holes"):
                 if name in part:
                     part[name] = numbers(*part[name])
     return header
@@ -144,6 +144,15 @@ def test_numbers_in_names_make_curves_of_few_and_maps_of_many(tmp_path):
     ]
     np.testing.assert_allclose(experts["y"][20:].reshape(4, 5)[3], 3 + np.arange(5) / 10, rtol=1e-4)
     assert by_name["step_seconds/rank_*"]["axes"] == [["rank", [str(r) for r in range(8)]]]
+
+
+def test_what_was_not_logged_is_told_from_what_is_not_finite(tmp_path):
+    """A rank that came later had a row of NaN."""
+    ranks = [{f"norm/rank_{r}": math.nan if r == 1 else 1.0 for r in range(2 + s)} for s in (0, 1)]
+    run = logged(tmp_path / "run.jsonl", enumerate(ranks), prefix="train")
+    (one,) = unpacked(packed([run]))["runs"][0]["maps"]
+    assert one["holes"].tolist() == [0, 0, 1, 0, 0, 0]
+    assert np.isnan(one["y"]).tolist() == [False, True, True, False, True, False]
 
 
 @pytest.mark.parametrize(

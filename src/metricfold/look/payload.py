@@ -113,8 +113,8 @@ class _Blocks:
             self._known[known] = found
         return self._known[known]
 
-    def shares(self, shares: npt.NDArray[np.uint8]) -> list[Any]:
-        return self._add("b", shares.tobytes(), shares.size)
+    def octets(self, numbers: npt.NDArray[np.uint8]) -> list[Any]:
+        return self._add("b", numbers.tobytes(), numbers.size)
 
     def _add(self, kind: str, data: bytes, count: int) -> list[Any]:
         self.parts.append(data)
@@ -227,7 +227,7 @@ def _heat(key: Key, heat: Heat, blocks: _Blocks) -> dict[str, Any]:
         "log": heat.log,
         "x": blocks.steps(heat.steps),
         "most": heat.most,
-        "shares": blocks.shares(heat.shares),
+        "shares": blocks.octets(heat.shares),
         "logs": heat.logs,
     }
 
@@ -239,14 +239,15 @@ def _map_of(part: _Parts, family: Family[Key], blocks: _Blocks, room: int) -> di
     shape = [len(values) for _, values in family.axes]
     chosen = _chosen(len(steps), int(np.prod(shape)), room, flat=len(shape) == 1)
     cells = np.full([len(chosen), *shape], np.nan)
+    holes = np.ones(cells.shape, dtype=np.uint8)  # where nothing was logged
     for key, place in family.members.items():
         column = columns[key]
         at = np.searchsorted(column.steps, steps[chosen])
         at = np.minimum(at, column.steps.size - 1)
         same = column.steps[at] == steps[chosen]
-        cells.reshape(len(chosen), -1)[:, np.ravel_multi_index(place, shape)] = np.where(
-            same, column.values[at], np.nan
-        )
+        cell = np.ravel_multi_index(place, shape)
+        cells.reshape(len(chosen), -1)[:, cell] = np.where(same, column.values[at], np.nan)
+        holes.reshape(len(chosen), -1)[:, cell] = ~same
     key = next(iter(family.members))
     return {
         **_called(key._replace(name=family.name)),
@@ -254,6 +255,7 @@ def _map_of(part: _Parts, family: Family[Key], blocks: _Blocks, room: int) -> di
         "axes": [[title, [str(value) for value in values]] for title, values in family.axes],
         "x": blocks.steps(steps[chosen]),
         "y": blocks.numbers(cells.reshape(-1)),
+        "holes": blocks.octets(holes.reshape(-1)),
         "logs": len(steps),
     }
 

@@ -46,7 +46,7 @@ function shown(value) {
   else if (size >= 1e15) text = value.toExponential(3);
   else if (size >= 1e9) text = trimmed((value / 1e9).toPrecision(5)) + " G";
   else if (size >= 1e7) text = trimmed((value / 1e6).toPrecision(5)) + " M";
-  else if (size >= 1e4) text = whole(value);
+  else if (size >= 1e3) text = value.toLocaleString("en-US", { maximumSignificantDigits: 5 });
   else if (size < 1e-3) text = trimmedExponent(value.toExponential(3));
   else text = trimmed(value.toPrecision(5));
   return text.replace("-", "−");
@@ -109,7 +109,7 @@ function decoded(buffer) {
   for (const run of payload.runs)
     for (const part of [...run.columns, ...run.columns.flatMap((c) => [c.means, c.last]), ...run.maps, ...run.heats])
       if (part)
-        for (const name of ["x", "y", "shares"])
+        for (const name of ["x", "y", "shares", "holes"])
           if (part[name]) {
             const where = part[name];
             Object.defineProperty(part, name, { get: () => read(where) });
@@ -873,6 +873,10 @@ function scaleOf(values) {
   return { low, high, both, place: (v) => clamp((v - low) / span * 255 | 0, 0, 255) };
 }
 
+/** The colour of a cell: null where nothing was logged, -1 for what is not finite. */
+const placed = (map, at, scale) => map.holes?.[at] ? null : Number.isFinite(map.y[at]) ? scale.place(map.y[at]) : -1;
+const cellOf = (map, at) => map.holes?.[at] ? null : map.y[at];
+
 function painted(width, height, at, both) {
   const canvas = document.createElement("canvas");
   canvas.width = width; canvas.height = height;
@@ -930,8 +934,8 @@ class Strip extends Card {
     return {
       x: map.x, rows, both: scale.both, down: true,
       ticks: labels.map((text, i) => [i + 0.5, text]).filter((_, i) => i % every === 0),
-      at: (j, i) => { const v = map.y[j * rows + i]; return Number.isFinite(v) ? scale.place(v) : -1; },
-      tip: (j, i) => `step ${whole(map.x[j])}, ${axis} ${labels[i]}: ${shown(map.y[j * rows + i])}`,
+      at: (j, i) => placed(map, j * rows + i, scale),
+      tip: (j, i) => `step ${whole(map.x[j])}, ${axis} ${labels[i]}: ${shown(cellOf(map, j * rows + i))}`,
       note: `${axis} × step` + (map.x.length < map.logs ? `, ${map.x.length} of ${whole(map.logs)} logs` : ""),
       scale: [shown(scale.low), shown(scale.high)],
     };
@@ -942,7 +946,9 @@ class Strip extends Card {
     const content = this.content();
     const { x, rows } = content;
     const picture = painted(x.length, rows, (j, i) => content.at(j, content.down ? i : rows - 1 - i), content.both);
-    const start = x.length > 1 ? x[0] - (x[1] - x[0]) : x[0] - 1;
+    // Each log has the steps that are nearest to it.
+    const after = (j) => j + 1 < x.length ? (x[j] + x[j + 1]) / 2 : x[j] + (j ? x[j] - x[j - 1] : 2) / 2;
+    const before = (j) => j ? (x[j - 1] + x[j]) / 2 : x[0] - (x.length > 1 ? x[1] - x[0] : 2) / 2;
     this.note.textContent = content.note;
     this.tools.replaceChildren(scaleBar(content.scale[0], content.scale[1], content.both));
     this.plot.setAttribute("aria-label", `${titleOf(this.panel)}: ${content.note}`);
@@ -964,7 +970,7 @@ class Strip extends Card {
         ctx.clip();
         ctx.imageSmoothingEnabled = false;
         for (let j = 0; j < x.length; j++) {
-          const from = u.valToPos(j ? x[j - 1] : start, "x", true), to = u.valToPos(x[j], "x", true);
+          const from = u.valToPos(before(j), "x", true), to = u.valToPos(after(j), "x", true);
           if (to < bbox.left || from > bbox.left + bbox.width) continue;
           ctx.drawImage(picture, j, 0, 1, rows, Math.floor(from), bbox.top, Math.max(1, Math.ceil(to) - Math.floor(from)), bbox.height);
         }
@@ -977,7 +983,8 @@ class Strip extends Card {
   hover(u) {
     const { x, rows, tip } = this.contentNow;
     const step = u.posToVal(u.cursor.left, "x");
-    const j = clamp(lastUpTo(x, step - 1e-9) + 1, 0, x.length - 1), i = clamp(Math.floor(u.posToVal(u.cursor.top, "y")), 0, rows - 1);
+    const next = clamp(lastUpTo(x, step) + 1, 0, x.length - 1), j = next && step - x[next - 1] < x[next] - step ? next - 1 : next;
+    const i = clamp(Math.floor(u.posToVal(u.cursor.top, "y")), 0, rows - 1);
     this.note.textContent = tip(j, i);
   }
 
@@ -1020,12 +1027,12 @@ class Grid extends Card {
   get shape() { return this.panel.map.axes.slice(-2).map(([, labels]) => labels.length); }
   get height() { return this.full ? super.height : clamp(this.shape[0] * 7 + 24, 190, 300); }
 
-  value(i, j) {
+  place(i, j) {
     const { map } = this.panel, [rows, columns] = this.shape;
     const log = this.slider ? +this.slider.value : map.x.length - 1;
     let at = log;
     for (const [k, pick] of this.lead.entries()) at = at * map.axes[k][1].length + Math.max(0, pick.selectedIndex);
-    return map.y[(at * rows + i) * columns + j];
+    return (at * rows + i) * columns + j;
   }
 
   draw() {
@@ -1039,7 +1046,7 @@ class Grid extends Card {
     const ctx = this.canvas.getContext("2d");
     ctx.scale(ratio, ratio);
     ctx.imageSmoothingEnabled = false;
-    const picture = painted(columns, rows, (j, i) => { const v = this.value(i, j); return Number.isFinite(v) ? scale.place(v) : -1; }, scale.both);
+    const picture = painted(columns, rows, (j, i) => placed(map, this.place(i, j), scale), scale.both);
     ctx.drawImage(picture, left, 0, this.box.width, this.box.height);
     ctx.strokeStyle = colour("edge");
     ctx.strokeRect(left + .5, .5, this.box.width - 1, this.box.height - 1);
@@ -1071,7 +1078,7 @@ class Grid extends Card {
     const { map } = this.panel, [[down, names], [across, heads]] = map.axes.slice(-2);
     const step = map.x[this.slider ? +this.slider.value : map.x.length - 1];
     this.note.textContent = this.cell
-      ? `${down} ${names[this.cell[0]]}, ${across} ${heads[this.cell[1]]}: ${shown(this.value(...this.cell))} (step ${whole(step)})`
+      ? `${down} ${names[this.cell[0]]}, ${across} ${heads[this.cell[1]]}: ${shown(cellOf(map, this.place(...this.cell)))} (step ${whole(step)})`
       : `${down} × ${across}, step ${whole(step)}` + (map.x.length < map.logs ? ` (${map.x.length} of ${whole(map.logs)} logs)` : "");
   }
 
