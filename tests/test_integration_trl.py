@@ -43,7 +43,7 @@ def assert_right(one: Found) -> None:
     """Assert that losses are those of each token looked up by itself, and totals those of TRL."""
     for name in (*NAMES, "all"):
         assert one["loss"][name] == pytest.approx(one["truth"]["loss"][name], abs=1e-6)
-    assert one["off"] < 1e-6  # from the loss that TRL logs, in the worst step
+    assert one["off"]["loss"] < 1e-6  # from what TRL logs, in the worst step
     assert one["tokens_seen"]["all"] == one["num_tokens"]
     assert sum(one["tokens_seen"][name] for name in NAMES) == one["num_tokens"]
     for name in NAMES:
@@ -68,6 +68,13 @@ def test_packed_samples_count_for_their_own_datasets(found: Found, kind: str) ->
     one = found["sft_packing"][kind]
     assert_right(one)
     assert one["samples_seen"] == SAMPLES
+
+
+@pytest.mark.parametrize("kind", ["bfd", "wrapped", "padding_free"])
+def test_entropy_and_accuracy_are_those_of_trl(found: Found, kind: str) -> None:
+    off = found["sft_packing"][kind]["off"]
+    assert off["entropy"] < 1e-6
+    assert off["mean_token_accuracy"] < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["bfd_split", "wrapped"])

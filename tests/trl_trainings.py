@@ -237,7 +237,10 @@ def compared(trainer: Any, **how: Any) -> dict[str, Any]:
         "tokens_seen": {name: end[f"train_{name}/tokens_seen"] for name in (*NAMES, "all")},
         "samples_seen": {name: end[f"train_{name}/samples_seen"] for name in NAMES},
         "num_tokens": steps[-1]["num_tokens"],
-        "off": max(abs(log["loss"] - log["all/loss"]) for log in steps),  # of TRL's, in any step
+        "off": {  # of TRL's, in any step
+            key: max(abs(log[key] - log[f"all/{key}"]) for log in steps)
+            for key in ("loss", "entropy", "mean_token_accuracy")
+        },
         "truth": truth(trainer, **how),
     }
 

@@ -72,7 +72,8 @@ class MetricfoldMixin(InTRL, Phases, _Trainer):  # type: ignore[misc]
             metrics already, such as one of ``compute_metrics``, stays what it is.
         loss_per_dataset: report ``{dataset}/loss``: the mean loss per token of each dataset, and
             ``all/loss``, over all ranks. The dataset of a sample is that of its metrics. For
-            causal language models; the loss that is back-propagated is what it was.
+            causal language models, and for trainers of TRL, whose losses of pairs and examples come with
+            their rewards; the loss that is back-propagated is what it was.
         stop_on: stop training, by ``control.should_training_stop``, when a rule of
             `MetricsAggregator.alert_on` has found something of this severity or worse: ``"severe"``,
             or ``"warning"``. All ranks stop after the same step.
@@ -137,7 +138,8 @@ class MetricfoldMixin(InTRL, Phases, _Trainer):  # type: ignore[misc]
                 self.compute_loss_func = self._loss_of_batch
             else:
                 self._check_loss_of_trl()
-            self._loss = DeviceAccumulator({"loss": "mean"}, _ROOM, device=self.args.device)
+            means = dict.fromkeys(self._of_tokens, "mean")
+            self._loss = DeviceAccumulator(means, _ROOM, device=self.args.device)
 
     # -- Batches
 

@@ -42,6 +42,9 @@ _LOSSES = {
 }
 """What takes in the loss of each dataset, by the trainer that computes it."""
 
+_OF_TOKENS = ("loss", "entropy", "mean_token_accuracy")
+"""What `SFTTrainer` logs of each token."""
+
 _OF_PAIRS = ("loss", "rewards/", "logps/")
 """What `DPOTrainer` logs of each pair begins so; the rest is of tokens."""
 
@@ -140,6 +143,11 @@ class InTRL(_Trainer):  # type: ignore[misc]
             else "batch"
         )
 
+    @property
+    def _of_tokens(self) -> tuple[str, ...]:
+        """The means that are told for each dataset of the tokens of a batch."""
+        return _OF_TOKENS if self._trl_trainer == "SFTTrainer" else ("loss",)
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the loss as TRL computes it, and take in that of each dataset on the side."""
         of_each = _LOSSES.get(self._trl_trainer or "")
@@ -190,7 +198,10 @@ class InTRL(_Trainer):  # type: ignore[misc]
         ids = predicted(self._carried.ids, tuple(labels.shape))
         counted = self._of_real(labels[:, 1:]).to(losses.device) != _IGNORED
         ids = ids if len(ids.shape) == 1 else ids[:, :-1]
-        self._loss.update("loss", losses, weights=counted, dataset_ids=ids)
+        right = output.is_top1[:, -width:].to(losses.dtype)
+        found = (losses, output.entropy[:, -width:], right)
+        values = dict(zip(_OF_TOKENS, found, strict=True))
+        self._loss.update_all(values, weights=counted, dataset_ids=ids)
 
     def _take_pairs(
         self, inputs: Any, policy: list[Any], inner: list[Any], reference: list[Any]
