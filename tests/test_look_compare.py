@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from look_runs import DATASETS, correlated, plain, training
 
+from metricfold import JSONLSink
 from metricfold.cli import main
 from metricfold.look import LookError, compare, read
 from metricfold.look.statistics import apart_since, crossed_at, final, tail_of
+from metricfold.sinks import Meaning, Record
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,24 @@ def test_runs_that_were_equal_up_to_a_step_say_which(runs, tmp_path):
     changed["metrics"]["train_code/loss"] = math.nextafter(changed["metrics"]["train_code/loss"], 9)
     other.write_text("".join([*lines[:200], json.dumps(changed) + "\n", *lines[201:]]))
     assert compare(runs["a"], other).first_difference == (2010, "train_code/loss")
+
+
+def test_how_fast_the_machine_was_is_no_difference(tmp_path):
+    keys = {
+        "train/tok": Meaning("", "tok", "", "rate"),
+        "train/loss": Meaning("", "loss", "", "mean"),
+    }
+    for name in "ab":
+        sink = JSONLSink(tmp_path / name)
+        for step in range(1, 20):
+            metrics = {
+                "train/tok": step + ord(name),
+                "train/step_seconds": ord(name),
+                "train/loss": 1.0,
+            }
+            sink.write(Record(step, 1e9, metrics, prefix="train", keys=keys))
+        sink.close()
+    assert compare(tmp_path / "a", tmp_path / "b").first_difference is None
 
 
 def test_other_grids_of_steps_are_compared_where_both_have_values(tmp_path):

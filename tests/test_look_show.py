@@ -180,7 +180,7 @@ def test_tail_follows_a_run_through_rewind_and_a_new_file(tmp_path):
     found = []
 
     def follow():
-        for line in tail(path, follow=True, every=0.01):
+        for line in tail(path, ["loss", "acc"], follow=True, every=0.01):
             found.append(line)
             if "step 99" in line:
                 return
@@ -198,11 +198,14 @@ def test_tail_follows_a_run_through_rewind_and_a_new_file(tmp_path):
         for step in (1, 2, 3):
             logger.log(step, {"loss": float(step)}, prefix="train")
         wait_for("step 3")
+        wait_for("is called acc")
         logger.rewind(1)
         logger.flush()
         wait_for("now at step 1")
         logger.log(2, {"loss": 9.0}, prefix="train")
         wait_for("loss 9")
+        logger.log(3, {"acc": 0.5}, prefix="train")
+        wait_for("acc 0.5")
     path.unlink()
     wait_for("is gone")
     plain(path, [99], [1.0])

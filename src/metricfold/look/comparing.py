@@ -35,6 +35,10 @@ __all__ = ["Comparison", "Condition", "Row", "compare"]
 
 _COUNTS = re.compile(r"token|sample|example|document|sequence|byte|seen|row", re.IGNORECASE)
 """What counts the data that a run has seen is called so."""
+_OF_THE_MACHINE = re.compile(
+    r"second|_time|time_|per_s|mfu|memory|wait|_share|slowest", re.IGNORECASE
+)
+"""What tells how fast the machine was is called so."""
 _NOTABLE = 0.01  # of a value, from which on a metric that is neither better nor worse is listed
 _MOST_BAD = 10  # that are listed
 
@@ -279,7 +283,7 @@ def _differs(a: Column, b: Column) -> int | None:
 def _first_difference(a: RunFile, b: RunFile, keys: Sequence[Key]) -> tuple[int, str] | None:
     found: tuple[int, str] | None = None
     for key in keys:
-        if _is_of_the_machine(key):
+        if _is_of_the_machine(key, a.columns[key]):
             continue
         step = _differs(a.columns[key].ordered(), b.columns[key].ordered())
         if step is not None and (found is None or step < found[0]):
@@ -287,9 +291,9 @@ def _first_difference(a: RunFile, b: RunFile, keys: Sequence[Key]) -> tuple[int,
     return found
 
 
-def _is_of_the_machine(key: Key) -> bool:
+def _is_of_the_machine(key: Key, column: Column) -> bool:
     """Return whether a metric tells time, which no two runs have alike."""
-    return bool(re.search(r"second|_time|time_|per_s|mfu|memory|wait", key.name, re.IGNORECASE))
+    return column.aggregation == "rate" or bool(_OF_THE_MACHINE.search(key.name))
 
 
 def _same_data(
@@ -299,7 +303,7 @@ def _same_data(
     for key in keys:
         column = a.columns[key]
         summed = column.aggregation in ("sum", None) and key.statistic == ""
-        if _is_of_the_machine(key) or not (summed and _COUNTS.search(key.name)):
+        if _is_of_the_machine(key, column) or not (summed and _COUNTS.search(key.name)):
             continue
         of_a, of_b = column.ordered(), b.columns[key].ordered()
         if not np.intersect1d(of_a.steps, of_b.steps).size:

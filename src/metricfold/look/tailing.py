@@ -42,7 +42,7 @@ def tail(
         LookError: there is no such run or metric.
     """
     run = _opened(path, follow, every)
-    teller = _Teller(run, names, terminal)
+    teller = _Teller(run, names, terminal, patient=follow)
     yield from teller.told(max(run.records - lines, 0))
     gone = False
     while follow:
@@ -57,7 +57,7 @@ def tail(
                 f"-- the file was cut or begun anew after step {before}, and is now at step "
                 f"{run.last_step}"
             )
-            teller = _Teller(run, names, terminal)
+            teller = _Teller(run, names, terminal, patient=follow)
             yield from teller.told(max(run.records - lines, 0))
         elif update.records:
             yield from teller.told(run.records - update.records)
@@ -74,8 +74,12 @@ def _opened(path: str | os.PathLike[str], follow: bool, every: float) -> RunFile
 
 
 class _Teller:
-    def __init__(self, run: RunFile, names: Sequence[str], terminal: Terminal | None) -> None:
+    def __init__(
+        self, run: RunFile, names: Sequence[str], terminal: Terminal | None, *, patient: bool
+    ) -> None:
         self.run, self.names, self.terminal = run, names, terminal
+        self.patient = patient  # whether metrics may still have to come
+        self._missing: set[str] = set()  # of which it has been said
         self._wanted: set[Key] | None = None
         self._known = 0
 
@@ -83,7 +87,16 @@ class _Teller:
         """Yield the lines of the records from one on."""
         if self.names and len(self.run.columns) != self._known:
             self._known = len(self.run.columns)
-            self._wanted = set(chosen([self.run], self.names))
+            self._wanted = set()
+            for name in self.names:
+                try:
+                    self._wanted.update(chosen([self.run], [name]))
+                except LookError as error:
+                    if not self.patient:
+                        raise
+                    if name not in self._missing:
+                        self._missing.add(name)
+                        yield f"-- {error}; waiting for it"
         for number in range(start, self.run.records):
             step, when, prefix, values = self.run.record(number)
             line = self._line(step, when, prefix, values)
