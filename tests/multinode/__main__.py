@@ -197,7 +197,10 @@ def faults() -> Section:
     subprocess.run(
         [*command, str(_HERE.parent / "test_multinode.py")], check=True, timeout=_MOST_SECONDS
     )
-    return Section("interfaces, missing ranks, links: see above")
+    lines = [
+        [what, "as promised"] for what in ("interfaces", "missing ranks", "a link that is cut")
+    ]
+    return Section("faults, by tests/test_multinode.py", head=("what", "ends"), lines=lines)
 
 
 PARTS: dict[str, Callable[[], Section]] = {
