@@ -144,8 +144,13 @@ def test_what_would_make_ids_a_guess_is_refused() -> None:
         )
     with pytest.raises(ValueError, match="an entry 'dataset_ids' of its own"):
         ids_of(some, lambda samples: {"input_ids": torch.zeros(2, 3), "dataset_ids": [0, 1]})
-    with pytest.raises(ValueError, match="a sample carries no metrics"):
-        ids_of([{"input_ids": [1]}], pad)
+    for bare in ({"input_ids": [1]}, {"input_ids": [1], "metrics": []}):
+        with pytest.raises(ValueError, match="a sample carries no metrics"):
+            ids_of([bare], pad)
+    with pytest.raises(ValueError, match=r"1 of the 2 samples .* others are of dataset 'docs'"):
+        MetricsCollator(pad)([plain("docs", 3), {"input_ids": [1]}])
+    empty = {"input_ids": [], "metrics": []}  # such as the last row of a packer
+    assert ids_of([row(("docs", 2)), empty], flat).index.tolist() == [[0, 0]]
     both = [Metric("docs", "seen", 1, "sum"), Metric("code", "seen", 1, "sum")]
     with pytest.raises(ValueError, match=r"metrics of 'code', 'docs'.*a number per token"):
         ids_of([{"input_ids": [1, 2], "metrics": both}], pad)

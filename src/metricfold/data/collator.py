@@ -116,14 +116,19 @@ class MetricsCollator:
 
     def collate(self, samples: Sequence[Any], *, dataset_ids: bool = False) -> Collated:
         """Return a batch, and apart from it what each sample has said."""
-        bare, taken = [], []
-        for sample in samples:
-            try:
-                rest, one = _taken(sample)
-            except UnknownOriginError as error:
-                raise named(error, self) from None
-            bare.append(rest)
-            taken.append(one)
+        bare: list[Any] = []
+        taken: list[Taken] = []
+        try:
+            for sample in samples:
+                if type(sample) is dict:  # nearly always
+                    one = take(sample)
+                    rest: Any = one.bare
+                else:
+                    rest, one = _taken(sample)
+                bare.append(rest)
+                taken.append(one)
+        except UnknownOriginError as error:
+            raise named(error, self) from None
         _check_all_there(taken, self)
         if not bare and self.collate_fn is None:
             raise ValueError(
@@ -164,12 +169,12 @@ def _taken(sample: Any) -> tuple[Any, Taken]:
 
 def _check_all_there(taken: Sequence[Taken], collator: MetricsCollator) -> None:
     """Refuse samples without a number, where others have one, or their dataset had."""
-    without = [one.bare for one in taken if one.segments is None and not one.metrics]
+    without = [bare for bare, metrics, origin in taken if origin is None and not metrics]
     if not without:
         return
     if len(without) == len(taken):
         check_bare(without, collator)
-    elif known := next((one.parts for one in taken if one.segments), None):
+    elif known := next((one.parts for one in taken if one.origin is not None), None):
         raise ValueError(
             f"{len(without)} of the {len(taken)} samples of a batch have nothing in the column 'metrics', where "
             f"others are of dataset {known[0][0]!r}; they have {sorted(map(str, without[0]))}: call "

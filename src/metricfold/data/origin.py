@@ -38,6 +38,7 @@ __all__ = [
     "named",
     "note",
     "noted",
+    "number_of",
     "segments",
     "tokens_of",
 ]
@@ -106,9 +107,10 @@ class Origins:
         self._transforms[number] = transform
 
     def __getitem__(self, number: int) -> MetricTransform:
-        if number not in self._transforms:
-            self._transforms[number] = self._unpacked(number)
-        return self._transforms[number]
+        transform = self._transforms.get(number)
+        if transform is None:
+            transform = self._transforms[number] = self._unpacked(number)
+        return transform
 
     def _unpacked(self, number: int) -> MetricTransform:
         name, packed = self._packed.get(number, ("", ""))
@@ -165,36 +167,41 @@ def _described(transform: MetricTransform) -> str:
 
 
 class Segment(NamedTuple):
-    """A sample, or the part of a packed row that was one."""
+    """The part of a packed row that was a sample."""
 
     number: int
     sample: Mapping[str, Any]
-    length: int | None  # in tokens, if it has any
+    length: int  # in tokens
+
+
+def number_of(given: Any) -> int | None:
+    """Return what a sample has under ``"metrics"`` as the number of an origin; None: it is none.
+
+    Raises:
+        TypeError: it is a number, but no integer.
+    """
+    numbers = _numbers(given)
+    return int(numbers) if numbers is not None and numbers.ndim == 0 else None
 
 
 def segments(given: Any, sample: Mapping[str, Any]) -> list[Segment] | None:
-    """Return what a sample is made of, or None if `given`, its ``"metrics"``, is no number.
+    """Return the segments of a packed row, or None if `given`, its ``"metrics"``, are no numbers.
 
     Args:
-        given: a number, or numbers of a packed row.
+        given: one number for each token, or each segment.
         sample: the rest of it.
 
     Raises:
-        TypeError: `given` is a number, but no integer.
+        TypeError: `given` are numbers, but no integers.
         ValueError: there are as many numbers as there are neither tokens nor segments.
     """
     numbers = _numbers(given)
-    if numbers is None:
-        return None
-    if numbers.ndim == 0:
-        return [Segment(int(numbers), sample, tokens_of(sample))]
-    return _segments(numbers, sample)
+    return None if numbers is None else _segments(numbers, sample)
 
 
-def measured(segment: Segment) -> list[Metric]:
-    """Return the metrics that the transform of its dataset makes of a segment."""
-    transform = ORIGINS[segment.number]
-    sample = segment.sample
+def measured(number: int, sample: Mapping[str, Any]) -> list[Metric]:
+    """Return the metrics that the transform of its dataset makes of a sample."""
+    transform = ORIGINS[number]
     try:
         made: list[Metric] = transform(sample)[METRICS]
     except KeyError as error:
@@ -216,8 +223,6 @@ def tokens_of(sample: Mapping[str, Any]) -> int | None:
 
 def _numbers(given: Any) -> npt.NDArray[np.int64] | None:
     """Return `given` as integers, of no dimension or of one; None: it is something else."""
-    if type(given) is int:
-        return np.array(given)
     if isinstance(given, Mapping | str | bytes | Metric) or given is None:
         return None
     if isinstance(given, list | tuple):
@@ -227,6 +232,8 @@ def _numbers(given: Any) -> npt.NDArray[np.int64] | None:
             return None
     elif not isinstance(given, np.generic) and not hasattr(given, "__array__"):
         return None
+    if hasattr(given, "detach"):  # a tensor, wherever it lies
+        given = given.detach().cpu()
     array = np.asarray(given)
     if array.ndim > 1 or array.dtype.kind not in "iuf":
         return None

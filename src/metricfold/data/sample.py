@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from metricfold.data.origin import ORIGINS, Segment, measured, segments, tokens_of
+from metricfold.data.origin import ORIGINS, Segment, measured, number_of, segments, tokens_of
 from metricfold.metric import METRICS, Metric
 
 __all__ = ["METRICS", "Taken", "guard_default_collate", "metrics_of", "take", "with_metrics"]
@@ -56,7 +56,7 @@ def metrics_of(sample: Mapping[str, Any]) -> list[Metric]:
     >>> [metric.value for metric in metrics_of(transform({"tokens": [1, 2, 3]}))]
     [1, 3, 3]
     """
-    return take(sample).metrics
+    return [*take(sample).metrics]
 
 
 class Taken(NamedTuple):
@@ -64,13 +64,13 @@ class Taken(NamedTuple):
 
     Args:
         bare: a shallow copy of the sample, without metrics.
-        metrics: those that it had, or that have been made of it.
-        segments: of what it is made, if a number has said so.
+        metrics: those that it had, the list itself, or that have been made of it.
+        origin: the number that it had, or of what it is made, if it is packed; None: nobody has said.
     """
 
     bare: MutableMapping[str, Any]
     metrics: list[Metric]
-    segments: list[Segment] | None
+    origin: int | list[Segment] | None
 
     @property
     def parts(self) -> list[tuple[str, int | None]]:
@@ -79,8 +79,10 @@ class Taken(NamedTuple):
         Raises:
             ValueError: the sample is of no dataset, or its metrics are of several.
         """
-        if self.segments is not None:
-            return [(str(ORIGINS[one.number].dataset_name), one.length) for one in self.segments]
+        if isinstance(self.origin, int):
+            return [(str(ORIGINS[self.origin].dataset_name), tokens_of(self.bare))]
+        if self.origin or (self.origin is not None and not tokens_of(self.bare)):
+            return [(str(ORIGINS[one.number].dataset_name), one.length) for one in self.origin]
         names = {metric.dataset_name for metric in self.metrics}
         if len(names) != 1:
             found = f"metrics of {', '.join(sorted(map(repr, names)))}" if names else "no metrics"
@@ -90,6 +92,9 @@ class Taken(NamedTuple):
                 "token, as of metricfold.integrations.datasets.metrics_per_token"
             )
         return [(names.pop(), tokens_of(self.bare))]
+
+
+_made = tuple.__new__
 
 
 def take(sample: Mapping[str, Any]) -> Taken:
@@ -102,11 +107,18 @@ def take(sample: Mapping[str, Any]) -> Taken:
     copied = sample.copy() if type(sample) is dict else _copy(sample)
     given = copied.pop(METRICS, None)
     if type(given) is list and (not given or type(given[0]) is Metric):  # nearly always
-        return Taken(copied, [*given], None)
+        return _made(
+            Taken, (copied, given, None if given else [])
+        )  # as Taken(...), in half of the time
+    number = given if type(given) is int else number_of(given)
+    if number is not None:
+        return _made(Taken, (copied, measured(number, copied), number))
     found = segments(given, copied)
     if found is None:
         return Taken(copied, _listed(given), None)
-    return Taken(copied, [metric for one in found for metric in measured(one)], found)
+    return Taken(
+        copied, [one for part in found for one in measured(part.number, part.sample)], found
+    )
 
 
 def _copy(sample: Mapping[str, Any]) -> MutableMapping[str, Any]:
