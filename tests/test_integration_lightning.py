@@ -190,7 +190,7 @@ def make(folder: Path, *callbacks: Any, **changes: Any) -> Trainer:
             "log_every_n_steps": 3,
             "logger": CSVLogger(folder, name="", version=""),
             "default_root_dir": folder,
-            "enable_checkpointing": any(isinstance(one, ModelCheckpoint) for one in callbacks),
+            "enable_checkpointing": any(isinstance(one, theirs.Checkpoint) for one in callbacks),
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "callbacks": [*callbacks],
