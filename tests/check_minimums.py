@@ -62,7 +62,7 @@ CHECKS = {
     "torch": Check(("test_torch_accumulator.py", "test_torch_axes.py", "test_store.py")),
     "jax": Check(
         ("test_jax_accumulator.py", "test_jax_spec.py", "test_jax_processes.py"),
-        beside=("optax", "orbax-checkpoint", "grain"),
+        beside=("optax", "orbax-checkpoint", "grain", "scikit-learn"),
     ),
     "console": Check(("test_sinks_console.py",)),
     "tensorboard": Check(("test_sinks_tensorboard.py",)),

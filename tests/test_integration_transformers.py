@@ -204,9 +204,15 @@ def arrow_mixture() -> Any:
     return interleave_datasets(parts)
 
 
+def restored(storage: Any, location: str) -> Any:
+    return storage if location.startswith("cpu:") else None
+
+
 def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for, though we have a group
+    # Where ranks train on CPUs, Trainers before 5 load their optimizer to "cpu:0", of which torch knows nothing.
+    torch.serialization.register_package(99, lambda storage: None, restored)
     saving = {"save_strategy": "steps", "save_steps": SAVED}
     evaluating = {"eval_strategy": "steps", "eval_steps": SAVED, "load_best_model_at_end": True}
 
@@ -572,7 +578,9 @@ def test_accumulators_of_the_users_own_are_read_at_logs_and_evaluations(tmp_path
                 outputs.logits[:, :-1],
                 labels[:, 1:],
                 ids,
-                num_items=num_items_in_batch / self.accelerator.num_processes,
+                num_items=None  # in evaluations of older Trainers
+                if num_items_in_batch is None
+                else num_items_in_batch / self.accelerator.num_processes,
             )
             return (loss, outputs) if return_outputs else loss
 
@@ -756,6 +764,9 @@ def test_the_loss_of_samples_that_stand_in_one_row_is_that_of_each_by_itself(
     tmp_path: Path, stream: bool
 ) -> None:
     """It was refused, for a batch of one row did not say which samples it was of."""
+    pytest.importorskip(
+        "transformers", minversion="5", reason="before, samples of a row saw each other"
+    )
     from transformers import DataCollatorWithFlattening
 
     logged = first_log(tmp_path, three_datasets(stream=stream), DataCollatorWithFlattening())
