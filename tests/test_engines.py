@@ -206,3 +206,6 @@ def test_the_lines_that_the_page_says_to_copy_are_those_of_the_example(section: 
     assert len(parts) > 1
     for part in parts:
         assert code(part) in example, part
+    for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
+        for part in block.split("\n\n"):
+            assert part in (EXAMPLES / f"{SECTIONS[section]}.yaml").read_text()
