@@ -60,7 +60,9 @@ HERE = [
 
 @pytest.mark.parametrize("name", HERE)
 def test_docstring_examples_run(name: str) -> None:
-    for framework in {"accelerate", "torch", "datasets", "transformers"} & {*name.split(".")}:
+    for framework in {"accelerate", "torch", "datasets", "transformers", "trl"} & {
+        *name.split(".")
+    }:
         pytest.importorskip(framework)
     assert failed_examples(name) == 0
 

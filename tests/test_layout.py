@@ -25,6 +25,7 @@ ORDER = (
     *(
         "_core.runtime",
         "metric",
+        "data.origin",
         "data.sample",
         "_core.device.arrays",
         "_core.sketch",

@@ -15,16 +15,13 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from metricfold._core.runtime.listing import shortened
 from metricfold.metric import METRICS, Metric
-
-if TYPE_CHECKING:
-    from metricfold.data.transform import MetricTransform
 
 __all__ = [
     "LARGEST",
@@ -48,6 +45,14 @@ TOKENS = ("input_ids", "tokens", "labels")
 
 LARGEST = 2**31 - 1
 """Numbers are no larger, for JAX makes int32 of any integer."""
+
+
+class MetricTransform(Protocol):
+    """What the table needs to know of a `metricfold.data.transform.MetricTransform`, which builds on it."""
+
+    dataset_name: str | None
+
+    def __call__(self, sample: Any) -> Any: ...
 
 
 # -- The table -------------------------------------------------------------------------------------

@@ -22,11 +22,15 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from metricfold.data.ids import predicted
 from metricfold.data.sample import METRICS, take
 from metricfold.metric import Metric
+from metricfold.sinks.selection import require
+
+require("torch", sink=__name__, extra="trl")
+
+import torch
 
 if TYPE_CHECKING:
     from metricfold._core.intake.aggregator import MetricsAggregator
