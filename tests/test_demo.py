@@ -274,3 +274,13 @@ def test_a_logged_number_that_is_not_the_truth_is_found(run, tmp_path):
     prove(folder).check()
     with pytest.raises(DemoError, match="tokens_seen of all was logged as"):
         prove(forged).check()
+
+
+def test_a_folder_keeps_the_settings_of_its_run(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin({"a": [Text("words", "prose")] * 2}, settings={"seed": 3})
+    assert folder.settings == {"seed": 3, "learning_rate": 8e-3}
+    # One of an earlier version says nothing of them.
+    marks = json.loads(folder.marker.read_text())
+    folder.marker.write_text(json.dumps({key: marks[key] for key in ("datasets", "framework")}))
+    assert folder.settings == {"seed": 0, "learning_rate": 8e-3}
