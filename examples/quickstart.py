@@ -15,15 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from metricfold import (
-    ConsoleSink,
-    DefaultTrainingMetricTransform,
-    JSONLSink,
-    MetricsAggregator,
-    MetricsCollator,
-    MetricsLogger,
-    TensorBoardSink,
-)
+import metricfold
+from metricfold import DefaultTrainingMetricTransform, MetricsCollator
+from metricfold.torch import DeviceAccumulator
 
 if "RANK" in os.environ:
     dist.init_process_group("gloo")
@@ -46,8 +40,9 @@ random.Random(rank).shuffle(samples)
 
 
 def pad(batch):
-    tokens = [torch.tensor(sample["tokens"]) for sample in batch]
-    return {"tokens": torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-1)}
+    texts = [torch.tensor(sample["tokens"]) for sample in batch]
+    tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-100)
+    return {"tokens": tokens[:, :-1].clamp(min=0), "labels": tokens[:, 1:]}
 
 
 # -- A model --------------------------------------------------------------------------------------
@@ -57,32 +52,29 @@ model = torch.nn.Sequential(torch.nn.Embedding(256, 64), torch.nn.ReLU(), torch.
 optimizer = torch.optim.Adam(model.parameters(), 1e-2)
 
 
-def train_step(batch):
-    inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-    logits = model(inputs.clamp(min=0))
-    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1)
+def train_step(loss):
     optimizer.zero_grad()
     loss.backward()
     for parameter in model.parameters() if world_size > 1 else ():
         dist.all_reduce(parameter.grad)
     optimizer.step()
-    return loss, (targets >= 0).sum()
 
+
+collate = MetricsCollator(pad, dataset_ids=True)
+loader = torch.utils.data.DataLoader(samples[:808], batch_size=8, collate_fn=collate)
 
 # -- The ten lines --------------------------------------------------------------------------------
 
-loader = torch.utils.data.DataLoader(samples, batch_size=8, collate_fn=MetricsCollator(pad))
-aggregator = MetricsAggregator()
-sinks = [ConsoleSink(), JSONLSink("runs/quickstart.jsonl"), TensorBoardSink("runs/quickstart")]
-with MetricsLogger(sinks) as logger:
+losses = DeviceAccumulator({"loss": "mean"}, datasets=16)  # learns their names as they come
+with metricfold.Run("runs/quickstart") as run:  # a table, a JSONL file, TensorBoard
     for step, batch in enumerate(loader):
-        aggregator.update(batch.pop("metrics"))  # per-sample metrics, tagged by dataset
-        loss, num_tokens = train_step(batch)
-        aggregator.record("loss", loss, weight=num_tokens)  # both stay on the device
+        run.aggregator.update(batch.pop("metrics"))  # per-sample metrics, tagged by dataset
+        logits = model(batch["tokens"])
+        loss = losses.token_loss(logits, batch["labels"], batch["dataset_ids"])  # of each, too
+        train_step(loss)
         if step % 50 == 0:
-            logger.log(step, aggregator, prefix="train")  # every rank calls it; rank 0 writes
-        if step == 100:
-            break
+            losses = run.aggregator.drain(losses)  # nothing has waited for the device
+            run.log(step)  # every rank calls it; rank 0 writes
 
 if world_size > 1:
     dist.destroy_process_group()

@@ -29,9 +29,12 @@ SELF_CONTAINED = (
     "docs/alerts.md",
     "docs/audit.md",
     "docs/axes.md",
+    "docs/coming-from.md",
     "docs/device.md",
     "docs/handlers.md",
     "docs/inside-the-model.md",
+    "docs/tutorial.md",
+    "docs/which-call.md",
     "docs/report.md",
     "docs/look.md",
 )
@@ -190,7 +193,7 @@ def checked_examples(page: str) -> int:
         lines = block.splitlines()
         for node in ast.parse(block).body:
             after = lines[node.end_lineno - 1 : node.end_lineno + 1]
-            said = re.search(r"#\s*(\{.*\})$", "\n".join(after[: 1 + after[-1].startswith("#")]))
+            said = re.search(r"#\s*(\{.*\}|\[.*\]|-?[\d.]+)$", "\n".join(after[: 1 + after[-1].startswith("#")]))
             if isinstance(node, ast.Expr) and said:
                 expected = ast.literal_eval(said.group(1))
                 # The call has closed the interval above; the run view stays as it was.
@@ -216,8 +219,10 @@ def test_the_quickstart_runs_and_the_readme_shows_its_ten_lines(tmp_path: Path) 
     readme = blocks("README.md")[0]
     quickstart = (ROOT / "examples/quickstart.py").read_text()
     for call in (
-        'aggregator.update(batch.pop("metrics"))',
-        'logger.log(step, aggregator, prefix="train")',
+        'run.aggregator.update(batch.pop("metrics"))',
+        'losses.token_loss(logits, batch["labels"], batch["dataset_ids"])',
+        "losses = run.aggregator.drain(losses)",
+        "run.log(step)",
     ):
         assert call in readme
         assert call in quickstart
@@ -232,7 +237,8 @@ def test_the_quickstart_runs_and_the_readme_shows_its_ten_lines(tmp_path: Path) 
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
-    records = metricfold.read_jsonl(tmp_path / "runs/quickstart.jsonl")
+    records = metricfold.read_jsonl(tmp_path / "runs/quickstart/metrics.jsonl")
     assert [record.step for record in records] == [0, 50, 100]
-    assert records[-1].metrics["train/loss"] < records[0].metrics["train/loss"] - 2
+    for key in ("train/loss", "train_docs/loss", "train_code/loss"):
+        assert records[-1].metrics[key] < records[0].metrics[key] - 2
     assert f"{records[-1].metrics['train/tokens_seen']:,.0f}" in ended.stdout

@@ -32,3 +32,11 @@ def test_every_public_module_is_in_the_reference() -> None:
         elif parts[1:2] == ("integrations",) and path.stem not in ("__init__", "phases"):
             exporting.add(".".join(parts))
     assert said == exporting - {"metricfold.demo", "metricfold.demo.jax"}
+
+
+def test_messages_that_the_questions_quote_are_there() -> None:
+    quoted = re.findall(r'^### "(.*)"$', (DOCS / "faq.md").read_text(), flags=re.MULTILINE)
+    assert len(quoted) > 15
+    source = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # texts that go on in the next line
+    assert [one for one in quoted if one not in source] == []
