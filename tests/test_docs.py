@@ -193,7 +193,9 @@ def checked_examples(page: str) -> int:
         lines = block.splitlines()
         for node in ast.parse(block).body:
             after = lines[node.end_lineno - 1 : node.end_lineno + 1]
-            said = re.search(r"#\s*(\{.*\}|\[.*\]|-?[\d.]+)$", "\n".join(after[: 1 + after[-1].startswith("#")]))
+            said = re.search(
+                r"#\s*(\{.*\}|\[.*\]|-?[\d.]+)$", "\n".join(after[: 1 + after[-1].startswith("#")])
+            )
             if isinstance(node, ast.Expr) and said:
                 expected = ast.literal_eval(said.group(1))
                 # The call has closed the interval above; the run view stays as it was.
