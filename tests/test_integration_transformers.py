@@ -326,6 +326,9 @@ def test_an_evaluation_counts_each_sample_once_though_ranks_fill_up_their_batche
 
 
 def test_an_evaluation_in_one_row_leaves_out_the_tokens_that_fill_up(two: Any) -> None:
+    pytest.importorskip(
+        "transformers", minversion="5", reason="before, samples of a row saw each other"
+    )
     for one in two[1]:
         evaluated, ledger = one["flat"]
         agree(evaluated, merged([ledger]), "eval_")
@@ -400,6 +403,9 @@ def test_tensorboard_shows_what_the_trainer_logged(two: Any) -> None:
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_exactly_on_one(two: Any, tmp_path: Path) -> None:
+    pytest.importorskip(
+        "transformers", minversion="5", reason="before, batches were as in the checkpoint"
+    )
     folder, ranks = two
     # As many samples a step, so that the sampler deals the same ones.
     one = make(tmp_path, per_device_train_batch_size=4)
