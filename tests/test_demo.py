@@ -180,7 +180,7 @@ def test_the_wait_for_data_is_known_and_who_waited_longest(run):
             )
             assert 0 < record.metrics["train/data_share"] < 1
             assert record.metrics["train/data_slowest_rank"] in range(2 if record.step <= 12 else 3)
-    assert re.search(r"step 20  data_slowest_rank +[012] ", out)
+    assert re.search(r"step 20  train  .*  data_slowest_rank [012] ", out)
 
 
 def test_every_promised_metric_is_in_the_files(run):
