@@ -466,6 +466,11 @@ def test_a_map_that_drops_the_column_is_named_with_the_dataset(kind: str, worker
     # Other samples without metrics are welcome, whatever this process knows.
     assert counted(plain("short", kind), num_workers=workers) == {}
     if kind == "map":
+        # A stream of it knows no more of it than its features.
+        stream = tagged("short", kind).to_iterable_dataset(2).shuffle(seed=0, buffer_size=8)
+        for of_it in (stream, datasets.interleave_datasets([stream, stream])):
+            with pytest.raises(ValueError, match=r"without the column 'metrics'.* for 'short'"):
+                counted(of_it.remove_columns("metrics"), num_workers=workers)
         hidden = tagged("short", kind).with_format("numpy", columns=["tokens"])
         with pytest.raises(ValueError, match=r"for 'short'.*columns="):
             counted(torch.utils.data.Subset(hidden, range(8)), num_workers=workers)

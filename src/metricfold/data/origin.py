@@ -13,7 +13,7 @@ from __future__ import annotations
 import pickle
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -308,8 +308,27 @@ def note(number: int, name: str) -> str:
 
 def noted(dataset: object) -> dict[int, str]:
     """Return the datasets, quoted, whose samples are in `dataset` and have, or had, the column, by number."""
-    description = getattr(getattr(dataset, "info", None), "description", None) or ""
-    return {int(number): name for number, name in _NOTED.findall(description)}
+    said: dict[int, str] = {}
+    for one in _with_what_it_reads(dataset):
+        description = getattr(getattr(one, "info", None), "description", None) or ""
+        said |= {int(number): name for number, name in _NOTED.findall(description)}
+    return said
+
+
+def _with_what_it_reads(dataset: object) -> Iterator[object]:
+    """Yield a dataset and, if it is a stream, what it is made of: of `to_iterable_dataset` all but the
+    features stays behind.
+    """
+    found: list[Any] = [dataset]
+    for one in found:  # which grows meanwhile
+        yield one
+        inner = (getattr(one, name, None) for name in ("_ex_iterable", "ex_iterable"))
+        found += [source for source in inner if source is not None]
+        found += getattr(one, "ex_iterables", ())
+        kwargs = getattr(one, "kwargs", None)
+        shards = kwargs.get("shards") if isinstance(kwargs, dict) else None
+        if isinstance(shards, list):
+            found += [shard for shard in shards if hasattr(shard, "info")]
 
 
 def check_origins(dataset: object, where: str) -> None:
