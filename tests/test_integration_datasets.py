@@ -474,6 +474,8 @@ def test_a_map_that_drops_the_column_is_named_with_the_dataset(kind: str, worker
         hidden = tagged("short", kind).with_format("numpy", columns=["tokens"])
         with pytest.raises(ValueError, match=r"for 'short'.*columns="):
             counted(torch.utils.data.Subset(hidden, range(8)), num_workers=workers)
+        with pytest.raises(ValueError, match=r"for 'short'.*columns="):
+            counted(torch.utils.data.ConcatDataset([hidden, hidden]), num_workers=workers)
         untagged = datasets.concatenate_datasets([plain("long", kind), tagged("short", kind)])
         with pytest.raises(
             ValueError, match=r"without the column 'metrics'|have nothing in the column"

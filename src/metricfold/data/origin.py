@@ -316,19 +316,24 @@ def noted(dataset: object) -> dict[int, str]:
 
 
 def _with_what_it_reads(dataset: object) -> Iterator[object]:
-    """Yield a dataset and, if it is a stream, what it is made of: of `to_iterable_dataset` all but the
-    features stays behind.
+    """Yield a dataset and what it is made of.
+
+    Torch's subsets and chains say nothing themselves, nor does a stream by `to_iterable_dataset`, to which
+    nothing but the features goes along.
     """
     found: list[Any] = [dataset]
+    seen: set[int] = set()
     for one in found:  # which grows meanwhile
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
         yield one
-        inner = (getattr(one, name, None) for name in ("_ex_iterable", "ex_iterable"))
-        found += [source for source in inner if source is not None]
-        found += getattr(one, "ex_iterables", ())
-        kwargs = getattr(one, "kwargs", None)
+        own = getattr(one, "__dict__", {})
+        found += [own[name] for name in ("_ex_iterable", "ex_iterable", "dataset") if name in own]
+        kwargs = own.get("kwargs")
         shards = kwargs.get("shards") if isinstance(kwargs, dict) else None
-        if isinstance(shards, list):
-            found += [shard for shard in shards if hasattr(shard, "info")]
+        for several in (own.get("ex_iterables"), own.get("datasets"), shards):
+            found += several if isinstance(several, list | tuple) else ()
 
 
 def check_origins(dataset: object, where: str) -> None:
@@ -391,6 +396,4 @@ def _being_read(collator: object) -> object:
         if hasattr(caller, "collate_fn"):
             found = getattr(caller, "dataset", None)
         frame = frame.f_back
-    while not hasattr(found, "info") and hasattr(found, "dataset"):  # of a shard, a subset
-        found = found.dataset
     return found
