@@ -12,6 +12,7 @@ they hang. Threads need nothing.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
@@ -125,6 +126,7 @@ def _run_rank(
     sender: Connection,
     args: tuple[Any, ...],
 ) -> None:
+    gc.freeze()  # what was imported stays: the collector need not look at it in each rank again
     # Data workers of this rank start as in any other process, not from a server of its own.
     multiprocessing.set_start_method(None, force=True)
     import torch.distributed as dist

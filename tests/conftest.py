@@ -153,6 +153,16 @@ def _close_loggers_left_open() -> Iterator[None]:
             logger.close()
 
 
+@pytest.fixture(autouse=True)
+def _keep_the_collector_from_what_was_imported() -> Iterator[None]:
+    """Libraries that are imported where a test needs them stay: trainers collect garbage in each run."""
+    known = len(sys.modules)
+    yield
+    if len(sys.modules) > known + 300:
+        gc.collect()
+        gc.freeze()
+
+
 @pytest.fixture
 def warned() -> Iterator[list[str]]:
     """Yield what metricfold warns of."""

@@ -12,6 +12,8 @@ from ports import free_port
 
 __all__ = ["RankError", "free_port", "preload", "run_ranks", "run_threads"]
 
+preload("pytest", "hypothesis")  # each rank imports a test module, and with it what this imports
+
 
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, **limits: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pydoc_data.topics
@@ -213,6 +214,8 @@ def on_two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for, though we have a group
     # Where ranks train on CPUs, Trainers before 5 load their optimizer to "cpu:0", of which torch knows nothing.
     torch.serialization.register_package(99, lambda storage: None, restored)
+    trainer_class()
+    gc.freeze()  # each training collects garbage, and would look at all that was imported
     saving = {"save_strategy": "steps", "save_steps": SAVED}
     evaluating = {"eval_strategy": "steps", "eval_steps": SAVED, "load_best_model_at_end": True}
 
