@@ -216,6 +216,20 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
         assert ((ROOT / page).parent / target).exists(), target
 
 
+def test_the_changelog_begins_with_this_version_and_says_each_thing_once() -> None:
+    said = (ROOT / "CHANGELOG.md").read_text()
+    assert re.findall(r"^## (\S+)", said, re.MULTILINE)[0] == metricfold.__version__
+    lines = re.findall(r"^- .*(?:\n  .*)*", said, re.MULTILINE)
+    assert len(lines) > 100
+    assert [line for line in lines if lines.count(line) > 1] == []
+    stray = re.sub(
+        r"^(- .*(\n  .*)*|#+ .*)$", "", said.partition("### What")[2], flags=re.MULTILINE
+    )
+    assert stray.strip() == "changes for you"
+    titles = re.findall(r"^#### (.*)", said, re.MULTILINE)
+    assert len(titles) == len({*titles})
+
+
 def test_the_quickstart_runs_and_the_readme_shows_its_ten_lines(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     readme = blocks("README.md")[0]

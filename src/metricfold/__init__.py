@@ -35,7 +35,7 @@ from metricfold.sinks import (
 if TYPE_CHECKING:
     from metricfold._core.sketch import LogLinearHistogram
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AggregationHandler",
