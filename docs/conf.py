@@ -25,7 +25,9 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(numpy|lightning|flax|collections|enum|abc)\..*")]
 
 html_theme = "furo"
-html_title = "metricfold"
+html_title = f"metricfold {release}"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 

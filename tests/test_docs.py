@@ -40,6 +40,31 @@ SELF_CONTAINED = (
 )
 
 
+# Pages that run as they stand, from their first block on, and how many blocks of each say that they
+# cannot, and why: "# not run: ...".
+FROM_THE_TOP = {
+    "docs/checkpoints.md": 1,
+    "docs/distributed.md": 0,
+    "docs/histograms.md": 0,
+    "docs/logging.md": 0,
+}
+# Pages whose code other tests run.
+RUN_ELSEWHERE = {
+    "docs/data.md": "test_collator.py",
+    "docs/datasets.md": "test_integration_datasets.py",
+    "docs/trl.md": "trl_trainings.py",
+}
+# Pages whose code is of somebody's trainer or job; their programs are run, of which the pages show parts.
+OF_PROGRAMS = {
+    "docs/accelerate.md",
+    "docs/engines.md",
+    "docs/jax-processes.md",
+    "docs/lightning.md",
+    "docs/parallelism.md",
+    "docs/transformers.md",
+    "README.md",
+}
+
 # What runs in a process of its own, offline.
 TRACKERS = "docs/trackers.md"
 # What runs where JAX has four devices.
@@ -112,6 +137,39 @@ def test_the_examples_of_a_page_run_and_give_what_their_comments_say(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert checked_examples(page) > 0
+
+
+@pytest.mark.parametrize(("page", "not_run"), FROM_THE_TOP.items())
+def test_a_page_runs_from_its_top_but_for_blocks_that_say_why_not(
+    page: str, not_run: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("torch", "tensorboard", "rich"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    found = blocks(page)
+    runs = [block for block in found if not block.startswith("# not run: ")]
+    assert len(found) - len(runs) == not_run
+    try:
+        assert checked_blocks(runs, {}) or page in {"docs/histograms.md", "docs/logging.md"}
+    finally:
+        leave_the_job()
+
+
+def leave_the_job() -> None:
+    distributed = sys.modules["torch.distributed"]
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def test_no_page_is_left_out_and_no_other_block_says_that_it_is_not_run() -> None:
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} | {"README.md"}
+    known = {*SELF_CONTAINED, *FROM_THE_TOP, *RUN_ELSEWHERE, *OF_PROGRAMS, TRACKERS, ON_DEVICES}
+    assert {page for page in pages if blocks(page)} == known
+    for page, test in RUN_ELSEWHERE.items():
+        assert page in (ROOT / "tests" / test).read_text()
+    for page in known - {*FROM_THE_TOP}:
+        for block in blocks(page):
+            assert "# not run" not in block
 
 
 def test_the_examples_of_the_jax_page_run_on_devices() -> None:
@@ -187,8 +245,12 @@ def checked_examples(page: str) -> int:
     """Run the code of a page; return how many results it states, all of which are right."""
     namespace: dict[str, Any] = {}
     exec("import math\nfrom metricfold import *", namespace)
+    return checked_blocks(blocks(page), namespace)
+
+
+def checked_blocks(found: list[str], namespace: dict[str, Any]) -> int:
     checked = 0
-    for block in blocks(page):
+    for block in found:
         exec(block, namespace)
         lines = block.splitlines()
         for node in ast.parse(block).body:
