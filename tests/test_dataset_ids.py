@@ -217,6 +217,24 @@ def learn_apart(rank: int) -> dict[str, float]:
     return aggregator.get_metrics_for_logging("t")
 
 
+def test_what_is_on_its_way_when_an_accumulator_grows_is_what_it_was() -> None:
+    spec = {"loss": "mean", "len": "distribution", "cells": ("sum", "expert")}
+    acc = DeviceAccumulator(spec, 1, axes={"expert": 2})
+    aggregator = MetricsAggregator()
+    for value, name in enumerate(("docs", "code", "chat", "web", "docs"), 1):
+        ids = DatasetIds((name,), [0])
+        x = torch.tensor([float(value)])
+        acc.update_all({"loss": x, "len": x}, dataset_ids=ids)
+        acc.update("cells", x, ids={"expert": 1}, dataset_ids=ids)
+        aggregator.drain(acc)  # and nobody waits for it before there are more names
+    snapshot = aggregator.reduce()
+    logged = snapshot.as_dict("t")
+    assert (logged["t_docs/loss"], logged["t_web/loss"]) == (3.0, 4.0)
+    assert (logged["t_docs/len_stat_max"], logged["t_code/len_stat_max"]) == (5.0, 2.0)
+    assert snapshot.array("docs", "cells")[0].tolist() == [0.0, 6.0]
+    assert snapshot.array("code", "cells")[0].tolist() == [0.0, 2.0]
+
+
 def test_a_compiled_step_is_compiled_again_only_where_the_accumulator_has_grown() -> None:
     graphs = []
 

@@ -557,8 +557,12 @@ class DeviceAccumulator:
             raise ValueError(
                 f"this accumulator lies {kind}, and has no numbers: make one on a real device to drain"
             )
-        read = started(torch.cat([tensor.reshape(-1) for tensor in self.tensors]))
-        return lambda: self._host_arrays(read())
+        with _turn.lock:
+            read = started(torch.cat([tensor.reshape(-1) for tensor in self.tensors]))
+            # It may have grown by the time that somebody waits.
+            shapes_now = [tensor.shape for tensor in self.tensors]
+            as_now = self.layout, self._blocks, self._places, shapes_now
+        return lambda: _host_arrays(read(), *as_now)
 
     @uncompiled
     def empty(self) -> DeviceAccumulator:
@@ -855,38 +859,45 @@ class DeviceAccumulator:
             raise TypeError(f"{what} are of type {ids.dtype}: give integers")
         return ids.long()
 
-    def _host_arrays(self, flat: np.ndarray[Any, Any]) -> HostArrays:
-        ends = np.cumsum([tensor.numel() for tensor in self.tensors])
-        parts = [
-            part.reshape(tensor.shape)
-            for part, tensor in zip(np.split(flat, ends[:-1]), self.tensors, strict=True)
-        ]
-        types = dict(zip(self.layout.names, self.layout.types, strict=True))
-        found = []
-        for block, (names, axes, _) in zip(self._blocks, self._standing_together(), strict=True):
-            own = [None if part is None else parts[part] for part in block.parts]
-            found.append(
-                read_with_axes(own, padded(self.layout.datasets, axes), types[names[0]])
-                if axes
-                else read(own)
+
+def _host_arrays(
+    flat: np.ndarray[Any, Any],
+    layout: Layout,
+    blocks: Sequence[_Block],
+    places: Mapping[str, _Place],
+    shapes_of_tensors: Sequence[torch.Size],
+) -> HostArrays:
+    """Return what an accumulator held, whose tensors came one after the other."""
+    ends = np.cumsum([shape.numel() for shape in shapes_of_tensors])
+    parts = [
+        part.reshape(shape)
+        for part, shape in zip(np.split(flat, ends[:-1]), shapes_of_tensors, strict=True)
+    ]
+    found = []
+    for block in blocks:
+        own = [None if part is None else parts[part] for part in block.parts]
+        if block.axes:  # of one metric
+            agg_type = next(one.agg_type for one in places.values() if one.block is block)
+            found.append(read_with_axes(own, padded(layout.datasets, block.axes), agg_type))
+        else:
+            found.append(read(own))
+    own_places = [places[name] for name in layout.names]
+    of_each = [(found[blocks.index(place.block)], place.row) for place in own_places]
+    for name, (one, row) in zip(layout.names, of_each, strict=True):
+        if one.rounded[row]:
+            _logger.warning(
+                "%d values of metric %r are integers beyond 2^53, of which float64 holds not every "
+                "one: they count, rounded to the next that it does",
+                one.rounded[row],
+                name,
             )
-        places = [self._places[name] for name in self.layout.names]
-        of_each = [(found[self._blocks.index(place.block)], place.row) for place in places]
-        for name, (one, row) in zip(self.layout.names, of_each, strict=True):
-            if one.rounded[row]:
-                _logger.warning(
-                    "%d values of metric %r are integers beyond 2^53, of which float64 holds not every "
-                    "one: they count, rounded to the next that it does",
-                    one.rounded[row],
-                    name,
-                )
-        return HostArrays(
-            np.concatenate([one.counts[row] for one, row in of_each]),
-            np.concatenate([one.sums[row] for one, row in of_each])[..., np.newaxis],
-            np.concatenate([one.extrema[row] for one, row in of_each]),
-            next((one.grid for one in found if one.grid is not None), None),
-            np.stack([one.refused[row] for one, row in of_each]),
-        )
+    return HostArrays(
+        np.concatenate([one.counts[row] for one, row in of_each]),
+        np.concatenate([one.sums[row] for one, row in of_each])[..., np.newaxis],
+        np.concatenate([one.extrema[row] for one, row in of_each]),
+        next((one.grid for one in found if one.grid is not None), None),
+        np.stack([one.refused[row] for one, row in of_each]),
+    )
 
 
 @dataclass(slots=True)
