@@ -33,11 +33,13 @@ FRAMEWORKS = (
 )
 
 LONGEST = (
-    *("demo", "logger_ends", "jax_accumulator", "processes", "jax_processes", "store"),
-    *("parallelism", "reduction", "integration_transformers", "messages", "benchmarks", "routes"),
-    *("demo_jax", "scale", "integration_accelerate", "sinks_wandb", "torch_recomputation"),
-    *("meaning", "jax_accumulator_types", "docs", "histogram", "integration_lightning"),
-    *("jax_fingerprint", "torch_accumulator", "gpu_check"),
+    *("demo", "integration_trl", "jax_accumulator", "logger_ends", "model_watch", "processes"),
+    *("jax_processes", "store", "parallelism", "reduction", "integration_transformers", "messages"),
+    *("benchmarks", "routes", "demo_jax", "engines", "look_page", "scale"),
+    *("integration_accelerate", "sinks_wandb", "sinks_trackio", "alerts_of_trainings"),
+    *("torch_recomputation", "meaning", "jax_accumulator_types", "docs", "sinks_comet"),
+    *("histogram", "integration_lightning", "jax_fingerprint", "torch_fused"),
+    *("torch_accumulator", "gpu_check"),
 )
 """Test modules that a worker begins before all others, so that no worker is left alone with one.
 
