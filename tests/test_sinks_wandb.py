@@ -485,3 +485,14 @@ def test_losses_are_summed_up_by_their_best_and_drawn_over_the_step_of_their_pre
         if record.WhichOneof("record_type") == "config":
             said |= {one.key: json.loads(one.value_json) for one in record.config.update}
     assert {name: said[name] for name in config} == config
+
+
+def test_with_a_step_metric_what_is_summed_up_by_its_best_is_drawn_over_it_too(tmp_path):
+    aggregator = MetricsAggregator()
+    with MetricsLogger([WandbSink(dir=tmp_path, step_metric="global")]) as logger:
+        aggregator.record("loss", 2.0)
+        logger.log(10, aggregator, prefix="train")
+    records = finished(run_files(tmp_path)[0])
+    metrics = [one.metric for one in records if one.WhichOneof("record_type") == "metric"]
+    (loss,) = [one for one in metrics if one.name == "train/loss"]
+    assert (loss.step_metric, loss.summary.min) == ("global", True)

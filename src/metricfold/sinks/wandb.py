@@ -262,7 +262,10 @@ class WandbSink(SelectiveSink):
             if key in self._defined or self._axis_of_key.setdefault(key, axis) != axis:
                 continue
             ours = axis in self._behind or (key in self._ours and axis != "step")
-            over = axis if ours and self._step_metric is None and key != axis else None
+            over = axis if ours and key != axis else None
+            if self._step_metric is not None:
+                # What is defined by its name is not what "*" says of the others.
+                over = self._step_metric if key in self._best else None
             if over is None and key not in self._best:
                 continue
             if over is not None and axis not in self._defined:
