@@ -14,7 +14,8 @@ from test_sinks_console import rows, screen, terminal
 
 from metricfold import MetricsAggregator
 from metricfold.sinks import ConsoleSink, MetricsLogger, Record
-from metricfold.sinks.board import Track
+from metricfold.sinks.board import Board, Track, readings_of
+from metricfold.sinks.drawing import drawn
 
 NAMES = [
     *["web", "code", "books", "wiki", "papers", "math", "chat", "多言語"],
@@ -278,3 +279,63 @@ def test_it_is_drawn_without_torch_or_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["step 1  a  loss 1.0000", "set()"]
+
+
+ODD = {
+    "larger sums than any float": [1e308] * 300,
+    "larger differences than any float": [1e308, -1e308, 1e308, -1e308],
+    "the smallest floats": [5e-324, 0.0, 1e-323, 0.0],
+    "nothing but zero": [0.0] * 4,
+    "NaN first": [math.nan, 1.0, math.inf, 2.0],
+}
+
+
+@pytest.mark.parametrize("values", ODD.values(), ids=ODD)
+def test_any_number_is_drawn(values):
+    records = [
+        Record(step, 1e9, {f"train_{n}/loss": value for n in range(30)}, prefix="train")
+        for step, value in enumerate(values)
+    ]
+    lines = table(records)
+    assert lines[0].startswith(f"train step {len(values) - 1}")
+    assert len(lines) <= 24
+    assert any(line.startswith("loss") for line in lines)
+
+
+def test_a_time_that_no_calendar_has_is_left_out():
+    lines = table([Record(1, 1e18, {"train/loss": 2.0}, prefix="train")])
+    assert lines[0] == "train step 1"
+
+
+def test_a_metric_that_is_called_like_a_column_is_shown():
+    metrics = {f"train/{name}": 7.0 for name in ("loss", "best", "now", "change", "so")}
+    lines = table([Record(step, 1e9, metrics, prefix="train") for step in range(4)])
+    assert "best 7   now 7   change 7   so 7" in lines
+
+
+def test_what_was_bad_at_a_step_that_was_gone_back_over_is_not_in_the_future():
+    values = {10: 1.0, 30: math.nan, 5: 1.0}
+    lines = table(
+        [Record(at, 1e9, {"train/loss": one}, prefix="train") for at, one in values.items()]
+    )
+    assert " !  loss was NaN once, at step 30; finite since" in lines
+
+
+def test_what_a_table_costs_grows_as_the_number_of_metrics_does():
+    def looked_at(number):
+        class Counted(dict):
+            looks = 0
+
+            def items(self):
+                for item in super().items():
+                    Counted.looks += 1
+                    yield item
+
+        board = Board("train", {})
+        record = Record(1, 1e9, {f"train/m{n}": math.nan for n in range(number)}, prefix="train")
+        board.take(record, readings_of(record)["train"])
+        board.current, board.bad = Counted(board.current), Counted(board.bad)
+        drawn([board], 80, 24)
+        return Counted.looks
+
+    assert looked_at(400) == 2 * looked_at(200)

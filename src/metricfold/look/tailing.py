@@ -11,6 +11,7 @@ from metricfold.look.place import LookError
 from metricfold.look.reading import Key, RunFile, Update, read
 from metricfold.look.text import Terminal, cut, figure
 from metricfold.metric import escaped
+from metricfold.sinks.drawing import clock
 
 __all__ = ["tail"]
 
@@ -115,8 +116,7 @@ class _Teller:
             keys = sorted(filter(main_statistic, values), key=_importance)[:_MOST]
         if not keys:
             return None
-        clock = time.strftime("%H:%M:%S", time.localtime(when))
-        parts = [f"step {step:,}", clock, *([escaped(prefix)] if prefix else [])]
+        parts = [f"step {step:,}", *filter(None, (clock(when), escaped(prefix)))]
         bad = False
         last = None
         for key in keys:

@@ -6,11 +6,12 @@ import math
 import os
 import re
 import shutil
-import time
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
+
+from metricfold.sinks.drawing import clock
 
 __all__ = ["Terminal", "ago", "columns", "cut", "figure", "moment", "padded", "steps", "width"]
 
@@ -176,10 +177,7 @@ def steps(step: int | None) -> str:
 
 def moment(wall_time: float) -> str:
     """Return the local date and time."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall_time))
-    except (OverflowError, OSError, ValueError):
-        return "at an unknown time"
+    return clock(wall_time, "%Y-%m-%d %H:%M:%S") or "at an unknown time"
 
 
 def ago(seconds: float) -> str:

@@ -186,6 +186,11 @@ class Track:
             part = some[place * len(some) // n : (place + 1) * len(some) // n]
             count = sum(one.count for one in part)
             mean = sum(one.total for one in part) / count if count else math.nan
+            if count and not math.isfinite(mean):
+                # Their sum is larger than any float.
+                mean = (
+                    min(one.lowest for one in part)[0] / 2 + max(one.highest for one in part)[0] / 2
+                )
             found.append((mean, any(one.bad for one in part)))
         return found
 
@@ -267,7 +272,7 @@ class Board:
                 self.datasets.setdefault(meaning.dataset)
             if meaning.name not in self.names:
                 self.names[meaning.name] = meaning
-                self._lead()
+                self._lead(meaning)
             if not math.isfinite(value) and meaning.aggregation != "categorical_count":
                 of = (meaning.dataset, meaning.name)
                 self.bad.setdefault(of, Bad()).add(record.step, value)
@@ -317,11 +322,10 @@ class Board:
         known = self.names[name]
         return self.current.get(Meaning(dataset, name, statistic, known.aggregation))
 
-    def _lead(self) -> None:
-        """Choose the leading metric anew; another one's track begins anew."""
-        leading = min(self.names.values(), key=rank).name if self.names else None
-        if leading != self.leading:
-            self.leading, self.tracks = leading, {}
+    def _lead(self, new: Meaning) -> None:
+        """Let a new metric lead if it is the one to watch; its track begins anew."""
+        if self.leading is None or rank(new) < rank(self.names[self.leading]):
+            self.leading, self.tracks = new.name, {}
 
 
 def rank(meaning: Meaning) -> int:

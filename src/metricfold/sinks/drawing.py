@@ -26,7 +26,7 @@ from metricfold.sinks.record import Meaning
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["ALARMING", "drawn", "in_ascii", "line", "number"]
+__all__ = ["ALARMING", "clock", "drawn", "in_ascii", "line", "number"]
 
 ALARMING = "bold white on red"
 _WARNING = "bold black on yellow"
@@ -102,6 +102,14 @@ def _duration(seconds: float) -> str:
     return f"{int(days)} d {int(hours % 24)} h"
 
 
+def clock(wall_time: float, form: str = "%H:%M:%S") -> str:
+    """Return a time as a clock here shows it; empty if it is none that a calendar has."""
+    try:
+        return time.strftime(form, time.localtime(wall_time))
+    except (OverflowError, OSError, ValueError):
+        return ""
+
+
 def _step_time(seconds: float) -> str:
     return f"{seconds:.3g} s/step" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms/step"
 
@@ -141,8 +149,7 @@ def _header(board: Board, *, timed: bool) -> list[_Part]:
     parts += [_Part(text, need=4) for _, text in _throughput(board)]
     if seconds is not None and isinstance(total, int) and total > board.step:
         parts.append(_Part(f"ETA {_duration((total - board.step) * seconds)}", need=2))
-    clock = time.strftime("%H:%M:%S", time.localtime(board.wall_time))
-    return [*parts, _Part(clock, "dim", need=3)]
+    return [*parts, _Part(clock(board.wall_time), "dim", need=3)]
 
 
 def _throughput(board: Board) -> list[tuple[str, str]]:
@@ -168,9 +175,9 @@ def _thousands(value: float) -> str:
 def _warnings(board: Board) -> list[tuple[str, str]]:
     """Return what has been bad, the newest first, each with how it is marked."""
     found: list[tuple[int, str, str]] = []
+    of_datasets = {name for dataset, name in board.bad if dataset}
     for (dataset, name), bad in board.bad.items():
-        others = [of for of in board.bad if of[1] == name and of[0]]
-        if not dataset and others:
+        if not dataset and name in of_datasets:
             continue  # a total that is made of them
         what = "/".join(filter(None, (dataset, name)))
         last, kind = bad.steps[-1], number(bad.value).strip("!")
@@ -180,7 +187,9 @@ def _warnings(board: Board) -> list[tuple[str, str]]:
             text = f"{what} is {kind}"
             text += f", {bad.times:,} times since step {since:,}" if bad.times > 1 else ""
         else:
-            ago = f"{board.step - last:,} steps ago (step {last:,})"
+            ago = f"at step {last:,}"  # which may be ahead of one that was gone back to
+            if last < board.step:
+                ago = f"{board.step - last:,} steps ago (step {last:,})"
             text = f"{what} was {kind} {times} {ago}; finite since"
             text = text.replace("once ", "once, ") if bad.times == 1 else text
         found.append((last, text, ALARMING))
@@ -202,29 +211,25 @@ def _warnings(board: Board) -> list[tuple[str, str]]:
     return said
 
 
-def _others(board: Board, shown: set[tuple[str, str]]) -> list[_Part]:
+def _others(board: Board, shown: set[str]) -> list[_Part]:
     """Return what is neither in the table nor above it, metric by metric."""
     found = []
     hidden = 0
     throughput = {name for name, _ in _throughput(board)}
     alone = next(iter(board.datasets)) if len(board.datasets) == 1 else ""
+    current: dict[str, dict[str, dict[str, float]]] = {}  # name -> dataset -> statistic -> value
+    for one, value in board.current.items():
+        current.setdefault(one.name, {}).setdefault(one.dataset, {})[one.statistic] = value
     for name, meaning in board.names.items():
-        if name == board.leading or name in throughput or (name, "") in shown:
+        if name == board.leading or name in throughput or name in shown:
             continue
-        values = {
-            one.statistic: value
-            for one, value in board.current.items()
-            if one.name == name and one.dataset == ""
-        } or {
-            one.statistic: value
-            for one, value in board.current.items()
-            if one.name == name and one.dataset == alone
-        }
+        of_name = current.get(name, {})
+        values = of_name.get("") or of_name.get(alone, {})
         text = _told(name, meaning, values)
         if text:
             loud = "!" in text and any(not math.isfinite(one) for one in values.values())
             found.append(_Part(text, ALARMING if loud else "", need=0 if loud else 1))
-        elif any(one.name == name for one in board.current):
+        elif of_name:
             hidden += 1
     if hidden:
         found.append(_Part(f"… {hidden} more of single datasets", "dim", need=2))
@@ -265,11 +270,13 @@ class _Column(NamedTuple):
         title: its title.
         cell: what it shows of a dataset, and the style; empty: all together.
         left: whether it is aligned left.
+        metric: which one it shows the number of; empty: the leading one.
     """
 
     title: str
     cell: Callable[[str], tuple[str, str]]
     left: bool = False
+    metric: str = ""
 
 
 def _rows(board: Board) -> list[str]:
@@ -315,6 +322,8 @@ def _ceiled(value: float) -> str:
     if value <= 0:
         return "0"
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    if unit == 0:  # the smallest floats have fewer digits
+        return f"{value:.2g}"
     return f"{math.ceil(value / unit - 1e-9) * unit:.2g}"
 
 
@@ -399,10 +408,13 @@ def _curve(board: Board, width: int) -> _Column:
         if not known:
             return "!" * len(curve), ""
         low, high = min(known), max(known)
-        scale = 7.99 / (high - low) if high > low else 0.0
+        half = high / 2 - low / 2  # the whole of it may be larger than any float
+
+        def bar(mean: float) -> str:
+            return _BARS[int(7.99 * ((mean / 2 - low / 2) / half))] if half > 0 else _BARS[0]
+
         return "".join(
-            "!" if bad else " " if math.isnan(mean) else _BARS[int((mean - low) * scale)]
-            for mean, bad in curve
+            "!" if bad else " " if math.isnan(mean) else bar(mean) for mean, bad in curve
         ), ""
 
     return _Column(title, cell, left=True)
@@ -421,7 +433,8 @@ def _further(board: Board) -> list[_Column]:
 
     amount = _amount(board)
     if amount is not None:
-        columns.append(_Column(amount, cell(lambda one: board.of(amount, dataset=one), _large)))
+        known = cell(lambda one: board.of(amount, dataset=one), _large)
+        columns.append(_Column(amount, known, metric=amount))
         weights = _weights(board)
         total = sum(weights.values())
         if total > 0 and len(weights) > 1:
@@ -437,7 +450,7 @@ def _further(board: Board) -> list[_Column]:
             )
             of = partial(board.of, name, statistic)
             if any(of(dataset) is not None for dataset in board.datasets):
-                columns.append(_Column(title, cell(of, number)))
+                columns.append(_Column(title, cell(of, number), metric=name))
     return columns
 
 
@@ -488,9 +501,7 @@ def _wrapped(parts: Sequence[_Part], width: int, most: int) -> list[Text]:
     return [_text(one, width) for one in lines if one]
 
 
-def _table(
-    board: Board, way: str | None, width: int, most: int
-) -> tuple[list[Text], set[tuple[str, str]]]:
+def _table(board: Board, way: str | None, width: int, most: int) -> tuple[list[Text], set[str]]:
     """Return the lines of the table of the leading metric, and which metrics have a column there."""
     from rich.cells import cell_len, set_cell_size  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
@@ -530,8 +541,7 @@ def _table(
     if caption:
         short = caption if cell_len(caption) <= width else caption.partition(" (")[0]
         lines.append(_fitted(Text(short, "dim", no_wrap=True, end=""), width))
-    titles = {(column.title.split(" ")[0], "") for column in columns[1:]}
-    return lines, titles
+    return lines, {column.metric for column in columns if column.metric}
 
 
 def _whole(
@@ -550,7 +560,7 @@ def _whole(
         table, shown = _table(board, way, width, rows)
         lines += [Text("", end=""), *table]
     else:
-        shown = set()
+        shown: set[str] = set()
     others = _wrapped(_others(board, shown), width, most_others)
     left = 10**9 if height is None else height - len(lines) - 1
     if others and left > 0:
