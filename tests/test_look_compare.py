@@ -259,6 +259,34 @@ def test_a_condition_on_what_is_not_finite_is_true(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_a_percentage_of_zero_is_none_where_nothing_differs(tmp_path, capsys):
+    steps = np.arange(1, 101)
+    zero = plain(tmp_path / "a.jsonl", steps, np.zeros(100))
+    same = plain(tmp_path / "b.jsonl", steps, np.zeros(100))
+    more = plain(tmp_path / "c.jsonl", steps, np.full(100, 0.1))
+    for b, condition, code in [
+        (same, "train/loss > +1%", 0),
+        (more, "train/loss > +1%", 1),
+        (more, "train/loss < -1%", 0),
+    ]:
+        assert main(["compare", str(zero), str(b), "--fail-if", condition]) == code
+    capsys.readouterr()
+
+
+def test_runs_that_share_no_step_of_a_metric_are_not_called_equal(tmp_path, capsys):
+    one = plain(tmp_path / "a.jsonl", np.arange(1, 9), np.ones(8))
+    later = plain(tmp_path / "b.jsonl", np.arange(11, 19), np.ones(8))
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    for b in (later, empty):
+        assert main(["compare", str(one), str(b)]) == 0
+        said = capsys.readouterr().out
+        assert "no step of the same metric in common" in said
+        assert "the same, to the bit" not in said
+    assert compare(one, one).in_common
+    assert not compare(one, later).in_common
+
+
 def test_json_holds_all_of_it(runs, capsys):
     arguments = ["compare", str(runs["a"]), str(runs["worse"]), "--json", "--fail-if", "loss > 0"]
     assert main(arguments) == 1

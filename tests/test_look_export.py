@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -183,3 +184,21 @@ def test_csv_imports_neither_pandas_nor_pyarrow(path):
             check=False,
         )
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_file_where_there_can_be_none_and_a_name_that_the_encoding_lacks_get_one_sentence(
+    tmp_path,
+):
+    sink = JSONLSink(tmp_path / "run.jsonl")
+    sink.write(Record(1, 1e9, {"train_多言語/loss": 1.0}, {}, "train"))
+    sink.close()
+    command = [sys.executable, "-m", "metricfold", "export", str(tmp_path / "run.jsonl")]
+    below = str(tmp_path / "run.jsonl" / "x.csv")
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    for arguments, said in (([], "cp1252 has no"), (["-o", below], "cannot be written")):
+        ended = subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, env=environment, check=False
+        )
+        assert ended.returncode == 2
+        assert said in ended.stderr
+        assert ended.stderr.count("\n") == 1

@@ -102,6 +102,13 @@ def test_ranks_make_it_together(tmp_path):
     assert last.metrics["train_docs/tokens"] == 4
 
 
+def test_a_url_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is a URL: give a folder"):
+        Run("s3://bucket/runs/1")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_it_is_a_public_name(tmp_path):
     assert "Run" in metricfold.__all__
     assert str(Run) == "<class 'metricfold.Run'>"

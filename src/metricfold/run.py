@@ -46,6 +46,9 @@ class Run:
         sinks: further ones.
         aggregator: yours; by default a new `MetricsAggregator`.
 
+    Raises:
+        ValueError: `folder` is a URL; or as `MetricsLogger`.
+
     Attributes:
         folder: its path.
         aggregator: what metrics are given to.
@@ -73,6 +76,10 @@ class Run:
         sinks: Sequence[Sink] = (),
         aggregator: MetricsAggregator | None = None,
     ) -> None:
+        if "://" in os.fspath(folder):
+            raise ValueError(
+                f"folder={os.fspath(folder)!r} is a URL: give a folder, such as a mounted bucket"
+            )
         self.folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow links
         installed: list[Sink] = []
         if find_spec("rich") is not None:

@@ -91,7 +91,9 @@ def _signed(value: float) -> str:
 
 def _notes(found: Comparison, terminal: Terminal) -> list[str]:
     notes: list[tuple[str, str, str]] = []
-    if found.first_difference is None:
+    if not found.in_common:
+        notes.append(("differ", "in all: they have no step of the same metric in common", ""))
+    elif found.first_difference is None:
         notes.append(
             ("equal", "every value of every step that both have is the same, to the bit", "")
         )

@@ -88,8 +88,10 @@ class Row:
 
     @property
     def relative(self) -> float:
-        """The difference as a part of a's value; NaN if that is 0."""
-        return self.difference / abs(self.a) if self.a else math.nan
+        """The difference as a part of a's value; of 0 it is 0 or infinite."""
+        if self.difference == 0:
+            return 0.0
+        return self.difference / abs(self.a) if self.a else self.difference * math.inf
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Comparison:
         data_differs: the first step at which they have not, and the metric that says so.
         not_finite: of each run the metrics with values that are not finite, with their last such step.
         only: of each run the metrics that the other one does not have.
+        in_common: whether there is any step at which both have a value of the same metric.
     """
 
     a: str
@@ -118,6 +121,7 @@ class Comparison:
     data_differs: tuple[int, str] | None = None
     not_finite: tuple[dict[str, int], dict[str, int]] = ({}, {})
     only: tuple[list[str], list[str]] = ([], [])
+    in_common: bool = False
     steps: tuple[int | None, int | None] = (None, None)
     records: tuple[int, int] = (0, 0)
 
@@ -181,6 +185,7 @@ def compare(
         data_differs,
         (_not_finite(a), _not_finite(b)),
         (_only(a, b, wanted), _only(b, a, wanted)),
+        any(np.intersect1d(a.columns[key].steps, b.columns[key].steps).size for key in both),
         (a.last_step, b.last_step),
         (a.records, b.records),
     )
@@ -413,7 +418,8 @@ class Condition:
                 raise LookError(f"{printed} has no step that both runs have")
             value = row.difference if self.against_a else row.b
             value = 100 * row.relative if self.percent else value
-            if not math.isfinite(value) or _COMPARED[self.than](value, self.bound):
+            known = math.isfinite(row.difference if self.against_a else row.b)
+            if not known or _COMPARED[self.than](value, self.bound):
                 unit = " %" if self.percent else ""
                 what = "B − A is " if self.against_a else ""
                 said.append(

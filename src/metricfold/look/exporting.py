@@ -11,6 +11,7 @@ import csv
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -112,7 +113,13 @@ def export(
         raise LookError("Parquet is no text: give a file with -o")
     table = _wide(paths, names) if wide else _long(paths, names)
     if not isinstance(out, str | os.PathLike):
-        _write_csv(table, out)
+        try:
+            _write_csv(table, out)
+        except UnicodeEncodeError as error:
+            raise LookError(
+                f"{out.encoding} has no {error.object[error.start : error.end]!r}, which is in a name: "
+                "give a file with -o, or set PYTHONIOENCODING=utf-8"
+            ) from error
     else:
         _replace(Path(out), table, to)
     return len(table["step"].values)
@@ -186,12 +193,14 @@ def _replace(out: Path, table: Mapping[str, _Cells], to: str) -> None:
             with beside.open("w", encoding="utf-8", newline="") as file:
                 _write_csv(table, file)
         beside.replace(out)
-    except OSError as error:
+    except BaseException as error:
+        with suppress(OSError):  # what went wrong first is said
+            beside.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise LookError(
             f"{escaped(str(out))} cannot be written ({error.strerror or error})"
         ) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _write_csv(table: Mapping[str, _Cells], file: IO[str]) -> None:

@@ -242,6 +242,8 @@ def crossed_at(steps: IntArray, difference: FloatArray) -> int | None:
     The sum of all differences so far turns round there. Before and after it the difference must be
     beyond its error, with opposite signs.
     """
+    if not len(steps):
+        return None
     sums = np.cumsum(difference)
     for place in sorted({int(sums.argmin()) + 1, int(sums.argmax()) + 1}):
         before, after = difference[:place], difference[place:]
