@@ -117,7 +117,7 @@ def export(
             _write_csv(table, out)
         except UnicodeEncodeError as error:
             raise LookError(
-                f"{out.encoding} has no {error.object[error.start : error.end]!r}, which is in a name: "
+                f"{getattr(out, 'encoding', error.encoding)} has no {error.object[error.start : error.end]!r}, which is in a name: "
                 "give a file with -o, or set PYTHONIOENCODING=utf-8"
             ) from error
     else:

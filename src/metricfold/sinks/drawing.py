@@ -554,13 +554,12 @@ def _whole(
     lines = [_text(_header(board, timed=timed), width), *_marked(_warnings(board), width)]
     room = 10**9 if height is None else height - len(lines)
     most_others = 3
+    shown: set[str] = set()
     if board.tracks:
         # A blank line before it, its titles, and below it a blank line and the rest.
         rows = max(room - 3 - 2, 1)
         table, shown = _table(board, way, width, rows)
         lines += [Text("", end=""), *table]
-    else:
-        shown: set[str] = set()
     others = _wrapped(_others(board, shown), width, most_others)
     left = 10**9 if height is None else height - len(lines) - 1
     if others and left > 0:
