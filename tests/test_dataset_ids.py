@@ -217,6 +217,12 @@ def learn_apart(rank: int) -> dict[str, float]:
     return aggregator.get_metrics_for_logging("t")
 
 
+@pytest.mark.parametrize("place", [-1, 2])
+def test_a_place_of_no_name_is_refused(place: int) -> None:
+    with pytest.raises(ValueError, match="among 2 names"):
+        DatasetIds(("docs", "code"), [0, place])
+
+
 def test_what_is_on_its_way_when_an_accumulator_grows_is_what_it_was() -> None:
     spec = {"loss": "mean", "len": "distribution", "cells": ("sum", "expert")}
     acc = DeviceAccumulator(spec, 1, axes={"expert": 2})

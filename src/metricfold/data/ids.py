@@ -31,6 +31,9 @@ class DatasetIds:
         names: of the datasets in the batch.
         index: for each row, or token, the place of its dataset in `names`.
 
+    Raises:
+        ValueError: a place is that of no name.
+
     >>> ids = DatasetIds(("docs", "code"), [0, 1, 1])
     >>> ids.places(("web", "code", "docs"))
     array([2, 1, 1])
@@ -41,6 +44,11 @@ class DatasetIds:
     def __init__(self, names: Sequence[str], index: npt.ArrayLike) -> None:
         self.names = tuple(names)
         self.index = np.asarray(index, dtype=np.int32)
+        if self.index.size and (self.index.min() < 0 or self.index.max() >= len(self.names)):
+            raise ValueError(
+                f"dataset ids from {self.index.min()} to {self.index.max()} are places among "
+                f"{len(self.names)} names: give those of `names`, from 0 on"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
