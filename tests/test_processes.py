@@ -25,7 +25,7 @@ from metricfold import (
 def test_pickling_or_copying_an_aggregator_raises() -> None:
     aggregator = MetricsAggregator()
     for duplicate in (pickle.dumps, copy.copy, copy.deepcopy):
-        with pytest.raises(TypeError, match=r"Save its state_dict\(\) instead"):
+        with pytest.raises(TypeError, match=r"save or send its state_dict\(\)"):
             duplicate(aggregator)
 
 
