@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import subprocess
 import sys
 
@@ -339,3 +340,12 @@ def test_what_a_table_costs_grows_as_the_number_of_metrics_does():
         return Counted.looks
 
     assert looked_at(400) == 2 * looked_at(200)
+
+
+def test_a_step_that_no_float_holds_ends_nothing():
+    records = [
+        Record(s, 1.0 + n, {"train/loss": 1.0}) for n, s in enumerate((0, 10**400, 10**400 + 1, 7))
+    ]
+    lines = table([*records, Record(8, 9.0, {"train/loss": 2.0}, run={"total_steps": 10**400})])
+    assert re.fullmatch(r"train step 8   \S+ s/step   \d\d:\d\d:\d\d", lines[0]), lines[0]
+    assert rows(lines)["train"][0] == "2.0000"

@@ -66,7 +66,7 @@ def test_a_shell_completes_public_names_of_an_aggregator() -> None:
 
 def test_a_shell_completes_public_names_of_what_comes_before_and_after() -> None:
     assert completed(MetricsLogger([])) == {"log", "alerts", "rewind", "flush", "close"}
-    assert completed(MetricsCollator()) == {"collate_fn", "on_bad_name"}
+    assert completed(MetricsCollator()) == {"collate_fn", "dataset_ids", "on_bad_name"}
     assert completed(batch("loss")) == {"from_metrics", "pin_memory", "to"}
     assert completed(DefaultTrainingMetricTransform()) == {"dataset_name", "set_dataset_name"}
     assert completed(JSONLSink("x")) >= {"write", "flush", "close", "rewind", "path"}
@@ -78,7 +78,8 @@ def test_a_shell_completes_public_names_of_accumulators() -> None:
     from metricfold.torch import DeviceAccumulator
 
     acc = DeviceAccumulator({"loss": "mean"})
-    public = {"update", "update_all", "at", "token_loss", "mark", "rollback", "empty", "device"}
+    public = {"update", "update_all", "at", "token_loss", "learn", "mark", "rollback", "empty"}
+    public |= {"device"}
     assert completed(acc) == public
     assert completed(acc.mark()) == set()
     assert "tensor(" not in repr(acc.mark())

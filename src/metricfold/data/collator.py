@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from metricfold._core.fold.batch import MetricBatch
 from metricfold._core.fold.builtin import check_on_bad_name
-from metricfold._core.runtime.listing import shortened
+from metricfold._core.runtime.listing import internal, shortened
 from metricfold.data.ids import DatasetIds
 from metricfold.data.ids import dataset_ids as ids_of
 from metricfold.data.origin import ORIGINS, UnknownOriginError, check_bare, named
@@ -42,6 +42,7 @@ class Collated(NamedTuple):
     dataset_ids: DatasetIds | None
 
 
+@internal("collate", "fold")
 class MetricsCollator:
     """Collates samples with `collate_fn`, and their ``"metrics"`` into one `MetricBatch`.
 

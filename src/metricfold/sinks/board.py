@@ -22,6 +22,7 @@ __all__ = ["Board", "Reading", "Track", "rank", "readings_of", "split"]
 
 _MOST = 128  # stretches that a track is kept in
 _MOST_BAD = 256  # steps at which a metric was not finite
+_MOST_STEPS = 2**53
 _LOGS = 10  # over which the time of a step is taken
 
 
@@ -306,12 +307,20 @@ class Board:
         """Whether nothing is left of it."""
         return not (self.current or self.tracks)
 
+    @property
+    def total_steps(self) -> int | None:
+        """How many steps there will be, if the run has said so."""
+        total = self.run.get("total_steps")
+        return total if isinstance(total, int) and 0 < total <= _MOST_STEPS else None
+
     def seconds_per_step(self) -> float | None:
         """Return the wall time of a step over the newest logs, or None if it is not known."""
         if len(self._logs) < 2:
             return None
         (first, began), (last, ended) = self._logs[0], self._logs[-1]
-        return (ended - began) / (last - first) if last > first and ended > began else None
+        steps = last - first
+        # Steps that no float holds are no count of work.
+        return (ended - began) / steps if 0 < steps <= _MOST_STEPS and ended > began else None
 
     def better(self) -> str | None:
         """Return which way the leading metric is better; None: nobody knows."""

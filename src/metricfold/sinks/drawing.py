@@ -135,19 +135,19 @@ class _Part(NamedTuple):
 
 def _header(board: Board, *, timed: bool) -> list[_Part]:
     """Return the line above a table; `timed`: with how long training takes, of which one board knows."""
-    total = board.run.get("total_steps") if timed else None
+    total = board.total_steps if timed else None
     seconds = board.seconds_per_step() if timed else None
     parts = [
         _Part(f"{board.prefix or 'metrics'} ", "bold cyan"),
         _Part(f"step {board.step:,}", "bold", before=""),
     ]
-    if isinstance(total, int) and total > 0:
+    if total is not None:
         share = 100 * board.step / total
         parts.append(_Part(f"/ {total:,}  {share:.0f} %", need=1, before=" "))
     if seconds is not None:
         parts.append(_Part(_step_time(seconds), need=2))
     parts += [_Part(text, need=4) for _, text in _throughput(board)]
-    if seconds is not None and isinstance(total, int) and total > board.step:
+    if seconds is not None and total is not None and total > board.step:
         parts.append(_Part(f"ETA {_duration((total - board.step) * seconds)}", need=2))
     return [*parts, _Part(clock(board.wall_time), "dim", need=3)]
 
@@ -647,9 +647,9 @@ def line(board: Board) -> str:
         parts.append(f"{text} ({told})" if told else text)
     parts += [one.text for one in _others(board, set()) if not one.text.startswith("…")]
     parts += [text for _, text in _throughput(board)]
-    seconds, total = board.seconds_per_step(), board.run.get("total_steps")
+    seconds, total = board.seconds_per_step(), board.total_steps
     if seconds is not None:
         parts.append(_step_time(seconds))
-        if isinstance(total, int) and total > board.step:
+        if total is not None and total > board.step:
             parts.append(f"ETA {_duration((total - board.step) * seconds)}")
     return "  ".join(filter(None, parts))
