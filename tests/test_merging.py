@@ -448,13 +448,19 @@ def test_batches_that_workers_send_to_a_controller_count_as_if_it_had_measured_t
 
 
 def test_the_lines_for_shards_of_an_evaluation_pool_what_all_have_seen(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
 ) -> None:
     page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text("utf-8")
     (block,) = [one for one in page.split("```python\n") if one.startswith("# In each job")]
     each, done = block.split("```")[0].split("# When all are done\n")
+    first = 'folder, shard = ".", 0\n'
+    rewards = "(0.5, 1.0)"
+    assert first in each
+    assert rewards in each
     names = "import json\nfrom pathlib import Path\nfrom metricfold import *\n"
-    for shard, rewards in enumerate([[1.0, 2.0], [3.0, 4.0, 5.0]]):
-        exec(names + each, {"folder": tmp_path, "shard": shard, "rewards": rewards})
-    exec(names + done, {"folder": tmp_path})
-    assert capsys.readouterr().out == "{'eval_env/reward': 3.0}\n"
+    for shard, seen in enumerate([[1.0, 2.0], [3.0, 4.0, 5.0]]):
+        of_shard = each.replace(first, "").replace(rewards, str(seen))
+        exec(names + of_shard, {"folder": tmp_path, "shard": shard})
+    namespace = {"folder": tmp_path}
+    exec(names + done, namespace)
+    assert namespace["total"].get_metrics_for_logging("eval") == {"eval_env/reward": 3.0}

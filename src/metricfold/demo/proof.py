@@ -103,7 +103,8 @@ def _fall_of_the_loss(logs: list[Record], mixture: Mixture) -> Iterator[str]:
 def _costs(pages: list[Page], logs: int, saves: int, *, on_ranks: bool) -> Iterator[str]:
     did = f"{count(logs, 'log')} and {count(saves, 'checkpoint')} took"
     holding = max(median(page.logging) for page in pages)
-    held = f"logger.log() returned after {1e3 * holding:.2g} ms (median"
+    shown = f"{1e3 * holding:.0f}" if holding >= 0.01 else f"{1e3 * holding:.2g}"
+    held = f"logger.log() returned after {shown} ms (median"
     if on_ranks:
         agreeing = pages[0].collectives - logs - saves
         new = f", and {agreeing} for new keys and categories (in {pages[0].schema_rounds} of them)"

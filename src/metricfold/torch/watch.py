@@ -26,7 +26,7 @@ from metricfold._core.fold.axes import Axis
 from metricfold._core.fold.elements import EVERY_ELEMENT
 from metricfold._core.runtime.imported import kinds
 from metricfold._core.runtime.listing import internal, shortened
-from metricfold._core.runtime.uncompiled import uncompiled
+from metricfold._core.runtime.uncompiled import leave_alone, uncompiled
 from metricfold.metric import check_name
 from metricfold.torch.activations import Activations
 from metricfold.torch.collected import (
@@ -394,4 +394,5 @@ def _uncompiled_hook(collect: Callable[[Any], None]) -> Hook:
     def hook(optimizer: Any, *_: object) -> None:
         collect(optimizer)
 
+    leave_alone()  # it is made after the constructors that say so
     return hook
