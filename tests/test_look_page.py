@@ -93,6 +93,7 @@ def page(chrome, two_runs):
 
 
 def middle(page, card=0, share=0.5):
+    page.wait(f"Boolean(metricfold.cards[{card}]?.chart)")  # drawn when it comes to the screen
     x, y, width, height = page.run(
         f"(r => [r.x, r.y, r.width, r.height])(metricfold.cards[{card}].chart.over.getBoundingClientRect())"
     )
