@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from metricfold.sinks.header import better
 from metricfold.sinks.record import Meaning, Record
 
-__all__ = ["Board", "Reading", "Track", "rank", "readings_of", "split"]
+__all__ = ["Board", "Reading", "Track", "rank", "readings_of"]
 
 _MOST = 128  # stretches that a track is kept in
 _MOST_BAD = 256  # steps at which a metric was not finite
@@ -41,7 +41,7 @@ def readings_of(record: Record) -> dict[str, list[Reading]]:
         meaning = record.keys.get(key)
         if meaning is not None:
             found.setdefault(record.prefix, []).append(Reading(meaning, value))
-        elif (parts := split(key, record.prefix)) is None:
+        elif (parts := _split(key, record.prefix)) is None:
             loose.append(Reading(Meaning("", key), value))
         else:
             prefix, dataset, name = parts
@@ -52,7 +52,7 @@ def readings_of(record: Record) -> dict[str, list[Reading]]:
     return found
 
 
-def split(key: str, prefix: str) -> tuple[str, str, str] | None:
+def _split(key: str, prefix: str) -> tuple[str, str, str] | None:
     """Return prefix, dataset and name of a key that nobody explains; None if it has no ``/``.
 
     Where it does not start with the prefix that it was logged with, what comes before the first ``_`` is

@@ -10,7 +10,7 @@ import io
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
@@ -123,7 +123,7 @@ class ConsoleSink(SelectiveSink):
         screen = _Screen.of(console) if self._updates_in_place(console) else None
         if screen is None and self._screen is not None:
             self.close()
-        with _beside_tqdm(console) if screen is None else _nothing():
+        with _beside_tqdm(console) if screen is None else nullcontext():
             if screen is None:
                 lines = self._blocks.lines(record) if self._blocks else map(line, taken)
                 for text in lines:
@@ -305,8 +305,3 @@ def _beside_tqdm(console: Console) -> Iterator[None]:
     tqdm = sys.modules["tqdm.std"].tqdm
     with tqdm.external_write_mode(file=console.file):
         yield
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -181,22 +181,19 @@ def _warnings(board: Board) -> list[tuple[str, str]]:
             continue  # a total that is made of them
         what = "/".join(filter(None, (dataset, name)))
         last, kind = bad.steps[-1], number(bad.value).strip("!")
-        times = "once" if bad.times == 1 else f"{bad.times:,} times, last"
         if last == board.step:
-            since = bad.steps[0] if bad.times > 1 else last
             text = f"{what} is {kind}"
-            text += f", {bad.times:,} times since step {since:,}" if bad.times > 1 else ""
+            text += f", {bad.times:,} times since step {bad.steps[0]:,}" if bad.times > 1 else ""
         else:
+            times = "once," if bad.times == 1 else f"{bad.times:,} times, last"
             ago = f"at step {last:,}"  # which may be ahead of one that was gone back to
             if last < board.step:
                 ago = f"{board.step - last:,} steps ago (step {last:,})"
             text = f"{what} was {kind} {times} {ago}; finite since"
-            text = text.replace("once ", "once, ") if bad.times == 1 else text
         found.append((last, text, ALARMING))
-    told = {of for of, _ in board.bad.items()}
     for alert in board.alerts.values():
         of = (str(alert.get("dataset", "")), str(alert.get("name", "")))
-        if of in told:
+        if of in board.bad:
             continue
         style = ALARMING if alert["severity"] == "severe" else _WARNING
         message = " ".join(str(alert["message"]).split())

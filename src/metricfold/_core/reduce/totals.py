@@ -113,9 +113,8 @@ class Totals:
                     new[here] = old[there]
                     continue
                 width = min(entry.sums, known.sums)
-                cells = (one.reshape(entry.cells, -1) for one in (new[here], old[there]))
-                into, given = cells
-                into[:, :width] = given[:, :width]
+                given = old[there].reshape(entry.cells, -1)
+                new[here].reshape(entry.cells, -1)[:, :width] = given[:, :width]
         return replace(self, schema=schema, sums=fitted.sums, lost=fitted.lost)
 
     def plus(self, newer: Totals) -> Totals:
