@@ -89,8 +89,8 @@ class WandbSink(SelectiveSink):
         self._owned = False
         self._axis_names: dict[str, str] = {}  # by prefix
         self._said: dict[str, Any] = {}  # of the run
-        self._best: dict[str, str] = {}  # by key: which of its values is the best
-        self._ours: set[str] = set()  # keys that an aggregator has printed for its prefix
+        # Keys that an aggregator has printed for its prefix, and which of their values is the best.
+        self._best: dict[str, str | None] = {}
         self._start()
 
     def _start(self) -> None:
@@ -173,11 +173,10 @@ class WandbSink(SelectiveSink):
             known = run.config
             config = record.run.get("config") or {}
             known.update({name: one for name, one in config.items() if name not in known})
-        self._ours.update(record.keys)
         for key, of in record.keys.items():
-            way = better(of.name, of.statistic, self._said)
-            if way is not None and not of.statistic:
-                self._best[key] = "min" if way == "lower" else "max"
+            if key not in self._best:
+                way = None if of.statistic else better(of.name, "", self._said)
+                self._best[key] = None if way is None else "min" if way == "lower" else "max"
 
     def _log(self, run: Any, row: dict[str, Any], axis: str, step: int) -> None:
         row.setdefault(axis, step)
@@ -261,18 +260,19 @@ class WandbSink(SelectiveSink):
             # What several prefixes log, such as a learning rate, has no axis of its own.
             if key in self._defined or self._axis_of_key.setdefault(key, axis) != axis:
                 continue
-            ours = axis in self._behind or (key in self._ours and axis != "step")
+            best = self._best.get(key)
+            ours = axis in self._behind or (key in self._best and axis != "step")
             over = axis if ours and key != axis else None
             if self._step_metric is not None:
                 # What is defined by its name is not what "*" says of the others.
-                over = self._step_metric if key in self._best else None
-            if over is None and key not in self._best:
+                over = self._step_metric if best is not None else None
+            if over is None and best is None:
                 continue
             if over is not None and axis not in self._defined:
                 self._defined.add(axis)
                 run.define_metric(axis)
             self._defined.add(key)
-            run.define_metric(key, step_metric=over, summary=self._best.get(key))
+            run.define_metric(key, step_metric=over, summary=best)
 
     def _found(self) -> Any:
         import wandb  # noqa: PLC0415
